@@ -1,0 +1,237 @@
+//! VMM A's half: the switch grant, and the fact GO.
+//!
+//! ```text
+//!             offer                trade_for_go
+//!   nothing ────────► held(M,n,e) ─────────────► GO sent
+//!      ▲                 │ trade_for_cancelled
+//!      └─────────────────┘ CANCELLED(M,n): a grant for (M,n) is refused for ever
+//! ```
+//!
+//! Two threads meet here: the one that serves the agent (offers, and asks for CANCELLED) and the one that runs the
+//! migration (trades). Whoever comes first wins; the other is told what came of it.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::Attempt;
+
+/// What a grant was traded for. Final for its attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Traded {
+    /// The switchover was called off; the guest runs on under the epoch it had.
+    Cancelled,
+    /// GO was sent, or is being sent: only the decision register knows the rest.
+    GoSent,
+}
+
+/// Why an offered grant was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum GrantRefused {
+    /// CANCELLED was answered for this attempt, or a later one was seen.
+    #[error("{0} was called off before")]
+    Stale(Attempt),
+    /// Another attempt's grant is held.
+    #[error("the grant of {0} is still held")]
+    OtherHeld(Attempt),
+    /// GO was sent under an earlier grant.
+    #[error("GO was sent for {0}")]
+    GoWasSent(Attempt),
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Register {
+    held: Option<Attempt>,
+    go_sent: Option<Attempt>,
+    /// The last attempt for which CANCELLED was answered. Attempts of one migration only grow, and a VMM serves
+    /// one migration at a time, so the newest one is enough to refuse all earlier ones.
+    cancelled: Option<Attempt>,
+}
+
+/// The grant register of one VMM.
+#[derive(Debug, Default)]
+pub struct Grants {
+    register: Mutex<Register>,
+    changed: Condvar,
+}
+
+impl Grants {
+    /// A register that holds nothing.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes a grant from the agent. Offering the one that is held already changes nothing.
+    ///
+    /// # Errors
+    /// Refused if this attempt or a later one was cancelled, another one is held, or GO was sent.
+    pub fn offer(&self, attempt: Attempt) -> Result<(), GrantRefused> {
+        let mut register = self.lock();
+        if let Some(sent) = register.go_sent {
+            return Err(GrantRefused::GoWasSent(sent));
+        }
+        if is_cancelled(&register, attempt) {
+            return Err(GrantRefused::Stale(attempt));
+        }
+        match register.held {
+            Some(held) if held != attempt => Err(GrantRefused::OtherHeld(held)),
+            _ => {
+                register.held = Some(attempt);
+                self.changed.notify_all();
+                Ok(())
+            }
+        }
+    }
+
+    /// The grant that is held now, not yet traded.
+    #[must_use]
+    pub fn held(&self) -> Option<Attempt> {
+        self.lock().held
+    }
+
+    /// The attempt for which GO was sent.
+    #[must_use]
+    pub fn go_sent(&self) -> Option<Attempt> {
+        self.lock().go_sent
+    }
+
+    /// The newest attempt that was traded for CANCELLED.
+    #[must_use]
+    pub fn cancelled(&self) -> Option<Attempt> {
+        self.lock().cancelled
+    }
+
+    /// Whether a grant is held or was traded for GO-sent: the user's pause and resume are refused then.
+    #[must_use]
+    pub fn binds(&self) -> bool {
+        let register = self.lock();
+        register.held.is_some() || register.go_sent.is_some()
+    }
+
+    /// Waits until a grant is held, `timeout` at most.
+    #[must_use]
+    pub fn wait_held(&self, timeout: Duration) -> Option<Attempt> {
+        let deadline = Instant::now() + timeout;
+        let mut register = self.lock();
+        while register.held.is_none() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            register = self
+                .changed
+                .wait_timeout(register, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        register.held
+    }
+
+    /// Trades the held grant of `attempt` for GO-sent. Called by the migration right before it writes GO.
+    ///
+    /// Returns whether this call traded it: false if it was cancelled or never held, and then GO must not be sent.
+    #[must_use]
+    pub fn trade_for_go(&self, attempt: Attempt) -> bool {
+        let mut register = self.lock();
+        if register.held != Some(attempt) {
+            return false;
+        }
+        register.held = None;
+        register.go_sent = Some(attempt);
+        self.changed.notify_all();
+        true
+    }
+
+    /// Trades `attempt` for CANCELLED, held or not yet offered, unless GO was sent for it. From CANCELLED on a grant for it is refused.
+    pub fn trade_for_cancelled(&self, attempt: Attempt) -> Traded {
+        let mut register = self.lock();
+        if register.go_sent.is_some_and(|sent| sent.migration == attempt.migration && sent.attempt >= attempt.attempt) {
+            return Traded::GoSent;
+        }
+        if register.held.is_some_and(|held| held.migration == attempt.migration && held.attempt <= attempt.attempt) {
+            register.held = None;
+        }
+        if !is_cancelled(&register, attempt) {
+            register.cancelled = Some(attempt);
+        }
+        self.changed.notify_all();
+        Traded::Cancelled
+    }
+
+    /// Forgets GO-sent, because the guest resumes here under a higher epoch (D = SRC). The attempt stays refused.
+    pub fn superseded(&self) {
+        let mut register = self.lock();
+        if let Some(sent) = register.go_sent.take() {
+            register.cancelled = Some(sent);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Register> {
+        self.register.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn is_cancelled(register: &Register, attempt: Attempt) -> bool {
+    register
+        .cancelled
+        .is_some_and(|cancelled| cancelled.migration == attempt.migration && cancelled.attempt >= attempt.attempt)
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::handover::Epoch;
+
+    fn attempt(number: u32) -> Attempt {
+        Attempt { instance: Uuid::from_u128(1), migration: Uuid::from_u128(2), attempt: number, epoch: Epoch(3) }
+    }
+
+    #[test]
+    fn a_grant_is_traded_for_go_once() {
+        let grants = Grants::new();
+        grants.offer(attempt(1)).unwrap();
+        assert!(grants.trade_for_go(attempt(1)));
+        assert!(!grants.trade_for_go(attempt(1)));
+        assert_eq!(grants.trade_for_cancelled(attempt(1)), Traded::GoSent);
+    }
+
+    #[test]
+    fn a_cancelled_attempt_is_refused_for_ever_and_the_next_is_taken() {
+        let grants = Grants::new();
+        assert_eq!(grants.trade_for_cancelled(attempt(2)), Traded::Cancelled);
+        assert_eq!(grants.offer(attempt(1)), Err(GrantRefused::Stale(attempt(1))));
+        assert_eq!(grants.offer(attempt(2)), Err(GrantRefused::Stale(attempt(2))));
+        assert_eq!(grants.offer(attempt(3)), Ok(()));
+    }
+
+    #[test]
+    fn cancelling_a_held_grant_stops_go() {
+        let grants = Grants::new();
+        grants.offer(attempt(1)).unwrap();
+        assert_eq!(grants.trade_for_cancelled(attempt(1)), Traded::Cancelled);
+        assert!(!grants.trade_for_go(attempt(1)));
+        assert!(!grants.binds());
+    }
+
+    #[test]
+    fn a_late_cancel_of_an_earlier_attempt_leaves_the_newer_grant() {
+        let grants = Grants::new();
+        grants.trade_for_cancelled(attempt(1));
+        grants.offer(attempt(2)).unwrap();
+        assert_eq!(grants.trade_for_cancelled(attempt(1)), Traded::Cancelled);
+        assert_eq!(grants.held(), Some(attempt(2)));
+    }
+
+    #[test]
+    fn after_go_no_grant_is_taken_until_a_higher_epoch_resumed_the_guest() {
+        let grants = Grants::new();
+        grants.offer(attempt(1)).unwrap();
+        assert!(grants.trade_for_go(attempt(1)));
+        assert_eq!(grants.offer(attempt(2)), Err(GrantRefused::GoWasSent(attempt(1))));
+        grants.superseded();
+        assert_eq!(grants.offer(attempt(1)), Err(GrantRefused::Stale(attempt(1))));
+        assert_eq!(grants.offer(attempt(2)), Ok(()));
+    }
+}

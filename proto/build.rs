@@ -1,0 +1,39 @@
+//! Compiles the `.proto` files with protox, so that no `protoc` is needed.
+
+use std::error::Error;
+use std::path::{Path, PathBuf};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let root = Path::new("proto");
+    println!("cargo:rerun-if-changed={}", root.display());
+    let mut files = Vec::new();
+    collect(root, &mut files)?;
+    files.sort();
+
+    let descriptors = protox::compile(&files, [root])?;
+    let rpc = std::env::var_os("CARGO_FEATURE_RPC").is_some();
+    let mut builder = tonic_prost_build::configure().build_client(rpc).build_server(rpc);
+    if rpc {
+        // These are printed as JSON by the command line and kept as JSON in the journal, under their field names.
+        for message in ["InstanceSpec", "InstanceInfo", "MigrationInfo", "MigrationOptions", "DowntimeMs", "Round", "HostInfo"] {
+            builder = builder.type_attribute(
+                format!(".ferry.agent.v1.{message}"),
+                "#[derive(serde::Serialize, serde::Deserialize)] #[serde(default)]",
+            );
+        }
+    }
+    builder.compile_fds(descriptors)?;
+    Ok(())
+}
+
+fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), Box<dyn Error>> {
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            collect(&path, files)?;
+        } else if path.extension().is_some_and(|extension| extension == "proto") {
+            files.push(path);
+        }
+    }
+    Ok(())
+}

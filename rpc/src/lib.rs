@@ -1,0 +1,1 @@
+//! Agents, VMM processes and the command line.

@@ -1,0 +1,1 @@
+//! Whole VMs on real KVM, two agents, faults.

@@ -1,0 +1,2 @@
+//! Ferry's chores.
+fn main() {}
