@@ -14,3 +14,16 @@ pub mod rng;
 
 /// The guest as an ELF file with a PVH note, to be handed to a VMM as its kernel.
 pub const PROBE_ELF: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/probe.elf"));
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guest_is_an_elf_with_a_pvh_entry() {
+        assert!(PROBE_ELF.starts_with(b"\x7fELF\x02\x01"));
+        // Sizes of name and entry, XEN_ELFNOTE_PHYS32_ENTRY, the name.
+        let note = b"\x04\0\0\0\x08\0\0\0\x12\0\0\0Xen\0";
+        assert!(PROBE_ELF.windows(note.len()).any(|bytes| bytes == note));
+    }
+}

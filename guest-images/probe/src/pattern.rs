@@ -103,8 +103,8 @@ pub fn stamp(page: &mut Page, seed: u64, number: u64, version: u32) {
     let key = stamp_key(seed, number, version);
     page[0] = number;
     page[1] = u64::from(version);
-    for at in 2..HEADER_WORDS {
-        page[at] = derived(key, at);
+    for (at, word) in page.iter_mut().enumerate().take(HEADER_WORDS).skip(2) {
+        *word = derived(key, at);
     }
     for at in (STRIDE..PAGE_WORDS).step_by(STRIDE) {
         page[at] = derived(key, at);

@@ -125,6 +125,7 @@ impl Worker {
             && let Err(damage) = pattern::check_stamp(content, options.seed, page, version)
         {
             self.account.note_fault(Area::Work, page, version, damage);
+            pattern::write_body(content, options.fill, options.seed, Area::Work, page);
         }
         let version = version.wrapping_add(1);
         pattern::stamp(content, options.seed, page, version);
@@ -151,7 +152,8 @@ impl Worker {
         }
     }
 
-    /// Reads the next page of the share in full, the fill area first.
+    /// Reads the next page of the share in full, the fill area first. A damaged page is made good, so that each damage
+    /// counts once.
     fn check_page(&mut self) {
         let options = &self.plan.options;
         let (fill, seed) = (options.fill, options.seed);
@@ -160,6 +162,7 @@ impl Worker {
             let content = page_at(self.plan.fill.address(page));
             if let Err(damage) = pattern::check_fill(content, fill, seed, page) {
                 self.account.note_fault(Area::Fill, page, 0, damage);
+                pattern::write_body(content, fill, seed, Area::Fill, page);
             }
         } else {
             let page = self.work.first + self.check - self.fill.count;
@@ -167,6 +170,8 @@ impl Worker {
             let content = page_at(self.plan.work.address(page));
             if let Err(damage) = pattern::check_work(content, fill, seed, page, want) {
                 self.account.note_fault(Area::Work, page, want, damage);
+                pattern::write_body(content, fill, seed, Area::Work, page);
+                pattern::stamp(content, seed, page, want);
             }
         }
         self.check = (self.check + 1) % (self.fill.count + self.work.count);
