@@ -1,0 +1,380 @@
+//! What a migration asks of a guest.
+//!
+//! The engine knows guest memory only as runs of 4 KiB frames and saved state only as bytes, so a fake guest drives
+//! all of it and the bytes of a page never pass through its hands: they go from guest memory into a socket and back.
+//!
+//! Who may call what, and when, at the source:
+//!
+//! ```text
+//! start_tracking ─► populated ─► { fetch_dirty ─► rearm range ─► zero_pages, send }* ─► stop ─► export ─► fetch_dirty ─► send
+//!                                     ▲                                                  │
+//!                                     └──────────────────── resume ◄─────────────────────┘  (called off before GO)
+//! ```
+
+use std::error::Error;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Bytes in a frame: the unit in which memory is tracked and sent.
+pub const FRAME_SIZE: u64 = 4096;
+
+/// Frames in a huge page of 2 MiB.
+pub const FRAMES_PER_HUGE_PAGE: u64 = 512;
+
+/// Consecutive guest frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FrameRun {
+    /// Guest frame number of the first one.
+    pub first: u64,
+    /// How many frames.
+    pub count: u64,
+}
+
+impl FrameRun {
+    /// The frame after the last one.
+    #[must_use]
+    pub fn end(self) -> u64 {
+        self.first + self.count
+    }
+
+    /// The size in bytes.
+    #[must_use]
+    pub fn bytes(self) -> u64 {
+        self.count * FRAME_SIZE
+    }
+}
+
+/// One stretch of guest memory without holes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Region {
+    /// Guest frame number of its first frame.
+    pub start_frame: u64,
+    /// How many frames it has.
+    pub frames: u64,
+}
+
+impl Region {
+    /// The region as a run.
+    #[must_use]
+    pub fn run(self) -> FrameRun {
+        FrameRun { first: self.start_frame, count: self.frames }
+    }
+}
+
+/// Why regions do not describe a guest's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ShapeError {
+    /// There is no memory at all.
+    #[error("the guest has no memory")]
+    Empty,
+    /// A region has no frames, or ends beyond the last frame that an address can name.
+    #[error("memory region {0} is empty or too long")]
+    Size(usize),
+    /// A region begins before the end of the one before it.
+    #[error("memory region {0} overlaps or precedes the one before it")]
+    Order(usize),
+}
+
+/// Where a guest has memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryShape {
+    regions: Vec<Region>,
+}
+
+impl MemoryShape {
+    /// A shape of these regions, ascending and apart from each other.
+    ///
+    /// # Errors
+    /// Names the first region that is empty, too long, or out of order.
+    pub fn new(regions: Vec<Region>) -> Result<Self, ShapeError> {
+        if regions.is_empty() {
+            return Err(ShapeError::Empty);
+        }
+        let mut end = 0;
+        for (index, region) in regions.iter().enumerate() {
+            let limit = u64::MAX / FRAME_SIZE;
+            if region.frames == 0 || region.start_frame > limit || region.frames > limit - region.start_frame {
+                return Err(ShapeError::Size(index));
+            }
+            if region.start_frame < end {
+                return Err(ShapeError::Order(index));
+            }
+            end = region.start_frame + region.frames;
+        }
+        Ok(Self { regions })
+    }
+
+    /// The regions, ascending.
+    #[must_use]
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    /// How many frames there are in all.
+    #[must_use]
+    pub fn frames(&self) -> u64 {
+        self.regions.iter().map(|region| region.frames).sum()
+    }
+
+    /// Whether all of `run` lies inside one region. Any numbers may be asked for.
+    #[must_use]
+    pub fn contains(&self, run: FrameRun) -> bool {
+        run.count > 0
+            && self.locate(run.first).is_some_and(|(region, offset)| run.count <= self.regions[region].frames - offset)
+    }
+
+    /// The index of the region that holds `frame`, and the frame's offset in it.
+    #[must_use]
+    pub fn locate(&self, frame: u64) -> Option<(usize, u64)> {
+        let after = self.regions.partition_point(|region| region.start_frame <= frame);
+        let index = after.checked_sub(1)?;
+        let offset = frame - self.regions[index].start_frame;
+        (offset < self.regions[index].frames).then_some((index, offset))
+    }
+}
+
+/// What the source host has ever populated of a guest's memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Population {
+    /// Frames that hold something: present or swapped out, not the shared zero page. Ascending, inside regions.
+    pub populated: Vec<FrameRun>,
+    /// Frames that huge pages back. Ascending, inside regions.
+    pub huge: Vec<FrameRun>,
+}
+
+/// Something that the guest's own side failed to do. The message is the cause's.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub struct GuestError(Box<dyn Error + Send + Sync>);
+
+impl GuestError {
+    /// Wraps the cause.
+    pub fn new(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self(cause.into())
+    }
+}
+
+/// How a guest ended by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestEnd {
+    /// It switched itself off.
+    PoweredOff,
+    /// It announced a panic.
+    Panicked,
+    /// It cannot run on: a triple fault, an error inside KVM, a vCPU thread that failed. In words.
+    Crashed(String),
+}
+
+/// What a look at the running guest found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestCondition {
+    /// It runs (or is paused by its user). A reset is carried out by the guest's side, and what it loads is dirty.
+    Alive,
+    /// It ended.
+    Ended(GuestEnd),
+}
+
+/// What [`SourceGuest::resume`] returns the guest to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestWas {
+    /// Its vCPUs ran.
+    Running,
+    /// Its user had paused it: vCPUs stay stopped.
+    PausedByUser,
+}
+
+/// How long the parts of a stop took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StopTimes {
+    /// Until every vCPU stood still with its pending exit finished.
+    pub pause: Duration,
+    /// Until the devices had no request in flight.
+    pub drain: Duration,
+}
+
+/// Guest memory, shared by every thread of a migration. Runs lie inside one region each; callers check that before.
+pub trait GuestMemory: Send + Sync + 'static {
+    /// Where there is memory.
+    fn shape(&self) -> &MemoryShape;
+
+    /// Writes `prefix` and then the bytes of `runs` to a blocking stream socket, all of it.
+    ///
+    /// # Errors
+    /// The socket's error.
+    fn send(&self, socket: BorrowedFd<'_>, prefix: &[u8], runs: &[FrameRun]) -> io::Result<()>;
+
+    /// Reads the bytes of `runs` from a blocking stream socket, all of them.
+    ///
+    /// # Errors
+    /// The socket's error; [`io::ErrorKind::UnexpectedEof`] if it ended before.
+    fn receive(&self, socket: BorrowedFd<'_>, runs: &[FrameRun]) -> io::Result<()>;
+
+    /// Appends the longest runs of all-zero frames inside `run` to `found`, ascending.
+    ///
+    /// # Errors
+    /// If the memory cannot be read.
+    fn zero_pages(&self, run: FrameRun, found: &mut Vec<FrameRun>) -> Result<(), GuestError>;
+
+    /// Makes `run` all zero.
+    ///
+    /// # Errors
+    /// If the memory cannot be written.
+    fn write_zeroes(&self, run: FrameRun) -> Result<(), GuestError>;
+
+    /// A digest of the contents of `run`; absent frames count as zero.
+    ///
+    /// # Errors
+    /// If the memory cannot be read.
+    fn digest(&self, run: FrameRun) -> Result<u128, GuestError>;
+
+    /// Asks for huge pages below `run`, which begins and ends on huge page boundaries where its region does.
+    ///
+    /// # Errors
+    /// If the host refuses; memory works all the same.
+    fn advise_huge(&self, run: FrameRun) -> Result<(), GuestError>;
+
+    /// Backs `run` with memory without changing its contents.
+    ///
+    /// # Errors
+    /// If the host has no memory left.
+    fn populate(&self, run: FrameRun) -> Result<(), GuestError>;
+}
+
+/// Re-arms tracking range by range; each sending thread may call it.
+pub trait DirtyClearer: Clone + Send {
+    /// Makes the frames of `run` that are set in `dirty` be reported again when they are next written.
+    ///
+    /// `run` begins a multiple of 64 frames into its region and is a multiple of 64 long or ends with the region; bit
+    /// `i % 64` of word `i / 64` is frame `run.first + i`. Called right before these frames are read.
+    ///
+    /// # Errors
+    /// If tracking fails; the migration ends.
+    fn rearm(&self, run: FrameRun, dirty: &[u64]) -> Result<(), GuestError>;
+}
+
+/// A guest that may leave this host.
+pub trait SourceGuest: Send {
+    /// Its memory.
+    type Memory: GuestMemory;
+    /// Its tracking, range by range.
+    type Clearer: DirtyClearer;
+
+    /// Its memory, for the sending threads.
+    fn memory(&self) -> Arc<Self::Memory>;
+
+    /// What a destination must offer (CPUID, TSC, devices …), encoded for [`DestinationGuest::check`].
+    fn profile(&self) -> Vec<u8>;
+
+    /// Begins to track writes. Called before [`SourceGuest::populated`], so that no write falls between.
+    ///
+    /// # Errors
+    /// If the host cannot track.
+    fn start_tracking(&mut self) -> Result<(), GuestError>;
+
+    /// Looks up what the host has ever populated.
+    ///
+    /// # Errors
+    /// If the host cannot tell.
+    fn populated(&self) -> Result<Population, GuestError>;
+
+    /// Adds every frame written since tracking began, or since it was last re-armed, to `dirty`. Fetching need not
+    /// re-arm, and a frame fetched once need not be given again before it was re-armed and written.
+    ///
+    /// # Errors
+    /// If tracking fails.
+    fn fetch_dirty(&mut self, dirty: &mut crate::PageSet) -> Result<(), GuestError>;
+
+    /// The handle with which senders re-arm.
+    fn clearer(&self) -> Self::Clearer;
+
+    /// Ends tracking. Called once on every way out but GO.
+    fn stop_tracking(&mut self);
+
+    /// Looks after the running guest: carries out a reset, notices its end. Called every 10 ms or more often while it runs,
+    /// and once after [`SourceGuest::stop`].
+    fn poll(&mut self) -> GuestCondition;
+
+    /// Stops the vCPUs with their pending exits finished and drains the devices, until `deadline`. A guest whose user
+    /// had paused it is drained only.
+    ///
+    /// # Errors
+    /// If it does not stand still in time; [`SourceGuest::resume`] follows.
+    fn stop(&mut self, deadline: Instant) -> Result<StopTimes, GuestError>;
+
+    /// The saved state of the stopped guest: an encoded `ferry.state.v1.MachineState`.
+    ///
+    /// # Errors
+    /// If some of it cannot be read; [`SourceGuest::resume`] follows.
+    fn export(&mut self) -> Result<Vec<u8>, GuestError>;
+
+    /// A digest of a state that [`SourceGuest::export`] gave, without what time alone changes; only asked for when verifying.
+    ///
+    /// # Errors
+    /// If the state does not parse.
+    fn state_digest(&self, state: &[u8]) -> Result<u128, GuestError>;
+
+    /// Undoes [`SourceGuest::stop`] after the switchover was called off: under the epoch it had, no new right.
+    ///
+    /// # Errors
+    /// If the guest cannot run on: it crashed.
+    fn resume(&mut self, was: GuestWas) -> Result<(), GuestError>;
+}
+
+/// A machine that waits for a guest.
+pub trait DestinationGuest: Send {
+    /// Its memory.
+    type Memory: GuestMemory;
+    /// The machine once restored, paused.
+    type Restored: RestoredGuest;
+
+    /// Its memory, never written before: all zero.
+    fn memory(&self) -> Arc<Self::Memory>;
+
+    /// Why the guest with this profile cannot run here, one reason by name each; empty if it can.
+    fn check(&self, profile: &[u8]) -> Vec<String>;
+
+    /// Builds the paused machine from the saved state; its memory is complete.
+    ///
+    /// # Errors
+    /// If a unit is unknown, missing or does not fit. Half a machine never exists.
+    fn restore(self, state: &[u8]) -> Result<Self::Restored, GuestError>;
+}
+
+/// A machine that holds the guest and has not run it yet.
+pub trait RestoredGuest: Send {
+    /// The digest of its state as it would be exported now, without what time alone changes; only asked for when verifying.
+    ///
+    /// # Errors
+    /// If the state cannot be read.
+    fn state_digest(&self) -> Result<u128, GuestError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape(regions: &[(u64, u64)]) -> Result<MemoryShape, ShapeError> {
+        MemoryShape::new(regions.iter().map(|&(start_frame, frames)| Region { start_frame, frames }).collect())
+    }
+
+    #[test]
+    fn a_run_lies_inside_one_region_or_outside_the_shape() {
+        let shape = shape(&[(0, 100), (200, 50)]).unwrap();
+        assert!(shape.contains(FrameRun { first: 0, count: 100 }));
+        assert!(shape.contains(FrameRun { first: 249, count: 1 }));
+        assert!(!shape.contains(FrameRun { first: 99, count: 2 }));
+        assert!(!shape.contains(FrameRun { first: 150, count: 1 }));
+        assert!(!shape.contains(FrameRun { first: 200, count: 0 }));
+        assert!(!shape.contains(FrameRun { first: u64::MAX, count: u64::MAX }));
+    }
+
+    #[test]
+    fn regions_out_of_order_or_too_long_are_named() {
+        assert_eq!(shape(&[]), Err(ShapeError::Empty));
+        assert_eq!(shape(&[(0, 10), (9, 1)]), Err(ShapeError::Order(1)));
+        assert_eq!(shape(&[(0, 10), (u64::MAX, 1)]), Err(ShapeError::Size(1)));
+        assert_eq!(shape(&[(0, 0)]), Err(ShapeError::Size(0)));
+    }
+}

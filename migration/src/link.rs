@@ -1,0 +1,250 @@
+//! What both ends of a migration are told about their peer and their patience.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use ferry_proto::stream::v1;
+use prost::Message;
+
+use crate::wire::{ControlError, read_message, write_message};
+
+/// The authenticated connections of one migration, as the agents handed them over.
+#[derive(Debug)]
+pub struct Link {
+    /// The control stream: protobuf messages in both directions.
+    pub control: TcpStream,
+    /// The page streams, in the order of their index; at least one, and as many as the peer has.
+    pub pages: Vec<TcpStream>,
+}
+
+/// When a peer counts as dead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Liveness {
+    /// How often each side says that it lives.
+    pub heartbeat: Duration,
+    /// How long a peer may be silent on every stream.
+    pub silence: Duration,
+}
+
+impl Default for Liveness {
+    fn default() -> Self {
+        Self { heartbeat: Duration::from_secs(1), silence: Duration::from_secs(5) }
+    }
+}
+
+/// How long the side that ends a migration waits for its last word to arrive.
+pub(crate) const FAREWELL: Duration = Duration::from_millis(250);
+
+/// Round trips that the smallest one is taken from.
+const ROUND_TRIPS_KEPT: usize = 8;
+
+/// The connections while threads use them, and when the peer was last heard.
+#[derive(Debug)]
+pub(crate) struct Sockets {
+    pub(crate) control: TcpStream,
+    pub(crate) pages: Vec<TcpStream>,
+    opened: Instant,
+    /// Microseconds from `opened` to the last byte that any thread read.
+    heard: AtomicU64,
+    round_trips: Mutex<VecDeque<Duration>>,
+}
+
+impl Sockets {
+    /// Takes the connections over: blocking, without delay; a write to the control stream fails once `silence` passed.
+    ///
+    /// # Errors
+    /// If there is no page stream or a connection cannot be set up.
+    pub(crate) fn new(link: Link, liveness: Liveness) -> io::Result<Self> {
+        if link.pages.is_empty() || link.pages.len() > usize::from(u16::MAX) {
+            let message = format!("{} page streams, 1 to {} are possible", link.pages.len(), u16::MAX);
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
+        for socket in link.pages.iter().chain([&link.control]) {
+            socket.set_nonblocking(false)?;
+            socket.set_nodelay(true)?;
+            socket.set_read_timeout(None)?;
+            socket.set_write_timeout(None)?;
+        }
+        link.control.set_write_timeout(Some(liveness.silence))?;
+        Ok(Self {
+            control: link.control,
+            pages: link.pages,
+            opened: Instant::now(),
+            heard: AtomicU64::new(0),
+            round_trips: Mutex::default(),
+        })
+    }
+
+    /// How many page streams there are.
+    pub(crate) fn streams(&self) -> u32 {
+        self.pages.len() as u32
+    }
+
+    /// Notes that the peer lives.
+    pub(crate) fn hear(&self) {
+        self.heard.store(self.now(), Ordering::Relaxed);
+    }
+
+    /// How long the peer has been silent.
+    pub(crate) fn silence(&self) -> Duration {
+        Duration::from_micros(self.now().saturating_sub(self.heard.load(Ordering::Relaxed)))
+    }
+
+    /// A token for a ping that is sent now.
+    pub(crate) fn ping_token(&self) -> u64 {
+        self.now()
+    }
+
+    /// Takes the token of an answered ping as a measured round trip; a forged one from the future is dropped.
+    pub(crate) fn ping_answered(&self, token: u64) {
+        let Some(micros) = self.now().checked_sub(token) else { return };
+        let mut kept = self.round_trips.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.push_back(Duration::from_micros(micros));
+        if kept.len() > ROUND_TRIPS_KEPT {
+            kept.pop_front();
+        }
+    }
+
+    /// The smallest of the last round trips.
+    pub(crate) fn round_trip(&self) -> Option<Duration> {
+        self.round_trips.lock().unwrap_or_else(PoisonError::into_inner).iter().min().copied()
+    }
+
+    /// Cuts every connection, which wakes every thread that is blocked on one.
+    pub(crate) fn cut(&self) {
+        self.cut_pages();
+        // A connection that is gone already needs no cutting.
+        let _ = self.control.shutdown(Shutdown::Both);
+    }
+
+    /// Cuts the page streams only, so that a last word can still be said.
+    pub(crate) fn cut_pages(&self) {
+        for socket in &self.pages {
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Ends reading and leaves what was written to arrive.
+    pub(crate) fn stop_reading(&self) {
+        let _ = self.control.shutdown(Shutdown::Read);
+    }
+
+    /// The connections, to be kept or closed.
+    pub(crate) fn into_streams(self) -> Vec<TcpStream> {
+        let mut streams = self.pages;
+        streams.push(self.control);
+        streams
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.opened.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+}
+
+/// A message of one side that can also be a ping, a pong, or somebody's last word.
+pub(crate) trait ControlMessage: Message + Default {
+    /// A ping with this token.
+    fn ping(token: u64) -> Self;
+    /// The answer to one.
+    fn pong(token: u64) -> Self;
+    /// What sign of life this is, if it is one.
+    fn sign_of_life(&self) -> Option<SignOfLife>;
+}
+
+/// A ping or its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SignOfLife {
+    Ping(u64),
+    Pong(u64),
+}
+
+macro_rules! control_message {
+    ($type:ident, $variants:ident) => {
+        impl ControlMessage for v1::$type {
+            fn ping(token: u64) -> Self {
+                Self { message: Some(v1::$variants::Message::Ping(v1::Ping { token })) }
+            }
+
+            fn pong(token: u64) -> Self {
+                Self { message: Some(v1::$variants::Message::Pong(v1::Pong { token })) }
+            }
+
+            fn sign_of_life(&self) -> Option<SignOfLife> {
+                match &self.message {
+                    Some(v1::$variants::Message::Ping(ping)) => Some(SignOfLife::Ping(ping.token)),
+                    Some(v1::$variants::Message::Pong(pong)) => Some(SignOfLife::Pong(pong.token)),
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+
+control_message!(FromSource, from_source);
+control_message!(FromDestination, from_destination);
+
+/// What the control stream's writing thread is to do.
+#[derive(Debug)]
+pub(crate) enum Outgoing<M> {
+    /// Write this.
+    Say(M),
+    /// Close this direction after what was said, and end.
+    HangUp,
+    /// End and leave the connection as it is: data that the peer still sends must not reset it.
+    End,
+}
+
+/// The control stream's writing thread: writes what is in the outbox, and a ping whenever a heartbeat is due, until
+/// it is told to end or the outbox is dropped.
+///
+/// # Errors
+/// The connection's; nothing is written after it.
+pub(crate) fn write_control<M: ControlMessage>(
+    sockets: &Sockets,
+    outbox: &Receiver<Outgoing<M>>,
+    heartbeat: Duration,
+) -> Result<(), ControlError> {
+    let mut socket = &sockets.control;
+    let mut due = Instant::now();
+    loop {
+        let message = match outbox.recv_timeout(due.saturating_duration_since(Instant::now())) {
+            Ok(Outgoing::Say(message)) => message,
+            Ok(Outgoing::End) => return Ok(()),
+            Ok(Outgoing::HangUp) => return sockets.control.shutdown(Shutdown::Write).map_err(ControlError::Io),
+            Err(RecvTimeoutError::Timeout) => {
+                due = Instant::now() + heartbeat;
+                M::ping(sockets.ping_token())
+            }
+            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+        };
+        write_message(&mut socket, &message)?;
+    }
+}
+
+/// The control stream's reading thread: answers pings and delivers everything else until `deliver` returns false.
+///
+/// # Errors
+/// The connection's, [`ControlError::Closed`] at its end.
+pub(crate) fn read_control<Theirs: ControlMessage, Ours: ControlMessage>(
+    sockets: &Sockets,
+    outbox: &Sender<Outgoing<Ours>>,
+    mut deliver: impl FnMut(Theirs) -> bool,
+) -> Result<(), ControlError> {
+    let mut socket = &sockets.control;
+    loop {
+        let message: Theirs = read_message(&mut socket)?;
+        sockets.hear();
+        match message.sign_of_life() {
+            // The writing thread is gone only when the migration is over.
+            Some(SignOfLife::Ping(token)) => drop(outbox.send(Outgoing::Say(Ours::pong(token)))),
+            Some(SignOfLife::Pong(token)) => sockets.ping_answered(token),
+            None if deliver(message) => {}
+            None => return Ok(()),
+        }
+    }
+}

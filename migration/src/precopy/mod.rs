@@ -1,0 +1,13 @@
+//! Copying memory while the guest runs: page sets, rounds, and the threads that send them.
+
+mod bandwidth;
+mod feed;
+mod page_set;
+mod sender;
+mod streams;
+
+pub(crate) use feed::{Pace, Round, Standing};
+pub use page_set::PageSet;
+pub(crate) use page_set::{for_each_word, word_of, words_for};
+pub(crate) use sender::{SendError, Sender};
+pub(crate) use streams::Streams;

@@ -1,0 +1,103 @@
+//! One sending thread: takes pages from the feed, leaves out those that are zero, and writes frames.
+
+use std::io::{self, Write};
+use std::net::TcpStream;
+use std::os::fd::AsFd;
+use std::sync::{Mutex, PoisonError};
+
+use crate::guest::{DirtyClearer, FRAME_SIZE, FrameRun, GuestError, GuestMemory};
+use crate::precopy::bandwidth::Bandwidth;
+use crate::precopy::feed::{Feed, Pace, Standing};
+use crate::wire::{Content, FrameWriter, StreamIdentity, StreamTotals};
+
+/// Why a sending thread ended before it was sent home.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SendError {
+    /// The connection failed.
+    #[error("the connection failed")]
+    Connection(#[source] io::Error),
+    /// This side's own guest failed.
+    #[error(transparent)]
+    Guest(GuestError),
+}
+
+/// One page stream's sending side.
+pub(crate) struct Sender<'a, M, C> {
+    pub(crate) stream: u16,
+    pub(crate) socket: &'a TcpStream,
+    pub(crate) memory: &'a M,
+    pub(crate) feed: &'a Feed<C>,
+    pub(crate) bandwidth: &'a Bandwidth,
+    pub(crate) totals: &'a Mutex<StreamTotals>,
+}
+
+/// What goes into the frame that is being made; kept to save allocations.
+#[derive(Default)]
+struct Contents {
+    zero: Vec<FrameRun>,
+    table: Vec<(FrameRun, Content)>,
+    data: Vec<FrameRun>,
+}
+
+impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
+    /// Sends until the feed is closed; calls `round_done` whenever this thread sent the last pages of a round.
+    ///
+    /// # Errors
+    /// The first failure; nothing is sent after it.
+    pub(crate) fn run(&self, identity: &StreamIdentity, mut round_done: impl FnMut()) -> Result<(), SendError> {
+        let mut frames = FrameWriter::new(self.stream);
+        let mut socket = self.socket;
+        socket.write_all(frames.open(identity)).map_err(SendError::Connection)?;
+        let (mut runs, mut contents) = (Vec::new(), Contents::default());
+        while let Some(chunk) = self.feed.next(&mut runs).map_err(SendError::Guest)? {
+            contents.split(self.memory, &runs).map_err(SendError::Guest)?;
+            let prefix = frames.pages(chunk.round, contents.table.iter().copied());
+            let sent = contents.totals(prefix.len());
+            if chunk.pace == Pace::Capped {
+                self.bandwidth.wait(sent.bytes);
+            }
+            self.memory.send(self.socket.as_fd(), prefix, &contents.data).map_err(SendError::Connection)?;
+            let mut totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
+            *totals = totals.plus(sent);
+            drop(totals);
+            if self.feed.sent() == Standing::Done {
+                round_done();
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Contents {
+    /// Splits `runs` into data and zero runs.
+    fn split(&mut self, memory: &impl GuestMemory, runs: &[FrameRun]) -> Result<(), GuestError> {
+        self.table.clear();
+        self.data.clear();
+        for &run in runs {
+            self.zero.clear();
+            memory.zero_pages(run, &mut self.zero)?;
+            let mut next = run.first;
+            for &zero in &self.zero {
+                push_data(&mut self.table, &mut self.data, next, zero.first);
+                self.table.push((zero, Content::Zero));
+                next = zero.end();
+            }
+            push_data(&mut self.table, &mut self.data, next, run.end());
+        }
+        Ok(())
+    }
+
+    fn totals(&self, prefix: usize) -> StreamTotals {
+        let pages = self.data.iter().map(|run| run.count).sum();
+        let told: u64 = self.table.iter().map(|(run, _)| run.count).sum();
+        StreamTotals { frames: 1, pages, zero_pages: told - pages, bytes: prefix as u64 + pages * FRAME_SIZE }
+    }
+}
+
+fn push_data(table: &mut Vec<(FrameRun, Content)>, data: &mut Vec<FrameRun>, first: u64, end: u64) {
+    if first < end {
+        let run = FrameRun { first, count: end - first };
+        table.push((run, Content::Data));
+        data.push(run);
+    }
+}

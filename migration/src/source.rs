@@ -1,0 +1,342 @@
+//! The source of a migration: a script that reads from top to bottom.
+//!
+//! ```text
+//!   handshake ─► population map ─► rounds ◄──────────────┐
+//!                                    │ within the budget │ called off (DISARM)
+//!                                    ▼                   │
+//!                        Converged, small rounds ─► stop guest, last pages, state
+//!                                                        │ grant traded for GO-sent
+//!                                                        ▼
+//!                                                     Parked
+//! ```
+//!
+//! Every way out but GO goes through one place, [`run`]: the grant is traded for CANCELLED, the guest runs as it did, the
+//! destination is told, and every thread is joined.
+
+mod conversation;
+mod parked;
+mod report;
+mod rounds;
+mod switchover;
+
+use std::cell::Cell;
+use std::io;
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
+use std::thread::{self, Scope, ScopedJoinHandle};
+use std::time::Duration;
+
+use ferry_proto::stream::v1::{self, from_source::Message as Said};
+
+use crate::guest::{DirtyClearer, GuestEnd, GuestError, SourceGuest};
+use crate::handover::{Attempt, Grants, Traded};
+use crate::link::{self, Link, Outgoing, Sockets};
+use crate::precopy::{Sender as PageSender, Streams};
+use crate::wire::{ControlError, OLDEST_PROTOCOL, PROTOCOL, hello};
+use conversation::{Conversation, Event, Heard, Outbox};
+pub use parked::{NotResumable, Parked};
+pub use report::{
+    Blackout, Overhead, Progress, RoundSummary, SourceOrder, SourceParameters, SourceReport, SourceSummary,
+};
+use rounds::Copy;
+use switchover::Switched;
+
+/// What became of the guest.
+#[derive(Debug)]
+pub enum SourceOutcome<G> {
+    /// GO was sent: the decision register says who runs it.
+    GoSent(Parked<G>),
+    /// The migration ended before GO. The guest runs on here, or is paused if its user had paused it.
+    Cancelled {
+        /// The guest, untracked.
+        guest: G,
+        /// Why.
+        error: SourceError,
+        /// The attempt that was traded for CANCELLED: the next one to be armed, or the one that was.
+        attempt: u32,
+        /// What was measured.
+        summary: SourceSummary,
+    },
+    /// The guest ended by itself before GO.
+    GuestEnded {
+        /// What is left of it.
+        guest: G,
+        /// How.
+        end: GuestEnd,
+        /// The attempt that was traded for CANCELLED.
+        attempt: u32,
+        /// What was measured.
+        summary: SourceSummary,
+    },
+}
+
+/// Why a migration ended at the source before GO.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// The destination cannot take this guest: every reason by name.
+    #[error("the destination cannot take the guest: {}", .0.join("; "))]
+    Incompatible(Vec<String>),
+    /// The destination gave the migration up.
+    #[error("the destination gave up: {}", .0.join("; "))]
+    Refused(Vec<String>),
+    /// The agent ordered it.
+    #[error("aborted: {0}")]
+    Aborted(String),
+    /// The copy did not come within the budget in time.
+    #[error("not done within {}s", .0.as_secs_f64())]
+    TimedOut(Duration),
+    /// Nothing was heard from the destination for too long.
+    #[error("the destination has been silent for {:.1}s", .0.as_secs_f64())]
+    Silent(Duration),
+    /// The control stream failed.
+    #[error("the control stream to the destination was lost")]
+    ControlLost(#[source] ControlError),
+    /// A page stream failed.
+    #[error("page stream {stream} to the destination was lost")]
+    StreamLost {
+        /// Its index.
+        stream: u16,
+        /// How.
+        #[source]
+        cause: io::Error,
+    },
+    /// The destination said something that makes no sense here.
+    #[error("the destination misbehaved: {0}")]
+    Misbehaved(String),
+    /// The agent gave a grant of something else.
+    #[error("the grant is for {0}")]
+    ForeignGrant(Attempt),
+    /// The guest's own side failed.
+    #[error("the guest's side could not {step}")]
+    Guest {
+        /// At what.
+        step: &'static str,
+        /// How.
+        #[source]
+        cause: GuestError,
+    },
+    /// This host failed.
+    #[error("this host could not {step}")]
+    Host {
+        /// At what.
+        step: &'static str,
+        /// How.
+        #[source]
+        cause: io::Error,
+    },
+}
+
+/// Why the script stops short of GO.
+#[derive(Debug)]
+enum Stop {
+    Error(SourceError),
+    GuestEnded(GuestEnd),
+}
+
+impl From<SourceError> for Stop {
+    fn from(error: SourceError) -> Self {
+        Self::Error(error)
+    }
+}
+
+/// Moves a running guest to the destination at the other end of `link`. Blocks until GO was sent, or until the guest
+/// runs on here; every thread that it started is joined when it returns.
+///
+/// `orders` and `reports` may have lost their other end: then nothing is ordered, and nobody listens.
+pub fn run<G: SourceGuest>(
+    mut guest: G,
+    link: Link,
+    parameters: &SourceParameters,
+    grants: &Grants,
+    orders: &Receiver<SourceOrder>,
+    reports: &Sender<SourceReport>,
+) -> SourceOutcome<G> {
+    let SourceParameters { instance, migration, epoch, .. } = *parameters;
+    let mut attempt = Attempt { instance, migration, attempt: 1, epoch };
+    let mut summary = SourceSummary::default();
+    let asked = Asked { parameters, grants, orders, reports };
+    let ended = match Sockets::new(link, parameters.liveness) {
+        Ok(sockets) => {
+            let mut journey = Journey { guest: &mut guest, attempt: &mut attempt, summary: &mut summary };
+            with_threads(&mut journey, &sockets, &asked).map(|()| sockets.into_streams())
+        }
+        Err(cause) => Err(SourceError::Host { step: "set up the connections", cause }.into()),
+    };
+    let stop = match ended {
+        Ok(sockets) => return SourceOutcome::GoSent(Parked { guest, attempt, summary, sockets }),
+        Err(stop) => stop,
+    };
+    // From here on a grant for this attempt is refused, whether it was on its way or not.
+    if grants.trade_for_cancelled(attempt) == Traded::GoSent {
+        tracing::error!(%attempt, "the register says GO-sent for a migration that did not send it");
+    }
+    guest.stop_tracking();
+    let attempt = attempt.attempt;
+    match stop {
+        Stop::Error(error) => SourceOutcome::Cancelled { guest, error, attempt, summary },
+        Stop::GuestEnded(end) => SourceOutcome::GuestEnded { guest, end, attempt, summary },
+    }
+}
+
+/// What the caller asked for.
+#[derive(Clone, Copy)]
+struct Asked<'a> {
+    parameters: &'a SourceParameters,
+    grants: &'a Grants,
+    orders: &'a Receiver<SourceOrder>,
+    reports: &'a Sender<SourceReport>,
+}
+
+impl Asked<'_> {
+    fn report(&self, report: SourceReport) {
+        // A caller that stopped listening still wants the guest moved.
+        let _ = self.reports.send(report);
+    }
+}
+
+/// What outlives the threads.
+struct Journey<'a, G> {
+    guest: &'a mut G,
+    /// The attempt to be armed next, or the one under way.
+    attempt: &'a mut Attempt,
+    summary: &'a mut SourceSummary,
+}
+
+/// The whole migration, once the threads are there.
+fn script<G: SourceGuest>(
+    journey: &mut Journey<'_, G>,
+    conversation: &mut Conversation<'_>,
+    streams: &Streams<G::Clearer>,
+) -> Result<(), Stop> {
+    handshake(journey, conversation)?;
+    let mut copy = Copy::begin(journey, conversation, streams)?;
+    loop {
+        let grant = copy.until_armed()?;
+        match switchover::attempt(&mut copy, grant)? {
+            Switched::GoSent => return Ok(()),
+            Switched::CalledOff => {}
+        }
+    }
+}
+
+fn handshake<G: SourceGuest>(journey: &mut Journey<'_, G>, conversation: &mut Conversation<'_>) -> Result<(), Stop> {
+    use crate::guest::GuestMemory as _;
+
+    let memory = journey.guest.memory();
+    let identity = conversation.identity();
+    conversation.say(Said::Hello(hello(&identity, memory.shape(), journey.guest.profile())));
+    let reply = conversation.wait_for(journey.guest, |heard| match heard {
+        Heard::HelloReply(reply) => Ok(reply),
+        other => Err(other),
+    })?;
+    if !reply.refusals.is_empty() {
+        return Err(SourceError::Incompatible(reply.refusals).into());
+    }
+    if !(OLDEST_PROTOCOL..=PROTOCOL).contains(&reply.protocol) {
+        let what = format!("it chose protocol version {}, which was not offered", reply.protocol);
+        return Err(SourceError::Misbehaved(what).into());
+    }
+    conversation.asked.report(SourceReport::Accepted { protocol: reply.protocol });
+    Ok(())
+}
+
+/// Runs the script among its threads, and ends them whichever way it went.
+fn with_threads<G: SourceGuest>(journey: &mut Journey<'_, G>, sockets: &Sockets, asked: &Asked<'_>) -> Result<(), Stop> {
+    let memory = journey.guest.memory();
+    let streams = Streams::<G::Clearer>::new(sockets.streams(), asked.parameters.bandwidth.map(Into::into));
+    let (events_in, events) = mpsc::sync_channel(64);
+    let (outbox, outgoing) = mpsc::channel();
+    journey.summary.streams = sockets.streams();
+    thread::scope(|scope| {
+        let ending = Ending { sockets, streams: &streams, parked: Cell::new(false) };
+        let mut conversation = Conversation::new(events, outbox, sockets, *asked);
+        let writer = start_control(scope, sockets, asked, &conversation.outbox, outgoing, &events_in)?;
+        let identity = conversation.identity();
+        for (stream, socket) in (0u16..).zip(&sockets.pages) {
+            let Streams { feed, bandwidth, totals } = &streams;
+            let totals = &totals[usize::from(stream)];
+            let sender = PageSender { stream, socket, memory: &*memory, feed, bandwidth, totals };
+            let events = events_in.clone();
+            spawn(scope, format!("ferry-send-{stream}"), move || {
+                // Nobody listens once the migration is over.
+                let round_sent = || drop(events.send(Event::RoundSent));
+                if let Err(error) = sender.run(&identity, round_sent) {
+                    let _ = events.send(Event::StreamFailed { stream, error });
+                }
+            })?;
+        }
+        let ended = script(journey, &mut conversation, &streams);
+        update(journey.summary, &streams, sockets);
+        match &ended {
+            Ok(()) => {
+                conversation.end();
+                // GO is on the connection when the writing thread is done. A panic there ends the scope with one as well.
+                let _ = writer.join();
+                ending.parked.set(true);
+            }
+            Err(stop) => {
+                asked.grants.trade_for_cancelled(*journey.attempt);
+                conversation.farewell(stop);
+            }
+        }
+        ended
+    })
+}
+
+/// Starts the control stream's two threads and gives the writing one.
+fn start_control<'scope, 'env>(
+    scope: &'scope Scope<'scope, 'env>,
+    sockets: &'scope Sockets,
+    asked: &Asked<'_>,
+    outbox: &Outbox,
+    outgoing: Receiver<Outgoing<v1::FromSource>>,
+    events: &SyncSender<Event>,
+) -> Result<ScopedJoinHandle<'scope, ()>, SourceError> {
+    let (outbox, heard, heartbeat) = (outbox.clone(), events.clone(), asked.parameters.liveness.heartbeat);
+    spawn(scope, "ferry-control-in".into(), move || {
+        let deliver = |message| heard.send(Event::Said(message)).is_ok();
+        if let Err(error) = link::read_control(sockets, &outbox, deliver) {
+            let _ = heard.send(Event::ControlLost(error));
+        }
+    })?;
+    let events = events.clone();
+    spawn(scope, "ferry-control-out".into(), move || {
+        if let Err(error) = link::write_control(sockets, &outgoing, heartbeat) {
+            let _ = events.send(Event::ControlLost(error));
+        }
+    })
+}
+
+fn spawn<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    name: String,
+    work: impl FnOnce() + Send + 'scope,
+) -> Result<ScopedJoinHandle<'scope, ()>, SourceError> {
+    let spawned = thread::Builder::new().name(name).spawn_scoped(scope, work);
+    spawned.map_err(|cause| SourceError::Host { step: "start a thread", cause })
+}
+
+fn update<C: DirtyClearer>(summary: &mut SourceSummary, streams: &Streams<C>, sockets: &Sockets) {
+    let sum = streams.sum();
+    summary.bytes_sent = sum.bytes;
+    summary.zero_pages = sum.zero_pages;
+    summary.round_trip = sockets.round_trip();
+}
+
+/// Sends every thread home when it goes out of scope, so that no way out leaves one behind.
+struct Ending<'a, C: DirtyClearer> {
+    sockets: &'a Sockets,
+    streams: &'a Streams<C>,
+    /// GO may still be on its way: the connections stay open.
+    parked: Cell<bool>,
+}
+
+impl<C: DirtyClearer> Drop for Ending<'_, C> {
+    fn drop(&mut self) {
+        self.streams.close();
+        if self.parked.get() {
+            self.sockets.stop_reading();
+        } else {
+            self.sockets.cut();
+        }
+    }
+}

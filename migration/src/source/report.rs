@@ -1,0 +1,176 @@
+//! What goes into a source's run, and what it tells while it runs.
+
+use std::num::NonZeroU64;
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+use crate::guest::{GuestWas, StopTimes};
+use crate::handover::{Attempt, Epoch};
+use crate::link::Liveness;
+use crate::policy::Decision;
+
+/// How one migration is to be done.
+#[derive(Clone, Debug)]
+pub struct SourceParameters {
+    /// The instance that moves.
+    pub instance: Uuid,
+    /// The migration.
+    pub migration: Uuid,
+    /// The epoch under which the guest runs here.
+    pub epoch: Epoch,
+    /// The longest the guest may stand still, everything counted.
+    pub max_downtime: Duration,
+    /// How long the whole copy may take before it is given up.
+    pub timeout: Duration,
+    /// The most bytes a second over all page streams while the guest runs; the last pages are sent without it.
+    pub bandwidth: Option<NonZeroU64>,
+    /// Whether its user had paused the guest.
+    pub guest_was: GuestWas,
+    /// Whether both sides compare digests of all memory and state before the guest is handed over. For tests: the blackout
+    /// grows by the time it takes, which the budget leaves out.
+    pub verify: bool,
+    /// What the switchover costs beside the last pages, as learned from earlier ones.
+    pub overhead: Overhead,
+    /// When the destination counts as dead.
+    pub liveness: Liveness,
+}
+
+/// The parts of a blackout that do not depend on the last pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Overhead {
+    /// Stopping the guest and exporting its state.
+    pub stop: Duration,
+    /// Loading the state, the claim and the start at the destination.
+    pub start: Duration,
+}
+
+impl Default for Overhead {
+    /// A guess for a host that has not moved a guest yet.
+    fn default() -> Self {
+        Self { stop: Duration::from_millis(2), start: Duration::from_millis(5) }
+    }
+}
+
+/// An order to a running source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceOrder {
+    /// Give up, unless GO was sent.
+    Abort {
+        /// Why, for the record and for the destination.
+        reason: String,
+    },
+}
+
+/// What a running source tells. Never blocks it.
+#[derive(Clone, Debug)]
+pub enum SourceReport {
+    /// The destination accepted the handshake.
+    Accepted {
+        /// The protocol version that both speak.
+        protocol: u32,
+    },
+    /// Tracking is on and the first pass begins.
+    Copying {
+        /// Pages that the host has ever populated.
+        populated_pages: u64,
+    },
+    /// About four times a second while copying.
+    Progress(Progress),
+    /// A round was acknowledged by the destination, and what was decided on it.
+    Round {
+        /// What was measured.
+        round: RoundSummary,
+        /// What follows from it.
+        decision: Decision,
+    },
+    /// The budget allows the switchover: a grant for this attempt is awaited while small rounds go on.
+    Converged {
+        /// The attempt to arm.
+        attempt: u32,
+        /// How long the blackout is expected to last.
+        predicted: Duration,
+    },
+    /// A grant is held: the guest is being stopped.
+    Switching {
+        /// The attempt.
+        attempt: Attempt,
+    },
+    /// The switchover was called off, the guest runs on, rounds go on; the next attempt is one higher.
+    Disarmed {
+        /// The attempt that was traded for CANCELLED.
+        attempt: Attempt,
+        /// Why, in words.
+        reason: String,
+    },
+}
+
+/// How far the copy is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Progress {
+    /// The round that is being sent, from 1.
+    pub round: u32,
+    /// Pages of this round not yet handed to a stream.
+    pub remaining_pages: u64,
+    /// Bytes put on all page streams so far.
+    pub bytes_sent: u64,
+    /// Pages found to be zero so far, told and not sent.
+    pub zero_pages: u64,
+    /// Bytes a second, measured since the last progress.
+    pub throughput_bytes_per_s: u64,
+}
+
+/// One round, from its first page to the destination's acknowledgement.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RoundSummary {
+    /// Its number, from 1.
+    pub number: u32,
+    /// Pages in it, zero pages too.
+    pub pages: u64,
+    /// Pages of it that were zero.
+    pub zero_pages: u64,
+    /// Bytes put on the page streams.
+    pub bytes: u64,
+    /// How long it took.
+    pub elapsed: Duration,
+    /// Pages that the guest had dirtied by its end. 0 for the last round, which runs while the guest stands still.
+    pub dirty_pages: u64,
+}
+
+/// Everything measured by a source, whatever its outcome.
+#[derive(Clone, Debug, Default)]
+pub struct SourceSummary {
+    /// The rounds, in order; the last one is that of the blackout if there was one.
+    pub rounds: Vec<RoundSummary>,
+    /// Bytes put on all page streams.
+    pub bytes_sent: u64,
+    /// Zero pages told and not sent.
+    pub zero_pages: u64,
+    /// Page streams used.
+    pub streams: u32,
+    /// Bytes a second over the running rounds; `None` before the first one ended.
+    pub throughput_bytes_per_s: Option<u64>,
+    /// Bytes a second that the guest dirtied, by the last measured round; `None` before the first one ended.
+    pub dirty_bytes_per_s: Option<u64>,
+    /// The smallest round trip of the control stream lately; `None` if none was measured.
+    pub round_trip: Option<Duration>,
+    /// The blackout's source part; `None` if the guest was never stopped, or went on running.
+    pub blackout: Option<Blackout>,
+}
+
+/// The source's part of a blackout.
+#[derive(Clone, Copy, Debug)]
+pub struct Blackout {
+    /// When the pause began.
+    pub pause_began: Instant,
+    /// When GO had been traded and given to the control stream.
+    pub go_sent: Instant,
+    /// The stop: vCPUs, then devices.
+    pub stop: StopTimes,
+    /// Exporting the state.
+    pub state: Duration,
+    /// Fetching the last dirty log and sending the last pages.
+    pub last_pages: Duration,
+    /// Digesting all memory; zero unless verifying.
+    pub verify: Duration,
+}

@@ -1,0 +1,243 @@
+//! Rounds: what the guest has ever populated, then what it wrote meanwhile, until the budget allows the switchover.
+
+use std::time::{Duration, Instant};
+
+use ferry_proto::stream::v1::{self, from_source::Message as Said};
+
+use crate::PageSet;
+use crate::guest::{FRAME_SIZE, GuestMemory as _, SourceGuest};
+use crate::handover::Attempt;
+use crate::policy::{Decision, Policy, Verdict};
+use crate::precopy::{Pace, Round, Streams};
+use crate::source::conversation::{Conversation, Heard, TICK, unexpected};
+use crate::source::{Journey, Progress, RoundSummary, SourceError, SourceReport, SourceSummary, Stop};
+use crate::wire::{StreamTotals, population_to_wire};
+
+/// How long a small round waits for the grant before the next one: the guest dirties little in it, and the host rests.
+const BETWEEN_SMALL_ROUNDS: Duration = Duration::from_millis(5);
+
+/// How long after the first switchover that was called off the next one is asked for, halved; doubled each time.
+const REST_AFTER_DISARM: Duration = Duration::from_millis(50);
+
+/// How often progress is told.
+const PROGRESS: Duration = Duration::from_millis(250);
+
+/// The copy while the guest runs.
+pub(super) struct Copy<'c, 'a, G: SourceGuest> {
+    pub(super) guest: &'c mut G,
+    /// The attempt to be armed next, or the one under way.
+    pub(super) attempt: &'c mut Attempt,
+    pub(super) summary: &'c mut SourceSummary,
+    pub(super) conversation: &'c mut Conversation<'a>,
+    pub(super) streams: &'c Streams<G::Clearer>,
+    pub(super) policy: Policy,
+    /// Frames that the destination does not hold as they are, as far as was fetched. Nothing leaves this set but by
+    /// being sent after its range was re-armed, and a barrier.
+    pub(super) pending: PageSet,
+    /// The number of the next round.
+    pub(super) round: u32,
+    /// An empty set, kept to save allocations.
+    spare: Option<PageSet>,
+    /// After a switchover was called off, the next one is not asked for before this.
+    rest_until: Instant,
+    announced: Option<u32>,
+    told: (Instant, u64),
+    copying_since: Instant,
+}
+
+impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
+    /// Begins to track, sends the map of what is populated, and waits until the destination is ready for pages.
+    pub(super) fn begin(
+        journey: &'c mut Journey<'_, G>,
+        conversation: &'c mut Conversation<'a>,
+        streams: &'c Streams<G::Clearer>,
+    ) -> Result<Self, Stop> {
+        let Journey { guest, attempt, summary } = journey;
+        let failed = |step| move |cause| SourceError::Guest { step, cause };
+        guest.start_tracking().map_err(failed("track its writes"))?;
+        let population = guest.populated().map_err(failed("tell what is populated"))?;
+        for part in population_to_wire(&population) {
+            conversation.say(Said::Population(part));
+        }
+        let mut pending = PageSet::new(guest.memory().shape());
+        population.populated.iter().for_each(|&run| pending.insert(run));
+        conversation.wait_for(*guest, |heard| match heard {
+            Heard::PopulationReady => Ok(()),
+            other => Err(other),
+        })?;
+        conversation.asked.report(SourceReport::Copying { populated_pages: pending.count() });
+        let parameters = conversation.asked.parameters;
+        let policy = Policy::new(parameters.max_downtime, parameters.overhead);
+        let spare = Some(PageSet::new(guest.memory().shape()));
+        let now = Instant::now();
+        let (round, announced, told, copying_since, rest_until) = (1, None, (now, 0), now, now);
+        Ok(Self {
+            guest,
+            attempt,
+            summary,
+            conversation,
+            streams,
+            policy,
+            pending,
+            round,
+            spare,
+            rest_until,
+            announced,
+            told,
+            copying_since,
+        })
+    }
+
+    /// Rounds until the budget allows the switchover, and small ones on until a grant is held.
+    pub(super) fn until_armed(&mut self) -> Result<Attempt, Stop> {
+        loop {
+            let began = Instant::now();
+            let decision = self.running_round()?;
+            let pause = match decision.verdict {
+                Verdict::Switch => {
+                    self.announce(&decision);
+                    BETWEEN_SMALL_ROUNDS
+                }
+                Verdict::Continue => BETWEEN_SMALL_ROUNDS.saturating_sub(began.elapsed()),
+            };
+            let grant = self.wait_for_grant(pause)?;
+            if let Some(grant) = grant.filter(|_| decision.within_budget) {
+                return Ok(grant);
+            }
+        }
+    }
+
+    /// Sends what is pending, waits for the barrier, fetches what the guest wrote meanwhile, and judges.
+    fn running_round(&mut self) -> Result<Decision, Stop> {
+        self.conversation.look_after(self.guest)?;
+        let (began, before, pages) = (Instant::now(), self.streams.sum(), self.pending.count());
+        let number = self.round;
+        if pages > 0 {
+            let clearer = Some(self.guest.clearer());
+            let set = self.take_pending();
+            self.streams.feed.start(Round { number, set, clearer, pace: Pace::Capped });
+            self.wait(|heard| matches!(heard, Heard::RoundSent))?;
+            let mut sent = self.close_round(number)?;
+            sent.clear();
+            self.spare = Some(sent);
+        }
+        let elapsed = began.elapsed();
+        self.fetch_dirty()?;
+        let sent = self.streams.sum();
+        let round = RoundSummary {
+            number,
+            pages,
+            zero_pages: sent.zero_pages - before.zero_pages,
+            bytes: sent.bytes - before.bytes,
+            elapsed,
+            dirty_pages: self.pending.count(),
+        };
+        let decision = self.policy.judge(&round, self.conversation.round_trip());
+        if pages > 0 || self.summary.rounds.is_empty() {
+            self.note(round, &decision);
+        }
+        Ok(decision)
+    }
+
+    /// The barrier: returns the round's set once the destination has all of it. Every page of the round was written to
+    /// its stream before.
+    pub(super) fn close_round(&mut self, number: u32) -> Result<PageSet, Stop> {
+        let totals = self.streams.each().into_iter().map(v1::StreamTotals::from).collect();
+        self.conversation.say(Said::Barrier(v1::Barrier { round: number, totals }));
+        self.wait(|heard| matches!(heard, Heard::BarrierReached(round) if *round == number))?;
+        self.round = number + 1;
+        self.streams.feed.finish().ok_or_else(|| SourceError::Misbehaved("no round was open".to_owned()).into())
+    }
+
+    /// Waits for one thing while the guest runs; anything else is misbehaviour.
+    pub(super) fn wait(&mut self, wanted: impl Fn(&Heard) -> bool) -> Result<(), Stop> {
+        loop {
+            self.conversation.look_after(self.guest)?;
+            self.tell_progress();
+            match self.conversation.next(TICK)? {
+                Some(heard) if wanted(&heard) => return Ok(()),
+                Some(other) => return Err(unexpected(&other).into()),
+                None => {}
+            }
+        }
+    }
+
+    pub(super) fn fetch_dirty(&mut self) -> Result<(), Stop> {
+        let fetched = self.guest.fetch_dirty(&mut self.pending);
+        fetched.map_err(|cause| SourceError::Guest { step: "tell what it wrote", cause }.into())
+    }
+
+    /// What is pending, to be sent as a round.
+    pub(super) fn take_pending(&mut self) -> PageSet {
+        let empty = self.spare.take().unwrap_or_else(|| PageSet::new(self.guest.memory().shape()));
+        std::mem::replace(&mut self.pending, empty)
+    }
+
+    /// Notes that a switchover was called off: the next one is asked for after a pause that grows.
+    pub(super) fn disarmed(&mut self, grant: Attempt) {
+        self.policy.disarmed();
+        let doubled = REST_AFTER_DISARM * (1 << grant.attempt.min(6));
+        self.rest_until = Instant::now() + doubled;
+        self.attempt.attempt = grant.attempt + 1;
+    }
+
+    /// Tells, once for each attempt, that it may be armed.
+    fn announce(&mut self, decision: &Decision) {
+        if Instant::now() < self.rest_until {
+            return;
+        }
+        // The agent may have called the attempt off by itself: a grant for it would be refused.
+        if let Some(cancelled) = self.conversation.asked.grants.cancelled()
+            && cancelled.migration == self.attempt.migration
+            && cancelled.attempt >= self.attempt.attempt
+        {
+            self.attempt.attempt = cancelled.attempt + 1;
+        }
+        if self.announced.replace(self.attempt.attempt) != Some(self.attempt.attempt) {
+            let (attempt, predicted) = (self.attempt.attempt, decision.predicted);
+            self.conversation.asked.report(SourceReport::Converged { attempt, predicted });
+        }
+    }
+
+    fn wait_for_grant(&mut self, pause: Duration) -> Result<Option<Attempt>, Stop> {
+        let Some(grant) = self.conversation.asked.grants.wait_held(pause) else { return Ok(None) };
+        let ours = Attempt { attempt: grant.attempt, ..*self.attempt };
+        if grant != ours || grant.attempt < self.attempt.attempt {
+            return Err(SourceError::ForeignGrant(grant).into());
+        }
+        Ok(Some(grant))
+    }
+
+    fn note(&mut self, round: RoundSummary, decision: &Decision) {
+        let StreamTotals { bytes, zero_pages, .. } = self.streams.sum();
+        self.summary.bytes_sent = bytes;
+        self.summary.zero_pages = zero_pages;
+        self.summary.throughput_bytes_per_s = per_second(bytes, self.copying_since.elapsed());
+        self.summary.dirty_bytes_per_s = per_second(round.dirty_pages * FRAME_SIZE, round.elapsed);
+        self.summary.rounds.push(round);
+        self.conversation.asked.report(SourceReport::Round { round, decision: decision.clone() });
+    }
+
+    fn tell_progress(&mut self) {
+        let (at, bytes) = self.told;
+        let elapsed = at.elapsed();
+        if elapsed < PROGRESS {
+            return;
+        }
+        let sum = self.streams.sum();
+        self.told = (Instant::now(), sum.bytes);
+        self.conversation.asked.report(SourceReport::Progress(Progress {
+            round: self.round,
+            remaining_pages: self.streams.feed.remaining(),
+            bytes_sent: sum.bytes,
+            zero_pages: sum.zero_pages,
+            throughput_bytes_per_s: per_second(sum.bytes - bytes, elapsed).unwrap_or(0),
+        }));
+    }
+}
+
+/// A rate; `None` where no time passed.
+fn per_second(bytes: u64, elapsed: Duration) -> Option<u64> {
+    let seconds = elapsed.as_secs_f64();
+    (seconds > 0.0).then(|| (bytes as f64 / seconds) as u64)
+}

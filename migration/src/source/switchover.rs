@@ -1,0 +1,242 @@
+//! The switchover: the guest stands still from here to GO, or until it was called off.
+//!
+//! Order matters and is: stop, export, *then* the last dirty log, because exporting finishes what writes to
+//! memory; and the grant is traded before GO is written, never after.
+
+use std::time::{Duration, Instant};
+
+use ferry_proto::stream::v1::{self, from_source::Message as Said};
+
+use crate::digest;
+use crate::guest::{GuestCondition, GuestEnd, GuestError, GuestWas, SourceGuest, StopTimes};
+use crate::handover::{Attempt, Traded};
+use crate::precopy::{Pace, Round, Standing};
+use crate::source::conversation::{Heard, TICK, unexpected};
+use crate::source::rounds::Copy;
+use crate::source::{Blackout, RoundSummary, SourceError, SourceReport, Stop};
+use crate::wire::attempt_to_wire;
+
+/// What came of a switchover.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Switched {
+    /// The guest is given away.
+    GoSent,
+    /// It runs on, and rounds may go on.
+    CalledOff,
+}
+
+/// Why the guest is not given away.
+enum Setback {
+    /// Not this time: rounds go on.
+    CallOff(String),
+    /// The migration ends.
+    End(Stop),
+}
+
+impl From<Stop> for Setback {
+    fn from(stop: Stop) -> Self {
+        Self::End(stop)
+    }
+}
+
+/// How far the last round came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum LastRound {
+    NotStarted,
+    UnderWay,
+    Sent,
+}
+
+/// Stops the guest and hands it over under `grant`, or lets it run on.
+pub(super) fn attempt<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, grant: Attempt) -> Result<Switched, Stop> {
+    *copy.attempt = grant;
+    copy.conversation.asked.report(SourceReport::Switching { attempt: grant });
+    let mut last_round = LastRound::NotStarted;
+    match hand_over(copy, grant, &mut last_round) {
+        Ok(blackout) => {
+            copy.summary.blackout = Some(blackout);
+            Ok(Switched::GoSent)
+        }
+        Err(setback) => call_off(copy, grant, setback, last_round),
+    }
+}
+
+/// The blackout's source part. Where it returns an error, the guest stands still and the grant is not traded for GO.
+fn hand_over<G: SourceGuest>(
+    copy: &mut Copy<'_, '_, G>,
+    grant: Attempt,
+    last_round: &mut LastRound,
+) -> Result<Blackout, Setback> {
+    let parameters = copy.conversation.asked.parameters;
+    let pause_began = Instant::now();
+    let mut budget = Budget { deadline: pause_began + parameters.max_downtime, allowed: parameters.max_downtime };
+    let stop = stop_guest(copy, budget.deadline)?;
+
+    let export_began = Instant::now();
+    let state = copy.guest.export().map_err(|cause| could_not("export its state", cause))?;
+    let state_checksum = digest::bytes(&state);
+    let verified_state = match parameters.verify {
+        true => Some(copy.guest.state_digest(&state).map_err(|cause| could_not("digest its state", cause))?),
+        false => None,
+    };
+    let attempt = Some(attempt_to_wire(grant));
+    copy.conversation.say(Said::State(v1::State { attempt: attempt.clone(), machine_state: state }));
+    let last_pages_began = Instant::now();
+    copy.policy.stopped(pause_began.elapsed());
+
+    send_last_pages(copy, &budget, last_round)?;
+    let totals: Vec<_> = copy.streams.each().into_iter().map(v1::StreamTotals::from).collect();
+    let last_pages = last_pages_began.elapsed();
+
+    let verify_began = Instant::now();
+    let digests = match verified_state {
+        Some(state) => {
+            let (attempt, totals) = (attempt.clone(), totals.clone());
+            copy.conversation.say(Said::DigestRequest(v1::DigestRequest { attempt, totals }));
+            let memory = digest::memory(&*copy.guest.memory()).map_err(|cause| could_not("digest its memory", cause))?;
+            Some(v1::Digests { memory: memory.to_le_bytes().to_vec(), state: state.to_le_bytes().to_vec() })
+        }
+        None => None,
+    };
+    let verify = if digests.is_some() { verify_began.elapsed() } else { Duration::ZERO };
+    budget.deadline += verify;
+    budget.check("the last pages were sent")?;
+
+    let manifest = v1::Manifest {
+        attempt,
+        rounds: copy.round,
+        totals,
+        state_checksum: state_checksum.to_le_bytes().to_vec(),
+        paused_by_user: parameters.guest_was == GuestWas::PausedByUser,
+        digests,
+    };
+    copy.conversation.look_around()?;
+    if !copy.conversation.asked.grants.trade_for_go(grant) {
+        return Err(Setback::CallOff("the agent took the grant back".to_owned()));
+    }
+    copy.conversation.say(Said::Go(v1::Go { manifest: Some(manifest) }));
+    let state = last_pages_began - export_began;
+    Ok(Blackout { pause_began, go_sent: Instant::now(), stop, state, last_pages, verify })
+}
+
+/// The time that the guest may stand still.
+struct Budget {
+    deadline: Instant,
+    allowed: Duration,
+}
+
+impl Budget {
+    fn check(&self, when: &str) -> Result<(), Setback> {
+        let over = Instant::now().saturating_duration_since(self.deadline);
+        if over.is_zero() {
+            return Ok(());
+        }
+        let (over, allowed) = (over.as_secs_f64() * 1e3, self.allowed.as_secs_f64() * 1e3);
+        Err(Setback::CallOff(format!("over the budget of {allowed:.1} ms by {over:.1} ms when {when}")))
+    }
+}
+
+fn stop_guest<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, deadline: Instant) -> Result<StopTimes, Setback> {
+    let stopped = copy.guest.stop(deadline);
+    if let GuestCondition::Ended(end) = copy.guest.poll() {
+        return Err(Setback::End(Stop::GuestEnded(end)));
+    }
+    stopped.map_err(|cause| Setback::CallOff(format!("the guest did not stand still: {cause}")))
+}
+
+/// Fetches the last dirty log and sends what is pending, unless that cannot be done within the budget.
+fn send_last_pages<G: SourceGuest>(
+    copy: &mut Copy<'_, '_, G>,
+    budget: &Budget,
+    last_round: &mut LastRound,
+) -> Result<(), Setback> {
+    let (began, before) = (Instant::now(), copy.streams.sum());
+    copy.fetch_dirty()?;
+    let pages = copy.pending.count();
+    let needed = copy.policy.after_stop(pages);
+    let left = budget.deadline.saturating_duration_since(Instant::now());
+    if needed > left {
+        let (needed, left) = (needed.as_secs_f64() * 1e3, left.as_secs_f64() * 1e3);
+        return Err(Setback::CallOff(format!("{pages} last pages and the start need {needed:.1} ms, {left:.1} ms are left")));
+    }
+    if pages > 0 {
+        let set = copy.take_pending();
+        *last_round = LastRound::UnderWay;
+        copy.streams.feed.start(Round { number: copy.round, set, clearer: None, pace: Pace::Unlimited });
+        wait_for_last_pages(copy, budget)?;
+        *last_round = LastRound::Sent;
+    }
+    let sent = copy.streams.sum();
+    copy.summary.rounds.push(RoundSummary {
+        number: copy.round,
+        pages,
+        zero_pages: sent.zero_pages - before.zero_pages,
+        bytes: sent.bytes - before.bytes,
+        elapsed: began.elapsed(),
+        dirty_pages: 0,
+    });
+    Ok(())
+}
+
+fn wait_for_last_pages<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, budget: &Budget) -> Result<(), Setback> {
+    loop {
+        let left = budget.deadline.saturating_duration_since(Instant::now());
+        match copy.conversation.next(TICK.min(left))? {
+            Some(Heard::RoundSent) => return Ok(()),
+            Some(other) => return Err(Setback::End(unexpected(&other).into())),
+            None => {
+                budget.check("the last pages were being sent")?;
+                copy.conversation.look_around()?;
+            }
+        }
+    }
+}
+
+/// The way back: the grant first, then the guest, then everything that can wait.
+fn call_off<G: SourceGuest>(
+    copy: &mut Copy<'_, '_, G>,
+    grant: Attempt,
+    setback: Setback,
+    last_round: LastRound,
+) -> Result<Switched, Stop> {
+    let asked = copy.conversation.asked;
+    if asked.grants.trade_for_cancelled(grant) == Traded::GoSent {
+        // Whoever traded it: from GO-sent on the guest may be another host's, and must not run here.
+        return Ok(Switched::GoSent);
+    }
+    if let Setback::End(stop @ Stop::GuestEnded(_)) = setback {
+        return Err(stop);
+    }
+    copy.guest
+        .resume(asked.parameters.guest_was)
+        .map_err(|cause| Stop::GuestEnded(GuestEnd::Crashed(format!("it could not run on: {cause}"))))?;
+    let reason = match setback {
+        Setback::End(stop) => return Err(stop),
+        Setback::CallOff(reason) => reason,
+    };
+    let wire = Some(attempt_to_wire(grant));
+    copy.conversation.say(Said::Disarm(v1::Disarm { attempt: wire, reason: reason.clone() }));
+    close_last_round(copy, last_round)?;
+    copy.disarmed(grant);
+    asked.report(SourceReport::Disarmed { attempt: grant, reason });
+    Ok(Switched::CalledOff)
+}
+
+/// Ends the round that was sent while the guest stood still. All of its pages stay pending: they were not re-armed, so
+/// a write to one of them since need not be reported.
+fn close_last_round<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, last_round: LastRound) -> Result<(), Stop> {
+    match last_round {
+        LastRound::NotStarted => return Ok(()),
+        LastRound::UnderWay if copy.streams.feed.cut() == Standing::Open => {
+            copy.wait(|heard| matches!(heard, Heard::RoundSent))?;
+        }
+        LastRound::UnderWay | LastRound::Sent => {}
+    }
+    let set = copy.close_round(copy.round)?;
+    copy.pending.union_with(&set);
+    Ok(())
+}
+
+fn could_not(step: &'static str, cause: GuestError) -> Setback {
+    Setback::End(SourceError::Guest { step, cause }.into())
+}

@@ -1,0 +1,425 @@
+//! Frames of the page streams: a fixed header, a table of page runs, then the pages. `docs/wire.md` draws them.
+//!
+//! Header and table carry a checksum; pages do not, because the guest may write one while it is being sent. A frame is
+//! at most [`MAX_RUNS`] runs and [`MAX_DATA_PAGES`] pages, and everything a peer says is checked before it is used.
+
+use std::io::{self, Read};
+
+use uuid::Uuid;
+use zerocopy::byteorder::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::guest::{FRAME_SIZE, FrameRun, MemoryShape};
+use crate::handover::Epoch;
+
+/// The most entries in a frame's table.
+pub(crate) const MAX_RUNS: usize = 512;
+/// The most pages whose bytes follow one table: 2 MiB.
+pub(crate) const MAX_DATA_PAGES: u64 = 512;
+
+/// The first bytes of every frame, `FPAG` in ASCII.
+const MAGIC: u32 = u32::from_le_bytes(*b"FPAG");
+/// The version of this layout.
+const VERSION: u16 = 1;
+
+const KIND_OPEN: u8 = 1;
+const KIND_PAGES: u8 = 2;
+const RUN_DATA: u32 = 1;
+const RUN_ZERO: u32 = 2;
+
+#[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct Header {
+    magic: U32,
+    version: U16,
+    kind: u8,
+    flags: u8,
+    stream: U16,
+    /// Entries of 16 bytes in the table.
+    entries: U16,
+    round: U32,
+    /// Frames on this stream before this one.
+    sequence: U64,
+    /// Bytes of pages after the table.
+    payload: U32,
+    /// CRC-32 of the header up to here and of the table.
+    checksum: U32,
+}
+
+#[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct Entry {
+    first: U64,
+    count: U32,
+    kind: U32,
+}
+
+/// The table of an opening frame: three entries' worth.
+#[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct Opening {
+    instance: [u8; 16],
+    migration: [u8; 16],
+    epoch: U64,
+    streams: U32,
+    reserved: U32,
+}
+
+const HEADER_BYTES: usize = size_of::<Header>();
+const ENTRY_BYTES: usize = size_of::<Entry>();
+const CHECKED_BYTES: usize = HEADER_BYTES - size_of::<U32>();
+const OPENING_ENTRIES: u16 = 3;
+const _: () = assert!(HEADER_BYTES == 32 && ENTRY_BYTES == 16);
+const _: () = assert!(size_of::<Opening>() == ENTRY_BYTES * OPENING_ENTRIES as usize);
+
+/// What a page stream says about itself in its first frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct StreamIdentity {
+    pub(crate) instance: Uuid,
+    pub(crate) migration: Uuid,
+    pub(crate) epoch: Epoch,
+    pub(crate) streams: u32,
+}
+
+/// What a run of a table tells about its pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Content {
+    /// Their bytes follow the table, in the table's order.
+    Data,
+    /// They are all zero.
+    Zero,
+}
+
+/// Why a page stream cannot be read on.
+#[derive(Debug, thiserror::Error)]
+pub enum FrameError {
+    /// The connection failed.
+    #[error("the connection failed")]
+    Io(#[source] io::Error),
+    /// The stream ended inside a frame.
+    #[error("the stream ended inside a frame")]
+    Truncated,
+    /// Not a frame.
+    #[error("a frame begins with {0:#010x} instead of the magic number")]
+    Magic(u32),
+    /// A layout that this build does not know.
+    #[error("frame version {0}, this build reads {VERSION}")]
+    Version(u16),
+    /// A kind of frame that does not belong here.
+    #[error("frame kind {found} where {expected} is expected")]
+    Kind {
+        /// What the header says.
+        found: u8,
+        /// What belongs here.
+        expected: u8,
+    },
+    /// Reserved bits are set.
+    #[error("reserved bits {0:#x} are set in a frame")]
+    Reserved(u32),
+    /// The frame was meant for another stream.
+    #[error("a frame of stream {found} on stream {expected}")]
+    Stream {
+        /// What the header says.
+        found: u16,
+        /// This stream.
+        expected: u16,
+    },
+    /// A frame is missing or doubled.
+    #[error("frame {found} of the stream where {expected} is next")]
+    Sequence {
+        /// What the header says.
+        found: u64,
+        /// Frames read before it.
+        expected: u64,
+    },
+    /// The frame belongs to another round.
+    #[error("a frame of round {found} while round {expected} is open")]
+    Round {
+        /// What the header says.
+        found: u32,
+        /// The round whose barrier comes next.
+        expected: u32,
+    },
+    /// The table is empty or longer than allowed.
+    #[error("a table of {0} runs, allowed are 1 to {MAX_RUNS}")]
+    Entries(u16),
+    /// The header's length is not that of the table's pages.
+    #[error("a frame length of {header} bytes, its table makes {table}")]
+    Length {
+        /// What the header says.
+        header: u64,
+        /// What the table's runs add up to.
+        table: u64,
+    },
+    /// More pages than a frame may carry.
+    #[error("a frame of {0} bytes of pages, at most {limit} are allowed", limit = MAX_DATA_PAGES * FRAME_SIZE)]
+    TooLong(u64),
+    /// Header or table were damaged.
+    #[error("the checksum of a frame's header is {header:#010x}, computed was {computed:#010x}")]
+    Checksum {
+        /// What the header says.
+        header: u32,
+        /// What header and table give.
+        computed: u32,
+    },
+    /// A run of an unknown kind.
+    #[error("a run of unknown kind {0}")]
+    RunKind(u32),
+    /// A run begins before the end of the one before it.
+    #[error("the run at page {first:#x} overlaps or precedes the one before it")]
+    Order {
+        /// The run's first frame number.
+        first: u64,
+    },
+    /// A run is not inside the guest's memory.
+    #[error("{count} pages from page {first:#x} on are not guest memory")]
+    OutsideMemory {
+        /// The run's first frame number.
+        first: u64,
+        /// Its length.
+        count: u64,
+    },
+    /// The stream was opened for another migration.
+    #[error("the stream belongs to migration {0}, or to another epoch or number of streams of it")]
+    Identity(Uuid),
+}
+
+/// Makes the frames of one stream: what goes before the pages.
+#[derive(Debug)]
+pub(crate) struct FrameWriter {
+    stream: u16,
+    sequence: u64,
+    buffer: Vec<u8>,
+}
+
+impl FrameWriter {
+    pub(crate) fn new(stream: u16) -> Self {
+        Self { stream, sequence: 0, buffer: Vec::with_capacity(HEADER_BYTES + MAX_RUNS * ENTRY_BYTES) }
+    }
+
+    /// The stream's first frame.
+    pub(crate) fn open(&mut self, identity: &StreamIdentity) -> &[u8] {
+        let opening = Opening {
+            instance: *identity.instance.as_bytes(),
+            migration: *identity.migration.as_bytes(),
+            epoch: identity.epoch.0.into(),
+            streams: identity.streams.into(),
+            reserved: 0.into(),
+        };
+        self.buffer.clear();
+        self.buffer.resize(HEADER_BYTES, 0);
+        self.buffer.extend_from_slice(opening.as_bytes());
+        self.seal(KIND_OPEN, 0, OPENING_ENTRIES, 0)
+    }
+
+    /// Header and table of a frame of pages: 1 to [`MAX_RUNS`] runs, ascending and apart, at most [`MAX_DATA_PAGES`] pages
+    /// of them data. The bytes of the data runs follow on the stream.
+    pub(crate) fn pages(&mut self, round: u32, runs: impl Iterator<Item = (FrameRun, Content)>) -> &[u8] {
+        self.buffer.clear();
+        self.buffer.resize(HEADER_BYTES, 0);
+        let (mut entries, mut data_pages) = (0u16, 0);
+        for (run, content) in runs {
+            let kind = match content {
+                Content::Data => RUN_DATA,
+                Content::Zero => RUN_ZERO,
+            };
+            let count = u32::try_from(run.count).expect("a run of one frame is far below 2^32 pages");
+            let entry = Entry { first: run.first.into(), count: count.into(), kind: kind.into() };
+            self.buffer.extend_from_slice(entry.as_bytes());
+            entries += 1;
+            data_pages += if content == Content::Data { run.count } else { 0 };
+        }
+        let payload = u32::try_from(data_pages * FRAME_SIZE).expect("a frame's pages are at most 2 MiB");
+        self.seal(KIND_PAGES, round, entries, payload)
+    }
+
+    fn seal(&mut self, kind: u8, round: u32, entries: u16, payload: u32) -> &[u8] {
+        let mut header = Header {
+            magic: MAGIC.into(),
+            version: VERSION.into(),
+            kind,
+            flags: 0,
+            stream: self.stream.into(),
+            entries: entries.into(),
+            round: round.into(),
+            sequence: self.sequence.into(),
+            payload: payload.into(),
+            checksum: 0.into(),
+        };
+        header.checksum = checksum(&header, &self.buffer[HEADER_BYTES..]).into();
+        self.buffer[..HEADER_BYTES].copy_from_slice(header.as_bytes());
+        self.sequence += 1;
+        &self.buffer
+    }
+}
+
+/// Reads the frames of one stream up to their pages.
+#[derive(Debug)]
+pub(crate) struct FrameReader {
+    stream: u16,
+    sequence: u64,
+    table: Vec<u8>,
+    data: Vec<FrameRun>,
+    zero: Vec<FrameRun>,
+}
+
+/// A checked table. The bytes of `data` are next on the stream.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Pages<'a> {
+    pub(crate) round: u32,
+    /// Runs whose pages follow, ascending.
+    pub(crate) data: &'a [FrameRun],
+    /// Runs that are zero, ascending.
+    pub(crate) zero: &'a [FrameRun],
+    /// Bytes of header and table.
+    pub(crate) overhead: u64,
+}
+
+impl FrameReader {
+    pub(crate) fn new(stream: u16) -> Self {
+        let table = vec![0; MAX_RUNS * ENTRY_BYTES];
+        Self { stream, sequence: 0, table, data: Vec::with_capacity(MAX_RUNS), zero: Vec::with_capacity(MAX_RUNS) }
+    }
+
+    /// Reads the stream's first frame. `None` if the stream ended before it.
+    pub(crate) fn open(&mut self, source: &mut impl Read, expected: &StreamIdentity) -> Result<Option<()>, FrameError> {
+        let Some(header) = self.header(source, KIND_OPEN)? else { return Ok(None) };
+        if header.entries.get() != OPENING_ENTRIES {
+            return Err(FrameError::Entries(header.entries.get()));
+        }
+        if header.payload.get() != 0 {
+            return Err(FrameError::Length { header: header.payload.get().into(), table: 0 });
+        }
+        let table = self.table(source, &header)?;
+        let opening = Opening::read_from_bytes(table).map_err(|_| FrameError::Entries(header.entries.get()))?;
+        if opening.reserved.get() != 0 {
+            return Err(FrameError::Reserved(opening.reserved.get()));
+        }
+        let found = StreamIdentity {
+            instance: Uuid::from_bytes(opening.instance),
+            migration: Uuid::from_bytes(opening.migration),
+            epoch: Epoch(opening.epoch.get()),
+            streams: opening.streams.get(),
+        };
+        if found != *expected {
+            return Err(FrameError::Identity(found.migration));
+        }
+        self.sequence += 1;
+        Ok(Some(()))
+    }
+
+    /// Reads header and table of the next frame of pages. `None` if the stream ended before it.
+    pub(crate) fn pages(&mut self, source: &mut impl Read, shape: &MemoryShape) -> Result<Option<Pages<'_>>, FrameError> {
+        let Some(header) = self.header(source, KIND_PAGES)? else { return Ok(None) };
+        let length = u64::from(header.payload.get());
+        if length > MAX_DATA_PAGES * FRAME_SIZE {
+            return Err(FrameError::TooLong(length));
+        }
+        self.table(source, &header)?;
+        self.sort_runs(header.entries.get(), shape)?;
+        let table = self.data.iter().map(|run| run.bytes()).sum();
+        if length != table {
+            return Err(FrameError::Length { header: length, table });
+        }
+        self.sequence += 1;
+        let overhead = (HEADER_BYTES + usize::from(header.entries.get()) * ENTRY_BYTES) as u64;
+        Ok(Some(Pages { round: header.round.get(), data: &self.data, zero: &self.zero, overhead }))
+    }
+
+    fn header(&self, source: &mut impl Read, kind: u8) -> Result<Option<Header>, FrameError> {
+        let mut bytes = [0; HEADER_BYTES];
+        if !read_or_end(source, &mut bytes)? {
+            return Ok(None);
+        }
+        let header = Header::read_from_bytes(&bytes).map_err(|_| FrameError::Truncated)?;
+        if header.magic.get() != MAGIC {
+            return Err(FrameError::Magic(header.magic.get()));
+        }
+        if header.version.get() != VERSION {
+            return Err(FrameError::Version(header.version.get()));
+        }
+        let entries = header.entries.get();
+        if entries == 0 || usize::from(entries) > MAX_RUNS {
+            return Err(FrameError::Entries(entries));
+        }
+        if header.kind != kind {
+            return Err(FrameError::Kind { found: header.kind, expected: kind });
+        }
+        Ok(Some(header))
+    }
+
+    /// Reads the table and then trusts the header: checksum first, everything that it guards after.
+    fn table(&mut self, source: &mut impl Read, header: &Header) -> Result<&[u8], FrameError> {
+        let table = &mut self.table[..usize::from(header.entries.get()) * ENTRY_BYTES];
+        source.read_exact(table).map_err(broken)?;
+        let computed = checksum(header, table);
+        if header.checksum.get() != computed {
+            return Err(FrameError::Checksum { header: header.checksum.get(), computed });
+        }
+        if header.flags != 0 {
+            return Err(FrameError::Reserved(header.flags.into()));
+        }
+        if header.stream.get() != self.stream {
+            return Err(FrameError::Stream { found: header.stream.get(), expected: self.stream });
+        }
+        if header.sequence.get() != self.sequence {
+            return Err(FrameError::Sequence { found: header.sequence.get(), expected: self.sequence });
+        }
+        Ok(table)
+    }
+
+    fn sort_runs(&mut self, entries: u16, shape: &MemoryShape) -> Result<(), FrameError> {
+        self.data.clear();
+        self.zero.clear();
+        let mut end = 0;
+        for bytes in self.table[..usize::from(entries) * ENTRY_BYTES].chunks_exact(ENTRY_BYTES) {
+            let entry = Entry::read_from_bytes(bytes).map_err(|_| FrameError::Truncated)?;
+            let run = FrameRun { first: entry.first.get(), count: entry.count.get().into() };
+            if !shape.contains(run) {
+                return Err(FrameError::OutsideMemory { first: run.first, count: run.count });
+            }
+            if run.first < end {
+                return Err(FrameError::Order { first: run.first });
+            }
+            end = run.end();
+            match entry.kind.get() {
+                RUN_DATA => self.data.push(run),
+                RUN_ZERO => self.zero.push(run),
+                other => return Err(FrameError::RunKind(other)),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn checksum(header: &Header, table: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&header.as_bytes()[..CHECKED_BYTES]);
+    hasher.update(table);
+    hasher.finalize()
+}
+
+/// Fills `bytes`, or tells that the stream ended before the first of them.
+pub(super) fn read_or_end(source: &mut impl Read, bytes: &mut [u8]) -> Result<bool, FrameError> {
+    let first = loop {
+        match source.read(bytes) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => break result.map_err(FrameError::Io)?,
+        }
+    };
+    if first == 0 {
+        return Ok(false);
+    }
+    source.read_exact(&mut bytes[first..]).map_err(broken)?;
+    Ok(true)
+}
+
+fn broken(error: io::Error) -> FrameError {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => FrameError::Truncated,
+        _ => FrameError::Io(error),
+    }
+}
+
+#[cfg(test)]
+mod tests;
