@@ -1,1 +1,23 @@
-//! Whole VMs on real KVM, two agents, faults.
+//! The harness: agents as processes of the built binary `ferry`, guests on real KVM, and a witness of what they live through.
+//!
+//! It sees Ferry as a user does: the command line with `-o json`, exit codes, processes, and the console log of each guest.
+//! Nothing here links the product. Everything that a [`Pair`] started is gone when it is dropped, after a panic too.
+
+#![forbid(unsafe_code)]
+
+pub mod answer;
+pub mod binary;
+pub mod complaints;
+pub mod guest;
+pub mod host;
+pub mod pair;
+pub mod process;
+pub mod waiting;
+pub mod witness;
+
+pub use answer::{Answer, Migration};
+pub use guest::Guest;
+pub use host::Host;
+pub use pair::Pair;
+pub use waiting::until;
+pub use witness::Witness;

@@ -1,2 +1,41 @@
-//! Ferry's chores.
-fn main() {}
+//! Ferry's chores: `cargo xtask test`, `cargo xtask probe` and `cargo xtask bench`.
+#![forbid(unsafe_code)]
+
+mod bench;
+mod probe;
+mod test;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Ferry's chores.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Subcommand)]
+enum Chore {
+    /// Everything that must be green: fmt, clippy, docs, unit tests, doctests, scenarios on real KVM.
+    Test(test::Options),
+    /// Writes the probe guest as an ELF file that boots in Ferry, QEMU microvm and Cloud Hypervisor.
+    Probe(probe::Options),
+    /// Runs the benchmark, a peer in turn with Ferry where one is named.
+    Bench(bench::Options),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().chore {
+        Chore::Test(options) => test::run(&options),
+        Chore::Probe(options) => probe::run(&options),
+        Chore::Bench(options) => bench::run(&options),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}

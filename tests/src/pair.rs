@@ -1,0 +1,259 @@
+//! Two hosts that know each other, and what must hold of them after every scenario.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use crate::answer::Answer;
+use crate::guest::Guest;
+use crate::host::{Call, Host};
+use crate::waiting::{CALL, until};
+use crate::witness::Witness;
+use crate::{binary, complaints, process};
+
+/// Hosts `a` and `b` in one temporary directory. Dropping it ends every process that it started and removes every file.
+pub struct Pair {
+    /// Where guests are run.
+    pub a: Host,
+    /// Where they move to.
+    pub b: Host,
+    expected_complaints: BTreeSet<String>,
+    folder: TempDir,
+}
+
+impl Pair {
+    /// Two hosts, their agents up.
+    ///
+    /// # Errors
+    /// If an agent does not come up.
+    pub fn start() -> Result<Self> {
+        let mut pair = Self::prepare()?;
+        pair.a.start()?;
+        pair.b.start()?;
+        Ok(pair)
+    }
+
+    /// Two hosts whose agents do not run yet.
+    ///
+    /// # Errors
+    /// If the binary is missing or there is no room.
+    pub fn prepare() -> Result<Self> {
+        Self::prepare_with(&binary::ferry()?)
+    }
+
+    /// Two hosts of this binary, whose agents do not run yet.
+    ///
+    /// # Errors
+    /// If there is no room.
+    pub fn prepare_with(ferry: &Path) -> Result<Self> {
+        // Short: the path of a Unix socket has 107 characters.
+        let folder = tempfile::Builder::new()
+            .prefix("ft")
+            .tempdir_in("/tmp")
+            .context("failed to make a folder")?;
+        let (mut a, mut b) = (
+            Host::new("a", folder.path(), ferry)?,
+            Host::new("b", folder.path(), ferry)?,
+        );
+        let peers = [format!("b={}", b.url()), format!("a={}", a.url())];
+        for (host, peer) in [&mut a, &mut b].into_iter().zip(peers) {
+            host.arguments.extend(["--peer".to_owned(), peer]);
+        }
+        fs::write(folder.path().join(PROBE), ferry_probe::PROBE_ELF).context("failed to write the probe")?;
+        fs::create_dir(folder.path().join(KEPT_LOGS))?;
+        Ok(Self {
+            a,
+            b,
+            expected_complaints: BTreeSet::new(),
+            folder,
+        })
+    }
+
+    /// The temporary directory.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The probe as a file.
+    #[must_use]
+    pub fn kernel(&self) -> String {
+        self.folder.path().join(PROBE).display().to_string()
+    }
+
+    /// Lines with these words in an agent's or a VMM's log do not fail the scenario.
+    pub fn expect_complaint(&mut self, words: &str) {
+        self.expected_complaints.insert(words.to_owned());
+    }
+
+    /// Runs a guest on `a` and waits until it is ready and beats.
+    ///
+    /// # Errors
+    /// If it is refused, or does not come up.
+    pub fn run(&self, guest: &Guest) -> Result<Witness> {
+        self.a.ferry(&guest.arguments(&self.kernel()))?.exit(0)?;
+        let witness = Witness::of(&[&self.a, &self.b]);
+        witness.wait_ready()?;
+        self.keep_logs();
+        Ok(witness)
+    }
+
+    /// Moves the guest from `a` to `b` with these further arguments, and waits for the end.
+    ///
+    /// # Errors
+    /// If the call cannot be made.
+    pub fn migrate(&self, name: &str, further: &[&str]) -> Result<Answer> {
+        self.begin_migrate(name, further)?.wait()
+    }
+
+    /// The same, going on in the background.
+    ///
+    /// # Errors
+    /// If the call cannot be made.
+    pub fn begin_migrate(&self, name: &str, further: &[&str]) -> Result<Call> {
+        let words = [&["migrate", name, "--to", "b"], further].concat();
+        self.a.begin(&words)
+    }
+
+    /// Begins to move the guest and waits until the copying is held at this phase.
+    ///
+    /// # Errors
+    /// If the migration ends before that.
+    pub fn migrate_held_at(&self, name: &str, phase: &str) -> Result<Held> {
+        let call = self.begin_migrate(name, &["--hold-at", phase, "--digests", "--timeout", "60s"])?;
+        let id = until("the migration is under way", CALL, || {
+            let shown = self.a.ferry(&["show", name])?.exit(0)?.json()?;
+            Ok(shown["migration"]
+                .as_str()
+                .filter(|_| shown["task"] == "migrating")
+                .map(str::to_owned))
+        })?;
+        until(&format!("the migration is held at {phase}"), CALL, || {
+            let migration = self.a.ferry(&["migration", "show", &id])?.exit(0)?.migration()?;
+            match migration.text("status")? {
+                "failed" | "cancelled" | "completed" | "error" => bail!("it ended: {}", migration.record),
+                _ => {}
+            }
+            let decision = migration.record["decision"].as_str().unwrap_or_default();
+            Ok(decision.contains("held").then_some(()))
+        })?;
+        self.keep_logs();
+        Ok(Held { id, call })
+    }
+
+    /// Checks that the guest runs at this host and nowhere else: status, processes, heartbeats, oracle.
+    ///
+    /// # Errors
+    /// Which of these does not hold.
+    pub fn runs_only_at(&self, host: &Host, name: &str, witness: &Witness) -> Result<()> {
+        host.wait_for_status(name, "running")?;
+        self.exists_only_at(host, name)?;
+        witness.wait_for_beats_at(host.name, 5)?;
+        self.keep_logs();
+        witness.check()
+    }
+
+    /// Checks that the only VMM left is at this host.
+    ///
+    /// # Errors
+    /// The processes found instead.
+    pub fn exists_only_at(&self, host: &Host, name: &str) -> Result<()> {
+        let other = if host.name == self.a.name { &self.b } else { &self.a };
+        let one = until(&format!("the only VMM of {name} is at {}", host.name), CALL, || {
+            Ok((host.vmms().len() == 1 && other.vmms().is_empty()).then_some(()))
+        });
+        one.with_context(|| format!("VMMs at a: {:?}, at b: {:?}", self.a.vmms(), self.b.vmms()))
+    }
+
+    /// Ends a scenario: no unexpected complaint in any log.
+    ///
+    /// # Errors
+    /// The complaints.
+    pub fn close(&self) -> Result<()> {
+        self.keep_logs();
+        let mut found = Vec::new();
+        for file in self.logs() {
+            let log = fs::read(&file).with_context(|| format!("failed to read {}", file.display()))?;
+            let complaints = complaints::in_log(&String::from_utf8_lossy(&log), &self.expected_complaints);
+            found.extend(complaints.into_iter().map(|line| format!("{}: {line}", file.display())));
+        }
+        if found.is_empty() {
+            Ok(())
+        } else {
+            bail!("unexpected complaints:\n{}", found.join("\n"))
+        }
+    }
+
+    /// The ends of all logs, for the message of a failed scenario.
+    #[must_use]
+    pub fn story(&self) -> String {
+        self.keep_logs();
+        let logs = self.logs();
+        logs.iter()
+            .map(|file| format!("── {}\n{}\n", file.display(), complaints::tail(file, 40)))
+            .collect()
+    }
+
+    /// Holds on to the logs of VMMs, which go when their instance does: a second link to each file.
+    pub fn keep_logs(&self) {
+        for host in [&self.a, &self.b] {
+            let instances = fs::read_dir(host.data_dir.join("instances"))
+                .into_iter()
+                .flatten()
+                .flatten();
+            for instance in instances {
+                for entry in fs::read_dir(instance.path()).into_iter().flatten().flatten() {
+                    let name = entry.file_name().to_string_lossy().into_owned();
+                    let Ok(metadata) = entry.metadata() else { continue };
+                    if name.ends_with(".log") && !name.contains("console") {
+                        let kept = format!("{}-{}-{name}", host.name, metadata.ino());
+                        let _ = fs::hard_link(entry.path(), self.folder.path().join(KEPT_LOGS).join(kept));
+                    }
+                }
+            }
+        }
+    }
+
+    fn logs(&self) -> Vec<PathBuf> {
+        let kept = fs::read_dir(self.folder.path().join(KEPT_LOGS))
+            .into_iter()
+            .flatten()
+            .flatten();
+        let agents = [&self.a, &self.b].map(|host| host.log.clone());
+        agents
+            .into_iter()
+            .filter(|file| file.exists())
+            .chain(kept.map(|entry| entry.path()))
+            .collect()
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        // The agents first: they would look after a VMM that dies.
+        self.a.kill();
+        self.b.kill();
+        for id in process::naming(self.folder.path()) {
+            let _ = process::signal(id, Signal::KILL);
+        }
+        let _ = until("all processes are gone", CALL, || {
+            Ok(process::naming(self.folder.path()).is_empty().then_some(()))
+        });
+    }
+}
+
+/// A migration whose copying is held.
+pub struct Held {
+    /// The migration's id.
+    pub id: String,
+    /// The waiting `ferry migrate`.
+    pub call: Call,
+}
+
+const PROBE: &str = "probe.elf";
+const KEPT_LOGS: &str = "logs";

@@ -1,0 +1,251 @@
+//! Agents that are killed and come back: before, during and after a migration.
+
+use anyhow::{Result, ensure};
+use ferry_tests::{Guest, Migration, Pair, until, waiting::MOVE};
+use libtest_mimic::Trial;
+use rusqlite::{Connection, OpenFlags};
+
+use crate::scenario::on_kvm;
+
+pub(crate) fn trials() -> Vec<Trial> {
+    on_kvm![
+        a_guest_outlives_its_agent,
+        a_source_agent_killed_before_a_migration_finds_its_guest_again,
+        a_source_agent_killed_while_copying_comes_back_to_one_guest,
+        a_source_agent_killed_and_gone_for_good_loses_no_guest,
+        a_source_agent_killed_afterwards_remembers_where_the_guest_went,
+        a_destination_agent_killed_before_a_migration_takes_the_guest,
+        a_destination_agent_killed_while_copying_leaves_the_guest_at_the_source,
+        a_destination_agent_killed_afterwards_keeps_its_guest,
+        both_agents_killed_while_copying_come_back_to_one_guest,
+        agents_killed_at_random_moments_never_make_two_guests,
+        the_journal_is_readable_while_the_agent_runs,
+    ]
+}
+
+const WORK: &str = "fill=random fill_mib=64 work=uniform work_mib=8 rate=1000 heartbeat_ms=20";
+
+fn a_guest_outlives_its_agent(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g"))?;
+    let vmm = pair.a.vmm()?;
+
+    pair.a.kill();
+    witness.wait_for_beats_at("a", 5)?;
+    pair.a.start()?;
+    pair.a.terminate()?;
+    witness.wait_for_beats_at("a", 5)?;
+    pair.a.start()?;
+
+    ensure!(pair.a.vmm()? == vmm);
+    pair.a.ferry(&["pause", "g"])?.exit(0)?;
+    pair.a.ferry(&["resume", "g"])?.exit(0)?;
+    pair.runs_only_at(&pair.a, "g", &witness)
+}
+
+fn a_source_agent_killed_before_a_migration_finds_its_guest_again(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g"))?;
+    pair.a.kill();
+    pair.a.start()?;
+
+    pair.migrate("g", &["--digests"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn a_source_agent_killed_while_copying_comes_back_to_one_guest(pair: &mut Pair) -> Result<()> {
+    tolerate_lost_agents(pair);
+    let witness = pair.run(&Guest::new("g").work(WORK))?;
+    let id = begin_slow(pair)?;
+
+    pair.a.kill();
+    witness.wait_for_beats_at("a", 2)?;
+    pair.a.start()?;
+
+    ends_with_one_guest(pair, &id, &witness)
+}
+
+fn a_source_agent_killed_and_gone_for_good_loses_no_guest(pair: &mut Pair) -> Result<()> {
+    tolerate_lost_agents(pair);
+    let witness = pair.run(&Guest::new("g").work(WORK))?;
+    begin_slow(pair)?;
+
+    pair.a.kill();
+
+    // No agent gives a grant: the guest stays where it is, for as long as its own VMM lives.
+    witness.wait_for_beats_at("a", 200)?;
+    witness.check()
+}
+
+fn a_source_agent_killed_afterwards_remembers_where_the_guest_went(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g"))?;
+    let id = pair.migrate("g", &[])?.exit(0)?.migration()?.text("id")?.to_owned();
+
+    pair.a.kill();
+    pair.a.start()?;
+
+    pair.a.ferry(&["show", "g"])?.exit(3)?.says("moved_to")?.says("b")?;
+    pair.a
+        .ferry(&["migration", "show", &id])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn a_destination_agent_killed_before_a_migration_takes_the_guest(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g"))?;
+    pair.b.kill();
+    pair.b.start()?;
+
+    pair.migrate("g", &["--digests"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn a_destination_agent_killed_while_copying_leaves_the_guest_at_the_source(pair: &mut Pair) -> Result<()> {
+    tolerate_lost_agents(pair);
+    let witness = pair.run(&Guest::new("g").work(WORK))?;
+    let id = begin_slow(pair)?;
+
+    pair.b.kill();
+    let record = wait_over(pair, &id)?;
+    ensure!(record.text("guest_location")? == "a", "{}", record.record);
+    pair.b.start()?;
+
+    pair.runs_only_at(&pair.a, "g", &witness)?;
+    pair.migrate("g", &["--digests"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn a_destination_agent_killed_afterwards_keeps_its_guest(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g"))?;
+    pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
+
+    pair.b.kill();
+    witness.wait_for_beats_at("b", 5)?;
+    pair.b.start()?;
+
+    pair.runs_only_at(&pair.b, "g", &witness)?;
+    pair.b
+        .ferry(&["migrate", "g", "--to", "a", "--digests"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "a")?;
+    pair.runs_only_at(&pair.a, "g", &witness)
+}
+
+fn both_agents_killed_while_copying_come_back_to_one_guest(pair: &mut Pair) -> Result<()> {
+    tolerate_lost_agents(pair);
+    let witness = pair.run(&Guest::new("g").work(WORK))?;
+    let id = begin_slow(pair)?;
+
+    pair.a.kill();
+    pair.b.kill();
+    pair.b.start()?;
+    pair.a.start()?;
+
+    ends_with_one_guest(pair, &id, &witness)
+}
+
+fn agents_killed_at_random_moments_never_make_two_guests(pair: &mut Pair) -> Result<()> {
+    tolerate_lost_agents(pair);
+    let witness = pair.run(&Guest::new("g").work("fill=random fill_mib=16 work=uniform work_mib=8 heartbeat_ms=20"))?;
+
+    // The moments are spread over a fast move, the switchover among them.
+    for (round, delay_ms) in [30, 60, 90, 120, 160, 200].into_iter().enumerate() {
+        let (source, target) = if pair.a.ferry(&["show", "g"])?.code == Some(0) {
+            ("a", "b")
+        } else {
+            ("b", "a")
+        };
+        let host = if source == "a" { &pair.a } else { &pair.b };
+        let began = host.ferry(&["migrate", "g", "--to", target, "--detach"])?.exit(0)?;
+        let id = began.migration()?.text("id")?.to_owned();
+        std::thread::sleep(std::time::Duration::from_millis(delay_ms));
+        let kills_source = round % 2 == 0;
+        let victim = if (source == "a") == kills_source {
+            &mut pair.a
+        } else {
+            &mut pair.b
+        };
+        victim.kill();
+        victim.start()?;
+        ends_with_one_guest(pair, &id, &witness)?;
+    }
+    Ok(())
+}
+
+fn the_journal_is_readable_while_the_agent_runs(pair: &mut Pair) -> Result<()> {
+    pair.run(&Guest::new("g"))?;
+    let id = pair.migrate("g", &[])?.exit(0)?.migration()?.text("id")?.to_owned();
+
+    for host in [&pair.a, &pair.b] {
+        let journal = Connection::open_with_flags(host.data_dir.join("journal.db"), OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+        let mode: String = journal.query_row("PRAGMA journal_mode", [], |row| row.get(0))?;
+        let found: i64 = journal.query_row("SELECT count(*) FROM migrations WHERE id = ?1", [&id], |row| row.get(0))?;
+        let check: String = journal.query_row("PRAGMA quick_check", [], |row| row.get(0))?;
+        ensure!(
+            (mode.as_str(), found, check.as_str()) == ("wal", 1, "ok"),
+            "{mode} {found} {check} at {}",
+            host.name
+        );
+    }
+    pair.b.wait_for_status("g", "running")?;
+    Ok(())
+}
+
+fn begin_slow(pair: &Pair) -> Result<String> {
+    let began = pair
+        .migrate("g", &["--detach", "--bandwidth", "160Mbit", "--digests"])?
+        .exit(0)?;
+    let id = began.migration()?.text("id")?.to_owned();
+    until("pages are being sent", MOVE, || {
+        let record = pair.a.ferry(&["migration", "show", &id])?.exit(0)?.migration()?;
+        Ok((record.number("bytes_sent")? > f64::from(4 << 20)).then_some(()))
+    })?;
+    pair.keep_logs();
+    Ok(id)
+}
+
+fn wait_over(pair: &Pair, id: &str) -> Result<Migration> {
+    until("the migration is over", MOVE, || {
+        let record = pair.a.ferry(&["migration", "show", id])?.exit(0)?.migration()?;
+        let over = matches!(record.text("status")?, "completed" | "failed" | "cancelled" | "error");
+        Ok(over.then_some(record))
+    })
+}
+
+fn ends_with_one_guest(pair: &Pair, id: &str, witness: &ferry_tests::Witness) -> Result<()> {
+    let record = wait_over(pair, id)?;
+    let host = if record.text("guest_location")? == "a" {
+        &pair.a
+    } else {
+        &pair.b
+    };
+    pair.runs_only_at(host, "g", witness)
+}
+
+/// An agent that loses its peer in mid-migration says so.
+fn tolerate_lost_agents(pair: &mut Pair) {
+    for words in [
+        "peer",
+        "migration",
+        "heartbeat",
+        "agent",
+        "connection",
+        "transport",
+        "source",
+        "destination",
+    ] {
+        pair.expect_complaint(words);
+    }
+}

@@ -1,0 +1,35 @@
+//! Scenarios: whole VMs on real KVM under two agents, as a user drives them.
+//!
+//! One at a time, because each has guests that spin. Each starts its own pair of agents and leaves nothing behind; after
+//! each exactly one copy of the guest exists, its oracle is clean, and no log holds a complaint that was not expected.
+//! `FERRY_LONG_TESTS=1` adds the long matrices.
+
+mod aborts;
+mod agents;
+mod data_port;
+mod faults;
+mod lifecycle;
+mod moves;
+mod refusals;
+mod requests;
+mod scenario;
+
+use std::process::ExitCode;
+
+use libtest_mimic::Arguments;
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    let trials = [
+        lifecycle::trials(),
+        refusals::trials(),
+        moves::trials(),
+        requests::trials(),
+        aborts::trials(),
+        agents::trials(),
+        data_port::trials(),
+        faults::trials(),
+    ];
+    libtest_mimic::run(&arguments, trials.into_iter().flatten().collect()).exit_code()
+}

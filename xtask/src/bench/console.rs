@@ -1,0 +1,205 @@
+//! What a probe's console told, with the time at which it was read.
+
+use std::io::{BufRead, BufReader, Read};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use ferry_probe::console::parse;
+use ferry_probe::report::{Heartbeat, Line};
+
+/// A heartbeat and when it was read.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Beat {
+    pub(super) heartbeat: Heartbeat,
+    pub(super) read_at: Instant,
+}
+
+/// The lines of one console, read by a thread of its own until the console ends.
+#[derive(Clone, Default)]
+pub(super) struct Console {
+    told: Arc<Mutex<Told>>,
+}
+
+#[derive(Default)]
+struct Told {
+    beats: Vec<Beat>,
+    tsc_khz: u64,
+    complaints: Vec<String>,
+    /// The beginning of a line that the guest finished elsewhere, or the end of one that it began elsewhere.
+    rest: String,
+}
+
+impl Console {
+    /// Reads `stream` until it ends.
+    pub(super) fn follow(stream: impl Read + Send + 'static) -> Self {
+        let console = Self::default();
+        let writer = console.clone();
+        thread::spawn(move || {
+            let mut reader = BufReader::new(stream);
+            let mut line = Vec::new();
+            while reader.read_until(b'\n', &mut line).is_ok_and(|read| read > 0) {
+                writer.take(&String::from_utf8_lossy(&line), Instant::now());
+                line.clear();
+            }
+        });
+        console
+    }
+
+    fn take(&self, line: &str, read_at: Instant) {
+        let mut told = self.lock();
+        match parse(line) {
+            Some(Line::Ready(ready)) => told.tsc_khz = ready.tsc_khz,
+            Some(Line::Heartbeat(heartbeat)) => told.beats.push(Beat { heartbeat, read_at }),
+            Some(Line::Fault(_) | Line::Error(_)) => told.complaints.push(line.trim_end().to_owned()),
+            Some(Line::Probe { .. } | Line::End(_)) => {}
+            None => told.rest.push_str(line),
+        }
+    }
+
+    /// The heartbeats so far.
+    pub(super) fn beats(&self) -> Vec<Beat> {
+        self.lock().beats.clone()
+    }
+
+    /// The guest's clock in kHz; 0 before it is ready.
+    pub(super) fn tsc_khz(&self) -> u64 {
+        self.lock().tsc_khz
+    }
+
+    /// Waits until this many heartbeats were read.
+    ///
+    /// # Errors
+    /// If the guest complains or does not beat in time.
+    pub(super) fn wait_for_beats(&self, count: usize, timeout: Duration) -> Result<()> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let (beats, complaints) = {
+                let told = self.lock();
+                (told.beats.len(), told.complaints.join("; "))
+            };
+            if !complaints.is_empty() {
+                bail!("the guest says {complaints}");
+            }
+            if beats >= count {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("{beats} heartbeats after {} s, not {count}", timeout.as_secs());
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Told> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What guest and reader saw of one move.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Seen {
+    pub(super) gap_ms: f64,
+    pub(super) reader_gap_ms: f64,
+    pub(super) clock_lost_ms: f64,
+}
+
+/// Compares the beats before and after a move that began at `began`.
+///
+/// A guest whose clock stood still during the blackout sees no gap. What its clock lost against the host's is added to the
+/// first heartbeat's gap after the move, so that all contenders are measured by the same clock. The loss is the step between
+/// the fastest readings before and after, because a reading can be late and never early.
+///
+/// # Errors
+/// If a heartbeat is missing, which would mean that the guest did not live through the move.
+pub(super) fn compare(before: &[Beat], after: &[Beat], tsc_khz: u64, began: Instant) -> Result<Seen> {
+    let (Some(last), Some(first)) = (before.last(), after.first()) else {
+        bail!("no heartbeat on one of the hosts");
+    };
+    // One line may have been cut in two by the move.
+    if first.heartbeat.seq <= last.heartbeat.seq || first.heartbeat.seq > last.heartbeat.seq + 2 {
+        bail!(
+            "heartbeat {} is followed by {}",
+            last.heartbeat.seq,
+            first.heartbeat.seq
+        );
+    }
+    let origin = before[0];
+    let offset = |beat: &Beat| {
+        let host = beat.read_at.duration_since(origin.read_at).as_secs_f64() * 1e3;
+        let guest = (beat.heartbeat.tsc as f64 - origin.heartbeat.tsc as f64) / tsc_khz as f64;
+        host - guest
+    };
+    let fastest = |beats: &[Beat]| beats.iter().map(offset).fold(f64::INFINITY, f64::min);
+    let clock_lost_ms = fastest(after) - fastest(before);
+
+    let during: Vec<_> = before
+        .iter()
+        .filter(|beat| beat.read_at >= began)
+        .chain(after)
+        .collect();
+    let own_gap = during.iter().map(|beat| beat.heartbeat.gap_ns).max().unwrap_or(0) as f64 / 1e6;
+    let stood_still_ms = if clock_lost_ms > READING_NOISE_MS {
+        clock_lost_ms
+    } else {
+        0.0
+    };
+    let across = first.heartbeat.gap_ns as f64 / 1e6 + stood_still_ms;
+    let mut reader_gap_ms: f64 = 0.0;
+    let mut previous = *before.iter().rev().find(|beat| beat.read_at < began).unwrap_or(&origin);
+    for beat in during {
+        reader_gap_ms = reader_gap_ms.max(beat.read_at.duration_since(previous.read_at).as_secs_f64() * 1e3);
+        previous = *beat;
+    }
+    Ok(Seen {
+        gap_ms: own_gap.max(across),
+        reader_gap_ms,
+        clock_lost_ms,
+    })
+}
+
+/// What the fastest readings before and after a move differ by although no clock stood still.
+const READING_NOISE_MS: f64 = 2.0;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn beat(start: Instant, seq: u64, host_ms: u64, guest_ms: u64, gap_ms: u64) -> Beat {
+        let heartbeat = Heartbeat {
+            seq,
+            tsc: guest_ms * 1000,
+            gap_ns: gap_ms * 1_000_000,
+            ..Heartbeat::default()
+        };
+        Beat {
+            heartbeat,
+            read_at: start + Duration::from_millis(host_ms),
+        }
+    }
+
+    #[test]
+    fn a_clock_that_stood_still_hides_no_gap() {
+        let start = Instant::now();
+        let before = [
+            beat(start, 0, 0, 0, 0),
+            beat(start, 1, 10, 10, 1),
+            beat(start, 2, 20, 20, 1),
+        ];
+        let after = [beat(start, 3, 70, 30, 2), beat(start, 4, 80, 40, 1)];
+        let seen = compare(&before, &after, 1000, start + Duration::from_millis(15)).unwrap();
+        assert!((seen.clock_lost_ms - 40.0).abs() < 0.01, "{seen:?}");
+        assert!((seen.gap_ms - 42.0).abs() < 0.01, "{seen:?}");
+        assert!((seen.reader_gap_ms - 50.0).abs() < 0.01, "{seen:?}");
+    }
+
+    #[test]
+    fn a_lost_heartbeat_is_an_error() {
+        let start = Instant::now();
+        let before = [beat(start, 0, 0, 0, 0)];
+        assert!(compare(&before, &[beat(start, 3, 10, 10, 0)], 1000, start).is_err());
+        assert!(compare(&before, &[beat(start, 0, 10, 10, 0)], 1000, start).is_err());
+        assert!(compare(&before, &[], 1000, start).is_err());
+    }
+}

@@ -1,0 +1,88 @@
+//! Ferry's own turn: two agents of the release build, driven through the command line as a user would.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use ferry_tests::witness::Beat as WitnessBeat;
+use ferry_tests::{Guest, Pair, Witness, until};
+
+use super::console::{Beat, compare};
+use super::workload::Workload;
+use super::{BEATS_AFTER, BEATS_BEFORE, Sample};
+use crate::workspace;
+
+/// The release build of `ferry`.
+pub(super) struct Binary {
+    file: PathBuf,
+}
+
+/// Builds it.
+///
+/// # Errors
+/// If it does not build.
+pub(super) fn build() -> Result<Binary> {
+    let mut cargo = workspace::cargo();
+    let built = cargo
+        .args(["build", "--release", "--package", "ferry-rpc"])
+        .stdin(Stdio::null())
+        .status();
+    if !built.context("failed to start cargo")?.success() {
+        bail!("the release build failed");
+    }
+    Ok(Binary {
+        file: workspace::target().join("release/ferry"),
+    })
+}
+
+impl Binary {
+    /// Where it is.
+    pub(super) fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// Moves the guest once and measures.
+    ///
+    /// # Errors
+    /// If an agent or the guest does not come up, or does not live through the move.
+    pub(super) fn run(&self, workload: &Workload) -> Result<Sample> {
+        let mut pair = Pair::prepare_with(&self.file)?;
+        pair.a.start()?;
+        pair.b.start()?;
+        let guest = Guest::new("g")
+            .memory_mib(workload.memory_mib)
+            .work(&workload.full_cmdline());
+        let witness = pair.run(&guest)?;
+        wait_for_beats(&witness, "a", BEATS_BEFORE)?;
+
+        let began = Instant::now();
+        let moved = pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
+        wait_for_beats(&witness, "b", BEATS_AFTER)?;
+        witness.check()?;
+
+        let seen = compare(&beats(&witness, "a"), &beats(&witness, "b"), witness.tsc_khz(), began)?;
+        Ok(Sample {
+            total_ms: moved.number("total_ms")?,
+            gap_ms: seen.gap_ms,
+            reported_downtime_ms: moved.number("downtime_ms.total").ok(),
+            reader_gap_ms: Some(seen.reader_gap_ms),
+            bytes: moved.number("bytes_sent").ok(),
+            clock_lost_ms: Some(seen.clock_lost_ms),
+        })
+    }
+}
+
+fn beats(witness: &Witness, host: &str) -> Vec<Beat> {
+    let from_host = witness.beats().into_iter().filter(|beat| beat.host == host);
+    from_host
+        .map(|WitnessBeat { heartbeat, read_at, .. }| Beat { heartbeat, read_at })
+        .collect()
+}
+
+fn wait_for_beats(witness: &Witness, host: &'static str, count: usize) -> Result<()> {
+    let what = format!("{count} heartbeats from {host}");
+    until(&what, Duration::from_secs(120), || {
+        Ok((beats(witness, host).len() >= count).then_some(()))
+    })
+}

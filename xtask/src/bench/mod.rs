@@ -1,0 +1,147 @@
+//! `cargo xtask bench`: Ferry's benchmark, and the same guest and workload in a peer, in turn in one run.
+//!
+//! One Ferry run, one run of each of the peer's modes, the next Ferry run: what disturbs the host then disturbs all alike.
+//! Two runs an hour apart compare nothing.
+
+mod console;
+mod ferry;
+mod qemu;
+mod table;
+mod workload;
+
+use std::fs::{self, File};
+use std::hint::black_box;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode, Stdio};
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+use serde_json::json;
+
+use table::Contender;
+use workload::Workload;
+
+/// What `cargo xtask bench` takes.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Also run this peer, in turn.
+    #[arg(long)]
+    peer: Option<Peer>,
+    /// Runs of each.
+    #[arg(long, default_value_t = 5)]
+    runs: u32,
+    /// Only workloads with this in their name.
+    #[arg(long, value_name = "TEXT")]
+    workload: Option<String>,
+    /// Also write every sample to this file, as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Peer {
+    /// QEMU 10, `-M microvm`.
+    Qemu,
+}
+
+/// One migration, measured.
+#[derive(Clone, Debug)]
+struct Sample {
+    /// From the order to migrate until the destination was known to run.
+    total_ms: f64,
+    /// The largest gap that the guest saw between two looks at its clock, by the host's clock.
+    gap_ms: f64,
+    /// The blackout as the migrating side reports it.
+    reported_downtime_ms: Option<f64>,
+    /// The longest time between two heartbeats as a reader saw them, both consoles joined.
+    reader_gap_ms: Option<f64>,
+    /// Bytes sent.
+    bytes: Option<f64>,
+    /// How much the guest's clock lost over the move.
+    clock_lost_ms: Option<f64>,
+}
+
+/// Builds, warms the memory, runs in turn, prints the table.
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let workloads: Vec<_> = workload::ALL
+        .iter()
+        .filter(|w| options.workload.as_deref().is_none_or(|text| w.name.contains(text)))
+        .collect();
+    if workloads.is_empty() {
+        let names: Vec<_> = workload::ALL.iter().map(|w| w.name).collect();
+        bail!("no workload has that in its name; there are {}", names.join(", "));
+    }
+    if options.peer == Some(Peer::Qemu) {
+        qemu::check()?;
+    }
+    let ferry = ferry::build()?;
+    if options.peer.is_none() {
+        return own_bench(options, &ferry);
+    }
+    let mut record = Vec::new();
+    for workload in workloads {
+        let contenders = measure(workload, options, &ferry)?;
+        table::print(workload, &contenders);
+        record.push(json!({
+            "workload": workload.name,
+            "contenders": contenders.iter().map(Contender::to_json).collect::<Vec<_>>(),
+        }));
+    }
+    if let Some(file) = &options.json {
+        let text = format!("{:#}\n", serde_json::Value::from(record));
+        fs::write(file, text).with_context(|| format!("failed to write {}", file.display()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Without a peer, `ferry bench` says more about itself: CPU seconds, memory, parts of the blackout.
+fn own_bench(options: &Options, ferry: &ferry::Binary) -> Result<ExitCode> {
+    let mut bench = Command::new(ferry.file());
+    bench.arg("bench").args(["--runs", &options.runs.to_string()]);
+    if let Some(workload) = &options.workload {
+        bench.args(["--workload", workload]);
+    }
+    if let Some(file) = &options.json {
+        let file = File::create(file).with_context(|| format!("failed to write {}", file.display()))?;
+        bench.args(["-o", "json"]).stdout(file);
+    }
+    let status = bench
+        .stdin(Stdio::null())
+        .status()
+        .context("failed to start ferry bench")?;
+    Ok(if status.success() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn measure(workload: &Workload, options: &Options, ferry: &ferry::Binary) -> Result<Vec<Contender>> {
+    let modes: &[qemu::Mode] = match options.peer {
+        Some(Peer::Qemu) => &qemu::MODES,
+        None => &[],
+    };
+    let mut contenders = vec![Contender::new("ferry")];
+    contenders.extend(modes.iter().map(|mode| Contender::new(mode.name())));
+    warm(workload);
+    for round in 1..=options.runs {
+        eprintln!("{}: run {round} of {}", workload.name, options.runs);
+        contenders[0].add(ferry.run(workload));
+        for (mode, contender) in modes.iter().zip(&mut contenders[1..]) {
+            contender.add(qemu::run(*mode, workload));
+        }
+    }
+    Ok(contenders)
+}
+
+/// Has the host back as much memory as both ends will use: on a nested host the first touch ever is many times slower
+/// than any later one, and whoever came first would pay for it.
+fn warm(workload: &Workload) {
+    let bytes = (2 * (workload.touched_mib as usize + 256)) << 20;
+    eprintln!("{}: touching {} MiB first", workload.name, bytes >> 20);
+    black_box(vec![0x5a_u8; bytes]);
+}
+
+/// Heartbeats before and after a move: enough that some are read without delay.
+const BEATS_BEFORE: usize = 60;
+const BEATS_AFTER: usize = 50;

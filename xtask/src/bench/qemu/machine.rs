@@ -1,0 +1,108 @@
+//! One QEMU process, ended by its own handle whatever happens.
+
+use std::fs;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use super::qmp::Qmp;
+use crate::bench::console::Console;
+use crate::bench::workload::Workload;
+
+/// The program.
+pub(super) const PROGRAM: &str = "qemu-system-x86_64";
+
+/// A running QEMU. Dropping it kills it.
+pub(super) struct Machine {
+    pub(super) qmp: Qmp,
+    pub(super) console: Console,
+    process: Running,
+}
+
+struct Running {
+    child: Child,
+    complaints: PathBuf,
+}
+
+impl Machine {
+    /// Starts one in `folder`, with the probe running or, if `incoming`, waiting for it.
+    ///
+    /// # Errors
+    /// What QEMU said on its standard error if it ended at once.
+    pub(super) fn start(folder: &Path, name: &str, workload: &Workload, incoming: bool) -> Result<Self> {
+        let socket = folder.join(name);
+        let complaints = folder.join(format!("{name}.err"));
+        let kernel = folder.join("probe.elf");
+        fs::write(&kernel, ferry_probe::PROBE_ELF).context("failed to write the probe")?;
+        let mut command = Command::new(PROGRAM);
+        command
+            .args([
+                "-M",
+                "microvm,accel=kvm,acpi=off,rtc=off,pit=on",
+                "-cpu",
+                "host,-arch-capabilities",
+            ])
+            .args([
+                "-nodefaults",
+                "-no-user-config",
+                "-nographic",
+                "-monitor",
+                "none",
+                "-serial",
+                "stdio",
+            ])
+            .args(["-m", &workload.memory_mib.to_string(), "-smp", "1"])
+            .arg("-kernel")
+            .arg(&kernel)
+            .args(["-append", &workload.full_cmdline()])
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(fs::File::create(&complaints).context("failed to make QEMU's log")?);
+        if incoming {
+            command.args(["-incoming", "defer"]);
+        }
+        let mut child = command.spawn().with_context(|| format!("failed to start {PROGRAM}"))?;
+        let stdout = child.stdout.take().expect("stdout was piped");
+        let process = Running { child, complaints };
+        let qmp = Qmp::connect(&socket, Duration::from_secs(20)).with_context(|| process.complaints())?;
+        Ok(Self {
+            qmp,
+            console: Console::follow(stdout),
+            process,
+        })
+    }
+
+    /// Has it listen for a migration on a free port and gives the address.
+    ///
+    /// # Errors
+    /// What QEMU answered.
+    pub(super) fn listen(&mut self) -> Result<String> {
+        let port = TcpListener::bind("127.0.0.1:0")
+            .and_then(|free| free.local_addr())
+            .context("no free port")?
+            .port();
+        let uri = format!("tcp:127.0.0.1:{port}");
+        let listening = self.qmp.execute("migrate-incoming", json!({ "uri": uri }));
+        listening.with_context(|| self.process.complaints())?;
+        Ok(uri)
+    }
+}
+
+impl Running {
+    fn complaints(&self) -> String {
+        let text = fs::read_to_string(&self.complaints).unwrap_or_default();
+        format!("QEMU (pid {}) says: {}", self.child.id(), text.trim())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,155 @@
+//! The same guest and workload in QEMU 10: two processes on this host, a migration over loopback TCP.
+
+mod machine;
+mod qmp;
+
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use super::console::compare;
+use super::workload::Workload;
+use super::{BEATS_AFTER, BEATS_BEFORE, Sample};
+use machine::Machine;
+
+/// How QEMU moves the guest.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Mode {
+    /// One stream.
+    Plain,
+    /// Two page streams.
+    Multifd2,
+    /// Four page streams.
+    Multifd4,
+}
+
+/// All of them.
+pub(super) const MODES: [Mode; 3] = [Mode::Plain, Mode::Multifd2, Mode::Multifd4];
+
+impl Mode {
+    /// The name in the table.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "qemu plain",
+            Self::Multifd2 => "qemu multifd 2",
+            Self::Multifd4 => "qemu multifd 4",
+        }
+    }
+
+    fn channels(self) -> Option<u32> {
+        match self {
+            Self::Plain => None,
+            Self::Multifd2 => Some(2),
+            Self::Multifd4 => Some(4),
+        }
+    }
+}
+
+/// Whether a QEMU is here that can be compared with.
+///
+/// # Errors
+/// Says how to get one.
+pub(super) fn check() -> Result<()> {
+    let told = Command::new(machine::PROGRAM).arg("--version").output();
+    let text = told
+        .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
+        .unwrap_or_default();
+    let version = text
+        .split("version ")
+        .nth(1)
+        .and_then(|rest| rest.split('.').next()?.parse::<u32>().ok());
+    match version {
+        Some(10..) => Ok(()),
+        found => {
+            let found = found.map_or("no QEMU was found".to_owned(), |major| {
+                format!("QEMU {major} was found")
+            });
+            bail!("{found}, QEMU 10 is needed. On Debian 12 it comes from bookworm-backports:\n{INSTALL}");
+        }
+    }
+}
+
+const INSTALL: &str =
+    "    echo 'deb http://deb.debian.org/debian bookworm-backports main' > /etc/apt/sources.list.d/backports.list
+    apt-get update && apt-get install -y -t bookworm-backports qemu-system-x86";
+
+/// Moves the guest once and measures.
+///
+/// # Errors
+/// If QEMU does not start, does not migrate, or the guest does not live through it.
+pub(super) fn run(mode: Mode, workload: &Workload) -> Result<Sample> {
+    let folder = tempfile::Builder::new()
+        .prefix("ferry-q")
+        .tempdir()
+        .context("failed to make a folder")?;
+    let mut destination = Machine::start(folder.path(), "d", workload, true).context("destination")?;
+    let mut source = Machine::start(folder.path(), "s", workload, false).context("source")?;
+    source
+        .console
+        .wait_for_beats(BEATS_BEFORE, Duration::from_secs(120))
+        .context("source")?;
+    for machine in [&mut source, &mut destination] {
+        prepare(machine, mode)?;
+    }
+    let uri = destination.listen()?;
+
+    let began = Instant::now();
+    source.qmp.execute("migrate", json!({ "uri": uri }))?;
+    let total = destination
+        .qmp
+        .wait_for_event("RESUME", Duration::from_secs(120))?
+        .duration_since(began);
+    let report = wait_completed(&mut source)?;
+    destination
+        .console
+        .wait_for_beats(BEATS_AFTER, Duration::from_secs(30))
+        .context("destination")?;
+
+    let seen = compare(
+        &source.console.beats(),
+        &destination.console.beats(),
+        source.console.tsc_khz(),
+        began,
+    )?;
+    Ok(Sample {
+        total_ms: total.as_secs_f64() * 1e3,
+        gap_ms: seen.gap_ms,
+        reported_downtime_ms: report["downtime"].as_f64(),
+        reader_gap_ms: Some(seen.reader_gap_ms),
+        bytes: report["ram"]["transferred"].as_f64(),
+        clock_lost_ms: Some(seen.clock_lost_ms),
+    })
+}
+
+fn prepare(machine: &mut Machine, mode: Mode) -> Result<()> {
+    let mut capabilities = vec![json!({ "capability": "events", "state": true })];
+    let mut parameters = json!({ "downtime-limit": 300, "max-bandwidth": UNLIMITED });
+    if let Some(channels) = mode.channels() {
+        capabilities.push(json!({ "capability": "multifd", "state": true }));
+        parameters["multifd-channels"] = json!(channels);
+    }
+    machine
+        .qmp
+        .execute("migrate-set-capabilities", json!({ "capabilities": capabilities }))?;
+    machine.qmp.execute("migrate-set-parameters", parameters)?;
+    Ok(())
+}
+
+fn wait_completed(source: &mut Machine) -> Result<Value> {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let report = source.qmp.execute("query-migrate", json!({}))?;
+        match report["status"].as_str() {
+            Some("completed") => return Ok(report),
+            Some(status @ ("failed" | "cancelled")) => bail!("QEMU says {status}: {}", report["error-desc"]),
+            status if Instant::now() > deadline => bail!("QEMU still says {status:?}"),
+            _ => thread::sleep(Duration::from_millis(5)),
+        }
+    }
+}
+
+/// Bytes a second that no stream here reaches.
+const UNLIMITED: u64 = 1_000_000_000_000;

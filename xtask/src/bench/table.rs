@@ -1,0 +1,138 @@
+//! Medians, and ratios to the best of the peer's modes.
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use super::Sample;
+use super::workload::Workload;
+
+/// One way of moving the guest, with its samples.
+#[derive(Debug)]
+pub(super) struct Contender {
+    name: &'static str,
+    samples: Vec<Sample>,
+    failures: Vec<String>,
+}
+
+impl Contender {
+    /// A contender without samples.
+    pub(super) fn new(name: &'static str) -> Self {
+        Self {
+            name,
+            samples: Vec::new(),
+            failures: Vec::new(),
+        }
+    }
+
+    /// Takes a run's outcome. A failed run is told and counted; it stops nothing.
+    pub(super) fn add(&mut self, outcome: Result<Sample>) {
+        match outcome {
+            Ok(sample) => {
+                eprintln!(
+                    "  {:<16} {:8.1} ms, gap {:6.1} ms",
+                    self.name, sample.total_ms, sample.gap_ms
+                );
+                self.samples.push(sample);
+            }
+            Err(error) => {
+                eprintln!("  {:<16} failed: {error:#}", self.name);
+                self.failures.push(format!("{error:#}"));
+            }
+        }
+    }
+
+    /// Every sample and every failure.
+    pub(super) fn to_json(&self) -> Value {
+        let samples = self.samples.iter().map(|sample| {
+            json!({
+                "total_ms": sample.total_ms,
+                "gap_ms": sample.gap_ms,
+                "reported_downtime_ms": sample.reported_downtime_ms,
+                "reader_gap_ms": sample.reader_gap_ms,
+                "bytes": sample.bytes,
+                "clock_lost_ms": sample.clock_lost_ms,
+            })
+        });
+        json!({
+            "name": self.name,
+            "median_total_ms": self.median(|s| Some(s.total_ms)),
+            "median_gap_ms": self.median(|s| Some(s.gap_ms)),
+            "samples": samples.collect::<Vec<_>>(),
+            "failures": self.failures,
+        })
+    }
+
+    fn median(&self, of: impl Fn(&Sample) -> Option<f64>) -> Option<f64> {
+        median(self.samples.iter().filter_map(of).collect())
+    }
+}
+
+/// Prints one workload's table; the first contender is Ferry.
+pub(super) fn print(workload: &Workload, contenders: &[Contender]) {
+    println!(
+        "\n{} ({} MiB guest, {})",
+        workload.name, workload.memory_mib, workload.work
+    );
+    println!(
+        "{:<16} {:>5} {:>10} {:>10} {:>12} {:>12} {:>10} {:>11}",
+        "medians of", "runs", "total ms", "gap ms", "reader gap", "reported ms", "MiB sent", "clock lost"
+    );
+    for contender in contenders {
+        let show = |of: fn(&Sample) -> Option<f64>| match contender.median(of) {
+            Some(value) => format!("{value:.1}"),
+            None => "-".to_owned(),
+        };
+        println!(
+            "{:<16} {:>5} {:>10} {:>10} {:>12} {:>12} {:>10} {:>11}",
+            contender.name,
+            contender.samples.len(),
+            show(|s| Some(s.total_ms)),
+            show(|s| Some(s.gap_ms)),
+            show(|s| s.reader_gap_ms),
+            show(|s| s.reported_downtime_ms),
+            show(|s| s.bytes.map(|bytes| bytes / f64::from(1 << 20))),
+            show(|s| s.clock_lost_ms),
+        );
+        for failure in &contender.failures {
+            println!("{:<16} failed: {failure}", contender.name);
+        }
+    }
+    let [ferry, peers @ ..] = contenders else { return };
+    ratio("total time", ferry, peers, |s| Some(s.total_ms));
+    ratio("gap", ferry, peers, |s| Some(s.gap_ms));
+}
+
+fn ratio(what: &str, ferry: &Contender, peers: &[Contender], of: fn(&Sample) -> Option<f64>) {
+    let best = peers.iter().filter_map(|peer| Some((peer.median(of)?, peer.name)));
+    let Some((peer, name)) = best.min_by(|a, b| a.0.total_cmp(&b.0)) else {
+        return;
+    };
+    if let Some(own) = ferry.median(of) {
+        println!(
+            "{what}: {own:.1} ms, {:.2} of the best peer ({name}, {peer:.1} ms)",
+            own / peer
+        );
+    }
+}
+
+fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => None,
+        odd if odd % 2 == 1 => Some(values[middle]),
+        _ => Some(f64::midpoint(values[middle - 1], values[middle])),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_the_middle() {
+        assert_eq!(median(vec![]), None);
+        assert_eq!(median(vec![3.0, 1.0, 2.0]), Some(2.0));
+        assert_eq!(median(vec![4.0, 1.0, 3.0, 2.0]), Some(2.5));
+    }
+}
