@@ -28,11 +28,20 @@ pub(crate) fn memory(memory: &impl GuestMemory) -> Result<u128, GuestError> {
     let helpers = thread::available_parallelism().map_or(1, NonZeroUsize::get) - 1;
     let mut digests: Vec<(u64, u128)> = thread::scope(|scope| {
         // Where a thread cannot be had, the others do its work.
-        let helper = |_| thread::Builder::new().name("ferry-digest".into()).spawn_scoped(scope, work).ok();
+        let helper = |_| {
+            thread::Builder::new()
+                .name("ferry-digest".into())
+                .spawn_scoped(scope, work)
+                .ok()
+        };
         let helpers: Vec<_> = (0..helpers).filter_map(helper).collect();
         let mut digests = work()?;
         for helper in helpers {
-            digests.extend(helper.join().map_err(|_| GuestError::new("a digesting thread panicked"))??);
+            digests.extend(
+                helper
+                    .join()
+                    .map_err(|_| GuestError::new("a digesting thread panicked"))??,
+            );
         }
         Ok::<_, GuestError>(digests)
     })?;
@@ -56,7 +65,10 @@ fn pieces(shape: &MemoryShape) -> Vec<FrameRun> {
         let count = region.frames.div_ceil(PIECE_FRAMES);
         (0..count).map(move |index| {
             let first = first + index * PIECE_FRAMES;
-            FrameRun { first, count: PIECE_FRAMES.min(end - first) }
+            FrameRun {
+                first,
+                count: PIECE_FRAMES.min(end - first),
+            }
         })
     };
     shape.regions().iter().flat_map(pieces_of).collect()

@@ -59,7 +59,10 @@ impl Region {
     /// The region as a run.
     #[must_use]
     pub fn run(self) -> FrameRun {
-        FrameRun { first: self.start_frame, count: self.frames }
+        FrameRun {
+            first: self.start_frame,
+            count: self.frames,
+        }
     }
 }
 
@@ -122,7 +125,9 @@ impl MemoryShape {
     #[must_use]
     pub fn contains(&self, run: FrameRun) -> bool {
         run.count > 0
-            && self.locate(run.first).is_some_and(|(region, offset)| run.count <= self.regions[region].frames - offset)
+            && self
+                .locate(run.first)
+                .is_some_and(|(region, offset)| run.count <= self.regions[region].frames - offset)
     }
 
     /// The index of the region that holds `frame`, and the frame's offset in it.
@@ -356,7 +361,12 @@ mod tests {
     use super::*;
 
     fn shape(regions: &[(u64, u64)]) -> Result<MemoryShape, ShapeError> {
-        MemoryShape::new(regions.iter().map(|&(start_frame, frames)| Region { start_frame, frames }).collect())
+        MemoryShape::new(
+            regions
+                .iter()
+                .map(|&(start_frame, frames)| Region { start_frame, frames })
+                .collect(),
+        )
     }
 
     #[test]
@@ -367,7 +377,10 @@ mod tests {
         assert!(!shape.contains(FrameRun { first: 99, count: 2 }));
         assert!(!shape.contains(FrameRun { first: 150, count: 1 }));
         assert!(!shape.contains(FrameRun { first: 200, count: 0 }));
-        assert!(!shape.contains(FrameRun { first: u64::MAX, count: u64::MAX }));
+        assert!(!shape.contains(FrameRun {
+            first: u64::MAX,
+            count: u64::MAX
+        }));
     }
 
     #[test]

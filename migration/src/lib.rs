@@ -1,10 +1,11 @@
 //! How a running guest moves from one host to another.
 //!
-//! [`source::run`] is the source's end of one migration: a blocking call over sockets that the agents opened and
-//! authenticated. What it asks of a guest is in [`guest`]; who decides is in [`handover`].
+//! [`source::run`] and [`destination::run`] are the two ends of one migration: blocking calls over sockets that their
+//! agents opened and authenticated. What they ask of a guest is in [`guest`]; who decides is in [`handover`].
 
 #![forbid(unsafe_code)]
 
+pub mod destination;
 mod digest;
 pub mod guest;
 pub mod handover;

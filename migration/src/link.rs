@@ -33,7 +33,10 @@ pub struct Liveness {
 
 impl Default for Liveness {
     fn default() -> Self {
-        Self { heartbeat: Duration::from_secs(1), silence: Duration::from_secs(5) }
+        Self {
+            heartbeat: Duration::from_secs(1),
+            silence: Duration::from_secs(5),
+        }
     }
 }
 
@@ -102,7 +105,9 @@ impl Sockets {
 
     /// Takes the token of an answered ping as a measured round trip; a forged one from the future is dropped.
     pub(crate) fn ping_answered(&self, token: u64) {
-        let Some(micros) = self.now().checked_sub(token) else { return };
+        let Some(micros) = self.now().checked_sub(token) else {
+            return;
+        };
         let mut kept = self.round_trips.lock().unwrap_or_else(PoisonError::into_inner);
         kept.push_back(Duration::from_micros(micros));
         if kept.len() > ROUND_TRIPS_KEPT {
@@ -112,7 +117,12 @@ impl Sockets {
 
     /// The smallest of the last round trips.
     pub(crate) fn round_trip(&self) -> Option<Duration> {
-        self.round_trips.lock().unwrap_or_else(PoisonError::into_inner).iter().min().copied()
+        self.round_trips
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+            .min()
+            .copied()
     }
 
     /// Cuts every connection, which wakes every thread that is blocked on one.
@@ -167,11 +177,15 @@ macro_rules! control_message {
     ($type:ident, $variants:ident) => {
         impl ControlMessage for v1::$type {
             fn ping(token: u64) -> Self {
-                Self { message: Some(v1::$variants::Message::Ping(v1::Ping { token })) }
+                Self {
+                    message: Some(v1::$variants::Message::Ping(v1::Ping { token })),
+                }
             }
 
             fn pong(token: u64) -> Self {
-                Self { message: Some(v1::$variants::Message::Pong(v1::Pong { token })) }
+                Self {
+                    message: Some(v1::$variants::Message::Pong(v1::Pong { token })),
+                }
             }
 
             fn sign_of_life(&self) -> Option<SignOfLife> {

@@ -86,11 +86,20 @@ impl Policy {
         } else if last_pages <= CHEAP_LAST_PAGES {
             (Verdict::Switch, "the last pages are cheap".to_owned())
         } else if !shrank {
-            (Verdict::Switch, format!("within the budget, and the dirty set no longer shrinks ({before} pages before)"))
+            (
+                Verdict::Switch,
+                format!("within the budget, and the dirty set no longer shrinks ({before} pages before)"),
+            )
         } else if self.rounds_within_budget >= ENOUGH_ROUNDS {
-            (Verdict::Switch, format!("{} rounds within the budget", self.rounds_within_budget))
+            (
+                Verdict::Switch,
+                format!("{} rounds within the budget", self.rounds_within_budget),
+            )
         } else {
-            (Verdict::Continue, format!("within the budget, but the dirty set still shrinks ({before} pages before)"))
+            (
+                Verdict::Continue,
+                format!("within the budget, but the dirty set still shrinks ({before} pages before)"),
+            )
         };
         let words = format!(
             "{grounds}: {} dirty pages cost {:.1} ms, a blackout of {:.1} ms of {:.1} ms allowed",
@@ -99,7 +108,12 @@ impl Policy {
             milliseconds(predicted),
             milliseconds(self.max_downtime),
         );
-        Decision { verdict, predicted, within_budget, words }
+        Decision {
+            verdict,
+            predicted,
+            within_budget,
+            words,
+        }
     }
 
     /// What of the blackout is still to come for a stopped guest with this many pages left.
@@ -157,16 +171,28 @@ mod tests {
     use super::*;
 
     const BUDGET: Duration = Duration::from_millis(300);
-    const OVERHEAD: Overhead = Overhead { stop: Duration::from_millis(2), start: Duration::from_millis(5) };
+    const OVERHEAD: Overhead = Overhead {
+        stop: Duration::from_millis(2),
+        start: Duration::from_millis(5),
+    };
 
     /// A round at 1 GB/s.
     fn round(pages: u64, dirty_pages: u64) -> RoundSummary {
         let bytes = pages * FRAME_SIZE;
-        RoundSummary { pages, bytes, elapsed: Duration::from_nanos(bytes), dirty_pages, ..RoundSummary::default() }
+        RoundSummary {
+            pages,
+            bytes,
+            elapsed: Duration::from_nanos(bytes),
+            dirty_pages,
+            ..RoundSummary::default()
+        }
     }
 
     fn verdicts(policy: &mut Policy, rounds: &[(u64, u64)]) -> Vec<Verdict> {
-        rounds.iter().map(|&(pages, dirty)| policy.judge(&round(pages, dirty), None).verdict).collect()
+        rounds
+            .iter()
+            .map(|&(pages, dirty)| policy.judge(&round(pages, dirty), None).verdict)
+            .collect()
     }
 
     #[test]
@@ -188,13 +214,19 @@ mod tests {
     #[test]
     fn a_dirty_set_that_no_longer_shrinks_is_switched_once_within_the_budget() {
         let mut policy = Policy::new(BUDGET, OVERHEAD);
-        assert_eq!(verdicts(&mut policy, &[(100_000, 30_000), (30_000, 29_000)]), [Verdict::Continue, Verdict::Switch]);
+        assert_eq!(
+            verdicts(&mut policy, &[(100_000, 30_000), (30_000, 29_000)]),
+            [Verdict::Continue, Verdict::Switch]
+        );
     }
 
     #[test]
     fn a_guest_over_the_budget_is_never_switched() {
         let mut policy = Policy::new(BUDGET, OVERHEAD);
-        assert_eq!(verdicts(&mut policy, &[(100_000, 100_000); 50]), [Verdict::Continue; 50]);
+        assert_eq!(
+            verdicts(&mut policy, &[(100_000, 100_000); 50]),
+            [Verdict::Continue; 50]
+        );
     }
 
     #[test]

@@ -150,19 +150,49 @@ pub fn run<G: SourceGuest>(
     orders: &Receiver<SourceOrder>,
     reports: &Sender<SourceReport>,
 ) -> SourceOutcome<G> {
-    let SourceParameters { instance, migration, epoch, .. } = *parameters;
-    let mut attempt = Attempt { instance, migration, attempt: 1, epoch };
+    let SourceParameters {
+        instance,
+        migration,
+        epoch,
+        ..
+    } = *parameters;
+    let mut attempt = Attempt {
+        instance,
+        migration,
+        attempt: 1,
+        epoch,
+    };
     let mut summary = SourceSummary::default();
-    let asked = Asked { parameters, grants, orders, reports };
+    let asked = Asked {
+        parameters,
+        grants,
+        orders,
+        reports,
+    };
     let ended = match Sockets::new(link, parameters.liveness) {
         Ok(sockets) => {
-            let mut journey = Journey { guest: &mut guest, attempt: &mut attempt, summary: &mut summary };
+            let mut journey = Journey {
+                guest: &mut guest,
+                attempt: &mut attempt,
+                summary: &mut summary,
+            };
             with_threads(&mut journey, &sockets, &asked).map(|()| sockets.into_streams())
         }
-        Err(cause) => Err(SourceError::Host { step: "set up the connections", cause }.into()),
+        Err(cause) => Err(SourceError::Host {
+            step: "set up the connections",
+            cause,
+        }
+        .into()),
     };
     let stop = match ended {
-        Ok(sockets) => return SourceOutcome::GoSent(Parked { guest, attempt, summary, sockets }),
+        Ok(sockets) => {
+            return SourceOutcome::GoSent(Parked {
+                guest,
+                attempt,
+                summary,
+                sockets,
+            });
+        }
         Err(stop) => stop,
     };
     // From here on a grant for this attempt is refused, whether it was on its way or not.
@@ -172,8 +202,18 @@ pub fn run<G: SourceGuest>(
     guest.stop_tracking();
     let attempt = attempt.attempt;
     match stop {
-        Stop::Error(error) => SourceOutcome::Cancelled { guest, error, attempt, summary },
-        Stop::GuestEnded(end) => SourceOutcome::GuestEnded { guest, end, attempt, summary },
+        Stop::Error(error) => SourceOutcome::Cancelled {
+            guest,
+            error,
+            attempt,
+            summary,
+        },
+        Stop::GuestEnded(end) => SourceOutcome::GuestEnded {
+            guest,
+            end,
+            attempt,
+            summary,
+        },
     }
 }
 
@@ -235,26 +275,47 @@ fn handshake<G: SourceGuest>(journey: &mut Journey<'_, G>, conversation: &mut Co
         let what = format!("it chose protocol version {}, which was not offered", reply.protocol);
         return Err(SourceError::Misbehaved(what).into());
     }
-    conversation.asked.report(SourceReport::Accepted { protocol: reply.protocol });
+    conversation.asked.report(SourceReport::Accepted {
+        protocol: reply.protocol,
+    });
     Ok(())
 }
 
 /// Runs the script among its threads, and ends them whichever way it went.
-fn with_threads<G: SourceGuest>(journey: &mut Journey<'_, G>, sockets: &Sockets, asked: &Asked<'_>) -> Result<(), Stop> {
+fn with_threads<G: SourceGuest>(
+    journey: &mut Journey<'_, G>,
+    sockets: &Sockets,
+    asked: &Asked<'_>,
+) -> Result<(), Stop> {
     let memory = journey.guest.memory();
     let streams = Streams::<G::Clearer>::new(sockets.streams(), asked.parameters.bandwidth.map(Into::into));
     let (events_in, events) = mpsc::sync_channel(64);
     let (outbox, outgoing) = mpsc::channel();
     journey.summary.streams = sockets.streams();
     thread::scope(|scope| {
-        let ending = Ending { sockets, streams: &streams, parked: Cell::new(false) };
+        let ending = Ending {
+            sockets,
+            streams: &streams,
+            parked: Cell::new(false),
+        };
         let mut conversation = Conversation::new(events, outbox, sockets, *asked);
         let writer = start_control(scope, sockets, asked, &conversation.outbox, outgoing, &events_in)?;
         let identity = conversation.identity();
         for (stream, socket) in (0u16..).zip(&sockets.pages) {
-            let Streams { feed, bandwidth, totals } = &streams;
+            let Streams {
+                feed,
+                bandwidth,
+                totals,
+            } = &streams;
             let totals = &totals[usize::from(stream)];
-            let sender = PageSender { stream, socket, memory: &*memory, feed, bandwidth, totals };
+            let sender = PageSender {
+                stream,
+                socket,
+                memory: &*memory,
+                feed,
+                bandwidth,
+                totals,
+            };
             let events = events_in.clone();
             spawn(scope, format!("ferry-send-{stream}"), move || {
                 // Nobody listens once the migration is over.
@@ -312,7 +373,10 @@ fn spawn<'scope>(
     work: impl FnOnce() + Send + 'scope,
 ) -> Result<ScopedJoinHandle<'scope, ()>, SourceError> {
     let spawned = thread::Builder::new().name(name).spawn_scoped(scope, work);
-    spawned.map_err(|cause| SourceError::Host { step: "start a thread", cause })
+    spawned.map_err(|cause| SourceError::Host {
+        step: "start a thread",
+        cause,
+    })
 }
 
 fn update<C: DirtyClearer>(summary: &mut SourceSummary, streams: &Streams<C>, sockets: &Sockets) {

@@ -27,9 +27,17 @@ impl Bandwidth {
     pub(crate) fn new(bytes_per_second: Option<u64>) -> Self {
         let bucket = |rate: u64| {
             let bytes_per_second = rate as f64;
-            Mutex::new(Bucket { bytes_per_second, credit: 0.0, counted: Instant::now(), open: true })
+            Mutex::new(Bucket {
+                bytes_per_second,
+                credit: 0.0,
+                counted: Instant::now(),
+                open: true,
+            })
         };
-        Self { bucket: bytes_per_second.map(bucket), closed: Condvar::new() }
+        Self {
+            bucket: bytes_per_second.map(bucket),
+            closed: Condvar::new(),
+        }
     }
 
     /// Waits until `bytes` may be sent, or the migration is over.
@@ -37,7 +45,11 @@ impl Bandwidth {
         let Some(bucket) = &self.bucket else { return };
         let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
         while let Some(pause) = bucket.pause(Instant::now()) {
-            bucket = self.closed.wait_timeout(bucket, pause).unwrap_or_else(PoisonError::into_inner).0;
+            bucket = self
+                .closed
+                .wait_timeout(bucket, pause)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
         bucket.credit -= bytes as f64;
     }
@@ -69,7 +81,12 @@ mod tests {
     use super::*;
 
     fn bucket(now: Instant) -> Bucket {
-        Bucket { bytes_per_second: 1e6, credit: 0.0, counted: now, open: true }
+        Bucket {
+            bytes_per_second: 1e6,
+            credit: 0.0,
+            counted: now,
+            open: true,
+        }
     }
 
     #[test]

@@ -85,7 +85,10 @@ struct OpenRound<C> {
 impl<C: DirtyClearer> Feed<C> {
     pub(crate) fn new(streams: u32) -> Self {
         Self {
-            state: Mutex::new(State { open: None, closed: false }),
+            state: Mutex::new(State {
+                open: None,
+                closed: false,
+            }),
             work: Condvar::new(),
             streams: u64::from(streams),
         }
@@ -95,7 +98,15 @@ impl<C: DirtyClearer> Feed<C> {
     pub(crate) fn start(&self, round: Round<C>) {
         let remaining = round.set.count();
         let chunk_pages = (remaining / (2 * self.streams)).clamp(MIN_CHUNK_PAGES, MAX_DATA_PAGES);
-        let open = OpenRound { round, chunk_pages, remaining, under_way: 0, region: 0, offset: 0, armed: 0 };
+        let open = OpenRound {
+            round,
+            chunk_pages,
+            remaining,
+            under_way: 0,
+            region: 0,
+            offset: 0,
+            armed: 0,
+        };
         self.lock().open = Some(open);
         self.work.notify_all();
     }
@@ -112,7 +123,10 @@ impl<C: DirtyClearer> Feed<C> {
             }
             if let Some(open) = state.open.as_mut().filter(|open| open.remaining > 0) {
                 open.take(runs)?;
-                return Ok(Some(Chunk { round: open.round.number, pace: open.round.pace }));
+                return Ok(Some(Chunk {
+                    round: open.round.number,
+                    pace: open.round.pace,
+                }));
             }
             state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
@@ -121,7 +135,9 @@ impl<C: DirtyClearer> Feed<C> {
     /// Reports a chunk as sent.
     pub(crate) fn sent(&self) -> Standing {
         let mut state = self.lock();
-        let Some(open) = state.open.as_mut() else { return Standing::Open };
+        let Some(open) = state.open.as_mut() else {
+            return Standing::Open;
+        };
         open.under_way -= 1;
         open.standing()
     }
@@ -130,7 +146,9 @@ impl<C: DirtyClearer> Feed<C> {
     /// last chunk learns it.
     pub(crate) fn cut(&self) -> Standing {
         let mut state = self.lock();
-        let Some(open) = state.open.as_mut() else { return Standing::Open };
+        let Some(open) = state.open.as_mut() else {
+            return Standing::Open;
+        };
         if open.remaining == 0 {
             // Over already, or about to be: that is told to somebody else.
             return Standing::Open;
@@ -162,7 +180,11 @@ impl<C: DirtyClearer> Feed<C> {
 
 impl<C: DirtyClearer> OpenRound<C> {
     fn standing(&self) -> Standing {
-        if self.remaining == 0 && self.under_way == 0 { Standing::Done } else { Standing::Open }
+        if self.remaining == 0 && self.under_way == 0 {
+            Standing::Done
+        } else {
+            Standing::Open
+        }
     }
 
     /// Takes the next pages of the set, a frame's worth at most.
@@ -176,12 +198,19 @@ impl<C: DirtyClearer> OpenRound<C> {
                 continue;
             };
             self.rearm_up_to(first)?;
-            let armed_end = if self.round.clearer.is_some() { self.armed } else { region.frames };
+            let armed_end = if self.round.clearer.is_some() {
+                self.armed
+            } else {
+                region.frames
+            };
             let count = count.min(wanted).min(armed_end - first);
             match runs.last_mut() {
                 // A range ended inside a run, and it goes on in the next one.
                 Some(last) if self.offset == first && last.end() == region.start_frame + first => last.count += count,
-                _ => runs.push(FrameRun { first: region.start_frame + first, count }),
+                _ => runs.push(FrameRun {
+                    first: region.start_frame + first,
+                    count,
+                }),
             }
             self.offset = first + count;
             wanted -= count;
@@ -193,7 +222,9 @@ impl<C: DirtyClearer> OpenRound<C> {
 
     /// Re-arms the range that holds frame `offset` of the current region, unless that was done.
     fn rearm_up_to(&mut self, offset: u64) -> Result<(), GuestError> {
-        let Some(clearer) = &self.round.clearer else { return Ok(()) };
+        let Some(clearer) = &self.round.clearer else {
+            return Ok(());
+        };
         if offset < self.armed {
             return Ok(());
         }
@@ -201,7 +232,13 @@ impl<C: DirtyClearer> OpenRound<C> {
         let start = offset - offset % REARM_FRAMES;
         let end = (start + REARM_FRAMES).min(region.frames);
         let words = &self.round.set.words(self.region)[word_of(start)..word_of(end.next_multiple_of(64))];
-        clearer.rearm(FrameRun { first: region.start_frame + start, count: end - start }, words)?;
+        clearer.rearm(
+            FrameRun {
+                first: region.start_frame + start,
+                count: end - start,
+            },
+            words,
+        )?;
         self.armed = end;
         Ok(())
     }
@@ -229,7 +266,16 @@ mod tests {
     }
 
     fn shape() -> MemoryShape {
-        let regions = vec![Region { start_frame: 7, frames: 70_000 }, Region { start_frame: 100_000, frames: 1000 }];
+        let regions = vec![
+            Region {
+                start_frame: 7,
+                frames: 70_000,
+            },
+            Region {
+                start_frame: 100_000,
+                frames: 1000,
+            },
+        ];
         MemoryShape::new(regions).unwrap()
     }
 
@@ -240,7 +286,12 @@ mod tests {
     }
 
     fn round(set: PageSet, clearer: Option<Notes>) -> Round<Notes> {
-        Round { number: 1, set, clearer, pace: Pace::Capped }
+        Round {
+            number: 1,
+            set,
+            clearer,
+            pace: Pace::Capped,
+        }
     }
 
     fn drain(feed: &Feed<Notes>) -> Vec<Vec<FrameRun>> {

@@ -18,8 +18,13 @@ impl PageSet {
     /// The empty set for a guest of this shape.
     #[must_use]
     pub fn new(shape: &MemoryShape) -> Self {
-        let part = |&region: &Region| Part { region, words: vec![0; words_for(region.frames)] };
-        Self { parts: shape.regions().iter().map(part).collect() }
+        let part = |&region: &Region| Part {
+            region,
+            words: vec![0; words_for(region.frames)],
+        };
+        Self {
+            parts: shape.regions().iter().map(part).collect(),
+        }
     }
 
     /// Adds a run. What lies outside the guest's memory is left out.
@@ -36,7 +41,9 @@ impl PageSet {
     #[must_use]
     pub fn contains(&self, frame: u64) -> bool {
         self.parts.iter().any(|part| {
-            let Some(offset) = frame.checked_sub(part.region.start_frame) else { return false };
+            let Some(offset) = frame.checked_sub(part.region.start_frame) else {
+                return false;
+            };
             offset < part.region.frames && part.words[word_of(offset)] >> (offset % 64) & 1 == 1
         })
     }
@@ -44,7 +51,21 @@ impl PageSet {
     /// How many frames are in the set.
     #[must_use]
     pub fn count(&self) -> u64 {
-        self.parts.iter().flat_map(|part| &part.words).map(|word| u64::from(word.count_ones())).sum()
+        self.parts
+            .iter()
+            .flat_map(|part| &part.words)
+            .map(|word| u64::from(word.count_ones()))
+            .sum()
+    }
+
+    /// How many of `frames` frames, from the one at `offset` into the region with this index on, are in the set.
+    pub(crate) fn count_in(&self, index: usize, offset: u64, frames: u64) -> u64 {
+        let words = &self.parts[index].words;
+        let mut count = 0;
+        for_each_word(offset, offset + frames, |word, mask| {
+            count += u64::from((words[word] & mask).count_ones())
+        });
+        count
     }
 
     /// Whether no frame is in the set.
@@ -74,7 +95,10 @@ impl PageSet {
             std::iter::from_fn(move || {
                 let (first, count) = next_run(&part.words, offset, part.region.frames)?;
                 offset = first + count;
-                Some(FrameRun { first: part.region.start_frame + first, count })
+                Some(FrameRun {
+                    first: part.region.start_frame + first,
+                    count,
+                })
             })
         })
     }
@@ -114,7 +138,9 @@ impl PageSet {
             *word |= theirs;
         }
         let tail = part.region.frames % 64;
-        if tail != 0 && let Some(last) = part.words.last_mut() {
+        if tail != 0
+            && let Some(last) = part.words.last_mut()
+        {
             *last &= (1 << tail) - 1;
         }
     }
@@ -126,7 +152,9 @@ impl PageSet {
             let (from, to) = (run.first.max(part.region.start_frame), run_end.min(region_end));
             if from < to {
                 let start = part.region.start_frame;
-                for_each_word(from - start, to - start, |index, mask| apply(&mut part.words[index], mask));
+                for_each_word(from - start, to - start, |index, mask| {
+                    apply(&mut part.words[index], mask)
+                });
             }
         }
     }
@@ -183,17 +211,33 @@ mod tests {
     use super::*;
 
     fn shape() -> MemoryShape {
-        MemoryShape::new(vec![Region { start_frame: 3, frames: 130 }, Region { start_frame: 200, frames: 77 }]).unwrap()
+        MemoryShape::new(vec![
+            Region {
+                start_frame: 3,
+                frames: 130,
+            },
+            Region {
+                start_frame: 200,
+                frames: 77,
+            },
+        ])
+        .unwrap()
     }
 
     fn runs() -> impl Strategy<Value = Vec<FrameRun>> {
-        prop::collection::vec((0u64..300, 0u64..90).prop_map(|(first, count)| FrameRun { first, count }), 0..12)
+        prop::collection::vec(
+            (0u64..300, 0u64..90).prop_map(|(first, count)| FrameRun { first, count }),
+            0..12,
+        )
     }
 
     fn model(runs: &[FrameRun]) -> BTreeSet<u64> {
         let shape = shape();
         let inside = |frame: &u64| shape.locate(*frame).is_some();
-        runs.iter().flat_map(|run| run.first..run.end()).filter(inside).collect()
+        runs.iter()
+            .flat_map(|run| run.first..run.end())
+            .filter(inside)
+            .collect()
     }
 
     fn set(runs: &[FrameRun]) -> PageSet {

@@ -56,7 +56,9 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
             if chunk.pace == Pace::Capped {
                 self.bandwidth.wait(sent.bytes);
             }
-            self.memory.send(self.socket.as_fd(), prefix, &contents.data).map_err(SendError::Connection)?;
+            self.memory
+                .send(self.socket.as_fd(), prefix, &contents.data)
+                .map_err(SendError::Connection)?;
             let mut totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
             *totals = totals.plus(sent);
             drop(totals);
@@ -90,13 +92,21 @@ impl Contents {
     fn totals(&self, prefix: usize) -> StreamTotals {
         let pages = self.data.iter().map(|run| run.count).sum();
         let told: u64 = self.table.iter().map(|(run, _)| run.count).sum();
-        StreamTotals { frames: 1, pages, zero_pages: told - pages, bytes: prefix as u64 + pages * FRAME_SIZE }
+        StreamTotals {
+            frames: 1,
+            pages,
+            zero_pages: told - pages,
+            bytes: prefix as u64 + pages * FRAME_SIZE,
+        }
     }
 }
 
 fn push_data(table: &mut Vec<(FrameRun, Content)>, data: &mut Vec<FrameRun>, first: u64, end: u64) {
     if first < end {
-        let run = FrameRun { first, count: end - first };
+        let run = FrameRun {
+            first,
+            count: end - first,
+        };
         table.push((run, Content::Data));
         data.push(run);
     }

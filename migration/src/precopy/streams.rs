@@ -25,12 +25,17 @@ impl<C: DirtyClearer> Streams<C> {
 
     /// What each stream carried so far; exact between rounds.
     pub(crate) fn each(&self) -> Vec<StreamTotals> {
-        self.totals.iter().map(|totals| *totals.lock().unwrap_or_else(PoisonError::into_inner)).collect()
+        self.totals
+            .iter()
+            .map(|totals| *totals.lock().unwrap_or_else(PoisonError::into_inner))
+            .collect()
     }
 
     /// What all streams carried so far.
     pub(crate) fn sum(&self) -> StreamTotals {
-        self.each().into_iter().fold(StreamTotals::default(), StreamTotals::plus)
+        self.each()
+            .into_iter()
+            .fold(StreamTotals::default(), StreamTotals::plus)
     }
 
     /// Sends the threads home, those that wait for pages and those that wait for bandwidth.

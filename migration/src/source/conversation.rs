@@ -52,7 +52,13 @@ pub(super) struct Conversation<'a> {
 
 impl<'a> Conversation<'a> {
     pub(super) fn new(events: Receiver<Event>, outbox: Outbox, sockets: &'a Sockets, asked: Asked<'a>) -> Self {
-        Self { events, outbox, sockets, asked, started: Instant::now() }
+        Self {
+            events,
+            outbox,
+            sockets,
+            asked,
+            started: Instant::now(),
+        }
     }
 
     /// Who this migration is, as every stream says first.
@@ -73,7 +79,9 @@ impl<'a> Conversation<'a> {
 
     /// Says something to the destination; never blocks. If it cannot arrive, an event tells.
     pub(super) fn say(&self, message: from_source::Message) {
-        let _ = self.outbox.send(Outgoing::Say(v1::FromSource { message: Some(message) }));
+        let _ = self
+            .outbox
+            .send(Outgoing::Say(v1::FromSource { message: Some(message) }));
     }
 
     /// Nothing more will be said; what was said goes out.
@@ -136,12 +144,18 @@ impl<'a> Conversation<'a> {
             Event::RoundSent => Ok(Some(Heard::RoundSent)),
             Event::Said(message) => understand(message).map(Some).map_err(Stop::from),
             Event::ControlLost(error) => Err(self.reason_for(SourceError::ControlLost(error)).into()),
-            Event::StreamFailed { stream, error: SendError::Connection(cause) } => {
-                Err(self.reason_for(SourceError::StreamLost { stream, cause }).into())
+            Event::StreamFailed {
+                stream,
+                error: SendError::Connection(cause),
+            } => Err(self.reason_for(SourceError::StreamLost { stream, cause }).into()),
+            Event::StreamFailed {
+                error: SendError::Guest(cause),
+                ..
+            } => Err(SourceError::Guest {
+                step: "read or re-arm its memory",
+                cause,
             }
-            Event::StreamFailed { error: SendError::Guest(cause), .. } => {
-                Err(SourceError::Guest { step: "read or re-arm its memory", cause }.into())
-            }
+            .into()),
         }
     }
 
@@ -207,4 +221,3 @@ fn understand(message: v1::FromDestination) -> Result<Heard, SourceError> {
         }
     }
 }
-

@@ -48,7 +48,10 @@ pub struct Overhead {
 impl Default for Overhead {
     /// A guess for a host that has not moved a guest yet.
     fn default() -> Self {
-        Self { stop: Duration::from_millis(2), start: Duration::from_millis(5) }
+        Self {
+            stop: Duration::from_millis(2),
+            start: Duration::from_millis(5),
+        }
     }
 }
 

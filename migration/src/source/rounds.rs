@@ -52,7 +52,11 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         conversation: &'c mut Conversation<'a>,
         streams: &'c Streams<G::Clearer>,
     ) -> Result<Self, Stop> {
-        let Journey { guest, attempt, summary } = journey;
+        let Journey {
+            guest,
+            attempt,
+            summary,
+        } = journey;
         let failed = |step| move |cause| SourceError::Guest { step, cause };
         guest.start_tracking().map_err(failed("track its writes"))?;
         let population = guest.populated().map_err(failed("tell what is populated"))?;
@@ -65,7 +69,9 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             Heard::PopulationReady => Ok(()),
             other => Err(other),
         })?;
-        conversation.asked.report(SourceReport::Copying { populated_pages: pending.count() });
+        conversation.asked.report(SourceReport::Copying {
+            populated_pages: pending.count(),
+        });
         let parameters = conversation.asked.parameters;
         let policy = Policy::new(parameters.max_downtime, parameters.overhead);
         let spare = Some(PageSet::new(guest.memory().shape()));
@@ -115,7 +121,12 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         if pages > 0 {
             let clearer = Some(self.guest.clearer());
             let set = self.take_pending();
-            self.streams.feed.start(Round { number, set, clearer, pace: Pace::Capped });
+            self.streams.feed.start(Round {
+                number,
+                set,
+                clearer,
+                pace: Pace::Capped,
+            });
             self.wait(|heard| matches!(heard, Heard::RoundSent))?;
             let mut sent = self.close_round(number)?;
             sent.clear();
@@ -143,10 +154,14 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
     /// its stream before.
     pub(super) fn close_round(&mut self, number: u32) -> Result<PageSet, Stop> {
         let totals = self.streams.each().into_iter().map(v1::StreamTotals::from).collect();
-        self.conversation.say(Said::Barrier(v1::Barrier { round: number, totals }));
+        self.conversation
+            .say(Said::Barrier(v1::Barrier { round: number, totals }));
         self.wait(|heard| matches!(heard, Heard::BarrierReached(round) if *round == number))?;
         self.round = number + 1;
-        self.streams.feed.finish().ok_or_else(|| SourceError::Misbehaved("no round was open".to_owned()).into())
+        self.streams
+            .feed
+            .finish()
+            .ok_or_else(|| SourceError::Misbehaved("no round was open".to_owned()).into())
     }
 
     /// Waits for one thing while the guest runs; anything else is misbehaviour.
@@ -164,12 +179,21 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
 
     pub(super) fn fetch_dirty(&mut self) -> Result<(), Stop> {
         let fetched = self.guest.fetch_dirty(&mut self.pending);
-        fetched.map_err(|cause| SourceError::Guest { step: "tell what it wrote", cause }.into())
+        fetched.map_err(|cause| {
+            SourceError::Guest {
+                step: "tell what it wrote",
+                cause,
+            }
+            .into()
+        })
     }
 
     /// What is pending, to be sent as a round.
     pub(super) fn take_pending(&mut self) -> PageSet {
-        let empty = self.spare.take().unwrap_or_else(|| PageSet::new(self.guest.memory().shape()));
+        let empty = self
+            .spare
+            .take()
+            .unwrap_or_else(|| PageSet::new(self.guest.memory().shape()));
         std::mem::replace(&mut self.pending, empty)
     }
 
@@ -195,13 +219,20 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         }
         if self.announced.replace(self.attempt.attempt) != Some(self.attempt.attempt) {
             let (attempt, predicted) = (self.attempt.attempt, decision.predicted);
-            self.conversation.asked.report(SourceReport::Converged { attempt, predicted });
+            self.conversation
+                .asked
+                .report(SourceReport::Converged { attempt, predicted });
         }
     }
 
     fn wait_for_grant(&mut self, pause: Duration) -> Result<Option<Attempt>, Stop> {
-        let Some(grant) = self.conversation.asked.grants.wait_held(pause) else { return Ok(None) };
-        let ours = Attempt { attempt: grant.attempt, ..*self.attempt };
+        let Some(grant) = self.conversation.asked.grants.wait_held(pause) else {
+            return Ok(None);
+        };
+        let ours = Attempt {
+            attempt: grant.attempt,
+            ..*self.attempt
+        };
         if grant != ours || grant.attempt < self.attempt.attempt {
             return Err(SourceError::ForeignGrant(grant).into());
         }
@@ -215,7 +246,10 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         self.summary.throughput_bytes_per_s = per_second(bytes, self.copying_since.elapsed());
         self.summary.dirty_bytes_per_s = per_second(round.dirty_pages * FRAME_SIZE, round.elapsed);
         self.summary.rounds.push(round);
-        self.conversation.asked.report(SourceReport::Round { round, decision: decision.clone() });
+        self.conversation.asked.report(SourceReport::Round {
+            round,
+            decision: decision.clone(),
+        });
     }
 
     fn tell_progress(&mut self) {

@@ -50,7 +50,9 @@ enum LastRound {
 /// Stops the guest and hands it over under `grant`, or lets it run on.
 pub(super) fn attempt<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, grant: Attempt) -> Result<Switched, Stop> {
     *copy.attempt = grant;
-    copy.conversation.asked.report(SourceReport::Switching { attempt: grant });
+    copy.conversation
+        .asked
+        .report(SourceReport::Switching { attempt: grant });
     let mut last_round = LastRound::NotStarted;
     match hand_over(copy, grant, &mut last_round) {
         Ok(blackout) => {
@@ -69,18 +71,31 @@ fn hand_over<G: SourceGuest>(
 ) -> Result<Blackout, Setback> {
     let parameters = copy.conversation.asked.parameters;
     let pause_began = Instant::now();
-    let mut budget = Budget { deadline: pause_began + parameters.max_downtime, allowed: parameters.max_downtime };
+    let mut budget = Budget {
+        deadline: pause_began + parameters.max_downtime,
+        allowed: parameters.max_downtime,
+    };
     let stop = stop_guest(copy, budget.deadline)?;
 
     let export_began = Instant::now();
-    let state = copy.guest.export().map_err(|cause| could_not("export its state", cause))?;
+    let state = copy
+        .guest
+        .export()
+        .map_err(|cause| could_not("export its state", cause))?;
     let state_checksum = digest::bytes(&state);
     let verified_state = match parameters.verify {
-        true => Some(copy.guest.state_digest(&state).map_err(|cause| could_not("digest its state", cause))?),
+        true => Some(
+            copy.guest
+                .state_digest(&state)
+                .map_err(|cause| could_not("digest its state", cause))?,
+        ),
         false => None,
     };
     let attempt = Some(attempt_to_wire(grant));
-    copy.conversation.say(Said::State(v1::State { attempt: attempt.clone(), machine_state: state }));
+    copy.conversation.say(Said::State(v1::State {
+        attempt: attempt.clone(),
+        machine_state: state,
+    }));
     let last_pages_began = Instant::now();
     copy.policy.stopped(pause_began.elapsed());
 
@@ -92,13 +107,22 @@ fn hand_over<G: SourceGuest>(
     let digests = match verified_state {
         Some(state) => {
             let (attempt, totals) = (attempt.clone(), totals.clone());
-            copy.conversation.say(Said::DigestRequest(v1::DigestRequest { attempt, totals }));
-            let memory = digest::memory(&*copy.guest.memory()).map_err(|cause| could_not("digest its memory", cause))?;
-            Some(v1::Digests { memory: memory.to_le_bytes().to_vec(), state: state.to_le_bytes().to_vec() })
+            copy.conversation
+                .say(Said::DigestRequest(v1::DigestRequest { attempt, totals }));
+            let memory =
+                digest::memory(&*copy.guest.memory()).map_err(|cause| could_not("digest its memory", cause))?;
+            Some(v1::Digests {
+                memory: memory.to_le_bytes().to_vec(),
+                state: state.to_le_bytes().to_vec(),
+            })
         }
         None => None,
     };
-    let verify = if digests.is_some() { verify_began.elapsed() } else { Duration::ZERO };
+    let verify = if digests.is_some() {
+        verify_began.elapsed()
+    } else {
+        Duration::ZERO
+    };
     budget.deadline += verify;
     budget.check("the last pages were sent")?;
 
@@ -114,9 +138,18 @@ fn hand_over<G: SourceGuest>(
     if !copy.conversation.asked.grants.trade_for_go(grant) {
         return Err(Setback::CallOff("the agent took the grant back".to_owned()));
     }
-    copy.conversation.say(Said::Go(v1::Go { manifest: Some(manifest) }));
+    copy.conversation.say(Said::Go(v1::Go {
+        manifest: Some(manifest),
+    }));
     let state = last_pages_began - export_began;
-    Ok(Blackout { pause_began, go_sent: Instant::now(), stop, state, last_pages, verify })
+    Ok(Blackout {
+        pause_began,
+        go_sent: Instant::now(),
+        stop,
+        state,
+        last_pages,
+        verify,
+    })
 }
 
 /// The time that the guest may stand still.
@@ -132,7 +165,9 @@ impl Budget {
             return Ok(());
         }
         let (over, allowed) = (over.as_secs_f64() * 1e3, self.allowed.as_secs_f64() * 1e3);
-        Err(Setback::CallOff(format!("over the budget of {allowed:.1} ms by {over:.1} ms when {when}")))
+        Err(Setback::CallOff(format!(
+            "over the budget of {allowed:.1} ms by {over:.1} ms when {when}"
+        )))
     }
 }
 
@@ -157,12 +192,19 @@ fn send_last_pages<G: SourceGuest>(
     let left = budget.deadline.saturating_duration_since(Instant::now());
     if needed > left {
         let (needed, left) = (needed.as_secs_f64() * 1e3, left.as_secs_f64() * 1e3);
-        return Err(Setback::CallOff(format!("{pages} last pages and the start need {needed:.1} ms, {left:.1} ms are left")));
+        return Err(Setback::CallOff(format!(
+            "{pages} last pages and the start need {needed:.1} ms, {left:.1} ms are left"
+        )));
     }
     if pages > 0 {
         let set = copy.take_pending();
         *last_round = LastRound::UnderWay;
-        copy.streams.feed.start(Round { number: copy.round, set, clearer: None, pace: Pace::Unlimited });
+        copy.streams.feed.start(Round {
+            number: copy.round,
+            set,
+            clearer: None,
+            pace: Pace::Unlimited,
+        });
         wait_for_last_pages(copy, budget)?;
         *last_round = LastRound::Sent;
     }
@@ -215,7 +257,10 @@ fn call_off<G: SourceGuest>(
         Setback::CallOff(reason) => reason,
     };
     let wire = Some(attempt_to_wire(grant));
-    copy.conversation.say(Said::Disarm(v1::Disarm { attempt: wire, reason: reason.clone() }));
+    copy.conversation.say(Said::Disarm(v1::Disarm {
+        attempt: wire,
+        reason: reason.clone(),
+    }));
     close_last_round(copy, last_round)?;
     copy.disarmed(grant);
     asked.report(SourceReport::Disarmed { attempt: grant, reason });

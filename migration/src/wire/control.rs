@@ -83,8 +83,13 @@ mod tests {
     use super::*;
 
     fn message() -> FromSource {
-        let barrier = Barrier { round: 5, totals: Vec::new() };
-        FromSource { message: Some(from_source::Message::Barrier(barrier)) }
+        let barrier = Barrier {
+            round: 5,
+            totals: Vec::new(),
+        };
+        FromSource {
+            message: Some(from_source::Message::Barrier(barrier)),
+        }
     }
 
     fn written(message: &FromSource) -> Vec<u8> {
@@ -101,11 +106,22 @@ mod tests {
 
     #[test]
     fn too_long_is_refused_on_both_sides_before_anything_is_allocated() {
-        let hello = Hello { profile: vec![0; MAX_MESSAGE as usize], ..Hello::default() };
-        let long = FromSource { message: Some(from_source::Message::Hello(hello)) };
-        assert!(matches!(write_message(&mut Vec::new(), &long), Err(ControlError::TooLong(_))));
+        let hello = Hello {
+            profile: vec![0; MAX_MESSAGE as usize],
+            ..Hello::default()
+        };
+        let long = FromSource {
+            message: Some(from_source::Message::Hello(hello)),
+        };
+        assert!(matches!(
+            write_message(&mut Vec::new(), &long),
+            Err(ControlError::TooLong(_))
+        ));
         let claimed = [b"FCTL".as_slice(), &u32::MAX.to_le_bytes()].concat();
-        assert!(matches!(read_message::<FromSource>(&mut &*claimed), Err(ControlError::TooLong(_))));
+        assert!(matches!(
+            read_message::<FromSource>(&mut &*claimed),
+            Err(ControlError::TooLong(_))
+        ));
     }
 
     #[test]
@@ -117,7 +133,10 @@ mod tests {
     #[test]
     fn an_end_inside_a_message_is_a_closed_connection() {
         let bytes = written(&message());
-        assert!(matches!(read_message::<FromSource>(&mut &bytes[..9]), Err(ControlError::Closed)));
+        assert!(matches!(
+            read_message::<FromSource>(&mut &bytes[..9]),
+            Err(ControlError::Closed)
+        ));
     }
 
     proptest! {

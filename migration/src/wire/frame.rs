@@ -184,6 +184,21 @@ pub enum FrameError {
     Identity(Uuid),
 }
 
+impl FrameError {
+    /// What an error while reading a frame's pages means.
+    pub(crate) fn from_pages(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::UnexpectedEof => Self::Truncated,
+            _ => Self::Io(error),
+        }
+    }
+
+    /// Whether the connection broke, rather than what it carried.
+    pub(crate) fn is_connection(&self) -> bool {
+        matches!(self, Self::Io(_) | Self::Truncated)
+    }
+}
+
 /// Makes the frames of one stream: what goes before the pages.
 #[derive(Debug)]
 pub(crate) struct FrameWriter {
@@ -194,7 +209,11 @@ pub(crate) struct FrameWriter {
 
 impl FrameWriter {
     pub(crate) fn new(stream: u16) -> Self {
-        Self { stream, sequence: 0, buffer: Vec::with_capacity(HEADER_BYTES + MAX_RUNS * ENTRY_BYTES) }
+        Self {
+            stream,
+            sequence: 0,
+            buffer: Vec::with_capacity(HEADER_BYTES + MAX_RUNS * ENTRY_BYTES),
+        }
     }
 
     /// The stream's first frame.
@@ -224,7 +243,11 @@ impl FrameWriter {
                 Content::Zero => RUN_ZERO,
             };
             let count = u32::try_from(run.count).expect("a run of one frame is far below 2^32 pages");
-            let entry = Entry { first: run.first.into(), count: count.into(), kind: kind.into() };
+            let entry = Entry {
+                first: run.first.into(),
+                count: count.into(),
+                kind: kind.into(),
+            };
             self.buffer.extend_from_slice(entry.as_bytes());
             entries += 1;
             data_pages += if content == Content::Data { run.count } else { 0 };
@@ -278,17 +301,28 @@ pub(crate) struct Pages<'a> {
 impl FrameReader {
     pub(crate) fn new(stream: u16) -> Self {
         let table = vec![0; MAX_RUNS * ENTRY_BYTES];
-        Self { stream, sequence: 0, table, data: Vec::with_capacity(MAX_RUNS), zero: Vec::with_capacity(MAX_RUNS) }
+        Self {
+            stream,
+            sequence: 0,
+            table,
+            data: Vec::with_capacity(MAX_RUNS),
+            zero: Vec::with_capacity(MAX_RUNS),
+        }
     }
 
     /// Reads the stream's first frame. `None` if the stream ended before it.
     pub(crate) fn open(&mut self, source: &mut impl Read, expected: &StreamIdentity) -> Result<Option<()>, FrameError> {
-        let Some(header) = self.header(source, KIND_OPEN)? else { return Ok(None) };
+        let Some(header) = self.header(source, KIND_OPEN)? else {
+            return Ok(None);
+        };
         if header.entries.get() != OPENING_ENTRIES {
             return Err(FrameError::Entries(header.entries.get()));
         }
         if header.payload.get() != 0 {
-            return Err(FrameError::Length { header: header.payload.get().into(), table: 0 });
+            return Err(FrameError::Length {
+                header: header.payload.get().into(),
+                table: 0,
+            });
         }
         let table = self.table(source, &header)?;
         let opening = Opening::read_from_bytes(table).map_err(|_| FrameError::Entries(header.entries.get()))?;
@@ -309,8 +343,14 @@ impl FrameReader {
     }
 
     /// Reads header and table of the next frame of pages. `None` if the stream ended before it.
-    pub(crate) fn pages(&mut self, source: &mut impl Read, shape: &MemoryShape) -> Result<Option<Pages<'_>>, FrameError> {
-        let Some(header) = self.header(source, KIND_PAGES)? else { return Ok(None) };
+    pub(crate) fn pages(
+        &mut self,
+        source: &mut impl Read,
+        shape: &MemoryShape,
+    ) -> Result<Option<Pages<'_>>, FrameError> {
+        let Some(header) = self.header(source, KIND_PAGES)? else {
+            return Ok(None);
+        };
         let length = u64::from(header.payload.get());
         if length > MAX_DATA_PAGES * FRAME_SIZE {
             return Err(FrameError::TooLong(length));
@@ -323,7 +363,12 @@ impl FrameReader {
         }
         self.sequence += 1;
         let overhead = (HEADER_BYTES + usize::from(header.entries.get()) * ENTRY_BYTES) as u64;
-        Ok(Some(Pages { round: header.round.get(), data: &self.data, zero: &self.zero, overhead }))
+        Ok(Some(Pages {
+            round: header.round.get(),
+            data: &self.data,
+            zero: &self.zero,
+            overhead,
+        }))
     }
 
     fn header(&self, source: &mut impl Read, kind: u8) -> Result<Option<Header>, FrameError> {
@@ -343,7 +388,10 @@ impl FrameReader {
             return Err(FrameError::Entries(entries));
         }
         if header.kind != kind {
-            return Err(FrameError::Kind { found: header.kind, expected: kind });
+            return Err(FrameError::Kind {
+                found: header.kind,
+                expected: kind,
+            });
         }
         Ok(Some(header))
     }
@@ -351,19 +399,28 @@ impl FrameReader {
     /// Reads the table and then trusts the header: checksum first, everything that it guards after.
     fn table(&mut self, source: &mut impl Read, header: &Header) -> Result<&[u8], FrameError> {
         let table = &mut self.table[..usize::from(header.entries.get()) * ENTRY_BYTES];
-        source.read_exact(table).map_err(broken)?;
+        source.read_exact(table).map_err(FrameError::from_pages)?;
         let computed = checksum(header, table);
         if header.checksum.get() != computed {
-            return Err(FrameError::Checksum { header: header.checksum.get(), computed });
+            return Err(FrameError::Checksum {
+                header: header.checksum.get(),
+                computed,
+            });
         }
         if header.flags != 0 {
             return Err(FrameError::Reserved(header.flags.into()));
         }
         if header.stream.get() != self.stream {
-            return Err(FrameError::Stream { found: header.stream.get(), expected: self.stream });
+            return Err(FrameError::Stream {
+                found: header.stream.get(),
+                expected: self.stream,
+            });
         }
         if header.sequence.get() != self.sequence {
-            return Err(FrameError::Sequence { found: header.sequence.get(), expected: self.sequence });
+            return Err(FrameError::Sequence {
+                found: header.sequence.get(),
+                expected: self.sequence,
+            });
         }
         Ok(table)
     }
@@ -374,9 +431,15 @@ impl FrameReader {
         let mut end = 0;
         for bytes in self.table[..usize::from(entries) * ENTRY_BYTES].chunks_exact(ENTRY_BYTES) {
             let entry = Entry::read_from_bytes(bytes).map_err(|_| FrameError::Truncated)?;
-            let run = FrameRun { first: entry.first.get(), count: entry.count.get().into() };
+            let run = FrameRun {
+                first: entry.first.get(),
+                count: entry.count.get().into(),
+            };
             if !shape.contains(run) {
-                return Err(FrameError::OutsideMemory { first: run.first, count: run.count });
+                return Err(FrameError::OutsideMemory {
+                    first: run.first,
+                    count: run.count,
+                });
             }
             if run.first < end {
                 return Err(FrameError::Order { first: run.first });
@@ -410,15 +473,8 @@ pub(super) fn read_or_end(source: &mut impl Read, bytes: &mut [u8]) -> Result<bo
     if first == 0 {
         return Ok(false);
     }
-    source.read_exact(&mut bytes[first..]).map_err(broken)?;
+    source.read_exact(&mut bytes[first..]).map_err(FrameError::from_pages)?;
     Ok(true)
-}
-
-fn broken(error: io::Error) -> FrameError {
-    match error.kind() {
-        io::ErrorKind::UnexpectedEof => FrameError::Truncated,
-        _ => FrameError::Io(error),
-    }
 }
 
 #[cfg(test)]

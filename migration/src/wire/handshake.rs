@@ -19,7 +19,10 @@ pub(crate) struct Versions {
 }
 
 impl Versions {
-    pub(crate) const OURS: Self = Self { newest: PROTOCOL, oldest: OLDEST_PROTOCOL };
+    pub(crate) const OURS: Self = Self {
+        newest: PROTOCOL,
+        oldest: OLDEST_PROTOCOL,
+    };
 
     /// The newest version that both speak.
     pub(crate) fn common(self, other: Self) -> Option<u32> {
@@ -30,7 +33,10 @@ impl Versions {
 
 /// The source's first message.
 pub(crate) fn hello(identity: &StreamIdentity, shape: &MemoryShape, profile: Vec<u8>) -> v1::Hello {
-    let region = |region: &Region| v1::Region { start_frame: region.start_frame, frames: region.frames };
+    let region = |region: &Region| v1::Region {
+        start_frame: region.start_frame,
+        frames: region.frames,
+    };
     v1::Hello {
         protocol_newest: PROTOCOL,
         protocol_oldest: OLDEST_PROTOCOL,
@@ -56,7 +62,10 @@ pub(crate) fn check_hello(
     ours: Versions,
     check_profile: impl FnOnce(&[u8]) -> Vec<String>,
 ) -> Result<u32, Vec<String>> {
-    let theirs = Versions { newest: hello.protocol_newest, oldest: hello.protocol_oldest };
+    let theirs = Versions {
+        newest: hello.protocol_newest,
+        oldest: hello.protocol_oldest,
+    };
     let Some(protocol) = ours.common(theirs) else {
         return Err(vec![format!(
             "protocol version: the source speaks {} to {}, this host {} to {}",
@@ -71,11 +80,20 @@ pub(crate) fn check_hello(
     };
     let instance = Uuid::from_slice(&hello.instance).ok();
     let migration = Uuid::from_slice(&hello.migration).ok();
-    refuse_unless(instance == Some(expected.instance), format!("instance: {} is expected here", expected.instance));
-    refuse_unless(migration == Some(expected.migration), format!("migration: {} is expected here", expected.migration));
+    refuse_unless(
+        instance == Some(expected.instance),
+        format!("instance: {} is expected here", expected.instance),
+    );
+    refuse_unless(
+        migration == Some(expected.migration),
+        format!("migration: {} is expected here", expected.migration),
+    );
     refuse_unless(
         hello.epoch == expected.epoch.0,
-        format!("epoch: the guest runs under {} at the source, {} is expected here", hello.epoch, expected.epoch),
+        format!(
+            "epoch: the guest runs under {} at the source, {} is expected here",
+            hello.epoch, expected.epoch
+        ),
     );
     refuse_unless(
         u64::from(hello.page_size) == FRAME_SIZE,
@@ -83,20 +101,37 @@ pub(crate) fn check_hello(
     );
     refuse_unless(
         hello.streams == expected.streams,
-        format!("page streams: {} at the source, {} here", hello.streams, expected.streams),
+        format!(
+            "page streams: {} at the source, {} here",
+            hello.streams, expected.streams
+        ),
     );
-    let regions = hello.regions.iter().map(|region| Region { start_frame: region.start_frame, frames: region.frames });
+    let regions = hello.regions.iter().map(|region| Region {
+        start_frame: region.start_frame,
+        frames: region.frames,
+    });
     let theirs: Vec<Region> = regions.collect();
     refuse_unless(
         theirs == shape.regions(),
-        format!("memory shape: {} at the source, {} here", describe(&theirs), describe(shape.regions())),
+        format!(
+            "memory shape: {} at the source, {} here",
+            describe(&theirs),
+            describe(shape.regions())
+        ),
     );
     refusals.extend(check_profile(&hello.profile));
-    if refusals.is_empty() { Ok(protocol) } else { Err(refusals) }
+    if refusals.is_empty() {
+        Ok(protocol)
+    } else {
+        Err(refusals)
+    }
 }
 
 fn describe(regions: &[Region]) -> String {
-    let shown = regions.iter().take(8).map(|region| format!("{:#x}+{:#x}", region.start_frame, region.frames));
+    let shown = regions
+        .iter()
+        .take(8)
+        .map(|region| format!("{:#x}+{:#x}", region.start_frame, region.frames));
     let dots = if regions.len() > 8 { ", …" } else { "" };
     format!("pages [{}{dots}]", shown.collect::<Vec<_>>().join(", "))
 }
@@ -107,7 +142,12 @@ mod tests {
     use crate::handover::Epoch;
 
     fn identity() -> StreamIdentity {
-        StreamIdentity { instance: Uuid::from_u128(1), migration: Uuid::from_u128(2), epoch: Epoch(3), streams: 2 }
+        StreamIdentity {
+            instance: Uuid::from_u128(1),
+            migration: Uuid::from_u128(2),
+            epoch: Epoch(3),
+            streams: 2,
+        }
     }
 
     fn shape(frames: u64) -> MemoryShape {
@@ -138,13 +178,25 @@ mod tests {
 
     #[test]
     fn a_foreign_version_is_refused_by_its_numbers() {
-        let reasons = check(&v1::Hello { protocol_newest: 9, protocol_oldest: 8, ..ours() }).unwrap_err();
-        assert_eq!(reasons, ["protocol version: the source speaks 8 to 9, this host 1 to 1"]);
+        let reasons = check(&v1::Hello {
+            protocol_newest: 9,
+            protocol_oldest: 8,
+            ..ours()
+        })
+        .unwrap_err();
+        assert_eq!(
+            reasons,
+            ["protocol version: the source speaks 8 to 9, this host 1 to 1"]
+        );
     }
 
     #[test]
     fn all_reasons_are_told_at_once() {
-        let hello = v1::Hello { epoch: 9, page_size: 16384, ..hello(&identity(), &shape(65), Vec::new()) };
+        let hello = v1::Hello {
+            epoch: 9,
+            page_size: 16384,
+            ..hello(&identity(), &shape(65), Vec::new())
+        };
         let check = |_: &[u8]| vec!["cpu feature avx512f is missing".to_owned()];
         let reasons = check_hello(&hello, &identity(), &shape(64), Versions::OURS, check).unwrap_err();
         assert_eq!(

@@ -37,15 +37,35 @@ impl StreamTotals {
 
 impl From<StreamTotals> for v1::StreamTotals {
     fn from(totals: StreamTotals) -> Self {
-        let StreamTotals { frames, pages, zero_pages, bytes } = totals;
-        Self { frames, pages, zero_pages, bytes }
+        let StreamTotals {
+            frames,
+            pages,
+            zero_pages,
+            bytes,
+        } = totals;
+        Self {
+            frames,
+            pages,
+            zero_pages,
+            bytes,
+        }
     }
 }
 
 impl From<v1::StreamTotals> for StreamTotals {
     fn from(totals: v1::StreamTotals) -> Self {
-        let v1::StreamTotals { frames, pages, zero_pages, bytes } = totals;
-        Self { frames, pages, zero_pages, bytes }
+        let v1::StreamTotals {
+            frames,
+            pages,
+            zero_pages,
+            bytes,
+        } = totals;
+        Self {
+            frames,
+            pages,
+            zero_pages,
+            bytes,
+        }
     }
 }
 
@@ -79,7 +99,9 @@ pub(crate) fn attempt_from_wire(attempt: Option<v1::Attempt>) -> Result<Attempt,
 /// # Errors
 /// Names `what` if it is not 16 bytes.
 pub(crate) fn digest_from_wire(bytes: &[u8], what: &str) -> Result<u128, String> {
-    let bytes = bytes.try_into().map_err(|_| format!("{what} has {} bytes, not 16", bytes.len()))?;
+    let bytes = bytes
+        .try_into()
+        .map_err(|_| format!("{what} has {} bytes, not 16", bytes.len()))?;
     Ok(u128::from_le_bytes(bytes))
 }
 
@@ -87,12 +109,19 @@ pub(crate) fn digest_from_wire(bytes: &[u8], what: &str) -> Result<u128, String>
 pub(crate) fn population_to_wire(population: &Population) -> Vec<v1::Population> {
     let populated = population.populated.chunks(RUNS_PER_PART);
     let huge = population.huge.chunks(RUNS_PER_PART);
-    let part = |populated, huge| v1::Population { populated, huge, last: false };
+    let part = |populated, huge| v1::Population {
+        populated,
+        huge,
+        last: false,
+    };
     let mut parts: Vec<_> = huge.map(|runs| part(Vec::new(), gaps_and_lengths(runs))).collect();
     parts.extend(populated.map(|runs| part(gaps_and_lengths(runs), Vec::new())));
     match parts.last_mut() {
         Some(last) => last.last = true,
-        None => parts.push(v1::Population { last: true, ..v1::Population::default() }),
+        None => parts.push(v1::Population {
+            last: true,
+            ..v1::Population::default()
+        }),
     }
     parts
 }
@@ -104,11 +133,17 @@ pub(crate) fn population_to_wire(population: &Population) -> Vec<v1::Population>
 pub(crate) fn runs_from_wire(numbers: &[u64], shape: &MemoryShape) -> Result<Vec<FrameRun>, String> {
     let mut end = 0u64;
     let run = |pair: &[u64]| {
-        let &[gap, count] = pair else { return Err("a run of the population map has no length".to_owned()) };
-        let first = end.checked_add(gap).ok_or("a run of the population map is beyond all memory")?;
+        let &[gap, count] = pair else {
+            return Err("a run of the population map has no length".to_owned());
+        };
+        let first = end
+            .checked_add(gap)
+            .ok_or("a run of the population map is beyond all memory")?;
         let run = FrameRun { first, count };
         if !shape.contains(run) {
-            return Err(format!("{count} populated pages from page {first:#x} on are not guest memory"));
+            return Err(format!(
+                "{count} populated pages from page {first:#x} on are not guest memory"
+            ));
         }
         end = run.end();
         Ok(run)
@@ -134,7 +169,11 @@ mod tests {
     use crate::guest::Region;
 
     fn shape() -> MemoryShape {
-        MemoryShape::new(vec![Region { start_frame: 4, frames: 1 << 20 }]).unwrap()
+        MemoryShape::new(vec![Region {
+            start_frame: 4,
+            frames: 1 << 20,
+        }])
+        .unwrap()
     }
 
     proptest! {
@@ -164,15 +203,32 @@ mod tests {
 
     #[test]
     fn large_maps_travel_in_parts() {
-        let populated: Vec<FrameRun> = (0..100_000).map(|index| FrameRun { first: 4 + 2 * index, count: 1 }).collect();
-        let parts = population_to_wire(&Population { populated, huge: vec![FrameRun { first: 512, count: 512 }] });
+        let populated: Vec<FrameRun> = (0..100_000)
+            .map(|index| FrameRun {
+                first: 4 + 2 * index,
+                count: 1,
+            })
+            .collect();
+        let parts = population_to_wire(&Population {
+            populated,
+            huge: vec![FrameRun { first: 512, count: 512 }],
+        });
         assert_eq!(parts.len(), 5);
-        assert_eq!(parts.iter().map(|part| part.populated.len() / 2).sum::<usize>(), 100_000);
+        assert_eq!(
+            parts.iter().map(|part| part.populated.len() / 2).sum::<usize>(),
+            100_000
+        );
     }
 
     #[test]
     fn a_broken_attempt_is_named() {
         assert!(attempt_from_wire(None).is_err());
-        assert!(attempt_from_wire(Some(v1::Attempt { instance: vec![1], ..v1::Attempt::default() })).is_err());
+        assert!(
+            attempt_from_wire(Some(v1::Attempt {
+                instance: vec![1],
+                ..v1::Attempt::default()
+            }))
+            .is_err()
+        );
     }
 }

@@ -6,11 +6,26 @@ use crate::guest::Region;
 const STREAM: u16 = 3;
 
 fn shape() -> MemoryShape {
-    MemoryShape::new(vec![Region { start_frame: 16, frames: 4096 }, Region { start_frame: 1 << 20, frames: 4096 }]).unwrap()
+    MemoryShape::new(vec![
+        Region {
+            start_frame: 16,
+            frames: 4096,
+        },
+        Region {
+            start_frame: 1 << 20,
+            frames: 4096,
+        },
+    ])
+    .unwrap()
 }
 
 fn identity() -> StreamIdentity {
-    StreamIdentity { instance: Uuid::from_u128(1), migration: Uuid::from_u128(2), epoch: Epoch(3), streams: 4 }
+    StreamIdentity {
+        instance: Uuid::from_u128(1),
+        migration: Uuid::from_u128(2),
+        epoch: Epoch(3),
+        streams: 4,
+    }
 }
 
 fn run(first: u64, count: u64) -> FrameRun {
@@ -88,15 +103,27 @@ proptest! {
 #[test]
 fn an_opening_frame_must_name_this_migration() {
     let bytes = FrameWriter::new(STREAM).open(&identity()).to_vec();
-    let other = StreamIdentity { epoch: Epoch(4), ..identity() };
-    assert!(matches!(FrameReader::new(STREAM).open(&mut &*bytes, &identity()), Ok(Some(()))));
-    assert!(matches!(FrameReader::new(STREAM).open(&mut &*bytes, &other), Err(FrameError::Identity(_))));
+    let other = StreamIdentity {
+        epoch: Epoch(4),
+        ..identity()
+    };
+    assert!(matches!(
+        FrameReader::new(STREAM).open(&mut &*bytes, &identity()),
+        Ok(Some(()))
+    ));
+    assert!(matches!(
+        FrameReader::new(STREAM).open(&mut &*bytes, &other),
+        Err(FrameError::Identity(_))
+    ));
 }
 
 #[test]
 fn a_stream_may_end_between_frames_only() {
     let bytes = two_runs();
-    assert!(matches!(FrameReader::new(STREAM).pages(&mut &bytes[..0], &shape()), Ok(None)));
+    assert!(matches!(
+        FrameReader::new(STREAM).pages(&mut &bytes[..0], &shape()),
+        Ok(None)
+    ));
     assert!(matches!(read(&bytes[..10]), Err(FrameError::Truncated)));
     assert!(matches!(read(&bytes[..40]), Err(FrameError::Truncated)));
 }
@@ -106,13 +133,19 @@ fn a_frame_of_another_stream_or_place_is_refused() {
     let bytes = two_runs();
     assert!(matches!(
         FrameReader::new(0).pages(&mut &*bytes, &shape()),
-        Err(FrameError::Stream { found: STREAM, expected: 0 })
+        Err(FrameError::Stream {
+            found: STREAM,
+            expected: 0
+        })
     ));
     let twice = [bytes.clone(), bytes].concat();
     let mut source = &*twice;
     let mut reader = FrameReader::new(STREAM);
     assert!(reader.pages(&mut source, &shape()).is_ok());
-    assert!(matches!(reader.pages(&mut source, &shape()), Err(FrameError::Sequence { found: 0, expected: 1 })));
+    assert!(matches!(
+        reader.pages(&mut source, &shape()),
+        Err(FrameError::Sequence { found: 0, expected: 1 })
+    ));
 }
 
 #[test]
@@ -120,12 +153,24 @@ fn each_lie_of_a_header_is_named() {
     let header = |change: fn(&mut [u8])| read(&resealed(two_runs(), change)).unwrap_err();
     assert!(matches!(header(|bytes| bytes[0] = 0), FrameError::Magic(_)));
     assert!(matches!(header(|bytes| bytes[4] = 9), FrameError::Version(9)));
-    assert!(matches!(header(|bytes| bytes[6] = 1), FrameError::Kind { found: 1, expected: 2 }));
+    assert!(matches!(
+        header(|bytes| bytes[6] = 1),
+        FrameError::Kind { found: 1, expected: 2 }
+    ));
     assert!(matches!(header(|bytes| bytes[7] = 1), FrameError::Reserved(1)));
     assert!(matches!(header(|bytes| bytes[10..12].fill(0)), FrameError::Entries(0)));
-    assert!(matches!(header(|bytes| bytes[10..12].fill(0xff)), FrameError::Entries(0xffff)));
-    assert!(matches!(header(|bytes| bytes[24..28].fill(0xff)), FrameError::TooLong(0xffff_ffff)));
-    assert!(matches!(header(|bytes| bytes[25] = 0), FrameError::Length { header: 0, table: 8192 }));
+    assert!(matches!(
+        header(|bytes| bytes[10..12].fill(0xff)),
+        FrameError::Entries(0xffff)
+    ));
+    assert!(matches!(
+        header(|bytes| bytes[24..28].fill(0xff)),
+        FrameError::TooLong(0xffff_ffff)
+    ));
+    assert!(matches!(
+        header(|bytes| bytes[25] = 0),
+        FrameError::Length { header: 0, table: 8192 }
+    ));
 }
 
 #[test]

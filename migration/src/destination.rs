@@ -1,0 +1,307 @@
+//! The destination of a migration: a state machine, because the source decides what comes next.
+//!
+//! ```text
+//!   handshake ─► population map ─► Copying ──State──► GuestStopped ──Go──► check manifest ─► restore ─► Loaded
+//!                                   │  ▲ Barrier           │
+//!                                   └──┘◄─────Disarm───────┘
+//! ```
+//!
+//! The guest is never started here: what comes out waits for a permit. On any error the machine is gone, and nothing of
+//! the guest is left on this host.
+
+mod crew;
+mod error;
+mod hearing;
+mod phase;
+mod population;
+mod received;
+mod receiver;
+mod report;
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use ferry_proto::stream::v1::{self, from_destination::Message as Reply, from_source::Message as Said};
+
+use crate::guest::{DestinationGuest, GuestMemory, GuestWas, Population, RestoredGuest};
+use crate::handover::Attempt;
+use crate::link::{Link, Sockets};
+use crate::wire::{StreamIdentity, StreamTotals, Versions, check_hello, runs_from_wire};
+use crew::Crew;
+pub use error::DestinationError;
+use hearing::Hearing;
+use phase::{Phase, Step};
+use population::{Ahead, wanted_huge};
+use received::Received;
+use receiver::Delivered;
+pub use report::{DestinationOrder, DestinationParameters, DestinationReport, DestinationSummary, LoadTimings, Loaded};
+
+/// Receives the guest from the source at the other end of `link`. Blocks until the guest is loaded, or until it is
+/// certain that it will not be; every thread that it started is joined when it returns, and every connection is closed.
+///
+/// `orders` and `reports` may have lost their other end: then nothing is ordered, and nobody listens.
+///
+/// # Errors
+/// Why the guest did not arrive. Nothing was started and nothing was claimed.
+pub fn run<G: DestinationGuest>(
+    guest: G,
+    link: Link,
+    parameters: &DestinationParameters,
+    orders: &Receiver<DestinationOrder>,
+    reports: &Sender<DestinationReport>,
+) -> Result<Loaded<G::Restored>, DestinationError> {
+    let sockets = Sockets::new(link, parameters.liveness).map_err(|cause| DestinationError::Host {
+        step: "set up the connections",
+        cause,
+    })?;
+    let asked = Asked {
+        parameters,
+        orders,
+        reports,
+    };
+    let memory = guest.memory();
+    let shared = Shared {
+        received: Received::new(memory.shape()),
+        ahead: Ahead::default(),
+        delivered: sockets.pages.iter().map(|_| Delivered::default()).collect(),
+        round: AtomicU32::new(1),
+    };
+    thread::scope(|scope| {
+        let _ending = Ending {
+            sockets: &sockets,
+            shared: &shared,
+        };
+        let (events_in, events) = mpsc::sync_channel(64);
+        let (outbox, outgoing) = mpsc::channel();
+        let mut hearing = Hearing::new(events, outbox, &sockets, asked);
+        let crew = Crew {
+            scope,
+            sockets: &sockets,
+            shared: &shared,
+            memory: &*memory,
+            events: events_in,
+        };
+        crew.start_control(&hearing.outbox, outgoing, parameters.liveness.heartbeat)?;
+        let ended = receive(&guest, &mut hearing, &crew);
+        match ended {
+            Ok(arrived) => {
+                // The threads go home while the machine is being built.
+                sockets.cut();
+                load(guest, arrived, &shared)
+            }
+            Err(error) => {
+                hearing.farewell(&error);
+                Err(error)
+            }
+        }
+    })
+}
+
+/// What the caller asked for.
+#[derive(Clone, Copy)]
+struct Asked<'a> {
+    parameters: &'a DestinationParameters,
+    orders: &'a Receiver<DestinationOrder>,
+    reports: &'a Sender<DestinationReport>,
+}
+
+impl Asked<'_> {
+    fn report(&self, report: DestinationReport) {
+        // A caller that stopped listening still wants the guest received.
+        let _ = self.reports.send(report);
+    }
+}
+
+/// What the script shares with its threads.
+struct Shared {
+    received: Received,
+    ahead: Ahead,
+    delivered: Vec<Delivered>,
+    round: AtomicU32,
+}
+
+impl Shared {
+    fn sum(&self) -> StreamTotals {
+        self.delivered
+            .iter()
+            .map(Delivered::totals)
+            .fold(StreamTotals::default(), StreamTotals::plus)
+    }
+}
+
+/// A guest that is here, in parts.
+struct Arrived {
+    attempt: Attempt,
+    state: Vec<u8>,
+    guest_was: GuestWas,
+    /// The source's digest of its state, when both sides compare.
+    state_digest: Option<u128>,
+    go_received: Instant,
+    last_pages: Duration,
+    verify: Duration,
+}
+
+/// Everything up to a checked manifest.
+fn receive<G: DestinationGuest>(
+    guest: &G,
+    hearing: &mut Hearing<'_>,
+    crew: &Crew<'_, '_, G::Memory>,
+) -> Result<Arrived, DestinationError> {
+    let identity = handshake(guest, hearing, crew)?;
+    crew.start_receivers(&identity)?;
+    load_population(hearing, crew)?;
+    let mut phase = Phase::Copying { disarmed: 0 };
+    loop {
+        match phase.step(hearing.message()?, hearing, crew)? {
+            Step::Next(next) => phase = next,
+            Step::Arrived(arrived) => return Ok(*arrived),
+        }
+    }
+}
+
+fn handshake<G: DestinationGuest>(
+    guest: &G,
+    hearing: &mut Hearing<'_>,
+    crew: &Crew<'_, '_, G::Memory>,
+) -> Result<StreamIdentity, DestinationError> {
+    let hello = match hearing.message()? {
+        Said::Hello(hello) => hello,
+        _ => {
+            return Err(DestinationError::Misbehaved(
+                "it did not begin with the handshake".to_owned(),
+            ));
+        }
+    };
+    let DestinationParameters {
+        instance,
+        migration,
+        epoch,
+        ..
+    } = *hearing.asked.parameters;
+    let expected = StreamIdentity {
+        instance,
+        migration,
+        epoch,
+        streams: crew.sockets.streams(),
+    };
+    let check = |profile: &[u8]| guest.check(profile);
+    match check_hello(&hello, &expected, crew.memory.shape(), Versions::OURS, check) {
+        Ok(protocol) => {
+            hearing.say(Reply::HelloReply(v1::HelloReply {
+                protocol,
+                refusals: Vec::new(),
+            }));
+            hearing.asked.report(DestinationReport::Accepted { protocol });
+            Ok(expected)
+        }
+        Err(refusals) => {
+            hearing.say(Reply::HelloReply(v1::HelloReply {
+                protocol: 0,
+                refusals: refusals.clone(),
+            }));
+            Err(DestinationError::Incompatible(refusals))
+        }
+    }
+}
+
+/// Takes in the map of what the source has populated, asks for huge pages, and begins to back them.
+fn load_population<M: GuestMemory>(hearing: &mut Hearing<'_>, crew: &Crew<'_, '_, M>) -> Result<(), DestinationError> {
+    let shape = crew.memory.shape();
+    let mut population = Population::default();
+    loop {
+        let Said::Population(part) = hearing.message()? else {
+            return Err(DestinationError::Misbehaved(
+                "it did not send its population map".to_owned(),
+            ));
+        };
+        population
+            .populated
+            .extend(runs_from_wire(&part.populated, shape).map_err(DestinationError::Misbehaved)?);
+        population
+            .huge
+            .extend(runs_from_wire(&part.huge, shape).map_err(DestinationError::Misbehaved)?);
+        let frames = population.populated.len().max(population.huge.len()) as u64;
+        if frames > shape.frames() {
+            return Err(DestinationError::Misbehaved(
+                "its population map has more runs than memory has pages".to_owned(),
+            ));
+        }
+        if part.last {
+            break;
+        }
+    }
+    let wanted = wanted_huge(&population, shape);
+    for &run in &wanted {
+        if let Err(error) = crew.memory.advise_huge(run) {
+            tracing::debug!(%error, first = run.first, count = run.count, "huge pages are not to be had");
+        }
+    }
+    if !wanted.is_empty() {
+        crew.start_populating()?;
+        crew.shared.ahead.plan(&wanted);
+    }
+    hearing.say(Reply::PopulationReady(v1::PopulationReady {}));
+    hearing.asked.report(DestinationReport::Loading {
+        populated_pages: population.populated.iter().map(|run| run.count).sum(),
+        huge_pages: wanted.iter().map(|run| run.count).sum(),
+    });
+    Ok(())
+}
+
+/// Builds the machine.
+fn load<G: DestinationGuest>(
+    guest: G,
+    arrived: Arrived,
+    shared: &Shared,
+) -> Result<Loaded<G::Restored>, DestinationError> {
+    let began = Instant::now();
+    let restored = guest.restore(&arrived.state).map_err(DestinationError::Restore)?;
+    let restore = began.elapsed();
+    let mut verify = arrived.verify;
+    if let Some(expected) = arrived.state_digest {
+        let began = Instant::now();
+        let found = restored.state_digest().map_err(DestinationError::Restore)?;
+        if found != expected {
+            let reason = format!("the state digests to {found:032x} here and to {expected:032x} at the source");
+            return Err(DestinationError::ManifestRefused(vec![reason]));
+        }
+        verify += began.elapsed();
+    }
+    let Arrived {
+        attempt,
+        guest_was,
+        go_received,
+        last_pages,
+        ..
+    } = arrived;
+    Ok(Loaded {
+        restored,
+        attempt,
+        guest_was,
+        timings: LoadTimings {
+            go_received,
+            last_pages,
+            restore,
+            verify,
+        },
+        summary: DestinationSummary {
+            rounds: shared.round.load(Ordering::Acquire),
+            totals: shared.sum(),
+        },
+    })
+}
+
+/// Sends every thread home when it goes out of scope, so that no way out leaves one behind.
+struct Ending<'a> {
+    sockets: &'a Sockets,
+    shared: &'a Shared,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.shared.ahead.close();
+        self.sockets.cut();
+    }
+}

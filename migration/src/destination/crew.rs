@@ -1,0 +1,103 @@
+//! The destination's threads.
+
+use std::sync::mpsc::{Receiver, SyncSender};
+use std::thread::{self, Scope};
+use std::time::Duration;
+
+use ferry_proto::stream::v1;
+
+use crate::destination::hearing::{Event, Outbox};
+use crate::destination::receiver::Receiver as PageReceiver;
+use crate::destination::{DestinationError, Shared};
+use crate::guest::GuestMemory;
+use crate::link::{self, Outgoing, Sockets};
+use crate::wire::StreamIdentity;
+
+/// Starts the threads.
+pub(super) struct Crew<'scope, 'env, M> {
+    pub(super) scope: &'scope Scope<'scope, 'env>,
+    pub(super) sockets: &'scope Sockets,
+    pub(super) shared: &'scope Shared,
+    pub(super) memory: &'scope M,
+    pub(super) events: SyncSender<Event>,
+}
+
+impl<'scope, M: GuestMemory> Crew<'scope, '_, M> {
+    pub(super) fn start_control(
+        &self,
+        outbox: &Outbox,
+        outgoing: Receiver<Outgoing<v1::FromDestination>>,
+        heartbeat: Duration,
+    ) -> Result<(), DestinationError> {
+        let (sockets, outbox, events) = (self.sockets, outbox.clone(), self.events.clone());
+        self.spawn("ferry-control-in".into(), move || {
+            let deliver = |message| events.send(Event::Said(message)).is_ok();
+            if let Err(error) = link::read_control(sockets, &outbox, deliver) {
+                let _ = events.send(Event::ControlLost(error));
+            }
+        })?;
+        let events = self.events.clone();
+        self.spawn("ferry-control-out".into(), move || {
+            if let Err(error) = link::write_control(sockets, &outgoing, heartbeat) {
+                let _ = events.send(Event::ControlLost(error));
+            }
+        })
+    }
+
+    pub(super) fn start_receivers(&self, identity: &StreamIdentity) -> Result<(), DestinationError> {
+        let Self {
+            sockets,
+            shared,
+            memory,
+            ..
+        } = *self;
+        for (stream, socket) in (0u16..).zip(&sockets.pages) {
+            let Shared {
+                received,
+                ahead,
+                delivered,
+                round,
+            } = shared;
+            let delivered = &delivered[usize::from(stream)];
+            let receiver = PageReceiver {
+                stream,
+                socket,
+                sockets,
+                memory,
+                received,
+                ahead,
+                delivered,
+                round,
+            };
+            let (events, identity) = (self.events.clone(), *identity);
+            self.spawn(format!("ferry-receive-{stream}"), move || {
+                // Nobody listens once the migration is over.
+                let error = receiver.run(&identity, || drop(events.send(Event::Arrived))).err();
+                let _ = events.send(Event::StreamEnded { stream, error });
+            })?;
+        }
+        Ok(())
+    }
+
+    /// One thread where there are two processors or fewer, otherwise two.
+    pub(super) fn start_populating(&self) -> Result<(), DestinationError> {
+        let threads = thread::available_parallelism().map_or(1, |count| count.get().div_ceil(2).min(2));
+        let (ahead, memory) = (&self.shared.ahead, self.memory);
+        for index in 0..threads {
+            self.spawn(format!("ferry-populate-{index}"), move || {
+                if let Err(error) = ahead.populate(memory) {
+                    tracing::warn!(%error, "memory could not be populated ahead of the data");
+                }
+            })?;
+        }
+        Ok(())
+    }
+
+    fn spawn(&self, name: String, work: impl FnOnce() + Send + 'scope) -> Result<(), DestinationError> {
+        let spawned = thread::Builder::new().name(name).spawn_scoped(self.scope, work);
+        spawned.map(drop).map_err(|cause| DestinationError::Host {
+            step: "start a thread",
+            cause,
+        })
+    }
+}

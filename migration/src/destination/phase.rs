@@ -1,0 +1,267 @@
+//! The state machine: what follows from what the source says, and what is checked before the guest counts as here.
+
+use std::error::Error;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use ferry_proto::stream::v1::{self, from_destination::Message as Reply, from_source::Message as Said};
+
+use crate::destination::crew::Crew;
+use crate::destination::hearing::Hearing;
+use crate::destination::{Arrived, DestinationError, DestinationParameters, DestinationReport};
+use crate::digest;
+use crate::guest::{GuestMemory, GuestWas};
+use crate::handover::Attempt;
+use crate::wire::{StreamTotals, attempt_from_wire, digest_from_wire};
+
+/// What the source does, as far as it told.
+pub(super) enum Phase {
+    /// Its guest runs. Attempts up to `disarmed` were called off.
+    Copying { disarmed: u32 },
+    /// Its guest stands still for this attempt.
+    GuestStopped(Held),
+}
+
+/// The saved state, and what was computed since.
+pub(super) struct Held {
+    attempt: Attempt,
+    state: Vec<u8>,
+    memory_digest: Option<u128>,
+    verify: Duration,
+}
+
+pub(super) enum Step {
+    Next(Phase),
+    Arrived(Box<Arrived>),
+}
+
+impl Phase {
+    /// What follows from a message. Pages that it lists are awaited here.
+    pub(super) fn step<M: GuestMemory>(
+        self,
+        message: Said,
+        hearing: &mut Hearing<'_>,
+        crew: &Crew<'_, '_, M>,
+    ) -> Result<Step, DestinationError> {
+        match (self, message) {
+            (phase @ Self::Copying { .. }, Said::Barrier(barrier)) => {
+                reach_barrier(barrier, hearing, crew)?;
+                Ok(Step::Next(phase))
+            }
+            (Self::Copying { disarmed }, Said::State(state)) => {
+                let attempt = checked_attempt(state.attempt, hearing)?;
+                if attempt.attempt <= disarmed {
+                    return Err(DestinationError::Misbehaved(format!("{attempt} was called off before")));
+                }
+                hearing.asked.report(DestinationReport::StateReceived { attempt });
+                let (state, memory_digest, verify) = (state.machine_state, None, Duration::ZERO);
+                Ok(Step::Next(Self::GuestStopped(Held {
+                    attempt,
+                    state,
+                    memory_digest,
+                    verify,
+                })))
+            }
+            // Called off before the state was exported.
+            (Self::Copying { disarmed }, Said::Disarm(disarm)) => {
+                let attempt = disarm_attempt(disarm, hearing)?;
+                Ok(Step::Next(Self::Copying {
+                    disarmed: disarmed.max(attempt.attempt),
+                }))
+            }
+            (Self::GuestStopped(held), Said::Disarm(disarm)) => {
+                let attempt = disarm_attempt(disarm, hearing)?;
+                if attempt != held.attempt {
+                    return Err(DestinationError::Misbehaved(format!(
+                        "it called off {attempt} in {}",
+                        held.attempt
+                    )));
+                }
+                Ok(Step::Next(Self::Copying {
+                    disarmed: attempt.attempt,
+                }))
+            }
+            (Self::GuestStopped(held), Said::DigestRequest(request)) => {
+                let attempt = checked_attempt(request.attempt, hearing)?;
+                if attempt != held.attempt {
+                    return Err(DestinationError::Misbehaved(format!(
+                        "it asks for {attempt} in {}",
+                        held.attempt
+                    )));
+                }
+                hearing.await_totals(&crew.shared.delivered, &from_wire(request.totals))?;
+                let began = Instant::now();
+                let digest = digest::memory(crew.memory).map_err(|cause| DestinationError::Guest {
+                    step: "digest its memory",
+                    cause,
+                })?;
+                Ok(Step::Next(Self::GuestStopped(Held {
+                    memory_digest: Some(digest),
+                    verify: began.elapsed(),
+                    ..held
+                })))
+            }
+            (Self::GuestStopped(held), Said::Go(go)) => {
+                check_manifest(held, go.manifest, hearing, crew).map(|arrived| Step::Arrived(Box::new(arrived)))
+            }
+            (phase, message) => Err(DestinationError::Misbehaved(format!(
+                "it said {} while {}",
+                name(&message),
+                phase.describe()
+            ))),
+        }
+    }
+
+    fn describe(&self) -> &'static str {
+        match self {
+            Self::Copying { .. } => "copying",
+            Self::GuestStopped(_) => "its guest was stopped",
+        }
+    }
+}
+
+fn reach_barrier<M: GuestMemory>(
+    barrier: v1::Barrier,
+    hearing: &mut Hearing<'_>,
+    crew: &Crew<'_, '_, M>,
+) -> Result<(), DestinationError> {
+    let open = crew.shared.round.load(Ordering::Acquire);
+    if barrier.round != open {
+        return Err(DestinationError::Misbehaved(format!(
+            "the barrier of round {} in round {open}",
+            barrier.round
+        )));
+    }
+    hearing.await_totals(&crew.shared.delivered, &from_wire(barrier.totals))?;
+    let next = open
+        .checked_add(1)
+        .ok_or_else(|| DestinationError::Misbehaved("rounds without end".to_owned()))?;
+    crew.shared.round.store(next, Ordering::Release);
+    hearing.say(Reply::BarrierReached(v1::BarrierReached { round: open }));
+    hearing.asked.report(DestinationReport::RoundReceived {
+        round: open,
+        totals: crew.shared.sum(),
+    });
+    Ok(())
+}
+
+/// GO is here: waits for what it lists and compares. Every reason against it is collected.
+fn check_manifest<M: GuestMemory>(
+    held: Held,
+    manifest: Option<v1::Manifest>,
+    hearing: &mut Hearing<'_>,
+    crew: &Crew<'_, '_, M>,
+) -> Result<Arrived, DestinationError> {
+    let go_received = Instant::now();
+    let refuse = |reason: String| DestinationError::ManifestRefused(vec![reason]);
+    let manifest = manifest.ok_or_else(|| refuse("GO has no manifest".to_owned()))?;
+    let attempt = attempt_from_wire(manifest.attempt).map_err(refuse)?;
+    if attempt != held.attempt {
+        return Err(refuse(format!("GO is for {attempt}, the state for {}", held.attempt)));
+    }
+    hearing
+        .await_totals(&crew.shared.delivered, &from_wire(manifest.totals))
+        .map_err(|error| refuse(chain(&error)))?;
+    let last_pages = go_received.elapsed();
+
+    let mut reasons = Vec::new();
+    let checksum = digest_from_wire(&manifest.state_checksum, "the state's checksum").map_err(refuse)?;
+    if checksum != digest::bytes(&held.state) {
+        reasons.push("the saved state is not the one that was sent".to_owned());
+    }
+    let mut state_digest = None;
+    if let Some(digests) = &manifest.digests {
+        let memory = digest_from_wire(&digests.memory, "the digest of memory").map_err(refuse)?;
+        state_digest = Some(digest_from_wire(&digests.state, "the digest of the state").map_err(refuse)?);
+        match held.memory_digest {
+            Some(found) if found == memory => {}
+            Some(found) => reasons.push(format!(
+                "memory digests to {found:032x} here and to {memory:032x} at the source"
+            )),
+            None => reasons.push("digests are listed that were not asked for".to_owned()),
+        }
+    } else if held.memory_digest.is_some() {
+        reasons.push("digests were asked for and are not listed".to_owned());
+    }
+    if !reasons.is_empty() {
+        return Err(DestinationError::ManifestRefused(reasons));
+    }
+    hearing.asked.report(DestinationReport::GoReceived { attempt });
+    let guest_was = if manifest.paused_by_user {
+        GuestWas::PausedByUser
+    } else {
+        GuestWas::Running
+    };
+    let Held { state, verify, .. } = held;
+    Ok(Arrived {
+        attempt,
+        state,
+        guest_was,
+        state_digest,
+        go_received,
+        last_pages,
+        verify,
+    })
+}
+
+fn checked_attempt(wire: Option<v1::Attempt>, hearing: &Hearing<'_>) -> Result<Attempt, DestinationError> {
+    let attempt = attempt_from_wire(wire).map_err(DestinationError::Misbehaved)?;
+    let DestinationParameters {
+        instance,
+        migration,
+        epoch,
+        ..
+    } = *hearing.asked.parameters;
+    if attempt
+        != (Attempt {
+            instance,
+            migration,
+            epoch,
+            ..attempt
+        })
+    {
+        return Err(DestinationError::Misbehaved(format!(
+            "{attempt} is not what is expected here"
+        )));
+    }
+    Ok(attempt)
+}
+
+fn disarm_attempt(disarm: v1::Disarm, hearing: &Hearing<'_>) -> Result<Attempt, DestinationError> {
+    let attempt = checked_attempt(disarm.attempt, hearing)?;
+    hearing.asked.report(DestinationReport::Disarmed {
+        attempt,
+        reason: disarm.reason,
+    });
+    Ok(attempt)
+}
+
+fn from_wire(totals: Vec<v1::StreamTotals>) -> Vec<StreamTotals> {
+    totals.into_iter().map(StreamTotals::from).collect()
+}
+
+/// An error with its causes, for a reason that travels as text.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+fn name(message: &Said) -> &'static str {
+    match message {
+        Said::Hello(_) => "hello",
+        Said::Population(_) => "population",
+        Said::Barrier(_) => "barrier",
+        Said::State(_) => "state",
+        Said::DigestRequest(_) => "digest request",
+        Said::Go(_) => "go",
+        Said::Disarm(_) => "disarm",
+        Said::Abort(_) => "abort",
+        Said::Ping(_) => "ping",
+        Said::Pong(_) => "pong",
+    }
+}

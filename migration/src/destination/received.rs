@@ -1,0 +1,105 @@
+//! Which frames were ever received: a page told to be zero is written only if it may hold something else.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::guest::{FrameRun, MemoryShape};
+use crate::precopy::{for_each_word, word_of, words_for};
+
+/// One bit for each frame, set by the receiving threads.
+///
+/// Relaxed is enough: a frame travels at most once in a round, and the barrier between two rounds orders them.
+pub(super) struct Received {
+    shape: MemoryShape,
+    parts: Vec<Vec<AtomicU64>>,
+}
+
+impl Received {
+    pub(super) fn new(shape: &MemoryShape) -> Self {
+        let part = |frames| (0..words_for(frames)).map(|_| AtomicU64::new(0)).collect();
+        let parts = shape.regions().iter().map(|region| part(region.frames)).collect();
+        Self {
+            shape: shape.clone(),
+            parts,
+        }
+    }
+
+    /// Notes that the frames of `run`, inside one region, hold something.
+    pub(super) fn insert(&self, run: FrameRun) {
+        let Some((part, offset)) = self.shape.locate(run.first) else {
+            return;
+        };
+        let words = &self.parts[part];
+        for_each_word(offset, offset + run.count, |index, mask| {
+            words[index].fetch_or(mask, Ordering::Relaxed);
+        });
+    }
+
+    /// Calls `each` with the longest runs of received frames inside `run`, which lies inside one region.
+    pub(super) fn runs_in<E>(&self, run: FrameRun, mut each: impl FnMut(FrameRun) -> Result<(), E>) -> Result<(), E> {
+        let Some((part, offset)) = self.shape.locate(run.first) else {
+            return Ok(());
+        };
+        let words = &self.parts[part];
+        let is_set = |frame: u64| {
+            let offset = offset + (frame - run.first);
+            words[word_of(offset)].load(Ordering::Relaxed) >> (offset % 64) & 1 == 1
+        };
+        let mut frame = run.first;
+        while frame < run.end() {
+            let first = frame;
+            let found = is_set(first);
+            while frame < run.end() && is_set(frame) == found {
+                frame += 1;
+            }
+            if found {
+                each(FrameRun {
+                    first,
+                    count: frame - first,
+                })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use super::*;
+    use crate::guest::Region;
+
+    fn run(first: u64, count: u64) -> FrameRun {
+        FrameRun { first, count }
+    }
+
+    fn found(received: &Received, within: FrameRun) -> Vec<FrameRun> {
+        let mut runs = Vec::new();
+        let Ok(()) = received.runs_in(within, |run| {
+            runs.push(run);
+            Ok::<(), Infallible>(())
+        });
+        runs
+    }
+
+    #[test]
+    fn runs_of_received_frames_are_found_inside_a_window() {
+        let regions = vec![
+            Region {
+                start_frame: 10,
+                frames: 200,
+            },
+            Region {
+                start_frame: 1000,
+                frames: 70,
+            },
+        ];
+        let received = Received::new(&MemoryShape::new(regions).unwrap());
+        received.insert(run(60, 100));
+        received.insert(run(1069, 1));
+        assert_eq!(found(&received, run(10, 200)), [run(60, 100)]);
+        assert_eq!(found(&received, run(50, 20)), [run(60, 10)]);
+        assert_eq!(found(&received, run(1000, 70)), [run(1069, 1)]);
+        assert_eq!(found(&received, run(170, 20)), []);
+    }
+}

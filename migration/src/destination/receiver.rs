@@ -1,0 +1,144 @@
+//! One receiving thread: reads frames, checks them, and puts their pages into guest memory.
+
+use std::net::TcpStream;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::destination::population::Ahead;
+use crate::destination::received::Received;
+use crate::guest::{FRAME_SIZE, FrameRun, GuestError, GuestMemory};
+use crate::link::Sockets;
+use crate::wire::{FrameError, FrameReader, StreamIdentity, StreamTotals};
+
+/// What one stream delivered, and what the script waits for.
+#[derive(Debug, Default)]
+pub(super) struct Delivered(Mutex<Count>);
+
+#[derive(Debug, Default)]
+struct Count {
+    totals: StreamTotals,
+    /// The script wants to be told once so many frames are here.
+    wanted: Option<u64>,
+}
+
+/// Whether the script will be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Arrival {
+    /// So many frames are here already, or more.
+    Here,
+    /// The receiving thread will tell.
+    Awaited,
+}
+
+impl Delivered {
+    /// Asks to be told once `frames` frames are here.
+    pub(super) fn want(&self, frames: u64) -> Arrival {
+        let mut count = self.lock();
+        if count.totals.frames >= frames {
+            return Arrival::Here;
+        }
+        count.wanted = Some(frames);
+        Arrival::Awaited
+    }
+
+    pub(super) fn totals(&self) -> StreamTotals {
+        self.lock().totals
+    }
+
+    /// Adds a frame. True if the script waits for it.
+    fn add(&self, frame: StreamTotals) -> bool {
+        let mut count = self.lock();
+        count.totals = count.totals.plus(frame);
+        let frames = count.totals.frames;
+        count.wanted.take_if(|wanted| frames >= *wanted).is_some()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Count> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Why a receiving thread ended.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ReceiveError {
+    /// The stream or what it carried.
+    #[error(transparent)]
+    Frame(FrameError),
+    /// This side's own memory failed.
+    #[error(transparent)]
+    Guest(GuestError),
+}
+
+/// One page stream's receiving side.
+pub(super) struct Receiver<'a, M> {
+    pub(super) stream: u16,
+    pub(super) socket: &'a TcpStream,
+    pub(super) sockets: &'a Sockets,
+    pub(super) memory: &'a M,
+    pub(super) received: &'a Received,
+    pub(super) ahead: &'a Ahead,
+    pub(super) delivered: &'a Delivered,
+    /// The round whose barrier comes next.
+    pub(super) round: &'a AtomicU32,
+}
+
+impl<M: GuestMemory> Receiver<'_, M> {
+    /// Receives until the stream ends; calls `arrived` whenever what the script waits for is here.
+    ///
+    /// # Errors
+    /// The first failure; nothing is read after it.
+    pub(super) fn run(&self, identity: &StreamIdentity, mut arrived: impl FnMut()) -> Result<(), ReceiveError> {
+        let mut reader = FrameReader::new(self.stream);
+        let mut socket = self.socket;
+        if reader
+            .open(&mut socket, identity)
+            .map_err(ReceiveError::Frame)?
+            .is_none()
+        {
+            return Ok(());
+        }
+        loop {
+            let pages = reader
+                .pages(&mut socket, self.memory.shape())
+                .map_err(ReceiveError::Frame)?;
+            let Some(pages) = pages else { return Ok(()) };
+            let expected = self.round.load(Ordering::Acquire);
+            if pages.round != expected {
+                return Err(ReceiveError::Frame(FrameError::Round {
+                    found: pages.round,
+                    expected,
+                }));
+            }
+            self.sockets.hear();
+            let frame = self.take_in(pages.data, pages.zero, pages.overhead)?;
+            self.sockets.hear();
+            if self.delivered.add(frame) {
+                arrived();
+            }
+        }
+    }
+
+    fn take_in(&self, data: &[FrameRun], zero: &[FrameRun], overhead: u64) -> Result<StreamTotals, ReceiveError> {
+        if !data.is_empty() {
+            let taken = self.memory.receive(self.socket.as_fd(), data);
+            taken.map_err(|error| ReceiveError::Frame(FrameError::from_pages(error)))?;
+        }
+        data.iter().for_each(|&run| self.received.insert(run));
+        for &run in zero {
+            let zeroed = self.received.runs_in(run, |run| self.memory.write_zeroes(run));
+            zeroed.map_err(ReceiveError::Guest)?;
+        }
+        if let Some(last) = data.last() {
+            self.ahead.reached(last.end());
+        }
+        let count = |runs: &[FrameRun]| runs.iter().map(|run| run.count).sum::<u64>();
+        let pages = count(data);
+        Ok(StreamTotals {
+            frames: 1,
+            pages,
+            zero_pages: count(zero),
+            bytes: overhead + pages * FRAME_SIZE,
+        })
+    }
+}

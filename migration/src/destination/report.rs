@@ -1,0 +1,111 @@
+//! What goes into a destination's run, and what it tells while it runs.
+
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+use crate::guest::GuestWas;
+use crate::handover::{Attempt, Epoch};
+use crate::link::Liveness;
+use crate::wire::StreamTotals;
+
+/// Which guest is expected.
+#[derive(Clone, Debug)]
+pub struct DestinationParameters {
+    /// The instance that moves.
+    pub instance: Uuid,
+    /// The migration.
+    pub migration: Uuid,
+    /// The epoch under which the guest runs at the source.
+    pub epoch: Epoch,
+    /// When the source counts as dead.
+    pub liveness: Liveness,
+}
+
+/// An order to a running destination.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DestinationOrder {
+    /// Give up and tell the source.
+    Abort {
+        /// Why, for the record and for the source.
+        reason: String,
+    },
+}
+
+/// What a running destination tells. Never blocks it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DestinationReport {
+    /// The handshake was accepted.
+    Accepted {
+        /// The protocol version that both speak.
+        protocol: u32,
+    },
+    /// The source's map arrived, and pages follow.
+    Loading {
+        /// Pages that the source's host has populated.
+        populated_pages: u64,
+        /// Pages below which huge pages are wanted.
+        huge_pages: u64,
+    },
+    /// Every page of a round is here.
+    RoundReceived {
+        /// Its number, from 1.
+        round: u32,
+        /// What all streams carried so far.
+        totals: StreamTotals,
+    },
+    /// The saved state is here: the guest stands still at the source.
+    StateReceived {
+        /// The attempt it belongs to.
+        attempt: Attempt,
+    },
+    /// The switchover was called off by the source; pages go on.
+    Disarmed {
+        /// The attempt that is void.
+        attempt: Attempt,
+        /// Why, in the source's words.
+        reason: String,
+    },
+    /// GO is here and everything that its manifest lists.
+    GoReceived {
+        /// The attempt.
+        attempt: Attempt,
+    },
+}
+
+/// The guest, loaded and not run: the VMM tells its agent that it is ready and waits for the permit.
+#[derive(Debug)]
+pub struct Loaded<R> {
+    /// The machine.
+    pub restored: R,
+    /// The attempt that GO named.
+    pub attempt: Attempt,
+    /// Whether its user had paused the guest.
+    pub guest_was: GuestWas,
+    /// How long loading took.
+    pub timings: LoadTimings,
+    /// What was received.
+    pub summary: DestinationSummary,
+}
+
+/// The destination's part of the blackout up to ready.
+#[derive(Clone, Copy, Debug)]
+pub struct LoadTimings {
+    /// When GO was read.
+    pub go_received: Instant,
+    /// From then until the last page was in memory.
+    pub last_pages: Duration,
+    /// Building the machine from the saved state.
+    pub restore: Duration,
+    /// Digesting memory and state, partly before GO; zero unless verifying.
+    pub verify: Duration,
+}
+
+/// What was received.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DestinationSummary {
+    /// Rounds, the last one too.
+    pub rounds: u32,
+    /// All streams together.
+    pub totals: StreamTotals,
+}
