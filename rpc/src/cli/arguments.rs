@@ -1,0 +1,306 @@
+//! The command line as clap reads it. It is a contract (`docs/cli.md`): what does not work yet is not here, so that
+//! it exits 2 and is named.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+use super::output::Format;
+use super::quantities as parse;
+
+/// Runs virtual machines on KVM and moves them, running, from one host to another.
+#[derive(Debug, Parser)]
+#[command(
+    name = "ferry",
+    version,
+    disable_help_subcommand = true,
+    arg_required_else_help = true
+)]
+pub(super) struct CommandLine {
+    #[command(subcommand)]
+    pub(super) verb: Verb,
+    /// The agent to ask
+    #[arg(long, global = true, env = "FERRY_AGENT", value_name = "URL", default_value = "http://127.0.0.1:7400", value_parser = parse::agent_url)]
+    pub(super) agent: String,
+    /// How results are printed
+    #[arg(short, long, global = true, value_enum, default_value_t = Format::Human, hide_possible_values = false)]
+    pub(super) output: Format,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Verb {
+    /// Serve this host's instances until SIGTERM; the instances go on without it
+    Agent(AgentArguments),
+    /// Boot an instance
+    Run(RunArguments),
+    /// List the asked host's instances
+    List {
+        /// Ask its peers too
+        #[arg(long)]
+        all: bool,
+    },
+    /// Show an instance
+    Show(Named),
+    /// Print what the guest printed on the asked host
+    Console(ConsoleArguments),
+    /// Print the log of the instance's VMM
+    Logs {
+        #[command(flatten)]
+        named: Named,
+        /// Go on printing
+        #[arg(long)]
+        follow: bool,
+    },
+    /// Boot a stopped or crashed instance
+    Start(Named),
+    /// Stop an instance's vCPUs
+    Pause(Named),
+    /// Let a paused instance go on
+    Resume(Named),
+    /// Boot a running instance anew
+    Reboot(Named),
+    /// End an instance and keep what it is made of
+    Stop {
+        #[command(flatten)]
+        named: Named,
+        /// Do not ask the guest
+        #[arg(long)]
+        force: bool,
+        /// How long the guest may take to power off
+        #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = parse::duration)]
+        timeout: Duration,
+    },
+    /// Remove an instance and all that is kept of it
+    Delete {
+        #[command(flatten)]
+        named: Named,
+        /// Even if it runs or migrates
+        #[arg(long)]
+        force: bool,
+    },
+    /// Move a running instance to another host
+    Migrate(MigrateArguments),
+    /// Look after migrations
+    #[command(subcommand)]
+    Migration(MigrationVerb),
+    /// Look at hosts
+    #[command(subcommand)]
+    Host(HostVerb),
+    /// Check what this host has of what Ferry needs
+    Doctor(DoctorArguments),
+    /// Move a busy guest there and back between two agents on this machine
+    Demo,
+    /// Measure migrations of named workloads on this machine
+    Bench(BenchArguments),
+    /// The process around one VM; agents start it
+    #[command(hide = true)]
+    Vmm {
+        #[arg(long)]
+        instance_dir: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Named {
+    /// The instance's name or id
+    #[arg(value_name = "NAME")]
+    pub(super) name: String,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct AgentArguments {
+    /// What this host is called [default: the machine's name]
+    #[arg(long, value_name = "HOST", value_parser = parse::host_id)]
+    pub(super) host_id: Option<String>,
+    /// Where to answer the command line and other agents
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7400")]
+    pub(super) listen: SocketAddr,
+    /// Where to accept page streams; port 0 takes a free one and tells the peers
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
+    pub(super) data_listen: SocketAddr,
+    /// Where peers reach this agent [default: the listen address]
+    #[arg(long, value_name = "ADDR", value_parser = parse::agent_url)]
+    pub(super) advertise: Option<String>,
+    /// The journal and the instances [default: /var/lib/ferry, or ~/.local/state/ferry where not root]
+    #[arg(long, value_name = "DIR")]
+    pub(super) data_dir: Option<PathBuf>,
+    /// Another agent
+    #[arg(long = "peer", value_name = "HOST=URL", value_parser = parse::peer)]
+    pub(super) peers: Vec<(String, String)>,
+    /// Where kernels and initrds may lie when the network is not loopback
+    #[arg(long = "image-dir", value_name = "DIR")]
+    pub(super) image_dirs: Vec<PathBuf>,
+    /// Listen beyond loopback although peers do not authenticate each other yet
+    #[arg(long)]
+    pub(super) insecure_network: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RunArguments {
+    /// Its name, unique on its host
+    #[arg(value_name = "NAME", value_parser = parse::instance_name)]
+    pub(super) name: String,
+    /// An ELF file with a PVH note, read by the agent
+    #[arg(long, value_name = "FILE")]
+    pub(super) kernel: PathBuf,
+    /// An initial RAM disk, read by the agent
+    #[arg(long, value_name = "FILE")]
+    pub(super) initrd: Option<PathBuf>,
+    /// The kernel's command line
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        hide_default_value = true,
+        allow_hyphen_values = true
+    )]
+    pub(super) cmdline: String,
+    /// Guest memory
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse::memory_size)]
+    pub(super) memory: u64,
+    /// Virtual CPUs
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=254))]
+    pub(super) vcpus: u32,
+    /// The CPU that the guest sees
+    #[arg(long, value_name = "MODEL", default_value = "host", value_parser = ["host", "x86-64-v2", "x86-64-v3"])]
+    pub(super) cpu: String,
+    /// How KVM tells which pages were written
+    #[arg(long, value_name = "HOW", default_value = "log", value_parser = ["log", "ring"])]
+    pub(super) dirty: String,
+    /// Take guest memory from the pool of huge pages
+    #[arg(long)]
+    pub(super) hugepages: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ConsoleArguments {
+    #[command(flatten)]
+    pub(super) named: Named,
+    /// Go on printing
+    #[arg(long, conflicts_with = "attach")]
+    pub(super) follow: bool,
+    /// Go on printing, and type into it; Ctrl-] leaves
+    #[arg(long)]
+    pub(super) attach: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct MigrateArguments {
+    #[command(flatten)]
+    pub(super) named: Named,
+    /// The destination [default: the peer, if there is only one]
+    #[arg(long, value_name = "HOST")]
+    pub(super) to: Option<String>,
+    /// How long the guest may stand still, everything counted
+    #[arg(long, value_name = "DURATION", default_value = "300ms", value_parser = parse::duration)]
+    pub(super) max_downtime: Duration,
+    /// How long the migration may take
+    #[arg(long, value_name = "DURATION", default_value = "15m", value_parser = parse::duration)]
+    pub(super) timeout: Duration,
+    /// What happens when the time is up
+    #[arg(long, value_name = "WHAT", default_value = "abort", value_parser = ["abort"])]
+    pub(super) on_timeout: String,
+    /// How memory moves
+    #[arg(long, value_name = "MODE", default_value = "precopy", value_parser = ["precopy"])]
+    pub(super) mode: String,
+    /// Page streams, each a TCP connection
+    #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = parse::streams)]
+    pub(super) streams: u32,
+    /// Do not send faster than this, for example 5Gbit [default: no limit]
+    #[arg(long, value_name = "RATE", value_parser = parse::bandwidth)]
+    pub(super) bandwidth: Option<u64>,
+    /// Print the migration's id and leave
+    #[arg(long, conflicts_with = "wait")]
+    pub(super) detach: bool,
+    /// Leave with exit code 5 if it takes longer; the migration goes on
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    pub(super) wait: Option<Duration>,
+    /// For tests: compare digests of all memory and state before the claim
+    #[arg(long, hide = true)]
+    pub(super) digests: bool,
+    /// For tests: wait at this point until aborted
+    #[arg(long, hide = true, value_name = "POINT", default_value = "")]
+    pub(super) hold_at: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum MigrationVerb {
+    /// List the migrations that the asked host took part in
+    List,
+    /// Show a migration
+    Show(Identified),
+    /// Watch a migration to its end; the exit code is that of `migrate`
+    Watch(Identified),
+    /// Call a migration off, as long as the guest has not been handed over
+    Abort(Identified),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Identified {
+    /// The migration's id
+    #[arg(value_name = "ID")]
+    pub(super) id: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum HostVerb {
+    /// List the asked host and its peers
+    List,
+    /// Show a host
+    Show {
+        /// The host's id
+        #[arg(value_name = "HOST")]
+        host: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct DoctorArguments {
+    /// The data directory to check [default: as `ferry agent`]
+    #[arg(long, value_name = "DIR")]
+    pub(super) data_dir: Option<PathBuf>,
+    /// The address that an agent is to listen on
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7400")]
+    pub(super) listen: SocketAddr,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct BenchArguments {
+    /// Only these workloads; may be given again
+    #[arg(long = "workload", value_name = "NAME")]
+    pub(super) workloads: Vec<String>,
+    /// Migrations of each workload; medians are printed
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(super) runs: u32,
+    /// Page streams, each a TCP connection
+    #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = parse::streams)]
+    pub(super) streams: u32,
+    /// List the workloads and leave
+    #[arg(long)]
+    pub(super) list: bool,
+}
+
+impl Verb {
+    /// The name of a verb that asks no agent, so that `--agent` would be ignored in silence.
+    pub(super) fn asks_no_agent(&self) -> Option<&'static str> {
+        match self {
+            Self::Agent(_) => Some("agent"),
+            Self::Demo => Some("demo"),
+            Self::Bench(_) => Some("bench"),
+            Self::Vmm { .. } => Some("vmm"),
+            _ => None,
+        }
+    }
+
+    /// The name of a verb that has no result to print, so that `--output` would be ignored in silence.
+    pub(super) fn prints_no_result(&self) -> Option<&'static str> {
+        match self {
+            Self::Agent(_) => Some("agent"),
+            Self::Vmm { .. } => Some("vmm"),
+            Self::Console(console) if console.attach => Some("console --attach"),
+            _ => None,
+        }
+    }
+}

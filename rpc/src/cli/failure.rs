@@ -1,0 +1,192 @@
+//! How a verb ends: the exit codes that scripts depend on, and the error that carries one.
+
+use std::error::Error;
+use std::fmt::Write as _;
+use std::process::ExitCode;
+
+use tonic::{Code, Status};
+
+/// What `ferry` tells the shell. The numbers are a contract; `docs/cli.md` lists them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Exit {
+    /// Done.
+    Done = 0,
+    /// Failed or cancelled; a guest runs on at the source.
+    Failed = 1,
+    /// The command line cannot be meant so.
+    Usage = 2,
+    /// No such instance, host or migration, here at least.
+    NotFound = 3,
+    /// A check refused it; nothing was changed.
+    Refused = 4,
+    /// `--wait` ran out; the migration goes on.
+    WaitRanOut = 5,
+    /// Nobody knows who runs the guest.
+    Indeterminate = 6,
+    /// The guest ended by itself or is lost.
+    GuestEnded = 7,
+    /// No answer from the agent: the outcome is unknown.
+    NoAnswer = 8,
+    /// Interrupted; a migration goes on.
+    Interrupted = 130,
+}
+
+impl Exit {
+    pub(super) fn number(self) -> u8 {
+        self as u8
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit.number())
+    }
+}
+
+/// Why a verb did not do what was asked, told once, in `cli::main`.
+#[derive(Debug)]
+pub(super) struct Failure {
+    /// How the process exits.
+    pub(super) exit: Exit,
+    /// The whole chain of reasons, on one line. Empty: all has been said already.
+    pub(super) message: String,
+    /// The host that the guest left for, where the agent knew.
+    pub(super) moved_to: Option<String>,
+}
+
+/// What each verb returns.
+pub(super) type Outcome = Result<Exit, Failure>;
+
+impl Failure {
+    pub(super) fn new(exit: Exit, message: impl Into<String>) -> Self {
+        Self {
+            exit,
+            message: message.into(),
+            moved_to: None,
+        }
+    }
+
+    /// All has been said: only the exit code is left.
+    pub(super) fn told(exit: Exit) -> Self {
+        Self::new(exit, "")
+    }
+
+    /// An agent's answer, after `what` was asked of it.
+    pub(super) fn of_status(what: &str, status: &Status) -> Self {
+        let mut message = format!("{what}: {}", status.message());
+        if let Some(source) = status.source() {
+            append_chain(&mut message, source);
+        }
+        let moved_to = status
+            .metadata()
+            .get(MOVED_TO)
+            .and_then(|host| host.to_str().ok())
+            .map(str::to_owned);
+        if let Some(host) = &moved_to
+            && !status.message().contains(host.as_str())
+        {
+            let _ = write!(message, " (it moved to {host})");
+        }
+        Self {
+            exit: exit_of(status),
+            message,
+            moved_to,
+        }
+    }
+
+    /// No connection to an agent came about.
+    pub(super) fn unreachable(url: &str, error: &(dyn Error + 'static)) -> Self {
+        let mut message = format!("reach the agent at {url}: {error}");
+        if let Some(source) = error.source() {
+            append_chain(&mut message, source);
+        }
+        Self::new(Exit::NoAnswer, message)
+    }
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self::new(Exit::Failed, format!("{error:#}"))
+    }
+}
+
+/// Whether the answer came from the connection and not from the agent: what was asked may or may not have happened.
+pub(super) fn is_lost_connection(status: &Status) -> bool {
+    // A status that an agent sent has no source; one that tonic made from a broken connection has.
+    matches!(
+        status.code(),
+        Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled
+    ) || status.source().is_some()
+}
+
+fn exit_of(status: &Status) -> Exit {
+    match status.code() {
+        Code::NotFound => Exit::NotFound,
+        Code::FailedPrecondition
+        | Code::AlreadyExists
+        | Code::ResourceExhausted
+        | Code::InvalidArgument
+        | Code::OutOfRange
+        | Code::PermissionDenied => Exit::Refused,
+        _ if is_lost_connection(status) => Exit::NoAnswer,
+        _ => Exit::Failed,
+    }
+}
+
+/// Adds the reasons that the text so far does not tell yet: many errors repeat their source's text in their own.
+fn append_chain(message: &mut String, mut error: &(dyn Error + 'static)) {
+    loop {
+        let reason = error.to_string();
+        if !reason.is_empty() && !message.contains(&reason) {
+            let _ = write!(message, ": {reason}");
+        }
+        match error.source() {
+            Some(source) => error = source,
+            None => return,
+        }
+    }
+}
+
+/// Where agents put the host that a guest left for.
+const MOVED_TO: &str = "moved-to";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statuses_become_the_exit_codes_of_the_contract() {
+        for (code, exit) in [
+            (Code::NotFound, 3),
+            (Code::FailedPrecondition, 4),
+            (Code::AlreadyExists, 4),
+            (Code::ResourceExhausted, 4),
+            (Code::InvalidArgument, 4),
+            (Code::Unavailable, 8),
+            (Code::DeadlineExceeded, 8),
+            (Code::Internal, 1),
+            (Code::Unknown, 1),
+            (Code::Aborted, 1),
+        ] {
+            let failure = Failure::of_status("ask", &Status::new(code, "why"));
+            assert_eq!(failure.exit.number(), exit, "{code:?}");
+            assert_eq!(failure.message, "ask: why");
+        }
+    }
+
+    #[test]
+    fn a_guest_that_left_is_not_found_and_tells_where_it_is() {
+        let mut status = Status::not_found("no instance web");
+        status.metadata_mut().insert(MOVED_TO, "b".parse().unwrap());
+        let failure = Failure::of_status("show web", &status);
+        assert_eq!(failure.moved_to.as_deref(), Some("b"));
+        assert_eq!(failure.exit, Exit::NotFound);
+    }
+
+    #[test]
+    fn a_broken_connection_is_no_answer() {
+        let status = Status::from_error(Box::new(std::io::Error::other("reset by peer")));
+        assert!(is_lost_connection(&status));
+        assert_eq!(Failure::of_status("watch", &status).exit, Exit::NoAnswer);
+    }
+}

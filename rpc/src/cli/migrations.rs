@@ -1,0 +1,85 @@
+//! `migration list`, `show`, `watch`, `abort`.
+
+use ferry_proto::agent::v1::{ListMigrationsRequest, MigrationInfo, MigrationRequest};
+
+use super::arguments::MigrationVerb;
+use super::client::{Agent, LONG_PATIENCE, PATIENCE, within};
+use super::failure::{Exit, Failure, Outcome};
+use super::migrate::{self, Show};
+use super::output::Format;
+use super::progress::{account, moment, table, whereabouts};
+
+pub(super) async fn run(agent: &Agent, verb: MigrationVerb, format: Format) -> Outcome {
+    match verb {
+        MigrationVerb::List => {
+            format.many(&all(agent).await?, table)?;
+            Ok(Exit::Done)
+        }
+        MigrationVerb::Show(identified) => {
+            format.one(&show(agent, &identified.id).await?, in_full)?;
+            Ok(Exit::Done)
+        }
+        MigrationVerb::Watch(identified) => {
+            // Asked first, so that an unknown id is not found instead of being watched for.
+            let info = show(agent, &identified.id).await?;
+            let each = match format {
+                Format::Json => Show::EachAsJson,
+                Format::Human => Show::Last(Format::Human),
+            };
+            migrate::wait(agent, &info.id, None, each).await
+        }
+        MigrationVerb::Abort(identified) => {
+            format.one(&abort(agent, &identified.id).await?, in_full)?;
+            Ok(Exit::Done)
+        }
+    }
+}
+
+/// What is known of one migration.
+pub(super) async fn show(agent: &Agent, id: &str) -> Result<MigrationInfo, Failure> {
+    let request = within(
+        PATIENCE,
+        MigrationRequest {
+            migration: id.to_owned(),
+            forwarded: false,
+        },
+    );
+    let answered = agent.conductor().await?.show_migration(request).await;
+    let info = answered.map_err(|status| Failure::of_status(&format!("show migration {id}"), &status))?;
+    Ok(info.into_inner())
+}
+
+async fn all(agent: &Agent) -> Result<Vec<MigrationInfo>, Failure> {
+    let request = within(
+        PATIENCE,
+        ListMigrationsRequest {
+            instance: String::new(),
+        },
+    );
+    let answered = agent.conductor().await?.list_migrations(request).await;
+    Ok(answered
+        .map_err(|status| Failure::of_status("list migrations", &status))?
+        .into_inner()
+        .migrations)
+}
+
+async fn abort(agent: &Agent, id: &str) -> Result<MigrationInfo, Failure> {
+    let request = within(
+        LONG_PATIENCE,
+        MigrationRequest {
+            migration: id.to_owned(),
+            forwarded: false,
+        },
+    );
+    let answered = agent.conductor().await?.abort_migration(request).await;
+    let info = answered.map_err(|status| Failure::of_status(&format!("abort migration {id}"), &status))?;
+    Ok(info.into_inner())
+}
+
+fn in_full(info: &MigrationInfo) -> String {
+    if info.ended.is_some() {
+        account(info)
+    } else {
+        format!("{}\n{}", moment(info), whereabouts(info))
+    }
+}

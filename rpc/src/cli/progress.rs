@@ -1,0 +1,252 @@
+//! A migration in words: the line while it runs, and the account when it is over.
+
+use ferry_proto::agent::v1::{DowntimeMs, MigrationInfo, Round};
+
+use super::output::{Table, human_bytes, human_count, human_ms, human_rate, note, or_dash};
+use super::terminal::LiveLine;
+
+/// Tells how a migration goes: one redrawn line on a terminal, a line per phase elsewhere.
+#[derive(Debug)]
+pub(super) struct Progress {
+    line: LiveLine,
+    status: String,
+}
+
+impl Progress {
+    pub(super) fn new() -> Self {
+        Self {
+            line: LiveLine::new(),
+            status: String::new(),
+        }
+    }
+
+    /// Takes the newest snapshot.
+    pub(super) fn snapshot(&mut self, info: &MigrationInfo) {
+        if self.line.is_live() {
+            self.line.draw(&moment(info));
+        } else if self.status != info.status {
+            note(&moment(info));
+        }
+        self.status.clone_from(&info.status);
+    }
+
+    /// Ends the redrawn line.
+    pub(super) fn end(&mut self) {
+        self.line.clear();
+    }
+}
+
+/// Where a migration stands, on one line.
+pub(super) fn moment(info: &MigrationInfo) -> String {
+    let mut parts = vec![format!(
+        "{} {} → {}: {}",
+        info.name, info.source, info.destination, info.status
+    )];
+    let copying = matches!(info.status.as_str(), "running" | "switching");
+    if copying && info.bytes_sent > 0 {
+        parts.push(bar(info));
+        parts.push(format!("round {}", info.rounds.len() + 1));
+        parts.push(format!("{} sent", human_bytes(info.bytes_sent)));
+        parts.extend(info.throughput_bytes_per_s.map(human_rate));
+        let dirty = info.dirty_bytes_per_s.filter(|&rate| rate > 0.0);
+        parts.extend(dirty.map(|rate| format!("guest writes {}", human_rate(rate))));
+        parts.extend(info.decision.clone());
+    }
+    parts.extend(info.error.clone());
+    parts.join(" · ")
+}
+
+/// What happened, for people; the last line says where the guest is.
+pub(super) fn account(info: &MigrationInfo) -> String {
+    let mut lines = vec![format!("migration {} {}{}", info.id, info.status, reason(info))];
+    if !info.rounds.is_empty() {
+        lines.push(rounds(&info.rounds).to_string().trim_end().to_owned());
+    }
+    if info.bytes_sent > 0 || info.total_ms.is_some() {
+        lines.push(sums(info));
+    }
+    lines.extend(
+        info.downtime_ms
+            .as_ref()
+            .map(|downtime| format!("blackout {}", blackout(downtime))),
+    );
+    if let (Some(memory), Some(state)) = (&info.memory_digest, &info.state_digest) {
+        lines.push(format!("digests equal on both sides: memory {memory}, state {state}"));
+    }
+    lines.push(whereabouts(info));
+    lines.join("\n")
+}
+
+/// The sentence that comes last, always.
+pub(super) fn whereabouts(info: &MigrationInfo) -> String {
+    let name = if info.name.is_empty() {
+        &info.instance
+    } else {
+        &info.name
+    };
+    match (&info.guest_ended, &info.guest_location) {
+        (Some(how), Some(host)) => format!("{name} ended by itself on {host}: {how}"),
+        (Some(how), None) => format!("{name} ended by itself: {how}"),
+        (None, Some(host)) => format!("{name} is on {host}"),
+        (None, None) if info.status == "indeterminate" => {
+            format!(
+                "nobody knows whether {name} is on {} or on {}",
+                info.source, info.destination
+            )
+        }
+        (None, None) => format!("{name} is lost"),
+    }
+}
+
+/// The blackout and its parts.
+pub(super) fn blackout(downtime: &DowntimeMs) -> String {
+    let parts = [
+        ("pause", downtime.pause),
+        ("drain", downtime.drain),
+        ("last pages", downtime.last_pages),
+        ("state", downtime.state),
+        ("claim", downtime.claim),
+        ("start", downtime.start),
+    ];
+    let parts = parts.map(|(part, ms)| format!("{part} {}", human_ms(ms))).join(" · ");
+    format!(
+        "{} (at most {}): {parts}",
+        human_ms(downtime.total),
+        human_ms(downtime.upper_bound)
+    )
+}
+
+/// The rounds as a table.
+pub(super) fn rounds(rounds: &[Round]) -> Table {
+    let mut table = Table::new(&[">ROUND", ">PAGES", ">BYTES", ">TIME", ">DIRTY AFTERWARDS"]);
+    for (at, round) in rounds.iter().enumerate() {
+        let (pages, dirty) = (human_count(round.pages), human_count(round.dirty_pages));
+        table.row([
+            (at + 1).to_string(),
+            pages,
+            human_bytes(round.bytes),
+            human_ms(round.ms),
+            dirty,
+        ]);
+    }
+    table
+}
+
+/// Totals on one line.
+pub(super) fn sums(info: &MigrationInfo) -> String {
+    let mut parts = vec![format!(
+        "total {}",
+        info.total_ms.map_or_else(|| "-".to_owned(), human_ms)
+    )];
+    parts.push(format!("{} sent", human_bytes(info.bytes_sent)));
+    parts.push(format!("{} zero pages told", human_count(info.zero_pages)));
+    parts.push(format!("{} streams", info.streams));
+    parts.extend(info.throughput_bytes_per_s.map(human_rate));
+    parts.join(" · ")
+}
+
+/// Migrations as a table.
+pub(super) fn table(migrations: &[MigrationInfo]) -> Table {
+    let headings = [
+        "ID",
+        "INSTANCE",
+        "FROM",
+        "TO",
+        "STATUS",
+        ">TOTAL",
+        ">BLACKOUT",
+        "STARTED",
+        "GUEST ON",
+    ];
+    let mut table = Table::new(&headings);
+    for info in migrations {
+        table.row([
+            info.id.clone(),
+            info.name.clone(),
+            info.source.clone(),
+            info.destination.clone(),
+            info.status.clone(),
+            or_dash(info.total_ms.map(human_ms)),
+            or_dash(info.downtime_ms.as_ref().map(|downtime| human_ms(downtime.total))),
+            or_dash(info.started.as_ref()),
+            or_dash(info.guest_location.as_ref()),
+        ]);
+    }
+    table
+}
+
+fn reason(info: &MigrationInfo) -> String {
+    info.error
+        .as_ref()
+        .map(|error| format!(": {error}"))
+        .unwrap_or_default()
+}
+
+/// How much of what is known to need sending has been sent; it falls back when the guest writes faster.
+fn bar(info: &MigrationInfo) -> String {
+    const WIDTH: f64 = 16.0;
+    let sent = info.bytes_sent as f64;
+    let share = sent / (sent + info.remaining_pages as f64 * PAGE);
+    let full = (share * WIDTH).round() as usize;
+    let text: String = (0..WIDTH as usize)
+        .map(|at| if at < full { '█' } else { '░' })
+        .collect();
+    format!("{text} {:>3.0} %", share * 100.0)
+}
+
+const PAGE: f64 = 4096.0;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn info(status: &str) -> MigrationInfo {
+        MigrationInfo {
+            id: "m".into(),
+            name: "web".into(),
+            source: "a".into(),
+            destination: "b".into(),
+            status: status.into(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn the_last_line_always_says_where_the_guest_is() {
+        let last = |info: &MigrationInfo| account(info).lines().last().unwrap().to_owned();
+        let done = MigrationInfo {
+            guest_location: Some("b".into()),
+            ..info("completed")
+        };
+        assert_eq!(last(&done), "web is on b");
+        let failed = MigrationInfo {
+            guest_location: Some("a".into()),
+            error: Some("link cut".into()),
+            ..info("failed")
+        };
+        assert_eq!(last(&failed), "web is on a");
+        assert!(account(&failed).starts_with("migration m failed: link cut"));
+        assert_eq!(last(&info("indeterminate")), "nobody knows whether web is on a or on b");
+        assert_eq!(last(&info("error")), "web is lost");
+        let ended = MigrationInfo {
+            guest_ended: Some("powered-off".into()),
+            ..info("failed")
+        };
+        assert_eq!(last(&ended), "web ended by itself: powered-off");
+    }
+
+    #[test]
+    fn a_moment_tells_what_is_known_and_no_more() {
+        assert_eq!(moment(&info("preparing")), "web a → b: preparing");
+        let running = MigrationInfo {
+            bytes_sent: 1 << 20,
+            remaining_pages: 256,
+            ..info("running")
+        };
+        let text = moment(&running);
+        assert!(
+            text.contains("████████░░░░░░░░  50 %") && text.contains("round 1 · 1 MiB sent"),
+            "{text}"
+        );
+    }
+}

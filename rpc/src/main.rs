@@ -1,0 +1,6 @@
+//! The binary `ferry`.
+#![forbid(unsafe_code)]
+
+fn main() -> std::process::ExitCode {
+    ferry_rpc::cli::main()
+}
