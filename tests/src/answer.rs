@@ -113,6 +113,15 @@ impl Migration {
             .with_context(|| format!("no number {field} in {}", self.record))
     }
 
+    /// Whether nothing will change any more.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        matches!(
+            self.record["status"].as_str(),
+            Some("completed" | "failed" | "cancelled" | "error")
+        )
+    }
+
     /// How many rounds there were.
     #[must_use]
     pub fn rounds(&self) -> usize {

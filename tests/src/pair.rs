@@ -9,10 +9,10 @@ use anyhow::{Context, Result, bail};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use crate::answer::Answer;
+use crate::answer::{Answer, Migration};
 use crate::guest::Guest;
 use crate::host::{Call, Host};
-use crate::waiting::{CALL, until};
+use crate::waiting::{CALL, MOVE, until};
 use crate::witness::Witness;
 use crate::{binary, complaints, process};
 
@@ -120,12 +120,17 @@ impl Pair {
         self.a.begin(&words)
     }
 
-    /// Begins to move the guest and waits until the copying is held at this phase.
+    /// Begins to move the guest with these further arguments and waits until its record says so.
     ///
     /// # Errors
-    /// If the migration ends before that.
-    pub fn migrate_held_at(&self, name: &str, phase: &str) -> Result<Held> {
-        let call = self.begin_migrate(name, &["--hold-at", phase, "--digests", "--timeout", "60s"])?;
+    /// If the migration ends before that, or the record never does.
+    pub fn migrate_until(
+        &self,
+        name: &str,
+        further: &[&str],
+        says: impl Fn(&Migration) -> Result<bool>,
+    ) -> Result<Underway> {
+        let call = self.begin_migrate(name, further)?;
         let id = until("the migration is under way", CALL, || {
             let shown = self.a.ferry(&["show", name])?.exit(0)?.json()?;
             Ok(shown["migration"]
@@ -133,17 +138,26 @@ impl Pair {
                 .filter(|_| shown["task"] == "migrating")
                 .map(str::to_owned))
         })?;
-        until(&format!("the migration is held at {phase}"), CALL, || {
+        until("the migration is where it should be", CALL, || {
             let migration = self.a.ferry(&["migration", "show", &id])?.exit(0)?.migration()?;
-            match migration.text("status")? {
-                "failed" | "cancelled" | "completed" | "error" => bail!("it ended: {}", migration.record),
-                _ => {}
+            if migration.is_over() {
+                bail!("it ended: {}", migration.record);
             }
-            let decision = migration.record["decision"].as_str().unwrap_or_default();
-            Ok(decision.contains("held").then_some(()))
+            Ok(says(&migration)?.then_some(()))
         })?;
         self.keep_logs();
-        Ok(Held { id, call })
+        Ok(Underway { id, call })
+    }
+
+    /// Waits until the migration is over, asking `a`.
+    ///
+    /// # Errors
+    /// If it does not end.
+    pub fn wait_over(&self, id: &str) -> Result<Migration> {
+        until("the migration is over", MOVE, || {
+            let record = self.a.ferry(&["migration", "show", id])?.exit(0)?.migration()?;
+            Ok(record.is_over().then_some(record))
+        })
     }
 
     /// Checks that the guest runs at this host and nowhere else: status, processes, heartbeats, oracle.
@@ -247,8 +261,8 @@ impl Drop for Pair {
     }
 }
 
-/// A migration whose copying is held.
-pub struct Held {
+/// A migration that goes on.
+pub struct Underway {
     /// The migration's id.
     pub id: String,
     /// The waiting `ferry migrate`.

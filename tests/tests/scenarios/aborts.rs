@@ -3,39 +3,67 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use ferry_tests::{Guest, Pair, process, until, waiting::CALL};
+use ferry_tests::{Guest, Migration, Pair, process, until, waiting::CALL};
 use libtest_mimic::Trial;
 
-use crate::scenario::{self, on_kvm};
+use crate::scenario::on_kvm;
 
 pub(crate) fn trials() -> Vec<Trial> {
-    let mut trials = on_kvm![
+    on_kvm![
+        an_abort_while_queued_leaves_the_guest_at_the_source,
+        an_abort_while_preparing_leaves_the_guest_at_the_source,
+        an_abort_in_the_first_pass_leaves_the_guest_at_the_source,
+        an_abort_between_rounds_leaves_the_guest_at_the_source,
+        an_abort_before_the_grant_leaves_the_guest_at_the_source,
+        an_abort_after_the_destination_expects_the_guest_leaves_it_at_the_source,
+        an_abort_at_once_leaves_the_guest_at_the_source,
         an_abort_after_the_end_changes_nothing,
-        an_abort_before_the_first_page_leaves_nothing
-    ];
-    for phase in PHASES {
-        let name = format!("scenarios::aborts::an_abort_at_{phase}_leaves_the_guest_at_the_source");
-        trials.push(scenario::trial_on_kvm(&name, move |pair| {
-            an_abort_leaves_the_guest_at_the_source(pair, phase)
-        }));
-    }
-    trials
+    ]
 }
 
-/// Where `--hold-at` makes the source wait.
-const PHASES: [&str; 4] = ["handshake", "first-pass", "rounds", "converged"];
+fn an_abort_while_queued_leaves_the_guest_at_the_source(pair: &mut Pair) -> Result<()> {
+    stays_when_aborted(pair, &["--hold-at", "queued"], |record| {
+        Ok(record.text("status")? == "queued")
+    })
+}
 
-fn an_abort_leaves_the_guest_at_the_source(pair: &Pair, phase: &str) -> Result<()> {
+fn an_abort_while_preparing_leaves_the_guest_at_the_source(pair: &mut Pair) -> Result<()> {
+    stays_when_aborted(pair, &["--hold-at", "preparing"], |record| {
+        Ok(record.text("status")? == "preparing")
+    })
+}
+
+fn an_abort_in_the_first_pass_leaves_the_guest_at_the_source(pair: &mut Pair) -> Result<()> {
+    stays_when_aborted(pair, &["--bandwidth", "40Mbit"], |record| {
+        Ok(record.number("bytes_sent")? > f64::from(1 << 20) && record.rounds() == 0)
+    })
+}
+
+fn an_abort_between_rounds_leaves_the_guest_at_the_source(pair: &mut Pair) -> Result<()> {
+    stays_when_aborted(pair, &["--bandwidth", "160Mbit", "--max-downtime", "1ms"], |record| {
+        Ok(record.rounds() >= 2)
+    })
+}
+
+fn an_abort_before_the_grant_leaves_the_guest_at_the_source(pair: &mut Pair) -> Result<()> {
+    stays_when_aborted(pair, &["--hold-at", "converged"], |record| Ok(record.rounds() >= 1))
+}
+
+fn an_abort_after_the_destination_expects_the_guest_leaves_it_at_the_source(pair: &mut Pair) -> Result<()> {
+    stays_when_aborted(pair, &["--hold-at", "expecting"], |record| Ok(record.rounds() >= 1))
+}
+
+fn stays_when_aborted(pair: &Pair, further: &[&str], held: impl Fn(&Migration) -> Result<bool>) -> Result<()> {
     let work = "fill=random fill_mib=32 work=uniform work_mib=16 rate=5000 heartbeat_ms=20";
     let witness = pair.run(&Guest::new("g").work(work))?;
     let source = pair.a.vmm()?;
     let threads = process::threads(source);
     let descriptors = descriptors(source);
-    let held = pair.migrate_held_at("g", phase)?;
+    let underway = pair.migrate_until("g", &[further, &["--digests"]].concat(), held)?;
 
-    pair.a.ferry(&["migration", "abort", &held.id])?.exit(0)?;
+    pair.a.ferry(&["migration", "abort", &underway.id])?.exit(0)?;
 
-    held.call.wait()?.exit(1)?.migration()?.is("cancelled", "a")?;
+    underway.call.wait()?.exit(1)?.migration()?.is("cancelled", "a")?;
     pair.runs_only_at(&pair.a, "g", &witness)?;
     until("the source's VMM is as it was", CALL, || {
         Ok((process::threads(source) == threads && self::descriptors(source) == descriptors).then_some(()))
@@ -58,7 +86,7 @@ fn descriptors(process: u32) -> usize {
         .count()
 }
 
-fn an_abort_before_the_first_page_leaves_nothing(pair: &mut Pair) -> Result<()> {
+fn an_abort_at_once_leaves_the_guest_at_the_source(pair: &mut Pair) -> Result<()> {
     let witness = pair.run(&Guest::new("g"))?;
     let id = pair
         .migrate("g", &["--detach", "--bandwidth", "8Mbit"])?

@@ -1,7 +1,7 @@
 //! Agents that are killed and come back: before, during and after a migration.
 
 use anyhow::{Result, ensure};
-use ferry_tests::{Guest, Migration, Pair, until, waiting::MOVE};
+use ferry_tests::{Guest, Pair, until, waiting::MOVE};
 use libtest_mimic::Trial;
 use rusqlite::{Connection, OpenFlags};
 
@@ -114,7 +114,7 @@ fn a_destination_agent_killed_while_copying_leaves_the_guest_at_the_source(pair:
     let id = begin_slow(pair)?;
 
     pair.b.kill();
-    let record = wait_over(pair, &id)?;
+    let record = pair.wait_over(&id)?;
     ensure!(record.text("guest_location")? == "a", "{}", record.record);
     pair.b.start()?;
 
@@ -216,16 +216,8 @@ fn begin_slow(pair: &Pair) -> Result<String> {
     Ok(id)
 }
 
-fn wait_over(pair: &Pair, id: &str) -> Result<Migration> {
-    until("the migration is over", MOVE, || {
-        let record = pair.a.ferry(&["migration", "show", id])?.exit(0)?.migration()?;
-        let over = matches!(record.text("status")?, "completed" | "failed" | "cancelled" | "error");
-        Ok(over.then_some(record))
-    })
-}
-
 fn ends_with_one_guest(pair: &Pair, id: &str, witness: &ferry_tests::Witness) -> Result<()> {
-    let record = wait_over(pair, id)?;
+    let record = pair.wait_over(id)?;
     let host = if record.text("guest_location")? == "a" {
         &pair.a
     } else {

@@ -55,10 +55,14 @@ fn strangers_during_a_migration_change_nothing(pair: &mut Pair) -> Result<()> {
         Ok((!pair.b.vmms().is_empty()).then_some(()))
     })?;
 
+    let migration = pair.a.show("g")?["migration"]
+        .as_str()
+        .unwrap_or_default()
+        .replace('-', "");
     let mut strangers = Vec::new();
-    for first in 0..32 {
+    for index in 0..16 {
         let mut stranger = TcpStream::connect(("127.0.0.1", pair.b.data_port)).context("failed to connect")?;
-        let _ = stranger.write_all(&[first; 128]);
+        let _ = stranger.write_all(&wrong_proof(&migration, index)?);
         strangers.push(stranger);
     }
 
@@ -73,6 +77,17 @@ fn garbage_at_the_api_port_changes_nothing(pair: &mut Pair) -> Result<()> {
     let _ = stranger.write_all(&[0xff; 65536]);
 
     moves(pair)
+}
+
+/// What a page stream says of itself, with a proof by somebody who does not know the secret.
+fn wrong_proof(migration: &str, index: u16) -> Result<Vec<u8>> {
+    let bytes = (0..migration.len())
+        .step_by(2)
+        .map(|at| u8::from_str_radix(&migration[at..at + 2], 16));
+    let mut claim = bytes.collect::<Result<Vec<_>, _>>()?;
+    claim.extend(index.to_le_bytes());
+    claim.extend([0x5a; 32]);
+    Ok(claim)
 }
 
 /// Whether the agent closes a connection on which this was sent and nothing follows.

@@ -1,7 +1,7 @@
 //! Things break before GO: the guest runs on at the source, unless its own VMM was what died.
 
 use anyhow::{Result, ensure};
-use ferry_tests::{Guest, Migration, Pair, Witness, process, until, waiting::MOVE};
+use ferry_tests::{Guest, Pair, Witness, process, until, waiting::MOVE};
 use libtest_mimic::Trial;
 use rustix::process::Signal;
 
@@ -78,7 +78,7 @@ fn a_stalled_destination_agent_leaves_the_guest_at_the_source(pair: &mut Pair) -
     let agent = pair.b.pid().expect("agent b runs");
 
     process::signal(agent, Signal::STOP)?;
-    let record = wait_over(pair, &id)?;
+    let record = pair.wait_over(&id)?;
     ensure!(record.text("guest_location")? == "a", "{}", record.record);
     witness.wait_for_beats_at("a", 5)?;
     process::signal(agent, Signal::CONT)?;
@@ -101,7 +101,7 @@ fn a_stalled_source_agent_leaves_one_guest(pair: &mut Pair) -> Result<()> {
     witness.wait_for_beats_at("a", 300)?;
     process::signal(agent, Signal::CONT)?;
 
-    let record = wait_over(pair, &id)?;
+    let record = pair.wait_over(&id)?;
     let host = if record.text("guest_location")? == "a" {
         &pair.a
     } else {
@@ -118,7 +118,7 @@ fn a_source_vmm_killed_in_mid_stream_is_a_crash_at_the_source(pair: &mut Pair) -
 
     process::signal(pair.a.vmm()?, Signal::KILL)?;
 
-    let record = wait_over(pair, &id)?;
+    let record = pair.wait_over(&id)?;
     ensure!(
         matches!(record.text("status")?, "failed" | "error"),
         "{}",
@@ -144,7 +144,7 @@ fn a_source_vmm_that_stalls_and_wakes_leaves_one_guest(pair: &mut Pair) -> Resul
     let _ = witness.is_silent(std::time::Duration::from_secs(8));
     process::signal(vmm, Signal::CONT)?;
 
-    let record = wait_over(pair, &id)?;
+    let record = pair.wait_over(&id)?;
     let host = if record.text("guest_location")? == "a" {
         &pair.a
     } else {
@@ -154,7 +154,7 @@ fn a_source_vmm_that_stalls_and_wakes_leaves_one_guest(pair: &mut Pair) -> Resul
 }
 
 fn fails_at_the_source(pair: &Pair, id: &str, witness: &Witness) -> Result<()> {
-    let record = wait_over(pair, id)?.is("failed", "a")?;
+    let record = pair.wait_over(id)?.is("failed", "a")?;
     ensure!(!record.text("error")?.is_empty());
     pair.runs_only_at(&pair.a, "g", witness)?;
     pair.migrate("g", &["--digests"])?
@@ -175,14 +175,6 @@ fn begin_slow(pair: &Pair) -> Result<String> {
     })?;
     pair.keep_logs();
     Ok(id)
-}
-
-fn wait_over(pair: &Pair, id: &str) -> Result<Migration> {
-    until("the migration is over", MOVE, || {
-        let record = pair.a.ferry(&["migration", "show", id])?.exit(0)?.migration()?;
-        let over = matches!(record.text("status")?, "completed" | "failed" | "cancelled" | "error");
-        Ok(over.then_some(record))
-    })
 }
 
 fn expect_a_lost_peer(pair: &mut Pair) {

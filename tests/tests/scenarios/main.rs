@@ -6,6 +6,7 @@
 
 mod aborts;
 mod agents;
+mod alphabet;
 mod data_port;
 mod faults;
 mod lifecycle;

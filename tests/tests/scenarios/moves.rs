@@ -1,9 +1,15 @@
 //! A running guest moves: every workload, content, number of vCPUs and way of tracking; and what a move may cost.
 
+use std::io::Read;
+
 use anyhow::{Result, ensure};
-use ferry_tests::{Guest, Pair, waiting::MOVE};
+use ferry_tests::{
+    Guest, Pair, until,
+    waiting::{CALL, MOVE},
+};
 use libtest_mimic::Trial;
 
+use crate::alphabet;
 use crate::scenario::{self, on_kvm};
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -19,6 +25,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_guest_that_resets_itself_meanwhile_moves_all_the_same,
         a_moved_guest_reboots_at_the_destination,
         memory_above_the_hole_below_4_gib_moves,
+        a_guest_that_is_not_ours_boots_and_moves,
     ]);
     trials
 }
@@ -255,5 +262,42 @@ fn a_moved_guest_reboots_at_the_destination(pair: &mut Pair) -> Result<()> {
 
     witness.wait_ready_times(2)?;
     pair.b.wait_for_status("g", "running")?;
+    pair.exists_only_at(&pair.b, "g")
+}
+
+/// A guest of 29 bytes that prints the alphabet for ever: not a letter is lost or told twice.
+fn a_guest_that_is_not_ours_boots_and_moves(pair: &mut Pair) -> Result<()> {
+    let kernel = pair.folder().join("alphabet.elf");
+    std::fs::write(&kernel, alphabet::elf())?;
+    let kernel = kernel.display().to_string();
+    let shown = pair
+        .a
+        .ferry(&["run", "g", "--kernel", &kernel, "--memory", "64M"])?
+        .exit(0)?
+        .json()?;
+    let console = |host: &ferry_tests::Host| {
+        host.data_dir
+            .join("instances")
+            .join(shown["id"].as_str().unwrap_or_default())
+            .join("console.log")
+    };
+    let mut at_a = std::fs::File::open(console(&pair.a))?;
+    until("the guest prints", CALL, || {
+        Ok((at_a.metadata()?.len() > 100).then_some(()))
+    })?;
+
+    pair.migrate("g", &["--digests"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+
+    until("the guest prints on", CALL, || {
+        Ok((std::fs::metadata(console(&pair.b))?.len() > 100).then_some(()))
+    })?;
+    let mut printed = String::new();
+    at_a.read_to_string(&mut printed)?;
+    printed += &std::fs::read_to_string(console(&pair.b))?;
+    let whole = format!("{}\n", ('a'..='z').collect::<String>()).repeat(printed.len() / 27 + 1);
+    ensure!(whole.starts_with(&printed), "{printed}");
     pair.exists_only_at(&pair.b, "g")
 }
