@@ -6,6 +6,7 @@ use anyhow::{Result, ensure};
 use ferry_tests::{Guest, Migration, Pair, process, until, waiting::CALL};
 use libtest_mimic::Trial;
 
+use crate::journal;
 use crate::scenario::on_kvm;
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -46,11 +47,14 @@ fn an_abort_between_rounds_leaves_the_guest_at_the_source(pair: &mut Pair) -> Re
 }
 
 fn an_abort_before_the_grant_leaves_the_guest_at_the_source(pair: &mut Pair) -> Result<()> {
-    stays_when_aborted(pair, &["--hold-at", "converged"], |record| Ok(record.rounds() >= 1))
+    stays_when_aborted(pair, &["--hold-at", "running"], |record| Ok(record.rounds() >= 2))
 }
 
 fn an_abort_after_the_destination_expects_the_guest_leaves_it_at_the_source(pair: &mut Pair) -> Result<()> {
-    stays_when_aborted(pair, &["--hold-at", "expecting"], |record| Ok(record.rounds() >= 1))
+    let journal = journal::of(&pair.b)?;
+    stays_when_aborted(pair, &["--hold-at", "armed"], |record| {
+        journal.decision_of(record.text("id")?, "OPEN")
+    })
 }
 
 fn stays_when_aborted(pair: &Pair, further: &[&str], held: impl Fn(&Migration) -> Result<bool>) -> Result<()> {

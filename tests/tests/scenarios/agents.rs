@@ -3,8 +3,8 @@
 use anyhow::{Result, ensure};
 use ferry_tests::{Guest, Pair, until, waiting::MOVE};
 use libtest_mimic::Trial;
-use rusqlite::{Connection, OpenFlags};
 
+use crate::journal;
 use crate::scenario::on_kvm;
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -17,6 +17,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_destination_agent_killed_before_a_migration_takes_the_guest,
         a_destination_agent_killed_while_copying_leaves_the_guest_at_the_source,
         a_destination_agent_killed_afterwards_keeps_its_guest,
+        a_source_agent_killed_when_armed_comes_back_to_its_guest,
+        a_destination_agent_killed_when_armed_leaves_the_guest_at_the_source,
         both_agents_killed_while_copying_come_back_to_one_guest,
         agents_killed_at_random_moments_never_make_two_guests,
         the_journal_is_readable_while_the_agent_runs,
@@ -143,6 +145,38 @@ fn a_destination_agent_killed_afterwards_keeps_its_guest(pair: &mut Pair) -> Res
     pair.runs_only_at(&pair.a, "g", &witness)
 }
 
+fn a_source_agent_killed_when_armed_comes_back_to_its_guest(pair: &mut Pair) -> Result<()> {
+    tolerate_lost_agents(pair);
+    let witness = pair.run(&Guest::new("g"))?;
+    let id = begin_armed(pair)?;
+
+    pair.a.kill();
+    witness.wait_for_beats_at("a", 2)?;
+    pair.a.start()?;
+    // Held again, or ended by then.
+    pair.a.ferry(&["migration", "abort", &id])?;
+
+    ensure!(pair.wait_over(&id)?.text("guest_location")? == "a");
+    pair.runs_only_at(&pair.a, "g", &witness)
+}
+
+fn a_destination_agent_killed_when_armed_leaves_the_guest_at_the_source(pair: &mut Pair) -> Result<()> {
+    tolerate_lost_agents(pair);
+    let witness = pair.run(&Guest::new("g"))?;
+    let id = begin_armed(pair)?;
+
+    pair.b.kill();
+    ensure!(pair.wait_over(&id)?.text("guest_location")? == "a");
+    pair.b.start()?;
+
+    pair.runs_only_at(&pair.a, "g", &witness)?;
+    pair.migrate("g", &["--digests"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
 fn both_agents_killed_while_copying_come_back_to_one_guest(pair: &mut Pair) -> Result<()> {
     tolerate_lost_agents(pair);
     let witness = pair.run(&Guest::new("g").work(WORK))?;
@@ -189,16 +223,11 @@ fn the_journal_is_readable_while_the_agent_runs(pair: &mut Pair) -> Result<()> {
     let id = pair.migrate("g", &[])?.exit(0)?.migration()?.text("id")?.to_owned();
 
     for host in [&pair.a, &pair.b] {
-        let journal = Connection::open_with_flags(host.data_dir.join("journal.db"), OpenFlags::SQLITE_OPEN_READ_ONLY)?;
-        let mode: String = journal.query_row("PRAGMA journal_mode", [], |row| row.get(0))?;
-        let found: i64 = journal.query_row("SELECT count(*) FROM migrations WHERE id = ?1", [&id], |row| row.get(0))?;
-        let check: String = journal.query_row("PRAGMA quick_check", [], |row| row.get(0))?;
-        ensure!(
-            (mode.as_str(), found, check.as_str()) == ("wal", 1, "ok"),
-            "{mode} {found} {check} at {}",
-            host.name
-        );
+        let journal = journal::of(host)?;
+        ensure!(journal.has_migration(&id)?, "no row at {}", host.name);
+        ensure!(journal.pragma("journal_mode")? == "wal" && journal.pragma("quick_check")? == "ok");
     }
+    ensure!(journal::of(&pair.b)?.decision_of(&id, "RUNNING")?);
     pair.b.wait_for_status("g", "running")?;
     Ok(())
 }
@@ -211,6 +240,18 @@ fn begin_slow(pair: &Pair) -> Result<String> {
     until("pages are being sent", MOVE, || {
         let record = pair.a.ferry(&["migration", "show", &id])?.exit(0)?.migration()?;
         Ok((record.number("bytes_sent")? > f64::from(4 << 20)).then_some(()))
+    })?;
+    pair.keep_logs();
+    Ok(id)
+}
+
+/// Agent B expects the guest and VMM A has no grant.
+fn begin_armed(pair: &Pair) -> Result<String> {
+    let began = pair.migrate("g", &["--detach", "--hold-at", "armed"])?.exit(0)?;
+    let id = began.migration()?.text("id")?.to_owned();
+    let journal = journal::of(&pair.b)?;
+    until("agent B expects the guest", MOVE, || {
+        Ok(journal.decision_of(&id, "OPEN")?.then_some(()))
     })?;
     pair.keep_logs();
     Ok(id)

@@ -9,6 +9,7 @@ mod agents;
 mod alphabet;
 mod data_port;
 mod faults;
+mod journal;
 mod lifecycle;
 mod moves;
 mod refusals;

@@ -27,6 +27,8 @@ pub(super) enum Kind {
 pub(super) struct TestProgram {
     pub(super) name: String,
     pub(super) kind: Kind,
+    /// The standard harness, not one of the program's own.
+    standard: bool,
     file: PathBuf,
     package: PathBuf,
 }
@@ -78,6 +80,7 @@ fn test_program(message: &Value) -> Option<TestProgram> {
             if is("test") { target_name } else { "unit tests" }
         ),
         kind: if scenario { Kind::Scenario } else { Kind::Unit },
+        standard: !is("test"),
         file: PathBuf::from(message["executable"].as_str()?),
         package: package.to_owned(),
     })
@@ -98,8 +101,8 @@ impl TestProgram {
         if long {
             command.env("FERRY_LONG_TESTS", "1").arg("--include-ignored");
         }
-        if self.kind == Kind::Unit {
-            // A unit test that needs KVM and finds none says so and passes: what passing tests print is needed.
+        if self.standard {
+            // A test that needs KVM and finds none says so and passes: what passing tests print is needed.
             command.arg("--show-output");
         }
         let deadline = if long {

@@ -1,0 +1,46 @@
+//! A look into an agent's journal from outside, while the agent runs.
+
+use anyhow::{Context, Result};
+use ferry_tests::Host;
+use rusqlite::{Connection, OpenFlags};
+
+/// A journal, open for reading.
+pub(crate) struct Journal {
+    connection: Connection,
+}
+
+/// The journal of this host.
+pub(crate) fn of(host: &Host) -> Result<Journal> {
+    let file = host.data_dir.join("journal.db");
+    let connection = Connection::open_with_flags(&file, OpenFlags::SQLITE_OPEN_READ_ONLY);
+    let connection = connection.with_context(|| format!("failed to open {}", file.display()))?;
+    connection.busy_timeout(std::time::Duration::from_secs(5))?;
+    Ok(Journal { connection })
+}
+
+impl Journal {
+    /// Whether some attempt of the migration has this decision.
+    pub(crate) fn decision_of(&self, migration: &str, decision: &str) -> Result<bool> {
+        let query = "SELECT count(*) FROM decisions WHERE migration = ?1 AND decision = ?2";
+        Ok(self
+            .connection
+            .query_row(query, [migration, decision], |row| row.get::<_, i64>(0))?
+            > 0)
+    }
+
+    /// Whether the migration has a row.
+    pub(crate) fn has_migration(&self, migration: &str) -> Result<bool> {
+        let query = "SELECT count(*) FROM migrations WHERE id = ?1";
+        Ok(self
+            .connection
+            .query_row(query, [migration], |row| row.get::<_, i64>(0))?
+            == 1)
+    }
+
+    /// What a pragma answers.
+    pub(crate) fn pragma(&self, name: &str) -> Result<String> {
+        Ok(self
+            .connection
+            .query_row(&format!("PRAGMA {name}"), [], |row| row.get(0))?)
+    }
+}
