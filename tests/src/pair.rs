@@ -247,6 +247,26 @@ impl Pair {
     }
 }
 
+/// What an agent that was killed leaves outside its data directory: cgroups of its VMMs, and its folder of started marks.
+fn remove_traces(host: &Host) {
+    for instance in fs::read_dir(host.data_dir.join("instances"))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        for root in ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"] {
+            let _ = fs::remove_dir(Path::new(root).join("ferry").join(instance.file_name()));
+        }
+    }
+    let name = format!(
+        "ferry-{}",
+        &blake3::hash(host.data_dir.as_os_str().as_encoded_bytes()).to_hex()[..16]
+    );
+    for root in ["/run", "/dev/shm", "/tmp"] {
+        let _ = fs::remove_dir_all(Path::new(root).join(&name));
+    }
+}
+
 impl Drop for Pair {
     fn drop(&mut self) {
         // The agents first: they would look after a VMM that dies.
@@ -258,6 +278,8 @@ impl Drop for Pair {
         let _ = until("all processes are gone", CALL, || {
             Ok(process::naming(self.folder.path()).is_empty().then_some(()))
         });
+        remove_traces(&self.a);
+        remove_traces(&self.b);
     }
 }
 
