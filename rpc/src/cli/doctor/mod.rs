@@ -15,6 +15,7 @@ use super::client::Agent;
 use super::failure::{Exit, Outcome};
 use super::output::{self, Format, Table};
 
+pub(super) use self::memory::meminfo;
 pub(super) use self::place::fsync_latency;
 
 /// One thing that Ferry needs of a host.

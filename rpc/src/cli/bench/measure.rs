@@ -1,0 +1,140 @@
+//! Measuring one workload: touch memory, boot, move it as often as asked, listen in between.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use tokio::time::sleep;
+
+use super::super::doctor::meminfo;
+use super::super::failure::{Exit, Failure};
+use super::super::lab::{Beat, Lab, Move, MoveOrder, ProbeGuest, in_a_lab};
+use super::super::output::{human_bytes, note};
+use super::super::terminal::LiveLine;
+use super::clock::{Reading, errors_us};
+use super::cpu::CpuMeter;
+use super::footprint::{self, FootprintMeter};
+use super::report::{Figures, Run};
+use super::workloads::Workload;
+
+pub(super) async fn workload(workload: &Workload, runs: u32, streams: u32) -> Result<Figures, Failure> {
+    let mut told = Teller { name: workload.name, line: LiveLine::new() };
+    told.tell("touches memory");
+    touch(workload)?;
+    in_a_lab(async |lab: &mut Lab| in_lab(lab, workload, runs, streams, &mut told).await).await
+}
+
+async fn in_lab(lab: &mut Lab, workload: &Workload, runs: u32, streams: u32, told: &mut Teller) -> Result<Figures, Failure> {
+    lab.start_agents().await?;
+    told.tell("boots");
+    let guest = lab.boot(&workload.plan()).await?;
+    let agents = [lab.agent_pid(0), lab.agent_pid(1)];
+    sleep(STAY).await;
+    let idle_bytes = footprint::now(agents);
+
+    let epoch = Instant::now();
+    let mut stays = Stays { epoch, began: 0, readings: Vec::new() };
+    let mut measured = Vec::new();
+    for run in 0..runs {
+        told.tell(&format!("move {} of {runs}", run + 1));
+        let order = MoveOrder { source: run as usize % 2, streams, listen: STAY };
+        measured.push(timed_move(lab, &guest, order, &mut stays).await?);
+    }
+    stays.close(&guest, runs as usize % 2);
+
+    told.tell("one more move, to watch memory");
+    let order = MoveOrder { source: runs as usize % 2, streams, listen: Duration::from_millis(300) };
+    let meter = FootprintMeter::start(agents);
+    let watched = lab.move_guest(&guest, order, |_| {}).await;
+    let migrating_bytes = meter.stop();
+    let clean = watched?.is_clean() && measured.iter().all(|run| run.moved.is_clean());
+    for (run, error) in measured.iter_mut().zip(errors_us(&stays.readings)) {
+        run.clock_error_us = error;
+    }
+    told.line.clear();
+    Ok(Figures::of(workload, &measured, idle_bytes, migrating_bytes, clean))
+}
+
+/// One move that counts. The stay before it ends with it.
+async fn timed_move(lab: &Lab, guest: &ProbeGuest, order: MoveOrder, stays: &mut Stays) -> Result<Run, Failure> {
+    stays.close(guest, order.source);
+    let meter = CpuMeter::start([lab.agent_pid(0), lab.agent_pid(1)]);
+    let mut over = None;
+    let mut meter = Some(meter);
+    let moved = lab
+        .move_guest(guest, order, |info| {
+            // The guest is listened to afterwards, which is no part of the migration's cost.
+            if info.status == "completed"
+                && let Some(meter) = meter.take()
+            {
+                over = Some(meter.stop());
+            }
+        })
+        .await;
+    if let Some(meter) = meter {
+        meter.stop();
+    }
+    let cpu = over.unwrap_or([f64::NAN; 2]);
+    Ok(Run { moved: moved?, cpu_source_s: cpu[order.source], cpu_destination_s: cpu[order.destination()], clock_error_us: None })
+}
+
+/// The guest's heartbeats, stay by stay, as readings of its clock.
+struct Stays {
+    epoch: Instant,
+    /// The first heartbeat of the present stay.
+    began: u64,
+    readings: Vec<Vec<Reading>>,
+}
+
+impl Stays {
+    /// Ends the guest's present stay, at a host.
+    fn close(&mut self, guest: &ProbeGuest, host: usize) {
+        let beats = guest.beats_since(self.began, host);
+        if let Some(last) = beats.last() {
+            self.began = last.heartbeat.seq + 1;
+        }
+        let reading = |beat: &Beat| {
+            let read_ns = beat.at.saturating_duration_since(self.epoch).as_nanos() as f64;
+            Reading { tsc: beat.heartbeat.tsc, read_ns }
+        };
+        // What was read before the epoch would all seem to have come at once.
+        let counted = beats.iter().filter(|beat| beat.at >= self.epoch);
+        self.readings.push(counted.map(reading).collect());
+    }
+}
+
+/// Touches as much memory as source and destination will use together, page by page, and gives it back: so that it is
+/// the outer host's no more when it counts.
+fn touch(workload: &Workload) -> Result<(), Failure> {
+    let wanted = workload.touched_bytes * 2 + SLACK;
+    let available = meminfo("MemAvailable").unwrap_or(u64::MAX);
+    if wanted > available {
+        let text = format!(
+            "{}: needs {} of memory, {} are available",
+            workload.name,
+            human_bytes(wanted),
+            human_bytes(available)
+        );
+        return Err(Failure::new(Exit::Failed, text));
+    }
+    let mut memory = vec![0_u8; usize::try_from(wanted).unwrap_or(usize::MAX)];
+    memory.iter_mut().step_by(4096).for_each(|byte| *byte = 1);
+    black_box(&memory);
+    Ok(())
+}
+
+struct Teller {
+    name: &'static str,
+    line: LiveLine,
+}
+
+impl Teller {
+    fn tell(&mut self, what: &str) {
+        let text = format!("{}: {what}", self.name);
+        if self.line.is_live() { self.line.draw(&text) } else { note(&text) }
+    }
+}
+
+/// How long the guest is listened to between two moves: its clock is read a hundred times.
+const STAY: Duration = Duration::from_millis(1000);
+/// VMMs, agents and the kernel's own.
+const SLACK: u64 = 256 << 20;

@@ -1,0 +1,182 @@
+//! The figures of a workload: medians, and each run's own for whoever wants to know how they spread.
+
+use serde::Serialize;
+
+use super::super::lab::Move;
+use super::super::output::{Table, human_bytes, human_ms, human_rate, or_dash};
+use super::workloads::Workload;
+
+/// One timed move.
+#[derive(Debug)]
+pub(super) struct Run {
+    pub(super) moved: Move,
+    pub(super) cpu_source_s: f64,
+    pub(super) cpu_destination_s: f64,
+    pub(super) clock_error_us: Option<f64>,
+}
+
+/// What is printed of a workload. Figures without an ending of their own are medians.
+#[derive(Debug, Serialize)]
+pub(super) struct Figures {
+    workload: &'static str,
+    runs: usize,
+    /// One runner after each move, no heartbeat lost or doubled, no page damaged.
+    pub(super) clean: bool,
+    total_ms: Option<f64>,
+    blackout_ms: Option<f64>,
+    blackout_upper_bound_ms: Option<f64>,
+    guest_gap_ms: Option<f64>,
+    reader_gap_ms: Option<f64>,
+    bytes_sent: Option<f64>,
+    throughput_bytes_per_s: Option<f64>,
+    rounds: Option<f64>,
+    /// CPU seconds of agent and VMM without vCPU threads, for each GiB sent.
+    cpu_source_s_per_gib: Option<f64>,
+    cpu_destination_s_per_gib: Option<f64>,
+    cpu_source_s: Option<f64>,
+    cpu_destination_s: Option<f64>,
+    /// A VMM's proportional set size without guest memory.
+    vmm_idle_bytes: Option<u64>,
+    /// The largest of either VMM's, in a move of its own.
+    vmm_migrating_bytes: u64,
+    /// The median of its amounts; positive: the guest's clock runs ahead after the move.
+    clock_error_us: Option<f64>,
+    clock_error_us_all: Vec<Option<f64>>,
+    total_ms_all: Vec<f64>,
+    blackout_ms_all: Vec<f64>,
+    guest_gap_ms_all: Vec<f64>,
+    bytes_sent_all: Vec<f64>,
+}
+
+impl Figures {
+    pub(super) fn of(workload: &Workload, runs: &[Run], idle: Option<u64>, migrating: u64, clean: bool) -> Self {
+        let all = |figure: &dyn Fn(&Run) -> Option<f64>| runs.iter().filter_map(figure).collect::<Vec<f64>>();
+        let total = all(&|run| run.moved.migration.total_ms);
+        let downtime = |run: &Run| run.moved.migration.downtime_ms;
+        let blackout = all(&|run| Some(downtime(run)?.total));
+        let guest_gap = all(&|run| Some(run.moved.guest_gap_ms));
+        let bytes = all(&|run| Some(run.moved.migration.bytes_sent as f64));
+        let gib = |run: &Run| run.moved.migration.bytes_sent as f64 / (1_u64 << 30) as f64;
+        let clock = all(&|run| run.clock_error_us);
+        Self {
+            workload: workload.name,
+            runs: runs.len(),
+            clean,
+            total_ms: median(&total),
+            blackout_ms: median(&blackout),
+            blackout_upper_bound_ms: median(&all(&|run| Some(downtime(run)?.upper_bound))),
+            guest_gap_ms: median(&guest_gap),
+            reader_gap_ms: median(&all(&|run| Some(run.moved.reader_gap_ms))),
+            bytes_sent: median(&bytes),
+            throughput_bytes_per_s: median(&all(&|run| run.moved.migration.throughput_bytes_per_s)),
+            rounds: median(&all(&|run| Some(run.moved.migration.rounds.len() as f64))),
+            cpu_source_s_per_gib: median(&all(&|run| Some(run.cpu_source_s / gib(run)))),
+            cpu_destination_s_per_gib: median(&all(&|run| Some(run.cpu_destination_s / gib(run)))),
+            cpu_source_s: median(&all(&|run| Some(run.cpu_source_s))),
+            cpu_destination_s: median(&all(&|run| Some(run.cpu_destination_s))),
+            vmm_idle_bytes: idle,
+            vmm_migrating_bytes: migrating,
+            clock_error_us: median_amount(&clock),
+            clock_error_us_all: runs.iter().map(|run| run.clock_error_us).collect(),
+            total_ms_all: total,
+            blackout_ms_all: blackout,
+            guest_gap_ms_all: guest_gap,
+            bytes_sent_all: bytes,
+        }
+    }
+}
+
+/// The middle of what is finite; of two middles, the mean.
+fn median(values: &[f64]) -> Option<f64> {
+    let mut sorted: Vec<f64> = values.iter().copied().filter(|value| value.is_finite()).collect();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match sorted.len() {
+        0 => None,
+        count if count % 2 == 1 => Some(sorted[middle]),
+        _ => Some(f64::midpoint(sorted[middle - 1], sorted[middle])),
+    }
+}
+
+/// The value whose amount is the middle one: errors to either side must not cancel out.
+fn median_amount(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(|one, other| one.abs().total_cmp(&other.abs()));
+    sorted.get(sorted.len() / 2).copied()
+}
+
+pub(super) fn table(all: &[Figures]) -> String {
+    let headings = [
+        "WORKLOAD",
+        ">RUNS",
+        ">TOTAL",
+        ">BLACKOUT",
+        ">GUEST SAW",
+        ">READER SAW",
+        ">SENT",
+        ">THROUGHPUT",
+        ">CPU SRC",
+        ">CPU DST",
+        ">VMM IDLE",
+        ">MIGRATING",
+        ">CLOCK",
+        "CLEAN",
+    ];
+    let mut table = Table::new(&headings);
+    for figures in all {
+        table.row([
+            figures.workload.to_owned(),
+            figures.runs.to_string(),
+            or_dash(figures.total_ms.map(human_ms)),
+            or_dash(figures.blackout_ms.map(human_ms)),
+            or_dash(figures.guest_gap_ms.map(human_ms)),
+            or_dash(figures.reader_gap_ms.map(human_ms)),
+            or_dash(figures.bytes_sent.map(|bytes| human_bytes(bytes as u64))),
+            or_dash(figures.throughput_bytes_per_s.map(human_rate)),
+            or_dash(figures.cpu_source_s_per_gib.map(|seconds| format!("{seconds:.2}"))),
+            or_dash(figures.cpu_destination_s_per_gib.map(|seconds| format!("{seconds:.2}"))),
+            or_dash(figures.vmm_idle_bytes.map(human_bytes)),
+            human_bytes(figures.vmm_migrating_bytes),
+            or_dash(figures.clock_error_us.map(|error| format!("{error:+.0} µs"))),
+            if figures.clean { "yes" } else { "NO" }.to_owned(),
+        ]);
+    }
+    format!("{table}{LEGEND}")
+}
+
+const LEGEND: &str = "
+Medians. BLACKOUT is what the agents report, GUEST SAW the largest gap between two looks at the guest's own clock, READER SAW the longest wait for a
+heartbeat (one each 10 ms). CPU is seconds for each GiB sent, of agent and VMM without vCPU threads. VMM is its PSS without guest memory, idle, and
+the largest while migrating. CLOCK is how far the guest's clock is ahead of the host's after a move, against before it.";
+
+pub(super) fn list(workloads: &[Workload]) -> Table {
+    let mut table = Table::new(&["WORKLOAD", ">MEMORY", ">TOUCHED", ">VCPUS", "DIRTY", "WHAT IT IS"]);
+    for workload in workloads {
+        table.row([
+            workload.name.to_owned(),
+            human_bytes(workload.memory_bytes),
+            human_bytes(workload.touched_bytes),
+            workload.vcpus.to_string(),
+            workload.dirty.to_owned(),
+            workload.description.to_owned(),
+        ]);
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians_are_the_middle_of_what_is_known() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
+        assert_eq!(median(&[1.0, 2.0, f64::NAN, 4.0, 3.0]), Some(2.5));
+        assert_eq!(median(&[]), None);
+    }
+
+    #[test]
+    fn errors_to_either_side_do_not_cancel_out() {
+        assert_eq!(median_amount(&[-500.0, 480.0, 1.0]), Some(480.0));
+    }
+}

@@ -1,0 +1,131 @@
+//! What is measured: guests by name. `xtask bench --peer` runs the same ones in its rivals.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::super::lab::GuestPlan;
+
+/// A guest and what it does.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct Workload {
+    #[serde(rename = "workload")]
+    pub(super) name: &'static str,
+    pub(super) description: &'static str,
+    pub(super) memory_bytes: u64,
+    pub(super) vcpus: u32,
+    pub(super) dirty: &'static str,
+    /// The probe's command line.
+    pub(super) cmdline: &'static str,
+    /// Guest memory that is ever touched.
+    pub(super) touched_bytes: u64,
+}
+
+impl Workload {
+    pub(super) fn plan(&self) -> GuestPlan {
+        GuestPlan {
+            name: self.name.to_owned(),
+            memory_bytes: self.memory_bytes,
+            vcpus: self.vcpus,
+            dirty: self.dirty.to_owned(),
+            cmdline: self.cmdline.to_owned(),
+            patience: Duration::from_secs(120),
+        }
+    }
+}
+
+/// The workloads of these names, or all.
+pub(super) fn chosen(names: &[String]) -> Result<Vec<Workload>, String> {
+    if names.is_empty() {
+        return Ok(ALL.to_vec());
+    }
+    let find = |name: &String| {
+        let known: Vec<&str> = ALL.iter().map(|workload| workload.name).collect();
+        let found = ALL.iter().find(|workload| workload.name == name).copied();
+        found.ok_or_else(|| format!("--workload {name}: there is none of this name; there are {}", known.join(", ")))
+    };
+    names.iter().map(find).collect()
+}
+
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+const ALL: [Workload; 6] = [
+    Workload {
+        name: "idle-random-1g",
+        description: "1 GiB of random data, 100 page writes a second",
+        memory_bytes: 2 * GIB,
+        vcpus: 1,
+        dirty: "log",
+        cmdline: "fill=random fill_mib=960 work=uniform work_mib=64 rate=100 heartbeat_ms=10",
+        touched_bytes: GIB,
+    },
+    Workload {
+        name: "sparse-12g",
+        description: "64 MiB touched of 12 GiB, idle",
+        memory_bytes: 12 * GIB,
+        vcpus: 1,
+        dirty: "log",
+        cmdline: "fill=random fill_mib=64 work=idle heartbeat_ms=10",
+        touched_bytes: 64 * MIB,
+    },
+    Workload {
+        name: "zero-1g",
+        description: "1 GiB that was written with zeroes, idle",
+        memory_bytes: 2 * GIB,
+        vcpus: 1,
+        dirty: "log",
+        cmdline: "fill=zero fill_mib=1024 work=idle heartbeat_ms=10",
+        touched_bytes: GIB,
+    },
+    Workload {
+        name: "busy-20k",
+        description: "768 MiB of random data, 20,000 page writes a second into 256 MiB",
+        memory_bytes: GIB,
+        vcpus: 1,
+        dirty: "log",
+        cmdline: "fill=random fill_mib=512 work=uniform work_mib=256 rate=20000 heartbeat_ms=10",
+        touched_bytes: 768 * MIB,
+    },
+    Workload {
+        name: "busy-20k-ring",
+        description: "as busy-20k, with the dirty ring",
+        memory_bytes: GIB,
+        vcpus: 1,
+        dirty: "ring",
+        cmdline: "fill=random fill_mib=512 work=uniform work_mib=256 rate=20000 heartbeat_ms=10",
+        touched_bytes: 768 * MIB,
+    },
+    Workload {
+        name: "busy-100k",
+        description: "768 MiB of random data, 100,000 page writes a second, nine of ten into 26 MiB",
+        memory_bytes: GIB,
+        vcpus: 1,
+        dirty: "log",
+        cmdline: "fill=random fill_mib=512 work=hotcold work_mib=256 rate=100000 heartbeat_ms=10",
+        touched_bytes: 768 * MIB,
+    },
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ferry_probe::cmdline::Options;
+
+    #[test]
+    fn what_a_workload_says_it_touches_is_what_its_guest_touches() {
+        for workload in ALL {
+            let options = Options::parse(workload.cmdline).unwrap();
+            let touched = (options.fill_mib + options.work_size_mib()) * MIB;
+            assert_eq!(touched, workload.touched_bytes, "{}", workload.name);
+            assert!(touched < workload.memory_bytes, "{}", workload.name);
+        }
+    }
+
+    #[test]
+    fn unknown_names_are_told_with_the_known_ones() {
+        let problem = chosen(&["nonsense".to_owned()]).unwrap_err();
+        assert!(problem.contains("nonsense") && problem.contains("sparse-12g"), "{problem}");
+        assert_eq!(chosen(&[]).unwrap().len(), ALL.len());
+    }
+}

@@ -1,0 +1,235 @@
+//! The lab itself: directory, agents, guest, readers of its console, and taking all of it down.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ferry_proto::agent::v1::{ConsoleRequest, DeleteInstanceRequest, InstanceInfo, RunInstanceRequest};
+use tempfile::TempDir;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+
+use super::super::client::{Agent, LONG_PATIENCE, within};
+use super::super::failure::{Exit, Failure, is_lost_connection};
+use super::super::instances::instances_of;
+use super::super::output::note;
+use super::processes::{AgentPlan, AgentProcess, free_ports, kill_vmms_below, log_of, vmms_below};
+use super::record::Record;
+use super::{GuestPlan, runners};
+
+/// Two agents, `a` and `b`, on loopback in a temporary directory.
+pub(in crate::cli) struct Lab {
+    directory: TempDir,
+    agents: Vec<AgentProcess>,
+    readers: Vec<JoinHandle<()>>,
+}
+
+/// The guest in a lab, booted and ready.
+pub(in crate::cli) struct ProbeGuest {
+    pub(in crate::cli) id: String,
+    pub(in crate::cli) name: String,
+    /// From the order to run it until it had filled its memory.
+    pub(in crate::cli) ready_after: Duration,
+    pub(super) record: SharedRecord,
+}
+
+/// What the readers of both consoles write down.
+pub(super) type SharedRecord = Arc<Shared>;
+
+#[derive(Default)]
+pub(super) struct Shared {
+    record: Mutex<Record>,
+    news: Notify,
+}
+
+impl Shared {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Record> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until the record answers the question.
+    pub(super) async fn until<T>(&self, limit: Duration, ask: impl Fn(&Record) -> Option<T>) -> Option<T> {
+        let found = async {
+            loop {
+                let news = self.news.notified();
+                if let Some(answer) = ask(&self.lock()) {
+                    return answer;
+                }
+                news.await;
+            }
+        };
+        timeout(limit, found).await.ok()
+    }
+}
+
+impl Lab {
+    pub(super) fn new() -> Result<Self, Failure> {
+        let made = tempfile::Builder::new().prefix("ferry-").tempdir();
+        let directory = made.map_err(|error| Failure::new(Exit::Failed, format!("make a temporary directory: {error}")))?;
+        Ok(Self { directory, agents: Vec::new(), readers: Vec::new() })
+    }
+
+    /// Starts both agents and waits until they answer.
+    pub(in crate::cli) async fn start_agents(&mut self) -> Result<(), Failure> {
+        let ports = free_ports().map_err(|error| Failure::new(Exit::Failed, format!("find free ports: {error}")))?;
+        for (host, port, peer) in [("a", ports.0, ("b", ports.1)), ("b", ports.1, ("a", ports.0))] {
+            let plan = AgentPlan { host, port, peer, directory: self.directory.path() };
+            self.agents.push(AgentProcess::start(&plan)?);
+        }
+        for agent in &mut self.agents {
+            agent.answers().await?;
+        }
+        Ok(())
+    }
+
+    /// Boots the probe at host `a`, reads its consoles from then on, and waits until it has filled its memory.
+    pub(in crate::cli) async fn boot(&mut self, plan: &GuestPlan) -> Result<ProbeGuest, Failure> {
+        let began = Instant::now();
+        let kernel = self.probe_file()?;
+        let request = RunInstanceRequest { spec: Some(plan.spec(kernel)) };
+        let answered = self.agent(0).compute().await?.run_instance(within(LONG_PATIENCE, request)).await;
+        let info = answered.map_err(|status| Failure::of_status(&format!("run {}", plan.name), &status))?.into_inner();
+        let record = SharedRecord::default();
+        for host in 0..2 {
+            let reader = read_console(self.agent(host).clone(), host, info.id.clone(), Arc::clone(&record));
+            self.readers.push(tokio::spawn(reader));
+        }
+        let ready = |record: &Record| match (&record.error, record.tsc_khz, record.last()) {
+            (Some(error), _, _) => Some(Err(Failure::new(Exit::Failed, format!("the guest says: {error}")))),
+            (None, Some(_), Some(_)) => Some(Ok(())),
+            _ => None,
+        };
+        let late = || Failure::new(Exit::Failed, format!("the guest was not ready within {:?}", plan.patience));
+        record.until(plan.patience, ready).await.ok_or_else(late)??;
+        Ok(ProbeGuest { id: info.id, name: info.name, ready_after: began.elapsed(), record })
+    }
+
+    pub(in crate::cli) fn agent(&self, host: usize) -> &Agent {
+        &self.agents[host].agent
+    }
+
+    pub(in crate::cli) fn host(&self, host: usize) -> &str {
+        &self.agents[host].host
+    }
+
+    pub(in crate::cli) fn agent_pid(&self, host: usize) -> u32 {
+        self.agents[host].pid()
+    }
+
+    pub(in crate::cli) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// What both hosts have.
+    pub(super) async fn instances(&self) -> Result<Vec<InstanceInfo>, Failure> {
+        let mut instances = instances_of(self.agent(0)).await?;
+        instances.extend(instances_of(self.agent(1)).await?);
+        Ok(instances)
+    }
+
+    /// The hosts on which guests run, by what their agents say, and how many VMM processes there are.
+    pub(super) async fn runners(&self) -> Result<(Vec<String>, usize), Failure> {
+        let instances = self.instances().await?;
+        let hosts = runners(&instances).into_iter().map(str::to_owned).collect();
+        Ok((hosts, vmms_below(self.directory.path()).len()))
+    }
+
+    /// Prints the ends of all logs on stderr: they are about to be removed.
+    pub(super) fn tell_logs(&self) {
+        for agent in &self.agents {
+            let instances = fs::read_dir(agent.data_dir.join("instances")).into_iter().flatten().flatten();
+            let mut logs = vec![log_of(&agent.data_dir)];
+            logs.extend(instances.map(|instance| instance.path().join("vmm.log")));
+            for log in logs {
+                tell_log(&log);
+            }
+        }
+    }
+
+    /// Deletes the guests, ends the agents, and removes all files.
+    pub(super) async fn close(mut self) {
+        for reader in self.readers.drain(..) {
+            reader.abort();
+        }
+        for agent in &self.agents {
+            // What does not answer is killed below.
+            let _ = timeout(DELETE_TIME, delete_all(&agent.agent)).await;
+        }
+        for agent in &mut self.agents {
+            agent.stop().await;
+        }
+        // The rest is what is done in any case.
+        drop(self);
+    }
+
+    fn probe_file(&self) -> Result<String, Failure> {
+        let path = self.directory.path().join("probe.elf");
+        let failed = |problem: String| Failure::new(Exit::Failed, format!("write {}: {problem}", path.display()));
+        fs::write(&path, ferry_probe::PROBE_ELF).map_err(|error| failed(error.to_string()))?;
+        path.to_str().map(str::to_owned).ok_or_else(|| failed("the path is not UTF-8".to_owned()))
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        for agent in &mut self.agents {
+            agent.kill();
+        }
+        kill_vmms_below(self.directory.path());
+        for agent in &self.agents {
+            crate::agent::remove_leftovers(&agent.data_dir);
+        }
+    }
+}
+
+async fn delete_all(agent: &Agent) -> Result<(), Failure> {
+    for info in instances_of(agent).await? {
+        let request = within(LONG_PATIENCE, DeleteInstanceRequest { instance: info.id.clone(), force: true });
+        let deleted = agent.compute().await?.delete_instance(request).await;
+        deleted.map_err(|status| Failure::of_status(&format!("delete {}", info.name), &status))?;
+    }
+    Ok(())
+}
+
+/// Reads one host's console until it is aborted. The host may not know the instance yet, or not any more.
+async fn read_console(agent: Agent, host: usize, instance: String, record: SharedRecord) {
+    loop {
+        let Ok(mut client) = agent.compute().await else {
+            sleep(RETRY).await;
+            continue;
+        };
+        loop {
+            let request = ConsoleRequest { instance: instance.clone(), follow: true };
+            let mut stream = match client.console(request).await {
+                Ok(opened) => opened.into_inner(),
+                Err(status) if is_lost_connection(&status) => break,
+                Err(_) => {
+                    sleep(RETRY).await;
+                    continue;
+                }
+            };
+            record.lock().reopened(host);
+            while let Ok(Some(output)) = stream.message().await {
+                let at = Instant::now();
+                record.lock().feed(host, &output.bytes, at);
+                record.news.notify_waiters();
+            }
+            sleep(RETRY).await;
+        }
+    }
+}
+
+fn tell_log(path: &PathBuf) {
+    let Ok(text) = fs::read_to_string(path) else { return };
+    let lines: Vec<&str> = text.lines().collect();
+    note(&format!("--- the end of {}", path.display()));
+    for line in &lines[lines.len().saturating_sub(LOG_LINES)..] {
+        note(line);
+    }
+}
+
+const RETRY: Duration = Duration::from_millis(20);
+const DELETE_TIME: Duration = Duration::from_secs(10);
+const LOG_LINES: usize = 20;

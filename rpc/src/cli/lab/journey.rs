@@ -1,0 +1,208 @@
+//! One move of the guest in a lab, and what it was like for the guest and for those who listen to it.
+
+use std::time::{Duration, Instant};
+
+use ferry_proto::agent::v1::{LiveMigrateRequest, MigrationInfo, MigrationOptions};
+use serde::Serialize;
+use tokio::time::sleep;
+
+use super::super::failure::{Exit, Failure};
+use super::super::progress::whereabouts;
+use super::super::{migrate, watch};
+use super::hosts::{Lab, ProbeGuest};
+use super::record::Beat;
+
+/// Where to, and how.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::cli) struct MoveOrder {
+    /// From this host; to the other one.
+    pub(in crate::cli) source: usize,
+    pub(in crate::cli) streams: u32,
+    /// How long to listen to the guest at the destination before the move is judged.
+    pub(in crate::cli) listen: Duration,
+}
+
+impl MoveOrder {
+    pub(in crate::cli) fn destination(&self) -> usize {
+        1 - self.source
+    }
+}
+
+/// What came of a move.
+#[derive(Debug, Clone, Serialize)]
+pub(in crate::cli) struct Move {
+    /// What the agents measured.
+    pub(in crate::cli) migration: MigrationInfo,
+    /// The largest gap that the guest itself saw between two looks at its clock.
+    pub(in crate::cli) guest_gap_ms: f64,
+    /// The longest that the reader of its heartbeats waited for one.
+    pub(in crate::cli) reader_gap_ms: f64,
+    /// Heartbeats read, from the last one before the move on.
+    pub(in crate::cli) heartbeats: u64,
+    /// Heartbeats that never came.
+    pub(in crate::cli) heartbeats_missing: u64,
+    /// Heartbeats that came twice, differently or from both hosts.
+    pub(in crate::cli) heartbeats_doubled: u64,
+    /// Pages that the guest wrote meanwhile, and how many that is a second by its clock.
+    pub(in crate::cli) page_writes: u64,
+    pub(in crate::cli) page_writes_per_s: f64,
+    /// Pages that the guest read in full to check them.
+    pub(in crate::cli) pages_checked: u64,
+    /// Pages that did not hold what the guest had written.
+    pub(in crate::cli) faults: u64,
+    /// How often a vCPU's clock went backwards.
+    pub(in crate::cli) clock_back: u64,
+    /// Hosts whose agents say that it runs there.
+    pub(in crate::cli) runners: Vec<String>,
+    /// VMM processes on this machine that belong to the lab.
+    pub(in crate::cli) vmm_processes: usize,
+}
+
+impl Move {
+    /// Whether all is as it should be: one runner, no heartbeat lost or doubled, memory as it was written.
+    pub(in crate::cli) fn is_clean(&self) -> bool {
+        let one_runner = self.runners == [self.migration.destination.clone()] && self.vmm_processes == 1;
+        let unbroken = self.heartbeats_missing == 0 && self.heartbeats_doubled == 0;
+        one_runner && unbroken && self.faults == 0 && self.clock_back == 0
+    }
+}
+
+impl Lab {
+    /// Moves the guest and listens to it.
+    ///
+    /// # Errors
+    /// The migration did not complete, or the guest fell silent.
+    pub(in crate::cli) async fn move_guest(
+        &self,
+        guest: &ProbeGuest,
+        order: MoveOrder,
+        observe: impl FnMut(&MigrationInfo),
+    ) -> Result<Move, Failure> {
+        let silent = || Failure::new(Exit::Failed, format!("{} prints no heartbeats", guest.name));
+        let before = guest.last_beat().ok_or_else(silent)?;
+        let migration = self.migrate(guest, order, observe).await?;
+        let destination = order.destination();
+        let landed = |record: &super::record::Record| record.since(before.heartbeat.seq, destination).nth(1).copied();
+        guest.record.until(SILENCE, landed).await.ok_or_else(silent)?;
+        sleep(order.listen).await;
+
+        let (runners, vmm_processes) = self.settled_runners().await?;
+        let mut record = guest.record.lock();
+        record.settle(order.source, destination);
+        let last = record.last().ok_or_else(silent)?;
+        let span = record.span(before.heartbeat.seq, last.heartbeat.seq).ok_or_else(silent)?;
+        Ok(Move {
+            migration,
+            guest_gap_ms: span.guest_gap.as_secs_f64() * 1000.0,
+            reader_gap_ms: span.reader_gap.as_secs_f64() * 1000.0,
+            heartbeats: span.heartbeats,
+            heartbeats_missing: span.missing,
+            heartbeats_doubled: record.doubled,
+            page_writes: span.writes,
+            page_writes_per_s: span.write_rate,
+            pages_checked: span.checked,
+            faults: span.faults,
+            clock_back: span.clock_back,
+            runners,
+            vmm_processes,
+        })
+    }
+
+    /// Only the migration, to its end.
+    pub(in crate::cli) async fn migrate(
+        &self,
+        guest: &ProbeGuest,
+        order: MoveOrder,
+        observe: impl FnMut(&MigrationInfo),
+    ) -> Result<MigrationInfo, Failure> {
+        let request = LiveMigrateRequest {
+            instance: guest.id.clone(),
+            destination: self.host(order.destination()).to_owned(),
+            options: Some(MigrationOptions {
+                max_downtime_us: 300_000,
+                timeout_ms: 120_000,
+                streams: order.streams,
+                ..Default::default()
+            }),
+            request_id: uuid::Uuid::new_v4().to_string(),
+        };
+        let source = self.agent(order.source);
+        let accepted = migrate::cast(source, request).await?;
+        let info = watch::follow(source, &accepted.migration, observe).await?;
+        if info.status != "completed" {
+            let error = info.error.as_deref().unwrap_or("no reason was given");
+            let text = format!("migration {} {}: {error}; {}", info.id, info.status, whereabouts(&info));
+            return Err(Failure::new(Exit::Failed, text));
+        }
+        Ok(info)
+    }
+
+    /// Who runs the guest, once the source's VMM has had a moment to end.
+    async fn settled_runners(&self) -> Result<(Vec<String>, usize), Failure> {
+        let began = Instant::now();
+        loop {
+            let (hosts, vmms) = self.runners().await?;
+            if (hosts.len() == 1 && vmms == 1) || began.elapsed() > SILENCE {
+                return Ok((hosts, vmms));
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+impl ProbeGuest {
+    /// The newest heartbeat.
+    pub(in crate::cli) fn last_beat(&self) -> Option<Beat> {
+        self.record.lock().last()
+    }
+
+    /// The heartbeats of a host from a sequence number on.
+    pub(in crate::cli) fn beats_since(&self, seq: u64, host: usize) -> Vec<Beat> {
+        self.record.lock().since(seq, host).copied().collect()
+    }
+
+    /// Page writes a second, by the guest's clock, over some time from now on.
+    pub(in crate::cli) async fn write_rate_over(&self, time: Duration) -> f64 {
+        let from = self.last_beat();
+        sleep(time).await;
+        let record = self.record.lock();
+        let span = from.zip(record.last()).and_then(|(from, to)| record.span(from.heartbeat.seq, to.heartbeat.seq));
+        span.map_or(0.0, |span| span.write_rate)
+    }
+}
+
+const SILENCE: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn clean() -> Move {
+        Move {
+            migration: MigrationInfo { destination: "b".into(), ..Default::default() },
+            guest_gap_ms: 1.0,
+            reader_gap_ms: 1.0,
+            heartbeats: 10,
+            heartbeats_missing: 0,
+            heartbeats_doubled: 0,
+            page_writes: 1,
+            page_writes_per_s: 1.0,
+            pages_checked: 1,
+            faults: 0,
+            clock_back: 0,
+            runners: vec!["b".to_owned()],
+            vmm_processes: 1,
+        }
+    }
+
+    #[test]
+    fn a_move_is_clean_only_if_nothing_at_all_is_wrong() {
+        assert!(clean().is_clean());
+        assert!(!Move { faults: 1, ..clean() }.is_clean());
+        assert!(!Move { heartbeats_missing: 1, ..clean() }.is_clean());
+        assert!(!Move { heartbeats_doubled: 1, ..clean() }.is_clean());
+        assert!(!Move { clock_back: 1, ..clean() }.is_clean());
+        assert!(!Move { vmm_processes: 2, ..clean() }.is_clean());
+        assert!(!Move { runners: vec!["a".to_owned(), "b".to_owned()], ..clean() }.is_clean());
+    }
+}
