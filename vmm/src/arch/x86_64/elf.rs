@@ -1,0 +1,423 @@
+//! Reads an ELF kernel: which parts go where, and its PVH entry.
+//!
+//! The file is hostile: every number in it is checked before it is used. linux-loader has such a reader too; this one also takes 32-bit
+//! files, leaves nothing of a used memory in what a segment zeroes, and can say what is wrong with the file.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use thiserror::Error;
+
+/// Why a file is no kernel that can be started.
+#[derive(Debug, Error)]
+pub enum ElfError {
+    /// It cannot be read.
+    #[error("read the kernel")]
+    Unreadable(#[source] io::Error),
+    /// It does not begin as an ELF file.
+    #[error("load the kernel: it is not an ELF file")]
+    NotElf,
+    /// It is for another machine, or not executable.
+    #[error("load the kernel: it is not an executable for x86 (ELF type {kind}, machine {machine})")]
+    WrongMachine {
+        /// `e_type`.
+        kind: u16,
+        /// `e_machine`.
+        machine: u16,
+    },
+    /// Something in it contradicts itself or the file's length.
+    #[error("load the kernel: the ELF file is damaged: {0}")]
+    Damaged(&'static str),
+    /// It has no note with a PVH entry point.
+    #[error(
+        "load the kernel: it has no PVH entry point (no ELF note of owner Xen and type 18); Linux needs CONFIG_PVH"
+    )]
+    NoPvhNote,
+}
+
+/// What an ELF file says about loading it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ElfImage {
+    /// What must be in memory, in the order of the file; lengths and file offsets are checked against the file.
+    pub(crate) segments: Vec<Segment>,
+    /// Physical address at which the first vCPU starts, in 32-bit protected mode.
+    pub(crate) entry: u32,
+}
+
+/// A piece of the file and where it goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Segment {
+    /// Where in the file.
+    pub(crate) offset: u64,
+    /// How many bytes of the file.
+    pub(crate) file_bytes: u64,
+    /// Guest physical address.
+    pub(crate) address: u64,
+    /// How many bytes of memory; those after `file_bytes` are zero.
+    pub(crate) memory_bytes: u64,
+}
+
+/// Something to read an ELF file from.
+pub(crate) trait Image {
+    /// Fills `buffer` from `offset` on.
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
+    /// Length in bytes.
+    fn len(&self) -> io::Result<u64>;
+}
+
+impl Image for File {
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        FileExt::read_exact_at(self, buffer, offset)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+}
+
+impl ElfImage {
+    /// Reads headers and notes; the segments' contents are not touched.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the file.
+    pub(crate) fn parse(image: &impl Image) -> Result<Self, ElfError> {
+        let len = image.len().map_err(ElfError::Unreadable)?;
+        let header = Header::read(image)?;
+        let mut segments = Vec::new();
+        let mut entry = None;
+        for program in header.programs(image, len)? {
+            let in_file = program
+                .offset
+                .checked_add(program.file_bytes)
+                .is_some_and(|end| end <= len);
+            match program.kind {
+                PT_LOAD if program.memory_bytes > 0 => {
+                    if !in_file || program.file_bytes > program.memory_bytes {
+                        return Err(ElfError::Damaged("a segment reaches beyond the end of the file"));
+                    }
+                    segments.push(Segment {
+                        offset: program.offset,
+                        file_bytes: program.file_bytes,
+                        address: program.address,
+                        memory_bytes: program.memory_bytes,
+                    });
+                }
+                PT_NOTE if entry.is_none() => {
+                    if !in_file {
+                        return Err(ElfError::Damaged("its notes reach beyond the end of the file"));
+                    }
+                    entry = pvh_entry(&program.read(image)?, program.align);
+                }
+                _ => {}
+            }
+        }
+        let entry = entry.ok_or(ElfError::NoPvhNote)?;
+        if segments.is_empty() {
+            return Err(ElfError::Damaged("it has nothing to load"));
+        }
+        Ok(Self { segments, entry })
+    }
+}
+
+const ET_EXEC: u16 = 2;
+const ET_DYN: u16 = 3;
+const EM_386: u16 = 3;
+const EM_X86_64: u16 = 62;
+const PT_LOAD: u32 = 1;
+const PT_NOTE: u32 = 4;
+
+/// XEN_ELFNOTE_PHYS32_ENTRY (`xen/include/public/elfnote.h`).
+const PHYS32_ENTRY: u32 = 18;
+
+/// Notes are a few hundred bytes; this much of them is looked at.
+const NOTES_LIMIT: u64 = 64 << 10;
+
+/// Where a field lies depends on the class.
+struct Header {
+    wide: bool,
+    program_offset: u64,
+    program_size: usize,
+    program_count: usize,
+}
+
+struct Program {
+    kind: u32,
+    offset: u64,
+    address: u64,
+    file_bytes: u64,
+    memory_bytes: u64,
+    align: u64,
+}
+
+impl Header {
+    fn read(image: &impl Image) -> Result<Self, ElfError> {
+        let mut ident = [0; 16];
+        match image.read_exact_at(&mut ident, 0) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(ElfError::NotElf),
+            other => other.map_err(ElfError::Unreadable)?,
+        }
+        let wide = match &ident[..6] {
+            [0x7f, b'E', b'L', b'F', 1, 1] => false,
+            [0x7f, b'E', b'L', b'F', 2, 1] => true,
+            _ => return Err(ElfError::NotElf),
+        };
+        let mut bytes = vec![0; if wide { 64 } else { 52 }];
+        image
+            .read_exact_at(&mut bytes, 0)
+            .map_err(|_| ElfError::Damaged("its header is cut short"))?;
+        let fields = Fields(&bytes);
+        let (kind, machine) = (fields.half(16), fields.half(18));
+        if !matches!(kind, ET_EXEC | ET_DYN) || !matches!(machine, EM_386 | EM_X86_64) {
+            return Err(ElfError::WrongMachine { kind, machine });
+        }
+        let (program_offset, sizes) = if wide {
+            (fields.long(32), 54)
+        } else {
+            (fields.word(28).into(), 42)
+        };
+        Ok(Self {
+            wide,
+            program_offset,
+            program_size: fields.half(sizes).into(),
+            program_count: fields.half(sizes + 2).into(),
+        })
+    }
+
+    fn programs(&self, image: &impl Image, len: u64) -> Result<Vec<Program>, ElfError> {
+        let least = if self.wide { 56 } else { 32 };
+        let size = self.program_size * self.program_count;
+        let end = self.program_offset.checked_add(size as u64);
+        if self.program_size < least || end.is_none_or(|end| end > len) {
+            return Err(ElfError::Damaged("its program headers are cut short"));
+        }
+        let mut table = vec![0; size];
+        image
+            .read_exact_at(&mut table, self.program_offset)
+            .map_err(ElfError::Unreadable)?;
+        let program = |bytes: &[u8]| {
+            let fields = Fields(bytes);
+            if self.wide {
+                Program {
+                    kind: fields.word(0),
+                    offset: fields.long(8),
+                    address: fields.long(24),
+                    file_bytes: fields.long(32),
+                    memory_bytes: fields.long(40),
+                    align: fields.long(48),
+                }
+            } else {
+                Program {
+                    kind: fields.word(0),
+                    offset: fields.word(4).into(),
+                    address: fields.word(12).into(),
+                    file_bytes: fields.word(16).into(),
+                    memory_bytes: fields.word(20).into(),
+                    align: fields.word(28).into(),
+                }
+            }
+        };
+        Ok(table.chunks_exact(self.program_size).map(program).collect())
+    }
+}
+
+impl Program {
+    fn read(&self, image: &impl Image) -> Result<Vec<u8>, ElfError> {
+        let mut bytes = vec![0; self.file_bytes.min(NOTES_LIMIT) as usize];
+        image
+            .read_exact_at(&mut bytes, self.offset)
+            .map_err(ElfError::Unreadable)?;
+        Ok(bytes)
+    }
+}
+
+/// Little-endian fields of a header whose length was checked.
+struct Fields<'a>(&'a [u8]);
+
+impl Fields<'_> {
+    fn half(&self, at: usize) -> u16 {
+        u16::from_le_bytes([self.0[at], self.0[at + 1]])
+    }
+
+    fn word(&self, at: usize) -> u32 {
+        u32::from(self.half(at)) | u32::from(self.half(at + 2)) << 16
+    }
+
+    fn long(&self, at: usize) -> u64 {
+        u64::from(self.word(at)) | u64::from(self.word(at + 4)) << 32
+    }
+}
+
+/// Finds the PVH entry among the notes of one segment.
+fn pvh_entry(notes: &[u8], align: u64) -> Option<u32> {
+    // Names and contents are padded to four bytes, also in most 64-bit files; eight only where the segment says so.
+    let align = if align == 8 { 8 } else { 4 };
+    let mut rest = notes;
+    while rest.len() >= 12 {
+        let fields = Fields(rest);
+        let (name_len, content_len, kind) = (fields.word(0) as usize, fields.word(4) as usize, fields.word(8));
+        let content_start = 12usize.checked_add(name_len)?.checked_next_multiple_of(align)?;
+        let content_end = content_start.checked_add(content_len)?;
+        let name = rest.get(12..12 + name_len)?;
+        let content = rest.get(content_start..content_end)?;
+        if kind == PHYS32_ENTRY && name == b"Xen\0" && content_len >= 4 {
+            return Some(Fields(content).word(0));
+        }
+        rest = rest.get(content_end.checked_next_multiple_of(align)?..)?;
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    impl Image for Vec<u8> {
+        fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+            let start = usize::try_from(offset).map_err(io::Error::other)?;
+            let end = start.checked_add(buffer.len()).ok_or(io::ErrorKind::InvalidInput)?;
+            buffer.copy_from_slice(self.get(start..end).ok_or(io::ErrorKind::UnexpectedEof)?);
+            Ok(())
+        }
+
+        fn len(&self) -> io::Result<u64> {
+            Ok(self.len() as u64)
+        }
+    }
+
+    fn note() -> Vec<u8> {
+        let mut note = Vec::new();
+        for word in [4u32, 4, PHYS32_ENTRY] {
+            note.extend(word.to_le_bytes());
+        }
+        note.extend(b"Xen\0");
+        note.extend(0x10_0000u32.to_le_bytes());
+        note
+    }
+
+    /// A 64-bit file with a note at 0x100 and eight bytes of code at 0x200 that go to 1 MiB.
+    fn wide() -> Vec<u8> {
+        let mut file = vec![0u8; 0x208];
+        file[..6].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1]);
+        file[16..20].copy_from_slice(&[2, 0, 62, 0]);
+        file[32] = 64;
+        file[54] = 56;
+        file[56] = 2;
+        for (at, kind, offset, address, file_bytes, memory_bytes) in [
+            (64, PT_NOTE, 0x100u64, 0u64, 20u64, 20u64),
+            (120, PT_LOAD, 0x200, 0x10_0000, 8, 64),
+        ] {
+            file[at..at + 4].copy_from_slice(&kind.to_le_bytes());
+            for (field, value) in [
+                (8, offset),
+                (24, address),
+                (32, file_bytes),
+                (40, memory_bytes),
+                (48, 4),
+            ] {
+                file[at + field..at + field + 8].copy_from_slice(&value.to_le_bytes());
+            }
+        }
+        file[0x100..0x114].copy_from_slice(&note());
+        file
+    }
+
+    /// The same as a 32-bit file.
+    fn narrow() -> Vec<u8> {
+        let mut file = vec![0u8; 0x208];
+        file[..6].copy_from_slice(&[0x7f, b'E', b'L', b'F', 1, 1]);
+        file[16..20].copy_from_slice(&[2, 0, 3, 0]);
+        file[28] = 52;
+        file[42] = 32;
+        file[44] = 2;
+        for (at, words) in [
+            (52, [PT_NOTE, 0x100, 0, 0, 20, 20, 0, 4]),
+            (84, [PT_LOAD, 0x200, 0, 0x10_0000, 8, 64, 0, 4]),
+        ] {
+            for (index, word) in words.into_iter().enumerate() {
+                file[at + index * 4..at + index * 4 + 4].copy_from_slice(&word.to_le_bytes());
+            }
+        }
+        file[0x100..0x114].copy_from_slice(&note());
+        file
+    }
+
+    fn expected() -> ElfImage {
+        ElfImage {
+            segments: vec![Segment {
+                offset: 0x200,
+                file_bytes: 8,
+                address: 0x10_0000,
+                memory_bytes: 64,
+            }],
+            entry: 0x10_0000,
+        }
+    }
+
+    #[test]
+    fn both_classes_are_read() {
+        assert_eq!(ElfImage::parse(&wide()).expect("64 bits"), expected());
+        assert_eq!(ElfImage::parse(&narrow()).expect("32 bits"), expected());
+    }
+
+    #[test]
+    fn script_is_not_an_elf_file() {
+        let error = ElfImage::parse(&b"#!/bin/sh\nexit 0\n".to_vec());
+        assert!(matches!(error, Err(ElfError::NotElf)));
+        assert!(matches!(ElfImage::parse(&Vec::new()), Err(ElfError::NotElf)));
+    }
+
+    #[test]
+    fn kernel_of_another_machine_is_refused() {
+        let mut file = wide();
+        file[18] = 183;
+        assert!(matches!(
+            ElfImage::parse(&file),
+            Err(ElfError::WrongMachine { machine: 183, .. })
+        ));
+    }
+
+    #[test]
+    fn file_without_the_note_is_refused() {
+        let mut file = wide();
+        file[0x100 + 8] = 17;
+        assert!(matches!(ElfImage::parse(&file), Err(ElfError::NoPvhNote)));
+    }
+
+    #[test]
+    fn segment_beyond_the_file_is_refused() {
+        let mut file = wide();
+        file[120 + 32] = 9;
+        assert!(matches!(ElfImage::parse(&file), Err(ElfError::Damaged(_))));
+    }
+
+    #[test]
+    fn foreign_notes_before_the_entry_are_skipped() {
+        let mut notes = Vec::new();
+        for word in [4u32, 3, 1] {
+            notes.extend(word.to_le_bytes());
+        }
+        notes.extend(b"GNU\0abc\0");
+        notes.extend(note());
+        assert_eq!(pvh_entry(&notes, 4), Some(0x10_0000));
+    }
+
+    proptest! {
+        #[test]
+        fn damaged_files_never_panic(at in 0usize..0x208, value: u8, cut in 0usize..0x209) {
+            for mut file in [wide(), narrow()] {
+                file[at] = value;
+                file.truncate(cut);
+                let _ = ElfImage::parse(&file);
+            }
+        }
+
+        #[test]
+        fn random_notes_never_panic(notes in proptest::collection::vec(any::<u8>(), 0..200), align in 0u64..16) {
+            let _ = pvh_entry(&notes, align);
+        }
+    }
+}

@@ -1,0 +1,26 @@
+//! Where things lie in a PC's physical addresses and ports.
+
+/// End of conventional memory: the extended BIOS data area would begin here.
+pub(crate) const CONVENTIONAL_END: u64 = 0x9_fc00;
+
+/// Start of memory above the legacy area (video memory, option ROMs).
+pub(crate) const HIGH_MEMORY_START: u64 = 1 << 20;
+
+/// First address that boot information may use: the real-mode interrupt table and BIOS data stay free.
+pub(crate) const BOOT_INFORMATION_START: u64 = 0x6000;
+
+/// First port and interrupt line of the serial console.
+pub(crate) const SERIAL_PORT: u16 = 0x3f8;
+pub(crate) const SERIAL_IRQ: u32 = 4;
+
+/// Command port of the keyboard controller, which can reset the machine.
+pub(crate) const KEYBOARD_COMMAND_PORT: u16 = 0x64;
+
+/// The panic device (`pvpanic` of QEMU).
+pub(crate) const PANIC_PORT: u16 = 0x505;
+
+/// Power management control as QEMU's q35 has it: sleep enable switches off.
+pub(crate) const POWER_CONTROL_PORT: u16 = 0x604;
+
+/// Reset control register of Intel's chipsets.
+pub(crate) const RESET_CONTROL_PORT: u16 = 0xcf9;

@@ -1,0 +1,258 @@
+//! The devices that are emulated here and not by KVM, and the ports at which they answer.
+//!
+//! A device knows its registers, an interrupt line and its backend: nothing about KVM or about who moves the machine. None of them touches
+//! guest memory or has requests in flight so far: standing still means that no input is accepted any more.
+
+mod power;
+mod serial;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use ferry_proto::state::v1 as saved;
+use thiserror::Error;
+
+pub(crate) use self::power::{PowerControl, PowerRequest};
+pub(crate) use self::serial::SerialPort;
+use crate::arch::x86_64::layout::{
+    KEYBOARD_COMMAND_PORT, PANIC_PORT, POWER_CONTROL_PORT, RESET_CONTROL_PORT, SERIAL_PORT,
+};
+
+/// Where the guest's console output goes.
+pub trait ConsoleOutput: Send {
+    /// Takes what the guest wrote. Called on a vCPU thread with the device locked: it must not block.
+    fn write(&mut self, bytes: &[u8]);
+}
+
+/// An interrupt line that a device raises.
+pub(crate) trait InterruptLine: Send + Sync {
+    /// Raises and lowers the line, before it returns: what follows may save the interrupt controller.
+    fn pulse(&self);
+}
+
+/// Why saved state is not a device's.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{field} is {value}, at most {limit} is possible")]
+pub(crate) struct DeviceStateError {
+    pub(crate) field: &'static str,
+    pub(crate) value: u64,
+    pub(crate) limit: u64,
+}
+
+/// The console's output, shared by each serial port that a reset or a restore builds anew.
+pub(crate) type SharedOutput = Arc<Mutex<Box<dyn ConsoleOutput>>>;
+
+/// All devices of a machine. Any vCPU thread may call; each device has a lock of its own, held for one access.
+pub(crate) struct Devices {
+    serial: Mutex<SerialPort>,
+    power: Mutex<PowerControl>,
+    output: SharedOutput,
+    line: Arc<dyn InterruptLine>,
+    /// While set, nothing comes in from outside: the vCPUs stand still and state may be saved.
+    quiet: AtomicBool,
+    /// A panic is told once, or a guest could fill the owner's channel.
+    panic_told: AtomicBool,
+}
+
+/// The saved state of all devices.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct DevicesState {
+    pub(crate) serial: saved::Serial,
+    pub(crate) power: saved::Power,
+}
+
+impl Devices {
+    /// Devices as after power-on; quiet, for the machine does not run yet.
+    pub(crate) fn new(output: Box<dyn ConsoleOutput>, line: Arc<dyn InterruptLine>) -> Self {
+        let output: SharedOutput = Arc::new(Mutex::new(output));
+        Self {
+            serial: Mutex::new(SerialPort::new(output.clone(), line.clone())),
+            power: Mutex::new(PowerControl::default()),
+            output,
+            line,
+            quiet: AtomicBool::new(true),
+            panic_told: AtomicBool::new(false),
+        }
+    }
+
+    /// Answers `data.len() / size` reads of a port; where no device is, all bits are one.
+    pub(crate) fn read_port(&self, port: u16, size: usize, data: &mut [u8]) {
+        for value in data.chunks_exact_mut(size.max(1)) {
+            match port {
+                SERIAL_PORT..=SERIAL_PORT_END if size == 1 => {
+                    value[0] = lock(&self.serial).read((port - SERIAL_PORT) as u8);
+                }
+                PANIC_PORT | POWER_CONTROL_PORT | RESET_CONTROL_PORT => lock(&self.power).read(port, value),
+                _ => value.fill(0xff),
+            }
+        }
+    }
+
+    /// Carries out `data.len() / size` writes to a port; where no device is, nothing happens. Stops at the first that asks for something.
+    pub(crate) fn write_port(&self, port: u16, size: usize, data: &[u8]) -> Option<PowerRequest> {
+        for value in data.chunks_exact(size.max(1)) {
+            match port {
+                SERIAL_PORT..=SERIAL_PORT_END if size == 1 => {
+                    lock(&self.serial).write((port - SERIAL_PORT) as u8, value[0]);
+                }
+                PANIC_PORT | POWER_CONTROL_PORT | RESET_CONTROL_PORT | KEYBOARD_COMMAND_PORT => {
+                    let request = lock(&self.power).write(port, value);
+                    if let Some(request) = request.filter(|request| self.is_news(*request)) {
+                        return Some(request);
+                    }
+                }
+                _ => {}
+            }
+        }
+        None
+    }
+
+    /// Gives the console input, as much as the port has room for; returns how many bytes it took. None while quiet.
+    pub(crate) fn push_input(&self, bytes: &[u8]) -> usize {
+        let mut serial = lock(&self.serial);
+        // Under the lock: who made the devices quiet and then took the lock once knows that nothing follows.
+        if self.quiet.load(Ordering::Acquire) {
+            return 0;
+        }
+        serial.push_input(bytes)
+    }
+
+    /// Lets nothing in from outside any more. When this returns, nothing is on its way.
+    pub(crate) fn make_quiet(&self) {
+        self.quiet.store(true, Ordering::Release);
+        drop(lock(&self.serial));
+    }
+
+    /// Lets input in again.
+    pub(crate) fn make_live(&self) {
+        self.quiet.store(false, Ordering::Release);
+    }
+
+    /// The state of all devices, which must be quiet, with the vCPUs standing still.
+    pub(crate) fn save(&self) -> DevicesState {
+        DevicesState {
+            serial: lock(&self.serial).save(),
+            power: lock(&self.power).save(),
+        }
+    }
+
+    /// Replaces every device by one built from saved state; if any of it is wrong, all stay as they are.
+    ///
+    /// An interrupt may be raised on the way: set the interrupt controllers after this.
+    pub(crate) fn restore(&self, state: &DevicesState) -> Result<(), DeviceStateError> {
+        let DevicesState { serial, power } = state;
+        let serial = SerialPort::restore(serial, self.output.clone(), self.line.clone())?;
+        let power = PowerControl::try_from(power)?;
+        *lock(&self.serial) = serial;
+        *lock(&self.power) = power;
+        Ok(())
+    }
+
+    /// Sets every device back to power-on.
+    pub(crate) fn reset(&self) {
+        *lock(&self.serial) = SerialPort::new(self.output.clone(), self.line.clone());
+        *lock(&self.power) = PowerControl::default();
+        self.panic_told.store(false, Ordering::Relaxed);
+    }
+
+    fn is_news(&self, request: PowerRequest) -> bool {
+        request != PowerRequest::Panicked || !self.panic_told.swap(true, Ordering::Relaxed)
+    }
+}
+
+impl std::fmt::Debug for Devices {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Devices")
+            .field("quiet", &self.quiet)
+            .finish_non_exhaustive()
+    }
+}
+
+const SERIAL_PORT_END: u16 = SERIAL_PORT + 7;
+
+/// A device is never left half changed by a panic: each access is one assignment after another of plain registers.
+fn lock<T>(device: &Mutex<T>) -> MutexGuard<'_, T> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    struct Silence;
+
+    impl ConsoleOutput for Silence {
+        fn write(&mut self, _: &[u8]) {}
+    }
+
+    impl InterruptLine for Silence {
+        fn pulse(&self) {}
+    }
+
+    fn devices() -> Devices {
+        Devices::new(Box::new(Silence), Arc::new(Silence))
+    }
+
+    #[test]
+    fn unknown_ports_read_all_ones() {
+        let mut data = [0; 6];
+        devices().read_port(0x1234, 2, &mut data);
+        assert_eq!(data, [0xff; 6]);
+    }
+
+    #[test]
+    fn quiet_devices_take_no_input() {
+        let devices = devices();
+        assert_eq!(devices.push_input(b"abc"), 0);
+        devices.make_live();
+        assert_eq!(devices.push_input(b"abc"), 3);
+        devices.make_quiet();
+        assert_eq!(devices.push_input(b"d"), 0);
+        assert_eq!(devices.save().serial.received, b"abc");
+    }
+
+    #[test]
+    fn panic_is_told_once_until_a_reset() {
+        let devices = devices();
+        assert_eq!(devices.write_port(PANIC_PORT, 1, &[1]), Some(PowerRequest::Panicked));
+        assert_eq!(devices.write_port(PANIC_PORT, 1, &[1]), None);
+        devices.reset();
+        assert_eq!(devices.write_port(PANIC_PORT, 1, &[1]), Some(PowerRequest::Panicked));
+    }
+
+    #[test]
+    fn wrong_state_changes_no_device() {
+        let devices = devices();
+        devices.write_port(SERIAL_PORT + 7, 1, &[0x5a]);
+        let before = devices.save();
+        let mut wrong = before.clone();
+        wrong.serial.scratch = 1;
+        wrong.power.reset_control = 256;
+        assert!(devices.restore(&wrong).is_err());
+        assert_eq!(devices.save(), before);
+    }
+
+    proptest! {
+        /// The law of every device: save, restore, save again gives the same.
+        #[test]
+        fn saved_state_survives_a_restore(
+            writes in proptest::collection::vec((0usize..12, any::<u8>()), 0..40),
+            input in proptest::collection::vec(any::<u8>(), 0..80),
+        ) {
+            let ports: Vec<u16> = (SERIAL_PORT..=SERIAL_PORT_END).chain([PANIC_PORT, POWER_CONTROL_PORT, RESET_CONTROL_PORT, KEYBOARD_COMMAND_PORT]).collect();
+            let devices = devices();
+            devices.make_live();
+            for (port, value) in writes {
+                let _ = devices.write_port(ports[port], 1, &[value]);
+            }
+            let _ = devices.push_input(&input);
+            devices.make_quiet();
+            let state = devices.save();
+            let other = self::devices();
+            other.restore(&state).expect("own state");
+            prop_assert_eq!(other.save(), state);
+        }
+    }
+}

@@ -1,0 +1,418 @@
+//! The VM: its memory slots, interrupt controllers, clock, and the tracking of dirty pages.
+//!
+//! Log or ring is fixed when the VM is made (KVM lets only one of them exist). With the log, KVM_DIRTY_LOG_INITIALLY_SET spares the one long
+//! pass that would protect all of memory at once: `start_tracking` clears it range by range instead, and both give the same answers.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_bindings::{
+    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY,
+    kvm_clock_data, kvm_enable_cap, kvm_irqchip, kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{VcpuFd, VmFd};
+use thiserror::Error;
+use vmm_sys_util::errno::Error as Errno;
+
+use super::host::Host;
+use super::ring::DirtyRing;
+use super::uapi;
+use super::vcpu::{Vcpu, VcpuTraits};
+use crate::machine::DirtyMode;
+use crate::memory::{DirtyBitmap, FrameRun, GuestMemory};
+
+/// An ioctl of KVM failed.
+#[derive(Debug, Error)]
+#[error("{what}")]
+pub struct KvmError {
+    what: &'static str,
+    #[source]
+    source: io::Error,
+}
+
+impl KvmError {
+    pub(super) fn new(what: &'static str, errno: Errno) -> Self {
+        Self {
+            what,
+            source: io::Error::from_raw_os_error(errno.errno()),
+        }
+    }
+
+    /// Something was given to KVM that it has no room for.
+    pub(super) fn limit(what: &'static str, count: usize) -> Self {
+        Self {
+            what,
+            source: io::Error::other(format!("{count} is more than this host takes")),
+        }
+    }
+
+    /// The kernel's error number, where the kernel was asked.
+    #[must_use]
+    pub fn raw_os_error(&self) -> Option<i32> {
+        self.source.raw_os_error()
+    }
+}
+
+/// Three pages that Intel processors need for real mode, and one for its identity map; in the hole, below the firmware's place.
+const TSS_ADDRESS: u64 = 0xfffb_d000;
+const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+
+/// Pages cleared by one ioctl when tracking starts, 256 MiB: measured, smaller costs more calls, larger holds KVM's lock for longer.
+const CLEAR_STEP: u64 = 65_536;
+
+/// A VM on KVM. Shared by everything that needs an ioctl on it; all methods may be called from any thread of this process.
+#[derive(Debug)]
+pub(crate) struct Vm {
+    fd: VmFd,
+    memory: GuestMemory,
+    tracking: Tracking,
+    traits: VcpuTraits,
+    clock_flags: u32,
+}
+
+#[derive(Debug)]
+enum Tracking {
+    Log,
+    Ring { bytes: usize, rings: Mutex<Rings> },
+}
+
+/// All rings and what was read from them. One lock over reading *and* resetting them: a page must not be handed out as dirty
+/// while a write to it would still go unnoticed.
+#[derive(Debug)]
+struct Rings {
+    rings: Vec<DirtyRing>,
+    found: DirtyBitmap,
+}
+
+impl Vm {
+    /// Makes the VM with its interrupt controllers and timer, and gives it its memory.
+    ///
+    /// # Errors
+    ///
+    /// If the host refuses any of it, or has no dirty ring where one is asked for.
+    pub(crate) fn new(host: &Host, memory: &GuestMemory, dirty: DirtyMode) -> Result<Self, KvmError> {
+        let fd = host.create_vm()?;
+        let failed = |what| move |error| KvmError::new(what, error);
+        fd.set_identity_map_address(IDENTITY_MAP_ADDRESS)
+            .map_err(failed("place the identity map"))?;
+        fd.set_tss_address(TSS_ADDRESS as usize)
+            .map_err(failed("place the TSS"))?;
+        // Ring and log modes must be chosen before the first vCPU exists.
+        let tracking = enable_tracking(&fd, host, memory, dirty)?;
+        fd.create_irq_chip().map_err(failed("make the interrupt controllers"))?;
+        fd.create_pit2(kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        })
+        .map_err(failed("make the interval timer"))?;
+        let vm = Self {
+            fd,
+            memory: memory.clone(),
+            tracking,
+            traits: VcpuTraits {
+                xsave_bytes: host.xsave_bytes,
+                sregs2: host.sregs2,
+            },
+            clock_flags: host.clock_flags,
+        };
+        vm.set_memory_flags(0)?;
+        Ok(vm)
+    }
+
+    /// Adds a vCPU. Numbers start at 0 and have no gaps.
+    pub(crate) fn create_vcpu(&self, index: u8) -> Result<Vcpu, KvmError> {
+        let fd = self
+            .fd
+            .create_vcpu(u64::from(index))
+            .map_err(|error| KvmError::new("make a vCPU", error))?;
+        if let Tracking::Ring { bytes, rings } = &self.tracking {
+            let ring = DirtyRing::new(borrowed(&fd), *bytes).map_err(|source| KvmError {
+                what: "map the dirty ring",
+                source,
+            })?;
+            lock(rings).rings.push(ring);
+        }
+        Ok(Vcpu::new(fd, index, self.traits))
+    }
+
+    /// Raises and lowers an interrupt line, in this call and not on some kernel thread: after it, the edge is in the saved state.
+    pub(crate) fn pulse(&self, line: u32) -> Result<(), KvmError> {
+        for level in [true, false] {
+            self.fd
+                .set_irq_line(line, level)
+                .map_err(|error| KvmError::new("raise an interrupt", error))?;
+        }
+        Ok(())
+    }
+
+    /// One of the interrupt controllers (KVM_IRQCHIP_*).
+    pub(crate) fn irqchip(&self, chip_id: u32) -> Result<kvm_irqchip, KvmError> {
+        let mut chip = kvm_irqchip {
+            chip_id,
+            ..Default::default()
+        };
+        self.fd
+            .get_irqchip(&mut chip)
+            .map_err(|error| KvmError::new("read an interrupt controller", error))?;
+        Ok(chip)
+    }
+
+    /// Sets the interrupt controller that `chip` names.
+    pub(crate) fn set_irqchip(&self, chip: &kvm_irqchip) -> Result<(), KvmError> {
+        self.fd
+            .set_irqchip(chip)
+            .map_err(|error| KvmError::new("set an interrupt controller", error))
+    }
+
+    /// The interval timer.
+    pub(crate) fn pit(&self) -> Result<kvm_pit_state2, KvmError> {
+        self.fd
+            .get_pit2()
+            .map_err(|error| KvmError::new("read the interval timer", error))
+    }
+
+    /// Sets the interval timer; it counts from now on.
+    pub(crate) fn set_pit(&self, pit: &kvm_pit_state2) -> Result<(), KvmError> {
+        self.fd
+            .set_pit2(pit)
+            .map_err(|error| KvmError::new("set the interval timer", error))
+    }
+
+    /// The KVM clock; `realtime` and `host_tsc` are there if its flags say so.
+    pub(crate) fn clock(&self) -> Result<kvm_clock_data, KvmError> {
+        self.fd
+            .get_clock()
+            .map_err(|error| KvmError::new("read the KVM clock", error))
+    }
+
+    /// Sets the KVM clock.
+    pub(crate) fn set_clock(&self, clock: &kvm_clock_data) -> Result<(), KvmError> {
+        self.fd
+            .set_clock(clock)
+            .map_err(|error| KvmError::new("set the KVM clock", error))
+    }
+
+    /// Flags of KVM_SET_CLOCK and KVM_GET_CLOCK that this host knows.
+    pub(crate) fn clock_flags(&self) -> u32 {
+        self.clock_flags
+    }
+
+    /// Starts to track: after this returned, every write of a vCPU to a page is found until `stop_tracking`.
+    pub(crate) fn start_tracking(&self) -> Result<(), KvmError> {
+        self.set_memory_flags(KVM_MEM_LOG_DIRTY_PAGES)?;
+        match &self.tracking {
+            Tracking::Log => self.clear_all()?,
+            Tracking::Ring { rings, .. } => {
+                let mut rings = lock(rings);
+                // Left from an earlier round of tracking.
+                self.harvest(&mut rings)?;
+                rings.found = DirtyBitmap::empty(self.memory.shape());
+            }
+        }
+        let _ = self.memory.device_dirty();
+        Ok(())
+    }
+
+    /// Stops to track; pages are at full speed again.
+    pub(crate) fn stop_tracking(&self) -> Result<(), KvmError> {
+        self.set_memory_flags(0)
+    }
+
+    /// What was written since the start, or since it was last re-armed; see [`crate::Machine::fetch_dirty`].
+    pub(crate) fn fetch_dirty(&self) -> Result<DirtyBitmap, KvmError> {
+        let mut dirty = DirtyBitmap::empty(self.memory.shape());
+        match &self.tracking {
+            Tracking::Log => {
+                for (slot, frames) in self.memory.shape().runs().iter().enumerate() {
+                    uapi::dirty_log(&self.fd, slot as u32, frames.count, dirty.words_mut(slot))
+                        .map_err(|error| KvmError::new("read the dirty log", error))?;
+                }
+            }
+            Tracking::Ring { rings, .. } => {
+                let mut rings = lock(rings);
+                self.harvest(&mut rings)?;
+                std::mem::swap(&mut rings.found, &mut dirty);
+            }
+        }
+        self.memory.fetch_device_dirty(&mut dirty);
+        Ok(dirty)
+    }
+
+    /// Empties the rings, for a vCPU that found its own full; nothing with the log.
+    pub(crate) fn harvest_rings(&self) -> Result<(), KvmError> {
+        match &self.tracking {
+            Tracking::Log => Ok(()),
+            Tracking::Ring { rings, .. } => self.harvest(&mut lock(rings)),
+        }
+    }
+
+    fn harvest(&self, rings: &mut Rings) -> Result<(), KvmError> {
+        let frames = self.memory.shape().runs();
+        let Rings { rings, found } = rings;
+        let mut count = 0;
+        for ring in rings {
+            count += ring.harvest(|slot, page| {
+                // The upper half is the address space (system management mode has its own), which shares our slots.
+                if let Some(frames) = frames.get((slot & 0xffff) as usize) {
+                    found.insert(FrameRun {
+                        first: frames.first + page,
+                        count: 1,
+                    });
+                }
+            });
+        }
+        if count > 0 {
+            uapi::reset_dirty_rings(&self.fd).map_err(|error| KvmError::new("reset the dirty rings", error))?;
+        }
+        Ok(())
+    }
+
+    fn clear_all(&self) -> Result<(), KvmError> {
+        let all = vec![u64::MAX; (CLEAR_STEP / 64) as usize];
+        for (slot, frames) in self.memory.shape().runs().iter().enumerate() {
+            let mut page = 0;
+            while page < frames.count {
+                let count = CLEAR_STEP.min(frames.count - page);
+                self.clear(slot, page, count, &all)?;
+                page += count;
+            }
+        }
+        Ok(())
+    }
+
+    fn clear(&self, slot: usize, first_page: u64, pages: u64, words: &[u64]) -> Result<(), KvmError> {
+        let pages = u32::try_from(pages).map_err(|_| KvmError::limit("clear the dirty log", words.len()))?;
+        uapi::clear_dirty_log(&self.fd, slot as u32, first_page, pages, words)
+            .map_err(|error| KvmError::new("clear the dirty log", error))
+    }
+
+    fn set_memory_flags(&self, flags: u32) -> Result<(), KvmError> {
+        let slots = self.memory.shape().regions.iter().zip(self.memory.host_ranges());
+        for (slot, (region, (address, len))) in slots.enumerate() {
+            let region = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags,
+                guest_phys_addr: region.start,
+                memory_size: len as u64,
+                userspace_addr: address.expose_provenance() as u64,
+            };
+            // SAFETY: the range is guest memory, mapped for as long as `self.memory`, and so this VM, lives.
+            unsafe { self.fd.set_user_memory_region(region) }
+                .map_err(|error| KvmError::new("give the VM its memory", error))?;
+        }
+        Ok(())
+    }
+}
+
+/// Re-arms tracking range by range. A handle: clone it into every thread that sends.
+#[derive(Debug, Clone)]
+pub struct DirtyClearer {
+    vm: Arc<Vm>,
+}
+
+impl DirtyClearer {
+    pub(crate) fn new(vm: Arc<Vm>) -> Self {
+        Self { vm }
+    }
+
+    /// Makes the pages that are marked in `dirty` and lie in `range` be found again when they are next written.
+    ///
+    /// Call it *before* reading those pages: a write in between is then read, a later one found. With the ring this does nothing,
+    /// for fetching has re-armed already.
+    ///
+    /// # Errors
+    ///
+    /// If tracking is off or the host fails.
+    pub fn rearm(&self, range: FrameRun, dirty: &DirtyBitmap) -> Result<(), KvmError> {
+        if !matches!(self.vm.tracking, Tracking::Log) {
+            return Ok(());
+        }
+        for (slot, frames) in self.vm.memory.shape().runs().into_iter().enumerate() {
+            let Some(part) = frames.intersection(range) else {
+                continue;
+            };
+            let start = part.first - frames.first;
+            let end = start + part.count;
+            // KVM takes whole words; pages at the edges that are not in the range are left out by their bits.
+            let first_word = start / 64;
+            let mut words = dirty.words(slot)[first_word as usize..end.div_ceil(64) as usize].to_vec();
+            for (index, word) in words.iter_mut().enumerate() {
+                *word &= crate::memory::word_mask(first_word + index as u64, start, end);
+            }
+            let pages = end.next_multiple_of(64).min(frames.count) - first_word * 64;
+            self.vm.clear(slot, first_word * 64, pages, &words)?;
+        }
+        Ok(())
+    }
+
+    /// As [`rearm`](Self::rearm), with the bits of the run alone: bit `i % 64` of word `i / 64` is frame `run.first + i`.
+    ///
+    /// # Errors
+    ///
+    /// As there, and if the run is not whole words of one region or has too few words.
+    pub fn rearm_words(&self, run: FrameRun, words: &[u64]) -> Result<(), KvmError> {
+        let shape = self.vm.memory.shape();
+        let aligned = shape.locate(run).filter(|(region, page)| {
+            let end = page + run.count;
+            let whole = run.count.is_multiple_of(64) || end == shape.regions[*region].run().count;
+            page.is_multiple_of(64) && whole && words.len() as u64 >= run.count.div_ceil(64)
+        });
+        let Some((slot, page)) = aligned else {
+            return Err(KvmError::limit("clear the dirty log of an odd range", words.len()));
+        };
+        match self.vm.tracking {
+            Tracking::Log => self.vm.clear(slot, page, run.count, words),
+            Tracking::Ring { .. } => Ok(()),
+        }
+    }
+}
+
+fn enable_tracking(fd: &VmFd, host: &Host, memory: &GuestMemory, dirty: DirtyMode) -> Result<Tracking, KvmError> {
+    let enable = |what, cap, argument: u64| {
+        fd.enable_cap(&kvm_enable_cap {
+            cap,
+            args: [argument, 0, 0, 0],
+            ..Default::default()
+        })
+        .map_err(|error| KvmError::new(what, error))
+    };
+    match dirty {
+        DirtyMode::Log => {
+            let flags = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
+            enable(
+                "enable manual protection in the dirty log",
+                KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+                u64::from(flags & host.dirty_log_flags),
+            )?;
+            Ok(Tracking::Log)
+        }
+        DirtyMode::Ring => {
+            let cap = if host.dirty_ring_acquire_release {
+                KVM_CAP_DIRTY_LOG_RING_ACQ_REL
+            } else {
+                KVM_CAP_DIRTY_LOG_RING
+            };
+            let bytes = host.dirty_ring_bytes;
+            enable("enable the dirty ring, which this host must have", cap, bytes as u64)?;
+            Ok(Tracking::Ring {
+                bytes,
+                rings: Mutex::new(Rings {
+                    rings: Vec::new(),
+                    found: DirtyBitmap::empty(memory.shape()),
+                }),
+            })
+        }
+    }
+}
+
+fn borrowed(fd: &VcpuFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open for as long as `fd` is borrowed.
+    unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
+}
+
+/// A panic in another thread leaves the rings as they are between two entries: usable.
+fn lock(rings: &Mutex<Rings>) -> MutexGuard<'_, Rings> {
+    rings.lock().unwrap_or_else(PoisonError::into_inner)
+}

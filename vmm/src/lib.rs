@@ -1,0 +1,31 @@
+//! One virtual machine straight on /dev/kvm: no async runtime, no RPC, nothing about how a machine moves.
+//!
+//! [`BlankMachine`] is made from a [`MachineConfig`] and becomes a [`Machine`] by booting a kernel or by restoring a [`MachineState`].
+//! [`GuestMemory`] is a handle of its own, so that memory can be sent and filled while someone else owns the machine. [`host`] tells what
+//! this host offers and whether a machine with a given [`MachineProfile`] could run here.
+//!
+//! Unsafe code is confined to `kvm`, `memory` and `vcpu::kick`.
+
+mod arch;
+mod devices;
+mod host;
+mod kvm;
+mod machine;
+mod memory;
+mod state;
+mod vcpu;
+
+pub use arch::x86_64::boot::{BootPayload, LoadError};
+pub use arch::x86_64::cpuid::CpuidEntry;
+pub use arch::x86_64::elf::ElfError;
+pub use devices::ConsoleOutput;
+pub use host::{HostCapabilities, Incompatibility, host};
+pub use kvm::{DirtyClearer, HostError, KvmError};
+pub use machine::{
+    BlankMachine, ConsoleInput, CpuModel, DirtyMode, Machine, MachineConfig, MachineError, MachineEvent, PauseTimes,
+    RunState,
+};
+pub use memory::{
+    DirtyBitmap, FrameRun, GuestMemory, HUGE_PAGE_SIZE, MemoryError, MemoryRegion, MemoryShape, PAGE_SIZE, Population,
+};
+pub use state::{MachineProfile, MachineState, StateError, UnitKind};

@@ -1,0 +1,258 @@
+//! A machine with a guest in it.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::blank::{restore_irqchip, restore_vcpus, save_irqchip};
+use super::{MachineError, Parts, PauseTimes, RunState};
+use crate::arch::x86_64::boot::{BootPayload, MemoryBefore, load};
+use crate::arch::x86_64::time::ClockState;
+use crate::arch::x86_64::vcpu_state::TscTarget;
+use crate::devices::Devices;
+use crate::host::as_guests_see;
+use crate::kvm::{DirtyClearer, host_tsc};
+use crate::memory::{DirtyBitmap, GuestMemory, PAGE_SIZE};
+use crate::state::{MachineProfile, MachineState, unit_kinds};
+use crate::vcpu::{Pending, VcpuHandle};
+
+/// A machine with a guest, paused or running. It has one owner; dropping it ends the vCPU threads and gives memory back.
+#[derive(Debug)]
+pub struct Machine {
+    parts: Parts,
+    run_state: RunState,
+    kernel: Kernel,
+    /// The guest's counter minus the host's, as far as this machine knows; a guest that writes its counter makes it old.
+    tsc_offset: u64,
+    /// MSRs of the saved state that this host did not take.
+    refused_msrs: Vec<(u32, u64)>,
+}
+
+/// Whether there is something to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kernel {
+    Loaded,
+    /// A reset failed half way.
+    Missing,
+}
+
+impl Machine {
+    pub(super) fn new(parts: Parts, tsc_offset: u64, refused_msrs: Vec<(u32, u64)>) -> Self {
+        Self {
+            parts,
+            run_state: RunState::Paused,
+            kernel: Kernel::Loaded,
+            tsc_offset,
+            refused_msrs,
+        }
+    }
+
+    /// Lets the vCPUs run. Returns once each of their threads is about to enter the guest; nothing happens if they run already.
+    ///
+    /// # Errors
+    ///
+    /// If a vCPU's thread does not answer, or the last reset failed. The machine may then be partly running: pause it.
+    pub fn run(&mut self) -> Result<(), MachineError> {
+        if self.kernel == Kernel::Missing {
+            return Err(MachineError::NotLoaded);
+        }
+        if self.run_state == RunState::Running {
+            return Ok(());
+        }
+        self.parts.devices.make_live();
+        self.run_state = RunState::Running;
+        let pending: Vec<_> = self.parts.vcpus.iter().map(VcpuHandle::run).collect();
+        wait_for_all(pending)
+    }
+
+    /// Stops the vCPUs, finishes what is pending, and makes the devices quiet. Nothing happens if the machine is paused.
+    ///
+    /// # Errors
+    ///
+    /// If a vCPU's thread does not answer; the machine counts as running then.
+    pub fn pause(&mut self) -> Result<PauseTimes, MachineError> {
+        if self.run_state == RunState::Paused {
+            return Ok(PauseTimes::default());
+        }
+        let start = Instant::now();
+        let pending: Vec<_> = self.parts.vcpus.iter().map(VcpuHandle::pause).collect();
+        wait_for_all(pending)?;
+        let stopped = Instant::now();
+        self.parts.devices.make_quiet();
+        self.run_state = RunState::Paused;
+        Ok(PauseTimes {
+            vcpus: stopped - start,
+            drain: stopped.elapsed(),
+        })
+    }
+
+    /// Whether the vCPUs run.
+    #[must_use]
+    pub fn run_state(&self) -> RunState {
+        self.run_state
+    }
+
+    /// Sets vCPUs and devices back to power-on and loads a kernel. The machine is paused afterwards, whatever it was before.
+    ///
+    /// Memory is as the guest left it, but for what the kernel covers; tracking of dirty pages goes on, and what is loaded is dirty.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be paused, or what is wrong with the payload: [`run`](Self::run) is then refused until a reset succeeds.
+    pub fn reset(&mut self, payload: BootPayload) -> Result<(), MachineError> {
+        self.pause()?;
+        self.kernel = Kernel::Missing;
+        let Parts {
+            vcpus,
+            vm,
+            memory,
+            devices,
+            pristine,
+            ..
+        } = &self.parts;
+        // Time goes on over a reset.
+        restore_vcpus(&self.parts, &pristine.vcpus, |_, _| TscTarget::Keep)?;
+        devices.reset();
+        restore_irqchip(vm, &pristine.irqchip)?;
+        vm.set_pit(&pristine.pit)?;
+        let entry = load(memory, &payload, MemoryBefore::Used)?;
+        vcpus[0].enter(entry).wait()?;
+        self.kernel = Kernel::Loaded;
+        Ok(())
+    }
+
+    /// Reads everything that the machine is besides its memory. Fetch the last dirty pages after this, not before.
+    ///
+    /// # Errors
+    ///
+    /// If the machine runs, or KVM refuses.
+    pub fn export(&self) -> Result<MachineState, MachineError> {
+        if self.run_state == RunState::Running {
+            return Err(MachineError::Running("export the state"));
+        }
+        let Parts {
+            vcpus,
+            vm,
+            devices,
+            facts,
+            ..
+        } = &self.parts;
+        let pending: Vec<_> = vcpus.iter().map(VcpuHandle::save).collect();
+        // While the vCPUs' threads read theirs.
+        let clock = ClockState::save(vm, &facts.boot_id, facts.tsc_khz)?;
+        let irqchip = save_irqchip(vm)?;
+        let pit = vm.pit()?;
+        let devices = devices.save();
+        let vcpus = pending.into_iter().map(Pending::wait).collect::<Result<_, _>>()?;
+        Ok(MachineState {
+            vcpus,
+            clock,
+            irqchip,
+            pit,
+            devices,
+        })
+    }
+
+    /// Guest memory. Clone it to use it where the machine is not.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.parts.memory
+    }
+
+    /// A handle that feeds the guest's console; works wherever the machine is.
+    #[must_use]
+    pub fn console_input(&self) -> ConsoleInput {
+        ConsoleInput {
+            devices: self.parts.devices.clone(),
+        }
+    }
+
+    /// What a host must offer to take this machine over.
+    #[must_use]
+    pub fn profile(&self) -> MachineProfile {
+        let Parts {
+            vcpus, memory, facts, ..
+        } = &self.parts;
+        MachineProfile {
+            page_size: PAGE_SIZE,
+            shape: memory.shape().clone(),
+            vcpus: vcpus.len() as u32,
+            cpuid: as_guests_see(self.parts.cpuid(), facts.is_pvm),
+            tsc_khz: facts.tsc_khz,
+            tsc: host_tsc().wrapping_add(self.tsc_offset),
+            boot_id: facts.boot_id.clone(),
+            units: unit_kinds(vcpus.len()),
+        }
+    }
+
+    /// MSRs that this host lists as state but cannot set: they are not saved.
+    #[must_use]
+    pub fn left_out_msrs(&self) -> &[u32] {
+        &self.parts.facts.left_out
+    }
+
+    /// MSRs, with their values, of the state that this machine was restored from which this host did not take.
+    #[must_use]
+    pub fn refused_msrs(&self) -> &[(u32, u64)] {
+        &self.refused_msrs
+    }
+
+    /// Starts to track writes: every page written after this returned is found by [`fetch_dirty`](Self::fetch_dirty). May be called while
+    /// the machine runs; costs the guest a fault at the first write to each page.
+    ///
+    /// # Errors
+    ///
+    /// If KVM refuses.
+    pub fn start_dirty_tracking(&mut self) -> Result<(), MachineError> {
+        Ok(self.parts.vm.start_tracking()?)
+    }
+
+    /// Gives every page that a vCPU, a device or the loader has written since tracking started, or since it was last re-armed.
+    ///
+    /// The contract: a written page is never missing; a page may be given although it was not written. With the log, fetching does not
+    /// re-arm: a page is in every answer until [`DirtyClearer::rearm`] names it, which must happen *before* the page is read to be sent.
+    /// With the ring, and for what devices wrote, fetching re-arms by itself: a page is in one answer, and whoever drops
+    /// an answer has lost its pages. With the vCPUs running, a write that happens during the call is in this answer or in the next.
+    ///
+    /// # Errors
+    ///
+    /// If tracking is off, or KVM refuses.
+    pub fn fetch_dirty(&mut self) -> Result<DirtyBitmap, MachineError> {
+        Ok(self.parts.vm.fetch_dirty()?)
+    }
+
+    /// The handle with which the threads that send re-arm tracking.
+    #[must_use]
+    pub fn dirty_clearer(&self) -> DirtyClearer {
+        DirtyClearer::new(self.parts.vm.clone())
+    }
+
+    /// Stops to track writes. Nothing that was not fetched is kept.
+    ///
+    /// # Errors
+    ///
+    /// If KVM refuses.
+    pub fn stop_dirty_tracking(&mut self) -> Result<(), MachineError> {
+        Ok(self.parts.vm.stop_tracking()?)
+    }
+}
+
+/// Feeds the guest's console from any thread.
+#[derive(Debug, Clone)]
+pub struct ConsoleInput {
+    devices: Arc<Devices>,
+}
+
+impl ConsoleInput {
+    /// Gives the port as many of the bytes as it has room for (64 at most) and returns how many. None while the machine is paused:
+    /// keep the rest and offer it again.
+    #[must_use = "what was not taken must be offered again"]
+    pub fn push(&self, bytes: &[u8]) -> usize {
+        self.devices.push_input(bytes)
+    }
+}
+
+/// Waits for all, also when one fails: none may still be on its way when the caller goes on.
+fn wait_for_all(pending: Vec<Pending<()>>) -> Result<(), MachineError> {
+    let answers: Vec<_> = pending.into_iter().map(Pending::wait).collect();
+    Ok(answers.into_iter().collect::<Result<(), _>>()?)
+}

@@ -1,0 +1,172 @@
+//! What pages hold: looking for zero pages, writing zeroes, digests.
+//!
+//! The guest may write while we look. An answer then describes a mixture of old and new; the page is dirty in the log by then, and
+//! whoever asks looks again before relying on it.
+
+use std::ptr;
+
+use xxhash_rust::xxh3::Xxh3;
+use zerocopy::IntoBytes;
+
+use super::mapping::{GuestMemory, MemoryError};
+use super::shape::{FrameRun, PAGE_SIZE, push_run};
+
+const WORDS: usize = PAGE_SIZE as usize / 8;
+
+impl GuestMemory {
+    /// Appends to `found` the maximal runs of pages inside `run` that hold nothing but zeroes, in ascending order.
+    ///
+    /// Reading a page that was never touched costs the host its zero page's entry; ask only about populated pages.
+    ///
+    /// # Errors
+    ///
+    /// If the run is out of bounds; `found` is then unchanged.
+    pub fn zero_pages(&self, run: FrameRun, found: &mut Vec<FrameRun>) -> Result<(), MemoryError> {
+        let start: *const u64 = self.host_address(run)?.cast_const().cast();
+        for page in 0..run.count {
+            let address = start.wrapping_add(page as usize * WORDS);
+            // SAFETY: `host_address` checked that the whole run is mapped, and pages are aligned.
+            if unsafe { is_zero(address) } {
+                push_run(
+                    found,
+                    FrameRun {
+                        first: run.first + page,
+                        count: 1,
+                    },
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills the run with zeroes, as a write of the VMM: the device bitmap sees it.
+    ///
+    /// # Errors
+    ///
+    /// If the run is out of bounds.
+    pub fn write_zeroes(&self, run: FrameRun) -> Result<(), MemoryError> {
+        let address = self.host_address(run)?;
+        // SAFETY: `host_address` checked that the whole run is mapped and writable; no reference points into it.
+        unsafe { ptr::write_bytes(address, 0, run.bytes() as usize) };
+        self.mark_written(run);
+        Ok(())
+    }
+
+    /// Sums up the contents of the run (XXH3, 128 bits).
+    ///
+    /// # Errors
+    ///
+    /// If the run is out of bounds.
+    pub fn digest(&self, run: FrameRun) -> Result<u128, MemoryError> {
+        let start: *const u64 = self.host_address(run)?.cast_const().cast();
+        let mut hasher = Xxh3::new();
+        let mut page = [0u64; WORDS];
+        for index in 0..run.count {
+            let address = start.wrapping_add(index as usize * WORDS);
+            // SAFETY: `host_address` checked that the whole run is mapped, and pages are aligned.
+            unsafe { read_page(address, &mut page) };
+            hasher.update(page.as_bytes());
+        }
+        Ok(hasher.digest128())
+    }
+}
+
+/// Whether a page holds only zeroes; stops at the first 64 bytes that do not.
+///
+/// # Safety
+///
+/// `page` must be the aligned start of a mapped page.
+unsafe fn is_zero(page: *const u64) -> bool {
+    const STEP: usize = 8;
+    for block in 0..WORDS / STEP {
+        let mut any = 0;
+        for word in 0..STEP {
+            let address = page.wrapping_add(block * STEP + word);
+            // SAFETY: inside the page that the caller vouches for; volatile, for the guest may write it now.
+            any |= unsafe { address.read_volatile() };
+        }
+        if any != 0 {
+            return false;
+        }
+    }
+    true
+}
+
+/// Copies a page out of guest memory.
+///
+/// # Safety
+///
+/// `page` must be the aligned start of a mapped page.
+unsafe fn read_page(page: *const u64, into: &mut [u64; WORDS]) {
+    for (index, word) in into.iter_mut().enumerate() {
+        // SAFETY: inside the page that the caller vouches for; volatile, for the guest may write it now.
+        *word = unsafe { page.wrapping_add(index).read_volatile() };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::super::MemoryOptions;
+    use super::*;
+
+    fn memory() -> GuestMemory {
+        GuestMemory::new(MemoryOptions {
+            bytes: 4 << 20,
+            hugetlb: false,
+            expect_incoming: false,
+        })
+        .expect("memory")
+    }
+
+    #[test]
+    fn single_byte_makes_its_page_nonzero() {
+        let memory = memory();
+        memory
+            .tracked()
+            .write_slice(&[7], GuestAddress(3 * PAGE_SIZE - 1))
+            .expect("write");
+        let mut found = Vec::new();
+        memory
+            .zero_pages(FrameRun { first: 0, count: 5 }, &mut found)
+            .expect("in bounds");
+        assert_eq!(
+            found,
+            [FrameRun { first: 0, count: 2 }, FrameRun { first: 3, count: 2 }]
+        );
+    }
+
+    #[test]
+    fn zeroing_restores_the_digest_and_marks_the_pages() {
+        let memory = memory();
+        let run = FrameRun { first: 8, count: 2 };
+        let blank = memory.digest(run).expect("in bounds");
+        memory
+            .tracked()
+            .write_slice(&[9; 100], GuestAddress(8 * PAGE_SIZE))
+            .expect("write");
+        assert_ne!(memory.digest(run).expect("in bounds"), blank);
+        let _ = memory.device_dirty();
+        memory.write_zeroes(run).expect("in bounds");
+        assert_eq!(memory.digest(run).expect("in bounds"), blank);
+        assert_eq!(memory.device_dirty().runs(), [run]);
+    }
+
+    #[test]
+    fn digest_is_that_of_the_bytes() {
+        let memory = memory();
+        let bytes: Vec<u8> = (0..PAGE_SIZE).map(|number| (number % 251) as u8).collect();
+        memory.tracked().write_slice(&bytes, GuestAddress(0)).expect("write");
+        let digest = memory.digest(FrameRun { first: 0, count: 1 }).expect("in bounds");
+        assert_eq!(digest, xxhash_rust::xxh3::xxh3_128(&bytes));
+    }
+
+    #[test]
+    fn run_outside_memory_is_refused() {
+        let run = FrameRun { first: 1023, count: 2 };
+        assert!(memory().digest(run).is_err());
+        assert!(memory().zero_pages(run, &mut Vec::new()).is_err());
+        assert!(memory().write_zeroes(run).is_err());
+    }
+}

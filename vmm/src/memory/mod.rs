@@ -1,0 +1,32 @@
+//! Guest memory: what it looks like, where it lives, and the fast ways in and out of it.
+//!
+//! The guest writes this memory while we look at it, so no Rust reference ever points into it: contents are read and written through
+//! raw pointers and system calls only. Every run of frames that comes from outside is checked against the shape before it is used.
+//!
+//! | file | provides |
+//! | --- | --- |
+//! | `shape` | regions and runs of frames, plain numbers |
+//! | `dirty` | a bitmap over the shape, plain numbers |
+//! | `mapping` | the mapping itself, advice, and writes that the device bitmap sees |
+//! | `population` | what the host has ever backed (PAGEMAP_SCAN, or pagemap) |
+//! | `transfer` | vectored copies between descriptors and guest memory |
+//! | `contents` | zero pages, zeroing, digests |
+
+#![expect(
+    unsafe_code,
+    reason = "guest memory is reached through raw pointers, mmap, madvise, readv and writev"
+)]
+
+mod contents;
+mod dirty;
+mod mapping;
+mod population;
+mod shape;
+mod transfer;
+
+pub use dirty::DirtyBitmap;
+pub(crate) use dirty::word_mask;
+pub use mapping::{GuestMemory, MemoryError};
+pub(crate) use mapping::{MemoryOptions, host_memory};
+pub use population::Population;
+pub use shape::{FrameRun, HUGE_PAGE_SIZE, MemoryRegion, MemoryShape, PAGE_SIZE};

@@ -1,0 +1,14 @@
+//! vCPUs as threads: one each, named `vcpu0` and so on, started paused, told what to do by commands.
+//!
+//! ```text
+//!            Run                      Finish
+//!   Paused ───────► Running ────────────────► Finished
+//!     ▲  ▲             │  │                      ▲
+//!     │  └── Pause ────┘  │ the guest stopped     │
+//!     └───────────────────┘ itself       Finish ──┘ (from Paused)
+//! ```
+
+mod kick;
+mod thread;
+
+pub(crate) use thread::{Pending, VcpuError, VcpuHandle, VcpuSetup};
