@@ -1,1 +1,10 @@
-//! Agents, VMM processes and the command line.
+//! Ferry's control plane: agents, the conductor, VMM processes and the command line, in the one binary `ferry`.
+#![forbid(unsafe_code)]
+
+pub mod agent;
+pub mod cli;
+mod error_chain;
+mod vmm_channel;
+pub mod vmm_process;
+
+use error_chain::error_chain;

@@ -110,11 +110,32 @@ impl DestinationAgent {
         let state = match newest {
             None => State::Prepared,
             Some((attempt, Decision::Open)) => State::Expecting { attempt },
-            Some((attempt, Decision::Claimed)) => State::Claimed { attempt, permit: PermitSent::Perhaps },
+            Some((attempt, Decision::Claimed)) => State::Claimed {
+                attempt,
+                permit: PermitSent::Perhaps,
+            },
             Some((attempt, Decision::Running)) => State::Running { attempt },
             Some((attempt, Decision::Source)) => State::Refused { attempt, durable: true },
         };
         Self { state }
+    }
+
+    /// The newest attempt that was expected; 0 if none was.
+    #[must_use]
+    pub fn attempt(&self) -> u32 {
+        match self.state {
+            State::Prepared => 0,
+            State::Expecting { attempt }
+            | State::Claimed { attempt, .. }
+            | State::Running { attempt }
+            | State::Refused { attempt, .. } => attempt,
+        }
+    }
+
+    /// Whether the guest stays with the source and that is durable: nothing is left to do but to clean up.
+    #[must_use]
+    pub fn is_refused(&self) -> bool {
+        matches!(self.state, State::Refused { durable: true, .. })
     }
 
     /// D of the newest attempt.
@@ -144,7 +165,10 @@ impl DestinationAgent {
     }
 
     fn expect(&mut self, asked: u32) -> Vec<DestinationEffect> {
-        let open = DestinationEffect::Journal { attempt: asked, decision: Decision::Open };
+        let open = DestinationEffect::Journal {
+            attempt: asked,
+            decision: Decision::Open,
+        };
         let answer = DestinationEffect::Answer(Decision::Open);
         match self.state {
             State::Prepared => {
@@ -154,7 +178,14 @@ impl DestinationAgent {
             State::Expecting { attempt } if asked == attempt => vec![answer],
             State::Expecting { attempt } if asked > attempt => {
                 self.state = State::Expecting { attempt: asked };
-                vec![DestinationEffect::Journal { attempt, decision: Decision::Source }, open, answer]
+                vec![
+                    DestinationEffect::Journal {
+                        attempt,
+                        decision: Decision::Source,
+                    },
+                    open,
+                    answer,
+                ]
             }
             _ => vec![DestinationEffect::Refuse],
         }
@@ -164,14 +195,23 @@ impl DestinationAgent {
         match self.state {
             State::Expecting { attempt } if attempt == asked => {
                 debug_assert!(Move::Claim.apply(Some(Decision::Open)).is_ok());
-                self.state = State::Claimed { attempt, permit: PermitSent::Perhaps };
+                self.state = State::Claimed {
+                    attempt,
+                    permit: PermitSent::Perhaps,
+                };
                 vec![
-                    DestinationEffect::Journal { attempt, decision: Decision::Claimed },
+                    DestinationEffect::Journal {
+                        attempt,
+                        decision: Decision::Claimed,
+                    },
                     DestinationEffect::SendPermit,
                 ]
             }
             // A VMM says it again to an agent that restarted.
-            State::Claimed { attempt, permit: PermitSent::Perhaps } if attempt == asked => {
+            State::Claimed {
+                attempt,
+                permit: PermitSent::Perhaps,
+            } if attempt == asked => {
                 vec![DestinationEffect::SendPermit]
             }
             // A GO that nobody here expected cannot be claimed: there is no row.
@@ -185,12 +225,18 @@ impl DestinationAgent {
             State::Claimed { attempt, .. } => {
                 self.state = State::Running { attempt };
                 vec![
-                    DestinationEffect::Journal { attempt, decision: Decision::Running },
+                    DestinationEffect::Journal {
+                        attempt,
+                        decision: Decision::Running,
+                    },
                     DestinationEffect::Adopt,
                     DestinationEffect::TellSource(Decision::Running),
                 ]
             }
-            State::Running { .. } => vec![DestinationEffect::Adopt, DestinationEffect::TellSource(Decision::Running)],
+            State::Running { .. } => vec![
+                DestinationEffect::Adopt,
+                DestinationEffect::TellSource(Decision::Running),
+            ],
             _ => Vec::new(),
         }
     }
@@ -198,8 +244,14 @@ impl DestinationAgent {
     fn give_up(&mut self) -> Vec<DestinationEffect> {
         match self.state {
             State::Prepared => {
-                self.state = State::Refused { attempt: 0, durable: true };
-                vec![DestinationEffect::KillVmm, DestinationEffect::TellSource(Decision::Source)]
+                self.state = State::Refused {
+                    attempt: 0,
+                    durable: true,
+                };
+                vec![
+                    DestinationEffect::KillVmm,
+                    DestinationEffect::TellSource(Decision::Source),
+                ]
             }
             State::Expecting { attempt } => self.refuse(attempt, Vec::new()),
             _ => Vec::new(),
@@ -212,12 +264,19 @@ impl DestinationAgent {
             State::Claimed { attempt, permit } => {
                 let never_ran = permit == PermitSent::No || (!started && same_boot);
                 if never_ran {
-                    debug_assert!(Move::GiveBack(HandBack::DeadBeforeStart).apply(Some(Decision::Claimed)).is_ok());
+                    debug_assert!(
+                        Move::GiveBack(HandBack::DeadBeforeStart)
+                            .apply(Some(Decision::Claimed))
+                            .is_ok()
+                    );
                     self.refuse(attempt, Vec::new())
                 } else {
                     self.state = State::Running { attempt };
                     vec![
-                        DestinationEffect::Journal { attempt, decision: Decision::Running },
+                        DestinationEffect::Journal {
+                            attempt,
+                            decision: Decision::Running,
+                        },
                         DestinationEffect::AdoptCrashed,
                         DestinationEffect::TellSource(Decision::Running),
                     ]
@@ -237,21 +296,28 @@ impl DestinationAgent {
             State::Claimed { attempt, .. } | State::Running { attempt } if asked < attempt => {
                 vec![answer(Decision::Source)]
             }
-            State::Claimed { attempt, permit: PermitSent::No } => {
-                self.refuse(attempt, vec![answer(Decision::Source)])
-            }
+            State::Claimed {
+                attempt,
+                permit: PermitSent::No,
+            } => self.refuse(attempt, vec![answer(Decision::Source)]),
             State::Claimed { .. } => vec![answer(Decision::Claimed)],
             State::Running { .. } => vec![answer(Decision::Running)],
             State::Refused { durable: true, .. } => vec![answer(Decision::Source)],
             // An answer waits for the row: the write is being tried again.
-            State::Refused { attempt, durable: false } => self.refuse(attempt, vec![answer(Decision::Source)]),
+            State::Refused {
+                attempt,
+                durable: false,
+            } => self.refuse(attempt, vec![answer(Decision::Source)]),
         }
     }
 
     fn vmm_found(&mut self) -> Vec<DestinationEffect> {
         match self.state {
             State::Claimed { .. } => vec![DestinationEffect::SendPermit],
-            State::Running { .. } => vec![DestinationEffect::Adopt, DestinationEffect::TellSource(Decision::Running)],
+            State::Running { .. } => vec![
+                DestinationEffect::Adopt,
+                DestinationEffect::TellSource(Decision::Running),
+            ],
             State::Refused { .. } => vec![DestinationEffect::KillVmm],
             State::Prepared | State::Expecting { .. } => Vec::new(),
         }
@@ -261,9 +327,15 @@ impl DestinationAgent {
     /// makes no difference for safety that the answer leaves before the kill.
     fn refuse(&mut self, attempt: u32, after: Vec<DestinationEffect>) -> Vec<DestinationEffect> {
         self.state = State::Refused { attempt, durable: true };
-        let mut effects = vec![DestinationEffect::Journal { attempt, decision: Decision::Source }];
+        let mut effects = vec![DestinationEffect::Journal {
+            attempt,
+            decision: Decision::Source,
+        }];
         effects.extend(after);
-        effects.extend([DestinationEffect::KillVmm, DestinationEffect::TellSource(Decision::Source)]);
+        effects.extend([
+            DestinationEffect::KillVmm,
+            DestinationEffect::TellSource(Decision::Source),
+        ]);
         effects
     }
 
@@ -278,18 +350,30 @@ impl DestinationAgent {
             }
             // The list ended before the permit: this incarnation may hand back, once SRC is durable.
             State::Claimed { attempt, .. } => {
-                self.state = State::Claimed { attempt, permit: PermitSent::No };
+                self.state = State::Claimed {
+                    attempt,
+                    permit: PermitSent::No,
+                };
                 vec![DestinationEffect::KillVmm]
             }
             // The guest runs, and its started mark says so: A is told once the row is written.
             State::Running { attempt } => {
-                vec![DestinationEffect::JournalLater { attempt, decision: Decision::Running }]
+                vec![DestinationEffect::JournalLater {
+                    attempt,
+                    decision: Decision::Running,
+                }]
             }
             State::Refused { attempt, .. } => {
-                self.state = State::Refused { attempt, durable: false };
+                self.state = State::Refused {
+                    attempt,
+                    durable: false,
+                };
                 vec![
                     DestinationEffect::KillVmm,
-                    DestinationEffect::JournalLater { attempt, decision: Decision::Source },
+                    DestinationEffect::JournalLater {
+                        attempt,
+                        decision: Decision::Source,
+                    },
                 ]
             }
         }
@@ -313,15 +397,34 @@ mod tests {
         let mut agent = DestinationAgent::prepared();
         assert_eq!(
             agent.step(DestinationEvent::Expect(1)),
-            [Journal { attempt: 1, decision: Decision::Open }, Answer(Decision::Open)]
+            [
+                Journal {
+                    attempt: 1,
+                    decision: Decision::Open
+                },
+                Answer(Decision::Open)
+            ]
         );
         assert_eq!(
             agent.step(DestinationEvent::Ready(1)),
-            [Journal { attempt: 1, decision: Decision::Claimed }, SendPermit]
+            [
+                Journal {
+                    attempt: 1,
+                    decision: Decision::Claimed
+                },
+                SendPermit
+            ]
         );
         assert_eq!(
             agent.step(DestinationEvent::Started),
-            [Journal { attempt: 1, decision: Decision::Running }, Adopt, TellSource(Decision::Running)]
+            [
+                Journal {
+                    attempt: 1,
+                    decision: Decision::Running
+                },
+                Adopt,
+                TellSource(Decision::Running)
+            ]
         );
     }
 
@@ -330,7 +433,16 @@ mod tests {
         let mut agent = DestinationAgent::prepared();
         agent.step(DestinationEvent::Expect(1));
         let effects = agent.step(DestinationEvent::Decide(1));
-        assert_eq!(effects[..2], [Journal { attempt: 1, decision: Decision::Source }, Answer(Decision::Source)]);
+        assert_eq!(
+            effects[..2],
+            [
+                Journal {
+                    attempt: 1,
+                    decision: Decision::Source
+                },
+                Answer(Decision::Source)
+            ]
+        );
         assert!(effects.contains(&KillVmm));
         assert_eq!(agent.step(DestinationEvent::Ready(1)), []);
         assert_eq!(agent.step(DestinationEvent::Expect(2)), [Refuse]);
@@ -345,8 +457,17 @@ mod tests {
     #[test]
     fn a_vmm_that_died_unstarted_in_the_same_boot_is_handed_back() {
         let mut agent = claimed();
-        let effects = agent.step(DestinationEvent::VmmGone { started: false, same_boot: true });
-        assert_eq!(effects[0], Journal { attempt: 1, decision: Decision::Source });
+        let effects = agent.step(DestinationEvent::VmmGone {
+            started: false,
+            same_boot: true,
+        });
+        assert_eq!(
+            effects[0],
+            Journal {
+                attempt: 1,
+                decision: Decision::Source
+            }
+        );
         assert_eq!(agent.decision(), Some(Decision::Source));
     }
 
@@ -357,7 +478,14 @@ mod tests {
             let effects = agent.step(DestinationEvent::VmmGone { started, same_boot });
             assert_eq!(
                 effects,
-                [Journal { attempt: 1, decision: Decision::Running }, AdoptCrashed, TellSource(Decision::Running)]
+                [
+                    Journal {
+                        attempt: 1,
+                        decision: Decision::Running
+                    },
+                    AdoptCrashed,
+                    TellSource(Decision::Running)
+                ]
             );
         }
     }
@@ -374,7 +502,16 @@ mod tests {
         let mut agent = claimed();
         assert_eq!(agent.step(DestinationEvent::JournalFailed), [KillVmm]);
         let effects = agent.step(DestinationEvent::Decide(1));
-        assert_eq!(effects[..2], [Journal { attempt: 1, decision: Decision::Source }, Answer(Decision::Source)]);
+        assert_eq!(
+            effects[..2],
+            [
+                Journal {
+                    attempt: 1,
+                    decision: Decision::Source
+                },
+                Answer(Decision::Source)
+            ]
+        );
     }
 
     #[test]
@@ -384,8 +521,14 @@ mod tests {
         assert_eq!(
             agent.step(DestinationEvent::Expect(2)),
             [
-                Journal { attempt: 1, decision: Decision::Source },
-                Journal { attempt: 2, decision: Decision::Open },
+                Journal {
+                    attempt: 1,
+                    decision: Decision::Source
+                },
+                Journal {
+                    attempt: 2,
+                    decision: Decision::Open
+                },
                 Answer(Decision::Open)
             ]
         );

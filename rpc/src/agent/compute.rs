@@ -1,0 +1,266 @@
+//! The `Compute` service: convert, call, map the error.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ferry_migration::handover::Decision;
+use ferry_proto::agent::v1::compute_server::Compute;
+use ferry_proto::agent::v1::{
+    AttemptRequest, ConsoleInputReply, ConsoleInputRequest, ConsoleOutput, ConsoleRequest, DecisionReply,
+    DeleteInstanceReply, DeleteInstanceRequest, HeartbeatReply, HeartbeatRequest, HostInfo, HostRequest, ImageChunk,
+    InstanceInfo, InstanceRequest, ListInstancesReply, ListInstancesRequest, LiveMigrationCast, PostLiveMigrationReply,
+    PostLiveMigrationRequest, PreLiveMigrationReply, PreLiveMigrationRequest, PutImageReply, Receipt, RollbackReply,
+    RollbackRequest, RunInstanceRequest, StopInstanceRequest,
+};
+use ferry_proto::vmm::v1 as wire;
+use ferry_proto::vmm::v1::order::Order as Command;
+use ferry_proto::{InvalidField, required, wire_uuid};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::console::{self, Follow};
+use super::failure::Failure;
+use super::host;
+use super::images::{self, Upload};
+use super::instances::Agent;
+use super::outgoing::PeerNews;
+use super::spawn::VMM_LOG;
+use crate::vmm_process::{CONSOLE_LOG, monotonic_ns};
+
+/// The service over one agent.
+pub(crate) struct ComputeService(pub(crate) Arc<Agent>);
+
+type Answer<T> = Result<Response<T>, Status>;
+type Output = Pin<Box<dyn Stream<Item = Result<ConsoleOutput, Status>> + Send>>;
+
+fn answer<T>(result: Result<T, Failure>) -> Answer<T> {
+    result.map(Response::new).map_err(Status::from)
+}
+
+impl ComputeService {
+    async fn output(&self, request: ConsoleRequest, file: &str) -> Answer<Output> {
+        let instance = self.0.instance(&request.instance).await?;
+        let follow = if request.follow { Follow::Yes } else { Follow::No };
+        let path = self.0.folder(instance.id).join(file);
+        Ok(Response::new(Box::pin(ReceiverStream::new(console::stream(
+            path, follow,
+        )))))
+    }
+
+    /// Decide, Expect and their like are answered only to the host that the migration's record names.
+    fn check_peer(&self, migration: uuid::Uuid, source: &str) -> Result<(), Failure> {
+        match self.0.incoming.find(migration) {
+            Some(incoming) if incoming.source != source => Err(Failure::Refused(format!(
+                "migration {migration} does not come from host {source:?}"
+            ))),
+            _ => self.0.peers.named(source).map(drop),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Compute for ComputeService {
+    async fn host(&self, _: Request<HostRequest>) -> Answer<HostInfo> {
+        let agent = &self.0;
+        Ok(Response::new(HostInfo {
+            host: agent.host().to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            rpc_version: ferry_proto::RPC_VERSION.to_owned(),
+            advertise: agent.url.clone(),
+            data_address: agent.data_address.clone(),
+            memory_total_bytes: host::meminfo("MemTotal"),
+            memory_available_bytes: host::meminfo("MemAvailable"),
+            cpus: std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32),
+            instances: agent.instances.all().len() as u32,
+            peers: agent
+                .peers
+                .all()
+                .map(|peer| format!("{}={}", peer.host, peer.url))
+                .collect(),
+            boot_id: agent.boot_id.clone(),
+        }))
+    }
+
+    async fn run_instance(&self, request: Request<RunInstanceRequest>) -> Answer<InstanceInfo> {
+        let spec = required("spec", request.into_inner().spec).map_err(Failure::from)?;
+        answer(self.0.run_instance(spec).await)
+    }
+
+    async fn list_instances(&self, _: Request<ListInstancesRequest>) -> Answer<ListInstancesReply> {
+        let mut instances = Vec::new();
+        for instance in self.0.instances.all() {
+            instances.push(instance.state.lock().await.info(self.0.host()));
+        }
+        instances.sort_by(|left, right| left.name.cmp(&right.name));
+        Ok(Response::new(ListInstancesReply { instances }))
+    }
+
+    async fn show_instance(&self, request: Request<InstanceRequest>) -> Answer<InstanceInfo> {
+        let instance = self.0.instance(&request.into_inner().instance).await?;
+        let state = instance.state.lock().await;
+        Ok(Response::new(state.info(self.0.host())))
+    }
+
+    async fn start_instance(&self, request: Request<InstanceRequest>) -> Answer<InstanceInfo> {
+        answer(self.0.start_instance(&request.into_inner().instance).await)
+    }
+
+    async fn pause_instance(&self, request: Request<InstanceRequest>) -> Answer<InstanceInfo> {
+        answer(self.0.pause_instance(&request.into_inner().instance).await)
+    }
+
+    async fn resume_instance(&self, request: Request<InstanceRequest>) -> Answer<InstanceInfo> {
+        answer(self.0.resume_instance(&request.into_inner().instance).await)
+    }
+
+    async fn reboot_instance(&self, request: Request<InstanceRequest>) -> Answer<InstanceInfo> {
+        answer(self.0.reboot_instance(&request.into_inner().instance).await)
+    }
+
+    async fn stop_instance(&self, request: Request<StopInstanceRequest>) -> Answer<InstanceInfo> {
+        let request = request.into_inner();
+        let patience = Duration::from_millis(request.timeout_ms);
+        answer(self.0.stop_instance(&request.instance, request.force, patience).await)
+    }
+
+    async fn delete_instance(&self, request: Request<DeleteInstanceRequest>) -> Answer<DeleteInstanceReply> {
+        let request = request.into_inner();
+        let id = self.0.delete_instance(&request.instance, request.force).await;
+        answer(id.map(|id| DeleteInstanceReply { id: id.to_string() }))
+    }
+
+    type ConsoleStream = Output;
+
+    async fn console(&self, request: Request<ConsoleRequest>) -> Answer<Output> {
+        self.output(request.into_inner(), CONSOLE_LOG).await
+    }
+
+    async fn console_input(&self, request: Request<ConsoleInputRequest>) -> Answer<ConsoleInputReply> {
+        let request = request.into_inner();
+        let instance = self.0.instance(&request.instance).await?;
+        let vmm = instance.state.lock().await.vmm()?.clone();
+        let input = Command::ConsoleInput(wire::ConsoleInput { bytes: request.bytes });
+        let typed = vmm
+            .order(input)
+            .await
+            .map_err(Failure::vmm("failed to type into the console"));
+        answer(typed.map(|_| ConsoleInputReply {}))
+    }
+
+    type LogsStream = Output;
+
+    async fn logs(&self, request: Request<ConsoleRequest>) -> Answer<Output> {
+        self.output(request.into_inner(), VMM_LOG).await
+    }
+
+    async fn live_migration(&self, request: Request<LiveMigrationCast>) -> Answer<Receipt> {
+        answer(self.0.live_migration(request.into_inner()).await)
+    }
+
+    async fn pre_live_migration(&self, request: Request<PreLiveMigrationRequest>) -> Answer<PreLiveMigrationReply> {
+        answer(self.0.pre_live_migration(request.into_inner()).await)
+    }
+
+    async fn put_image(&self, request: Request<Streaming<ImageChunk>>) -> Answer<PutImageReply> {
+        let mut chunks = request.into_inner();
+        let mut upload: Option<(Upload, String)> = None;
+        while let Some(chunk) = chunks.next().await {
+            let chunk = chunk?;
+            let (image, _) = match &mut upload {
+                Some(upload) if upload.1 == chunk.hash => upload,
+                None if images::is_hash(&chunk.hash) => {
+                    upload.insert((Upload::begin(&self.0.image_folder())?, chunk.hash.clone()))
+                }
+                _ => {
+                    let problem = "is not one image's hash".to_owned();
+                    return Err(Failure::from(InvalidField { field: "hash", problem }).into());
+                }
+            };
+            image.add(&chunk.bytes)?;
+        }
+        if let Some((image, hash)) = upload {
+            image.finish(Some(&hash))?;
+        }
+        Ok(Response::new(PutImageReply {}))
+    }
+
+    async fn expect(&self, request: Request<AttemptRequest>) -> Answer<DecisionReply> {
+        let request = request.into_inner();
+        let migration = wire_uuid("migration", &request.migration).map_err(Failure::from)?;
+        self.check_peer(migration, &request.source)?;
+        answer(self.0.expect(migration, request.attempt).await.map(decision_reply))
+    }
+
+    async fn decide(&self, request: Request<AttemptRequest>) -> Answer<DecisionReply> {
+        let request = request.into_inner();
+        let migration = wire_uuid("migration", &request.migration).map_err(Failure::from)?;
+        self.check_peer(migration, &request.source)?;
+        answer(self.0.decide(migration, request.attempt).await.map(decision_reply))
+    }
+
+    async fn post_live_migration(&self, request: Request<PostLiveMigrationRequest>) -> Answer<PostLiveMigrationReply> {
+        let heard_ns = monotonic_ns();
+        let request = request.into_inner();
+        let migration = wire_uuid("migration", &request.migration).map_err(Failure::from)?;
+        let decision = Decision::parse(&request.decision).ok_or_else(|| {
+            Failure::from(InvalidField {
+                field: "decision",
+                problem: format!("{:?} is none", request.decision),
+            })
+        })?;
+        // Of a migration that is over here, the news is old.
+        if let Some(outgoing) = self.0.outgoing.find(migration) {
+            if outgoing.destination != request.destination {
+                let reason = format!("migration {migration} does not go to host {:?}", request.destination);
+                return Err(Failure::Refused(reason).into());
+            }
+            let PostLiveMigrationRequest {
+                attempt, part, reason, ..
+            } = request;
+            outgoing.hear(PeerNews {
+                attempt,
+                decision,
+                part,
+                reason,
+                heard_ns,
+            });
+        }
+        Ok(Response::new(PostLiveMigrationReply {}))
+    }
+
+    async fn rollback_live_migration(&self, request: Request<RollbackRequest>) -> Answer<RollbackReply> {
+        let request = request.into_inner();
+        let migration = wire_uuid("migration", &request.migration).map_err(Failure::from)?;
+        self.check_peer(migration, &request.source)?;
+        if let Some(incoming) = self.0.incoming.find(migration) {
+            incoming.give_up(&request.reason);
+        }
+        Ok(Response::new(RollbackReply {}))
+    }
+
+    async fn heartbeat(&self, request: Request<HeartbeatRequest>) -> Answer<HeartbeatReply> {
+        let request = request.into_inner();
+        let migration = wire_uuid("migration", &request.migration).map_err(Failure::from)?;
+        self.check_peer(migration, &request.source)?;
+        let taking_part = self
+            .0
+            .incoming
+            .find(migration)
+            .is_some_and(|incoming| incoming.heartbeat());
+        let reason = if taking_part {
+            String::new()
+        } else {
+            self.0.why_over(migration).await
+        };
+        Ok(Response::new(HeartbeatReply { taking_part, reason }))
+    }
+}
+
+fn decision_reply((decision, part): (Decision, Option<ferry_proto::agent::v1::DestinationPart>)) -> DecisionReply {
+    DecisionReply {
+        decision: decision.to_string(),
+        part,
+    }
+}

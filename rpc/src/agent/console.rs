@@ -1,0 +1,119 @@
+//! What the guest printed, and what it prints from now on.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use ferry_proto::agent::v1::ConsoleOutput;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::inotify;
+use rustix::io::Errno;
+use rustix::time::Timespec;
+use tokio::sync::mpsc;
+use tonic::Status;
+
+/// Whether to go on after the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Follow {
+    /// End where the file ends.
+    No,
+    /// Go on until the file is removed or the reader leaves.
+    Yes,
+}
+
+/// The most bytes of one message.
+const PIECE: usize = 64 << 10;
+
+/// How often a follower looks whether its reader left, while nothing is printed.
+const LOOK: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 500_000_000,
+};
+
+/// Streams a log of an instance. Each reader has a thread: files and their changes are waited for by blocking.
+pub(crate) fn stream(path: PathBuf, follow: Follow) -> mpsc::Receiver<Result<ConsoleOutput, Status>> {
+    let (sender, receiver) = mpsc::channel(16);
+    tokio::task::spawn_blocking(move || {
+        if let Err(error) = copy(&path, follow, &sender) {
+            let _ = sender.blocking_send(Err(Status::internal(format!(
+                "failed to read {}: {error}",
+                path.display()
+            ))));
+        }
+    });
+    receiver
+}
+
+fn copy(path: &Path, follow: Follow, to: &mpsc::Sender<Result<ConsoleOutput, Status>>) -> io::Result<()> {
+    let mut file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    // Watched before it is read, so that nothing falls between.
+    let changes = match follow {
+        Follow::Yes => Some(watch(path)?),
+        Follow::No => None,
+    };
+    let mut buffer = vec![0; PIECE];
+    let mut removed = false;
+    loop {
+        loop {
+            let count = file.read(&mut buffer)?;
+            if count == 0 {
+                break;
+            }
+            if to
+                .blocking_send(Ok(ConsoleOutput {
+                    bytes: buffer[..count].to_vec(),
+                }))
+                .is_err()
+            {
+                return Ok(());
+            }
+        }
+        // What was written up to the removal was still to be read.
+        let Some(changes) = changes.as_ref().filter(|_| !removed) else {
+            return Ok(());
+        };
+        while !wait(changes)? {
+            if to.is_closed() {
+                return Ok(());
+            }
+        }
+        removed = was_removed(changes)?;
+    }
+}
+
+fn watch(path: &Path) -> io::Result<OwnedFd> {
+    let inotify = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
+    // An open file that is unlinked has its link count changed; it is deleted only when nobody holds it.
+    let wanted = inotify::WatchFlags::MODIFY | inotify::WatchFlags::ATTRIB;
+    inotify::add_watch(&inotify, path, wanted)?;
+    Ok(inotify)
+}
+
+/// Waits a moment for a change.
+fn wait(inotify: &OwnedFd) -> io::Result<bool> {
+    match poll(&mut [PollFd::new(inotify, PollFlags::IN)], Some(&LOOK)) {
+        Ok(ready) => Ok(ready > 0),
+        Err(Errno::INTR) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Takes the changes that are there; true if the file was unlinked.
+fn was_removed(inotify: &OwnedFd) -> io::Result<bool> {
+    let mut space = [MaybeUninit::uninit(); 4096];
+    let mut events = inotify::Reader::new(inotify, &mut space);
+    let mut removed = false;
+    loop {
+        match events.next() {
+            Ok(event) => removed |= event.events().contains(inotify::ReadFlags::ATTRIB),
+            Err(Errno::AGAIN) => return Ok(removed),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! The data port: page streams are opened, accepted and authenticated here, and then handed to the VMMs.
+//!
+//! ```text
+//!   destination: "FERRYDP1" nonce(32)
+//!   source:      migration(16) index(u16, little-endian) hmac-sha256(secret, nonce ‖ migration ‖ index)(32)
+//!   destination: 1 (taken) or 0 (refused)
+//! ```
+//!
+//! The secret is made anew for each preparation and travels on the agents' gRPC connection; the nonce is made anew for each
+//! connection, so nothing that was on the wire can be used again.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hmac::{Hmac, Mac};
+use sha2::Sha256;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use uuid::Uuid;
+
+use super::instances::Agent;
+
+const GREETING: &[u8; 8] = b"FERRYDP1";
+const NONCE: usize = 32;
+const PROOF: usize = 32;
+/// How long a connection may take to prove itself, or to be taken.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Connections that are proving themselves at the same time; more wait in the listen queue.
+const MOST_UNPROVEN: usize = 256;
+
+/// The secret of one preparation.
+pub(crate) type Secret = [u8; 32];
+
+/// Random bytes of the operating system.
+///
+/// # Errors
+/// It has none.
+pub(crate) fn random<const N: usize>() -> io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).map_err(io::Error::other)?;
+    Ok(bytes)
+}
+
+fn proof(secret: &[u8], nonce: &[u8], migration: Uuid, index: u16) -> Hmac<Sha256> {
+    let mut mac = Hmac::<Sha256>::new_from_slice(secret).expect("an HMAC key may have any length");
+    mac.update(nonce);
+    mac.update(migration.as_bytes());
+    mac.update(&index.to_le_bytes());
+    mac
+}
+
+/// Accepts connections until the listener fails for good.
+pub(crate) async fn serve(agent: Arc<Agent>, listener: TcpListener) {
+    let unproven = Arc::new(Semaphore::new(MOST_UNPROVEN));
+    loop {
+        let Ok(place) = Arc::clone(&unproven).acquire_owned().await else {
+            return;
+        };
+        let (stream, from) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::info!(%error, "failed to accept a connection at the data port");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let agent = Arc::clone(&agent);
+        tokio::spawn(async move {
+            if !matches!(tokio::time::timeout(PATIENCE, take(&agent, stream)).await, Ok(Ok(()))) {
+                tracing::info!(%from, "a connection to the data port was refused: it did not prove a migration's secret");
+            }
+            drop(place);
+        });
+    }
+}
+
+async fn take(agent: &Arc<Agent>, mut stream: TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let nonce: [u8; NONCE] = random()?;
+    stream.write_all(GREETING).await?;
+    stream.write_all(&nonce).await?;
+
+    let mut claim = [0; 16 + 2 + PROOF];
+    stream.read_exact(&mut claim).await?;
+    let (name, shown) = claim.split_at(18);
+    let migration = Uuid::from_slice(&name[..16]).map_err(io::Error::other)?;
+    let index = u16::from_le_bytes([name[16], name[17]]);
+
+    let incoming = agent.incoming.find(migration).filter(|incoming| {
+        // Compared in constant time.
+        proof(&incoming.secret, &nonce, migration, index)
+            .verify_slice(shown)
+            .is_ok()
+    });
+    let Some(incoming) = incoming else {
+        stream.write_all(&[0]).await?;
+        return Err(io::Error::from(io::ErrorKind::PermissionDenied));
+    };
+    stream.write_all(&[1]).await?;
+    incoming.connected(index, OwnedFd::from(stream.into_std()?));
+    Ok(())
+}
+
+/// Opens the connections of a migration, proven and in order: the control stream and `streams` page streams.
+///
+/// # Errors
+/// The data port cannot be reached, is something else, or refuses.
+pub(crate) async fn connect(address: &str, secret: &[u8], migration: Uuid, streams: u16) -> io::Result<Vec<OwnedFd>> {
+    let mut connections = Vec::with_capacity(usize::from(streams) + 1);
+    for index in 0..=streams {
+        let connect = connect_one(address, secret, migration, index);
+        let timed_out = |_| io::Error::new(io::ErrorKind::TimedOut, format!("{address} does not answer"));
+        connections.push(tokio::time::timeout(PATIENCE, connect).await.map_err(timed_out)??);
+    }
+    Ok(connections)
+}
+
+async fn connect_one(address: &str, secret: &[u8], migration: Uuid, index: u16) -> io::Result<OwnedFd> {
+    let mut stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    let mut greeting = [0; GREETING.len() + NONCE];
+    stream.read_exact(&mut greeting).await?;
+    let (word, nonce) = greeting.split_at(GREETING.len());
+    if word != GREETING {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("{address} is not a ferry data port"),
+        ));
+    }
+    let mut claim = Vec::with_capacity(16 + 2 + PROOF);
+    claim.extend_from_slice(migration.as_bytes());
+    claim.extend_from_slice(&index.to_le_bytes());
+    claim.extend_from_slice(&proof(secret, nonce, migration, index).finalize().into_bytes());
+    stream.write_all(&claim).await?;
+    if stream.read_u8().await? != 1 {
+        return Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            format!("{address} refused the connection"),
+        ));
+    }
+    Ok(OwnedFd::from(stream.into_std()?))
+}

@@ -1,0 +1,496 @@
+//! The task of one incoming migration: events to the core, effects to the world.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ferry_migration::handover::{Decision, DestinationAgent, DestinationEffect, DestinationEvent, Epoch};
+use ferry_proto::agent::v1::{DestinationPart, PostLiveMigrationRequest};
+use ferry_proto::vmm::v1 as wire;
+use ferry_proto::vmm::v1::order::Order as Command;
+use ferry_proto::vmm::v1::report::Report as Body;
+use tokio::sync::{mpsc, oneshot};
+
+use super::handle::{Answer, Incoming, Request};
+use crate::agent::failure::Failure;
+use crate::agent::instances::{Agent, Instance, VmmNews};
+use crate::agent::journal::{DecisionRow, JournalError, MigrationRow, Status};
+use crate::agent::peers::CALL_TIME;
+use crate::agent::spawn;
+use crate::agent::vmm_client::{Vmm, VmmError};
+use crate::vmm_process::{attempt_from_wire, monotonic_ns, ms};
+
+/// After this long without a word from agent A, the guest stays with it: OPEN moves to SRC.
+const SILENCE: Duration = Duration::from_secs(30);
+
+type Reply = oneshot::Sender<Result<Answer, Failure>>;
+
+/// B's part of the blackout as it is measured.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Part {
+    ready: Option<wire::Ready>,
+    ready_ns: u64,
+    permit_ns: u64,
+    entered_ns: u64,
+}
+
+impl Part {
+    fn to_wire(&self) -> Option<DestinationPart> {
+        let ready = self.ready.as_ref()?;
+        if self.entered_ns == 0 || self.permit_ns == 0 {
+            return None;
+        }
+        let between = |from: u64, to: u64| ms(Duration::from_nanos(to.saturating_sub(from)));
+        Some(DestinationPart {
+            load_ms: ready.load_ms,
+            claim_ms: between(self.ready_ns, self.permit_ns),
+            start_ms: between(self.permit_ns, self.entered_ns),
+            total_ms: between(ready.go_read_ns, self.entered_ns),
+            memory_digest: ready.memory_digest.clone(),
+            state_digest: ready.state_digest.clone(),
+        })
+    }
+}
+
+/// The task's state.
+pub(super) struct Driver {
+    pub(super) agent: Arc<Agent>,
+    pub(super) incoming: Arc<Incoming>,
+    pub(super) instance: Arc<Instance>,
+    pub(super) core: DestinationAgent,
+    pub(super) row: MigrationRow,
+    pub(super) streams: u16,
+    pub(super) connections: BTreeMap<u16, OwnedFd>,
+    pub(super) part: Part,
+    /// Why the guest was refused, where that is known.
+    pub(super) reason: Option<String>,
+    /// The host's boot in which CLAIMED was written.
+    pub(super) claimed_boot: String,
+}
+
+impl Driver {
+    /// Runs until D is final and carried out. `failed`: preparing failed, so there is nothing to wait for.
+    pub(super) async fn run(
+        mut self,
+        mut requests: mpsc::UnboundedReceiver<Request>,
+        mut news: mpsc::UnboundedReceiver<VmmNews>,
+        failed: Option<String>,
+    ) {
+        if let Some(reason) = failed {
+            self.reason = Some(reason);
+            self.step(DestinationEvent::LoadFailed, None).await;
+        }
+        let mut heard = Instant::now();
+        while !self.is_over() {
+            tokio::select! {
+                request = requests.recv() => match request {
+                    Some(request) => {
+                        if !matches!(request, Request::Connected(..) | Request::PermitAnswered(_)) {
+                            heard = Instant::now();
+                        }
+                        self.take(request).await;
+                    }
+                    None => return,
+                },
+                Some(news) = news.recv() => self.take_news(news).await,
+                () = tokio::time::sleep_until((heard + SILENCE).into()), if self.may_give_up() => {
+                    self.reason = Some(format!("nothing was heard from host {} for 30 s", self.row.peer));
+                    heard = Instant::now();
+                    self.step(DestinationEvent::GiveUp, None).await;
+                }
+            }
+        }
+        self.finish().await;
+    }
+
+    fn may_give_up(&self) -> bool {
+        matches!(self.core.decision(), None | Some(Decision::Open))
+    }
+
+    fn is_over(&self) -> bool {
+        self.row.over
+    }
+
+    async fn take(&mut self, request: Request) {
+        match request {
+            Request::Expect(attempt, reply) => self.step(DestinationEvent::Expect(attempt), Some(reply)).await,
+            Request::Decide(attempt, reply) => self.step(DestinationEvent::Decide(attempt), Some(reply)).await,
+            Request::GiveUp(reason) => {
+                self.reason = Some(reason);
+                self.step(DestinationEvent::GiveUp, None).await;
+            }
+            Request::Heartbeat => {}
+            Request::Connected(index, connection) => self.connected(index, connection).await,
+            Request::PermitAnswered(answer) => self.permit_answered(answer).await,
+            Request::WriteAgain(attempt, decision) => self.write_again(attempt, decision).await,
+        }
+    }
+
+    /// All connections of the migration, in order, go to the VMM at once.
+    async fn connected(&mut self, index: u16, connection: OwnedFd) {
+        if index > self.streams {
+            return;
+        }
+        self.connections.insert(index, connection);
+        if self.connections.len() <= usize::from(self.streams) {
+            return;
+        }
+        let descriptors = std::mem::take(&mut self.connections).into_values().collect();
+        let receive = wire::Receive {
+            migration: self.row.id.to_string(),
+            epoch: self.row.epoch,
+        };
+        let Some(vmm) = self.vmm().await else { return };
+        if let Err(error) = vmm.order_with(Command::Receive(receive), descriptors).await {
+            self.reason = Some(format!("the VMM did not take the connections: {error}"));
+            self.step(DestinationEvent::LoadFailed, None).await;
+        }
+    }
+
+    async fn take_news(&mut self, news: VmmNews) {
+        match news {
+            VmmNews::Gone => self.vmm_gone().await,
+            VmmNews::Event(event) => match *event {
+                Body::Ready(ready) => self.ready(ready).await,
+                Body::Started(started) => self.started(started).await,
+                Body::LoadFailed(failed) => {
+                    self.reason.get_or_insert(failed.reason);
+                    self.step(DestinationEvent::LoadFailed, None).await;
+                }
+                // It took the permit and could not enter the guest: a crash, and told as one.
+                Body::GuestEnded(ended) => {
+                    self.reason = Some(ended.reason.clone());
+                    let started = DestinationEvent::VmmGone {
+                        started: true,
+                        same_boot: true,
+                    };
+                    self.step(started, None).await;
+                }
+                _ => {}
+            },
+        }
+    }
+
+    async fn ready(&mut self, ready: wire::Ready) {
+        self.part.ready_ns = monotonic_ns();
+        let expected = (self.row.instance, self.row.id, Epoch(self.row.epoch));
+        match attempt_from_wire(ready.attempt.clone()) {
+            Ok(attempt) if (attempt.instance, attempt.migration, attempt.epoch) == expected => {
+                self.part.ready = Some(ready);
+                self.step(DestinationEvent::Ready(attempt.attempt), None).await;
+            }
+            other => {
+                self.reason = Some(format!("GO was for {other:?}, which is not expected here"));
+                self.step(DestinationEvent::LoadFailed, None).await;
+            }
+        }
+    }
+
+    async fn started(&mut self, started: wire::Started) {
+        if started.epoch != self.row.epoch + 1 {
+            tracing::error!(
+                epoch = started.epoch,
+                "the VMM started under an epoch that it was not given"
+            );
+            return;
+        }
+        self.part.entered_ns = started.entered_ns;
+        self.step(DestinationEvent::Started, None).await;
+    }
+
+    async fn vmm_gone(&mut self) {
+        let started = self.agent.started_mark(self.row.id).exists();
+        let same_boot = self.claimed_boot == self.agent.boot_id;
+        self.reason
+            .get_or_insert_with(|| format!("the VMM on host {} died", self.agent.host()));
+        self.step(DestinationEvent::VmmGone { started, same_boot }, None).await;
+    }
+
+    async fn permit_answered(&mut self, answer: Result<(), VmmError>) {
+        let Err(error) = answer else { return };
+        let Some(vmm) = self.vmm().await else { return };
+        match error {
+            // It had this epoch already: whoever was agent here before gave it.
+            VmmError::Refused(reason) => {
+                if let Ok(Body::Standing(standing)) = vmm.order(Command::Ping(wire::Ping {})).await
+                    && let Some(started) = standing.started
+                {
+                    self.started(started).await;
+                    return;
+                }
+                // It did not start and will not: once it is dead, its missing mark proves that.
+                self.reason = Some(format!("the VMM refused its permit: {reason}"));
+                if let Err(error) = vmm.kill().await {
+                    tracing::error!(%error, "the VMM does not die");
+                }
+            }
+            // Dead: its end is told. Stopped: it takes the permit when it wakes up.
+            other => tracing::info!(error = %other, "the permit is not answered"),
+        }
+    }
+
+    async fn write_again(&mut self, attempt: u32, decision: Decision) {
+        match self.journal(attempt, decision).await {
+            Ok(()) if decision == Decision::Running => self.step(DestinationEvent::Started, None).await,
+            Ok(()) => self.row.over = true,
+            Err(error) => self.later(attempt, decision, &error),
+        }
+    }
+
+    /// One event: the core decides, the effects are carried out in order.
+    async fn step(&mut self, event: DestinationEvent, reply: Option<Reply>) {
+        let mut reply = reply;
+        let mut effects: std::collections::VecDeque<_> = self.core.step(event).into();
+        tracing::debug!(migration = %self.row.id, ?event, ?effects, "destination");
+        while let Some(effect) = effects.pop_front() {
+            if let Err(error) = self.carry_out(effect, &mut reply).await {
+                tracing::error!(migration = %self.row.id, %error, "the journal failed in a switchover");
+                effects = self.core.step(DestinationEvent::JournalFailed).into();
+            }
+        }
+        if let Some(reply) = reply {
+            let unanswered = "the decision is not durable yet, ask again".to_owned();
+            let _ = reply.send(Err(Failure::Unavailable(unanswered)));
+        }
+        if self.core.is_refused() && self.vmm().await.is_none() {
+            self.row.over = true;
+        }
+    }
+
+    async fn carry_out(&mut self, effect: DestinationEffect, reply: &mut Option<Reply>) -> Result<(), JournalError> {
+        match effect {
+            DestinationEffect::Journal { attempt, decision } => self.journal(attempt, decision).await?,
+            DestinationEffect::Answer(decision) => {
+                if let Some(reply) = reply.take() {
+                    let _ = reply.send(Ok((decision, self.part.to_wire())));
+                }
+            }
+            DestinationEffect::Refuse => {
+                if let Some(reply) = reply.take() {
+                    let why = self
+                        .reason
+                        .clone()
+                        .unwrap_or_else(|| "the migration is over here".to_owned());
+                    let _ = reply.send(Err(Failure::Refused(why)));
+                }
+            }
+            DestinationEffect::SendPermit => self.send_permit().await,
+            DestinationEffect::KillVmm => self.kill_vmm().await,
+            DestinationEffect::TellSource(decision) => self.tell_source(decision),
+            DestinationEffect::Adopt => self.adopt(None).await,
+            DestinationEffect::AdoptCrashed => {
+                let reason = self.reason.clone().unwrap_or_else(|| "the VMM died".to_owned());
+                self.adopt(Some(reason)).await;
+            }
+            DestinationEffect::JournalLater { attempt, decision } => {
+                self.later(attempt, decision, &JournalError::Ended);
+            }
+        }
+        Ok(())
+    }
+
+    /// The register, and with RUNNING the instance that is this host's from then on, in one transaction.
+    async fn journal(&mut self, attempt: u32, decision: Decision) -> Result<(), JournalError> {
+        let boot_id = self.agent.boot_id.clone();
+        if decision == Decision::Claimed {
+            self.claimed_boot.clone_from(&boot_id);
+        }
+        let decided = DecisionRow {
+            migration: self.row.id,
+            attempt,
+            decision,
+            boot_id,
+        };
+        let mut instance = None;
+        if decision == Decision::Running {
+            let mut state = self.instance.state.lock().await;
+            state.row.epoch = self.row.epoch + 1;
+            state.row.known_epoch = state.row.epoch;
+            state.row.status = if self.row.user_paused {
+                Status::Paused
+            } else {
+                Status::Running
+            };
+            state.row.boot_id.clone_from(&self.agent.boot_id);
+            instance = Some(state.row.clone());
+        }
+        self.agent
+            .journal
+            .write(move |transaction| {
+                decided.save(transaction)?;
+                instance.map_or(Ok(()), |row| row.save(transaction))
+            })
+            .await
+    }
+
+    fn later(&self, attempt: u32, decision: Decision, error: &JournalError) {
+        tracing::error!(migration = %self.row.id, %error, %decision, "the decision is written later");
+        let requests = self.incoming.requests.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            let _ = requests.send(Request::WriteAgain(attempt, decision));
+        });
+    }
+
+    async fn vmm(&self) -> Option<Vmm> {
+        self.instance.state.lock().await.vmm.clone()
+    }
+
+    async fn send_permit(&mut self) {
+        let Some(vmm) = self.vmm().await else { return };
+        let permit = wire::Permit {
+            instance: self.row.instance.to_string(),
+            epoch: self.row.epoch + 1,
+            paused: self.row.user_paused,
+        };
+        self.part.permit_ns = monotonic_ns();
+        let requests = self.incoming.requests.clone();
+        // Not waited for here: what matters is the VMM's word that it started, which comes before its answer.
+        tokio::spawn(async move {
+            let answer = vmm.order(Command::Permit(permit)).await.map(drop);
+            let _ = requests.send(Request::PermitAnswered(answer));
+        });
+    }
+
+    async fn kill_vmm(&mut self) {
+        let vmm = self.instance.state.lock().await.vmm.take();
+        if let Some(vmm) = vmm
+            && let Err(error) = vmm.kill().await
+        {
+            tracing::error!(%error, "the VMM does not die");
+        }
+    }
+
+    /// Tells agent A, which would ask in the end if it never heard.
+    fn tell_source(&self, decision: Decision) {
+        let Ok(peer) = self.agent.peers.named(&self.row.peer).cloned() else {
+            return;
+        };
+        let post = PostLiveMigrationRequest {
+            instance: self.row.instance.to_string(),
+            migration: self.row.id.to_string(),
+            // The core's newest attempt is the one that the news is about; A checks it against its own.
+            attempt: self.core.attempt(),
+            decision: decision.to_string(),
+            part: self.part.to_wire(),
+            reason: self.reason.clone().unwrap_or_default(),
+            destination: self.agent.host().to_owned(),
+        };
+        tokio::spawn(async move {
+            for pause in [0, 100, 500, 2000] {
+                tokio::time::sleep(Duration::from_millis(pause)).await;
+                let mut client = peer.compute();
+                match peer.answer(CALL_TIME, client.post_live_migration(post.clone())).await {
+                    Ok(_) => return,
+                    Err(error) => tracing::info!(%error, "the source does not take the news yet"),
+                }
+            }
+        });
+    }
+
+    /// The guest is this host's from now on.
+    async fn adopt(&mut self, crashed: Option<String>) {
+        let mut state = self.instance.state.lock().await;
+        state.news = None;
+        if let Some(reason) = crashed {
+            self.agent.end(&mut state, Status::Crashed, reason).await;
+        }
+        tracing::info!(instance = %self.row.instance, epoch = state.row.epoch, status = %state.row.status, "the guest arrived");
+        drop(state);
+        self.row.over = true;
+    }
+
+    /// Writes how it came out; of a guest that was refused nothing is left.
+    async fn finish(mut self) {
+        let arrived = self.core.decision() == Some(Decision::Running);
+        self.row.over = true;
+        self.row.info.ended = Some(humantime::format_rfc3339_millis(std::time::SystemTime::now()).to_string());
+        if arrived {
+            self.row.info.status = "completed".to_owned();
+            self.row.info.guest_location = Some(self.agent.host().to_owned());
+        } else {
+            self.row.info.status = "failed".to_owned();
+            self.row.info.error.clone_from(&self.reason);
+            self.kill_vmm().await;
+            let mut state = self.instance.state.lock().await;
+            state.news = None;
+            self.agent.forget(&mut state).await;
+        }
+        let row = self.row.clone();
+        if let Err(error) = self.agent.journal.write(move |transaction| row.save(transaction)).await {
+            tracing::error!(%error, "failed to journal the end of a migration");
+        }
+        let _ = std::fs::remove_file(self.agent.started_mark(self.row.id));
+        self.agent.incoming.remove(self.row.id);
+    }
+}
+
+/// Goes on with an incoming migration after a restart of the agent.
+pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc<Instance>) -> Result<(), Failure> {
+    let migration = row.id;
+    let newest = agent
+        .journal
+        .read(move |connection| DecisionRow::newest(connection, migration))
+        .await?;
+    let (requests, request_receiver) = mpsc::unbounded_channel();
+    // Connections that were not handed over died with the agent that held them, so no secret will be proven again.
+    let secret = crate::agent::data_port::random().map_err(Failure::host("failed to make a secret"))?;
+    let incoming = Arc::new(Incoming {
+        id: row.id,
+        source: row.peer.clone(),
+        secret,
+        requests,
+    });
+    let (news, news_receiver) = mpsc::unbounded_channel();
+    let mut driver = Driver {
+        agent: Arc::clone(agent),
+        incoming: Arc::clone(&incoming),
+        instance: Arc::clone(&instance),
+        core: DestinationAgent::recover(newest.as_ref().map(|row| (row.attempt, row.decision))),
+        row,
+        streams: 0,
+        connections: BTreeMap::new(),
+        part: Part::default(),
+        reason: None,
+        claimed_boot: newest.map_or_else(|| agent.boot_id.clone(), |row| row.boot_id),
+    };
+    agent.incoming.add(incoming);
+
+    let mut state = instance.state.lock().await;
+    state.news = Some(news);
+    let found = Vmm::connect(&agent.folder(instance.id).join(spawn::SOCKET), None).await;
+    let standing = match found {
+        Ok((vmm, standing, events)) => {
+            agent.attach(&instance, &mut state, vmm, events);
+            Some(standing)
+        }
+        Err(error) => {
+            tracing::info!(%error, %migration, "the VMM of an incoming migration is gone");
+            None
+        }
+    };
+    drop(state);
+    match standing {
+        None => driver.vmm_gone().await,
+        Some(standing) => driver.found(standing).await,
+    }
+    tokio::spawn(driver.run(request_receiver, news_receiver, None));
+    Ok(())
+}
+
+impl Driver {
+    /// The VMM is alive after a restart of this agent: what it said meanwhile is made up for.
+    async fn found(&mut self, standing: wire::Standing) {
+        self.step(DestinationEvent::VmmFound, None).await;
+        if let Some(started) = standing.started {
+            self.started(started).await;
+        } else if let Some(ready) = standing.ready {
+            self.ready(ready).await;
+        } else if standing.machine != "loading" {
+            self.reason =
+                Some("this agent restarted before the connections were handed over, or loading failed".to_owned());
+            self.step(DestinationEvent::LoadFailed, None).await;
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! The handle on an incoming migration, and the register when no task owns it any more.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use ferry_migration::handover::Decision;
+use ferry_proto::agent::v1::DestinationPart;
+use tokio::sync::{mpsc, oneshot};
+use uuid::Uuid;
+
+use crate::agent::data_port::Secret;
+use crate::agent::failure::Failure;
+use crate::agent::instances::Agent;
+use crate::agent::journal::DecisionRow;
+
+/// D, and B's part of the blackout where it is known.
+pub(crate) type Answer = (Decision, Option<DestinationPart>);
+
+/// What reaches the task of an incoming migration.
+pub(super) enum Request {
+    /// Agent A asks to expect an attempt.
+    Expect(u32, oneshot::Sender<Result<Answer, Failure>>),
+    /// Agent A asks for D.
+    Decide(u32, oneshot::Sender<Result<Answer, Failure>>),
+    /// Agent A gave the migration up.
+    GiveUp(String),
+    /// Agent A is there.
+    Heartbeat,
+    /// A connection proved the secret.
+    Connected(u16, OwnedFd),
+    /// What the VMM answered to its permit.
+    PermitAnswered(Result<(), crate::agent::vmm_client::VmmError>),
+    /// A row that could not be written is to be tried again.
+    WriteAgain(u32, Decision),
+}
+
+/// A handle on one incoming migration.
+pub(crate) struct Incoming {
+    pub(crate) id: Uuid,
+    pub(crate) source: String,
+    pub(crate) secret: Secret,
+    pub(super) requests: mpsc::UnboundedSender<Request>,
+}
+
+impl Incoming {
+    /// A connection of this migration proved itself.
+    pub(crate) fn connected(&self, index: u16, connection: OwnedFd) {
+        let _ = self.requests.send(Request::Connected(index, connection));
+    }
+
+    /// Agent A is there. False if the migration is over here.
+    pub(crate) fn heartbeat(&self) -> bool {
+        self.requests.send(Request::Heartbeat).is_ok()
+    }
+
+    /// Agent A gave the migration up.
+    pub(crate) fn give_up(&self, reason: &str) {
+        let _ = self.requests.send(Request::GiveUp(reason.to_owned()));
+    }
+
+    async fn ask(
+        &self,
+        request: impl FnOnce(oneshot::Sender<Result<Answer, Failure>>) -> Request,
+    ) -> Option<Result<Answer, Failure>> {
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(request(reply)).ok()?;
+        answer.await.ok()
+    }
+}
+
+/// The incoming migrations that have a task.
+#[derive(Default)]
+pub(crate) struct IncomingMigrations(Mutex<HashMap<Uuid, Arc<Incoming>>>);
+
+impl IncomingMigrations {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Uuid, Arc<Incoming>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The one with this id.
+    pub(crate) fn find(&self, id: Uuid) -> Option<Arc<Incoming>> {
+        self.lock().get(&id).cloned()
+    }
+
+    pub(super) fn add(&self, incoming: Arc<Incoming>) {
+        self.lock().insert(incoming.id, incoming);
+    }
+
+    pub(super) fn remove(&self, id: Uuid) {
+        self.lock().remove(&id);
+    }
+}
+
+impl Agent {
+    /// Agent A asks to expect an attempt: D becomes OPEN, durably.
+    ///
+    /// # Errors
+    /// The migration is over here, the attempt is stale, or the journal does not take it.
+    pub(crate) async fn expect(&self, migration: Uuid, attempt: u32) -> Result<Answer, Failure> {
+        let over = || Failure::Refused(format!("migration {migration} is not expected on host {}", self.host()));
+        let incoming = self.incoming.find(migration).ok_or_else(over)?;
+        incoming
+            .ask(|reply| Request::Expect(attempt, reply))
+            .await
+            .unwrap_or_else(|| Err(over()))
+    }
+
+    /// Agent A asks for D: it moves to SRC if nothing was claimed.
+    ///
+    /// # Errors
+    /// The answer cannot be made durable.
+    pub(crate) async fn decide(&self, migration: Uuid, attempt: u32) -> Result<Answer, Failure> {
+        if let Some(incoming) = self.incoming.find(migration)
+            && let Some(answer) = incoming.ask(|reply| Request::Decide(attempt, reply)).await
+        {
+            return answer;
+        }
+        // No task owns the row: the migration is over here, or was never known. A missing row counts as OPEN.
+        let boot_id = self.boot_id.clone();
+        let decision = self
+            .journal
+            .write(move |transaction| {
+                let newest = DecisionRow::newest(transaction, migration)?;
+                if let Some(row) = newest.filter(|row| row.attempt >= attempt) {
+                    let settled = if row.attempt > attempt {
+                        Decision::Source
+                    } else {
+                        row.decision
+                    };
+                    if settled != Decision::Open {
+                        return Ok(settled);
+                    }
+                }
+                let row = DecisionRow {
+                    migration,
+                    attempt,
+                    decision: Decision::Source,
+                    boot_id,
+                };
+                row.save(transaction)?;
+                Ok(Decision::Source)
+            })
+            .await?;
+        Ok((decision, None))
+    }
+}

@@ -1,0 +1,11 @@
+//! Migrations into this host: agent B's part.
+//!
+//! Each has one task ([`driver`]) that owns its `handover::DestinationAgent` and is the only one that writes its row of
+//! the decision register. Requests and the VMM's news reach it through channels.
+
+mod driver;
+mod handle;
+mod prepare;
+
+pub(crate) use driver::recover;
+pub(crate) use handle::IncomingMigrations;

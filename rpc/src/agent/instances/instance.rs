@@ -1,0 +1,277 @@
+//! The agent's state, and one instance in it.
+
+use std::collections::HashMap;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use ferry_proto::agent::v1::InstanceInfo;
+use ferry_proto::vmm::v1::report::Report as Body;
+use ferry_proto::vmm::v1::{self as wire};
+use tokio::sync::Semaphore;
+use tokio::sync::mpsc::UnboundedSender;
+use uuid::Uuid;
+
+use crate::agent::config::AgentConfig;
+use crate::agent::failure::Failure;
+use crate::agent::images;
+use crate::agent::incoming::IncomingMigrations;
+use crate::agent::journal::{InstanceRow, Journal};
+use crate::agent::outgoing::OutgoingMigrations;
+use crate::agent::peers::Peers;
+use crate::agent::vmm_client::Vmm;
+
+/// One host's agent: what all its tasks share.
+pub(crate) struct Agent {
+    pub(crate) config: AgentConfig,
+    pub(crate) journal: Journal,
+    pub(crate) boot_id: String,
+    /// Where this agent is reached.
+    pub(crate) url: String,
+    /// Where its data port is reached.
+    pub(crate) data_address: String,
+    pub(crate) marks: PathBuf,
+    pub(crate) instances: Instances,
+    pub(crate) outgoing: OutgoingMigrations,
+    pub(crate) incoming: IncomingMigrations,
+    pub(crate) peers: Peers,
+    /// Nova's max_concurrent_live_migrations: migrations out of here beyond it are queued.
+    pub(crate) slots: Arc<Semaphore>,
+}
+
+impl Agent {
+    /// This host's name.
+    pub(crate) fn host(&self) -> &str {
+        &self.config.host_id
+    }
+
+    /// The folder of an instance.
+    pub(crate) fn folder(&self, id: Uuid) -> PathBuf {
+        self.config.data_dir.join("instances").join(id.to_string())
+    }
+
+    /// Makes the folder of an instance, for this agent's eyes only.
+    pub(crate) fn make_folder(&self, id: Uuid) -> Result<PathBuf, Failure> {
+        let folder = self.folder(id);
+        let failed = || Failure::host(format!("failed to make the instance's folder {}", folder.display()));
+        fs::create_dir_all(&folder).map_err(failed())?;
+        fs::set_permissions(&folder, Permissions::from_mode(0o700)).map_err(failed())?;
+        Ok(folder)
+    }
+
+    /// Removes the folder of an instance and what belongs to it. What cannot be removed is told in the log.
+    pub(crate) fn remove_folder(&self, id: Uuid) {
+        let folder = self.folder(id);
+        if let Err(error) = fs::remove_dir_all(&folder)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(folder = %folder.display(), %error, "failed to remove an instance's folder");
+        }
+        super::super::spawn::remove_cgroup(&id.to_string());
+    }
+
+    /// The started mark of a migration into here.
+    pub(crate) fn started_mark(&self, migration: Uuid) -> PathBuf {
+        self.marks.join(migration.to_string())
+    }
+
+    /// Makes a row durable.
+    pub(crate) async fn save(&self, row: &InstanceRow) -> Result<(), Failure> {
+        let row = row.clone();
+        self.journal
+            .write(move |transaction| row.save(transaction))
+            .await
+            .map_err(Failure::from)
+    }
+}
+
+/// What a VMM says, to whoever looks after its instance at the moment.
+#[derive(Debug)]
+pub(crate) enum VmmNews {
+    /// An event.
+    Event(Box<Body>),
+    /// The process is dead.
+    Gone,
+}
+
+/// One instance; its state has one lock, held for the length of an operation.
+pub(crate) struct Instance {
+    pub(crate) id: Uuid,
+    pub(crate) state: tokio::sync::Mutex<InstanceState>,
+}
+
+/// What the agent knows of one instance.
+pub(crate) struct InstanceState {
+    pub(crate) row: InstanceRow,
+    pub(crate) vmm: Option<Vmm>,
+    /// Set while a migration looks after the VMM: its news go there.
+    pub(crate) news: Option<UnboundedSender<VmmNews>>,
+    /// The migration out of here that is in flight.
+    pub(crate) migrating: Option<Uuid>,
+}
+
+impl InstanceState {
+    /// The VMM, if there is one.
+    ///
+    /// # Errors
+    /// The instance has no process.
+    pub(crate) fn vmm(&self) -> Result<&Vmm, Failure> {
+        self.vmm.as_ref().ok_or_else(|| {
+            Failure::Refused(format!(
+                "instance {} is {}: it has no VMM",
+                self.row.spec.name, self.row.status
+            ))
+        })
+    }
+
+    /// Refuses what a user may not do to an instance that is migrating.
+    ///
+    /// # Errors
+    /// It is.
+    pub(crate) fn check_idle(&self, what: &str) -> Result<(), Failure> {
+        match self.migrating {
+            None => Ok(()),
+            Some(migration) => Err(Failure::Refused(format!(
+                "instance {} cannot {what} while migration {migration} is in flight: abort it first, or add --force where \
+                 the verb has it",
+                self.row.spec.name
+            ))),
+        }
+    }
+
+    /// As users see it.
+    pub(crate) fn info(&self, host: &str) -> InstanceInfo {
+        let row = &self.row;
+        InstanceInfo {
+            id: row.id.to_string(),
+            name: row.spec.name.clone(),
+            host: host.to_owned(),
+            status: row.status.to_string(),
+            task: self.migrating.map(|_| "migrating".to_owned()),
+            epoch: row.epoch,
+            migration: row.migration.map(|id| id.to_string()),
+            memory_bytes: row.spec.memory_bytes,
+            vcpus: row.spec.vcpus,
+            cpu: row.spec.cpu.clone(),
+            dirty: row.spec.dirty.clone(),
+            cmdline: row.spec.cmdline.clone(),
+            vmm_pid: self.vmm.as_ref().and_then(|vmm| u32::try_from(vmm.pid()).ok()),
+            reason: row.reason.clone(),
+        }
+    }
+
+    /// What the VMM is told to build.
+    pub(crate) fn machine_spec(&self) -> wire::MachineSpec {
+        let spec = &self.row.spec;
+        wire::MachineSpec {
+            instance: self.row.id.to_string(),
+            memory_bytes: spec.memory_bytes,
+            vcpus: spec.vcpus,
+            cpu: spec.cpu.clone(),
+            dirty: spec.dirty.clone(),
+            hugepages: spec.hugepages,
+            kernel: images::file_name(&spec.kernel),
+            initrd: if spec.initrd.is_empty() {
+                String::new()
+            } else {
+                images::file_name(&spec.initrd)
+            },
+            cmdline: spec.cmdline.clone(),
+        }
+    }
+}
+
+/// The instances by their id.
+#[derive(Default)]
+pub(crate) struct Instances(Mutex<HashMap<Uuid, Arc<Instance>>>);
+
+impl Instances {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Uuid, Arc<Instance>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds an instance without a VMM.
+    pub(crate) fn add(&self, row: InstanceRow) -> Arc<Instance> {
+        let id = row.id;
+        let state = InstanceState {
+            row,
+            vmm: None,
+            news: None,
+            migrating: None,
+        };
+        let instance = Arc::new(Instance {
+            id,
+            state: tokio::sync::Mutex::new(state),
+        });
+        self.lock().insert(id, Arc::clone(&instance));
+        instance
+    }
+
+    /// Takes an instance out.
+    pub(crate) fn remove(&self, id: Uuid) {
+        self.lock().remove(&id);
+    }
+
+    /// The instance with this id.
+    pub(crate) fn by_id(&self, id: Uuid) -> Option<Arc<Instance>> {
+        self.lock().get(&id).cloned()
+    }
+
+    /// All of them.
+    pub(crate) fn all(&self) -> Vec<Arc<Instance>> {
+        self.lock().values().cloned().collect()
+    }
+
+    /// The instance with this id or name.
+    pub(crate) async fn find(&self, name_or_id: &str) -> Option<Arc<Instance>> {
+        if let Ok(id) = Uuid::parse_str(name_or_id)
+            && let Some(instance) = self.by_id(id)
+        {
+            return Some(instance);
+        }
+        for instance in self.all() {
+            if instance.state.lock().await.row.spec.name == name_or_id {
+                return Some(instance);
+            }
+        }
+        None
+    }
+}
+
+impl Agent {
+    /// The instance with this id or name.
+    ///
+    /// # Errors
+    /// It is not here; the failure tells where it went, if it was.
+    pub(crate) async fn instance(&self, name_or_id: &str) -> Result<Arc<Instance>, Failure> {
+        if let Some(instance) = self.instances.find(name_or_id).await {
+            return Ok(instance);
+        }
+        let wanted = name_or_id.to_owned();
+        let moved_to = self
+            .journal
+            .read(move |connection| InstanceRow::moved_to(connection, &wanted))
+            .await?;
+        Err(Failure::NotFound {
+            what: format!("instance {name_or_id:?}"),
+            moved_to,
+        })
+    }
+
+    /// Removes what is left of files of `folder` that belong to no instance. Called once, before anything runs.
+    pub(crate) fn remove_orphans(folder: &Path, known: &[Uuid]) {
+        for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let id = name.to_str().and_then(|name| Uuid::parse_str(name).ok());
+            if let Some(id) = id
+                && !known.contains(&id)
+            {
+                tracing::info!(instance = %id, "removing the folder of an instance that is not here any more");
+                if let Err(error) = fs::remove_dir_all(entry.path()) {
+                    tracing::warn!(%error, "failed to remove it");
+                }
+            }
+        }
+    }
+}

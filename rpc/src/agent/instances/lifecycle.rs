@@ -1,0 +1,332 @@
+//! What users do with an instance: run, start, pause, resume, reboot, stop, delete.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ferry_proto::agent::v1::{InstanceInfo, InstanceSpec};
+use ferry_proto::vmm::v1::order::Order as Command;
+use ferry_proto::vmm::v1::{self as wire};
+use uuid::Uuid;
+
+use super::instance::{Agent, Instance, InstanceState};
+use super::spec;
+use crate::agent::failure::Failure;
+use crate::agent::journal::{InstanceRow, Status};
+use crate::agent::vmm_client::Vmm;
+use crate::agent::{images, spawn};
+
+impl Agent {
+    /// Makes an instance and starts it.
+    ///
+    /// # Errors
+    /// Nothing of it is left then.
+    pub(crate) async fn run_instance(self: &Arc<Self>, mut spec: InstanceSpec) -> Result<InstanceInfo, Failure> {
+        spec::check(&spec)?;
+        self.check_name_free(&spec.name).await?;
+        let id = Uuid::new_v4();
+        let folder = self.make_folder(id)?;
+        let imported = self.import_images(&mut spec, &folder);
+        if let Err(failure) = imported {
+            self.remove_folder(id);
+            return Err(failure);
+        }
+        let row = InstanceRow {
+            id,
+            status: Status::Stopped,
+            epoch: 0,
+            known_epoch: 0,
+            spec,
+            migration: None,
+            reason: None,
+            boot_id: self.boot_id.clone(),
+        };
+        if let Err(failure) = self.save(&row).await {
+            self.remove_folder(id);
+            return Err(failure);
+        }
+        let instance = self.instances.add(row);
+        let mut state = instance.state.lock().await;
+        if let Err(failure) = self.start(&instance, &mut state).await {
+            self.forget(&mut state).await;
+            return Err(failure);
+        }
+        Ok(state.info(self.host()))
+    }
+
+    async fn check_name_free(&self, name: &str) -> Result<(), Failure> {
+        match self.instances.find(name).await {
+            None => Ok(()),
+            Some(_) => Err(Failure::Refused(format!(
+                "an instance named {name:?} is on host {}",
+                self.host()
+            ))),
+        }
+    }
+
+    fn import_images(&self, spec: &mut InstanceSpec, folder: &Path) -> Result<(), Failure> {
+        for (what, path) in [("kernel", &mut spec.kernel), ("initrd", &mut spec.initrd)] {
+            if path.is_empty() && what == "initrd" {
+                continue;
+            }
+            if self.config.is_exposed() {
+                images::check_place(Path::new(path.as_str()), &self.config.image_dirs)?;
+            }
+            *path = images::import(what, Path::new(path.as_str()), folder)?;
+        }
+        Ok(())
+    }
+
+    /// Starts an instance that is stopped or crashed.
+    pub(crate) async fn start_instance(self: &Arc<Self>, name: &str) -> Result<InstanceInfo, Failure> {
+        let instance = self.instance(name).await?;
+        let mut state = instance.state.lock().await;
+        state.check_idle("start")?;
+        if !matches!(state.row.status, Status::Stopped | Status::Crashed) {
+            return Err(Failure::Refused(format!("instance {name} is {}", state.row.status)));
+        }
+        self.start(&instance, &mut state).await?;
+        Ok(state.info(self.host()))
+    }
+
+    /// A VMM, a machine, and a permit of an epoch that was journalled before and never used.
+    async fn start(self: &Arc<Self>, instance: &Arc<Instance>, state: &mut InstanceState) -> Result<(), Failure> {
+        let (vmm, events) = self.spawn_vmm(instance.id).await?;
+        self.attach(instance, state, vmm.clone(), events);
+        let started = self.build_and_permit(state, &vmm).await;
+        if started.is_err() {
+            state.vmm = None;
+            if let Err(error) = vmm.kill().await {
+                tracing::error!(instance = %instance.id, %error, "the VMM does not die");
+            }
+            spawn::remove_cgroup(&instance.id.to_string());
+        }
+        started
+    }
+
+    async fn build_and_permit(&self, state: &mut InstanceState, vmm: &Vmm) -> Result<(), Failure> {
+        let build = wire::Build {
+            spec: Some(state.machine_spec()),
+            incoming: false,
+            started_mark: String::new(),
+        };
+        vmm.order(Command::Build(build))
+            .await
+            .map_err(Failure::vmm("failed to build the machine"))?;
+        let before = state.row.clone();
+        let epoch = state.row.known_epoch + 1;
+        state.row.epoch = epoch;
+        state.row.known_epoch = epoch;
+        state.row.status = Status::Running;
+        state.row.reason = None;
+        state.row.boot_id.clone_from(&self.boot_id);
+        if let Err(failure) = self.save(&state.row).await {
+            state.row = before;
+            return Err(failure);
+        }
+        let permit = wire::Permit {
+            instance: state.row.id.to_string(),
+            epoch,
+            paused: false,
+        };
+        if let Err(error) = vmm.order(Command::Permit(permit)).await {
+            state.row.status = Status::Stopped;
+            state.row.reason = Some(error.to_string());
+            self.save(&state.row).await?;
+            return Err(Failure::vmm("failed to start the guest")(error));
+        }
+        Ok(())
+    }
+
+    /// Starts a VMM process for an instance and greets it.
+    pub(crate) async fn spawn_vmm(
+        &self,
+        id: Uuid,
+    ) -> Result<(Vmm, tokio::sync::mpsc::UnboundedReceiver<wire::report::Report>), Failure> {
+        let folder = self.folder(id);
+        let socket = folder.join(spawn::SOCKET);
+        let spawned = tokio::task::spawn_blocking(move || spawn::vmm(&folder, &id.to_string())).await;
+        let process = spawned
+            .map_err(std::io::Error::other)
+            .and_then(|result| result)
+            .map_err(Failure::host("failed to start a VMM process"))?;
+        let (vmm, _standing, events) = Vmm::connect(&socket, Some(process))
+            .await
+            .map_err(Failure::vmm("failed to reach the new VMM"))?;
+        Ok((vmm, events))
+    }
+
+    /// The user's pause.
+    pub(crate) async fn pause_instance(&self, name: &str) -> Result<InstanceInfo, Failure> {
+        let instance = self.instance(name).await?;
+        let mut state = instance.state.lock().await;
+        state.check_idle("pause")?;
+        self.expect_status(&state, Status::Running)?;
+        let epoch = state.row.epoch;
+        let pause = Command::Pause(wire::Pause { epoch });
+        state
+            .vmm()?
+            .order(pause)
+            .await
+            .map_err(Failure::vmm("failed to pause the guest"))?;
+        state.row.status = Status::Paused;
+        self.save(&state.row).await?;
+        Ok(state.info(self.host()))
+    }
+
+    /// The user's resume.
+    pub(crate) async fn resume_instance(&self, name: &str) -> Result<InstanceInfo, Failure> {
+        let instance = self.instance(name).await?;
+        let mut state = instance.state.lock().await;
+        state.check_idle("resume")?;
+        self.expect_status(&state, Status::Paused)?;
+        let epoch = state.row.epoch;
+        let resume = Command::Resume(wire::Resume { epoch });
+        state
+            .vmm()?
+            .order(resume)
+            .await
+            .map_err(Failure::vmm("failed to resume the guest"))?;
+        state.row.status = Status::Running;
+        self.save(&state.row).await?;
+        Ok(state.info(self.host()))
+    }
+
+    /// Back to power-on, the kernel loaded again.
+    pub(crate) async fn reboot_instance(&self, name: &str) -> Result<InstanceInfo, Failure> {
+        let instance = self.instance(name).await?;
+        let state = instance.state.lock().await;
+        state.check_idle("reboot")?;
+        self.expect_status(&state, Status::Running)?;
+        let reboot = Command::Reboot(wire::Reboot {});
+        state
+            .vmm()?
+            .order(reboot)
+            .await
+            .map_err(Failure::vmm("failed to reboot the guest"))?;
+        Ok(state.info(self.host()))
+    }
+
+    /// Stops an instance. Guests have no power button yet, so only `force` does; it aborts a migration before GO, and after
+    /// GO it waits for the decision.
+    pub(crate) async fn stop_instance(
+        &self,
+        name: &str,
+        force: bool,
+        patience: Duration,
+    ) -> Result<InstanceInfo, Failure> {
+        let instance = self.instance(name).await?;
+        if !force {
+            let state = instance.state.lock().await;
+            state.check_idle("stop")?;
+            if matches!(state.row.status, Status::Stopped | Status::Crashed) {
+                return Ok(state.info(self.host()));
+            }
+            return Err(Failure::Refused(format!(
+                "instance {name} has no power button that would ask its guest to stop: --force pulls the plug"
+            )));
+        }
+        self.end_migration(&instance, patience).await?;
+        let mut state = instance.state.lock().await;
+        match state.row.status {
+            Status::Stopped | Status::Crashed => {}
+            Status::Indeterminate | Status::Incoming => {
+                return Err(Failure::Refused(format!("instance {name} is {}", state.row.status)));
+            }
+            Status::Running | Status::Paused => {
+                self.end(&mut state, Status::Stopped, "stopped by its user".to_owned())
+                    .await;
+            }
+        }
+        Ok(state.info(self.host()))
+    }
+
+    /// Removes an instance and all that belongs to it.
+    pub(crate) async fn delete_instance(&self, name: &str, force: bool) -> Result<Uuid, Failure> {
+        let instance = self.instance(name).await?;
+        if force {
+            self.end_migration(&instance, Duration::from_secs(60)).await?;
+        }
+        let mut state = instance.state.lock().await;
+        state.check_idle("be deleted")?;
+        match state.row.status {
+            Status::Stopped | Status::Crashed => {}
+            Status::Indeterminate | Status::Incoming => {
+                return Err(Failure::Refused(format!("instance {name} is {}", state.row.status)));
+            }
+            status if !force => {
+                return Err(Failure::Refused(format!(
+                    "instance {name} is {status}: stop it first, or add --force to delete it as it is"
+                )));
+            }
+            _ => {
+                self.end(&mut state, Status::Stopped, "stopped by its user".to_owned())
+                    .await
+            }
+        }
+        self.forget(&mut state).await;
+        Ok(instance.id)
+    }
+
+    /// Aborts the migration of an instance, or waits until it is decided.
+    async fn end_migration(&self, instance: &Arc<Instance>, patience: Duration) -> Result<(), Failure> {
+        let Some(migration) = instance.state.lock().await.migrating else {
+            return Ok(());
+        };
+        if let Some(outgoing) = self.outgoing.find(migration) {
+            outgoing.abort("the instance's user ends it");
+            if tokio::time::timeout(patience, outgoing.over()).await.is_err() {
+                return Err(Failure::Unavailable(format!(
+                    "migration {migration} is not decided yet"
+                )));
+            }
+        }
+        // It may have gone meanwhile: then it is not this host's to stop.
+        if self.instances.by_id(instance.id).is_none() {
+            let what = format!("instance {}", instance.id);
+            return Err(Failure::NotFound { what, moved_to: None });
+        }
+        Ok(())
+    }
+
+    /// Removes row, folder and entry of an instance that has no process.
+    pub(crate) async fn forget(&self, state: &mut InstanceState) {
+        let id = state.row.id;
+        if let Err(error) = self
+            .journal
+            .write(move |transaction| InstanceRow::delete(transaction, id))
+            .await
+        {
+            tracing::error!(instance = %id, %error, "failed to remove an instance from the journal");
+            return;
+        }
+        self.instances.remove(id);
+        self.remove_folder(id);
+    }
+
+    fn expect_status(&self, state: &InstanceState, wanted: Status) -> Result<(), Failure> {
+        if state.row.status == wanted {
+            Ok(())
+        } else {
+            Err(Failure::Refused(format!(
+                "instance {} is {}, not {wanted}",
+                state.row.spec.name, state.row.status
+            )))
+        }
+    }
+}
+
+/// Checks an instance that wants to move in, as if it were to be run.
+///
+/// # Errors
+/// This host cannot have it.
+pub(crate) async fn check_incoming(agent: &Agent, id: Uuid, spec: &InstanceSpec) -> Result<(), Failure> {
+    spec::check(spec)?;
+    if agent.instances.by_id(id).is_some() {
+        return Err(Failure::Refused(format!(
+            "instance {id} is on host {} already",
+            agent.host()
+        )));
+    }
+    agent.check_name_free(&spec.name).await
+}

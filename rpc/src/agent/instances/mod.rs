@@ -1,0 +1,9 @@
+//! The instances of this host: one owner of each one's row, VMM and task.
+
+mod instance;
+mod lifecycle;
+mod spec;
+mod watch;
+
+pub(crate) use instance::{Agent, Instance, InstanceState, VmmNews};
+pub(crate) use lifecycle::check_incoming;

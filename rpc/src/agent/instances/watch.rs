@@ -1,0 +1,122 @@
+//! Looking after a VMM: its events, and its end.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ferry_proto::vmm::v1::GuestEnded;
+use ferry_proto::vmm::v1::report::Report as Body;
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use super::instance::{Agent, Instance, InstanceState, VmmNews};
+use crate::agent::journal::Status;
+use crate::agent::spawn;
+use crate::agent::vmm_client::Vmm;
+
+impl Agent {
+    /// Makes `vmm` the instance's and looks after it until it is gone.
+    pub(crate) fn attach(
+        self: &Arc<Self>,
+        instance: &Arc<Instance>,
+        state: &mut InstanceState,
+        vmm: Vmm,
+        events: UnboundedReceiver<Body>,
+    ) {
+        state.vmm = Some(vmm.clone());
+        tokio::spawn(Arc::clone(self).look_after(Arc::clone(instance), vmm, events));
+    }
+
+    async fn look_after(self: Arc<Self>, instance: Arc<Instance>, mut vmm: Vmm, mut events: UnboundedReceiver<Body>) {
+        loop {
+            while let Some(event) = events.recv().await {
+                self.news(&instance, &vmm, VmmNews::Event(Box::new(event))).await;
+            }
+            if is_dead_soon(&vmm).await {
+                self.news(&instance, &vmm, VmmNews::Gone).await;
+                return;
+            }
+            // The process lives and the connection does not: a full socket, or a broken message. Connect anew.
+            let socket = self.folder(instance.id).join(spawn::SOCKET);
+            match Vmm::connect(&socket, None).await {
+                Ok((again, _standing, new_events)) => {
+                    tracing::warn!(instance = %instance.id, "the connection to the VMM broke and was made again");
+                    instance.state.lock().await.vmm = Some(again.clone());
+                    (vmm, events) = (again, new_events);
+                }
+                Err(error) => {
+                    tracing::info!(instance = %instance.id, %error, "the VMM cannot be reached, trying again");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            }
+        }
+    }
+
+    /// To the migration that has the VMM, else to the instance itself. Nobody asks for news of a VMM that was ended on purpose.
+    async fn news(self: &Arc<Self>, instance: &Arc<Instance>, vmm: &Vmm, news: VmmNews) {
+        let mut state = instance.state.lock().await;
+        if !state.vmm.as_ref().is_some_and(|current| current.is_same(vmm)) {
+            return;
+        }
+        let news = match &state.news {
+            Some(migration) => match migration.send(news) {
+                Ok(()) => return,
+                Err(unsent) => unsent.0,
+            },
+            None => news,
+        };
+        match news {
+            VmmNews::Event(event) => {
+                if let Body::GuestEnded(ended) = *event {
+                    self.guest_ended(&mut state, &ended).await;
+                }
+            }
+            VmmNews::Gone => self.vmm_died(&mut state).await,
+        }
+    }
+
+    /// The guest ended by itself: a power-off stops the instance, anything else crashed it.
+    pub(crate) async fn guest_ended(&self, state: &mut InstanceState, ended: &GuestEnded) {
+        let (status, reason) = match ended.how.as_str() {
+            "powered-off" => (Status::Stopped, "the guest powered off".to_owned()),
+            how if ended.reason.is_empty() => (Status::Crashed, format!("the guest {how}")),
+            how => (Status::Crashed, format!("{how}: {}", ended.reason)),
+        };
+        tracing::info!(instance = %state.row.id, %status, reason, "the guest ended");
+        self.end(state, status, reason).await;
+    }
+
+    /// The VMM died, and the guest with it.
+    pub(crate) async fn vmm_died(&self, state: &mut InstanceState) {
+        if matches!(state.row.status, Status::Stopped | Status::Crashed) {
+            state.vmm = None;
+            return;
+        }
+        tracing::info!(instance = %state.row.id, "the VMM died");
+        self.end(state, Status::Crashed, "the VMM died".to_owned()).await;
+    }
+
+    /// Ends the VMM and writes what became of the instance.
+    pub(crate) async fn end(&self, state: &mut InstanceState, status: Status, reason: String) {
+        state.row.status = status;
+        state.row.reason = Some(reason);
+        if let Err(error) = self.save(&state.row).await {
+            tracing::error!(instance = %state.row.id, error = error.chain(), "failed to journal how the instance ended");
+        }
+        if let Some(vmm) = state.vmm.take()
+            && let Err(error) = vmm.kill().await
+        {
+            tracing::error!(instance = %state.row.id, %error, "the VMM does not die");
+        }
+        spawn::remove_cgroup(&state.row.id.to_string());
+    }
+}
+
+/// Whether the process is dead, or dies within a moment: its socket closes a little earlier.
+async fn is_dead_soon(vmm: &Vmm) -> bool {
+    for _ in 0..50 {
+        if vmm.is_dead() {
+            return true;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    false
+}

@@ -1,0 +1,123 @@
+//! The migrations in which this host takes or took part.
+
+use ferry_proto::agent::v1::{MigrationInfo, MigrationOptions};
+use rusqlite::{Connection, OptionalExtension, Row, Transaction};
+use uuid::Uuid;
+
+use super::instances::{bad_text, uuid};
+
+/// This host's part in a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    Source,
+    Destination,
+}
+
+impl Role {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+        }
+    }
+}
+
+/// One row of `migrations`.
+#[derive(Clone, Debug)]
+pub(crate) struct MigrationRow {
+    pub(crate) id: Uuid,
+    pub(crate) instance: Uuid,
+    pub(crate) role: Role,
+    pub(crate) peer: String,
+    pub(crate) epoch: u64,
+    pub(crate) over: bool,
+    pub(crate) armed: u32,
+    pub(crate) said: Option<String>,
+    pub(crate) resumed: Option<u64>,
+    pub(crate) user_paused: bool,
+    pub(crate) options: MigrationOptions,
+    pub(crate) info: MigrationInfo,
+    pub(crate) began: i64,
+}
+
+const COLUMNS: &str = "id,instance,role,peer,epoch,over,armed,said,resumed,user_paused,options,info,began";
+
+impl MigrationRow {
+    /// Writes the row, new or changed.
+    pub(crate) fn save(&self, transaction: &Transaction<'_>) -> rusqlite::Result<()> {
+        let json = |error: serde_json::Error| rusqlite::Error::ToSqlConversionFailure(error.into());
+        transaction
+            .execute(
+                &format!(
+                    "INSERT OR REPLACE INTO migrations({COLUMNS}) VALUES(?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13)"
+                ),
+                (
+                    self.id.to_string(),
+                    self.instance.to_string(),
+                    self.role.as_str(),
+                    &self.peer,
+                    self.epoch,
+                    self.over,
+                    self.armed,
+                    &self.said,
+                    self.resumed,
+                    self.user_paused,
+                    serde_json::to_string(&self.options).map_err(json)?,
+                    serde_json::to_string(&self.info).map_err(json)?,
+                    self.began,
+                ),
+            )
+            .map(drop)
+    }
+
+    /// The migration with this id.
+    pub(crate) fn find(connection: &Connection, id: Uuid) -> rusqlite::Result<Option<Self>> {
+        connection
+            .query_row(
+                &format!("SELECT {COLUMNS} FROM migrations WHERE id=?1"),
+                [id.to_string()],
+                Self::from_row,
+            )
+            .optional()
+    }
+
+    /// All migrations, the newest last.
+    pub(crate) fn all(connection: &Connection) -> rusqlite::Result<Vec<Self>> {
+        connection
+            .prepare(&format!("SELECT {COLUMNS} FROM migrations ORDER BY began, id"))?
+            .query_map((), Self::from_row)?
+            .collect()
+    }
+
+    /// The migrations that are not over.
+    pub(crate) fn unfinished(connection: &Connection) -> rusqlite::Result<Vec<Self>> {
+        connection
+            .prepare(&format!(
+                "SELECT {COLUMNS} FROM migrations WHERE over=0 ORDER BY began, id"
+            ))?
+            .query_map((), Self::from_row)?
+            .collect()
+    }
+
+    fn from_row(row: &Row<'_>) -> rusqlite::Result<Self> {
+        let role: String = row.get(2)?;
+        Ok(Self {
+            id: uuid(&row.get::<_, String>(0)?, 0)?,
+            instance: uuid(&row.get::<_, String>(1)?, 1)?,
+            role: [Role::Source, Role::Destination]
+                .into_iter()
+                .find(|known| known.as_str() == role)
+                .ok_or_else(|| bad_text(2, format!("role {role:?}")))?,
+            peer: row.get(3)?,
+            epoch: row.get(4)?,
+            over: row.get(5)?,
+            armed: row.get(6)?,
+            said: row.get(7)?,
+            resumed: row.get(8)?,
+            user_paused: row.get(9)?,
+            options: serde_json::from_str(&row.get::<_, String>(10)?).map_err(|error| bad_text(10, error))?,
+            info: serde_json::from_str(&row.get::<_, String>(11)?).map_err(|error| bad_text(11, error))?,
+            began: row.get(12)?,
+        })
+    }
+}

@@ -1,0 +1,202 @@
+//! The thread that owns the database.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::Duration;
+
+use rusqlite::{Connection, Transaction};
+use tokio::sync::oneshot;
+
+use super::schema;
+
+/// Why the journal did not take a write, or could not be read.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum JournalError {
+    /// SQLite's error: a full disk, a damaged file.
+    #[error("the journal {path} failed")]
+    Database {
+        /// The journal's file.
+        path: PathBuf,
+        /// What SQLite says.
+        #[source]
+        source: rusqlite::Error,
+    },
+    /// The writer thread is gone.
+    #[error("the journal's writer ended")]
+    Ended,
+}
+
+type Job = Box<dyn FnOnce(&mut Connection) + Send>;
+
+/// A handle on the journal; clones share it.
+#[derive(Clone)]
+pub(crate) struct Journal {
+    jobs: Sender<Job>,
+    path: Arc<Path>,
+    switchovers: Arc<AtomicUsize>,
+}
+
+/// While one of these lives, the WAL is not checkpointed.
+pub(crate) struct Switchover(Arc<AtomicUsize>);
+
+impl Drop for Switchover {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// How long the journal is idle before its WAL is moved into the database.
+const IDLE: Duration = Duration::from_secs(1);
+
+impl Journal {
+    /// Opens the journal, creating it where there is none.
+    ///
+    /// # Errors
+    /// The file cannot be opened or written, or is a newer agent's.
+    pub(crate) fn open(path: &Path) -> Result<Self, JournalError> {
+        let failed = |source| JournalError::Database {
+            path: path.to_owned(),
+            source,
+        };
+        let connection = Connection::open(path).map_err(failed)?;
+        schema::open(&connection).map_err(failed)?;
+        let (jobs, receiver) = mpsc::channel();
+        let switchovers = Arc::new(AtomicUsize::new(0));
+        let busy = Arc::clone(&switchovers);
+        thread::Builder::new()
+            .name("journal".to_owned())
+            .spawn(move || write(connection, &receiver, &busy))
+            .map_err(|_| JournalError::Ended)?;
+        Ok(Self {
+            jobs,
+            path: path.into(),
+            switchovers,
+        })
+    }
+
+    /// Runs `work` in a transaction of its own; when this returns, it is durable.
+    ///
+    /// # Errors
+    /// Nothing of it is in the journal, or it cannot be told whether it is.
+    pub(crate) async fn write<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, JournalError> {
+        self.run(move |connection| {
+            let transaction = connection.transaction()?;
+            let result = work(&transaction)?;
+            transaction.commit()?;
+            Ok(result)
+        })
+        .await
+    }
+
+    /// Runs `work` on what is in the journal.
+    ///
+    /// # Errors
+    /// The journal cannot be read.
+    pub(crate) async fn read<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, JournalError> {
+        self.run(move |connection| work(connection)).await
+    }
+
+    /// Says that a switchover is between ARM and CONFIRM, until the value is dropped.
+    pub(crate) fn switchover(&self) -> Switchover {
+        self.switchovers.fetch_add(1, Ordering::Relaxed);
+        Switchover(Arc::clone(&self.switchovers))
+    }
+
+    async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, JournalError> {
+        let (reply, answer) = oneshot::channel();
+        let job: Job = Box::new(move |connection| {
+            // Whoever asked may have given up waiting.
+            let _ = reply.send(work(connection));
+        });
+        self.jobs.send(job).map_err(|_| JournalError::Ended)?;
+        let result = answer.await.map_err(|_| JournalError::Ended)?;
+        result.map_err(|source| JournalError::Database {
+            path: self.path.to_path_buf(),
+            source,
+        })
+    }
+}
+
+fn write(mut connection: Connection, jobs: &Receiver<Job>, switchovers: &AtomicUsize) {
+    let mut written = false;
+    loop {
+        match jobs.recv_timeout(IDLE) {
+            Ok(job) => {
+                job(&mut connection);
+                written = true;
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                if written && switchovers.load(Ordering::Relaxed) == 0 {
+                    written = false;
+                    if let Err(error) = schema::checkpoint(&connection) {
+                        tracing::info!(%error, "the journal's WAL grows: it could not be checkpointed");
+                    }
+                }
+            }
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_was_written_is_there_when_it_is_opened_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal.db");
+        let journal = Journal::open(&path).unwrap();
+        journal
+            .write(|t| t.execute("INSERT INTO meta VALUES('k','v')", ()))
+            .await
+            .unwrap();
+        let again = Journal::open(&path).unwrap();
+        let value: String = again
+            .read(|c| c.query_row("SELECT value FROM meta WHERE key='k'", (), |row| row.get(0)))
+            .await
+            .unwrap();
+        assert_eq!(value, "v");
+    }
+
+    #[tokio::test]
+    async fn a_failed_write_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = Journal::open(&folder.path().join("journal.db")).unwrap();
+        let failed = journal
+            .write(|t| {
+                t.execute("INSERT INTO meta VALUES('k','v')", ())?;
+                t.execute("INSERT INTO nowhere VALUES(1)", ())
+            })
+            .await;
+        assert!(failed.is_err());
+        let rows: i64 = journal
+            .read(|c| c.query_row("SELECT count(*) FROM meta", (), |r| r.get(0)))
+            .await
+            .unwrap();
+        assert_eq!(rows, 0);
+    }
+
+    #[test]
+    fn a_newer_schema_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal.db");
+        Connection::open(&path)
+            .unwrap()
+            .pragma_update(None, "user_version", 99)
+            .unwrap();
+        assert!(Journal::open(&path).is_err());
+    }
+}

@@ -1,0 +1,35 @@
+//! `ferry agent`: the daemon of one host.
+//!
+//! It owns the host's instances, the journal and every decision; it never touches guest memory and never waits for a vCPU.
+//!
+//! | module | is |
+//! | --- | --- |
+//! | [`serve`](serve()), `recovery` | start, and what is found again after a restart |
+//! | `instances`, `images`, `console` | what users do with instances |
+//! | `outgoing` | one task per migration out of here: a script, then the switchover by `handover::SourceAgent` |
+//! | `incoming`, `data_port` | one task per migration into here: `handover::DestinationAgent` |
+//! | `peers` | other agents |
+//! | `compute`, `conductor` | the gRPC services: convert, call, map the error |
+//! | `journal`, `spawn`, `vmm_client` | SQLite, VMM processes, their sockets |
+
+mod compute;
+mod conductor;
+mod config;
+mod console;
+mod data_port;
+mod failure;
+mod host;
+mod images;
+mod incoming;
+mod instances;
+mod journal;
+mod outgoing;
+mod peers;
+mod recovery;
+mod serve;
+mod spawn;
+mod vmm_client;
+
+pub use config::AgentConfig;
+pub use serve::serve;
+pub use spawn::cgroup_root;

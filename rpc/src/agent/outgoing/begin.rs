@@ -1,0 +1,248 @@
+//! The cast: a migration is journalled, then its task starts. And what a restarted agent does with one in flight.
+
+use std::sync::Arc;
+
+use ferry_migration::handover::{Epoch, SourceAgent, SourceCopy, SourceEvent};
+use ferry_proto::agent::v1::{LiveMigrationCast, MigrationInfo, MigrationOptions, Receipt};
+use ferry_proto::vmm::v1::report::Report as Body;
+use ferry_proto::vmm::v1::{self as wire};
+use ferry_proto::{InvalidField, required, wire_uuid};
+use tokio::sync::{mpsc, watch};
+use uuid::Uuid;
+
+use super::handle::{MOST_STREAMS, Outgoing, now_ms};
+use super::script::Script;
+use crate::agent::failure::Failure;
+use crate::agent::instances::{Agent, Instance, VmmNews};
+use crate::agent::journal::{MigrationRow, Role, Status};
+use crate::agent::spawn;
+use crate::agent::vmm_client::Vmm;
+use crate::vmm_process::monotonic_ns;
+
+impl Agent {
+    /// Nova's live_migration cast: answered once the journal has it, before the work. The same id twice is one migration.
+    ///
+    /// # Errors
+    /// The instance is not here, cannot migrate now, or the journal does not take it.
+    pub(crate) async fn live_migration(self: &Arc<Self>, cast: LiveMigrationCast) -> Result<Receipt, Failure> {
+        let id = wire_uuid("migration", &cast.migration)?;
+        let receipt = |replay| Receipt {
+            migration: id.to_string(),
+            replay,
+        };
+        if self
+            .journal
+            .read(move |connection| MigrationRow::find(connection, id))
+            .await?
+            .is_some()
+        {
+            return Ok(receipt(true));
+        }
+        let options = check_options(required("options", cast.options)?)?;
+        let instance = self.instance(&cast.instance).await?;
+        let mut state = instance.state.lock().await;
+        state.check_idle("migrate")?;
+        if !matches!(state.row.status, Status::Running | Status::Paused) {
+            return Err(Failure::Refused(format!(
+                "instance {} is {}: only one that is running or paused can migrate",
+                state.row.spec.name, state.row.status
+            )));
+        }
+        self.check_destination(&cast.destination)?;
+
+        let row = MigrationRow {
+            id,
+            instance: instance.id,
+            role: Role::Source,
+            peer: cast.destination.clone(),
+            epoch: state.row.epoch,
+            over: false,
+            armed: 0,
+            said: None,
+            resumed: None,
+            user_paused: state.row.status == Status::Paused,
+            options,
+            info: MigrationInfo {
+                id: id.to_string(),
+                instance: instance.id.to_string(),
+                name: state.row.spec.name.clone(),
+                source: self.host().to_owned(),
+                destination: cast.destination,
+                status: "accepted".to_owned(),
+                mode: "precopy".to_owned(),
+                started: Some(humantime::format_rfc3339_millis(std::time::SystemTime::now()).to_string()),
+                guest_location: Some(self.host().to_owned()),
+                ..MigrationInfo::default()
+            },
+            began: now_ms(),
+        };
+        state.row.migration = Some(id);
+        let (saved, saved_instance) = (row.clone(), state.row.clone());
+        self.journal
+            .write(move |transaction| {
+                saved.save(transaction)?;
+                saved_instance.save(transaction)
+            })
+            .await?;
+        state.migrating = Some(id);
+        drop(state);
+        tracing::info!(migration = %id, instance = %instance.id, destination = row.peer, "migration accepted");
+        let script = Script::new(self, row, instance, Some(monotonic_ns()));
+        tokio::spawn(script.run());
+        Ok(receipt(false))
+    }
+
+    /// The destination is named, known, and another host.
+    ///
+    /// # Errors
+    /// It is not.
+    pub(crate) fn check_destination(&self, destination: &str) -> Result<(), Failure> {
+        if destination == self.host() {
+            return Err(Failure::Refused(format!(
+                "the instance is on host {destination} already"
+            )));
+        }
+        self.peers.named(destination).map(drop)
+    }
+}
+
+fn check_options(options: MigrationOptions) -> Result<MigrationOptions, InvalidField> {
+    let invalid = |field, problem: String| Err(InvalidField { field, problem });
+    if options.streams > u32::from(MOST_STREAMS) {
+        return invalid("options.streams", format!("{} is over {MOST_STREAMS}", options.streams));
+    }
+    if options.max_downtime_us == 0 || options.max_downtime_us > 60_000_000 {
+        return invalid(
+            "options.max_downtime_us",
+            "is not between 1 and 60 seconds' worth".to_owned(),
+        );
+    }
+    if options.timeout_ms == 0 {
+        return invalid("options.timeout_ms", "is zero".to_owned());
+    }
+    Ok(options)
+}
+
+impl Script {
+    /// The state of a migration's task, with its handle entered.
+    pub(super) fn new(
+        agent: &Arc<Agent>,
+        row: MigrationRow,
+        instance: Arc<Instance>,
+        accepted_ns: Option<u64>,
+    ) -> Self {
+        let (peer_sender, peer_news) = mpsc::unbounded_channel();
+        let (abort, _) = watch::channel(None);
+        let outgoing = Arc::new(Outgoing {
+            id: row.id,
+            destination: row.peer.clone(),
+            info: watch::channel(row.info.clone()).0,
+            abort,
+            news: peer_sender,
+            over: watch::channel(false).0,
+        });
+        agent.outgoing.add(Arc::clone(&outgoing));
+        Self::with_parts(Arc::clone(agent), outgoing, instance, row, peer_news, accepted_ns)
+    }
+}
+
+/// Goes on with an outgoing migration after a restart of the agent. The instance is marked as migrating before this returns.
+pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc<Instance>) {
+    let epoch = Epoch(row.epoch);
+    let (armed, resumed) = (row.armed, row.resumed);
+    let mut script = Script::new(agent, row, Arc::clone(&instance), None);
+    let (news_sender, news) = mpsc::unbounded_channel();
+
+    let mut state = instance.state.lock().await;
+    state.migrating = Some(script.id());
+    state.news = Some(news_sender.clone());
+    let found = Vmm::connect(&agent.folder(instance.id).join(spawn::SOCKET), None).await;
+    let standing = match found {
+        Ok((vmm, standing, events)) => {
+            agent.attach(&instance, &mut state, vmm, events);
+            Some(standing)
+        }
+        Err(error) => {
+            tracing::info!(%error, instance = %instance.id, "the VMM of a migrating instance is gone");
+            None
+        }
+    };
+    drop(state);
+
+    let copy = if standing.is_some() {
+        SourceCopy::Held
+    } else {
+        SourceCopy::Gone
+    };
+    let (core, effects) = match resumed.filter(|_| standing.is_some()) {
+        Some(resumed) => SourceAgent::recover_resuming(epoch, armed, Epoch(resumed)),
+        None => SourceAgent::recover(epoch, armed, copy),
+    };
+    if let Some(standing) = standing {
+        make_up(&news_sender, standing);
+    }
+    script.news = Some(news);
+    tokio::spawn(script.resume(core, effects));
+}
+
+/// What the VMM said while no agent listened, said again.
+fn make_up(news: &mpsc::UnboundedSender<VmmNews>, standing: wire::Standing) {
+    let say = |body| {
+        let _ = news.send(VmmNews::Event(Box::new(body)));
+    };
+    if let Some(progress) = standing.progress {
+        say(Body::Progress(progress));
+    }
+    if let Some(go) = standing.last_go {
+        say(Body::GoSent(go));
+    } else if let Some(ended) = standing.send_ended {
+        say(Body::SendEnded(ended));
+    } else if standing.converged_attempt > 0 {
+        say(Body::Converged(wire::Converged {
+            attempt: standing.converged_attempt,
+            predicted_ms: 0.0,
+        }));
+    } else if matches!(standing.machine.as_str(), "running" | "paused") {
+        say(Body::SendEnded(wire::SendEnded {
+            reason: "the agent restarted before the guest was being sent".to_owned(),
+            kind: "cancelled".to_owned(),
+            ..wire::SendEnded::default()
+        }));
+    }
+    if let Some(ended) = standing.ended {
+        say(Body::GuestEnded(ended));
+    }
+}
+
+/// What a reported end of the copy means to the core.
+pub(super) fn ended(ended: &wire::SendEnded) -> SourceEvent {
+    if ended.guest.is_some() {
+        SourceEvent::GuestEnded
+    } else {
+        SourceEvent::CopyEnded
+    }
+}
+
+/// The migration's id of an order.
+pub(super) fn call_off(row: &MigrationRow, attempt: u32, end: bool, reason: &str) -> wire::CallOff {
+    wire::CallOff {
+        attempt: Some(attempt_of(row, attempt)),
+        end,
+        reason: reason.to_owned(),
+    }
+}
+
+/// The tuple (vm, M, n, e) of an attempt.
+pub(super) fn attempt_of(row: &MigrationRow, attempt: u32) -> wire::Attempt {
+    wire::Attempt {
+        instance: row.instance.to_string(),
+        migration: row.id.to_string(),
+        attempt,
+        epoch: row.epoch,
+    }
+}
+
+/// The id of a request: a UUID that the caller chose, or a new one.
+pub(crate) fn request_id(text: &str) -> Uuid {
+    Uuid::parse_str(text).unwrap_or_else(|_| Uuid::new_v4())
+}

@@ -1,0 +1,138 @@
+//! What becomes of the instance and of the record when a migration out of here is over.
+
+use std::time::{Duration, SystemTime};
+
+use ferry_migration::handover::Ending;
+
+use super::script::{Script, Stop};
+use crate::agent::failure::Failure;
+use crate::agent::journal::{InstanceRow, Status};
+
+/// How long the VMM may take to give the machine back after it answered CANCELLED.
+const WIND_UP: Duration = Duration::from_secs(5);
+
+impl Script {
+    /// The guest is the destination's: the copy is killed and removed. D was journalled before.
+    pub(super) async fn destroy_copy(&mut self) -> Result<(), Failure> {
+        let mut state = self.instance.state.lock().await;
+        if let Some(vmm) = state.vmm.take() {
+            vmm.kill()
+                .await
+                .map_err(Failure::host("failed to end the VMM of a guest that has moved"))?;
+        }
+        let (row, host, migration) = (state.row.clone(), self.row.peer.clone(), self.row.id);
+        self.agent
+            .journal
+            .write(move |transaction| InstanceRow::depart(transaction, &row, &host, migration))
+            .await?;
+        self.agent.instances.remove(self.row.instance);
+        self.agent.remove_folder(self.row.instance);
+        Ok(())
+    }
+
+    /// The last lines of the script.
+    pub(super) async fn finish(mut self, ending: Ending) {
+        match ending {
+            Ending::Arrived => self.arrived(),
+            Ending::Stayed => self.stayed().await,
+            Ending::Crashed => self.crashed().await,
+            Ending::GuestStopped => self.guest_stopped().await,
+        }
+        self.row.info.ended = Some(humantime::format_rfc3339_millis(SystemTime::now()).to_string());
+        self.row.info.remaining_pages = 0;
+        self.row.over = true;
+        while let Err(failure) = self.save().await {
+            tracing::error!(migration = %self.row.id, error = failure.chain(), "failed to journal a migration's end");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        tracing::info!(
+            migration = %self.row.id,
+            status = self.row.info.status,
+            error = self.row.info.error,
+            "migration is over"
+        );
+        self.outgoing.over.send_replace(true);
+        self.agent.outgoing.remove(self.row.id);
+    }
+
+    fn arrived(&mut self) {
+        self.row.info.status = "completed".to_owned();
+        self.row.info.guest_location = Some(self.row.peer.clone());
+        self.row.info.error = None;
+    }
+
+    /// The guest goes on here. The record says why.
+    async fn stayed(&mut self) {
+        self.wait_for_machine().await;
+        let info = &mut self.row.info;
+        info.guest_location = Some(self.agent.host().to_owned());
+        let (status, error) = match self.stop.take() {
+            Some(Stop::Aborted(reason)) => ("cancelled", reason),
+            Some(Stop::Failed(reason)) => ("failed", reason),
+            None => ("failed", format!("host {} did not take the guest", self.row.peer)),
+        };
+        info.status = status.to_owned();
+        info.error = Some(error);
+        let mut state = self.instance.state.lock().await;
+        state.news = None;
+        state.migrating = None;
+        state.row.status = if self.row.user_paused {
+            Status::Paused
+        } else {
+            Status::Running
+        };
+        if let Err(failure) = self.agent.save(&state.row).await {
+            tracing::error!(error = failure.chain(), "failed to journal that the instance stays");
+        }
+        // It may have died while its news came here.
+        if state.vmm.as_ref().is_none_or(crate::agent::vmm_client::Vmm::is_dead) {
+            self.agent.vmm_died(&mut state).await;
+        } else if let Some(ended) = self.guest_ended.take() {
+            self.agent.guest_ended(&mut state, &ended).await;
+        }
+    }
+
+    /// After CANCELLED the VMM still winds the copy up: the instance is idle only when it has its machine back.
+    async fn wait_for_machine(&mut self) {
+        let deadline = tokio::time::Instant::now() + WIND_UP;
+        loop {
+            let Some(vmm) = self.instance.state.lock().await.vmm.clone() else {
+                return;
+            };
+            let ping = ferry_proto::vmm::v1::order::Order::Ping(ferry_proto::vmm::v1::Ping {});
+            match vmm.order(ping).await {
+                Ok(ferry_proto::vmm::v1::report::Report::Standing(standing)) if standing.machine == "sending" => {}
+                _ => return,
+            }
+            if tokio::time::Instant::now() >= deadline {
+                tracing::warn!(migration = %self.row.id, "the VMM does not wind the migration up");
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    async fn crashed(&mut self) {
+        let reason = "its VMM died during a migration".to_owned();
+        self.row.info.status = "failed".to_owned();
+        self.row.info.error = Some(format!("the guest crashed on host {}: {reason}", self.agent.host()));
+        self.row.info.guest_ended = Some("crashed".to_owned());
+        self.row.info.guest_location = Some(self.agent.host().to_owned());
+        let mut state = self.instance.state.lock().await;
+        state.news = None;
+        state.migrating = None;
+        self.agent.end(&mut state, Status::Crashed, reason).await;
+    }
+
+    async fn guest_stopped(&mut self) {
+        self.row.info.status = "failed".to_owned();
+        self.row.info.error = Some("guest stopped".to_owned());
+        self.row.info.guest_location = Some(self.agent.host().to_owned());
+        let ended = self.guest_ended.take().unwrap_or_default();
+        self.row.info.guest_ended = Some(ended.how.clone());
+        let mut state = self.instance.state.lock().await;
+        state.news = None;
+        state.migrating = None;
+        self.agent.guest_ended(&mut state, &ended).await;
+    }
+}

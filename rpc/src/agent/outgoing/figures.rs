@@ -1,0 +1,63 @@
+//! What was measured, as the migration's record shows it.
+
+use std::time::Duration;
+
+use ferry_migration::handover::Decision;
+use ferry_proto::agent::v1::{DestinationPart, DowntimeMs, Round};
+use ferry_proto::vmm::v1 as wire;
+
+use super::script::Script;
+use crate::vmm_process::ms;
+
+impl Script {
+    /// The VMM's last word on how far it is.
+    pub(super) fn note_progress(&mut self, progress: &wire::Progress) {
+        let info = &mut self.row.info;
+        let round = |round: &wire::Round| Round {
+            pages: round.pages,
+            bytes: round.bytes,
+            ms: round.ms,
+            dirty_pages: round.dirty_pages,
+        };
+        info.rounds = progress.rounds.iter().map(round).collect();
+        info.bytes_sent = progress.bytes_sent;
+        info.zero_pages = progress.zero_pages;
+        info.remaining_pages = progress.remaining_pages;
+        // Never measured is told as 0 by the VMM, and as unknown to users.
+        info.throughput_bytes_per_s = Some(progress.throughput_bytes_per_s).filter(|&measured| measured > 0.0);
+        info.dirty_bytes_per_s = (!progress.rounds.is_empty()).then_some(progress.dirty_bytes_per_s);
+        if !progress.decision.is_empty() {
+            info.decision = Some(progress.decision.clone());
+        }
+    }
+
+    /// The blackout, once both parts are known: A's by A's clock, B's by B's, and half a round trip between them.
+    pub(super) fn note_figures(&mut self, decision: Decision, part: Option<DestinationPart>, heard_ns: u64) {
+        if decision != Decision::Running {
+            return;
+        }
+        let info = &mut self.row.info;
+        if info.total_ms.is_none() {
+            info.total_ms = self.accepted_ns.map(|accepted| between(accepted, heard_ns));
+        }
+        let (Some(go), Some(part)) = (&self.go, part) else {
+            return;
+        };
+        info.downtime_ms = Some(DowntimeMs {
+            total: between(go.pause_began_ns, go.go_ns) + go.round_trip_ms / 2.0 + part.total_ms,
+            upper_bound: between(go.pause_began_ns, heard_ns),
+            pause: go.pause_ms,
+            drain: go.drain_ms,
+            last_pages: go.last_pages_ms,
+            state: go.state_ms + part.load_ms,
+            claim: part.claim_ms,
+            start: part.start_ms,
+        });
+        info.memory_digest = Some(part.memory_digest).filter(|digest| !digest.is_empty());
+        info.state_digest = Some(part.state_digest).filter(|digest| !digest.is_empty());
+    }
+}
+
+fn between(from_ns: u64, to_ns: u64) -> f64 {
+    ms(Duration::from_nanos(to_ns.saturating_sub(from_ns)))
+}

@@ -1,0 +1,90 @@
+//! The handle on an outgoing migration.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use ferry_migration::handover::Decision;
+use ferry_proto::agent::v1::{DestinationPart, MigrationInfo};
+use tokio::sync::{mpsc, watch};
+use uuid::Uuid;
+
+/// The most page streams of one migration.
+pub(crate) const MOST_STREAMS: u16 = 64;
+
+/// The wall clock, milliseconds since 1970.
+pub(crate) fn now_ms() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// What agent B said of its own accord.
+#[derive(Clone, Debug)]
+pub(crate) struct PeerNews {
+    pub(crate) attempt: u32,
+    pub(crate) decision: Decision,
+    pub(crate) part: Option<DestinationPart>,
+    pub(crate) reason: String,
+    /// When it was heard, CLOCK_MONOTONIC in nanoseconds.
+    pub(crate) heard_ns: u64,
+}
+
+/// A handle on one outgoing migration; its task has the rest.
+pub(crate) struct Outgoing {
+    pub(crate) id: Uuid,
+    pub(crate) destination: String,
+    pub(super) info: watch::Sender<MigrationInfo>,
+    pub(super) abort: watch::Sender<Option<String>>,
+    pub(super) news: mpsc::UnboundedSender<PeerNews>,
+    pub(super) over: watch::Sender<bool>,
+}
+
+impl Outgoing {
+    /// Asks the migration to end. Too late once GO was sent.
+    pub(crate) fn abort(&self, reason: &str) {
+        self.abort.send_if_modified(|asked| {
+            let first = asked.is_none();
+            asked.get_or_insert_with(|| reason.to_owned());
+            first
+        });
+    }
+
+    /// Agent B says what D became.
+    pub(crate) fn hear(&self, news: PeerNews) {
+        let _ = self.news.send(news);
+    }
+
+    /// How it stands, and every change of it.
+    pub(crate) fn watch(&self) -> watch::Receiver<MigrationInfo> {
+        self.info.subscribe()
+    }
+
+    /// Waits until it is over.
+    pub(crate) async fn over(&self) {
+        // The handle holds the sender, so this cannot fail before it is true.
+        let _ = self.over.subscribe().wait_for(|&over| over).await;
+    }
+}
+
+/// The outgoing migrations that have a task.
+#[derive(Default)]
+pub(crate) struct OutgoingMigrations(Mutex<HashMap<Uuid, Arc<Outgoing>>>);
+
+impl OutgoingMigrations {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Uuid, Arc<Outgoing>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The one with this id.
+    pub(crate) fn find(&self, id: Uuid) -> Option<Arc<Outgoing>> {
+        self.lock().get(&id).cloned()
+    }
+
+    pub(super) fn add(&self, outgoing: Arc<Outgoing>) {
+        self.lock().insert(outgoing.id, outgoing);
+    }
+
+    pub(super) fn remove(&self, id: Uuid) {
+        self.lock().remove(&id);
+    }
+}

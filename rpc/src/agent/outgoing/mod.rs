@@ -1,0 +1,14 @@
+//! Migrations out of this host: agent A's part.
+//!
+//! Each has one task. [`script`] reads as Nova's `_do_live_migration`: queue, prepare, connect, send; then [`switchover`]
+//! drives `handover::SourceAgent` to the end, which says what has become of the guest, and [`ending`] carries that out.
+
+mod begin;
+mod ending;
+mod figures;
+mod handle;
+mod script;
+mod switchover;
+
+pub(crate) use begin::{recover, request_id};
+pub(crate) use handle::{MOST_STREAMS, OutgoingMigrations, PeerNews, now_ms};

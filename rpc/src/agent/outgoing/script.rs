@@ -1,0 +1,317 @@
+//! One migration out of here, from top to bottom.
+
+use std::future::Future;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ferry_migration::handover::{Ending, Epoch, SourceAgent, SourceEffect};
+use ferry_proto::agent::v1::{HeartbeatRequest, ImageChunk, PreLiveMigrationReply, PreLiveMigrationRequest};
+use ferry_proto::vmm::v1 as wire;
+use ferry_proto::vmm::v1::order::Order as Command;
+use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use uuid::Uuid;
+
+use super::handle::{Outgoing, PeerNews};
+use crate::agent::failure::Failure;
+use crate::agent::instances::{Agent, Instance, VmmNews};
+use crate::agent::journal::MigrationRow;
+use crate::agent::peers::{CALL_TIME, PREPARE_TIME, Peer, PeerError};
+use crate::agent::{data_port, images};
+
+/// How often agent B is asked whether it still takes part.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// After this long without an answer agent B counts as dead or hung.
+const SILENCE: Duration = Duration::from_secs(5);
+/// Images are sent in pieces of this size.
+const PIECE: usize = 1 << 20;
+
+/// Why the migration ended before the guest was being sent, or while it was.
+#[derive(Clone, Debug)]
+pub(super) enum Stop {
+    /// Somebody asked for it.
+    Aborted(String),
+    /// It could not go on.
+    Failed(String),
+}
+
+impl From<Failure> for Stop {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure.chain())
+    }
+}
+
+impl From<PeerError> for Stop {
+    fn from(error: PeerError) -> Self {
+        Self::Failed(error.to_string())
+    }
+}
+
+/// The state of the task.
+pub(super) struct Script {
+    pub(super) agent: Arc<Agent>,
+    pub(super) outgoing: Arc<Outgoing>,
+    pub(super) instance: Arc<Instance>,
+    pub(super) row: MigrationRow,
+    pub(super) aborted: watch::Receiver<Option<String>>,
+    pub(super) peer_news: mpsc::UnboundedReceiver<PeerNews>,
+    pub(super) news: Option<mpsc::UnboundedReceiver<VmmNews>>,
+    /// When the cast was accepted, CLOCK_MONOTONIC; none after a restart of this agent.
+    pub(super) accepted_ns: Option<u64>,
+    pub(super) stop: Option<Stop>,
+    pub(super) go: Option<wire::GoSent>,
+    pub(super) guest_ended: Option<wire::GuestEnded>,
+    /// The place among the migrations that run at the same time.
+    slot: Option<OwnedSemaphorePermit>,
+}
+
+impl Script {
+    pub(super) fn with_parts(
+        agent: Arc<Agent>,
+        outgoing: Arc<Outgoing>,
+        instance: Arc<Instance>,
+        row: MigrationRow,
+        peer_news: mpsc::UnboundedReceiver<PeerNews>,
+        accepted_ns: Option<u64>,
+    ) -> Self {
+        let aborted = outgoing.abort.subscribe();
+        Self {
+            agent,
+            outgoing,
+            instance,
+            row,
+            aborted,
+            peer_news,
+            news: None,
+            accepted_ns,
+            stop: None,
+            go: None,
+            guest_ended: None,
+            slot: None,
+        }
+    }
+
+    pub(super) fn id(&self) -> Uuid {
+        self.row.id
+    }
+
+    /// The whole migration.
+    pub(super) async fn run(mut self) {
+        let ending = match self.until_sending().await {
+            Ok(()) => {
+                let core = SourceAgent::copying(Epoch(self.row.epoch));
+                self.switchover(core, Vec::new()).await
+            }
+            Err(stop) => {
+                tracing::info!(migration = %self.row.id, ?stop, "the migration ends before anything was sent");
+                self.stop = Some(stop);
+                self.roll_back_destination();
+                Ending::Stayed
+            }
+        };
+        self.finish(ending).await;
+    }
+
+    /// The rest of a migration that an earlier run of this agent began.
+    pub(super) async fn resume(mut self, core: SourceAgent, effects: Vec<SourceEffect>) {
+        self.say_status("running").await;
+        let ending = self.switchover(core, effects).await;
+        self.finish(ending).await;
+    }
+
+    /// Queue, prepare, connect, and give the VMM its order. On an error nothing has been sent.
+    async fn until_sending(&mut self) -> Result<(), Stop> {
+        self.say_status("queued").await;
+        let agent = Arc::clone(&self.agent);
+        let slot = self.unless_aborted(Arc::clone(&agent.slots).acquire_owned()).await?;
+        self.slot = Some(slot.map_err(|_| Stop::Failed("the agent is ending".to_owned()))?);
+        self.hold("queued").await?;
+
+        self.say_status("preparing").await;
+        let peer = agent.peers.named(&self.row.peer)?.clone();
+        let prepared = self.unless_aborted(self.pre_live_migration(&peer)).await??;
+        self.hold("preparing").await?;
+
+        let streams = self.streams();
+        let connect = data_port::connect(&prepared.data_address, &prepared.secret, self.row.id, streams);
+        let connections = self.unless_aborted(connect).await?;
+        let failed = || {
+            format!(
+                "failed to connect to the data port {} of host {}",
+                prepared.data_address, peer.host
+            )
+        };
+        let connections = connections.map_err(|source| Failure::Host { what: failed(), source })?;
+
+        self.send(connections).await?;
+        self.row.info.streams = streams.into();
+        self.say_status("running").await;
+        Ok(())
+    }
+
+    /// Nova's pre_live_migration, with the kernel and initrd sent along where they are missing.
+    async fn pre_live_migration(&self, peer: &Peer) -> Result<PreLiveMigrationReply, Stop> {
+        let spec = self.instance.state.lock().await.row.spec.clone();
+        let request = PreLiveMigrationRequest {
+            migration: self.row.id.to_string(),
+            instance: self.row.instance.to_string(),
+            spec: Some(spec),
+            epoch: self.row.epoch,
+            source: self.agent.host().to_owned(),
+            source_url: self.agent.url.clone(),
+            streams: self.streams().into(),
+            verify: self.row.options.verify,
+            user_paused: self.row.user_paused,
+            rpc_version: ferry_proto::RPC_VERSION.to_owned(),
+        };
+        // Another migration may take an image between our sending it and our asking again.
+        for _ in 0..3 {
+            let mut client = peer.compute();
+            let reply = peer
+                .answer(PREPARE_TIME, client.pre_live_migration(request.clone()))
+                .await?;
+            if reply.missing_images.is_empty() {
+                return Ok(reply);
+            }
+            for hash in &reply.missing_images {
+                self.put_image(peer, hash).await?;
+            }
+        }
+        Err(Stop::Failed(format!(
+            "host {} does not keep the instance's images",
+            peer.host
+        )))
+    }
+
+    async fn put_image(&self, peer: &Peer, hash: &str) -> Result<(), Stop> {
+        let path = self.agent.folder(self.row.instance).join(images::file_name(hash));
+        let read = tokio::fs::read(&path).await;
+        let bytes = read.map_err(Failure::host(format!("failed to read the image {}", path.display())))?;
+        let hash = hash.to_owned();
+        let pieces: Vec<_> = bytes
+            .chunks(PIECE)
+            .map(|piece| ImageChunk {
+                hash: hash.clone(),
+                bytes: piece.to_vec(),
+            })
+            .collect();
+        let mut client = peer.compute();
+        peer.answer(PREPARE_TIME, client.put_image(tokio_stream::iter(pieces)))
+            .await?;
+        Ok(())
+    }
+
+    /// The VMM begins to send; its news come to this task from now on.
+    async fn send(&mut self, connections: Vec<OwnedFd>) -> Result<(), Stop> {
+        let options = &self.row.options;
+        let send = wire::Send {
+            migration: self.row.id.to_string(),
+            epoch: self.row.epoch,
+            max_downtime_us: options.max_downtime_us,
+            timeout_ms: options.timeout_ms,
+            bandwidth_bytes_per_s: options.bandwidth_bytes_per_s,
+            verify: options.verify,
+            user_paused: self.row.user_paused,
+        };
+        let (sender, news) = mpsc::unbounded_channel();
+        let mut state = self.instance.state.lock().await;
+        let vmm = state.vmm()?.clone();
+        state.news = Some(sender);
+        let sent = vmm.order_with(Command::Send(send), connections).await;
+        if let Err(error) = sent {
+            state.news = None;
+            return Err(Failure::vmm("failed to begin sending the guest")(error).into());
+        }
+        self.news = Some(news);
+        Ok(())
+    }
+
+    /// How many page streams: as asked, else two, or one where there is one CPU.
+    fn streams(&self) -> u16 {
+        match u16::try_from(self.row.options.streams).unwrap_or(0) {
+            0 => std::thread::available_parallelism().map_or(1, |cpus| cpus.get().clamp(1, 4) as u16),
+            asked => asked,
+        }
+    }
+
+    /// Waits for `work`, unless the migration is aborted first.
+    pub(super) async fn unless_aborted<T>(&self, work: impl Future<Output = T>) -> Result<T, Stop> {
+        let mut aborted = self.aborted.clone();
+        tokio::select! {
+            biased;
+            asked = aborted.wait_for(Option::is_some) => {
+                let reason = asked.ok().and_then(|asked| asked.clone());
+                Err(Stop::Aborted(reason.unwrap_or_else(|| "aborted".to_owned())))
+            }
+            done = work => Ok(done),
+        }
+    }
+
+    /// A test switch: waits at this point for the abort.
+    async fn hold(&self, point: &str) -> Result<(), Stop> {
+        if self.row.options.hold_at == point {
+            self.unless_aborted(std::future::pending::<()>()).await?;
+        }
+        Ok(())
+    }
+
+    /// Changes the status, journalled and shown.
+    pub(super) async fn say_status(&mut self, status: &str) {
+        if self.row.info.status == status {
+            return;
+        }
+        self.row.info.status = status.to_owned();
+        tracing::info!(migration = %self.row.id, status, "migration");
+        if let Err(failure) = self.save().await {
+            tracing::error!(migration = %self.row.id, error = failure.chain(), "failed to journal a migration's status");
+        }
+    }
+
+    /// Makes the row durable and shows it.
+    pub(super) async fn save(&mut self) -> Result<(), Failure> {
+        self.show();
+        let row = self.row.clone();
+        self.agent
+            .journal
+            .write(move |transaction| row.save(transaction))
+            .await
+            .map_err(Failure::from)
+    }
+
+    /// Shows how it stands to whoever watches.
+    pub(super) fn show(&self) {
+        self.outgoing.info.send_replace(self.row.info.clone());
+    }
+
+    /// Asks agent B each second whether it takes part; ends with why it does not.
+    pub(super) fn heartbeats(&self) -> impl Future<Output = String> + Send + 'static {
+        let peer = self.agent.peers.named(&self.row.peer).cloned();
+        let request = HeartbeatRequest {
+            migration: self.row.id.to_string(),
+            source: self.agent.host().to_owned(),
+        };
+        async move {
+            let Ok(peer) = peer else {
+                return "the destination is not a peer any more".to_owned();
+            };
+            let mut answered = Instant::now();
+            loop {
+                let mut client = peer.compute();
+                let left = SILENCE
+                    .saturating_sub(answered.elapsed())
+                    .max(Duration::from_millis(100));
+                match peer
+                    .answer(left.min(CALL_TIME), client.heartbeat(request.clone()))
+                    .await
+                {
+                    Ok(reply) if reply.taking_part => answered = Instant::now(),
+                    Ok(reply) => return format!("host {} does not take part any more: {}", peer.host, reply.reason),
+                    Err(PeerError::Refused(reason)) => return reason,
+                    Err(PeerError::NoAnswer(reason)) if answered.elapsed() >= SILENCE => return reason,
+                    Err(PeerError::NoAnswer(_)) => {}
+                }
+                tokio::time::sleep(HEARTBEAT.min(SILENCE.saturating_sub(answered.elapsed()))).await;
+            }
+        }
+    }
+}

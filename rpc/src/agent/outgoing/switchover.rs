@@ -1,0 +1,434 @@
+//! Driving `handover::SourceAgent`: what happens becomes its events, its effects are carried out in order.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::time::Duration;
+
+use ferry_migration::handover::{Decision, Ending, Epoch, SourceAgent, SourceEffect, SourceEvent, SourceState, Traded};
+use ferry_proto::agent::v1::{AttemptRequest, DestinationPart, RollbackRequest};
+use ferry_proto::vmm::v1 as wire;
+use ferry_proto::vmm::v1::order::Order as Command;
+use ferry_proto::vmm::v1::report::Report as Body;
+use tokio::sync::mpsc;
+
+use super::begin::{attempt_of, call_off, ended};
+use super::handle::PeerNews;
+use super::script::{Script, Stop};
+use crate::agent::failure::Failure;
+use crate::agent::instances::VmmNews;
+use crate::agent::journal::Status;
+use crate::agent::peers::CALL_TIME;
+use crate::agent::vmm_client::{Vmm, VmmError};
+use crate::vmm_process::monotonic_ns;
+
+/// What a call that was started earlier brought.
+enum Outcome {
+    Event(SourceEvent),
+    /// A failed expectation, with the reason.
+    NotExpected(u32, String),
+    /// D, with B's part of the blackout.
+    Decided(u32, Decision, Option<DestinationPart>, u64),
+    /// The destination does not take part any more.
+    PeerLost(String),
+}
+
+/// Where the calls that this task started report to.
+struct Calls {
+    sender: mpsc::UnboundedSender<Outcome>,
+}
+
+impl Calls {
+    fn start(&self, call: impl Future<Output = Option<Outcome>> + Send + 'static) {
+        let sender = self.sender.clone();
+        tokio::spawn(async move {
+            if let Some(outcome) = call.await {
+                // The switchover may be over.
+                let _ = sender.send(outcome);
+            }
+        });
+    }
+}
+
+impl Script {
+    /// From pre-copy to the end, whatever the end is.
+    pub(super) async fn switchover(&mut self, mut core: SourceAgent, first: Vec<SourceEffect>) -> Ending {
+        let (sender, mut outcomes) = mpsc::unbounded_channel();
+        let calls = Calls { sender };
+        let heartbeats = self.heartbeats();
+        calls.start(async move { Some(Outcome::PeerLost(heartbeats.await)) });
+        let mut news = self.news.take();
+        let mut aborted = self.aborted.clone();
+        let mut abort_seen = false;
+        let mut guard = None;
+
+        if let Some(ending) = self.carry_out_all(&mut core, first, &calls).await {
+            return ending;
+        }
+        loop {
+            let event = tokio::select! {
+                biased;
+                Some(outcome) = outcomes.recv() => self.take_outcome(outcome),
+                Some(peer_news) = self.peer_news.recv() => self.take_peer_news(&peer_news),
+                Some(vmm_news) = next(&mut news) => self.take_vmm_news(vmm_news),
+                asked = aborted.wait_for(Option::is_some), if !abort_seen => {
+                    abort_seen = true;
+                    let reason = asked.ok().and_then(|asked| asked.clone()).unwrap_or_default();
+                    self.stop.get_or_insert(Stop::Aborted(reason));
+                    Some(SourceEvent::Abort)
+                }
+            };
+            let Some(event) = event else { continue };
+            if self.is_held(&core, event) {
+                continue;
+            }
+            let effects = core.step(event);
+            tracing::debug!(migration = %self.row.id, ?event, ?effects, "source");
+            // From ARM to the end, nothing of the journal is moved around.
+            match core.state() {
+                SourceState::Copying => guard = None,
+                _ if guard.is_none() => guard = Some(self.agent.journal.switchover()),
+                _ => {}
+            }
+            if let Some(ending) = self.carry_out_all(&mut core, effects, &calls).await {
+                return ending;
+            }
+        }
+    }
+
+    /// A test switch: the event is dropped, so that the migration waits here for its abort.
+    fn is_held(&self, core: &SourceAgent, event: SourceEvent) -> bool {
+        match self.row.options.hold_at.as_str() {
+            "running" => matches!(event, SourceEvent::Converged),
+            "armed" => matches!(
+                (core.state(), event),
+                (SourceState::Arming { .. }, SourceEvent::Expecting(_))
+            ),
+            _ => false,
+        }
+    }
+
+    fn take_outcome(&mut self, outcome: Outcome) -> Option<SourceEvent> {
+        match outcome {
+            Outcome::Event(event) => Some(event),
+            Outcome::NotExpected(attempt, reason) => {
+                self.stop.get_or_insert(Stop::Failed(reason));
+                Some(SourceEvent::ExpectFailed(attempt))
+            }
+            Outcome::Decided(attempt, decision, part, heard_ns) => {
+                self.note_figures(decision, part, heard_ns);
+                Some(SourceEvent::Decided(attempt, decision))
+            }
+            Outcome::PeerLost(reason) => {
+                self.stop.get_or_insert(Stop::Failed(reason));
+                Some(SourceEvent::Abort)
+            }
+        }
+    }
+
+    fn take_peer_news(&mut self, news: &PeerNews) -> Option<SourceEvent> {
+        if news.decision == Decision::Source && !news.reason.is_empty() {
+            let reason = format!("host {}: {}", self.row.peer, news.reason);
+            self.stop.get_or_insert(Stop::Failed(reason));
+        }
+        self.note_figures(news.decision, news.part.clone(), news.heard_ns);
+        Some(SourceEvent::Decided(news.attempt, news.decision))
+    }
+
+    fn take_vmm_news(&mut self, news: VmmNews) -> Option<SourceEvent> {
+        let event = match news {
+            VmmNews::Gone => return Some(SourceEvent::VmmGone),
+            VmmNews::Event(event) => *event,
+        };
+        match event {
+            Body::Progress(progress) => {
+                self.note_progress(&progress);
+                self.show();
+                None
+            }
+            Body::Converged(_) => Some(SourceEvent::Converged),
+            Body::Disarmed(disarmed) => {
+                self.row.info.status = "running".to_owned();
+                self.row.info.decision = Some(format!("switchover called off: {}", disarmed.reason));
+                self.show();
+                Some(SourceEvent::Disarmed(
+                    disarmed.attempt.map_or(0, |attempt| attempt.attempt),
+                ))
+            }
+            Body::GoSent(go) => {
+                if let Some(progress) = &go.progress {
+                    self.note_progress(progress);
+                }
+                let attempt = go.attempt.as_ref().map_or(0, |attempt| attempt.attempt);
+                self.go = Some(go);
+                Some(SourceEvent::GoSent(attempt))
+            }
+            Body::SendEnded(copy_ended) => {
+                if let Some(progress) = &copy_ended.progress {
+                    self.note_progress(progress);
+                }
+                self.guest_ended.clone_from(&copy_ended.guest);
+                let event = ended(&copy_ended);
+                self.stop.get_or_insert(Stop::Failed(copy_ended.reason));
+                Some(event)
+            }
+            Body::GuestEnded(guest) => {
+                self.guest_ended = Some(guest);
+                Some(SourceEvent::GuestEnded)
+            }
+            _ => None,
+        }
+    }
+
+    async fn carry_out_all(
+        &mut self,
+        core: &mut SourceAgent,
+        effects: Vec<SourceEffect>,
+        calls: &Calls,
+    ) -> Option<Ending> {
+        let mut effects = VecDeque::from(effects);
+        while let Some(effect) = effects.pop_front() {
+            match self.carry_out(effect, calls).await {
+                Ok(None) => {}
+                Ok(Some(ending)) => return Some(ending),
+                Err(failure) => {
+                    let reason = failure.chain();
+                    tracing::error!(migration = %self.row.id, reason, ?effect, "the journal failed in a switchover");
+                    self.stop.get_or_insert(Stop::Failed(reason));
+                    effects = core.step(SourceEvent::JournalFailed).into();
+                }
+            }
+        }
+        None
+    }
+
+    /// One effect. An error is the journal's.
+    async fn carry_out(&mut self, effect: SourceEffect, calls: &Calls) -> Result<Option<Ending>, Failure> {
+        match effect {
+            SourceEffect::JournalArmed(attempt) => {
+                self.row.armed = attempt;
+                self.row.info.attempts = attempt;
+                self.row.info.status = "switching".to_owned();
+                self.save().await?;
+            }
+            SourceEffect::AskExpect(attempt) => self.ask_expect(attempt, calls),
+            SourceEffect::GiveGrant(attempt) => {
+                let grant = wire::Grant {
+                    attempt: Some(attempt_of(&self.row, attempt)),
+                };
+                self.order(Command::Grant(grant), calls, move |answer| match answer {
+                    // Stale, or nothing is sent any more: the VMM says so itself, or this attempt is void.
+                    Err(VmmError::Refused(_)) => Some(SourceEvent::Disarmed(attempt)),
+                    _ => None,
+                })
+                .await;
+            }
+            SourceEffect::AskTrade(attempt) => self.ask_trade(attempt, true, calls).await,
+            SourceEffect::AskRecall(attempt) => self.ask_trade(attempt, false, calls).await,
+            SourceEffect::AskAfter(pause) => calls.start(async move {
+                tokio::time::sleep(pause).await;
+                Some(Outcome::Event(SourceEvent::TimeToAsk))
+            }),
+            SourceEffect::AskDecision(attempt) => self.ask_decision(attempt, calls),
+            SourceEffect::JournalDecision(_, decision) => {
+                self.row.said = Some(decision.to_string());
+                self.save().await?;
+            }
+            SourceEffect::JournalResumed(epoch) => self.journal_resumed(epoch).await?,
+            SourceEffect::SendPermit(epoch) => self.send_permit(epoch, calls).await,
+            SourceEffect::DestroyCopy => self.destroy_copy().await?,
+            SourceEffect::RollBackDestination => self.roll_back_destination(),
+            SourceEffect::SayIndeterminate => self.say_indeterminate().await,
+            SourceEffect::Finish(ending) => return Ok(Some(ending)),
+        }
+        Ok(None)
+    }
+
+    fn attempt_request(&self, attempt: u32) -> AttemptRequest {
+        AttemptRequest {
+            instance: self.row.instance.to_string(),
+            migration: self.row.id.to_string(),
+            attempt,
+            epoch: self.row.epoch,
+            source: self.agent.host().to_owned(),
+        }
+    }
+
+    fn ask_expect(&self, attempt: u32, calls: &Calls) {
+        let request = self.attempt_request(attempt);
+        let Ok(peer) = self.agent.peers.named(&self.row.peer).cloned() else {
+            return;
+        };
+        calls.start(async move {
+            let mut client = peer.compute();
+            Some(match peer.answer(CALL_TIME, client.expect(request)).await {
+                Ok(reply) if reply.decision == Decision::Open.as_str() => {
+                    Outcome::Event(SourceEvent::Expecting(attempt))
+                }
+                Ok(reply) => Outcome::NotExpected(attempt, format!("host {} says {}", peer.host, reply.decision)),
+                Err(error) => Outcome::NotExpected(attempt, error.to_string()),
+            })
+        });
+    }
+
+    fn ask_decision(&self, attempt: u32, calls: &Calls) {
+        let request = self.attempt_request(attempt);
+        let Ok(peer) = self.agent.peers.named(&self.row.peer).cloned() else {
+            calls.start(async { Some(Outcome::Event(SourceEvent::NoAnswer)) });
+            return;
+        };
+        calls.start(async move {
+            let mut client = peer.compute();
+            Some(match peer.answer(CALL_TIME, client.decide(request)).await {
+                Ok(reply) => match Decision::parse(&reply.decision) {
+                    Some(decision) => Outcome::Decided(attempt, decision, reply.part, monotonic_ns()),
+                    None => Outcome::Event(SourceEvent::NoAnswer),
+                },
+                Err(error) => {
+                    tracing::info!(%error, "the destination does not say what was decided");
+                    Outcome::Event(SourceEvent::NoAnswer)
+                }
+            })
+        });
+    }
+
+    async fn vmm(&self) -> Option<Vmm> {
+        self.instance.state.lock().await.vmm.clone()
+    }
+
+    /// Gives the VMM an order; its answer becomes an event.
+    async fn order(
+        &self,
+        command: Command,
+        calls: &Calls,
+        event: impl FnOnce(Result<Body, VmmError>) -> Option<SourceEvent> + Send + 'static,
+    ) {
+        // Without a VMM its end is on the way as news.
+        let Some(vmm) = self.vmm().await else { return };
+        calls.start(async move { event(vmm.order(command).await).map(Outcome::Event) });
+    }
+
+    /// Until the VMM answers, however long it is stopped: only its word counts.
+    async fn ask_trade(&self, attempt: u32, end: bool, calls: &Calls) {
+        let reason = match &self.stop {
+            Some(Stop::Aborted(reason) | Stop::Failed(reason)) => reason.clone(),
+            None => "called off by the agent".to_owned(),
+        };
+        let order = call_off(&self.row, attempt, end, &reason);
+        let Some(vmm) = self.vmm().await else { return };
+        calls.start(async move {
+            loop {
+                match vmm.order(Command::CallOff(order.clone())).await {
+                    Ok(Body::Traded(traded)) => {
+                        let traded = if traded.go_sent {
+                            Traded::GoSent
+                        } else {
+                            Traded::Cancelled
+                        };
+                        return Some(Outcome::Event(SourceEvent::Answered(traded)));
+                    }
+                    Err(VmmError::Gone) => return None,
+                    other => {
+                        tracing::info!(?other, "the VMM does not answer what became of the grant, asking again");
+                        tokio::time::sleep(Duration::from_millis(200)).await;
+                    }
+                }
+            }
+        });
+    }
+
+    async fn journal_resumed(&mut self, epoch: Epoch) -> Result<(), Failure> {
+        self.row.resumed = Some(epoch.0);
+        let mut state = self.instance.state.lock().await;
+        state.row.epoch = epoch.0;
+        state.row.known_epoch = epoch.0;
+        let (row, instance) = (self.row.clone(), state.row.clone());
+        drop(state);
+        self.agent
+            .journal
+            .write(move |transaction| {
+                row.save(transaction)?;
+                instance.save(transaction)
+            })
+            .await?;
+        Ok(())
+    }
+
+    async fn send_permit(&self, epoch: Epoch, calls: &Calls) {
+        let Some(vmm) = self.vmm().await else { return };
+        let permit = wire::Permit {
+            instance: self.row.instance.to_string(),
+            epoch: epoch.0,
+            paused: self.row.user_paused,
+        };
+        calls.start(async move {
+            loop {
+                match vmm.order(Command::Permit(permit.clone())).await {
+                    Ok(_) => return Some(Outcome::Event(SourceEvent::Resumed)),
+                    Err(VmmError::Gone) => return None,
+                    Err(error) => {
+                        // Taken before, from an agent that was here before this one?
+                        if let Ok(Body::Standing(standing)) = vmm.order(Command::Ping(wire::Ping {})).await
+                            && standing.epoch >= epoch.0
+                        {
+                            return Some(Outcome::Event(SourceEvent::Resumed));
+                        }
+                        tracing::warn!(%error, "the VMM does not take the permit to resume yet");
+                        tokio::time::sleep(Duration::from_millis(500)).await;
+                    }
+                }
+            }
+        });
+    }
+
+    async fn say_indeterminate(&mut self) {
+        if self.row.info.status == "indeterminate" {
+            return;
+        }
+        tracing::warn!(migration = %self.row.id, instance = %self.row.instance, "nobody knows on which host the guest runs");
+        self.row.info.status = "indeterminate".to_owned();
+        self.row.info.guest_location = None;
+        self.instance.state.lock().await.row.status = Status::Indeterminate;
+        if let Err(failure) = self.save().await {
+            tracing::error!(
+                error = failure.chain(),
+                "failed to journal that the guest is indeterminate"
+            );
+        }
+    }
+
+    /// Tells agent B that it is over before GO. It would find out by itself.
+    pub(super) fn roll_back_destination(&self) {
+        let Ok(peer) = self.agent.peers.named(&self.row.peer).cloned() else {
+            return;
+        };
+        let reason = match &self.stop {
+            Some(Stop::Aborted(reason) | Stop::Failed(reason)) => reason.clone(),
+            None => "the migration ended at the source".to_owned(),
+        };
+        let request = RollbackRequest {
+            migration: self.row.id.to_string(),
+            reason,
+            source: self.agent.host().to_owned(),
+        };
+        tokio::spawn(async move {
+            for pause in [0, 500, 2000] {
+                tokio::time::sleep(Duration::from_millis(pause)).await;
+                let mut client = peer.compute();
+                match peer
+                    .answer(CALL_TIME, client.rollback_live_migration(request.clone()))
+                    .await
+                {
+                    Ok(_) => return,
+                    Err(error) => tracing::info!(%error, "the destination does not take the rollback"),
+                }
+            }
+        });
+    }
+}
+
+async fn next(news: &mut Option<mpsc::UnboundedReceiver<VmmNews>>) -> Option<VmmNews> {
+    match news {
+        Some(news) => news.recv().await,
+        None => std::future::pending().await,
+    }
+}

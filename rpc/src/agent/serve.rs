@@ -1,0 +1,160 @@
+//! The agent's start and end.
+
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use ferry_proto::agent::v1::compute_server::ComputeServer;
+use ferry_proto::agent::v1::conductor_server::ConductorServer;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Semaphore;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::Server;
+
+use super::compute::ComputeService;
+use super::conductor::ConductorService;
+use super::config::AgentConfig;
+use super::instances::Agent;
+use super::journal::Journal;
+use super::peers::Peers;
+use super::{data_port, host, recovery};
+
+/// Nova's default of max_concurrent_live_migrations.
+const CONCURRENT_MIGRATIONS: usize = 1;
+
+/// Serves until SIGTERM or SIGINT; guests go on, and are found again by the next agent of this data directory.
+///
+/// # Errors
+/// A port is taken, the data directory cannot be used or is another agent's, or the journal cannot be opened.
+pub async fn serve(config: AgentConfig) -> anyhow::Result<()> {
+    config.check()?;
+    let _lock = open_data_dir(&config.data_dir)?;
+    let grpc = bind("--listen", config.listen).await?;
+    let data = bind("--data-listen", config.data_listen).await?;
+    if config.is_exposed() {
+        tracing::warn!(
+            "--insecure-network: anyone who reaches {} or {} owns this host's guests",
+            config.listen,
+            config.data_listen
+        );
+    }
+
+    let agent = Arc::new(build(config, &grpc, &data).await?);
+    recovery::recover(&agent)
+        .await
+        .context("failed to find the instances of this host again")?;
+    let data_port = tokio::spawn(data_port::serve(Arc::clone(&agent), data));
+    tracing::info!(
+        host = agent.host(),
+        url = agent.url,
+        data = agent.data_address,
+        "agent ready"
+    );
+
+    Server::builder()
+        .tcp_nodelay(true)
+        .http2_keepalive_interval(Some(std::time::Duration::from_secs(20)))
+        .add_service(ComputeServer::new(ComputeService(Arc::clone(&agent))))
+        .add_service(ConductorServer::new(ConductorService(Arc::clone(&agent))))
+        .serve_with_incoming_shutdown(TcpListenerStream::new(grpc), ended())
+        .await
+        .context("failed to serve gRPC")?;
+    data_port.abort();
+    tracing::info!("agent ends, guests go on");
+    Ok(())
+}
+
+async fn build(config: AgentConfig, grpc: &TcpListener, data: &TcpListener) -> anyhow::Result<Agent> {
+    let journal_path = config.data_dir.join("journal.db");
+    let journal = Journal::open(&journal_path).with_context(|| format!("failed to open {}", journal_path.display()))?;
+    own(&journal, &config.host_id).await?;
+    let url = match &config.advertise {
+        Some(url) => url.clone(),
+        None => format!("http://{}", grpc.local_addr()?),
+    };
+    let data_address = data.local_addr()?.to_string();
+    let marks = host::mark_folder(&fs::canonicalize(&config.data_dir)?).context("failed to make a folder on tmpfs")?;
+    let peers = Peers::new(&config.peers)?;
+    Ok(Agent {
+        journal,
+        boot_id: host::boot_id().context("failed to read the host's boot id")?,
+        url,
+        data_address,
+        marks,
+        instances: Default::default(),
+        outgoing: Default::default(),
+        incoming: Default::default(),
+        peers,
+        slots: Arc::new(Semaphore::new(CONCURRENT_MIGRATIONS)),
+        config,
+    })
+}
+
+/// A journal is one host's: another host's would claim guests that are not here.
+async fn own(journal: &Journal, host_id: &str) -> anyhow::Result<()> {
+    let mine = host_id.to_owned();
+    let owner: String = journal
+        .write(move |transaction| {
+            transaction.execute("INSERT OR IGNORE INTO meta VALUES('host', ?1)", [mine])?;
+            transaction.query_row("SELECT value FROM meta WHERE key='host'", (), |row| row.get(0))
+        })
+        .await?;
+    if owner != host_id {
+        bail!("the data directory belongs to host {owner:?}, this agent is {host_id:?}: set --host-id or --data-dir");
+    }
+    Ok(())
+}
+
+async fn bind(flag: &str, address: std::net::SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| {
+        format!("failed to listen on {address}: is another agent running there? choose another address with {flag}")
+    })
+}
+
+/// Makes the data directory and locks it: two agents on one would both own its guests.
+fn open_data_dir(folder: &Path) -> anyhow::Result<File> {
+    let make = |path: &Path| -> anyhow::Result<()> {
+        fs::create_dir_all(path).with_context(|| format!("failed to make the directory {}", path.display()))?;
+        fs::set_permissions(path, Permissions::from_mode(0o700))
+            .with_context(|| format!("failed to restrict the directory {}", path.display()))
+    };
+    make(folder)?;
+    make(&folder.join("instances"))?;
+    // What was sent for migrations that never came to be.
+    let images = folder.join("images");
+    let _ = fs::remove_dir_all(&images);
+    make(&images)?;
+    let path = folder.join("agent.lock");
+    let lock = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(&path)
+        .with_context(|| format!("failed to open {}", path.display()))?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(fs::TryLockError::WouldBlock) => {
+            bail!(
+                "another agent runs on {}: end it, or choose another --data-dir",
+                folder.display()
+            )
+        }
+        Err(fs::TryLockError::Error(error)) => Err(error).with_context(|| format!("failed to lock {}", path.display())),
+    }
+}
+
+async fn ended() {
+    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        tracing::error!("failed to listen for signals: only SIGKILL ends this agent");
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}

@@ -1,0 +1,139 @@
+//! Starting a VMM process so that it outlives its agent, and reaching it again.
+//!
+//! The agent makes the listening socket and hands it over as standard input, so there is no moment in which the process
+//! runs and cannot be reached. The process makes a session of its own first thing
+//! and gets, where the host allows, a cgroup of its own
+//! beside the agent's, so that stopping the agent's service does not stop guests.
+
+use std::fs::{self, OpenOptions, Permissions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+/// The VMM's socket below an instance's folder.
+pub(crate) const SOCKET: &str = "vmm.sock";
+/// The VMM's own log below an instance's folder.
+pub(crate) const VMM_LOG: &str = "vmm.log";
+
+/// A VMM's process: its id, and the descriptor that names it for ever.
+pub(crate) struct Process {
+    pub(crate) pid: i32,
+    pub(crate) pidfd: OwnedFd,
+}
+
+/// Starts `ferry vmm` for the instance in `folder`; it can be connected to when this returns.
+///
+/// # Errors
+/// The socket cannot be made or the process cannot be started.
+pub(crate) fn vmm(folder: &Path, instance: &str) -> io::Result<Process> {
+    let socket = folder.join(SOCKET);
+    match fs::remove_file(&socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = listen(&socket)?;
+    fs::set_permissions(&socket, Permissions::from_mode(0o600))?;
+    let log = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(folder.join(VMM_LOG))?;
+
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .arg0("ferry-vmm")
+        .arg("vmm")
+        .arg("--instance-dir")
+        .arg(folder)
+        .stdin(Stdio::from(OwnedFd::from(listener)))
+        .stdout(log.try_clone()?)
+        .stderr(log);
+    let child = command.spawn()?;
+    // Before the child is waited for, its number is nobody else's.
+    let pid = Pid::from_child(&child);
+    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+    if let Err(error) = give_cgroup(child.id(), instance) {
+        tracing::info!(%error, instance, "the VMM stays in the agent's cgroup");
+    }
+    reap(child);
+    Ok(Process {
+        pid: pid.as_raw_nonzero().get(),
+        pidfd,
+    })
+}
+
+/// Connects to a VMM's socket. The path may be longer than a socket address can be.
+///
+/// # Errors
+/// Nobody listens there.
+pub(crate) fn connect(socket: &Path) -> io::Result<UnixStream> {
+    let (_folder, short) = short_path(socket)?;
+    UnixStream::connect(short)
+}
+
+fn listen(socket: &Path) -> io::Result<UnixListener> {
+    let (_folder, short) = short_path(socket)?;
+    UnixListener::bind(short)
+}
+
+/// A path to `socket` through its open folder: a socket address holds 107 bytes, a data directory may be deeper.
+fn short_path(socket: &Path) -> io::Result<(OwnedFd, PathBuf)> {
+    use std::os::fd::AsRawFd;
+    let (Some(folder), Some(name)) = (socket.parent(), socket.file_name()) else {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    };
+    let folder = rustix::fs::open(
+        folder,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    let short = PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd())).join(name);
+    Ok((folder, short))
+}
+
+/// Waits for the process so that it does not stay a zombie. How it ended is told by its socket and its pidfd.
+fn reap(mut child: Child) {
+    let wait = move || {
+        if let Ok(status) = child.wait() {
+            tracing::debug!(pid = child.id(), %status, "a VMM process ended");
+        }
+    };
+    if let Err(error) = thread::Builder::new().name("reap".to_owned()).spawn(wait) {
+        tracing::warn!(%error, "a VMM process will stay a zombie when it ends");
+    }
+}
+
+/// Moves the process into a cgroup of its own at the root of the unified hierarchy, beside any service's.
+fn give_cgroup(pid: u32, instance: &str) -> io::Result<()> {
+    let group = cgroup_root()?.join("ferry").join(instance);
+    fs::create_dir_all(&group)?;
+    fs::write(group.join("cgroup.procs"), pid.to_string())
+}
+
+/// Removes the cgroup of an instance whose process is dead.
+pub(crate) fn remove_cgroup(instance: &str) {
+    if let Ok(root) = cgroup_root() {
+        // Not there, or not empty yet: an empty group costs nothing, and the next start uses it again.
+        let _ = fs::remove_dir(root.join("ferry").join(instance));
+    }
+}
+
+/// Where the unified hierarchy is mounted: alone, or beside version 1.
+///
+/// # Errors
+/// There is none.
+pub fn cgroup_root() -> io::Result<PathBuf> {
+    ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
+        .into_iter()
+        .map(PathBuf::from)
+        .find(|root| root.join("cgroup.procs").exists())
+        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no unified cgroup hierarchy is mounted"))
+}

@@ -1,0 +1,144 @@
+//! A machine of the VMM, as the engine wants to see a guest that moves.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use ferry_migration::PageSet;
+use ferry_migration::guest::{
+    DestinationGuest, DirtyClearer, FrameRun, GuestCondition, GuestEnd, GuestError, GuestWas, Population,
+    RestoredGuest, SourceGuest, StopTimes,
+};
+use ferry_vmm::{MachineEvent, MachineProfile, MachineState};
+
+use super::guest::{BlankGuest, LocalGuest, RestoredMachine};
+use super::memory::{SharedMemory, to_vmm};
+
+/// Re-arms KVM's dirty tracking.
+#[derive(Clone)]
+pub(super) struct Clearer(ferry_vmm::DirtyClearer);
+
+impl DirtyClearer for Clearer {
+    fn rearm(&self, run: FrameRun, dirty: &[u64]) -> Result<(), GuestError> {
+        self.0.rearm_words(to_vmm(run), dirty).map_err(GuestError::new)
+    }
+}
+
+impl SourceGuest for LocalGuest {
+    type Memory = SharedMemory;
+    type Clearer = Clearer;
+
+    fn memory(&self) -> Arc<SharedMemory> {
+        Arc::new(SharedMemory::new(self.machine.memory().clone()))
+    }
+
+    fn profile(&self) -> Vec<u8> {
+        self.machine.profile().to_bytes()
+    }
+
+    fn start_tracking(&mut self) -> Result<(), GuestError> {
+        self.machine.start_dirty_tracking().map_err(GuestError::new)
+    }
+
+    fn populated(&self) -> Result<Population, GuestError> {
+        SharedMemory::new(self.machine.memory().clone()).populated()
+    }
+
+    fn fetch_dirty(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
+        let fetched = self.machine.fetch_dirty().map_err(GuestError::new)?;
+        for index in 0..dirty.regions() {
+            dirty.insert_words(index, fetched.words(index));
+        }
+        Ok(())
+    }
+
+    fn clearer(&self) -> Clearer {
+        Clearer(self.machine.dirty_clearer())
+    }
+
+    fn stop_tracking(&mut self) {
+        if let Err(error) = self.machine.stop_dirty_tracking() {
+            tracing::warn!(%error, "failed to stop dirty tracking: the guest runs on, more slowly");
+        }
+    }
+
+    fn poll(&mut self) -> GuestCondition {
+        while let Some(event) = self.inbox.take() {
+            match event {
+                MachineEvent::ResetRequested => {
+                    if let Err(error) = self.reset() {
+                        return GuestCondition::Ended(GuestEnd::Crashed(format!("{error:#}")));
+                    }
+                }
+                ended => return GuestCondition::Ended(end_of(ended)),
+            }
+        }
+        GuestCondition::Alive
+    }
+
+    fn stop(&mut self, _deadline: Instant) -> Result<StopTimes, GuestError> {
+        // No device has requests in flight yet, so there is nothing to drain.
+        let times = self.machine.pause().map_err(GuestError::new)?;
+        Ok(StopTimes {
+            pause: times.pause,
+            drain: std::time::Duration::ZERO,
+        })
+    }
+
+    fn export(&mut self) -> Result<Vec<u8>, GuestError> {
+        Ok(self.machine.export().map_err(GuestError::new)?.to_bytes())
+    }
+
+    fn state_digest(&self, state: &[u8]) -> Result<u128, GuestError> {
+        Ok(MachineState::from_bytes(state).map_err(GuestError::new)?.digest())
+    }
+
+    fn resume(&mut self, was: GuestWas) -> Result<(), GuestError> {
+        match was {
+            GuestWas::Running => self.machine.run().map_err(GuestError::new),
+            GuestWas::PausedByUser => Ok(()),
+        }
+    }
+}
+
+/// How the guest ended, in the engine's terms. A reset is no end.
+pub(super) fn end_of(event: MachineEvent) -> GuestEnd {
+    match event {
+        MachineEvent::PoweredOff => GuestEnd::PoweredOff,
+        MachineEvent::Panicked => GuestEnd::Panicked,
+        MachineEvent::TripleFault => GuestEnd::Crashed("triple fault".to_owned()),
+        MachineEvent::Failed { vcpu, reason } => GuestEnd::Crashed(format!("vCPU {vcpu}: {reason}")),
+        MachineEvent::ResetRequested => GuestEnd::Crashed("reset".to_owned()),
+    }
+}
+
+impl DestinationGuest for BlankGuest {
+    type Memory = SharedMemory;
+    type Restored = RestoredMachine;
+
+    fn memory(&self) -> Arc<SharedMemory> {
+        Arc::new(SharedMemory::new(self.machine.memory().clone()))
+    }
+
+    fn check(&self, profile: &[u8]) -> Vec<String> {
+        match MachineProfile::from_bytes(profile) {
+            Ok(profile) => self.host.check(&profile).iter().map(ToString::to_string).collect(),
+            Err(error) => vec![format!("the source's machine profile does not parse: {error}")],
+        }
+    }
+
+    fn restore(self, state: &[u8]) -> Result<RestoredMachine, GuestError> {
+        let state = MachineState::from_bytes(state).map_err(GuestError::new)?;
+        let machine = self.machine.restore(&state).map_err(GuestError::new)?;
+        Ok(RestoredMachine(LocalGuest {
+            machine,
+            inbox: self.inbox,
+            payload: self.payload,
+        }))
+    }
+}
+
+impl RestoredGuest for RestoredMachine {
+    fn state_digest(&self) -> Result<u128, GuestError> {
+        Ok(self.0.machine.export().map_err(GuestError::new)?.digest())
+    }
+}

@@ -1,0 +1,135 @@
+//! Between the engine's terms and what is said to an agent.
+
+use std::num::NonZeroU64;
+use std::time::{Duration, Instant};
+
+use ferry_migration::guest::{GuestEnd, GuestWas};
+use ferry_migration::handover::{Attempt, Epoch};
+use ferry_migration::source::{Overhead, Parked, RoundSummary, SourceParameters, SourceSummary};
+use ferry_proto::vmm::v1 as wire;
+use ferry_proto::{InvalidField, required, wire_uuid};
+use rustix::time::{ClockId, clock_gettime};
+use uuid::Uuid;
+
+use super::guest::LocalGuest;
+
+/// Reads an attempt.
+pub(crate) fn attempt_from_wire(attempt: Option<wire::Attempt>) -> Result<Attempt, InvalidField> {
+    let attempt = required("attempt", attempt)?;
+    Ok(Attempt {
+        instance: wire_uuid("attempt.instance", &attempt.instance)?,
+        migration: wire_uuid("attempt.migration", &attempt.migration)?,
+        attempt: attempt.attempt,
+        epoch: Epoch(attempt.epoch),
+    })
+}
+
+/// Writes an attempt.
+pub(crate) fn attempt_to_wire(attempt: Attempt) -> wire::Attempt {
+    wire::Attempt {
+        instance: attempt.instance.to_string(),
+        migration: attempt.migration.to_string(),
+        attempt: attempt.attempt,
+        epoch: attempt.epoch.0,
+    }
+}
+
+/// Milliseconds with their fraction.
+pub(crate) fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+/// CLOCK_MONOTONIC, in nanoseconds: comparable between the processes of one host.
+pub(crate) fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
+/// An instant of this process as CLOCK_MONOTONIC.
+pub(super) fn instant_ns(instant: Instant) -> u64 {
+    let ago = u64::try_from(instant.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    monotonic_ns().saturating_sub(ago)
+}
+
+/// What the engine is told about one outgoing migration.
+pub(super) fn source_parameters(send: &wire::Send, instance: Uuid) -> Result<SourceParameters, InvalidField> {
+    Ok(SourceParameters {
+        instance,
+        migration: wire_uuid("migration", &send.migration)?,
+        epoch: Epoch(send.epoch),
+        max_downtime: Duration::from_micros(send.max_downtime_us),
+        timeout: Duration::from_millis(send.timeout_ms),
+        bandwidth: NonZeroU64::new(send.bandwidth_bytes_per_s),
+        guest_was: guest_was(send.user_paused),
+        verify: send.verify,
+        overhead: Overhead::default(),
+        liveness: Default::default(),
+    })
+}
+
+/// Whether the user had paused the guest.
+pub(super) fn guest_was(user_paused: bool) -> GuestWas {
+    if user_paused {
+        GuestWas::PausedByUser
+    } else {
+        GuestWas::Running
+    }
+}
+
+/// How a guest ended, in the words of the protocol.
+pub(super) fn guest_ended(end: &GuestEnd) -> wire::GuestEnded {
+    let (how, reason) = match end {
+        GuestEnd::PoweredOff => ("powered-off", String::new()),
+        GuestEnd::Panicked => ("panicked", "the guest announced a panic".to_owned()),
+        GuestEnd::Crashed(reason) if reason == "triple fault" => ("triple-fault", reason.clone()),
+        GuestEnd::Crashed(reason) => ("failed", reason.clone()),
+    };
+    wire::GuestEnded {
+        how: how.to_owned(),
+        reason,
+    }
+}
+
+/// What was measured so far.
+pub(super) fn progress(summary: &SourceSummary) -> wire::Progress {
+    wire::Progress {
+        rounds: summary.rounds.iter().map(round).collect(),
+        bytes_sent: summary.bytes_sent,
+        zero_pages: summary.zero_pages,
+        remaining_pages: 0,
+        throughput_bytes_per_s: summary.throughput_bytes_per_s.unwrap_or(0) as f64,
+        dirty_bytes_per_s: summary.dirty_bytes_per_s.unwrap_or(0) as f64,
+        streams: summary.streams,
+        ..wire::Progress::default()
+    }
+}
+
+/// One round.
+pub(super) fn round(round: &RoundSummary) -> wire::Round {
+    wire::Round {
+        pages: round.pages,
+        bytes: round.bytes,
+        ms: ms(round.elapsed),
+        dirty_pages: round.dirty_pages,
+    }
+}
+
+/// The source's part of the blackout, of a guest whose GO was sent.
+pub(super) fn go_sent(parked: &Parked<LocalGuest>) -> wire::GoSent {
+    let summary = parked.summary();
+    let mut go = wire::GoSent {
+        attempt: Some(attempt_to_wire(parked.attempt())),
+        progress: Some(progress(summary)),
+        round_trip_ms: summary.round_trip.map(ms).unwrap_or_default(),
+        ..wire::GoSent::default()
+    };
+    if let Some(blackout) = &summary.blackout {
+        go.pause_ms = ms(blackout.stop.pause);
+        go.drain_ms = ms(blackout.stop.drain);
+        go.last_pages_ms = ms(blackout.last_pages);
+        go.state_ms = ms(blackout.state);
+        go.pause_began_ns = instant_ns(blackout.pause_began);
+        go.go_ns = instant_ns(blackout.go_sent);
+    }
+    go
+}

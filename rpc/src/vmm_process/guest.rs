@@ -1,0 +1,202 @@
+//! The machine as this process holds it: what it boots, and what its vCPUs said.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, bail};
+use ferry_proto::vmm::v1::MachineSpec;
+use ferry_vmm::{
+    BlankMachine, BootPayload, ConsoleInput, CpuModel, DirtyMode, HostCapabilities, Machine, MachineConfig,
+    MachineEvent, RunState,
+};
+
+use super::console::ConsoleLog;
+use super::events::Event;
+
+/// What the guest's vCPUs said and nobody has looked at yet.
+///
+/// A vCPU thread puts its event in here before it stops, so once every vCPU stands still, whatever ended the guest is in here.
+#[derive(Clone)]
+pub(super) struct Inbox {
+    waiting: Arc<Mutex<VecDeque<MachineEvent>>>,
+    bell: Sender<Event>,
+}
+
+impl Inbox {
+    pub(super) fn new(bell: Sender<Event>) -> Self {
+        Self {
+            waiting: Arc::default(),
+            bell,
+        }
+    }
+
+    /// Puts an event in and wakes the machine's owner. Called on a vCPU thread.
+    pub(super) fn put(&self, event: MachineEvent) {
+        self.waiting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push_back(event);
+        // Without an owner the process is ending.
+        let _ = self.bell.send(Event::Guest);
+    }
+
+    /// Takes the oldest event out.
+    pub(super) fn take(&self) -> Option<MachineEvent> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+}
+
+/// Where a guest's kernel is, so that it can boot again on every host.
+#[derive(Clone, Debug)]
+pub(super) struct Payload {
+    kernel: PathBuf,
+    initrd: Option<PathBuf>,
+    cmdline: String,
+}
+
+impl Payload {
+    fn open(&self) -> anyhow::Result<BootPayload> {
+        let open = |path: &Path| File::open(path).with_context(|| format!("failed to open {}", path.display()));
+        Ok(BootPayload {
+            kernel: open(&self.kernel)?,
+            initrd: self.initrd.as_deref().map(open).transpose()?,
+            cmdline: self.cmdline.clone(),
+        })
+    }
+}
+
+/// A machine that waits for a guest to move in.
+pub(super) struct BlankGuest {
+    pub(super) machine: BlankMachine,
+    pub(super) inbox: Inbox,
+    pub(super) payload: Payload,
+    pub(super) host: HostCapabilities,
+}
+
+/// A machine with a guest in it, running or paused.
+pub(super) struct LocalGuest {
+    pub(super) machine: Machine,
+    pub(super) inbox: Inbox,
+    pub(super) payload: Payload,
+}
+
+/// A guest that moved in and waits for its permit.
+pub(super) struct RestoredMachine(pub(super) LocalGuest);
+
+impl LocalGuest {
+    /// Back to power-on, with the kernel loaded again; running if it ran, stopped if it was stopped.
+    ///
+    /// # Errors
+    /// The kernel cannot be read or loaded any more: the guest has crashed.
+    pub(super) fn reset(&mut self) -> anyhow::Result<()> {
+        let was = self.machine.run_state();
+        self.machine
+            .reset(self.payload.open()?)
+            .context("failed to reset the machine")?;
+        if was == RunState::Running {
+            self.machine.run().context("failed to run the guest again")?;
+        }
+        Ok(())
+    }
+
+    /// The handle for keyboard input, which outlives moves of the machine between threads.
+    pub(super) fn console_input(&self) -> ConsoleInput {
+        self.machine.console_input()
+    }
+}
+
+/// A machine as an agent's order describes it.
+pub(super) struct Blueprint {
+    config: MachineConfig,
+    payload: Payload,
+    folder: PathBuf,
+}
+
+impl Blueprint {
+    /// Checks the order.
+    ///
+    /// # Errors
+    /// Names what cannot be built.
+    pub(super) fn new(folder: &Path, spec: &MachineSpec, expect_incoming: bool) -> anyhow::Result<Self> {
+        let cpu = match spec.cpu.as_str() {
+            "host" => CpuModel::Host,
+            "x86-64-v2" => CpuModel::X86_64V2,
+            "x86-64-v3" => CpuModel::X86_64V3,
+            other => bail!("unknown CPU model {other:?}: host, x86-64-v2 and x86-64-v3 are known"),
+        };
+        let dirty = match spec.dirty.as_str() {
+            "log" => DirtyMode::Log,
+            "ring" => DirtyMode::Ring,
+            other => bail!("unknown dirty tracking {other:?}: log and ring are known"),
+        };
+        let vcpus = u8::try_from(spec.vcpus).context("too many vCPUs")?;
+        let config = MachineConfig {
+            memory_bytes: spec.memory_bytes,
+            vcpus,
+            cpu,
+            dirty,
+            hugepages: spec.hugepages,
+            expect_incoming,
+        };
+        let inside = |name: &str| -> anyhow::Result<PathBuf> {
+            // An agent names files of the instance's own folder, nothing else.
+            if name.is_empty() || name.contains('/') || name.starts_with('.') {
+                bail!("{name:?} is not a file of the instance's folder");
+            }
+            Ok(folder.join(name))
+        };
+        let payload = Payload {
+            kernel: inside(&spec.kernel)?,
+            initrd: if spec.initrd.is_empty() {
+                None
+            } else {
+                Some(inside(&spec.initrd)?)
+            },
+            cmdline: spec.cmdline.clone(),
+        };
+        Ok(Self {
+            config,
+            payload,
+            folder: folder.to_owned(),
+        })
+    }
+
+    /// Builds the machine without a guest.
+    ///
+    /// # Errors
+    /// The host cannot have it: no KVM, not enough memory, too many vCPUs.
+    pub(super) fn blank(self, bell: Sender<Event>) -> anyhow::Result<BlankGuest> {
+        let host = ferry_vmm::host()?;
+        let inbox = Inbox::new(bell);
+        let console = ConsoleLog::open(&self.folder)
+            .with_context(|| format!("failed to open the console log in {}", self.folder.display()))?;
+        let to_inbox = inbox.clone();
+        let events: ferry_vmm::EventSink = Arc::new(move |event| to_inbox.put(event));
+        let machine = BlankMachine::new(&self.config, Box::new(console), events)?;
+        Ok(BlankGuest {
+            machine,
+            inbox,
+            payload: self.payload,
+            host,
+        })
+    }
+}
+
+impl BlankGuest {
+    /// Loads the kernel: the guest is ready to start, paused.
+    ///
+    /// # Errors
+    /// The kernel cannot be read or is not one that Ferry boots.
+    pub(super) fn boot(self) -> anyhow::Result<LocalGuest> {
+        let payload = self.payload.open()?;
+        let machine = self.machine.boot(payload)?;
+        Ok(LocalGuest {
+            machine,
+            inbox: self.inbox,
+            payload: self.payload,
+        })
+    }
+}

@@ -1,0 +1,276 @@
+//! The machine on its way: the migration has a thread of its own and takes the guest by value.
+
+use std::net::TcpStream;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread;
+
+use anyhow::Context;
+use ferry_migration::Link;
+use ferry_migration::destination::{self, DestinationError, DestinationParameters, Loaded};
+use ferry_migration::handover::Epoch;
+use ferry_migration::source::{self, SourceError, SourceOrder, SourceOutcome, SourceReport};
+use ferry_proto::vmm::v1::report::Report as Body;
+use ferry_proto::vmm::v1::{self as wire};
+use ferry_proto::wire_uuid;
+
+use super::convert::{self, attempt_to_wire, go_sent, guest_ended, instant_ns, ms, progress};
+use super::events::Event;
+use super::guest::{LocalGuest, RestoredMachine};
+use super::vmm::{Holding, Vmm};
+use crate::error_chain;
+
+/// A migration out of here, as its owner sees it: the guest is with the migration's thread.
+pub(super) struct Sending {
+    orders: Sender<SourceOrder>,
+}
+
+impl Sending {
+    /// Asks the migration to end. Before, its attempt must have been traded for CANCELLED.
+    pub(super) fn abort(&self, reason: String) {
+        // A migration that is over has nobody to ask; its outcome is on the way.
+        let _ = self.orders.send(SourceOrder::Abort { reason });
+    }
+}
+
+/// A guest that arrived whole and waits for its permit.
+pub(super) struct ReadyGuest(Loaded<RestoredMachine>);
+
+impl ReadyGuest {
+    pub(super) fn into_guest(self) -> LocalGuest {
+        self.0.restored.0
+    }
+}
+
+impl Vmm {
+    /// Begins to send the guest over the connections that came with the order.
+    pub(super) fn send(&mut self, order: &wire::Send, descriptors: Vec<OwnedFd>) -> anyhow::Result<Body> {
+        anyhow::ensure!(
+            matches!(self.holding, Holding::Here(_)),
+            "the guest is {}",
+            self.machine_word()
+        );
+        anyhow::ensure!(
+            self.user_paused == order.user_paused,
+            "the agent and this VMM do not agree on whether the user paused the guest"
+        );
+        let parameters = convert::source_parameters(order, self.instance)?;
+        let link = link(descriptors)?;
+        let (orders, order_receiver) = mpsc::channel();
+        let (reports, report_receiver) = mpsc::channel();
+        forward(report_receiver, self.events.clone(), Event::SendReport)?;
+        let (hand_in, guest) = mpsc::sync_channel::<Box<LocalGuest>>(1);
+        let (grants, events) = (Arc::clone(&self.grants), self.events.clone());
+        let run = move || {
+            let Ok(guest) = guest.recv() else { return };
+            let outcome = source::run(*guest, link, &parameters, &grants, &order_receiver, &reports);
+            let _ = events.send(Event::SendOutcome(Box::new(outcome)));
+        };
+        // The guest is given to a thread that exists: if none can be had, it stays here.
+        thread::Builder::new()
+            .name("migration".to_owned())
+            .spawn(run)
+            .context("failed to start a thread")?;
+        let Holding::Here(guest) = std::mem::replace(&mut self.holding, Holding::Sending(Sending { orders })) else {
+            anyhow::bail!("the guest is gone");
+        };
+        hand_in.send(guest).context("the migration's thread ended")?;
+        self.standing.migration.clone_from(&order.migration);
+        self.standing.send_ended = None;
+        self.standing.converged_attempt = 0;
+        Ok(Body::Done(wire::Done {}))
+    }
+
+    /// Begins to load a guest from the connections that came with the order.
+    pub(super) fn receive(&mut self, order: &wire::Receive, descriptors: Vec<OwnedFd>) -> anyhow::Result<Body> {
+        anyhow::ensure!(
+            matches!(self.holding, Holding::Blank(_)),
+            "the machine is {}",
+            self.machine_word()
+        );
+        let parameters = DestinationParameters {
+            instance: self.instance,
+            migration: wire_uuid("migration", &order.migration)?,
+            epoch: Epoch(order.epoch),
+            liveness: Default::default(),
+        };
+        let link = link(descriptors)?;
+        // Nothing is ordered of a migration into here: the agent ends it by ending this process.
+        let (_, no_orders) = mpsc::channel();
+        let (reports, report_receiver) = mpsc::channel();
+        forward(report_receiver, self.events.clone(), Event::LoadReport)?;
+        let Holding::Blank(blank) = std::mem::replace(&mut self.holding, Holding::Loading) else {
+            anyhow::bail!("the machine is gone");
+        };
+        let events = self.events.clone();
+        let run = move || {
+            let outcome = destination::run(*blank, link, &parameters, &no_orders, &reports);
+            let _ = events.send(Event::LoadOutcome(Box::new(outcome)));
+        };
+        thread::Builder::new()
+            .name("migration".to_owned())
+            .spawn(run)
+            .context("failed to start a thread")?;
+        self.standing.migration.clone_from(&order.migration);
+        Ok(Body::Done(wire::Done {}))
+    }
+
+    /// The migration out of here tells how far it is: most of it goes to the agent.
+    pub(super) fn send_report(&mut self, report: SourceReport) {
+        let current = self.standing.progress.get_or_insert_default();
+        let body = match report {
+            SourceReport::Accepted { protocol } => {
+                tracing::info!(protocol, "the destination accepted the guest");
+                return;
+            }
+            SourceReport::Copying { populated_pages } => {
+                current.remaining_pages = populated_pages;
+                Body::Progress(current.clone())
+            }
+            SourceReport::Progress(now) => {
+                current.remaining_pages = now.remaining_pages;
+                current.bytes_sent = now.bytes_sent;
+                current.zero_pages = now.zero_pages;
+                current.throughput_bytes_per_s = now.throughput_bytes_per_s as f64;
+                Body::Progress(current.clone())
+            }
+            SourceReport::Round { round, decision } => {
+                current.rounds.push(convert::round(&round));
+                current.remaining_pages = round.dirty_pages;
+                current.decision = decision.words;
+                Body::Progress(current.clone())
+            }
+            SourceReport::Converged { attempt, predicted } => {
+                self.standing.converged_attempt = attempt;
+                Body::Converged(wire::Converged {
+                    attempt,
+                    predicted_ms: ms(predicted),
+                })
+            }
+            SourceReport::Switching { attempt } => {
+                tracing::info!(%attempt, "switching over");
+                return;
+            }
+            SourceReport::Disarmed { attempt, reason } => {
+                self.standing.converged_attempt = 0;
+                tracing::info!(%attempt, reason, "the switchover was called off");
+                Body::Disarmed(wire::Disarmed {
+                    attempt: Some(attempt_to_wire(attempt)),
+                    reason,
+                })
+            }
+        };
+        self.report(0, body);
+    }
+
+    /// The migration out of here is over.
+    pub(super) fn send_outcome(&mut self, outcome: SourceOutcome<LocalGuest>) {
+        self.standing.converged_attempt = 0;
+        self.standing.progress = None;
+        match outcome {
+            SourceOutcome::GoSent(parked) => {
+                let go = go_sent(&parked);
+                self.standing.last_go = Some(go.clone());
+                self.holding = Holding::Parked(Box::new(parked));
+                self.report(0, Body::GoSent(go));
+            }
+            SourceOutcome::Cancelled {
+                guest, error, summary, ..
+            } => {
+                tracing::info!(%error, "the migration ended before GO");
+                let ended = wire::SendEnded {
+                    reason: error_chain(&error),
+                    kind: kind(&error).to_owned(),
+                    guest: None,
+                    progress: Some(progress(&summary)),
+                };
+                self.holding = Holding::Here(Box::new(guest));
+                self.standing.send_ended = Some(ended.clone());
+                self.report(0, Body::SendEnded(ended));
+                // What the guest said while nobody looked.
+                let _ = self.events.send(Event::Guest);
+            }
+            SourceOutcome::GuestEnded { end, summary, .. } => {
+                let ended = wire::SendEnded {
+                    reason: "the guest stopped".to_owned(),
+                    kind: "guest-ended".to_owned(),
+                    guest: Some(guest_ended(&end)),
+                    progress: Some(progress(&summary)),
+                };
+                self.standing.send_ended = Some(ended.clone());
+                self.report(0, Body::SendEnded(ended));
+                self.ended(end);
+            }
+        }
+    }
+
+    /// The migration into here is over.
+    pub(super) fn load_outcome(&mut self, outcome: Result<Loaded<RestoredMachine>, DestinationError>) {
+        match outcome {
+            Ok(loaded) => {
+                let ready = wire::Ready {
+                    attempt: Some(attempt_to_wire(loaded.attempt)),
+                    load_ms: ms(loaded.timings.last_pages + loaded.timings.restore + loaded.timings.verify),
+                    go_read_ns: instant_ns(loaded.timings.go_received),
+                    ..wire::Ready::default()
+                };
+                self.standing.ready = Some(ready.clone());
+                self.holding = Holding::Ready(Box::new(ReadyGuest(loaded)));
+                self.report(0, Body::Ready(ready));
+            }
+            Err(error) => {
+                let reason = error_chain(&error);
+                tracing::info!(reason, "loading the guest failed");
+                self.holding = Holding::Nothing;
+                self.report(0, Body::LoadFailed(wire::LoadFailed { reason }));
+            }
+        }
+    }
+}
+
+/// The control stream, then the page streams.
+fn link(descriptors: Vec<OwnedFd>) -> anyhow::Result<Link> {
+    let mut streams = descriptors.into_iter().map(TcpStream::from);
+    let control = streams.next().context("no connections came with the order")?;
+    let pages: Vec<_> = streams.collect();
+    anyhow::ensure!(!pages.is_empty(), "no page stream came with the order");
+    for stream in pages.iter().chain([&control]) {
+        // Agents open them with a runtime; the engine blocks on them.
+        stream
+            .set_nonblocking(false)
+            .context("failed to make a connection blocking")?;
+    }
+    Ok(Link { control, pages })
+}
+
+fn forward<T: Send + 'static>(
+    from: Receiver<T>,
+    to: Sender<Event>,
+    wrap: impl Fn(T) -> Event + Send + 'static,
+) -> anyhow::Result<()> {
+    let run = move || {
+        while let Ok(report) = from.recv() {
+            if to.send(wrap(report)).is_err() {
+                return;
+            }
+        }
+    };
+    thread::Builder::new()
+        .name("reports".to_owned())
+        .spawn(run)
+        .context("failed to start a thread")?;
+    Ok(())
+}
+
+/// Why a migration ended, in the words of the protocol.
+fn kind(error: &SourceError) -> &'static str {
+    match error {
+        SourceError::Aborted(_) => "cancelled",
+        SourceError::TimedOut(_) => "timeout",
+        SourceError::Incompatible(_) | SourceError::Refused(_) => "refused",
+        SourceError::Silent(_) | SourceError::ControlLost(_) | SourceError::StreamLost { .. } => "link",
+        SourceError::Misbehaved(_) => "peer",
+        SourceError::ForeignGrant(_) | SourceError::Guest { .. } | SourceError::Host { .. } => "local",
+    }
+}

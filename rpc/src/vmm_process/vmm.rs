@@ -1,0 +1,383 @@
+//! The owner of the machine: orders and events in, reports out.
+//!
+//! ```text
+//!   nothing ─build─► here ─send─► sending ─GO─► parked ─permit(higher epoch)─► here
+//!      │               ▲             │ called off          (or the agent kills this process)
+//!      │               └─────────────┘
+//!      └─build(incoming)─► blank ─receive─► loading ─GO read─► ready ─permit─► here
+//!   here, sending ─the guest ended─► ended
+//! ```
+//!
+//! A guest starts to run in one place, [`Vmm::permit`], and only with a permit of its agent.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender};
+
+use ferry_migration::guest::GuestEnd;
+use ferry_migration::handover::{Grants, Permit, Permits, Traded};
+use ferry_migration::source::Parked;
+use ferry_proto::vmm::v1::order::Order as Command;
+use ferry_proto::vmm::v1::report::Report as Body;
+use ferry_proto::vmm::v1::{self as wire, Order, Report};
+use ferry_proto::{VMM_PROTOCOL, required, wire_uuid};
+use ferry_vmm::{ConsoleInput, MachineEvent, RunState};
+use uuid::Uuid;
+
+use super::adapter::end_of;
+use super::convert::{attempt_from_wire, guest_ended, monotonic_ns};
+use super::events::{Connection, Event};
+use super::guest::{BlankGuest, Blueprint, LocalGuest};
+use super::migrating::{ReadyGuest, Sending};
+use crate::vmm_channel;
+
+/// What this process holds.
+pub(super) enum Holding {
+    Nothing,
+    Here(Box<LocalGuest>),
+    Sending(Sending),
+    Parked(Box<Parked<LocalGuest>>),
+    Blank(Box<BlankGuest>),
+    Loading,
+    Ready(Box<ReadyGuest>),
+    Ended,
+}
+
+/// One VMM process.
+pub(super) struct Vmm {
+    folder: PathBuf,
+    pub(super) events: Sender<Event>,
+    pub(super) instance: Uuid,
+    pub(super) holding: Holding,
+    pub(super) grants: Arc<Grants>,
+    permits: Permits,
+    pub(super) user_paused: bool,
+    started_mark: PathBuf,
+    console: Option<ConsoleInput>,
+    agent: Option<(UnixStream, Connection)>,
+    newest_connection: Option<Connection>,
+    /// What an agent that connects later has to know.
+    pub(super) standing: wire::Standing,
+}
+
+impl Vmm {
+    /// A process that holds nothing yet.
+    pub(super) fn new(folder: PathBuf, events: Sender<Event>) -> Self {
+        Self {
+            folder,
+            events,
+            instance: Uuid::nil(),
+            holding: Holding::Nothing,
+            grants: Arc::default(),
+            permits: Permits::new(Uuid::nil()),
+            user_paused: false,
+            started_mark: PathBuf::new(),
+            console: None,
+            agent: None,
+            newest_connection: None,
+            standing: wire::Standing {
+                version: VMM_PROTOCOL,
+                pid: std::process::id(),
+                ..Default::default()
+            },
+        }
+    }
+
+    /// Serves until no event can come any more.
+    pub(super) fn serve(mut self, events: &Receiver<Event>) {
+        while let Ok(event) = events.recv() {
+            self.take(event);
+        }
+    }
+
+    fn take(&mut self, event: Event) {
+        match event {
+            Event::Connected(socket, connection) => {
+                if let Some((old, _)) = self.agent.replace((socket, connection)) {
+                    let _ = old.shutdown(std::net::Shutdown::Both);
+                }
+                self.newest_connection = Some(connection);
+            }
+            Event::Order(connection, order, descriptors) if self.newest_connection == Some(connection) => {
+                let number = order.number;
+                let body = self.obey(order, descriptors).unwrap_or_else(|error| {
+                    Body::Refused(wire::Refused {
+                        reason: format!("{error:#}"),
+                    })
+                });
+                self.report(number, body);
+            }
+            Event::Order(..) => tracing::info!("threw away an order of an earlier agent connection"),
+            Event::Disconnected(connection) => {
+                if self.agent.as_ref().is_some_and(|&(_, current)| current == connection) {
+                    self.agent = None;
+                }
+            }
+            Event::Guest => self.look_at_guest(),
+            Event::SendReport(report) => self.send_report(report),
+            Event::SendOutcome(outcome) => self.send_outcome(*outcome),
+            Event::LoadReport(report) => tracing::debug!(?report, "loading"),
+            Event::LoadOutcome(outcome) => self.load_outcome(*outcome),
+        }
+    }
+
+    fn obey(&mut self, order: Order, descriptors: Vec<OwnedFd>) -> anyhow::Result<Body> {
+        match required("order", order.order)? {
+            Command::Hello(hello) => {
+                if hello.oldest_version > VMM_PROTOCOL {
+                    anyhow::bail!(
+                        "the agent speaks versions {} and newer, this VMM {VMM_PROTOCOL}",
+                        hello.oldest_version
+                    );
+                }
+                Ok(Body::Standing(self.standing()))
+            }
+            Command::Ping(_) => Ok(Body::Standing(self.standing())),
+            Command::Build(build) => self.build(build),
+            Command::Permit(permit) => self.permit(&permit),
+            Command::Pause(pause) => self.pause(pause.epoch),
+            Command::Resume(resume) => self.resume(resume.epoch),
+            Command::Reboot(_) => self.reboot(),
+            Command::ConsoleInput(input) => self.console_input(&input.bytes),
+            Command::Send(send) => self.send(&send, descriptors),
+            Command::Receive(receive) => self.receive(&receive, descriptors),
+            Command::Grant(grant) => {
+                let attempt = attempt_from_wire(grant.attempt)?;
+                anyhow::ensure!(matches!(self.holding, Holding::Sending(_)), "nothing is being sent");
+                self.grants.offer(attempt)?;
+                Ok(Body::Done(wire::Done {}))
+            }
+            Command::CallOff(call_off) => {
+                let attempt = attempt_from_wire(call_off.attempt)?;
+                let traded = self.grants.trade_for_cancelled(attempt);
+                if let (Traded::Cancelled, true, Holding::Sending(sending)) = (traded, call_off.end, &self.holding) {
+                    sending.abort(call_off.reason);
+                }
+                Ok(Body::Traded(wire::Traded {
+                    go_sent: traded == Traded::GoSent,
+                }))
+            }
+        }
+    }
+
+    fn build(&mut self, build: wire::Build) -> anyhow::Result<Body> {
+        anyhow::ensure!(
+            matches!(self.holding, Holding::Nothing),
+            "a machine was built here before"
+        );
+        let spec = required("spec", build.spec)?;
+        self.instance = wire_uuid("spec.instance", &spec.instance)?;
+        self.permits = Permits::new(self.instance);
+        self.standing.instance.clone_from(&spec.instance);
+        self.started_mark = PathBuf::from(build.started_mark);
+        let blank = Blueprint::new(&self.folder, &spec, build.incoming)?.blank(self.events.clone())?;
+        self.holding = if build.incoming {
+            Holding::Blank(Box::new(blank))
+        } else {
+            let guest = blank.boot()?;
+            self.console = Some(guest.console_input());
+            Holding::Here(Box::new(guest))
+        };
+        Ok(Body::Done(wire::Done {}))
+    }
+
+    /// The one place where a guest gets the right to run.
+    fn permit(&mut self, permit: &wire::Permit) -> anyhow::Result<Body> {
+        let permit = Permit {
+            instance: wire_uuid("permit.instance", &permit.instance)?,
+            epoch: ferry_migration::handover::Epoch(permit.epoch),
+            paused: permit.paused,
+        };
+        match &self.holding {
+            Holding::Here(_) | Holding::Ready(_) | Holding::Parked(_) => {}
+            _ => anyhow::bail!("no guest waits for a permit here: {}", self.machine_word()),
+        }
+        self.permits.take(permit)?;
+        self.user_paused = permit.paused;
+        let guest = match std::mem::replace(&mut self.holding, Holding::Nothing) {
+            Holding::Here(guest) => guest,
+            Holding::Ready(ready) => {
+                // Written before the first KVM_RUN; without it nobody could tell a crash from a guest that never ran.
+                if let Err(error) = File::create(&self.started_mark) {
+                    self.holding = Holding::Ready(ready);
+                    anyhow::bail!(
+                        "failed to write the started mark {}: {error}",
+                        self.started_mark.display()
+                    );
+                }
+                Box::new(ready.into_guest())
+            }
+            Holding::Parked(parked) => match parked.resume(permit) {
+                Ok(mut guest) => {
+                    self.grants.superseded();
+                    ferry_migration::guest::SourceGuest::stop_tracking(&mut guest);
+                    Box::new(guest)
+                }
+                Err((parked, reason)) => {
+                    self.holding = Holding::Parked(parked);
+                    anyhow::bail!(reason);
+                }
+            },
+            other => {
+                self.holding = other;
+                anyhow::bail!("no guest waits for a permit here");
+            }
+        };
+        self.start(guest, permit)
+    }
+
+    fn start(&mut self, mut guest: Box<LocalGuest>, permit: Permit) -> anyhow::Result<Body> {
+        self.console = Some(guest.console_input());
+        if !permit.paused
+            && let Err(error) = guest.machine.run()
+        {
+            // The epoch is taken, so this is a crash and not a refusal.
+            self.ended(GuestEnd::Crashed(format!("failed to enter the guest: {error}")));
+            return Ok(Body::Done(wire::Done {}));
+        }
+        self.holding = Holding::Here(guest);
+        let started = wire::Started {
+            epoch: permit.epoch.0,
+            entered_ns: monotonic_ns(),
+        };
+        self.standing.started = Some(started);
+        self.standing.ready = None;
+        self.standing.last_go = None;
+        self.report(0, Body::Started(started));
+        tracing::info!(
+            epoch = permit.epoch.0,
+            paused = permit.paused,
+            "the guest has its permit"
+        );
+        Ok(Body::Done(wire::Done {}))
+    }
+
+    fn pause(&mut self, epoch: u64) -> anyhow::Result<Body> {
+        self.check_user_order(epoch)?;
+        if let Holding::Here(guest) = &mut self.holding {
+            guest.machine.pause()?;
+            self.user_paused = true;
+        }
+        Ok(Body::Done(wire::Done {}))
+    }
+
+    fn resume(&mut self, epoch: u64) -> anyhow::Result<Body> {
+        self.check_user_order(epoch)?;
+        if let Holding::Here(guest) = &mut self.holding {
+            guest.machine.run()?;
+            self.user_paused = false;
+        }
+        Ok(Body::Done(wire::Done {}))
+    }
+
+    fn reboot(&mut self) -> anyhow::Result<Body> {
+        self.check_user_order(self.permits.had().0)?;
+        if let Holding::Here(guest) = &mut self.holding {
+            guest.reset()?;
+        }
+        Ok(Body::Done(wire::Done {}))
+    }
+
+    /// A user's order goes to a guest that is here, under the epoch that it has, while no grant binds it.
+    fn check_user_order(&self, epoch: u64) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            matches!(self.holding, Holding::Here(_)),
+            "the guest is {}",
+            self.machine_word()
+        );
+        anyhow::ensure!(!self.grants.binds(), "a switchover is in progress");
+        let had = self.permits.had().0;
+        anyhow::ensure!(
+            had == epoch && had > 0,
+            "the guest runs under epoch {had}, the order is for {epoch}"
+        );
+        Ok(())
+    }
+
+    fn console_input(&mut self, bytes: &[u8]) -> anyhow::Result<Body> {
+        let Some(console) = &self.console else {
+            anyhow::bail!("the guest is {}", self.machine_word())
+        };
+        let accepted = console.push(bytes);
+        anyhow::ensure!(
+            accepted == bytes.len(),
+            "the guest's console took {accepted} of {} bytes",
+            bytes.len()
+        );
+        Ok(Body::Done(wire::Done {}))
+    }
+
+    /// A vCPU said something. While a migration has the machine, it looks for itself.
+    fn look_at_guest(&mut self) {
+        let Holding::Here(guest) = &mut self.holding else {
+            return;
+        };
+        let ended = match guest.inbox.take() {
+            None => return,
+            Some(MachineEvent::ResetRequested) => match guest.reset() {
+                Ok(()) => return,
+                Err(error) => GuestEnd::Crashed(format!("failed to reset: {error:#}")),
+            },
+            Some(event) => end_of(event),
+        };
+        self.ended(ended);
+    }
+
+    /// The guest ended by itself: its memory is given back now, the word of it stays for the agent.
+    pub(super) fn ended(&mut self, end: GuestEnd) {
+        tracing::info!(?end, "the guest ended");
+        self.console = None;
+        let ended = guest_ended(&end);
+        self.standing.ended = Some(ended.clone());
+        self.holding = Holding::Ended;
+        self.report(0, Body::GuestEnded(ended));
+    }
+
+    /// What an agent that connects must know.
+    fn standing(&self) -> wire::Standing {
+        let to_wire = super::convert::attempt_to_wire;
+        wire::Standing {
+            machine: self.machine_word().to_owned(),
+            epoch: self.permits.had().0,
+            user_paused: self.user_paused,
+            held: self.grants.held().map(to_wire),
+            go_sent: self.grants.go_sent().map(to_wire),
+            cancelled: self.grants.cancelled().map(to_wire),
+            ..self.standing.clone()
+        }
+    }
+
+    pub(super) fn machine_word(&self) -> &'static str {
+        match &self.holding {
+            Holding::Nothing => "none",
+            Holding::Here(guest) if guest.machine.run_state() == RunState::Running => "running",
+            Holding::Here(_) => "paused",
+            Holding::Sending(_) => "sending",
+            Holding::Parked(_) => "parked",
+            Holding::Blank(_) => "blank",
+            Holding::Loading => "loading",
+            Holding::Ready(_) => "ready",
+            Holding::Ended => "ended",
+        }
+    }
+
+    /// Tells the agent, if there is one that listens.
+    pub(super) fn report(&mut self, reply_to: u64, body: Body) {
+        let Some((socket, _)) = &self.agent else { return };
+        if let Err(error) = vmm_channel::send(
+            socket,
+            &Report {
+                reply_to,
+                report: Some(body),
+            },
+            &[],
+        ) {
+            tracing::info!(%error, "the agent does not listen");
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+            self.agent = None;
+        }
+    }
+}
