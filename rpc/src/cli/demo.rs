@@ -50,13 +50,26 @@ struct Guest {
 async fn show(lab: &mut Lab, told: &Teller) -> Result<Story, Failure> {
     let plan = plan();
     told.line("Ferry moves a running guest between two agents on this machine.");
-    let latency = fsync_latency(lab.directory())
-        .map_err(|error| Failure::new(Exit::Failed, format!("measure fsync in {}: {error}", lab.directory().display())))?;
+    let latency = fsync_latency(lab.directory()).map_err(|error| {
+        Failure::new(
+            Exit::Failed,
+            format!("measure fsync in {}: {error}", lab.directory().display()),
+        )
+    })?;
     lab.start_agents().await?;
     for host in 0..2 {
-        told.line(&format!("agent {}   {} (process {})", lab.host(host), lab.agent(host).url, lab.agent_pid(host)));
+        told.line(&format!(
+            "agent {}   {} (process {})",
+            lab.host(host),
+            lab.agent(host).url,
+            lab.agent_pid(host)
+        ));
     }
-    told.line(&format!("journals  {}; an fsync takes {}", latency.file_system, human_ms(latency.median_ms)));
+    told.line(&format!(
+        "journals  {}; an fsync takes {}",
+        latency.file_system,
+        human_ms(latency.median_ms)
+    ));
     let waiting = told.waiting("the guest boots and fills its memory");
     let guest = lab.boot(&plan).await?;
     let rate = guest.write_rate_over(Duration::from_millis(700)).await;
@@ -84,12 +97,25 @@ async fn show(lab: &mut Lab, told: &Teller) -> Result<Story, Failure> {
         fsync_ms: latency.median_ms,
         fsync_file_system: latency.file_system.to_owned(),
     };
-    Ok(Story { guest: about, moves, clean, seconds: 0.0 })
+    Ok(Story {
+        guest: about,
+        moves,
+        clean,
+        seconds: 0.0,
+    })
 }
 
 async fn one_way(lab: &Lab, guest: &ProbeGuest, source: usize, told: &Teller) -> Result<Move, Failure> {
-    let order = MoveOrder { source, streams: 0, listen: Duration::from_millis(700) };
-    told.line(&format!("\n{} → {}", lab.host(order.source), lab.host(order.destination())));
+    let order = MoveOrder {
+        source,
+        streams: 0,
+        listen: Duration::from_millis(700),
+    };
+    told.line(&format!(
+        "\n{} → {}",
+        lab.host(order.source),
+        lab.host(order.destination())
+    ));
     let mut progress = Progress::new();
     let moved = lab.move_guest(guest, order, |info| progress.snapshot(info)).await;
     progress.end();
@@ -102,7 +128,11 @@ async fn one_way(lab: &Lab, guest: &ProbeGuest, source: usize, told: &Teller) ->
 fn account(moved: &Move) -> String {
     let info = &moved.migration;
     let mut lines = vec![rounds(&info.rounds).to_string().trim_end().to_owned(), sums(info)];
-    lines.extend(info.downtime_ms.as_ref().map(|downtime| format!("blackout {}", blackout(downtime))));
+    lines.extend(
+        info.downtime_ms
+            .as_ref()
+            .map(|downtime| format!("blackout {}", blackout(downtime))),
+    );
     lines.push(format!(
         "the guest itself saw a gap of {} at most; a reader of its heartbeats (one each {HEARTBEAT_MS} ms) waited {} at most",
         human_ms(moved.guest_gap_ms),
@@ -126,8 +156,15 @@ fn account(moved: &Move) -> String {
         ),
     ));
     let runs_once = moved.runners == [info.destination.clone()] && moved.vmm_processes == 1;
-    let runners = if moved.runners.is_empty() { "nowhere".to_owned() } else { moved.runners.join(" and ") };
-    lines.push(check(runs_once, &format!("runs on {runners}; VMM processes: {}", moved.vmm_processes)));
+    let runners = if moved.runners.is_empty() {
+        "nowhere".to_owned()
+    } else {
+        moved.runners.join(" and ")
+    };
+    lines.push(check(
+        runs_once,
+        &format!("runs on {runners}; VMM processes: {}", moved.vmm_processes),
+    ));
     lines.join("\n")
 }
 

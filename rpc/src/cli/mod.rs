@@ -58,7 +58,10 @@ fn read(arguments: &[OsString]) -> Result<CommandLine, clap::Error> {
         let verb = matches.subcommand().map(|(_, verb)| verb);
         verb.and_then(|verb| verb.value_source(id)) == Some(ValueSource::CommandLine)
     };
-    let ignored = [("agent", line.verb.asks_no_agent()), ("output", line.verb.prints_no_result())];
+    let ignored = [
+        ("agent", line.verb.asks_no_agent()),
+        ("output", line.verb.prints_no_result()),
+    ];
     for (flag, verb) in ignored {
         if let Some(verb) = verb
             && given(flag)
@@ -106,7 +109,10 @@ async fn ask(verb: Verb, agent: Agent, format: Format) -> Outcome {
 }
 
 fn on_runtime(verb: impl Future<Output = Outcome>) -> Outcome {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build();
     let runtime = runtime.map_err(|error| Failure::new(Exit::Failed, format!("start the runtime: {error}")))?;
     let outcome = runtime.block_on(verb);
     // A thread that waits for a key press would otherwise hold the exit up.
@@ -152,7 +158,9 @@ fn usage(error: &clap::Error, json: bool) -> Exit {
 fn wants_json(arguments: &[OsString]) -> bool {
     let words: Vec<&str> = arguments.iter().filter_map(|word| word.to_str()).collect();
     let pair = words.windows(2).any(|pair| matches!(pair, ["-o" | "--output", "json"]));
-    pair || words.iter().any(|word| matches!(*word, "-ojson" | "-o=json" | "--output=json"))
+    pair || words
+        .iter()
+        .any(|word| matches!(*word, "-ojson" | "-o=json" | "--output=json"))
 }
 
 #[cfg(test)]
@@ -171,13 +179,20 @@ mod tests {
 
     #[test]
     fn defaults_are_those_of_the_contract() {
-        let Verb::Migrate(migrate) = line("ferry migrate web --to b").unwrap().verb else { panic!("not migrate") };
+        let Verb::Migrate(migrate) = line("ferry migrate web --to b").unwrap().verb else {
+            panic!("not migrate")
+        };
         assert_eq!(migrate.max_downtime.as_millis(), 300);
         assert_eq!(migrate.timeout.as_secs(), 900);
         assert_eq!((migrate.streams, migrate.bandwidth, migrate.wait), (0, None, None));
-        let Verb::Run(run) = line("ferry run web --kernel k").unwrap().verb else { panic!("not run") };
+        let Verb::Run(run) = line("ferry run web --kernel k").unwrap().verb else {
+            panic!("not run")
+        };
         assert_eq!((run.memory, run.vcpus), (512 << 20, 1));
-        assert_eq!((run.cpu.as_str(), run.dirty.as_str(), run.cmdline.as_str()), ("host", "log", ""));
+        assert_eq!(
+            (run.cpu.as_str(), run.dirty.as_str(), run.cmdline.as_str()),
+            ("host", "log", "")
+        );
         assert_eq!(line("ferry list").unwrap().agent, "http://127.0.0.1:7400");
     }
 
@@ -185,11 +200,19 @@ mod tests {
     fn flags_that_do_not_work_yet_are_named() {
         for flag in ["--disk", "--net", "--restart"] {
             let error = line(&format!("ferry run web --kernel k {flag} x")).unwrap_err();
-            assert_eq!((error.exit_code(), error.to_string().contains(flag)), (2, true), "{flag}");
+            assert_eq!(
+                (error.exit_code(), error.to_string().contains(flag)),
+                (2, true),
+                "{flag}"
+            );
         }
         for flag in ["--cold", "--dry-run", "--verify", "--auto-converge", "--storage"] {
             let error = line(&format!("ferry migrate web {flag}")).unwrap_err();
-            assert_eq!((error.exit_code(), error.to_string().contains(flag)), (2, true), "{flag}");
+            assert_eq!(
+                (error.exit_code(), error.to_string().contains(flag)),
+                (2, true),
+                "{flag}"
+            );
         }
         let error = line("ferry migrate web --mode postcopy").unwrap_err().to_string();
         assert!(error.contains("--mode") && error.contains("postcopy"), "{error}");
@@ -197,10 +220,20 @@ mod tests {
 
     #[test]
     fn verbs_that_do_not_work_yet_are_named() {
-        for verb in ["selftest", "migration resolve", "migration report", "migration force-complete", "migration retune"] {
+        for verb in [
+            "selftest",
+            "migration resolve",
+            "migration report",
+            "migration force-complete",
+            "migration retune",
+        ] {
             let last = verb.split(' ').next_back().unwrap();
             let error = line(&format!("ferry {verb} x")).unwrap_err();
-            assert_eq!((error.exit_code(), error.to_string().contains(last)), (2, true), "{verb}");
+            assert_eq!(
+                (error.exit_code(), error.to_string().contains(last)),
+                (2, true),
+                "{verb}"
+            );
         }
     }
 
@@ -215,14 +248,28 @@ mod tests {
             ("ferry run a/b --kernel k", "NAME"),
         ] {
             let error = line(text).unwrap_err();
-            assert_eq!((error.exit_code(), error.to_string().contains(flag)), (2, true), "{text}: {error}");
+            assert_eq!(
+                (error.exit_code(), error.to_string().contains(flag)),
+                (2, true),
+                "{text}: {error}"
+            );
         }
     }
 
     #[test]
     fn flags_that_a_verb_would_ignore_are_refused() {
-        assert!(line("ferry demo --agent http://127.0.0.1:1").unwrap_err().to_string().contains("--agent"));
-        assert!(line("ferry agent -o json").unwrap_err().to_string().contains("--output"));
+        assert!(
+            line("ferry demo --agent http://127.0.0.1:1")
+                .unwrap_err()
+                .to_string()
+                .contains("--agent")
+        );
+        assert!(
+            line("ferry agent -o json")
+                .unwrap_err()
+                .to_string()
+                .contains("--output")
+        );
         assert!(line("ferry --agent http://127.0.0.1:1 list -o json").is_ok());
         assert!(line("ferry list --agent 127.0.0.1:7500").is_ok());
     }

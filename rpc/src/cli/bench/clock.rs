@@ -14,9 +14,13 @@ pub(super) struct Reading {
 /// The changes of the offset from each stay to the next in microseconds; positive where the guest's clock runs ahead
 /// afterwards. `None` where a stay has too few heartbeats to tell.
 pub(super) fn errors_us(stays: &[Vec<Reading>]) -> Vec<Option<f64>> {
-    let Some(base) = stays.iter().flatten().next().map(|reading| reading.tsc) else { return Vec::new() };
+    let Some(base) = stays.iter().flatten().next().map(|reading| reading.tsc) else {
+        return Vec::new();
+    };
     let stays: Vec<Vec<Point>> = stays.iter().map(|stay| points(stay, base)).collect();
-    let Some(slope) = slope(&stays) else { return vec![None; stays.len().saturating_sub(1)] };
+    let Some(slope) = slope(&stays) else {
+        return vec![None; stays.len().saturating_sub(1)];
+    };
     let offsets: Vec<Option<f64>> = stays.iter().map(|stay| offset(stay, slope)).collect();
     let change = |pair: &[Option<f64>]| Some((pair[0]? - pair[1]?) / 1000.0);
     offsets.windows(2).map(change).collect()
@@ -30,7 +34,12 @@ struct Point {
 
 fn points(stay: &[Reading], base: u64) -> Vec<Point> {
     // Counters are equal to within 2^53 ticks of each other: nothing is lost in a float.
-    stay.iter().map(|reading| Point { ticks: reading.tsc.wrapping_sub(base) as i64 as f64, ns: reading.read_ns }).collect()
+    stay.iter()
+        .map(|reading| Point {
+            ticks: reading.tsc.wrapping_sub(base) as i64 as f64,
+            ns: reading.read_ns,
+        })
+        .collect()
 }
 
 /// Nanoseconds per tick: the same in all stays, fitted within each, twice: the second time without the late half.
@@ -47,7 +56,10 @@ fn fit(stays: &[Vec<Point>]) -> Option<f64> {
         let count = stay.len() as f64;
         let ticks = stay.iter().map(|point| point.ticks).sum::<f64>() / count;
         let ns = stay.iter().map(|point| point.ns).sum::<f64>() / count;
-        covariance += stay.iter().map(|point| (point.ticks - ticks) * (point.ns - ns)).sum::<f64>();
+        covariance += stay
+            .iter()
+            .map(|point| (point.ticks - ticks) * (point.ns - ns))
+            .sum::<f64>();
         variance += stay.iter().map(|point| (point.ticks - ticks).powi(2)).sum::<f64>();
     }
     (variance > 0.0).then(|| covariance / variance)
@@ -79,7 +91,10 @@ mod tests {
         let reading = |at: u64| {
             let late = (at * 7919 % 31) as f64 * 10_000.0;
             let ns = from_ns + at * 10_000_000;
-            Reading { tsc: u64::MAX / 2 + ns * 2, read_ns: ns as f64 + late - offset_ns }
+            Reading {
+                tsc: u64::MAX / 2 + ns * 2,
+                read_ns: ns as f64 + late - offset_ns,
+            }
         };
         (0..100).map(reading).collect()
     }

@@ -51,7 +51,10 @@ struct Side {
 
 impl Side {
     fn new(agent: u32) -> Self {
-        let mut side = Self { agent, threads: HashMap::new() };
+        let mut side = Self {
+            agent,
+            threads: HashMap::new(),
+        };
         side.read();
         for (began, last) in side.threads.values_mut() {
             *began = *last;
@@ -70,20 +73,30 @@ impl Side {
     }
 
     fn seconds(&self) -> f64 {
-        self.threads.values().map(|(began, last)| last.saturating_sub(*began)).sum::<u64>() as f64 / 1e9
+        self.threads
+            .values()
+            .map(|(began, last)| last.saturating_sub(*began))
+            .sum::<u64>() as f64
+            / 1e9
     }
 }
 
 /// The threads of a process that do not run a guest, each with the CPU time it used.
 fn threads_of(process: u32) -> Vec<(u32, u64)> {
-    let tasks = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+    let tasks = fs::read_dir(format!("/proc/{process}/task"))
+        .into_iter()
+        .flatten()
+        .flatten();
     let used = tasks.filter_map(|task| {
         let name = fs::read_to_string(task.path().join("comm")).ok()?;
         if name.starts_with(VCPU_THREADS) {
             return None;
         }
         let times = fs::read_to_string(task.path().join("schedstat")).ok()?;
-        Some((task.file_name().to_str()?.parse().ok()?, times.split(' ').next()?.parse().ok()?))
+        Some((
+            task.file_name().to_str()?.parse().ok()?,
+            times.split(' ').next()?.parse().ok()?,
+        ))
     });
     used.collect()
 }

@@ -39,7 +39,9 @@ impl FootprintMeter {
 /// The largest footprint of these agents' VMMs now, in bytes; `None` where there is no VMM.
 pub(super) fn now(agents: [u32; 2]) -> Option<u64> {
     let vmms = agents.into_iter().flat_map(process_children);
-    vmms.filter_map(|vmm| fs::read_to_string(format!("/proc/{vmm}/smaps")).ok()).map(|maps| beside_guest(&maps)).max()
+    vmms.filter_map(|vmm| fs::read_to_string(format!("/proc/{vmm}/smaps")).ok())
+        .map(|maps| beside_guest(&maps))
+        .max()
 }
 
 /// The sum of Pss over all mappings that are not guest memory, which is anonymous and is neither dumped nor inherited.
@@ -50,7 +52,10 @@ fn beside_guest(maps: &str) -> u64 {
         match words.next() {
             Some(range) if range.contains('-') && !range.ends_with(':') => {
                 // Range, permissions, offset, device, inode, and a name where there is one.
-                mapping = Mapping { anonymous: words.count() < 5, pss: 0 };
+                mapping = Mapping {
+                    anonymous: words.count() < 5,
+                    pss: 0,
+                };
             }
             Some("Pss:") => mapping.pss = words.next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) << 10,
             Some("VmFlags:") => {

@@ -7,7 +7,7 @@ use tokio::time::sleep;
 
 use super::super::doctor::meminfo;
 use super::super::failure::{Exit, Failure};
-use super::super::lab::{Beat, Lab, Move, MoveOrder, ProbeGuest, in_a_lab};
+use super::super::lab::{Beat, Lab, MoveOrder, ProbeGuest, in_a_lab};
 use super::super::output::{human_bytes, note};
 use super::super::terminal::LiveLine;
 use super::clock::{Reading, errors_us};
@@ -17,13 +17,22 @@ use super::report::{Figures, Run};
 use super::workloads::Workload;
 
 pub(super) async fn workload(workload: &Workload, runs: u32, streams: u32) -> Result<Figures, Failure> {
-    let mut told = Teller { name: workload.name, line: LiveLine::new() };
+    let mut told = Teller {
+        name: workload.name,
+        line: LiveLine::new(),
+    };
     told.tell("touches memory");
     touch(workload)?;
     in_a_lab(async |lab: &mut Lab| in_lab(lab, workload, runs, streams, &mut told).await).await
 }
 
-async fn in_lab(lab: &mut Lab, workload: &Workload, runs: u32, streams: u32, told: &mut Teller) -> Result<Figures, Failure> {
+async fn in_lab(
+    lab: &mut Lab,
+    workload: &Workload,
+    runs: u32,
+    streams: u32,
+    told: &mut Teller,
+) -> Result<Figures, Failure> {
     lab.start_agents().await?;
     told.tell("boots");
     let guest = lab.boot(&workload.plan()).await?;
@@ -32,17 +41,29 @@ async fn in_lab(lab: &mut Lab, workload: &Workload, runs: u32, streams: u32, tol
     let idle_bytes = footprint::now(agents);
 
     let epoch = Instant::now();
-    let mut stays = Stays { epoch, began: 0, readings: Vec::new() };
+    let mut stays = Stays {
+        epoch,
+        began: 0,
+        readings: Vec::new(),
+    };
     let mut measured = Vec::new();
     for run in 0..runs {
         told.tell(&format!("move {} of {runs}", run + 1));
-        let order = MoveOrder { source: run as usize % 2, streams, listen: STAY };
+        let order = MoveOrder {
+            source: run as usize % 2,
+            streams,
+            listen: STAY,
+        };
         measured.push(timed_move(lab, &guest, order, &mut stays).await?);
     }
     stays.close(&guest, runs as usize % 2);
 
     told.tell("one more move, to watch memory");
-    let order = MoveOrder { source: runs as usize % 2, streams, listen: Duration::from_millis(300) };
+    let order = MoveOrder {
+        source: runs as usize % 2,
+        streams,
+        listen: Duration::from_millis(300),
+    };
     let meter = FootprintMeter::start(agents);
     let watched = lab.move_guest(&guest, order, |_| {}).await;
     let migrating_bytes = meter.stop();
@@ -74,7 +95,12 @@ async fn timed_move(lab: &Lab, guest: &ProbeGuest, order: MoveOrder, stays: &mut
         meter.stop();
     }
     let cpu = over.unwrap_or([f64::NAN; 2]);
-    Ok(Run { moved: moved?, cpu_source_s: cpu[order.source], cpu_destination_s: cpu[order.destination()], clock_error_us: None })
+    Ok(Run {
+        moved: moved?,
+        cpu_source_s: cpu[order.source],
+        cpu_destination_s: cpu[order.destination()],
+        clock_error_us: None,
+    })
 }
 
 /// The guest's heartbeats, stay by stay, as readings of its clock.
@@ -94,7 +120,10 @@ impl Stays {
         }
         let reading = |beat: &Beat| {
             let read_ns = beat.at.saturating_duration_since(self.epoch).as_nanos() as f64;
-            Reading { tsc: beat.heartbeat.tsc, read_ns }
+            Reading {
+                tsc: beat.heartbeat.tsc,
+                read_ns,
+            }
         };
         // What was read before the epoch would all seem to have come at once.
         let counted = beats.iter().filter(|beat| beat.at >= self.epoch);
@@ -130,7 +159,11 @@ struct Teller {
 impl Teller {
     fn tell(&mut self, what: &str) {
         let text = format!("{}: {what}", self.name);
-        if self.line.is_live() { self.line.draw(&text) } else { note(&text) }
+        if self.line.is_live() {
+            self.line.draw(&text)
+        } else {
+            note(&text)
+        }
     }
 }
 

@@ -16,7 +16,6 @@ use super::failure::{Exit, Failure, Outcome};
 use super::output::{self, Format};
 
 use self::report::Figures;
-use self::workloads::Workload;
 
 pub(super) async fn run(arguments: BenchArguments, format: Format) -> Outcome {
     let chosen = workloads::chosen(&arguments.workloads).map_err(|problem| Failure::new(Exit::Usage, problem))?;

@@ -42,7 +42,12 @@ pub(super) fn chosen(names: &[String]) -> Result<Vec<Workload>, String> {
     let find = |name: &String| {
         let known: Vec<&str> = ALL.iter().map(|workload| workload.name).collect();
         let found = ALL.iter().find(|workload| workload.name == name).copied();
-        found.ok_or_else(|| format!("--workload {name}: there is none of this name; there are {}", known.join(", ")))
+        found.ok_or_else(|| {
+            format!(
+                "--workload {name}: there is none of this name; there are {}",
+                known.join(", ")
+            )
+        })
     };
     names.iter().map(find).collect()
 }
@@ -125,7 +130,10 @@ mod tests {
     #[test]
     fn unknown_names_are_told_with_the_known_ones() {
         let problem = chosen(&["nonsense".to_owned()]).unwrap_err();
-        assert!(problem.contains("nonsense") && problem.contains("sparse-12g"), "{problem}");
+        assert!(
+            problem.contains("nonsense") && problem.contains("sparse-12g"),
+            "{problem}"
+        );
         assert_eq!(chosen(&[]).unwrap().len(), ALL.len());
     }
 }

@@ -27,21 +27,24 @@ fn own_cgroups(agents: &[Process]) -> Need {
         Err(error) => error,
     };
     let found = format!("no cgroup can be made: {error}");
-    let services = agents.iter().filter_map(|agent| Some((agent, service(&agent.cgroup)?)));
-    for (agent, unit) in services {
-        let mode = kill_mode(unit);
-        if matches!(mode.as_deref(), Some("process" | "none")) {
-            let found = format!("{found}; but {unit} has KillMode={}", mode.unwrap_or_default());
-            return Need::fact(need, found, WANTED);
+    let unit = agents.iter().find_map(|agent| service(&agent.cgroup));
+    let remedy = "set KillMode=process in the unit, or run the agent as root where cgroup version 2 is mounted";
+    match unit.map(|unit| (unit, kill_mode(unit))) {
+        Some((unit, Some(mode))) if matches!(mode.as_str(), "process" | "none") => {
+            Need::fact(need, format!("{found}; but {unit} has KillMode={mode}"), WANTED)
         }
-        let remedy = format!(
-            "stopping {unit} (agent {}) would kill its guests: set KillMode=process in the unit, or run the agent as root where cgroup version 2 is mounted",
-            agent.pid
-        );
-        return Need::poor(need, found, WANTED, remedy);
+        Some((unit, _)) => Need::poor(
+            need,
+            found,
+            WANTED,
+            format!("stopping {unit} would kill its guests: {remedy}"),
+        ),
+        None => {
+            let text =
+                format!("an agent that runs as a systemd service takes its guests along when it is stopped: {remedy}");
+            Need::poor(need, found, WANTED, text)
+        }
     }
-    let remedy = "an agent that runs as a systemd service takes its guests along when it is stopped: set KillMode=process in the unit, or run it as root where cgroup version 2 is mounted";
-    Need::poor(need, found, WANTED, remedy)
 }
 
 fn running(agents: &[Process], vmms: &[Process]) -> Need {

@@ -67,15 +67,25 @@ impl Shared {
 impl Lab {
     pub(super) fn new() -> Result<Self, Failure> {
         let made = tempfile::Builder::new().prefix("ferry-").tempdir();
-        let directory = made.map_err(|error| Failure::new(Exit::Failed, format!("make a temporary directory: {error}")))?;
-        Ok(Self { directory, agents: Vec::new(), readers: Vec::new() })
+        let directory =
+            made.map_err(|error| Failure::new(Exit::Failed, format!("make a temporary directory: {error}")))?;
+        Ok(Self {
+            directory,
+            agents: Vec::new(),
+            readers: Vec::new(),
+        })
     }
 
     /// Starts both agents and waits until they answer.
     pub(in crate::cli) async fn start_agents(&mut self) -> Result<(), Failure> {
         let ports = free_ports().map_err(|error| Failure::new(Exit::Failed, format!("find free ports: {error}")))?;
         for (host, port, peer) in [("a", ports.0, ("b", ports.1)), ("b", ports.1, ("a", ports.0))] {
-            let plan = AgentPlan { host, port, peer, directory: self.directory.path() };
+            let plan = AgentPlan {
+                host,
+                port,
+                peer,
+                directory: self.directory.path(),
+            };
             self.agents.push(AgentProcess::start(&plan)?);
         }
         for agent in &mut self.agents {
@@ -88,9 +98,18 @@ impl Lab {
     pub(in crate::cli) async fn boot(&mut self, plan: &GuestPlan) -> Result<ProbeGuest, Failure> {
         let began = Instant::now();
         let kernel = self.probe_file()?;
-        let request = RunInstanceRequest { spec: Some(plan.spec(kernel)) };
-        let answered = self.agent(0).compute().await?.run_instance(within(LONG_PATIENCE, request)).await;
-        let info = answered.map_err(|status| Failure::of_status(&format!("run {}", plan.name), &status))?.into_inner();
+        let request = RunInstanceRequest {
+            spec: Some(plan.spec(kernel)),
+        };
+        let answered = self
+            .agent(0)
+            .compute()
+            .await?
+            .run_instance(within(LONG_PATIENCE, request))
+            .await;
+        let info = answered
+            .map_err(|status| Failure::of_status(&format!("run {}", plan.name), &status))?
+            .into_inner();
         let record = SharedRecord::default();
         for host in 0..2 {
             let reader = read_console(self.agent(host).clone(), host, info.id.clone(), Arc::clone(&record));
@@ -101,9 +120,19 @@ impl Lab {
             (None, Some(_), Some(_)) => Some(Ok(())),
             _ => None,
         };
-        let late = || Failure::new(Exit::Failed, format!("the guest was not ready within {:?}", plan.patience));
+        let late = || {
+            Failure::new(
+                Exit::Failed,
+                format!("the guest was not ready within {:?}", plan.patience),
+            )
+        };
         record.until(plan.patience, ready).await.ok_or_else(late)??;
-        Ok(ProbeGuest { id: info.id, name: info.name, ready_after: began.elapsed(), record })
+        Ok(ProbeGuest {
+            id: info.id,
+            name: info.name,
+            ready_after: began.elapsed(),
+            record,
+        })
     }
 
     pub(in crate::cli) fn agent(&self, host: usize) -> &Agent {
@@ -139,7 +168,10 @@ impl Lab {
     /// Prints the ends of all logs on stderr: they are about to be removed.
     pub(super) fn tell_logs(&self) {
         for agent in &self.agents {
-            let instances = fs::read_dir(agent.data_dir.join("instances")).into_iter().flatten().flatten();
+            let instances = fs::read_dir(agent.data_dir.join("instances"))
+                .into_iter()
+                .flatten()
+                .flatten();
             let mut logs = vec![log_of(&agent.data_dir)];
             logs.extend(instances.map(|instance| instance.path().join("vmm.log")));
             for log in logs {
@@ -168,7 +200,9 @@ impl Lab {
         let path = self.directory.path().join("probe.elf");
         let failed = |problem: String| Failure::new(Exit::Failed, format!("write {}: {problem}", path.display()));
         fs::write(&path, ferry_probe::PROBE_ELF).map_err(|error| failed(error.to_string()))?;
-        path.to_str().map(str::to_owned).ok_or_else(|| failed("the path is not UTF-8".to_owned()))
+        path.to_str()
+            .map(str::to_owned)
+            .ok_or_else(|| failed("the path is not UTF-8".to_owned()))
     }
 }
 
@@ -179,14 +213,20 @@ impl Drop for Lab {
         }
         kill_vmms_below(self.directory.path());
         for agent in &self.agents {
-            crate::agent::remove_leftovers(&agent.data_dir);
+            agent.remove_marks();
         }
     }
 }
 
 async fn delete_all(agent: &Agent) -> Result<(), Failure> {
     for info in instances_of(agent).await? {
-        let request = within(LONG_PATIENCE, DeleteInstanceRequest { instance: info.id.clone(), force: true });
+        let request = within(
+            LONG_PATIENCE,
+            DeleteInstanceRequest {
+                instance: info.id.clone(),
+                force: true,
+            },
+        );
         let deleted = agent.compute().await?.delete_instance(request).await;
         deleted.map_err(|status| Failure::of_status(&format!("delete {}", info.name), &status))?;
     }
@@ -201,7 +241,10 @@ async fn read_console(agent: Agent, host: usize, instance: String, record: Share
             continue;
         };
         loop {
-            let request = ConsoleRequest { instance: instance.clone(), follow: true };
+            let request = ConsoleRequest {
+                instance: instance.clone(),
+                follow: true,
+            };
             let mut stream = match client.console(request).await {
                 Ok(opened) => opened.into_inner(),
                 Err(status) if is_lost_connection(&status) => break,

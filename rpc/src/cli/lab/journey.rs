@@ -90,7 +90,9 @@ impl Lab {
         let mut record = guest.record.lock();
         record.settle(order.source, destination);
         let last = record.last().ok_or_else(silent)?;
-        let span = record.span(before.heartbeat.seq, last.heartbeat.seq).ok_or_else(silent)?;
+        let span = record
+            .span(before.heartbeat.seq, last.heartbeat.seq)
+            .ok_or_else(silent)?;
         Ok(Move {
             migration,
             guest_gap_ms: span.guest_gap.as_secs_f64() * 1000.0,
@@ -166,7 +168,9 @@ impl ProbeGuest {
         let from = self.last_beat();
         sleep(time).await;
         let record = self.record.lock();
-        let span = from.zip(record.last()).and_then(|(from, to)| record.span(from.heartbeat.seq, to.heartbeat.seq));
+        let span = from
+            .zip(record.last())
+            .and_then(|(from, to)| record.span(from.heartbeat.seq, to.heartbeat.seq));
         span.map_or(0.0, |span| span.write_rate)
     }
 }
@@ -179,7 +183,10 @@ mod tests {
 
     fn clean() -> Move {
         Move {
-            migration: MigrationInfo { destination: "b".into(), ..Default::default() },
+            migration: MigrationInfo {
+                destination: "b".into(),
+                ..Default::default()
+            },
             guest_gap_ms: 1.0,
             reader_gap_ms: 1.0,
             heartbeats: 10,
@@ -199,10 +206,40 @@ mod tests {
     fn a_move_is_clean_only_if_nothing_at_all_is_wrong() {
         assert!(clean().is_clean());
         assert!(!Move { faults: 1, ..clean() }.is_clean());
-        assert!(!Move { heartbeats_missing: 1, ..clean() }.is_clean());
-        assert!(!Move { heartbeats_doubled: 1, ..clean() }.is_clean());
-        assert!(!Move { clock_back: 1, ..clean() }.is_clean());
-        assert!(!Move { vmm_processes: 2, ..clean() }.is_clean());
-        assert!(!Move { runners: vec!["a".to_owned(), "b".to_owned()], ..clean() }.is_clean());
+        assert!(
+            !Move {
+                heartbeats_missing: 1,
+                ..clean()
+            }
+            .is_clean()
+        );
+        assert!(
+            !Move {
+                heartbeats_doubled: 1,
+                ..clean()
+            }
+            .is_clean()
+        );
+        assert!(
+            !Move {
+                clock_back: 1,
+                ..clean()
+            }
+            .is_clean()
+        );
+        assert!(
+            !Move {
+                vmm_processes: 2,
+                ..clean()
+            }
+            .is_clean()
+        );
+        assert!(
+            !Move {
+                runners: vec!["a".to_owned(), "b".to_owned()],
+                ..clean()
+            }
+            .is_clean()
+        );
     }
 }

@@ -69,8 +69,13 @@ pub(super) async fn in_a_lab<T>(work: impl AsyncFnOnce(&mut Lab) -> Result<T, Fa
 
 /// Completes when this process is asked to end. From the call on, such signals do nothing else.
 fn interrupted() -> Result<impl Future<Output = ()>, Failure> {
-    let listen = |kind| signal(kind).map_err(|error| Failure::new(Exit::Failed, format!("listen for signals: {error}")));
-    let mut signals = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?, listen(SignalKind::hangup())?);
+    let listen =
+        |kind| signal(kind).map_err(|error| Failure::new(Exit::Failed, format!("listen for signals: {error}")));
+    let mut signals = (
+        listen(SignalKind::interrupt())?,
+        listen(SignalKind::terminate())?,
+        listen(SignalKind::hangup())?,
+    );
     Ok(async move {
         tokio::select! {
             _ = signals.0.recv() => {}
@@ -82,5 +87,9 @@ fn interrupted() -> Result<impl Future<Output = ()>, Failure> {
 
 /// Where an instance runs, over both hosts.
 fn runners(instances: &[InstanceInfo]) -> Vec<&str> {
-    instances.iter().filter(|info| info.status == "running").map(|info| info.host.as_str()).collect()
+    instances
+        .iter()
+        .filter(|info| info.status == "running")
+        .map(|info| info.host.as_str())
+        .collect()
 }

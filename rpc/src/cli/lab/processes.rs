@@ -42,7 +42,12 @@ impl AgentProcess {
         let child = Command::new("/proc/self/exe")
             .arg0("ferry")
             .args(["agent", "--host-id", plan.host])
-            .args(["--listen", &format!("127.0.0.1:{}", plan.port), "--data-listen", "127.0.0.1:0"])
+            .args([
+                "--listen",
+                &format!("127.0.0.1:{}", plan.port),
+                "--data-listen",
+                "127.0.0.1:0",
+            ])
             .args(["--peer", &format!("{peer}=http://127.0.0.1:{peer_port}")])
             .arg("--data-dir")
             .arg(&data_dir)
@@ -54,7 +59,12 @@ impl AgentProcess {
             .spawn()
             .map_err(failed)?;
         let agent = Agent::new(format!("http://127.0.0.1:{}", plan.port));
-        Ok(Self { host: plan.host.to_owned(), agent, data_dir, child })
+        Ok(Self {
+            host: plan.host.to_owned(),
+            agent,
+            data_dir,
+            child,
+        })
     }
 
     pub(super) fn pid(&self) -> u32 {
@@ -74,7 +84,10 @@ impl AgentProcess {
                 return Err(Failure::new(Exit::Failed, text));
             }
             if began.elapsed() > START_TIME {
-                return Err(Failure { message: format!("agent {} does not answer: {}", self.host, failure.message), ..failure });
+                return Err(Failure {
+                    message: format!("agent {} does not answer: {}", self.host, failure.message),
+                    ..failure
+                });
             }
             sleep(Duration::from_millis(10)).await;
         }
@@ -98,6 +111,19 @@ impl AgentProcess {
         // Both fail only where it is dead already.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+
+    /// Removes what the agent keeps outside its data directory: the folder of started marks, which it makes on tmpfs under
+    /// this name and means to find again.
+    pub(super) fn remove_marks(&self) {
+        let Ok(data_dir) = fs::canonicalize(&self.data_dir) else {
+            return;
+        };
+        let hash = blake3::hash(data_dir.as_os_str().as_encoded_bytes()).to_hex();
+        for root in ["/run", "/dev/shm", "/tmp"] {
+            // It is in one of them.
+            let _ = fs::remove_dir_all(Path::new(root).join(format!("ferry-{}", &hash[..16])));
+        }
     }
 
     fn terminate(&self) {
@@ -130,7 +156,9 @@ pub(super) fn vmms_below(directory: &Path) -> Vec<Pid> {
         let line = fs::read(entry.path().join("cmdline")).ok()?;
         let words: Vec<&[u8]> = line.split(|&byte| byte == 0).collect();
         let is_vmm = words.get(1) == Some(&b"vmm".as_slice());
-        let is_below = words.iter().any(|word| word.starts_with(directory.as_os_str().as_encoded_bytes()));
+        let is_below = words
+            .iter()
+            .any(|word| word.starts_with(directory.as_os_str().as_encoded_bytes()));
         (is_vmm && is_below).then_some(pid)
     });
     found.collect()
@@ -150,9 +178,18 @@ pub(super) fn kill_vmms_below(directory: &Path) {
 
 /// The processes that a process started and that live.
 pub(in crate::cli) fn process_children(pid: u32) -> Vec<u32> {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .flatten();
     let lists = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
-    lists.flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect()
+    lists
+        .flat_map(|list| {
+            list.split_whitespace()
+                .filter_map(|pid| pid.parse().ok())
+                .collect::<Vec<_>>()
+        })
+        .collect()
 }
 
 const START_TIME: Duration = Duration::from_secs(15);

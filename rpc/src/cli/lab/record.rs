@@ -98,14 +98,19 @@ impl Record {
 
     /// The heartbeats of a host from a sequence number on.
     pub(super) fn since(&self, seq: u64, host: usize) -> impl Iterator<Item = &Beat> {
-        self.beats.range(seq..).map(|(_, beat)| beat).filter(move |beat| beat.host == host)
+        self.beats
+            .range(seq..)
+            .map(|(_, beat)| beat)
+            .filter(move |beat| beat.host == host)
     }
 
     /// What happened from one heartbeat to another.
     pub(super) fn span(&self, from: u64, to: u64) -> Option<Span> {
         let beats: Vec<&Beat> = self.beats.range(from..=to).map(|(_, beat)| beat).collect();
         let (first, last) = (beats.first()?, beats.last()?);
-        let waited = beats.windows(2).map(|pair| pair[1].at.saturating_duration_since(pair[0].at));
+        let waited = beats
+            .windows(2)
+            .map(|pair| pair[1].at.saturating_duration_since(pair[0].at));
         // A gap is told by the heartbeat after it: the first one's lies before the span.
         let gaps = beats.iter().skip(1).map(|beat| beat.heartbeat.gap_ns);
         let khz = self.tsc_khz.unwrap_or(0);
@@ -125,7 +130,9 @@ impl Record {
 
     /// Takes one line; false if it is none of the guest's.
     fn line(&mut self, host: usize, line: &str, at: Instant) -> bool {
-        let Some(parsed) = parse(line) else { return line.trim().is_empty() };
+        let Some(parsed) = parse(line) else {
+            return line.trim().is_empty();
+        };
         // Two halves that do not belong together may read like a line; only what reads back the same is one.
         if matches!(parsed, Line::Heartbeat(_)) && parsed.to_string() != line.trim_end() {
             return false;
@@ -163,7 +170,14 @@ mod tests {
     use super::*;
 
     fn line(seq: u64, gap_ns: u64) -> String {
-        let heartbeat = Heartbeat { seq, tsc: seq * 1_000_000, gap_ns, max_gap_ns: 9, writes: seq * 10, ..Default::default() };
+        let heartbeat = Heartbeat {
+            seq,
+            tsc: seq * 1_000_000,
+            gap_ns,
+            max_gap_ns: 9,
+            writes: seq * 10,
+            ..Default::default()
+        };
         format!("{}\r\n", Line::Heartbeat(heartbeat))
     }
 
