@@ -14,6 +14,7 @@ mod blank;
 mod running;
 
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -86,6 +87,36 @@ pub enum MachineEvent {
         /// Why, with the bytes of an instruction that could not be emulated.
         reason: String,
     },
+}
+
+/// Where a machine's events go. It is called on a vCPU's thread before that vCPU stands still, so once
+/// [`Machine::pause`] has returned, whatever ended the guest has been told; it must not block.
+#[derive(Clone)]
+pub struct EventSink(Arc<dyn Fn(MachineEvent) + Send + Sync>);
+
+impl EventSink {
+    /// Events are told to `listener`.
+    pub fn new(listener: impl Fn(MachineEvent) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(listener))
+    }
+
+    /// Tells an event.
+    pub(crate) fn tell(&self, event: MachineEvent) {
+        (self.0)(event);
+    }
+}
+
+impl From<Sender<MachineEvent>> for EventSink {
+    /// Whoever does not listen does not want to know.
+    fn from(sender: Sender<MachineEvent>) -> Self {
+        Self::new(move |event| drop(sender.send(event)))
+    }
+}
+
+impl std::fmt::Debug for EventSink {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("EventSink")
+    }
 }
 
 /// Whether the vCPUs run.

@@ -1,11 +1,10 @@
 //! A machine that holds no guest yet.
 
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
 
 use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE};
 
-use super::{DirtyMode, Facts, Machine, MachineConfig, MachineError, MachineEvent, Parts, Pristine};
+use super::{DirtyMode, EventSink, Facts, Machine, MachineConfig, MachineError, Parts, Pristine};
 use crate::arch::x86_64::boot::{BootPayload, MemoryBefore, load};
 use crate::arch::x86_64::cpuid::{CpuidEntry, give, of_model, of_vcpu, tell_frequencies};
 use crate::arch::x86_64::layout::SERIAL_IRQ;
@@ -33,8 +32,9 @@ impl BlankMachine {
     pub fn new(
         config: &MachineConfig,
         console: Box<dyn ConsoleOutput>,
-        events: Sender<MachineEvent>,
+        events: impl Into<EventSink>,
     ) -> Result<Self, MachineError> {
+        let events = events.into();
         let host = Host::open()?;
         if config.vcpus == 0 || usize::from(config.vcpus) > host.max_vcpus {
             return Err(MachineError::Vcpus {

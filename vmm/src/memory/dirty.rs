@@ -106,8 +106,13 @@ impl DirtyBitmap {
         runs
     }
 
-    /// The words of one region, in KVM's layout.
-    pub(crate) fn words(&self, region: usize) -> &[u64] {
+    /// The words of one region, in KVM's layout: bit `i % 64` of word `i / 64` is the region's page `i`.
+    ///
+    /// # Panics
+    ///
+    /// If the memory has no such region.
+    #[must_use]
+    pub fn words(&self, region: usize) -> &[u64] {
         &self.regions[region].words
     }
 

@@ -14,7 +14,7 @@ use crate::arch::x86_64::cpuid::CpuidEntry;
 use crate::arch::x86_64::vcpu_state::{SavePlan, TscTarget, VcpuState};
 use crate::devices::{Devices, PowerRequest};
 use crate::kvm::{Exit, KvmError, Vcpu, Vm};
-use crate::machine::MachineEvent;
+use crate::machine::{EventSink, MachineEvent};
 
 /// What a vCPU's thread needs.
 pub(crate) struct VcpuSetup {
@@ -24,7 +24,7 @@ pub(crate) struct VcpuSetup {
     pub(crate) plan: Arc<SavePlan>,
     pub(crate) vm: Arc<Vm>,
     pub(crate) devices: Arc<Devices>,
-    pub(crate) events: Sender<MachineEvent>,
+    pub(crate) events: EventSink,
 }
 
 /// Why a command to a vCPU failed.
@@ -341,8 +341,7 @@ impl VcpuThread {
             Err(error) => failed(index, &error),
         };
         let goes_on = event == MachineEvent::Panicked;
-        // Whoever does not listen does not want to know.
-        let _ = events.send(event);
+        events.tell(event);
         if goes_on { After::Again } else { After::Stopped }
     }
 }
