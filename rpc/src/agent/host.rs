@@ -27,17 +27,37 @@ pub(crate) fn meminfo(field: &str) -> u64 {
         .map_or(0, |kib: u64| kib * 1024)
 }
 
-/// A folder on tmpfs for the started marks of the agent with this data directory: gone when the host is.
+/// Where the folder may be: on tmpfs, gone when the host is.
+const MARK_ROOTS: [&str; 3] = ["/run", "/dev/shm", "/tmp"];
+
+fn mark_name(data_dir: &Path) -> String {
+    format!(
+        "ferry-{}",
+        &blake3::hash(data_dir.as_os_str().as_encoded_bytes()).to_hex()[..16]
+    )
+}
+
+/// Removes what the agent of a data directory keeps outside of it. For an agent that is gone for good, with its guests;
+/// `data_dir` must be there still, or be named as the agent saw it.
+pub(crate) fn remove_leftovers(data_dir: &Path) {
+    let data_dir = fs::canonicalize(data_dir).unwrap_or_else(|_| data_dir.to_owned());
+    for root in MARK_ROOTS {
+        // Most are not there.
+        let _ = fs::remove_dir_all(Path::new(root).join(mark_name(&data_dir)));
+    }
+    for entry in fs::read_dir(data_dir.join("instances")).into_iter().flatten().flatten() {
+        super::spawn::remove_cgroup(&entry.file_name().to_string_lossy());
+    }
+}
+
+/// A folder on tmpfs for the started marks of the agent with this data directory.
 ///
 /// # Errors
 /// None can be made.
 pub(crate) fn mark_folder(data_dir: &Path) -> std::io::Result<PathBuf> {
-    let name = format!(
-        "ferry-{}",
-        &blake3::hash(data_dir.as_os_str().as_encoded_bytes()).to_hex()[..16]
-    );
+    let name = mark_name(data_dir);
     let mut last = std::io::Error::from(std::io::ErrorKind::NotFound);
-    for root in ["/run", "/dev/shm", "/tmp"] {
+    for root in MARK_ROOTS {
         let folder = Path::new(root).join(&name);
         match fs::create_dir_all(&folder) {
             Ok(()) => return Ok(folder),

@@ -31,5 +31,6 @@ mod spawn;
 mod vmm_client;
 
 pub use config::AgentConfig;
+pub(crate) use host::remove_leftovers;
 pub use serve::serve;
 pub use spawn::cgroup_root;

@@ -76,11 +76,10 @@ impl SourceGuest for LocalGuest {
     }
 
     fn stop(&mut self, _deadline: Instant) -> Result<StopTimes, GuestError> {
-        // No device has requests in flight yet, so there is nothing to drain.
         let times = self.machine.pause().map_err(GuestError::new)?;
         Ok(StopTimes {
-            pause: times.pause,
-            drain: std::time::Duration::ZERO,
+            pause: times.vcpus,
+            drain: times.drain,
         })
     }
 

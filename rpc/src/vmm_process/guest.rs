@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, bail};
 use ferry_proto::vmm::v1::MachineSpec;
 use ferry_vmm::{
-    BlankMachine, BootPayload, ConsoleInput, CpuModel, DirtyMode, HostCapabilities, Machine, MachineConfig,
+    BlankMachine, BootPayload, ConsoleInput, CpuModel, DirtyMode, EventSink, HostCapabilities, Machine, MachineConfig,
     MachineEvent, RunState,
 };
 
@@ -174,7 +174,7 @@ impl Blueprint {
         let console = ConsoleLog::open(&self.folder)
             .with_context(|| format!("failed to open the console log in {}", self.folder.display()))?;
         let to_inbox = inbox.clone();
-        let events: ferry_vmm::EventSink = Arc::new(move |event| to_inbox.put(event));
+        let events = EventSink::new(move |event| to_inbox.put(event));
         let machine = BlankMachine::new(&self.config, Box::new(console), events)?;
         Ok(BlankGuest {
             machine,

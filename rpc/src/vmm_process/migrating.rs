@@ -75,7 +75,7 @@ impl Vmm {
         let Holding::Here(guest) = std::mem::replace(&mut self.holding, Holding::Sending(Sending { orders })) else {
             anyhow::bail!("the guest is gone");
         };
-        hand_in.send(guest).context("the migration's thread ended")?;
+        anyhow::ensure!(hand_in.send(guest).is_ok(), "the migration's thread ended");
         self.standing.migration.clone_from(&order.migration);
         self.standing.send_ended = None;
         self.standing.converged_attempt = 0;
