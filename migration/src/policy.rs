@@ -122,9 +122,11 @@ impl Policy {
         self.last_pages(pages) + self.overhead.start + self.round_trip
     }
 
-    /// Takes in how long stopping and exporting took, so that the next prediction does not promise less.
+    /// Takes in how long stopping and exporting took. One slow stop weighs half, and never so much that no further one
+    /// would be tried.
     pub fn stopped(&mut self, took: Duration) {
-        self.overhead.stop = self.overhead.stop.max(took);
+        let learned = (self.overhead.stop + took) / 2;
+        self.overhead.stop = self.overhead.stop.max(learned.min(self.max_downtime / 2));
     }
 
     /// Takes in that a switchover was called off: the same prediction is trusted less from now on.
@@ -246,6 +248,16 @@ mod tests {
         policy.disarmed();
         let after = policy.judge(&round(100_000, 50_000), None).predicted;
         assert!(after > before);
+    }
+
+    #[test]
+    fn a_slow_stop_is_learned_without_ruling_out_the_next_one() {
+        let mut policy = Policy::new(BUDGET, OVERHEAD);
+        let before = policy.judge(&round(100_000, 10), None).predicted;
+        policy.stopped(Duration::from_secs(5));
+        let decision = policy.judge(&round(100_000, 10), None);
+        assert!(decision.predicted > before);
+        assert_eq!(decision.verdict, Verdict::Switch);
     }
 
     #[test]

@@ -135,6 +135,10 @@ fn hand_over<G: SourceGuest>(
         digests,
     };
     copy.conversation.look_around()?;
+    // What was heard meanwhile ends the migration: nothing is awaited here.
+    if let Some(heard) = copy.conversation.next(Duration::ZERO)? {
+        return Err(Setback::End(unexpected(&heard).into()));
+    }
     if !copy.conversation.asked.grants.trade_for_go(grant) {
         return Err(Setback::CallOff("the agent took the grant back".to_owned()));
     }

@@ -1,0 +1,440 @@
+//! A guest made of vectors: memory that sockets read and write, a thread that writes it, dirty tracking of its own.
+
+#![allow(
+    dead_code,
+    missing_docs,
+    unreachable_pub,
+    reason = "each test binary uses a part of it"
+)]
+
+pub mod memory;
+pub mod raw;
+pub mod scene;
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use ferry_migration::PageSet;
+use ferry_migration::guest::{
+    DestinationGuest, DirtyClearer, FrameRun, GuestCondition, GuestEnd, GuestError, GuestWas, Population,
+    RestoredGuest, SourceGuest, StopTimes,
+};
+use memory::FakeMemory;
+
+/// How tracking reports, as the two kinds of KVM's do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tracking {
+    /// A fetched frame is reported until it is re-armed.
+    Log,
+    /// A fetched frame is forgotten, and writes to it go unnoticed until it is re-armed.
+    Harvest,
+}
+
+/// What the guest's thread does.
+#[derive(Clone, Copy, Debug)]
+pub enum Workload {
+    Idle,
+    /// Any page of the first so many, so many pages a second.
+    Uniform {
+        frames: u64,
+        rate: u64,
+    },
+    /// One after the other.
+    Sweep {
+        frames: u64,
+        rate: u64,
+    },
+    /// Nine of ten writes to a tenth of the pages.
+    HotCold {
+        frames: u64,
+        rate: u64,
+    },
+    /// Any page, every other write makes it zero.
+    ZeroFlip {
+        frames: u64,
+        rate: u64,
+    },
+}
+
+/// What goes wrong when the guest is stopped for the next time.
+#[derive(Clone, Debug)]
+pub enum StopFault {
+    None,
+    /// Stopping takes so long.
+    Slow(Duration),
+    /// Draining writes 200 pages, and each write to a socket takes so long until the guest runs again.
+    SlowSends(Duration),
+    /// Devices do not drain.
+    Fails,
+    /// The guest powers off just then.
+    PowersOff,
+}
+
+struct Tracker {
+    kind: Tracking,
+    on: bool,
+    logged: PageSet,
+    armed: PageSet,
+    populated: PageSet,
+}
+
+impl Tracker {
+    fn touch(&mut self, frame: u64) {
+        let run = FrameRun { first: frame, count: 1 };
+        self.populated.insert(run);
+        if self.on && self.armed.contains(frame) {
+            self.logged.insert(run);
+            self.armed.remove(run);
+        }
+    }
+}
+
+#[derive(Clone)]
+pub struct FakeClearer(Arc<Mutex<Tracker>>);
+
+impl DirtyClearer for FakeClearer {
+    fn rearm(&self, run: FrameRun, dirty: &[u64]) -> Result<(), GuestError> {
+        let mut tracker = self.0.lock().unwrap();
+        for index in (0..run.count).filter(|index| dirty[(index / 64) as usize] >> (index % 64) & 1 == 1) {
+            let frame = FrameRun {
+                first: run.first + index,
+                count: 1,
+            };
+            tracker.armed.insert(frame);
+            if tracker.kind == Tracking::Log {
+                tracker.logged.remove(frame);
+            }
+        }
+        Ok(())
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Run,
+    Pause,
+    Exit,
+}
+
+struct Vcpu {
+    wanted: Mutex<(Wanted, bool)>,
+    changed: Condvar,
+}
+
+impl Vcpu {
+    fn order(&self, wanted: Wanted) {
+        self.wanted.lock().unwrap().0 = wanted;
+        self.changed.notify_all();
+    }
+
+    fn wait_paused(&self) {
+        let mut state = self.wanted.lock().unwrap();
+        while !state.1 {
+            state = self.changed.wait(state).unwrap();
+        }
+    }
+
+    /// False when the thread is to exit.
+    fn may_run(&self) -> bool {
+        let mut state = self.wanted.lock().unwrap();
+        while state.0 == Wanted::Pause {
+            state.1 = true;
+            self.changed.notify_all();
+            state = self.changed.wait(state).unwrap();
+        }
+        state.1 = false;
+        state.0 == Wanted::Run
+    }
+}
+
+/// What tests look at after the guest was given away.
+#[derive(Default)]
+pub struct Notes {
+    pub resumed: AtomicU64,
+    pub tracking_stopped: AtomicBool,
+    pub writes: AtomicU64,
+    pub end: Mutex<Option<GuestEnd>>,
+}
+
+pub struct FakeSource {
+    memory: Arc<FakeMemory>,
+    tracker: Arc<Mutex<Tracker>>,
+    vcpu: Arc<Vcpu>,
+    thread: Option<JoinHandle<()>>,
+    pub notes: Arc<Notes>,
+    pub profile: String,
+    pub stop_faults: VecDeque<StopFault>,
+    pub huge: Vec<FrameRun>,
+    stopped: bool,
+}
+
+impl FakeSource {
+    /// A guest whose frames in `populated` hold something and whose thread runs `workload`.
+    pub fn new(memory: FakeMemory, kind: Tracking, populated: &[FrameRun], workload: Workload) -> Self {
+        let shape = ferry_migration::guest::GuestMemory::shape(&memory).clone();
+        let empty = PageSet::new(&shape);
+        let mut tracker = Tracker {
+            kind,
+            on: false,
+            logged: empty.clone(),
+            armed: empty.clone(),
+            populated: empty,
+        };
+        for &run in populated {
+            tracker.populated.insert(run);
+            (run.first..run.end()).for_each(|frame| memory.fill(frame, frame.wrapping_mul(0x9e37_79b9) | 1));
+        }
+        let (memory, tracker) = (Arc::new(memory), Arc::new(Mutex::new(tracker)));
+        let vcpu = Arc::new(Vcpu {
+            wanted: Mutex::new((Wanted::Run, false)),
+            changed: Condvar::new(),
+        });
+        let notes = Arc::new(Notes::default());
+        let thread = {
+            let (memory, tracker, vcpu, notes) = (memory.clone(), tracker.clone(), vcpu.clone(), notes.clone());
+            thread::spawn(move || run_guest(&memory, &tracker, &vcpu, &notes, workload))
+        };
+        Self {
+            memory,
+            tracker,
+            vcpu,
+            thread: Some(thread),
+            notes,
+            profile: "cpu: sse2".to_owned(),
+            stop_faults: VecDeque::new(),
+            huge: Vec::new(),
+            stopped: false,
+        }
+    }
+
+    /// Declares frames populated without giving them contents.
+    pub fn populate_zero(&self, run: FrameRun) {
+        self.tracker.lock().unwrap().populated.insert(run);
+    }
+
+    /// Pauses the guest as its user would.
+    pub fn pause(&mut self) {
+        self.vcpu.order(Wanted::Pause);
+        self.vcpu.wait_paused();
+    }
+
+    pub fn is_stopped(&self) -> bool {
+        self.vcpu.wanted.lock().unwrap().1
+    }
+}
+
+impl Drop for FakeSource {
+    fn drop(&mut self) {
+        self.vcpu.order(Wanted::Exit);
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+fn run_guest(memory: &FakeMemory, tracker: &Mutex<Tracker>, vcpu: &Vcpu, notes: &Notes, workload: Workload) {
+    let (began, mut random, mut done) = (Instant::now(), 88_172_645_463_325_252_u64, 0u64);
+    while vcpu.may_run() {
+        let rate = match workload {
+            Workload::Idle => 0,
+            Workload::Uniform { rate, .. }
+            | Workload::Sweep { rate, .. }
+            | Workload::HotCold { rate, .. }
+            | Workload::ZeroFlip { rate, .. } => rate,
+        };
+        let due = (began.elapsed().as_secs_f64() * rate as f64) as u64;
+        // No catching up in one go after a pause.
+        done = done.max(due.saturating_sub(rate / 50 + 1));
+        while done < due {
+            done += 1;
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            let (frame, value) = match workload {
+                Workload::Idle => break,
+                Workload::Uniform { frames, .. } => (random % frames, done),
+                Workload::Sweep { frames, .. } => (done % frames, done),
+                Workload::HotCold { frames, .. } if done.is_multiple_of(10) => (random % frames, done),
+                Workload::HotCold { frames, .. } => (random % (frames / 10), done),
+                Workload::ZeroFlip { frames, .. } => (random % frames, if done.is_multiple_of(2) { done } else { 0 }),
+            };
+            memory.write(frame, value, || tracker.lock().unwrap().touch(frame));
+            notes.writes.fetch_add(1, Ordering::Relaxed);
+            if done.is_multiple_of(64) && !vcpu.may_run() {
+                return;
+            }
+        }
+        thread::sleep(Duration::from_micros(500));
+    }
+}
+
+impl SourceGuest for FakeSource {
+    type Memory = FakeMemory;
+    type Clearer = FakeClearer;
+
+    fn memory(&self) -> Arc<FakeMemory> {
+        self.memory.clone()
+    }
+
+    fn profile(&self) -> Vec<u8> {
+        self.profile.clone().into_bytes()
+    }
+
+    fn start_tracking(&mut self) -> Result<(), GuestError> {
+        let mut tracker = self.tracker.lock().unwrap();
+        let shape = ferry_migration::guest::GuestMemory::shape(&*self.memory);
+        shape
+            .regions()
+            .iter()
+            .for_each(|region| tracker.armed.insert(region.run()));
+        tracker.on = true;
+        Ok(())
+    }
+
+    fn populated(&self) -> Result<Population, GuestError> {
+        let populated = self.tracker.lock().unwrap().populated.runs().collect();
+        Ok(Population {
+            populated,
+            huge: self.huge.clone(),
+        })
+    }
+
+    fn fetch_dirty(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
+        let mut tracker = self.tracker.lock().unwrap();
+        dirty.union_with(&tracker.logged);
+        if tracker.kind == Tracking::Harvest {
+            tracker.logged.clear();
+        }
+        Ok(())
+    }
+
+    fn clearer(&self) -> FakeClearer {
+        FakeClearer(self.tracker.clone())
+    }
+
+    fn stop_tracking(&mut self) {
+        self.tracker.lock().unwrap().on = false;
+        self.notes.tracking_stopped.store(true, Ordering::Relaxed);
+    }
+
+    fn poll(&mut self) -> GuestCondition {
+        match &*self.notes.end.lock().unwrap() {
+            Some(end) => GuestCondition::Ended(end.clone()),
+            None => GuestCondition::Alive,
+        }
+    }
+
+    fn stop(&mut self, _deadline: Instant) -> Result<StopTimes, GuestError> {
+        let began = Instant::now();
+        self.pause();
+        self.stopped = true;
+        match self.stop_faults.pop_front().unwrap_or(StopFault::None) {
+            StopFault::None => {}
+            StopFault::Slow(time) => thread::sleep(time),
+            StopFault::SlowSends(time) => {
+                // As a device does whose requests are drained.
+                (100..300).for_each(|frame| {
+                    self.memory
+                        .write(frame, 0xd1, || self.tracker.lock().unwrap().touch(frame))
+                });
+                self.memory.slow_sends(time);
+            }
+            StopFault::Fails => return Err(GuestError::new("a disk does not drain")),
+            StopFault::PowersOff => *self.notes.end.lock().unwrap() = Some(GuestEnd::PoweredOff),
+        }
+        Ok(StopTimes {
+            pause: began.elapsed(),
+            drain: Duration::ZERO,
+        })
+    }
+
+    fn export(&mut self) -> Result<Vec<u8>, GuestError> {
+        assert!(self.stopped, "exported while running");
+        Ok(b"state of the fake machine".to_vec())
+    }
+
+    fn state_digest(&self, state: &[u8]) -> Result<u128, GuestError> {
+        Ok(xxhash_rust::xxh3::xxh3_128(state))
+    }
+
+    fn resume(&mut self, was: GuestWas) -> Result<(), GuestError> {
+        self.stopped = false;
+        self.memory.slow_sends(Duration::ZERO);
+        self.notes.resumed.fetch_add(1, Ordering::Relaxed);
+        if was == GuestWas::Running {
+            self.vcpu.order(Wanted::Run);
+        }
+        Ok(())
+    }
+}
+
+/// What goes wrong at the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoadFault {
+    None,
+    /// The state does not load.
+    Restore,
+    /// The machine loads as another one.
+    OtherState,
+}
+
+pub struct FakeDestination {
+    pub memory: Arc<FakeMemory>,
+    pub profile: String,
+    pub fault: LoadFault,
+}
+
+impl FakeDestination {
+    pub fn new(memory: FakeMemory) -> Self {
+        Self {
+            memory: Arc::new(memory),
+            profile: "cpu: sse2".to_owned(),
+            fault: LoadFault::None,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub struct FakeRestored {
+    pub memory: Arc<FakeMemory>,
+    state: Vec<u8>,
+}
+
+impl DestinationGuest for FakeDestination {
+    type Memory = FakeMemory;
+    type Restored = FakeRestored;
+
+    fn memory(&self) -> Arc<FakeMemory> {
+        self.memory.clone()
+    }
+
+    fn check(&self, profile: &[u8]) -> Vec<String> {
+        if profile == self.profile.as_bytes() {
+            Vec::new()
+        } else {
+            vec!["cpu feature avx2 is missing".to_owned()]
+        }
+    }
+
+    fn restore(self, state: &[u8]) -> Result<FakeRestored, GuestError> {
+        let mut state = state.to_vec();
+        match self.fault {
+            LoadFault::None => {}
+            LoadFault::Restore => return Err(GuestError::new("unit lapic is missing")),
+            LoadFault::OtherState => state.push(0),
+        }
+        Ok(FakeRestored {
+            memory: self.memory,
+            state,
+        })
+    }
+}
+
+impl RestoredGuest for FakeRestored {
+    fn state_digest(&self) -> Result<u128, GuestError> {
+        Ok(xxhash_rust::xxh3::xxh3_128(&self.state))
+    }
+}

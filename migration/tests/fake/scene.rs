@@ -1,0 +1,300 @@
+//! Both ends of a migration over loopback, and an agent that watches the source.
+
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Sender};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use ferry_migration::destination::{
+    self, DestinationError, DestinationOrder, DestinationParameters, DestinationReport, Loaded,
+};
+use ferry_migration::guest::{FrameRun, GuestWas, MemoryShape, Region, SourceGuest};
+use ferry_migration::handover::{Attempt, Epoch, Grants};
+use ferry_migration::source::{
+    self, Overhead, SourceError, SourceOrder, SourceOutcome, SourceParameters, SourceReport, SourceSummary,
+};
+use ferry_migration::{Link, Liveness};
+use uuid::Uuid;
+
+use super::memory::FakeMemory;
+use super::{FakeDestination, FakeRestored, FakeSource, Tracking, Workload};
+
+pub const EPOCH: Epoch = Epoch(7);
+/// Frames of the usual fake guest: 32 MiB in two regions.
+pub const FRAMES: u64 = 8192;
+const HIGH: u64 = 1 << 20;
+
+pub fn run(first: u64, count: u64) -> FrameRun {
+    FrameRun { first, count }
+}
+
+pub fn shape() -> MemoryShape {
+    let regions = vec![
+        Region {
+            start_frame: 0,
+            frames: FRAMES - 1000,
+        },
+        Region {
+            start_frame: HIGH,
+            frames: 1000,
+        },
+    ];
+    MemoryShape::new(regions).unwrap()
+}
+
+pub fn memory() -> FakeMemory {
+    FakeMemory::new(shape(), 16)
+}
+
+pub fn attempt(number: u32) -> Attempt {
+    Attempt {
+        instance: Uuid::from_u128(1),
+        migration: Uuid::from_u128(2),
+        attempt: number,
+        epoch: EPOCH,
+    }
+}
+
+/// A guest with 24 MiB of contents, some of them high.
+pub fn guest(tracking: Tracking, workload: Workload) -> FakeSource {
+    FakeSource::new(memory(), tracking, &[run(3, 6000), run(HIGH + 500, 300)], workload)
+}
+
+pub fn parameters() -> SourceParameters {
+    let Attempt {
+        instance,
+        migration,
+        epoch,
+        ..
+    } = attempt(1);
+    SourceParameters {
+        instance,
+        migration,
+        epoch,
+        max_downtime: Duration::from_millis(300),
+        timeout: Duration::from_secs(20),
+        bandwidth: None,
+        guest_was: GuestWas::Running,
+        verify: true,
+        overhead: Overhead::default(),
+        liveness: Liveness::default(),
+    }
+}
+
+pub fn destination_parameters() -> DestinationParameters {
+    let Attempt {
+        instance,
+        migration,
+        epoch,
+        ..
+    } = attempt(1);
+    DestinationParameters {
+        instance,
+        migration,
+        epoch,
+        liveness: Liveness::default(),
+    }
+}
+
+/// Two ends of connected sockets.
+pub fn links(streams: usize) -> (Link, Link) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let pair = || {
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (near, listener.accept().unwrap().0)
+    };
+    let (near_control, far_control) = pair();
+    let (near, far) = (0..streams).map(|_| pair()).unzip();
+    (
+        Link {
+            control: near_control,
+            pages: near,
+        },
+        Link {
+            control: far_control,
+            pages: far,
+        },
+    )
+}
+
+/// What an agent can do to a migration.
+pub struct Controls {
+    pub grants: Arc<Grants>,
+    pub source_orders: Sender<SourceOrder>,
+    pub destination_orders: Sender<DestinationOrder>,
+    control: TcpStream,
+    pages: Vec<TcpStream>,
+}
+
+impl Controls {
+    pub fn grant(&self, number: u32) {
+        self.grants.offer(attempt(number)).unwrap();
+    }
+
+    pub fn abort(&self) {
+        self.source_orders
+            .send(SourceOrder::Abort {
+                reason: "by its user".into(),
+            })
+            .unwrap();
+    }
+
+    pub fn cut_control(&self) {
+        self.control.shutdown(Shutdown::Both).unwrap();
+    }
+
+    pub fn cut_page_stream(&self, index: usize) {
+        self.pages[index].shutdown(Shutdown::Both).unwrap();
+    }
+}
+
+/// The agent's reaction to what the source reports.
+pub type Agent = Box<dyn FnMut(&SourceReport, &Controls) + Send>;
+
+/// An agent that arms whenever it is asked to.
+pub fn arming() -> Agent {
+    Box::new(|report, controls| {
+        if let SourceReport::Converged { attempt, .. } = report {
+            controls.grant(*attempt);
+        }
+    })
+}
+
+/// An agent that arms, and does something once at the first report that `when` accepts.
+pub fn arming_and(
+    when: impl Fn(&SourceReport) -> bool + Send + 'static,
+    act: impl FnOnce(&Controls) + Send + 'static,
+) -> Agent {
+    let (mut arm, mut act) = (arming(), Some(act));
+    Box::new(move |report, controls| {
+        if when(report)
+            && let Some(act) = act.take()
+        {
+            act(controls);
+            return;
+        }
+        arm(report, controls);
+    })
+}
+
+/// One migration to be run.
+pub struct Scene {
+    pub source: FakeSource,
+    pub destination: FakeDestination,
+    pub streams: usize,
+    pub parameters: SourceParameters,
+    pub destination_parameters: DestinationParameters,
+    pub agent: Agent,
+}
+
+impl Scene {
+    pub fn new(source: FakeSource) -> Self {
+        Self {
+            source,
+            destination: FakeDestination::new(memory()),
+            streams: 2,
+            parameters: parameters(),
+            destination_parameters: destination_parameters(),
+            agent: arming(),
+        }
+    }
+}
+
+/// What became of both ends.
+pub struct Ends {
+    pub outcome: SourceOutcome<FakeSource>,
+    pub loaded: Result<Loaded<FakeRestored>, DestinationError>,
+    pub reports: Vec<SourceReport>,
+    pub destination_reports: Vec<DestinationReport>,
+    pub took: Duration,
+}
+
+/// Runs both ends until both are done.
+pub fn migrate(scene: Scene) -> Ends {
+    let Scene {
+        source,
+        destination,
+        streams,
+        parameters,
+        destination_parameters,
+        mut agent,
+    } = scene;
+    let (near, far) = links(streams);
+    let (source_orders, source_orders_out) = mpsc::channel();
+    let (destination_orders, destination_orders_out) = mpsc::channel();
+    let (reports_in, reports_out) = mpsc::channel();
+    let (destination_reports_in, destination_reports) = mpsc::channel();
+    let grants = Arc::new(Grants::new());
+    let controls = Controls {
+        grants: grants.clone(),
+        source_orders,
+        destination_orders,
+        control: near.control.try_clone().unwrap(),
+        pages: near.pages.iter().map(|socket| socket.try_clone().unwrap()).collect(),
+    };
+    let began = Instant::now();
+    thread::scope(|scope| {
+        let watcher = scope.spawn(move || {
+            let mut reports = Vec::new();
+            while let Ok(report) = reports_out.recv() {
+                agent(&report, &controls);
+                reports.push(report);
+            }
+            reports
+        });
+        let receiving = scope.spawn(move || {
+            destination::run(
+                destination,
+                far,
+                &destination_parameters,
+                &destination_orders_out,
+                &destination_reports_in,
+            )
+        });
+        let outcome = source::run(source, near, &parameters, &grants, &source_orders_out, &reports_in);
+        drop(reports_in);
+        Ends {
+            outcome,
+            loaded: receiving.join().unwrap(),
+            reports: watcher.join().unwrap(),
+            destination_reports: destination_reports.into_iter().collect(),
+            took: began.elapsed(),
+        }
+    })
+}
+
+impl Ends {
+    /// The migration arrived: both memories are equal.
+    #[track_caller]
+    pub fn arrived(&self) -> (&SourceSummary, &Loaded<FakeRestored>) {
+        let SourceOutcome::GoSent(parked) = &self.outcome else {
+            panic!("not sent: {}; {:?}", self.source_error(), self.loaded.as_ref().err())
+        };
+        let loaded = self.loaded.as_ref().unwrap();
+        assert_eq!(parked.attempt(), loaded.attempt);
+        assert!(parked.guest().is_stopped(), "the guest runs twice");
+        parked.guest().memory().equals(&loaded.restored.memory).unwrap();
+        (parked.summary(), loaded)
+    }
+
+    /// The migration was called off and the guest runs on.
+    #[track_caller]
+    pub fn cancelled(&self) -> &SourceError {
+        let SourceOutcome::Cancelled { guest, error, .. } = &self.outcome else {
+            panic!("not cancelled: {:?}", self.reports.last())
+        };
+        assert!(self.loaded.is_err(), "the guest is here and there");
+        assert!(!guest.is_stopped(), "the guest does not run");
+        assert!(guest.notes.tracking_stopped.load(std::sync::atomic::Ordering::Relaxed));
+        error
+    }
+
+    fn source_error(&self) -> String {
+        match &self.outcome {
+            SourceOutcome::GoSent(_) => "GO was sent".to_owned(),
+            SourceOutcome::Cancelled { error, .. } => error.to_string(),
+            SourceOutcome::GuestEnded { end, .. } => format!("{end:?}"),
+        }
+    }
+}

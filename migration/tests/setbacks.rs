@@ -1,0 +1,671 @@
+//! Everything that goes wrong before GO leaves the guest running at the source, and says why on both sides.
+
+mod fake;
+
+use std::net::TcpStream;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use fake::raw::{RawFrame, RawSource};
+use fake::scene::{
+    Agent, Controls, Ends, Scene, arming, arming_and, attempt, destination_parameters, guest, links, memory, migrate,
+    parameters,
+};
+use fake::{FakeDestination, LoadFault, StopFault, Tracking, Workload};
+use ferry_migration::Liveness;
+use ferry_migration::destination::{self, DestinationError, DestinationOrder};
+use ferry_migration::guest::{GuestEnd, MemoryShape, Region};
+use ferry_migration::handover::{GrantRefused, Grants, Traded};
+use ferry_migration::source::{self, SourceError, SourceOutcome, SourceReport};
+use ferry_proto::stream::v1::{self, from_destination::Message as Reply, from_source::Message as Said};
+
+/// More writes than the link takes: never converges.
+const WILD: Workload = Workload::Uniform {
+    frames: 6000,
+    rate: 400_000,
+};
+const BUSY: Workload = Workload::Uniform {
+    frames: 4000,
+    rate: 20_000,
+};
+
+fn never_converging(agent: Agent) -> Scene {
+    let mut scene = Scene {
+        agent,
+        ..Scene::new(guest(Tracking::Log, WILD))
+    };
+    scene.parameters.max_downtime = Duration::from_millis(8);
+    scene.parameters.bandwidth = std::num::NonZeroU64::new(40 << 20);
+    scene
+}
+
+fn is_aborted(ends: &Ends) -> bool {
+    let by_user = matches!(ends.cancelled(), SourceError::Aborted(reason) if reason == "by its user");
+    by_user
+        && matches!(&ends.loaded, Err(DestinationError::AbortedBySource(reason)) if reason == "aborted: by its user")
+}
+
+fn abort_at(when: fn(&SourceReport) -> bool) -> Agent {
+    arming_and(when, Controls::abort)
+}
+
+#[test]
+fn an_abort_during_the_first_pass_leaves_the_guest_running() {
+    let ends = migrate(never_converging(abort_at(|report| {
+        matches!(report, SourceReport::Copying { .. })
+    })));
+    assert!(is_aborted(&ends));
+    assert!(ends.took < Duration::from_secs(1), "{:?}", ends.took);
+}
+
+#[test]
+fn an_abort_between_rounds_leaves_the_guest_running() {
+    let ends = migrate(never_converging(abort_at(|report| {
+        matches!(report, SourceReport::Round { .. })
+    })));
+    assert!(is_aborted(&ends));
+}
+
+#[test]
+fn an_abort_while_the_grant_is_awaited_leaves_the_guest_running() {
+    let agent = abort_at(|report| matches!(report, SourceReport::Converged { .. }));
+    let ends = migrate(Scene {
+        agent,
+        ..Scene::new(guest(Tracking::Log, BUSY))
+    });
+    assert!(is_aborted(&ends));
+}
+
+#[test]
+fn an_abort_in_the_blackout_leaves_the_guest_running() {
+    let agent = abort_at(|report| matches!(report, SourceReport::Switching { .. }));
+    let mut source = guest(Tracking::Log, BUSY);
+    source
+        .stop_faults
+        .push_back(StopFault::Slow(Duration::from_millis(100)));
+    let ends = migrate(Scene {
+        agent,
+        ..Scene::new(source)
+    });
+    assert!(is_aborted(&ends));
+}
+
+#[test]
+fn the_attempt_of_an_ended_migration_is_refused_for_ever() {
+    let (grants, (orders_in, orders), (reports, _listener)) = (Grants::new(), mpsc::channel(), mpsc::channel());
+    let (near, far) = links(1);
+    drop(far);
+    let outcome = source::run(
+        guest(Tracking::Log, BUSY),
+        near,
+        &parameters(),
+        &grants,
+        &orders,
+        &reports,
+    );
+    drop(orders_in);
+    assert!(matches!(outcome, SourceOutcome::Cancelled { attempt: 1, .. }));
+    assert_eq!(grants.offer(attempt(1)), Err(GrantRefused::Stale(attempt(1))));
+}
+
+#[test]
+fn a_grant_taken_back_calls_the_switchover_off_and_the_next_attempt_succeeds() {
+    let mut source = guest(Tracking::Log, BUSY);
+    source.stop_faults.push_back(StopFault::Slow(Duration::from_millis(50)));
+    let take_back = |controls: &Controls| {
+        assert_eq!(controls.grants.trade_for_cancelled(attempt(1)), Traded::Cancelled);
+    };
+    let agent = arming_and(|report| matches!(report, SourceReport::Switching { .. }), take_back);
+    let ends = migrate(Scene {
+        agent,
+        ..Scene::new(source)
+    });
+    assert_eq!(ends.arrived().1.attempt, attempt(2));
+}
+
+#[test]
+fn a_grant_of_another_migration_ends_this_one() {
+    let foreign = ferry_migration::handover::Attempt {
+        migration: uuid::Uuid::nil(),
+        ..attempt(1)
+    };
+    let agent: Agent = Box::new(move |report, controls| {
+        if matches!(report, SourceReport::Converged { .. }) {
+            controls.grants.offer(foreign).unwrap();
+        }
+    });
+    let ends = migrate(Scene {
+        agent,
+        ..Scene::new(guest(Tracking::Log, BUSY))
+    });
+    assert!(matches!(ends.cancelled(), SourceError::ForeignGrant(found) if *found == foreign));
+}
+
+#[test]
+fn a_guest_that_never_converges_is_given_up_in_time() {
+    let mut scene = never_converging(arming());
+    scene.parameters.timeout = Duration::from_millis(700);
+    let ends = migrate(scene);
+    assert!(matches!(ends.cancelled(), SourceError::TimedOut(_)));
+}
+
+#[test]
+fn a_guest_that_powers_off_ends_the_migration() {
+    let source = guest(Tracking::Log, BUSY);
+    let notes = source.notes.clone();
+    let power_off = move |_: &Controls| *notes.end.lock().unwrap() = Some(GuestEnd::PoweredOff);
+    let agent = arming_and(|report| matches!(report, SourceReport::Converged { .. }), power_off);
+    let ends = migrate(Scene {
+        agent,
+        ..Scene::new(source)
+    });
+    assert!(matches!(
+        ends.outcome,
+        SourceOutcome::GuestEnded {
+            end: GuestEnd::PoweredOff,
+            ..
+        }
+    ));
+    assert!(matches!(&ends.loaded, Err(DestinationError::AbortedBySource(reason)) if reason == "guest stopped"));
+}
+
+#[test]
+fn a_guest_that_powers_off_while_being_stopped_is_not_handed_over() {
+    let mut source = guest(Tracking::Log, BUSY);
+    source.stop_faults.push_back(StopFault::PowersOff);
+    let ends = migrate(Scene::new(source));
+    assert!(matches!(
+        ends.outcome,
+        SourceOutcome::GuestEnded {
+            end: GuestEnd::PoweredOff,
+            attempt: 1,
+            ..
+        }
+    ));
+    assert!(ends.loaded.is_err());
+}
+
+#[track_caller]
+fn survives_cut(when: fn(&SourceReport) -> bool, cut: fn(&Controls), source_fault: StopFault) {
+    let mut source = guest(Tracking::Log, BUSY);
+    source.stop_faults.push_back(source_fault);
+    let mut scene = Scene {
+        agent: arming_and(when, cut),
+        ..Scene::new(source)
+    };
+    scene.parameters.bandwidth = std::num::NonZeroU64::new(200 << 20);
+    let ends = migrate(scene);
+    let error = ends.cancelled();
+    assert!(
+        matches!(
+            error,
+            SourceError::StreamLost { .. } | SourceError::ControlLost(_) | SourceError::Refused(_)
+        ),
+        "{error}"
+    );
+    assert!(ends.took < Duration::from_secs(3), "{:?}", ends.took);
+}
+
+#[test]
+fn a_page_stream_lost_in_the_first_pass_leaves_the_guest_running() {
+    let when = |report: &SourceReport| matches!(report, SourceReport::Copying { .. });
+    survives_cut(when, |controls| controls.cut_page_stream(1), StopFault::None);
+}
+
+#[test]
+fn the_control_stream_lost_in_the_first_pass_leaves_the_guest_running() {
+    survives_cut(
+        |report| matches!(report, SourceReport::Copying { .. }),
+        Controls::cut_control,
+        StopFault::None,
+    );
+}
+
+#[test]
+fn a_page_stream_lost_between_rounds_leaves_the_guest_running() {
+    let when = |report: &SourceReport| matches!(report, SourceReport::Round { .. });
+    survives_cut(when, |controls| controls.cut_page_stream(0), StopFault::None);
+}
+
+#[test]
+fn page_streams_lost_in_the_blackout_leave_the_guest_running() {
+    let when = |report: &SourceReport| matches!(report, SourceReport::Switching { .. });
+    let cut = |controls: &Controls| {
+        controls.cut_page_stream(0);
+        controls.cut_page_stream(1);
+    };
+    survives_cut(when, cut, StopFault::SlowSends(Duration::from_millis(50)));
+}
+
+#[test]
+fn the_control_stream_lost_in_the_blackout_leaves_the_guest_running() {
+    let when = |report: &SourceReport| matches!(report, SourceReport::Switching { .. });
+    survives_cut(when, Controls::cut_control, StopFault::Slow(Duration::from_millis(50)));
+}
+
+#[test]
+fn an_abort_at_the_destination_is_told_to_the_source() {
+    let give_up = |controls: &Controls| {
+        controls
+            .destination_orders
+            .send(DestinationOrder::Abort {
+                reason: "host is shutting down".into(),
+            })
+            .unwrap();
+    };
+    let agent = arming_and(|report| matches!(report, SourceReport::Round { .. }), give_up);
+    let ends = migrate(never_converging(agent));
+    assert!(
+        matches!(ends.cancelled(), SourceError::Refused(reasons) if reasons == &["aborted: host is shutting down"])
+    );
+    assert!(matches!(&ends.loaded, Err(DestinationError::Aborted(_))));
+}
+
+#[test]
+fn a_missing_cpu_feature_is_refused_by_name_before_any_page() {
+    let mut source = guest(Tracking::Log, BUSY);
+    source.profile = "cpu: sse2, avx2".to_owned();
+    let ends = migrate(Scene::new(source));
+    assert!(
+        matches!(ends.cancelled(), SourceError::Incompatible(reasons) if reasons == &["cpu feature avx2 is missing"])
+    );
+    assert!(matches!(ends.loaded, Err(DestinationError::Incompatible(_))));
+}
+
+#[test]
+fn another_memory_shape_is_refused_by_name() {
+    let shape = MemoryShape::new(vec![Region {
+        start_frame: 0,
+        frames: 64,
+    }])
+    .unwrap();
+    let destination = FakeDestination::new(fake::memory::FakeMemory::new(shape, 16));
+    let ends = migrate(Scene {
+        destination,
+        ..Scene::new(guest(Tracking::Log, BUSY))
+    });
+    let SourceError::Incompatible(reasons) = ends.cancelled() else {
+        panic!("accepted")
+    };
+    assert!(reasons[0].starts_with("memory shape: "), "{reasons:?}");
+}
+
+#[test]
+fn a_state_that_does_not_load_is_refused_after_go() {
+    let mut scene = Scene::new(guest(Tracking::Log, BUSY));
+    scene.destination.fault = LoadFault::Restore;
+    let ends = migrate(scene);
+    assert!(matches!(ends.outcome, SourceOutcome::GoSent(_)));
+    assert!(matches!(ends.loaded, Err(DestinationError::Restore(_))));
+}
+
+#[test]
+fn a_machine_that_loads_as_another_one_is_refused_by_its_digest() {
+    let mut scene = Scene::new(guest(Tracking::Log, BUSY));
+    scene.destination.fault = LoadFault::OtherState;
+    let ends = migrate(scene);
+    assert!(
+        matches!(&ends.loaded, Err(DestinationError::ManifestRefused(reasons)) if reasons[0].starts_with("the state digests"))
+    );
+}
+
+#[test]
+fn a_damaged_page_is_refused_by_the_digest_of_memory() {
+    let mut scene = Scene::new(guest(Tracking::Log, Workload::Idle));
+    let mut memory = memory();
+    memory.damage = Some(5000);
+    scene.destination = FakeDestination::new(memory);
+    let ends = migrate(scene);
+    assert!(matches!(ends.outcome, SourceOutcome::GoSent(_)));
+    assert!(
+        matches!(&ends.loaded, Err(DestinationError::ManifestRefused(reasons)) if reasons[0].starts_with("memory digests"))
+    );
+}
+
+fn impatient() -> Liveness {
+    Liveness {
+        heartbeat: Duration::from_millis(50),
+        silence: Duration::from_millis(250),
+    }
+}
+
+#[test]
+fn a_silent_destination_is_noticed_and_the_guest_runs_on() {
+    let (near, far) = links(2);
+    let (grants, (_orders_in, orders), (reports, _listener)) = (Grants::new(), mpsc::channel(), mpsc::channel());
+    let parameters = source::SourceParameters {
+        liveness: impatient(),
+        ..parameters()
+    };
+    let outcome = source::run(
+        guest(Tracking::Log, BUSY),
+        near,
+        &parameters,
+        &grants,
+        &orders,
+        &reports,
+    );
+    assert!(matches!(
+        outcome,
+        SourceOutcome::Cancelled {
+            error: SourceError::Silent(_),
+            ..
+        }
+    ));
+    drop(far);
+}
+
+#[test]
+fn a_silent_source_is_noticed() {
+    let (near, far) = links(2);
+    let ((_orders_in, orders), (reports, _listener)) = (mpsc::channel(), mpsc::channel());
+    let parameters = destination::DestinationParameters {
+        liveness: impatient(),
+        ..destination_parameters()
+    };
+    let loaded = destination::run(FakeDestination::new(memory()), far, &parameters, &orders, &reports);
+    assert!(matches!(loaded, Err(DestinationError::Silent(_))));
+    drop(near);
+}
+
+#[test]
+fn heartbeats_keep_a_migration_alive_that_has_nothing_to_say() {
+    let agent = arming_and(
+        |report| matches!(report, SourceReport::Converged { .. }),
+        |controls| {
+            thread::sleep(Duration::from_millis(700));
+            controls.grant(1);
+        },
+    );
+    let mut scene = Scene {
+        agent,
+        ..Scene::new(guest(Tracking::Log, Workload::Idle))
+    };
+    scene.parameters.liveness = impatient();
+    scene.destination_parameters.liveness = impatient();
+    migrate(scene).arrived();
+}
+
+#[test]
+fn an_abort_takes_effect_while_the_destination_reads_nothing() {
+    let (near, far) = links(2);
+    let (grants, (orders_in, orders), (reports, listener)) = (Grants::new(), mpsc::channel(), mpsc::channel());
+    let stuck = thread::spawn(move || {
+        answer_up_to_pages(&far.control);
+        listener
+            .iter()
+            .find(|report| matches!(report, SourceReport::Copying { .. }))
+            .unwrap();
+        thread::sleep(Duration::from_millis(300));
+        let ordered = Instant::now();
+        orders_in
+            .send(source::SourceOrder::Abort {
+                reason: "by its user".into(),
+            })
+            .unwrap();
+        (ordered, far)
+    });
+    let outcome = source::run(
+        guest(Tracking::Log, WILD),
+        near,
+        &parameters(),
+        &grants,
+        &orders,
+        &reports,
+    );
+    let ended = Instant::now();
+    let (ordered, _far) = stuck.join().unwrap();
+    assert!(matches!(
+        outcome,
+        SourceOutcome::Cancelled {
+            error: SourceError::Aborted(_),
+            ..
+        }
+    ));
+    assert!(ended - ordered < Duration::from_millis(800), "{:?}", ended - ordered);
+}
+
+/// Plays the destination up to the first page.
+fn answer_up_to_pages(control: &TcpStream) {
+    let reply = |message| fake::raw::say(control, &v1::FromDestination { message: Some(message) });
+    loop {
+        match fake::raw::hear::<v1::FromSource>(control).unwrap().message {
+            Some(Said::Hello(_)) => reply(Reply::HelloReply(v1::HelloReply {
+                protocol: 1,
+                refusals: Vec::new(),
+            })),
+            Some(Said::Population(part)) if part.last => {
+                return reply(Reply::PopulationReady(v1::PopulationReady {}));
+            }
+            _ => {}
+        }
+    }
+}
+
+#[test]
+fn a_protocol_version_that_was_not_offered_is_misbehaviour() {
+    let (near, far) = links(1);
+    let (grants, (_orders_in, orders), (reports, _listener)) = (Grants::new(), mpsc::channel(), mpsc::channel());
+    let reply = v1::HelloReply {
+        protocol: 9,
+        refusals: Vec::new(),
+    };
+    fake::raw::say(
+        &far.control,
+        &v1::FromDestination {
+            message: Some(Reply::HelloReply(reply)),
+        },
+    );
+    let outcome = source::run(
+        guest(Tracking::Log, BUSY),
+        near,
+        &parameters(),
+        &grants,
+        &orders,
+        &reports,
+    );
+    assert!(matches!(
+        outcome,
+        SourceOutcome::Cancelled {
+            error: SourceError::Misbehaved(_),
+            ..
+        }
+    ));
+}
+
+/// Runs a destination against a source by hand; returns how it ended and what it gave as reasons, if it did.
+fn against(act: impl FnOnce(&RawSource)) -> (DestinationError, Vec<String>) {
+    let (near, far) = links(1);
+    let ((_orders_in, orders), (reports, _listener)) = (mpsc::channel(), mpsc::channel());
+    let parameters = destination_parameters();
+    let receiving = thread::spawn(move || {
+        destination::run(FakeDestination::new(memory()), far, &parameters, &orders, &reports).map(|_| ())
+    });
+    let source = RawSource { link: near };
+    act(&source);
+    let reasons = std::iter::from_fn(|| source.reply()).find_map(|reply| match reply {
+        Reply::Refused(refused) => Some(refused.reasons),
+        Reply::HelloReply(reply) => Some(reply.refusals),
+        _ => None,
+    });
+    drop(source);
+    (receiving.join().unwrap().unwrap_err(), reasons.unwrap_or_default())
+}
+
+#[track_caller]
+fn frame_is_refused(frame: &RawFrame, reason: &str) {
+    let (error, reasons) = against(|source| {
+        source.up_to_pages();
+        source.write(0, &frame.bytes());
+    });
+    assert!(matches!(error, DestinationError::Frame { stream: 0, .. }), "{error}");
+    assert!(reasons.len() == 1 && reasons[0].contains(reason), "{reasons:?}");
+}
+
+#[test]
+fn another_protocol_version_is_refused_by_its_numbers() {
+    let (error, reasons) = against(|source| {
+        source.say(Said::Hello(v1::Hello {
+            protocol_newest: 3,
+            protocol_oldest: 2,
+            ..source.hello()
+        }));
+    });
+    assert!(matches!(error, DestinationError::Incompatible(_)));
+    assert_eq!(
+        reasons,
+        ["protocol version: the source speaks 2 to 3, this host 1 to 1"]
+    );
+}
+
+#[test]
+fn a_frame_with_a_wrong_checksum_is_refused() {
+    frame_is_refused(
+        &RawFrame {
+            checksum_flip: 1,
+            ..RawFrame::page(3)
+        },
+        "checksum",
+    );
+}
+
+#[test]
+fn a_frame_with_a_wrong_length_is_refused() {
+    frame_is_refused(
+        &RawFrame {
+            payload: 8192,
+            ..RawFrame::page(3)
+        },
+        "a frame length of 8192 bytes",
+    );
+}
+
+#[test]
+fn a_frame_of_more_than_a_frame_may_carry_is_refused() {
+    frame_is_refused(
+        &RawFrame {
+            payload: u32::MAX,
+            ..RawFrame::page(3)
+        },
+        "4294967295 bytes",
+    );
+}
+
+#[test]
+fn a_page_outside_the_guest_is_refused() {
+    frame_is_refused(&RawFrame::page(1 << 40), "0x10000000000 on are not guest memory");
+}
+
+#[test]
+fn a_page_of_another_round_is_refused() {
+    frame_is_refused(
+        &RawFrame {
+            round: 2,
+            ..RawFrame::page(3)
+        },
+        "round 2 while round 1",
+    );
+}
+
+#[test]
+fn a_frame_of_another_layout_is_refused() {
+    frame_is_refused(
+        &RawFrame {
+            version: 2,
+            ..RawFrame::page(3)
+        },
+        "frame version 2",
+    );
+}
+
+#[test]
+fn something_that_is_no_frame_is_refused() {
+    frame_is_refused(
+        &RawFrame {
+            magic: *b"HTTP",
+            ..RawFrame::page(3)
+        },
+        "magic number",
+    );
+}
+
+#[test]
+fn a_page_stream_of_another_migration_is_refused() {
+    let (error, _) = against(|source| {
+        source.say(Said::Hello(source.hello()));
+        source.reply();
+        source.say(Said::Population(v1::Population {
+            last: true,
+            ..v1::Population::default()
+        }));
+        source.write(0, &fake::raw::opening(9));
+    });
+    assert!(matches!(error, DestinationError::Frame { stream: 0, .. }), "{error}");
+}
+
+#[test]
+fn go_without_the_state_is_misbehaviour() {
+    let (error, reasons) = against(|source| {
+        source.up_to_pages();
+        source.say(Said::Go(v1::Go::default()));
+    });
+    assert!(matches!(error, DestinationError::Misbehaved(_)));
+    assert_eq!(reasons, ["the source misbehaved: it said go while copying"]);
+}
+
+#[test]
+fn a_stale_attempt_is_misbehaviour() {
+    let wire = v1::Attempt {
+        instance: attempt(1).instance.as_bytes().to_vec(),
+        migration: attempt(1).migration.as_bytes().to_vec(),
+        attempt: 1,
+        epoch: attempt(1).epoch.0,
+    };
+    let (error, _) = against(|source| {
+        source.up_to_pages();
+        source.say(Said::Disarm(v1::Disarm {
+            attempt: Some(wire.clone()),
+            reason: "over the budget".into(),
+        }));
+        source.say(Said::State(v1::State {
+            attempt: Some(wire),
+            machine_state: Vec::new(),
+        }));
+    });
+    assert!(matches!(error, DestinationError::Misbehaved(what) if what.ends_with("was called off before")));
+}
+
+#[test]
+fn a_manifest_that_lists_other_pages_than_arrived_is_refused() {
+    let wire = v1::Attempt {
+        instance: attempt(1).instance.as_bytes().to_vec(),
+        migration: attempt(1).migration.as_bytes().to_vec(),
+        attempt: 1,
+        epoch: attempt(1).epoch.0,
+    };
+    let totals = vec![v1::StreamTotals {
+        frames: 1,
+        pages: 2,
+        zero_pages: 0,
+        bytes: 4144,
+    }];
+    let manifest = v1::Manifest {
+        attempt: Some(wire.clone()),
+        totals,
+        ..v1::Manifest::default()
+    };
+    let (error, _) = against(|source| {
+        source.up_to_pages();
+        source.write(0, &RawFrame::page(3).bytes());
+        source.write(0, &[1; 4096]);
+        source.say(Said::State(v1::State {
+            attempt: Some(wire),
+            machine_state: b"state".to_vec(),
+        }));
+        source.say(Said::Go(v1::Go {
+            manifest: Some(manifest),
+        }));
+    });
+    assert!(matches!(error, DestinationError::ManifestRefused(_)), "{error}");
+}
