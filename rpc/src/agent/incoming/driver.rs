@@ -422,6 +422,8 @@ impl Driver {
             tracing::error!(%error, "failed to journal the end of a migration");
         }
         let _ = std::fs::remove_file(self.agent.started_mark(self.row.id));
+        // Another migration's mark keeps the folder.
+        let _ = std::fs::remove_dir(&self.agent.marks);
         self.agent.incoming.remove(self.row.id);
     }
 }

@@ -210,6 +210,8 @@ impl Agent {
     ) -> Result<(), Failure> {
         let (vmm, events) = self.spawn_vmm(guest.instance).await?;
         self.attach(instance, state, vmm.clone(), events);
+        std::fs::create_dir_all(&self.marks)
+            .map_err(Failure::host(format!("failed to make the folder {}", self.marks.display())))?;
         let mark = self.started_mark(guest.migration);
         // A mark of this name could only be an earlier attempt of the very same migration.
         let _ = std::fs::remove_file(&mark);
