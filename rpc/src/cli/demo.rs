@@ -226,7 +226,7 @@ impl Teller {
 
 const FILL_MIB: u64 = 512;
 const WORK_MIB: u64 = 256;
-const HEARTBEAT_MS: u64 = 10;
+const HEARTBEAT_MS: u64 = 20;
 
 #[cfg(test)]
 mod tests {

@@ -12,7 +12,7 @@ pub(super) fn needs() -> Vec<Need> {
     vec![own_cgroups(&agents), running(&agents, &vmms)]
 }
 
-const WANTED: &str = "a cgroup of its own for each VMM, so that stopping the agent's service stops no guest";
+const WANTED: &str = "a cgroup of its own for each VMM";
 
 fn own_cgroups(agents: &[Process]) -> Need {
     let need = "guests outlive the agent";

@@ -56,10 +56,7 @@ fn chosen(line: &str) -> Option<&str> {
 
 fn pagemap_scan() -> Need {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
-    let (need, wanted) = (
-        "PAGEMAP_SCAN",
-        "Linux 6.7 or newer; older ones are read through pagemap",
-    );
+    let (need, wanted) = ("PAGEMAP_SCAN", "Linux 6.7 or newer");
     match version(&release) {
         Some(version) if version >= (6, 7) => Need::fact(need, format!("Linux {release} has it"), wanted),
         Some(version) if version >= (5, 15) => Need::fact(need, format!("Linux {release}: by pagemap, slower"), wanted),

@@ -44,10 +44,7 @@ pub(super) fn data_directory(path: &Path) -> Vec<Need> {
 }
 
 fn journal(latency: &FsyncLatency) -> Need {
-    let (need, wanted) = (
-        "fsync of the journal",
-        "durable, and 10 ms at most: one lies in each blackout",
-    );
+    let (need, wanted) = ("fsync of the journal", "durable, 10 ms at most");
     let (median, worst) = (latency.median_ms, latency.worst_ms);
     let found = format!(
         "{} (worst of {FSYNCS}: {}) on {}",

@@ -213,7 +213,7 @@ impl Drop for Lab {
         }
         kill_vmms_below(self.directory.path());
         for agent in &self.agents {
-            agent.remove_marks();
+            crate::agent::remove_leftovers(&agent.data_dir);
         }
     }
 }

@@ -113,19 +113,6 @@ impl AgentProcess {
         let _ = self.child.wait();
     }
 
-    /// Removes what the agent keeps outside its data directory: the folder of started marks, which it makes on tmpfs under
-    /// this name and means to find again.
-    pub(super) fn remove_marks(&self) {
-        let Ok(data_dir) = fs::canonicalize(&self.data_dir) else {
-            return;
-        };
-        let hash = blake3::hash(data_dir.as_os_str().as_encoded_bytes()).to_hex();
-        for root in ["/run", "/dev/shm", "/tmp"] {
-            // It is in one of them.
-            let _ = fs::remove_dir_all(Path::new(root).join(format!("ferry-{}", &hash[..16])));
-        }
-    }
-
     fn terminate(&self) {
         // Not waited for yet, so the number is still this child's.
         let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
