@@ -11,7 +11,7 @@ use crate::arch::x86_64::layout::SERIAL_IRQ;
 use crate::arch::x86_64::time::boot_id;
 use crate::arch::x86_64::vcpu_state::{SavePlan, TscControl, TscTarget, VcpuState};
 use crate::devices::{ConsoleOutput, Devices, DevicesState, InterruptLine};
-use crate::host::is_pvm;
+use crate::host::{as_guests_see, is_pvm};
 use crate::kvm::{Host, KvmError, Vcpu, Vm, host_tsc};
 use crate::memory::{GuestMemory, MemoryOptions};
 use crate::state::{IrqchipState, MachineState};
@@ -70,6 +70,11 @@ impl BlankMachine {
                 give(&vcpu, &cpuid).map(|()| (vcpu, cpuid))
             })
             .collect::<Result<Vec<_>, _>>()?;
+        for (vcpu, _) in &cpus {
+            // KVM looks up who gets an interrupt in a map that it made when each vCPU was made, before that one was in it. Any change of a
+            // local APIC makes it anew; without one, the guest's first INIT to the last vCPU would go nowhere.
+            vcpu.set_lapic(&vcpu.lapic()?)?;
+        }
         // After CPUID: it decides which MSRs there are.
         let (plan, left_out) = SavePlan::probe(&cpus[0].0, &host.msr_indices()?)?;
         let facts = Facts {
@@ -175,7 +180,8 @@ impl BlankMachine {
 
 fn model_cpuid(host: &Host, config: &MachineConfig) -> Result<Vec<CpuidEntry>, MachineError> {
     let supported: Vec<CpuidEntry> = host.supported_cpuid()?.into_iter().map(Into::into).collect();
-    of_model(&supported, config.cpu, host.tsc_deadline).map_err(|missing| MachineError::CpuModel {
+    let seen = as_guests_see(&supported, is_pvm());
+    of_model(&supported, &seen, config.cpu, host.tsc_deadline).map_err(|missing| MachineError::CpuModel {
         model: config.cpu,
         missing,
     })

@@ -276,13 +276,16 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     fn new(len: usize, hugetlb: bool) -> io::Result<Self> {
-        let mut flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        let mut flags = MapFlags::PRIVATE;
         let align = HUGE_PAGE_SIZE as usize;
         // Kernels before 6.7 do not align large anonymous mappings, and an unaligned one gets no huge pages at its edges.
         let slack = if hugetlb { 0 } else { align };
-        if hugetlb {
-            flags |= MapFlags::HUGETLB | MapFlags::HUGE_2MB;
-        }
+        flags |= if hugetlb {
+            // Reserved now: a guest that touches a page for which the pool has none left would die of it.
+            MapFlags::HUGETLB | MapFlags::HUGE_2MB
+        } else {
+            MapFlags::NORESERVE
+        };
         // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
         let address = unsafe { mmap_anonymous(null_mut(), len + slack, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
         let head = address.addr().next_multiple_of(align) - address.addr();

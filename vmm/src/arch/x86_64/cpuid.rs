@@ -114,13 +114,15 @@ pub(crate) fn missing(wanted: &[CpuidEntry], offered: &[CpuidEntry]) -> Vec<Stri
         .collect()
 }
 
-/// What every vCPU of a machine of this model sees, before each gets its own number.
+/// What every vCPU of a machine of this model is given, before each gets its own number. `supported` is what KVM says it supports,
+/// `seen` what guests can see of the processor: more than that on a host that shows them its own features.
 ///
 /// # Errors
 ///
 /// Names the features that the model has and the host lacks.
 pub(crate) fn of_model(
     supported: &[CpuidEntry],
+    seen: &[CpuidEntry],
     model: CpuModel,
     tsc_deadline: bool,
 ) -> Result<Vec<CpuidEntry>, Vec<String>> {
@@ -135,7 +137,7 @@ pub(crate) fn of_model(
         return Ok(entries);
     };
 
-    let lacking = level.missing(&entries);
+    let lacking = level.missing(seen);
     if !lacking.is_empty() {
         return Err(lacking);
     }
@@ -453,8 +455,8 @@ mod tests {
 
     #[test]
     fn level_hides_what_is_above_it() {
-        let v2 = of_model(&everything(), CpuModel::X86_64V2, true).expect("has all");
-        let v3 = of_model(&everything(), CpuModel::X86_64V3, true).expect("has all");
+        let v2 = of_model(&everything(), &everything(), CpuModel::X86_64V2, true).expect("has all");
+        let v3 = of_model(&everything(), &everything(), CpuModel::X86_64V3, true).expect("has all");
         assert!(missing(&v2, &v3).is_empty());
         assert!(missing(&v3, &v2).contains(&"avx2".to_owned()));
         assert!(!missing(&everything(), &v3).contains(&"avx2".to_owned()));
@@ -463,7 +465,7 @@ mod tests {
 
     #[test]
     fn level_keeps_only_its_xsave_components() {
-        let v3 = of_model(&everything(), CpuModel::X86_64V3, true).expect("has all");
+        let v3 = of_model(&everything(), &everything(), CpuModel::X86_64V3, true).expect("has all");
         let subleaves: Vec<u32> = v3
             .iter()
             .filter(|entry| entry.function == 0xd)
@@ -477,14 +479,14 @@ mod tests {
         let mut less = everything();
         less[0].ecx &= !(1 << 20);
         assert_eq!(
-            of_model(&less, CpuModel::X86_64V2, true),
+            of_model(&less, &less, CpuModel::X86_64V2, true),
             Err(vec!["sse4_2".to_owned()])
         );
     }
 
     #[test]
     fn nested_virtualisation_is_hidden() {
-        let host = of_model(&everything(), CpuModel::Host, true).expect("has all");
+        let host = of_model(&everything(), &everything(), CpuModel::Host, true).expect("has all");
         assert_eq!(host[0].ecx >> VMX & 1, 0);
         assert_eq!(host[7].ecx >> SVM & 1, 0);
     }
