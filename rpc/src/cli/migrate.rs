@@ -68,7 +68,13 @@ pub(super) async fn wait(agent: &Agent, id: &str, limit: Option<Duration>, show:
                 ..failure
             })
         }
-        Err((why, exit)) => leave(id, last.as_ref(), why, exit, show),
+        Err((why, exit)) => {
+            if last.is_none() {
+                // Not needed to leave, only to say where things stand.
+                last = migrations::show(agent, id).await.ok();
+            }
+            leave(id, last.as_ref(), why, exit, show)
+        }
     }
 }
 

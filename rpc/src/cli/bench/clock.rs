@@ -11,9 +11,17 @@ pub(super) struct Reading {
     pub(super) read_ns: f64,
 }
 
-/// The changes of the offset from each stay to the next in microseconds; positive where the guest's clock runs ahead
-/// afterwards. `None` where a stay has too few heartbeats to tell.
-pub(super) fn errors_us(stays: &[Vec<Reading>]) -> Vec<Option<f64>> {
+/// How far the guest's clock ran ahead over one move, and how sure that is.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub(super) struct ClockError {
+    /// Positive: the guest's clock is ahead of the host's afterwards, against before. In microseconds.
+    pub(super) error_us: f64,
+    /// The most by which the offset seemed to change within a stay, where it cannot have changed.
+    pub(super) uncertainty_us: f64,
+}
+
+/// The errors over each move from stay to stay; `None` where a stay has too few heartbeats to tell.
+pub(super) fn errors(stays: &[Vec<Reading>]) -> Vec<Option<ClockError>> {
     let Some(base) = stays.iter().flatten().next().map(|reading| reading.tsc) else {
         return Vec::new();
     };
@@ -21,8 +29,14 @@ pub(super) fn errors_us(stays: &[Vec<Reading>]) -> Vec<Option<f64>> {
     let Some(slope) = slope(&stays) else {
         return vec![None; stays.len().saturating_sub(1)];
     };
-    let offsets: Vec<Option<f64>> = stays.iter().map(|stay| offset(stay, slope)).collect();
-    let change = |pair: &[Option<f64>]| Some((pair[0]? - pair[1]?) / 1000.0);
+    let offsets: Vec<Option<Offset>> = stays.iter().map(|stay| offset(stay, slope)).collect();
+    let change = |pair: &[Option<Offset>]| {
+        let (before, after) = (pair[0]?, pair[1]?);
+        Some(ClockError {
+            error_us: (before.ns - after.ns) / 1000.0,
+            uncertainty_us: before.spread_ns.max(after.spread_ns) / 1000.0,
+        })
+    };
     offsets.windows(2).map(change).collect()
 }
 
@@ -73,10 +87,30 @@ fn early_half(stay: &[Point], slope: f64) -> Vec<Point> {
     sorted
 }
 
-/// The earliest that a heartbeat of this stay was read, against its counter.
-fn offset(stay: &[Point], slope: f64) -> Option<f64> {
-    let offsets = stay.iter().map(|point| point.ns - slope * point.ticks);
-    offsets.min_by(f64::total_cmp).filter(|_| stay.len() >= FEWEST)
+/// When the heartbeats of a stay were read, against the counter in them.
+#[derive(Debug, Clone, Copy)]
+struct Offset {
+    /// The earliest.
+    ns: f64,
+    /// By how much the halves of the stay differ in their earliest.
+    spread_ns: f64,
+}
+
+fn offset(stay: &[Point], slope: f64) -> Option<Offset> {
+    if stay.len() < FEWEST {
+        return None;
+    }
+    let earliest = |part: &[Point]| {
+        part.iter()
+            .map(|point| point.ns - slope * point.ticks)
+            .fold(f64::INFINITY, f64::min)
+    };
+    let (first, second) = stay.split_at(stay.len() / 2);
+    let (first, second) = (earliest(first), earliest(second));
+    Some(Offset {
+        ns: first.min(second),
+        spread_ns: (first - second).abs(),
+    })
 }
 
 /// Fewer heartbeats than this tell no offset.
@@ -101,22 +135,33 @@ mod tests {
 
     #[test]
     fn a_clock_that_keeps_time_has_no_error() {
-        let errors = errors_us(&[stay(0, 0.0), stay(2_000_000_000, 0.0), stay(5_000_000_000, 0.0)]);
+        let errors = errors(&[stay(0, 0.0), stay(2_000_000_000, 0.0), stay(5_000_000_000, 0.0)]);
         assert_eq!(errors.len(), 2);
-        assert!(errors.iter().all(|error| error.unwrap().abs() < 20.0), "{errors:?}");
+        let small = |error: ClockError| error.error_us.abs() < 20.0 && error.uncertainty_us < 20.0;
+        assert!(errors.iter().all(|error| small(error.unwrap())), "{errors:?}");
     }
 
     #[test]
     fn time_that_a_move_loses_or_adds_is_seen() {
-        let errors = errors_us(&[stay(0, 0.0), stay(2_000_000_000, -5e6), stay(4_000_000_000, 0.0)]);
-        assert!((errors[0].unwrap() + 5000.0).abs() < 50.0, "{errors:?}");
-        assert!((errors[1].unwrap() - 5000.0).abs() < 50.0, "{errors:?}");
+        let errors = errors(&[stay(0, 0.0), stay(2_000_000_000, -5e6), stay(4_000_000_000, 0.0)]);
+        assert!((errors[0].unwrap().error_us + 5000.0).abs() < 50.0, "{errors:?}");
+        assert!((errors[1].unwrap().error_us - 5000.0).abs() < 50.0, "{errors:?}");
     }
 
     #[test]
     fn too_few_heartbeats_tell_nothing() {
-        let errors = errors_us(&[stay(0, 0.0), stay(2_000_000_000, 0.0)[..3].to_vec()]);
-        assert_eq!(errors, [None]);
-        assert!(errors_us(&[]).is_empty());
+        let short = stay(2_000_000_000, 0.0)[..3].to_vec();
+        assert_eq!(errors(&[stay(0, 0.0), short]), [None]);
+        assert!(errors(&[]).is_empty());
+    }
+
+    #[test]
+    fn heartbeats_that_are_read_ever_later_make_it_unsure() {
+        let mut lagging = stay(2_000_000_000, 0.0);
+        for (at, reading) in lagging.iter_mut().enumerate() {
+            reading.read_ns += at as f64 * 1e6;
+        }
+        let errors = errors(&[stay(0, 0.0), lagging]);
+        assert!(errors[0].unwrap().uncertainty_us > 1000.0, "{errors:?}");
     }
 }

@@ -10,7 +10,7 @@ use super::super::failure::{Exit, Failure};
 use super::super::lab::{Beat, Lab, MoveOrder, ProbeGuest, in_a_lab};
 use super::super::output::{human_bytes, note};
 use super::super::terminal::LiveLine;
-use super::clock::{Reading, errors_us};
+use super::clock::{self, Reading};
 use super::cpu::CpuMeter;
 use super::footprint::{self, FootprintMeter};
 use super::report::{Figures, Run};
@@ -37,10 +37,9 @@ async fn in_lab(
     told.tell("boots");
     let guest = lab.boot(&workload.plan()).await?;
     let agents = [lab.agent_pid(0), lab.agent_pid(1)];
+    let epoch = Instant::now();
     sleep(STAY).await;
     let idle_bytes = footprint::now(agents);
-
-    let epoch = Instant::now();
     let mut stays = Stays {
         epoch,
         began: 0,
@@ -68,8 +67,8 @@ async fn in_lab(
     let watched = lab.move_guest(&guest, order, |_| {}).await;
     let migrating_bytes = meter.stop();
     let clean = watched?.is_clean() && measured.iter().all(|run| run.moved.is_clean());
-    for (run, error) in measured.iter_mut().zip(errors_us(&stays.readings)) {
-        run.clock_error_us = error;
+    for (run, error) in measured.iter_mut().zip(clock::errors(&stays.readings)) {
+        run.clock_error = error;
     }
     told.line.clear();
     Ok(Figures::of(workload, &measured, idle_bytes, migrating_bytes, clean))
@@ -99,7 +98,7 @@ async fn timed_move(lab: &Lab, guest: &ProbeGuest, order: MoveOrder, stays: &mut
         moved: moved?,
         cpu_source_s: cpu[order.source],
         cpu_destination_s: cpu[order.destination()],
-        clock_error_us: None,
+        clock_error: None,
     })
 }
 

@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use super::super::lab::Move;
 use super::super::output::{Table, human_bytes, human_ms, human_rate, or_dash};
+use super::clock::ClockError;
 use super::workloads::Workload;
 
 /// One timed move.
@@ -12,7 +13,7 @@ pub(super) struct Run {
     pub(super) moved: Move,
     pub(super) cpu_source_s: f64,
     pub(super) cpu_destination_s: f64,
-    pub(super) clock_error_us: Option<f64>,
+    pub(super) clock_error: Option<ClockError>,
 }
 
 /// What is printed of a workload. Figures without an ending of their own are medians.
@@ -39,8 +40,9 @@ pub(super) struct Figures {
     vmm_idle_bytes: Option<u64>,
     /// The largest of either VMM's, in a move of its own.
     vmm_migrating_bytes: u64,
-    /// The median of its amounts; positive: the guest's clock runs ahead after the move.
+    /// The one of median amount; positive: the guest's clock runs ahead after the move.
     clock_error_us: Option<f64>,
+    clock_uncertainty_us: Option<f64>,
     clock_error_us_all: Vec<Option<f64>>,
     total_ms_all: Vec<f64>,
     blackout_ms_all: Vec<f64>,
@@ -57,7 +59,7 @@ impl Figures {
         let guest_gap = all(&|run| Some(run.moved.guest_gap_ms));
         let bytes = all(&|run| Some(run.moved.migration.bytes_sent as f64));
         let gib = |run: &Run| run.moved.migration.bytes_sent as f64 / (1_u64 << 30) as f64;
-        let clock = all(&|run| run.clock_error_us);
+        let clock = |part: &dyn Fn(ClockError) -> f64| all(&|run| run.clock_error.map(part));
         Self {
             workload: workload.name,
             runs: runs.len(),
@@ -76,13 +78,26 @@ impl Figures {
             cpu_destination_s: median(&all(&|run| Some(run.cpu_destination_s))),
             vmm_idle_bytes: idle,
             vmm_migrating_bytes: migrating,
-            clock_error_us: median_amount(&clock),
-            clock_error_us_all: runs.iter().map(|run| run.clock_error_us).collect(),
+            clock_error_us: median_amount(&clock(&|error| error.error_us)),
+            clock_uncertainty_us: median(&clock(&|error| error.uncertainty_us)),
+            clock_error_us_all: runs
+                .iter()
+                .map(|run| run.clock_error.map(|error| error.error_us))
+                .collect(),
             total_ms_all: total,
             blackout_ms_all: blackout,
             guest_gap_ms_all: guest_gap,
             bytes_sent_all: bytes,
         }
+    }
+}
+
+impl Figures {
+    fn clock_error(&self) -> Option<String> {
+        Some(format!(
+            "{:+.0} ± {:.0} µs",
+            self.clock_error_us?, self.clock_uncertainty_us?
+        ))
     }
 }
 
@@ -137,7 +152,7 @@ pub(super) fn table(all: &[Figures]) -> String {
             or_dash(figures.cpu_destination_s_per_gib.map(|seconds| format!("{seconds:.2}"))),
             or_dash(figures.vmm_idle_bytes.map(human_bytes)),
             human_bytes(figures.vmm_migrating_bytes),
-            or_dash(figures.clock_error_us.map(|error| format!("{error:+.0} µs"))),
+            or_dash(figures.clock_error()),
             if figures.clean { "yes" } else { "NO" }.to_owned(),
         ]);
     }
@@ -146,8 +161,9 @@ pub(super) fn table(all: &[Figures]) -> String {
 
 const LEGEND: &str = "
 Medians. BLACKOUT is what the agents report, GUEST SAW the largest gap between two looks at the guest's own clock, READER SAW the longest wait for a
-heartbeat (one each 10 ms). CPU is seconds for each GiB sent, of agent and VMM without vCPU threads. VMM is its PSS without guest memory, idle, and
-the largest while migrating. CLOCK is how far the guest's clock is ahead of the host's after a move, against before it.";
+heartbeat (one each 20 ms). CPU is seconds for each GiB sent, of agent and VMM without vCPU threads. VMM is its PSS without guest memory, idle, and
+the largest while migrating. CLOCK is how far the guest's clock is ahead of the host's after a
+move, against before it, and how well that can be told from when its heartbeats are read.";
 
 pub(super) fn list(workloads: &[Workload]) -> Table {
     let mut table = Table::new(&["WORKLOAD", ">MEMORY", ">TOUCHED", ">VCPUS", "DIRTY", "WHAT IT IS"]);

@@ -62,7 +62,7 @@ const ALL: [Workload; 6] = [
         memory_bytes: 2 * GIB,
         vcpus: 1,
         dirty: "log",
-        cmdline: "fill=random fill_mib=960 work=uniform work_mib=64 rate=100 heartbeat_ms=10",
+        cmdline: "fill=random fill_mib=960 work=uniform work_mib=64 rate=100 heartbeat_ms=20",
         touched_bytes: GIB,
     },
     Workload {
@@ -71,7 +71,7 @@ const ALL: [Workload; 6] = [
         memory_bytes: 12 * GIB,
         vcpus: 1,
         dirty: "log",
-        cmdline: "fill=random fill_mib=64 work=idle heartbeat_ms=10",
+        cmdline: "fill=random fill_mib=64 work=idle heartbeat_ms=20",
         touched_bytes: 64 * MIB,
     },
     Workload {
@@ -80,7 +80,7 @@ const ALL: [Workload; 6] = [
         memory_bytes: 2 * GIB,
         vcpus: 1,
         dirty: "log",
-        cmdline: "fill=zero fill_mib=1024 work=idle heartbeat_ms=10",
+        cmdline: "fill=zero fill_mib=1024 work=idle heartbeat_ms=20",
         touched_bytes: GIB,
     },
     Workload {
@@ -89,7 +89,7 @@ const ALL: [Workload; 6] = [
         memory_bytes: GIB,
         vcpus: 1,
         dirty: "log",
-        cmdline: "fill=random fill_mib=512 work=uniform work_mib=256 rate=20000 heartbeat_ms=10",
+        cmdline: "fill=random fill_mib=512 work=uniform work_mib=256 rate=20000 heartbeat_ms=20",
         touched_bytes: 768 * MIB,
     },
     Workload {
@@ -98,7 +98,7 @@ const ALL: [Workload; 6] = [
         memory_bytes: GIB,
         vcpus: 1,
         dirty: "ring",
-        cmdline: "fill=random fill_mib=512 work=uniform work_mib=256 rate=20000 heartbeat_ms=10",
+        cmdline: "fill=random fill_mib=512 work=uniform work_mib=256 rate=20000 heartbeat_ms=20",
         touched_bytes: 768 * MIB,
     },
     Workload {
@@ -107,7 +107,7 @@ const ALL: [Workload; 6] = [
         memory_bytes: GIB,
         vcpus: 1,
         dirty: "log",
-        cmdline: "fill=random fill_mib=512 work=hotcold work_mib=256 rate=100000 heartbeat_ms=10",
+        cmdline: "fill=random fill_mib=512 work=hotcold work_mib=256 rate=100000 heartbeat_ms=20",
         touched_bytes: 768 * MIB,
     },
 ];
