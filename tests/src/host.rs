@@ -167,7 +167,17 @@ impl Host {
         self.begin(arguments)?.wait()
     }
 
-    /// The same, going on in the background.
+    /// Calls the command line without `-o json`, for verbs that have no result, and waits for it.
+    ///
+    /// # Errors
+    /// If it cannot be started or does not end within [`crate::waiting::MOVE`].
+    pub fn plain_ferry(&self, arguments: &[&str]) -> Result<Answer> {
+        let mut command = Command::new(&self.ferry);
+        command.args(arguments).env("NO_COLOR", "1");
+        Call::start(command, format!("ferry {}", arguments.join(" ")))?.wait()
+    }
+
+    /// The same as [`Host::ferry`], going on in the background.
     ///
     /// # Errors
     /// If it cannot be started.

@@ -1,5 +1,10 @@
 //! The smallest guest with a PVH note, made by hand: it prints the alphabet on the serial port for ever.
 
+use std::fs;
+use std::path::Path;
+
+use anyhow::Result;
+
 /// Where it is loaded and entered.
 const ENTRY: u32 = 0x10_0000;
 
@@ -41,8 +46,15 @@ const SEGMENT: usize = 56;
 const NOTE_AT: usize = HEADER + 2 * SEGMENT;
 const CODE_AT: usize = 0x1000;
 
+/// Writes the guest into a folder and gives its path.
+pub(crate) fn file(folder: &Path) -> Result<String> {
+    let file = folder.join("alphabet.elf");
+    fs::write(&file, elf())?;
+    Ok(file.display().to_string())
+}
+
 /// The guest as an ELF file: one segment, and one note (Xen, type 18) that names the 32-bit entry.
-pub(crate) fn elf() -> Vec<u8> {
+fn elf() -> Vec<u8> {
     let note = [
         &4_u32.to_le_bytes()[..],
         &8_u32.to_le_bytes(),

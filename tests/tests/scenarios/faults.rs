@@ -5,6 +5,7 @@ use ferry_tests::{Guest, Pair, Witness, process, until, waiting::MOVE};
 use libtest_mimic::Trial;
 use rustix::process::Signal;
 
+use crate::alphabet;
 use crate::scenario::on_kvm;
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -39,9 +40,11 @@ fn a_destination_that_is_down_is_named(pair: &mut Pair) -> Result<()> {
 }
 
 fn a_destination_that_has_the_name_already_refuses(pair: &mut Pair) -> Result<()> {
-    let twin = Guest::new("g").work("work=idle heartbeat_ms=3600000");
     let witness = pair.run(&Guest::new("g"))?;
-    pair.b.ferry(&twin.arguments(&pair.kernel()))?.exit(0)?;
+    let kernel = alphabet::file(pair.folder())?;
+    pair.b
+        .ferry(&["run", "g", "--kernel", &kernel, "--memory", "64M"])?
+        .exit(0)?;
 
     let told = pair.migrate("g", &[])?.says("g")?;
 

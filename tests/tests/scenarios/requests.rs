@@ -196,7 +196,7 @@ fn a_timeout_aborts_and_the_guest_runs_on(pair: &mut Pair) -> Result<()> {
 
     let record = told.migration()?;
     ensure!(
-        record.text("guest_location")? == "a" && record.text("error")?.contains("time"),
+        record.text("guest_location")? == "a" && record.text("error")?.contains("2s"),
         "{}",
         record.record
     );
