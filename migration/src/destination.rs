@@ -36,7 +36,9 @@ use phase::{Phase, Step};
 use population::{Ahead, wanted_huge};
 use received::Received;
 use receiver::Delivered;
-pub use report::{DestinationOrder, DestinationParameters, DestinationReport, DestinationSummary, LoadTimings, Loaded};
+pub use report::{
+    DestinationOrder, DestinationParameters, DestinationReport, DestinationSummary, Digests, LoadTimings, Loaded,
+};
 
 /// Receives the guest from the source at the other end of `link`. Blocks until the guest is loaded, or until it is
 /// certain that it will not be; every thread that it started is joined when it returns, and every connection is closed.
@@ -136,8 +138,8 @@ struct Arrived {
     attempt: Attempt,
     state: Vec<u8>,
     guest_was: GuestWas,
-    /// The source's digest of its state, when both sides compare.
-    state_digest: Option<u128>,
+    /// That of memory was compared; that of the state is the source's, still to be compared.
+    digests: Option<Digests>,
     go_received: Instant,
     last_pages: Duration,
     verify: Duration,
@@ -260,7 +262,7 @@ fn load<G: DestinationGuest>(
     let restored = guest.restore(&arrived.state).map_err(DestinationError::Restore)?;
     let restore = began.elapsed();
     let mut verify = arrived.verify;
-    if let Some(expected) = arrived.state_digest {
+    if let Some(Digests { state: expected, .. }) = arrived.digests {
         let began = Instant::now();
         let found = restored.state_digest().map_err(DestinationError::Restore)?;
         if found != expected {
@@ -274,6 +276,7 @@ fn load<G: DestinationGuest>(
         guest_was,
         go_received,
         last_pages,
+        digests,
         ..
     } = arrived;
     Ok(Loaded {
@@ -290,6 +293,7 @@ fn load<G: DestinationGuest>(
             rounds: shared.round.load(Ordering::Acquire),
             totals: shared.sum(),
         },
+        digests,
     })
 }
 

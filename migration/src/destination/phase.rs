@@ -8,7 +8,7 @@ use ferry_proto::stream::v1::{self, from_destination::Message as Reply, from_sou
 
 use crate::destination::crew::Crew;
 use crate::destination::hearing::Hearing;
-use crate::destination::{Arrived, DestinationError, DestinationParameters, DestinationReport};
+use crate::destination::{Arrived, DestinationError, DestinationParameters, DestinationReport, Digests};
 use crate::digest;
 use crate::guest::{GuestMemory, GuestWas};
 use crate::handover::Attempt;
@@ -169,10 +169,11 @@ fn check_manifest<M: GuestMemory>(
     if checksum != digest::bytes(&held.state) {
         reasons.push("the saved state is not the one that was sent".to_owned());
     }
-    let mut state_digest = None;
+    let mut compared = None;
     if let Some(digests) = &manifest.digests {
         let memory = digest_from_wire(&digests.memory, "the digest of memory").map_err(refuse)?;
-        state_digest = Some(digest_from_wire(&digests.state, "the digest of the state").map_err(refuse)?);
+        let state = digest_from_wire(&digests.state, "the digest of the state").map_err(refuse)?;
+        compared = Some(Digests { memory, state });
         match held.memory_digest {
             Some(found) if found == memory => {}
             Some(found) => reasons.push(format!(
@@ -197,7 +198,7 @@ fn check_manifest<M: GuestMemory>(
         attempt,
         state,
         guest_was,
-        state_digest,
+        digests: compared,
         go_received,
         last_pages,
         verify,

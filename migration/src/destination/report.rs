@@ -86,6 +86,17 @@ pub struct Loaded<R> {
     pub timings: LoadTimings,
     /// What was received.
     pub summary: DestinationSummary,
+    /// The digests that both sides found, where they compared.
+    pub digests: Option<Digests>,
+}
+
+/// What memory and state digest to, the same at both ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Digests {
+    /// All memory.
+    pub memory: u128,
+    /// The saved state, without what time alone changes.
+    pub state: u128,
 }
 
 /// The destination's part of the blackout up to ready.

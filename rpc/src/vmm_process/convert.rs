@@ -92,8 +92,10 @@ pub(super) fn guest_ended(end: &GuestEnd) -> wire::GuestEnded {
 
 /// What was measured so far.
 pub(super) fn progress(summary: &SourceSummary) -> wire::Progress {
+    let mut rounds = Vec::new();
+    summary.rounds.iter().for_each(|done| add_round(&mut rounds, round(done)));
     wire::Progress {
-        rounds: summary.rounds.iter().map(round).collect(),
+        rounds,
         bytes_sent: summary.bytes_sent,
         zero_pages: summary.zero_pages,
         remaining_pages: 0,
@@ -102,6 +104,17 @@ pub(super) fn progress(summary: &SourceSummary) -> wire::Progress {
         streams: summary.streams,
         ..wire::Progress::default()
     }
+}
+
+/// The most rounds that are told of one migration. A guest that waits long for its grant makes many small ones.
+const MOST_ROUNDS: usize = 64;
+
+/// Adds a round; of many, the first ones and the last are kept.
+pub(super) fn add_round(rounds: &mut Vec<wire::Round>, round: wire::Round) {
+    if rounds.len() >= MOST_ROUNDS {
+        rounds.remove(MOST_ROUNDS / 2);
+    }
+    rounds.push(round);
 }
 
 /// One round.

@@ -136,7 +136,7 @@ impl Vmm {
                 Body::Progress(current.clone())
             }
             SourceReport::Round { round, decision } => {
-                current.rounds.push(convert::round(&round));
+                convert::add_round(&mut current.rounds, convert::round(&round));
                 current.remaining_pages = round.dirty_pages;
                 current.decision = decision.words;
                 Body::Progress(current.clone())
@@ -209,11 +209,13 @@ impl Vmm {
     pub(super) fn load_outcome(&mut self, outcome: Result<Loaded<RestoredMachine>, DestinationError>) {
         match outcome {
             Ok(loaded) => {
+                let hex = |digest: Option<u128>| digest.map(|digest| format!("{digest:032x}")).unwrap_or_default();
                 let ready = wire::Ready {
                     attempt: Some(attempt_to_wire(loaded.attempt)),
-                    load_ms: ms(loaded.timings.last_pages + loaded.timings.restore + loaded.timings.verify),
+                    load_ms: ms(loaded.timings.last_pages + loaded.timings.restore),
                     go_read_ns: instant_ns(loaded.timings.go_received),
-                    ..wire::Ready::default()
+                    memory_digest: hex(loaded.digests.map(|digests| digests.memory)),
+                    state_digest: hex(loaded.digests.map(|digests| digests.state)),
                 };
                 self.standing.ready = Some(ready.clone());
                 self.holding = Holding::Ready(Box::new(ReadyGuest(loaded)));
