@@ -26,6 +26,7 @@ use super::host;
 use super::images::{self, Upload};
 use super::instances::Agent;
 use super::outgoing::PeerNews;
+use super::peers::CALL_TIME;
 use super::spawn::VMM_LOG;
 use crate::vmm_process::{CONSOLE_LOG, monotonic_ns};
 
@@ -236,6 +237,8 @@ impl Compute for ComputeService {
         self.check_peer(migration, &request.source)?;
         if let Some(incoming) = self.0.incoming.find(migration) {
             incoming.give_up(&request.reason);
+            // Answered once nothing is left of it, so that the same guest may come again at once.
+            let _ = tokio::time::timeout(CALL_TIME / 2, incoming.over()).await;
         }
         Ok(Response::new(RollbackReply {}))
     }

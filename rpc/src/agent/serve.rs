@@ -4,13 +4,14 @@ use std::fs::{self, File, OpenOptions, Permissions};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use ferry_proto::agent::v1::compute_server::ComputeServer;
 use ferry_proto::agent::v1::conductor_server::ConductorServer;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
 
@@ -24,6 +25,9 @@ use super::{data_port, host, recovery};
 
 /// Nova's default of max_concurrent_live_migrations.
 const CONCURRENT_MIGRATIONS: usize = 1;
+
+/// How long calls in flight may take when the agent is asked to end.
+const LAST_CALLS: Duration = Duration::from_secs(1);
 
 /// Serves until SIGTERM or SIGINT; guests go on, and are found again by the next agent of this data directory.
 ///
@@ -54,14 +58,26 @@ pub async fn serve(config: AgentConfig) -> anyhow::Result<()> {
         "agent ready"
     );
 
-    Server::builder()
+    let ending = Arc::new(Notify::new());
+    let asked = Arc::clone(&ending);
+    let serving = Server::builder()
         .tcp_nodelay(true)
-        .http2_keepalive_interval(Some(std::time::Duration::from_secs(20)))
+        .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .add_service(ComputeServer::new(ComputeService(Arc::clone(&agent))))
         .add_service(ConductorServer::new(ConductorService(Arc::clone(&agent))))
-        .serve_with_incoming_shutdown(TcpListenerStream::new(grpc), ended())
-        .await
-        .context("failed to serve gRPC")?;
+        .serve_with_incoming_shutdown(TcpListenerStream::new(grpc), async move {
+            ended().await;
+            asked.notify_one();
+        });
+    // Calls in flight may end; whoever follows a console would keep the agent for ever.
+    let patience = async {
+        ending.notified().await;
+        tokio::time::sleep(LAST_CALLS).await;
+    };
+    tokio::select! {
+        served = serving => served.context("failed to serve gRPC")?,
+        () = patience => {}
+    }
     data_port.abort();
     tracing::info!("agent ends, guests go on");
     Ok(())

@@ -59,6 +59,11 @@ impl Incoming {
         let _ = self.requests.send(Request::GiveUp(reason.to_owned()));
     }
 
+    /// Waits until nothing of it is left to do.
+    pub(crate) async fn over(&self) {
+        self.requests.closed().await;
+    }
+
     async fn ask(
         &self,
         request: impl FnOnce(oneshot::Sender<Result<Answer, Failure>>) -> Request,

@@ -11,6 +11,9 @@ use crate::agent::journal::{InstanceRow, Status};
 /// How long the VMM may take to give the machine back after it answered CANCELLED.
 const WIND_UP: Duration = Duration::from_secs(5);
 
+/// How long an ending waits for the destination to have cleaned up.
+const ROLLBACK_TIME: Duration = Duration::from_millis(500);
+
 impl Script {
     /// The guest is the destination's: the copy is killed and removed. D was journalled before.
     pub(super) async fn destroy_copy(&mut self) -> Result<(), Failure> {
@@ -37,6 +40,10 @@ impl Script {
             Ending::Stayed => self.stayed().await,
             Ending::Crashed => self.crashed().await,
             Ending::GuestStopped => self.guest_stopped().await,
+        }
+        if let Some(rollback) = self.rollback.take() {
+            // An answer means that the destination is ready for the next attempt; without one it finds out by itself.
+            let _ = tokio::time::timeout(ROLLBACK_TIME, rollback).await;
         }
         self.row.info.ended = Some(humantime::format_rfc3339_millis(SystemTime::now()).to_string());
         self.row.info.remaining_pages = 0;

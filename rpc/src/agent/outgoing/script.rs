@@ -10,6 +10,7 @@ use ferry_proto::agent::v1::{HeartbeatRequest, ImageChunk, PreLiveMigrationReply
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use super::handle::{Outgoing, PeerNews};
@@ -61,6 +62,8 @@ pub(super) struct Script {
     pub(super) stop: Option<Stop>,
     pub(super) go: Option<wire::GoSent>,
     pub(super) guest_ended: Option<wire::GuestEnded>,
+    /// Telling agent B that it is over.
+    pub(super) rollback: Option<JoinHandle<()>>,
     /// The place among the migrations that run at the same time.
     slot: Option<OwnedSemaphorePermit>,
 }
@@ -87,6 +90,7 @@ impl Script {
             stop: None,
             go: None,
             guest_ended: None,
+            rollback: None,
             slot: None,
         }
     }

@@ -397,7 +397,7 @@ impl Script {
     }
 
     /// Tells agent B that it is over before GO. It would find out by itself.
-    pub(super) fn roll_back_destination(&self) {
+    pub(super) fn roll_back_destination(&mut self) {
         let Ok(peer) = self.agent.peers.named(&self.row.peer).cloned() else {
             return;
         };
@@ -410,7 +410,7 @@ impl Script {
             reason,
             source: self.agent.host().to_owned(),
         };
-        tokio::spawn(async move {
+        self.rollback = Some(tokio::spawn(async move {
             for pause in [0, 500, 2000] {
                 tokio::time::sleep(Duration::from_millis(pause)).await;
                 let mut client = peer.compute();
@@ -422,7 +422,7 @@ impl Script {
                     Err(error) => tracing::info!(%error, "the destination does not take the rollback"),
                 }
             }
-        });
+        }));
     }
 }
 
