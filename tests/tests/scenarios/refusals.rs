@@ -190,7 +190,7 @@ fn an_address_beyond_loopback_needs_a_word(pair: &mut Pair) -> Result<()> {
     let listen = format!("0.0.0.0:{}", free_port()?);
 
     pair.a
-        .ferry(&["agent", "--host-id", "x", "--listen", &listen])?
+        .plain_ferry(&["agent", "--host-id", "x", "--listen", &listen])?
         .exit(2)?
         .says("--insecure-network")?;
     Ok(())
@@ -203,7 +203,7 @@ fn two_agents_do_not_share_a_data_directory(pair: &mut Pair) -> Result<()> {
 
     let told = pair
         .a
-        .ferry(&["agent", "--host-id", "x", "--listen", &listen, "--data-dir", &folder])?;
+        .plain_ferry(&["agent", "--host-id", "x", "--listen", &listen, "--data-dir", &folder])?;
 
     told.exit(1)?.says(&folder)?;
     Ok(())
