@@ -13,7 +13,7 @@ use super::super::terminal::LiveLine;
 use super::clock::{self, Reading};
 use super::cpu::CpuMeter;
 use super::footprint::{self, FootprintMeter};
-use super::report::{Figures, Run};
+use super::report::{Figures, Run, VmmMemory};
 use super::workloads::Workload;
 
 pub(super) async fn workload(workload: &Workload, runs: u32, streams: u32) -> Result<Figures, Failure> {
@@ -66,12 +66,21 @@ async fn in_lab(
     let meter = FootprintMeter::start(agents);
     let watched = lab.move_guest(&guest, order, |_| {}).await;
     let migrating_bytes = meter.stop();
-    let clean = watched?.is_clean() && measured.iter().all(|run| run.moved.is_clean());
+    let mut faults: Vec<String> = measured.iter().flat_map(|run| run.moved.faults_found()).collect();
+    faults.extend(watched?.faults_found());
     for (run, error) in measured.iter_mut().zip(clock::errors(&stays.readings)) {
         run.clock_error = error;
     }
     told.line.clear();
-    Ok(Figures::of(workload, &measured, idle_bytes, migrating_bytes, clean))
+    Ok(Figures::of(
+        workload,
+        &measured,
+        VmmMemory {
+            idle_bytes,
+            migrating_bytes,
+        },
+        faults,
+    ))
 }
 
 /// One move that counts. The stay before it ends with it.

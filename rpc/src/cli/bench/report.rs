@@ -16,6 +16,13 @@ pub(super) struct Run {
     pub(super) clock_error: Option<ClockError>,
 }
 
+/// What a VMM needs beside guest memory.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct VmmMemory {
+    pub(super) idle_bytes: Option<u64>,
+    pub(super) migrating_bytes: u64,
+}
+
 /// What is printed of a workload. Figures without an ending of their own are medians.
 #[derive(Debug, Serialize)]
 pub(super) struct Figures {
@@ -23,6 +30,8 @@ pub(super) struct Figures {
     runs: usize,
     /// One runner after each move, no heartbeat lost or doubled, no page damaged.
     pub(super) clean: bool,
+    /// What was not so.
+    faults: Vec<String>,
     total_ms: Option<f64>,
     blackout_ms: Option<f64>,
     blackout_upper_bound_ms: Option<f64>,
@@ -31,7 +40,7 @@ pub(super) struct Figures {
     bytes_sent: Option<f64>,
     throughput_bytes_per_s: Option<f64>,
     rounds: Option<f64>,
-    /// CPU seconds of agent and VMM without vCPU threads, for each GiB sent.
+    /// CPU seconds of agent and VMM without vCPU threads, for each GiB sent; unknown where next to nothing was sent.
     cpu_source_s_per_gib: Option<f64>,
     cpu_destination_s_per_gib: Option<f64>,
     cpu_source_s: Option<f64>,
@@ -51,19 +60,23 @@ pub(super) struct Figures {
 }
 
 impl Figures {
-    pub(super) fn of(workload: &Workload, runs: &[Run], idle: Option<u64>, migrating: u64, clean: bool) -> Self {
+    pub(super) fn of(workload: &Workload, runs: &[Run], memory: VmmMemory, faults: Vec<String>) -> Self {
         let all = |figure: &dyn Fn(&Run) -> Option<f64>| runs.iter().filter_map(figure).collect::<Vec<f64>>();
         let total = all(&|run| run.moved.migration.total_ms);
         let downtime = |run: &Run| run.moved.migration.downtime_ms;
         let blackout = all(&|run| Some(downtime(run)?.total));
         let guest_gap = all(&|run| Some(run.moved.guest_gap_ms));
         let bytes = all(&|run| Some(run.moved.migration.bytes_sent as f64));
-        let gib = |run: &Run| run.moved.migration.bytes_sent as f64 / (1_u64 << 30) as f64;
+        let per_gib = |seconds: f64, run: &Run| {
+            let sent = run.moved.migration.bytes_sent;
+            (sent >= LEAST_SENT).then(|| seconds * (1_u64 << 30) as f64 / sent as f64)
+        };
         let clock = |part: &dyn Fn(ClockError) -> f64| all(&|run| run.clock_error.map(part));
         Self {
             workload: workload.name,
             runs: runs.len(),
-            clean,
+            clean: faults.is_empty(),
+            faults,
             total_ms: median(&total),
             blackout_ms: median(&blackout),
             blackout_upper_bound_ms: median(&all(&|run| Some(downtime(run)?.upper_bound))),
@@ -72,12 +85,12 @@ impl Figures {
             bytes_sent: median(&bytes),
             throughput_bytes_per_s: median(&all(&|run| run.moved.migration.throughput_bytes_per_s)),
             rounds: median(&all(&|run| Some(run.moved.migration.rounds.len() as f64))),
-            cpu_source_s_per_gib: median(&all(&|run| Some(run.cpu_source_s / gib(run)))),
-            cpu_destination_s_per_gib: median(&all(&|run| Some(run.cpu_destination_s / gib(run)))),
+            cpu_source_s_per_gib: median(&all(&|run| per_gib(run.cpu_source_s, run))),
+            cpu_destination_s_per_gib: median(&all(&|run| per_gib(run.cpu_destination_s, run))),
             cpu_source_s: median(&all(&|run| Some(run.cpu_source_s))),
             cpu_destination_s: median(&all(&|run| Some(run.cpu_destination_s))),
-            vmm_idle_bytes: idle,
-            vmm_migrating_bytes: migrating,
+            vmm_idle_bytes: memory.idle_bytes,
+            vmm_migrating_bytes: memory.migrating_bytes,
             clock_error_us: median_amount(&clock(&|error| error.error_us)),
             clock_uncertainty_us: median(&clock(&|error| error.uncertainty_us)),
             clock_error_us_all: runs
@@ -156,8 +169,17 @@ pub(super) fn table(all: &[Figures]) -> String {
             if figures.clean { "yes" } else { "NO" }.to_owned(),
         ]);
     }
-    format!("{table}{LEGEND}")
+    let mut text = format!("{table}{LEGEND}");
+    for figures in all {
+        for fault in &figures.faults {
+            text += &format!("\n{}: {fault}", figures.workload);
+        }
+    }
+    text
 }
+
+/// With less sent than this, what a migration costs in any case would be called the cost of a GiB.
+const LEAST_SENT: u64 = 256 << 20;
 
 const LEGEND: &str = "
 Medians. BLACKOUT is what the agents report, GUEST SAW the largest gap between two looks at the guest's own clock, READER SAW the longest wait for a

@@ -181,7 +181,10 @@ impl Lab {
     }
 
     /// Deletes the guests, ends the agents, and removes all files.
-    pub(super) async fn close(mut self) {
+    ///
+    /// # Errors
+    /// Something is left.
+    pub(super) async fn close(mut self) -> Result<(), Failure> {
         for reader in self.readers.drain(..) {
             reader.abort();
         }
@@ -192,8 +195,15 @@ impl Lab {
         for agent in &mut self.agents {
             agent.stop().await;
         }
+        let directory = self.directory.path().to_owned();
         // The rest is what is done in any case.
         drop(self);
+        let vmms = vmms_below(&directory).len();
+        if vmms > 0 || directory.exists() {
+            let text = format!("{vmms} VMM processes are left, or files in {}", directory.display());
+            return Err(Failure::new(Exit::Failed, text));
+        }
+        Ok(())
     }
 
     fn probe_file(&self) -> Result<String, Failure> {

@@ -61,9 +61,29 @@ pub(in crate::cli) struct Move {
 impl Move {
     /// Whether all is as it should be: one runner, no heartbeat lost or doubled, memory as it was written.
     pub(in crate::cli) fn is_clean(&self) -> bool {
-        let one_runner = self.runners == [self.migration.destination.clone()] && self.vmm_processes == 1;
-        let unbroken = self.heartbeats_missing == 0 && self.heartbeats_doubled == 0;
-        one_runner && unbroken && self.faults == 0 && self.clock_back == 0
+        self.faults_found().is_empty()
+    }
+
+    /// All that is not as it should be, in words.
+    pub(in crate::cli) fn faults_found(&self) -> Vec<String> {
+        let (from, to) = (&self.migration.source, &self.migration.destination);
+        let counts = [
+            (self.heartbeats_missing, "heartbeats missing"),
+            (self.heartbeats_doubled, "heartbeats doubled"),
+            (self.faults, "pages damaged"),
+            (self.clock_back, "times a clock went backwards"),
+        ];
+        let counted = counts.iter().filter(|(count, _)| *count > 0);
+        let mut found: Vec<String> = counted
+            .map(|(count, what)| format!("{from} → {to}: {count} {what}"))
+            .collect();
+        if self.runners != [to.clone()] {
+            found.push(format!("{from} → {to}: runs on [{}]", self.runners.join(", ")));
+        }
+        if self.vmm_processes != 1 {
+            found.push(format!("{from} → {to}: {} VMM processes", self.vmm_processes));
+        }
+        found
     }
 }
 

@@ -51,20 +51,24 @@ impl GuestPlan {
 }
 
 /// Does some work in a lab and takes the lab down, whatever came of the work; SIGINT, SIGTERM and SIGHUP end it early.
+///
+/// # Errors
+/// What the work returned, the interruption, or, after work that went well, what could not be taken down.
 pub(super) async fn in_a_lab<T>(work: impl AsyncFnOnce(&mut Lab) -> Result<T, Failure>) -> Result<T, Failure> {
     let interrupted = interrupted()?;
     let mut lab = Lab::new()?;
     let outcome = tokio::select! {
         outcome = work(&mut lab) => outcome,
-        () = interrupted => Err(Failure::new(Exit::Interrupted, "interrupted; guest, agents and files were removed")),
+        () = interrupted => Err(Failure::new(Exit::Interrupted, "interrupted; guest, agents and files are removed")),
     };
     if let Err(failure) = &outcome
         && failure.exit != Exit::Interrupted
     {
         lab.tell_logs();
     }
-    lab.close().await;
-    outcome
+    let closed = lab.close().await;
+    let result = outcome?;
+    closed.map(|()| result)
 }
 
 /// Completes when this process is asked to end. From the call on, such signals do nothing else.
