@@ -50,7 +50,11 @@ impl Console {
     fn take(&self, line: &str, read_at: Instant) {
         let mut told = self.lock();
         match parse(line) {
-            Some(Line::Ready(ready)) => told.tsc_khz = ready.tsc_khz,
+            Some(Line::Ready(ready)) => {
+                // A guest that fills its memory beats too; what counts begins here.
+                told.tsc_khz = ready.tsc_khz;
+                told.beats.clear();
+            }
             Some(Line::Heartbeat(heartbeat)) => told.beats.push(Beat { heartbeat, read_at }),
             Some(Line::Fault(_) | Line::Error(_)) => told.complaints.push(line.trim_end().to_owned()),
             Some(Line::Probe { .. } | Line::End(_)) => {}
@@ -68,7 +72,26 @@ impl Console {
         self.lock().tsc_khz
     }
 
-    /// Waits until this many heartbeats were read.
+    /// Waits until the guest is ready.
+    ///
+    /// # Errors
+    /// If the guest complains or is not ready in time.
+    pub(super) fn wait_ready(&self, timeout: Duration) -> Result<()> {
+        let deadline = Instant::now() + timeout;
+        while self.tsc_khz() == 0 {
+            let complaints = self.lock().complaints.join("; ");
+            if !complaints.is_empty() {
+                bail!("the guest says {complaints}");
+            }
+            if Instant::now() > deadline {
+                bail!("the guest is not ready after {} s", timeout.as_secs());
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// Waits until this many heartbeats were read, since READY where the guest got ready here.
     ///
     /// # Errors
     /// If the guest complains or does not beat in time.

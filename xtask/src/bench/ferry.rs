@@ -54,7 +54,8 @@ impl Binary {
             .memory_mib(workload.memory_mib)
             .work(&workload.full_cmdline());
         let witness = pair.run(&guest)?;
-        wait_for_beats(&witness, "a", BEATS_BEFORE)?;
+        let before = beats(&witness, "a").len();
+        wait_for_beats(&witness, "a", before + BEATS_BEFORE)?;
 
         let began = Instant::now();
         let moved = pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;

@@ -87,6 +87,7 @@ pub(super) fn run(mode: Mode, workload: &Workload) -> Result<Sample> {
         .context("failed to make a folder")?;
     let mut destination = Machine::start(folder.path(), "d", workload, true).context("destination")?;
     let mut source = Machine::start(folder.path(), "s", workload, false).context("source")?;
+    source.console.wait_ready(Duration::from_secs(120)).context("source")?;
     source
         .console
         .wait_for_beats(BEATS_BEFORE, Duration::from_secs(120))
