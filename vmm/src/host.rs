@@ -23,8 +23,6 @@ pub struct HostCapabilities {
     pub max_vcpus: u32,
     /// Size of the largest dirty ring of a vCPU in bytes; 0 where there is none.
     pub dirty_ring_bytes: u64,
-    /// Whether the dirty log can be cleared range by range without one long pass at the start (KVM_DIRTY_LOG_INITIALLY_SET).
-    pub dirty_log_initially_set: bool,
     /// Size of a vCPU's XSAVE area in bytes.
     pub xsave_bytes: u64,
     /// Frequency of a guest's time stamp counter in kHz; 0 where it is unstable.
@@ -130,7 +128,6 @@ pub fn host() -> Result<HostCapabilities, HostError> {
         memory_bytes: host_memory().map_err(HostError::Open)?,
         max_vcpus: host.max_vcpus.min(u8::MAX.into()) as u32,
         dirty_ring_bytes: host.dirty_ring_bytes as u64,
-        dirty_log_initially_set: host.dirty_log_flags & kvm_bindings::KVM_DIRTY_LOG_INITIALLY_SET != 0,
         xsave_bytes: host.xsave_bytes as u64,
         tsc_khz: vcpu.tsc_khz(),
         tsc_offset_settable: probe_tsc(&vcpu).map_err(HostError::Ask)? != TscControl::Fixed,
@@ -248,7 +245,6 @@ mod tests {
             memory_bytes: 8 << 30,
             max_vcpus: 4,
             dirty_ring_bytes: 0,
-            dirty_log_initially_set: true,
             xsave_bytes: 4096,
             tsc_khz: 2_000_000,
             tsc_offset_settable: false,

@@ -68,8 +68,6 @@ pub(crate) struct Host {
     /// Largest dirty ring of a vCPU in bytes; 0 where there is none.
     pub(crate) dirty_ring_bytes: usize,
     pub(super) dirty_ring_acquire_release: bool,
-    /// KVM_DIRTY_LOG_* flags that the host knows.
-    pub(crate) dirty_log_flags: u32,
     /// Size of a vCPU's XSAVE area in bytes.
     pub(crate) xsave_bytes: usize,
     pub(super) sregs2: bool,
@@ -112,8 +110,7 @@ impl Host {
         }
         let number = |cap: u32| usize::try_from(kvm.check_extension_raw(cap.into())).unwrap_or(0);
         let (ring, acquire_release) = (number(KVM_CAP_DIRTY_LOG_RING), number(KVM_CAP_DIRTY_LOG_RING_ACQ_REL));
-        let dirty_log_flags = number(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) as u32;
-        if dirty_log_flags == 0 {
+        if number(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) == 0 {
             return Err(HostError::Lacks {
                 capability: "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2",
             });
@@ -121,7 +118,6 @@ impl Host {
         Ok(Self {
             dirty_ring_bytes: ring.max(acquire_release),
             dirty_ring_acquire_release: acquire_release > 0,
-            dirty_log_flags,
             xsave_bytes: number(KVM_CAP_XSAVE2).max(size_of::<kvm_bindings::kvm_xsave>()),
             sregs2: number(KVM_CAP_SREGS2) > 0,
             clock_flags: number(KVM_CAP_ADJUST_CLOCK) as u32,

@@ -100,8 +100,14 @@ pub(super) fn clear_dirty_log(
 
 /// Write-protects again the pages of all ring entries that were marked as harvested.
 pub(super) fn reset_dirty_rings(vm: &impl AsRawFd) -> Result<(), Errno> {
-    // SAFETY: takes no argument.
-    check(unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS()) })
+    loop {
+        // SAFETY: takes no argument.
+        match check(unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS()) }) {
+            // A signal on the way; the next call goes on where it stopped.
+            Err(error) if error.errno() == libc::EINTR => {}
+            other => return other,
+        }
+    }
 }
 
 /// Reads the vCPU's XSAVE area; `size` is what KVM_CAP_XSAVE2 said.

@@ -1,6 +1,6 @@
 //! A machine with a guest in it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use super::blank::{restore_irqchip, restore_vcpus, save_irqchip};
@@ -162,7 +162,7 @@ impl Machine {
     #[must_use]
     pub fn console_input(&self) -> ConsoleInput {
         ConsoleInput {
-            devices: self.parts.devices.clone(),
+            devices: Arc::downgrade(&self.parts.devices),
         }
     }
 
@@ -239,15 +239,16 @@ impl Machine {
 /// Feeds the guest's console from any thread.
 #[derive(Debug, Clone)]
 pub struct ConsoleInput {
-    devices: Arc<Devices>,
+    /// Not the machine's life: a console that someone still looks at must not keep guest memory mapped.
+    devices: Weak<Devices>,
 }
 
 impl ConsoleInput {
     /// Gives the port as many of the bytes as it has room for (64 at most) and returns how many. None while the machine is paused:
-    /// keep the rest and offer it again.
+    /// keep the rest and offer it again. None for ever once the machine is gone.
     #[must_use = "what was not taken must be offered again"]
     pub fn push(&self, bytes: &[u8]) -> usize {
-        self.devices.push_input(bytes)
+        self.devices.upgrade().map_or(0, |devices| devices.push_input(bytes))
     }
 }
 

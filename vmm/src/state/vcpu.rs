@@ -9,8 +9,8 @@ use crate::kvm::to_bytes;
 
 pub(super) const SCHEMA: &str = "ferry.vcpu";
 
-/// KVM takes no more MSRs at a time (`MAX_IO_MSRS`).
-const MSR_LIMIT: usize = 256;
+/// Hosts list 40 to 200 registers, and MTRRs and machine check banks come on top.
+const MSR_LIMIT: usize = 1024;
 
 /// KVM takes no more lines (`KVM_MAX_CPUID_ENTRIES`).
 const CPUID_LIMIT: usize = 256;

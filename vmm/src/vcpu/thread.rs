@@ -332,7 +332,7 @@ impl VcpuThread {
                 return After::Again;
             }
             Ok(Exit::MmioWrite) => return After::Again,
-            Ok(Exit::DirtyRingFull) => match vm.harvest_rings() {
+            Ok(Exit::DirtyRingFull) => match vm.relieve_ring(index) {
                 Ok(()) => return After::Again,
                 Err(error) => failed(index, &error),
             },

@@ -187,15 +187,24 @@ impl VcpuState {
     }
 }
 
+/// KVM takes no more registers in one call (`MAX_IO_MSRS`).
+const MSRS_PER_CALL: usize = 256;
+
 /// Reads what can be read of `indices`, in order.
 fn read_msrs(vcpu: &Vcpu, indices: &[u32]) -> Result<Vec<(u32, u64)>, KvmError> {
     let mut values = Vec::with_capacity(indices.len());
     let mut rest = indices;
     while !rest.is_empty() {
-        let read = vcpu.msrs(rest)?;
-        // The one after those that were read is one that KVM cannot read.
-        rest = rest.get(read.len() + 1..).unwrap_or(&[]);
+        let part = &rest[..rest.len().min(MSRS_PER_CALL)];
+        let read = vcpu.msrs(part)?;
+        // KVM stopped before one that it cannot read: pass over it.
+        let done = if read.len() < part.len() {
+            read.len() + 1
+        } else {
+            part.len()
+        };
         values.extend(read);
+        rest = &rest[done..];
     }
     Ok(values)
 }
@@ -205,9 +214,10 @@ fn write_msrs(vcpu: &Vcpu, values: &[(u32, u64)]) -> Result<Vec<(u32, u64)>, Kvm
     let mut refused = Vec::new();
     let mut rest = values;
     while !rest.is_empty() {
-        let count = vcpu.set_msrs(rest)?;
-        refused.extend(rest.get(count).copied());
-        rest = rest.get(count + 1..).unwrap_or(&[]);
+        let part = &rest[..rest.len().min(MSRS_PER_CALL)];
+        let count = vcpu.set_msrs(part)?;
+        refused.extend(part.get(count).copied());
+        rest = &rest[(count + 1).min(part.len())..];
     }
     Ok(refused)
 }
