@@ -10,13 +10,15 @@
 
 mod host;
 mod ring;
+mod tracking;
 mod uapi;
 mod vcpu;
 mod vm;
 
 pub use host::HostError;
 pub(crate) use host::{Host, HostClock, host_tsc, native_cpuid};
+pub use tracking::DirtyClearer;
 pub(crate) use uapi::{Uapi, from_bytes, to_bytes};
 pub(crate) use vcpu::{Exit, Vcpu};
+pub use vm::KvmError;
 pub(crate) use vm::Vm;
-pub use vm::{DirtyClearer, KvmError};

@@ -1,28 +1,20 @@
-//! The VM: its memory slots, interrupt controllers, clock, and the tracking of dirty pages.
-//!
-//! Log or ring is fixed when the VM is made (KVM lets only one of them exist). The log is used with manual protection but without
-//! KVM_DIRTY_LOG_INITIALLY_SET: that makes starting cheap and the first clearing of everything dear (12 GiB with 64 MiB touched, on kvm-pvm:
-//! 0.2 and 5.8 ms, against 3.4 ms for protecting all at once), and pages that were never cleared would count as written.
+//! The VM: its memory slots, interrupt controllers and clock. Which pages it wrote is for `tracking` to find.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
-    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data,
-    kvm_enable_cap, kvm_irqchip, kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
+    KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_irqchip, kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use thiserror::Error;
 use vmm_sys_util::errno::Error as Errno;
 
 use super::host::Host;
-use super::ring::{DirtyRing, Half, Harvest};
-use super::uapi;
+use super::tracking::{Tracking, enable_tracking};
 use super::vcpu::{Vcpu, VcpuTraits};
 use crate::machine::DirtyMode;
-use crate::memory::{DirtyBitmap, FrameRun, GuestMemory};
+use crate::memory::GuestMemory;
 
 /// An ioctl of KVM failed.
 #[derive(Debug, Error)]
@@ -39,6 +31,10 @@ impl KvmError {
             what,
             source: io::Error::from_raw_os_error(errno.errno()),
         }
+    }
+
+    pub(super) fn io(what: &'static str, source: io::Error) -> Self {
+        Self { what, source }
     }
 
     /// Something was given to KVM that it has no room for.
@@ -63,25 +59,11 @@ const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 /// A VM on KVM. Shared by everything that needs an ioctl on it; all methods may be called from any thread of this process.
 #[derive(Debug)]
 pub(crate) struct Vm {
-    fd: VmFd,
-    memory: GuestMemory,
-    tracking: Tracking,
+    pub(super) fd: VmFd,
+    pub(super) memory: GuestMemory,
+    pub(super) tracking: Tracking,
     traits: VcpuTraits,
     clock_flags: u32,
-}
-
-#[derive(Debug)]
-enum Tracking {
-    Log,
-    Ring { bytes: usize, rings: Mutex<Rings> },
-}
-
-/// All rings and what was read from them. One lock over reading *and* resetting them: a page must not be handed out as dirty
-/// while a write to it would still go unnoticed.
-#[derive(Debug)]
-struct Rings {
-    rings: Vec<DirtyRing>,
-    found: DirtyBitmap,
 }
 
 impl Vm {
@@ -125,13 +107,7 @@ impl Vm {
             .fd
             .create_vcpu(u64::from(index))
             .map_err(|error| KvmError::new("make a vCPU", error))?;
-        if let Tracking::Ring { bytes, rings } = &self.tracking {
-            let ring = DirtyRing::new(borrowed(&fd), *bytes).map_err(|source| KvmError {
-                what: "map the dirty ring",
-                source,
-            })?;
-            lock(rings).rings.push(ring);
-        }
+        self.tracking.add_vcpu(borrowed(&fd))?;
         Ok(Vcpu::new(fd, index, self.traits))
     }
 
@@ -197,134 +173,7 @@ impl Vm {
         self.clock_flags
     }
 
-    /// Starts to track: after this returned, every write of a vCPU to a page is found until `stop_tracking`.
-    pub(crate) fn start_tracking(&self) -> Result<(), KvmError> {
-        self.set_memory_flags(KVM_MEM_LOG_DIRTY_PAGES)?;
-        if let Tracking::Ring { rings, .. } = &self.tracking {
-            let mut rings = lock(rings);
-            // Left from an earlier round of tracking.
-            self.harvest(&mut rings)?;
-            rings.found = DirtyBitmap::empty(self.memory.shape());
-        }
-        let _ = self.memory.device_dirty();
-        Ok(())
-    }
-
-    /// Stops to track; pages are at full speed again.
-    pub(crate) fn stop_tracking(&self) -> Result<(), KvmError> {
-        self.set_memory_flags(0)
-    }
-
-    /// What was written since the start, or since it was last re-armed; see [`crate::Machine::fetch_dirty`].
-    pub(crate) fn fetch_dirty(&self) -> Result<DirtyBitmap, KvmError> {
-        let mut dirty = DirtyBitmap::empty(self.memory.shape());
-        match &self.tracking {
-            Tracking::Log => {
-                for (slot, frames) in self.memory.shape().runs().iter().enumerate() {
-                    uapi::dirty_log(&self.fd, slot as u32, frames.count, dirty.words_mut(slot))
-                        .map_err(|error| KvmError::new("read the dirty log", error))?;
-                }
-            }
-            Tracking::Ring { rings, .. } => {
-                let mut rings = lock(rings);
-                self.harvest(&mut rings)?;
-                std::mem::swap(&mut rings.found, &mut dirty);
-            }
-        }
-        self.memory.fetch_device_dirty(&mut dirty);
-        Ok(dirty)
-    }
-
-    /// Makes room in the ring of a vCPU that was put out of the guest because its ring is full; call on that vCPU's thread.
-    pub(crate) fn relieve_ring(&self, vcpu: u8) -> Result<(), KvmError> {
-        let Tracking::Ring { rings, .. } = &self.tracking else {
-            return Ok(());
-        };
-        let mut rings = lock(rings);
-        self.harvest(&mut rings)?;
-        let Rings { rings, found } = &mut *rings;
-        let ring = &mut rings[usize::from(vcpu)];
-        // Else there is room now, or the ring is full again at once.
-        if !ring.is_stuck() {
-            return Ok(());
-        }
-        for half in [Half::First, Half::Second] {
-            ring.give_up_half(half);
-            self.reset_rings()?;
-            if ring.regain(half) {
-                break;
-            }
-        }
-        self.start_over(found)
-    }
-
-    /// Reads all rings and has their pages protected again; returns what each had.
-    fn harvest(&self, rings: &mut Rings) -> Result<Vec<Harvest>, KvmError> {
-        let frames = self.memory.shape().runs();
-        let Rings { rings, found } = rings;
-        let mut harvests: Vec<Harvest> = rings
-            .iter_mut()
-            .map(|ring| {
-                ring.harvest(|slot, page| {
-                    // The upper half is the address space (system management mode has its own), which shares our slots.
-                    if let Some(frames) = frames.get((slot & 0xffff) as usize) {
-                        found.insert(FrameRun {
-                            first: frames.first + page,
-                            count: 1,
-                        });
-                    }
-                })
-            })
-            .collect();
-        if harvests.iter().any(|harvest| *harvest != Harvest::Complete(0)) {
-            self.reset_rings()?;
-        }
-        let mut settled = false;
-        for (ring, harvest) in rings.iter_mut().zip(&mut harvests) {
-            match harvest {
-                Harvest::Complete(0) => {}
-                Harvest::Complete(_) if ring.was_reset() => {}
-                _ => {
-                    *harvest = Harvest::Overrun;
-                    settled |= ring.settle();
-                }
-            }
-        }
-        if settled {
-            self.start_over(found)?;
-        } else if harvests.contains(&Harvest::Overrun) {
-            self.take_all_for_written(found);
-        }
-        Ok(harvests)
-    }
-
-    /// When a ring that was overrun is in order again: pages of the lost entries are not protected, so protects all.
-    fn start_over(&self, found: &mut DirtyBitmap) -> Result<(), KvmError> {
-        self.set_memory_flags(0)?;
-        self.set_memory_flags(KVM_MEM_LOG_DIRTY_PAGES)?;
-        self.take_all_for_written(found);
-        Ok(())
-    }
-
-    /// While a ring is overrun: everything that may ever have been written counts as written.
-    fn take_all_for_written(&self, found: &mut DirtyBitmap) {
-        match self.memory.populated() {
-            Ok(population) => population.runs.into_iter().for_each(|run| found.insert(run)),
-            Err(_) => self.memory.shape().runs().into_iter().for_each(|run| found.insert(run)),
-        }
-    }
-
-    fn reset_rings(&self) -> Result<(), KvmError> {
-        uapi::reset_dirty_rings(&self.fd).map_err(|error| KvmError::new("reset the dirty rings", error))
-    }
-
-    fn clear(&self, slot: usize, first_page: u64, pages: u64, words: &[u64]) -> Result<(), KvmError> {
-        let pages = u32::try_from(pages).map_err(|_| KvmError::limit("clear the dirty log", words.len()))?;
-        uapi::clear_dirty_log(&self.fd, slot as u32, first_page, pages, words)
-            .map_err(|error| KvmError::new("clear the dirty log", error))
-    }
-
-    fn set_memory_flags(&self, flags: u32) -> Result<(), KvmError> {
+    pub(super) fn set_memory_flags(&self, flags: u32) -> Result<(), KvmError> {
         let slots = self.memory.shape().regions.iter().zip(self.memory.host_ranges());
         for (slot, (region, (address, len))) in slots.enumerate() {
             let region = kvm_userspace_memory_region {
@@ -342,112 +191,7 @@ impl Vm {
     }
 }
 
-/// Re-arms tracking range by range. A handle: clone it into every thread that sends.
-#[derive(Debug, Clone)]
-pub struct DirtyClearer {
-    vm: Arc<Vm>,
-}
-
-impl DirtyClearer {
-    pub(crate) fn new(vm: Arc<Vm>) -> Self {
-        Self { vm }
-    }
-
-    /// Makes the pages that are marked in `dirty` and lie in `range` be found again when they are next written.
-    ///
-    /// Call it *before* reading those pages: a write in between is then read, a later one found. With the ring this does nothing,
-    /// for fetching has re-armed already.
-    ///
-    /// # Errors
-    ///
-    /// If tracking is off or the host fails.
-    pub fn rearm(&self, range: FrameRun, dirty: &DirtyBitmap) -> Result<(), KvmError> {
-        if !matches!(self.vm.tracking, Tracking::Log) {
-            return Ok(());
-        }
-        for (slot, frames) in self.vm.memory.shape().runs().into_iter().enumerate() {
-            let Some(part) = frames.intersection(range) else {
-                continue;
-            };
-            let start = part.first - frames.first;
-            let end = start + part.count;
-            // KVM takes whole words; pages at the edges that are not in the range are left out by their bits.
-            let first_word = start / 64;
-            let mut words = dirty.words(slot)[first_word as usize..end.div_ceil(64) as usize].to_vec();
-            for (index, word) in words.iter_mut().enumerate() {
-                *word &= crate::memory::word_mask(first_word + index as u64, start, end);
-            }
-            let pages = end.next_multiple_of(64).min(frames.count) - first_word * 64;
-            self.vm.clear(slot, first_word * 64, pages, &words)?;
-        }
-        Ok(())
-    }
-
-    /// As [`rearm`](Self::rearm), with the bits of the run alone: bit `i % 64` of word `i / 64` is frame `run.first + i`.
-    ///
-    /// # Errors
-    ///
-    /// As there, and if the run is not whole words of one region or has too few words.
-    pub fn rearm_words(&self, run: FrameRun, words: &[u64]) -> Result<(), KvmError> {
-        let shape = self.vm.memory.shape();
-        let aligned = shape.locate(run).filter(|(region, page)| {
-            let end = page + run.count;
-            let whole = run.count.is_multiple_of(64) || end == shape.regions[*region].run().count;
-            page.is_multiple_of(64) && whole && words.len() as u64 >= run.count.div_ceil(64)
-        });
-        let Some((slot, page)) = aligned else {
-            return Err(KvmError::limit("clear the dirty log of an odd range", words.len()));
-        };
-        match self.vm.tracking {
-            Tracking::Log => self.vm.clear(slot, page, run.count, words),
-            Tracking::Ring { .. } => Ok(()),
-        }
-    }
-}
-
-fn enable_tracking(fd: &VmFd, host: &Host, memory: &GuestMemory, dirty: DirtyMode) -> Result<Tracking, KvmError> {
-    let enable = |what, cap, argument: u64| {
-        fd.enable_cap(&kvm_enable_cap {
-            cap,
-            args: [argument, 0, 0, 0],
-            ..Default::default()
-        })
-        .map_err(|error| KvmError::new(what, error))
-    };
-    match dirty {
-        DirtyMode::Log => {
-            enable(
-                "enable manual protection in the dirty log",
-                KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-                u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE),
-            )?;
-            Ok(Tracking::Log)
-        }
-        DirtyMode::Ring => {
-            let cap = if host.dirty_ring_acquire_release {
-                KVM_CAP_DIRTY_LOG_RING_ACQ_REL
-            } else {
-                KVM_CAP_DIRTY_LOG_RING
-            };
-            let bytes = host.dirty_ring_bytes;
-            enable("enable the dirty ring, which this host must have", cap, bytes as u64)?;
-            Ok(Tracking::Ring {
-                bytes,
-                rings: Mutex::new(Rings {
-                    rings: Vec::new(),
-                    found: DirtyBitmap::empty(memory.shape()),
-                }),
-            })
-        }
-    }
-}
-
 fn borrowed(fd: &VcpuFd) -> BorrowedFd<'_> {
     // SAFETY: the descriptor is open for as long as `fd` is borrowed.
     unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
-}
-
-/// A panic in another thread leaves the rings as they are between two entries: usable.
-fn lock(rings: &Mutex<Rings>) -> MutexGuard<'_, Rings> {
-    rings.lock().unwrap_or_else(PoisonError::into_inner)
 }
