@@ -39,6 +39,8 @@ pub(in crate::cli) struct Record {
 #[derive(Debug, Default)]
 struct Console {
     partial: Vec<u8>,
+    /// The next bytes are the console's first.
+    from_the_beginning: bool,
     /// Lines that are no lines of the guest: halves, perhaps.
     fragments: Vec<(String, Instant)>,
 }
@@ -62,13 +64,17 @@ pub(super) struct Span {
 }
 
 impl Record {
-    /// A host's console will be read from its beginning.
+    /// A host's console will be read from its beginning, if there is anything to read.
     pub(super) fn reopened(&mut self, host: usize) {
-        self.consoles[host].partial.clear();
+        self.consoles[host].from_the_beginning = true;
     }
 
     /// Takes what a host's console printed next.
     pub(super) fn feed(&mut self, host: usize, bytes: &[u8], at: Instant) {
+        // Only now: the console may be gone with the guest, and the half of a line that it left is still wanted.
+        if std::mem::take(&mut self.consoles[host].from_the_beginning) {
+            self.consoles[host].partial.clear();
+        }
         for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
             self.consoles[host].partial.extend_from_slice(piece);
             if piece.ends_with(b"\n") {
@@ -195,6 +201,8 @@ mod tests {
         record.feed(0, &cut.as_bytes()[..9], after(10));
         record.feed(1, &cut.as_bytes()[9..], after(50));
         record.feed(1, line(2, 1).as_bytes(), after(60));
+        // The source's console is gone, and asked for again.
+        record.reopened(0);
         record.settle(0, 1);
         let span = record.span(0, 2).unwrap();
         assert_eq!((span.heartbeats, span.missing, record.doubled), (3, 0, 0));
