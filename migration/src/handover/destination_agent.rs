@@ -15,19 +15,20 @@ use super::{Decision, HandBack, Move};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Prepared,
-    Expecting { attempt: u32 },
-    Claimed { attempt: u32, permit: PermitSent },
-    Running { attempt: u32 },
-    Refused { attempt: u32, durable: bool },
-}
-
-/// Whether the permit left this agent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum PermitSent {
-    /// This incarnation wrote CLAIMED and has not sent it: it may hand back.
-    No,
-    /// Sent, or written by an earlier incarnation that may have sent it.
-    Perhaps,
+    Expecting {
+        attempt: u32,
+    },
+    /// CLAIMED is durable, and the permit was or may have been sent.
+    Claimed {
+        attempt: u32,
+    },
+    Running {
+        attempt: u32,
+    },
+    Refused {
+        attempt: u32,
+        durable: bool,
+    },
 }
 
 /// What happens to agent B.
@@ -110,10 +111,7 @@ impl DestinationAgent {
         let state = match newest {
             None => State::Prepared,
             Some((attempt, Decision::Open)) => State::Expecting { attempt },
-            Some((attempt, Decision::Claimed)) => State::Claimed {
-                attempt,
-                permit: PermitSent::Perhaps,
-            },
+            Some((attempt, Decision::Claimed)) => State::Claimed { attempt },
             Some((attempt, Decision::Running)) => State::Running { attempt },
             Some((attempt, Decision::Source)) => State::Refused { attempt, durable: true },
         };
@@ -126,7 +124,7 @@ impl DestinationAgent {
         match self.state {
             State::Prepared => 0,
             State::Expecting { attempt }
-            | State::Claimed { attempt, .. }
+            | State::Claimed { attempt }
             | State::Running { attempt }
             | State::Refused { attempt, .. } => attempt,
         }
@@ -195,10 +193,7 @@ impl DestinationAgent {
         match self.state {
             State::Expecting { attempt } if attempt == asked => {
                 debug_assert!(Move::Claim.apply(Some(Decision::Open)).is_ok());
-                self.state = State::Claimed {
-                    attempt,
-                    permit: PermitSent::Perhaps,
-                };
+                self.state = State::Claimed { attempt };
                 vec![
                     DestinationEffect::Journal {
                         attempt,
@@ -208,10 +203,7 @@ impl DestinationAgent {
                 ]
             }
             // A VMM says it again to an agent that restarted.
-            State::Claimed {
-                attempt,
-                permit: PermitSent::Perhaps,
-            } if attempt == asked => {
+            State::Claimed { attempt } if attempt == asked => {
                 vec![DestinationEffect::SendPermit]
             }
             // A GO that nobody here expected cannot be claimed: there is no row.
@@ -222,7 +214,7 @@ impl DestinationAgent {
 
     fn started(&mut self) -> Vec<DestinationEffect> {
         match self.state {
-            State::Claimed { attempt, .. } => {
+            State::Claimed { attempt } => {
                 self.state = State::Running { attempt };
                 vec![
                     DestinationEffect::Journal {
@@ -261,8 +253,8 @@ impl DestinationAgent {
     fn vmm_gone(&mut self, started: bool, same_boot: bool) -> Vec<DestinationEffect> {
         match self.state {
             State::Prepared | State::Expecting { .. } => self.give_up(),
-            State::Claimed { attempt, permit } => {
-                let never_ran = permit == PermitSent::No || (!started && same_boot);
+            State::Claimed { attempt } => {
+                let never_ran = !started && same_boot;
                 if never_ran {
                     debug_assert!(
                         Move::GiveBack(HandBack::DeadBeforeStart)
@@ -293,13 +285,9 @@ impl DestinationAgent {
             State::Prepared => self.refuse(asked, vec![answer(Decision::Source)]),
             State::Expecting { attempt } if asked < attempt => vec![answer(Decision::Source)],
             State::Expecting { .. } => self.refuse(asked, vec![answer(Decision::Source)]),
-            State::Claimed { attempt, .. } | State::Running { attempt } if asked < attempt => {
+            State::Claimed { attempt } | State::Running { attempt } if asked < attempt => {
                 vec![answer(Decision::Source)]
             }
-            State::Claimed {
-                attempt,
-                permit: PermitSent::No,
-            } => self.refuse(attempt, vec![answer(Decision::Source)]),
             State::Claimed { .. } => vec![answer(Decision::Claimed)],
             State::Running { .. } => vec![answer(Decision::Running)],
             State::Refused { durable: true, .. } => vec![answer(Decision::Source)],
@@ -348,13 +336,17 @@ impl DestinationAgent {
                 self.state = State::Prepared;
                 vec![DestinationEffect::Refuse]
             }
-            // The list ended before the permit: this incarnation may hand back, once SRC is durable.
-            State::Claimed { attempt, .. } => {
-                self.state = State::Claimed {
-                    attempt,
-                    permit: PermitSent::No,
-                };
-                vec![DestinationEffect::KillVmm]
+            // The list ended before the permit: this incarnation may hand back, once VMM B is dead and SRC is durable.
+            State::Claimed { attempt } => {
+                self.state = State::Refused { attempt, durable: true };
+                vec![
+                    DestinationEffect::KillVmm,
+                    DestinationEffect::Journal {
+                        attempt,
+                        decision: Decision::Source,
+                    },
+                    DestinationEffect::TellSource(Decision::Source),
+                ]
             }
             // The guest runs, and its started mark says so: A is told once the row is written.
             State::Running { attempt } => {
@@ -500,17 +492,20 @@ mod tests {
     #[test]
     fn a_claim_that_could_not_be_written_is_given_back_durably() {
         let mut agent = claimed();
-        assert_eq!(agent.step(DestinationEvent::JournalFailed), [KillVmm]);
-        let effects = agent.step(DestinationEvent::Decide(1));
+        let source = Journal {
+            attempt: 1,
+            decision: Decision::Source,
+        };
         assert_eq!(
-            effects[..2],
-            [
-                Journal {
-                    attempt: 1,
-                    decision: Decision::Source
-                },
-                Answer(Decision::Source)
-            ]
+            agent.step(DestinationEvent::JournalFailed),
+            [KillVmm, source, TellSource(Decision::Source)]
+        );
+        // SRC cannot be written either: asked again, it is answered only after it is.
+        agent.step(DestinationEvent::JournalFailed);
+        assert!(!agent.is_refused());
+        assert_eq!(
+            agent.step(DestinationEvent::Decide(1))[..2],
+            [source, Answer(Decision::Source)]
         );
     }
 

@@ -145,10 +145,16 @@ impl Grants {
     /// Trades `attempt` for CANCELLED, held or not yet offered, unless GO was sent for it. From CANCELLED on a grant for it is refused.
     pub fn trade_for_cancelled(&self, attempt: Attempt) -> Traded {
         let mut register = self.lock();
-        if register.go_sent.is_some_and(|sent| sent.migration == attempt.migration && sent.attempt >= attempt.attempt) {
+        if register
+            .go_sent
+            .is_some_and(|sent| sent.migration == attempt.migration && sent.attempt >= attempt.attempt)
+        {
             return Traded::GoSent;
         }
-        if register.held.is_some_and(|held| held.migration == attempt.migration && held.attempt <= attempt.attempt) {
+        if register
+            .held
+            .is_some_and(|held| held.migration == attempt.migration && held.attempt <= attempt.attempt)
+        {
             register.held = None;
         }
         if !is_cancelled(&register, attempt) {
@@ -185,7 +191,12 @@ mod tests {
     use crate::handover::Epoch;
 
     fn attempt(number: u32) -> Attempt {
-        Attempt { instance: Uuid::from_u128(1), migration: Uuid::from_u128(2), attempt: number, epoch: Epoch(3) }
+        Attempt {
+            instance: Uuid::from_u128(1),
+            migration: Uuid::from_u128(2),
+            attempt: number,
+            epoch: Epoch(3),
+        }
     }
 
     #[test]

@@ -31,7 +31,10 @@ impl Permits {
     /// A VMM of `instance` that has not run yet.
     #[must_use]
     pub fn new(instance: Uuid) -> Self {
-        Self { instance, had: Epoch(0) }
+        Self {
+            instance,
+            had: Epoch(0),
+        }
     }
 
     /// Takes a permit: from here on the VMM may run the guest under its epoch.
@@ -43,7 +46,10 @@ impl Permits {
             return Err(PermitRefused::OtherInstance(permit.instance));
         }
         if permit.epoch <= self.had {
-            return Err(PermitRefused::NotNew { offered: permit.epoch, had: self.had });
+            return Err(PermitRefused::NotNew {
+                offered: permit.epoch,
+                had: self.had,
+            });
         }
         self.had = permit.epoch;
         Ok(())
@@ -63,10 +69,26 @@ mod tests {
     #[test]
     fn a_permit_is_taken_once() {
         let instance = Uuid::from_u128(7);
-        let permit = Permit { instance, epoch: Epoch(4), paused: false };
+        let permit = Permit {
+            instance,
+            epoch: Epoch(4),
+            paused: false,
+        };
         let mut permits = Permits::new(instance);
         assert_eq!(permits.take(permit), Ok(()));
-        assert_eq!(permits.take(permit), Err(PermitRefused::NotNew { offered: Epoch(4), had: Epoch(4) }));
-        assert_eq!(permits.take(Permit { epoch: Epoch(5), ..permit }), Ok(()));
+        assert_eq!(
+            permits.take(permit),
+            Err(PermitRefused::NotNew {
+                offered: Epoch(4),
+                had: Epoch(4)
+            })
+        );
+        assert_eq!(
+            permits.take(Permit {
+                epoch: Epoch(5),
+                ..permit
+            }),
+            Ok(())
+        );
     }
 }

@@ -36,7 +36,9 @@ impl Decision {
     /// Reads the word that [`Self::as_str`] writes.
     #[must_use]
     pub fn parse(word: &str) -> Option<Self> {
-        [Self::Open, Self::Claimed, Self::Running, Self::Source].into_iter().find(|decision| decision.as_str() == word)
+        [Self::Open, Self::Claimed, Self::Running, Self::Source]
+            .into_iter()
+            .find(|decision| decision.as_str() == word)
     }
 }
 
@@ -110,10 +112,19 @@ mod tests {
 
     #[test]
     fn running_and_src_are_final() {
-        let moves = [Move::Expect, Move::Claim, Move::Run, Move::Refuse, Move::GiveBack(HandBack::PermitNotSent)];
+        let moves = [
+            Move::Expect,
+            Move::Claim,
+            Move::Run,
+            Move::Refuse,
+            Move::GiveBack(HandBack::PermitNotSent),
+        ];
         for by in moves {
             let after_running = by.apply(Some(Decision::Running));
-            assert!(after_running.is_err() || after_running == Ok(Decision::Running), "{by:?}");
+            assert!(
+                after_running.is_err() || after_running == Ok(Decision::Running),
+                "{by:?}"
+            );
             let after_source = by.apply(Some(Decision::Source));
             assert!(after_source.is_err() || after_source == Ok(Decision::Source), "{by:?}");
         }
@@ -122,7 +133,10 @@ mod tests {
     #[test]
     fn a_claim_is_refused_by_nobody_but_agent_b() {
         assert!(Move::Refuse.apply(Some(Decision::Claimed)).is_err());
-        assert_eq!(Move::GiveBack(HandBack::DeadBeforeStart).apply(Some(Decision::Claimed)), Ok(Decision::Source));
+        assert_eq!(
+            Move::GiveBack(HandBack::DeadBeforeStart).apply(Some(Decision::Claimed)),
+            Ok(Decision::Source)
+        );
     }
 
     #[test]

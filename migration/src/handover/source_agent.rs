@@ -39,6 +39,8 @@ pub enum SourceState {
     Recalling {
         /// Attempt n.
         attempt: u32,
+        /// The VMM said meanwhile that a later attempt may be armed; it does not say it twice.
+        converged: bool,
     },
     /// GO was sent, or VMM A is gone: only D tells.
     Asking {
@@ -167,7 +169,11 @@ impl SourceAgent {
     /// A migration of a guest that runs here under `epoch`.
     #[must_use]
     pub fn copying(epoch: Epoch) -> Self {
-        Self { epoch, newest_attempt: 0, state: SourceState::Copying }
+        Self {
+            epoch,
+            newest_attempt: 0,
+            state: SourceState::Copying,
+        }
     }
 
     /// After a restart of the agent: the newest attempt that the journal calls ARMED (none: 0), and whether VMM A lives.
@@ -175,13 +181,20 @@ impl SourceAgent {
     #[must_use]
     pub fn recover(epoch: Epoch, newest_attempt: u32, copy: Copy) -> (Self, Vec<SourceEffect>) {
         let attempt = newest_attempt;
-        let mut agent = Self { epoch, newest_attempt, state: SourceState::Copying };
+        let mut agent = Self {
+            epoch,
+            newest_attempt,
+            state: SourceState::Copying,
+        };
         let effects = match (copy, attempt) {
             (Copy::Gone, 0) => agent.finish(Ending::Crashed),
             (Copy::Gone, _) => agent.ask(attempt, Copy::Gone, Duration::ZERO),
             (Copy::Held, 0) => Vec::new(),
             (Copy::Held, _) => {
-                agent.state = SourceState::Recalling { attempt };
+                agent.state = SourceState::Recalling {
+                    attempt,
+                    converged: false,
+                };
                 vec![SourceEffect::AskRecall(attempt)]
             }
         };
@@ -191,8 +204,18 @@ impl SourceAgent {
     /// After a restart, when the journal says RESUMED under this epoch and the permit may not have been taken.
     #[must_use]
     pub fn recover_resuming(epoch: Epoch, attempt: u32, resumed: Epoch) -> (Self, Vec<SourceEffect>) {
-        let state = SourceState::Resuming { attempt, epoch: resumed };
-        (Self { epoch, newest_attempt: attempt, state }, vec![SourceEffect::SendPermit(resumed)])
+        let state = SourceState::Resuming {
+            attempt,
+            epoch: resumed,
+        };
+        (
+            Self {
+                epoch,
+                newest_attempt: attempt,
+                state,
+            },
+            vec![SourceEffect::SendPermit(resumed)],
+        )
     }
 
     /// Where it stands.
@@ -218,15 +241,24 @@ impl SourceAgent {
                 Vec::new()
             }
             (Copying | Arming { .. } | Granted { .. } | Recalling { .. }, SourceEvent::Abort) => self.trade(),
-            (Recalling { .. }, SourceEvent::Answered(Traded::Cancelled)) => {
-                self.state = Copying;
+            (Recalling { attempt, .. }, SourceEvent::Converged) => {
+                self.state = Recalling {
+                    attempt,
+                    converged: true,
+                };
                 Vec::new()
             }
+            (Recalling { converged, .. }, SourceEvent::Answered(Traded::Cancelled)) => {
+                self.state = Copying;
+                if converged { self.arm() } else { Vec::new() }
+            }
             // An abort that comes after GO is too late, and one while trading changes nothing.
-            (Granted { attempt } | Trading { attempt } | Recalling { attempt }, SourceEvent::GoSent(sent)) if sent == attempt => {
+            (Granted { attempt } | Trading { attempt } | Recalling { attempt, .. }, SourceEvent::GoSent(sent))
+                if sent == attempt =>
+            {
                 self.ask(attempt, Copy::Held, WAIT_FOR_RUNNING)
             }
-            (Trading { attempt } | Recalling { attempt }, SourceEvent::Answered(Traded::GoSent)) => {
+            (Trading { attempt } | Recalling { attempt, .. }, SourceEvent::Answered(Traded::GoSent)) => {
                 self.ask(attempt, Copy::Held, WAIT_FOR_RUNNING)
             }
             (Trading { .. }, SourceEvent::Answered(Traded::Cancelled)) => self.finish_rolled_back(Ending::Stayed),
@@ -238,7 +270,7 @@ impl SourceAgent {
             }
             (Copying, SourceEvent::VmmGone) => self.finish_rolled_back(Ending::Crashed),
             (
-                Arming { attempt } | Granted { attempt } | Trading { attempt } | Recalling { attempt },
+                Arming { attempt } | Granted { attempt } | Trading { attempt } | Recalling { attempt, .. },
                 SourceEvent::VmmGone,
             ) if attempt > 0 => self.ask(attempt, Copy::Gone, Duration::ZERO),
             (Trading { .. }, SourceEvent::VmmGone) => self.finish_rolled_back(Ending::Crashed),
@@ -246,7 +278,11 @@ impl SourceAgent {
             (Arming { .. }, SourceEvent::JournalFailed) => self.trade(),
 
             (Asking { attempt, tries, .. }, SourceEvent::VmmGone) => {
-                self.state = Asking { attempt, copy: Copy::Gone, tries };
+                self.state = Asking {
+                    attempt,
+                    copy: Copy::Gone,
+                    tries,
+                };
                 Vec::new()
             }
             (Asking { attempt, .. }, SourceEvent::TimeToAsk) => vec![SourceEffect::AskDecision(attempt)],
@@ -257,6 +293,18 @@ impl SourceAgent {
                 let mut effects = vec![SourceEffect::SayIndeterminate];
                 effects.extend(self.ask_again());
                 effects
+            }
+            // RUNNING is final, and proves GO although the VMM has not said so yet.
+            (
+                Granted { attempt } | Trading { attempt } | Recalling { attempt, .. },
+                SourceEvent::Decided(decided, Decision::Running),
+            ) if decided == attempt => {
+                self.state = Asking {
+                    attempt,
+                    copy: Copy::Held,
+                    tries: 0,
+                };
+                self.decided(attempt, Copy::Held, Decision::Running)
             }
             // B refused of its own accord (its VMM died, its user gave up): the VMM notices its dead streams by
             // itself, but need not be waited for.
@@ -288,13 +336,23 @@ impl SourceAgent {
     }
 
     fn ask(&mut self, attempt: u32, copy: Copy, after: Duration) -> Vec<SourceEffect> {
-        self.state = SourceState::Asking { attempt, copy, tries: 0 };
+        self.state = SourceState::Asking {
+            attempt,
+            copy,
+            tries: 0,
+        };
         vec![SourceEffect::AskAfter(after)]
     }
 
     fn ask_again(&mut self) -> Vec<SourceEffect> {
-        let SourceState::Asking { attempt, copy, tries } = self.state else { return Vec::new() };
-        self.state = SourceState::Asking { attempt, copy, tries: tries.saturating_add(1) };
+        let SourceState::Asking { attempt, copy, tries } = self.state else {
+            return Vec::new();
+        };
+        self.state = SourceState::Asking {
+            attempt,
+            copy,
+            tries: tries.saturating_add(1),
+        };
         let pause = Duration::from_millis(250).saturating_mul(1 << tries.min(8));
         vec![SourceEffect::AskAfter(pause.min(LONGEST_PAUSE))]
     }
@@ -313,7 +371,11 @@ impl SourceAgent {
                 // e+1 counts as known from ARM on, so the new right is the one after it.
                 let epoch = self.epoch.next().next();
                 self.state = SourceState::Resuming { attempt, epoch };
-                vec![said, SourceEffect::JournalResumed(epoch), SourceEffect::SendPermit(epoch)]
+                vec![
+                    said,
+                    SourceEffect::JournalResumed(epoch),
+                    SourceEffect::SendPermit(epoch),
+                ]
             }
         }
     }
@@ -403,16 +465,26 @@ mod tests {
     fn an_abort_is_over_only_when_the_vmm_answered() {
         let mut agent = granted();
         assert_eq!(agent.step(SourceEvent::Abort), [SourceEffect::AskTrade(1)]);
-        assert!(matches!(agent.step(SourceEvent::Answered(Traded::GoSent))[..], [SourceEffect::AskAfter(_)]));
+        assert!(matches!(
+            agent.step(SourceEvent::Answered(Traded::GoSent))[..],
+            [SourceEffect::AskAfter(_)]
+        ));
         let mut agent = granted();
         agent.step(SourceEvent::Abort);
-        assert!(agent.step(SourceEvent::Answered(Traded::Cancelled)).contains(&SourceEffect::Finish(Ending::Stayed)));
+        assert!(
+            agent
+                .step(SourceEvent::Answered(Traded::Cancelled))
+                .contains(&SourceEffect::Finish(Ending::Stayed))
+        );
     }
 
     #[test]
     fn an_armed_guest_whose_vmm_died_asks_before_it_is_called_crashed() {
         let mut agent = granted();
-        assert_eq!(agent.step(SourceEvent::VmmGone), [SourceEffect::AskAfter(Duration::ZERO)]);
+        assert_eq!(
+            agent.step(SourceEvent::VmmGone),
+            [SourceEffect::AskAfter(Duration::ZERO)]
+        );
         assert!(
             agent
                 .step(SourceEvent::Decided(1, Decision::Source))
@@ -436,10 +508,40 @@ mod tests {
     }
 
     #[test]
+    fn running_that_is_heard_before_go_is_believed() {
+        let mut agent = granted();
+        assert!(
+            agent
+                .step(SourceEvent::Decided(1, Decision::Running))
+                .contains(&SourceEffect::DestroyCopy)
+        );
+        let mut aborting = granted();
+        aborting.step(SourceEvent::Abort);
+        assert!(
+            aborting
+                .step(SourceEvent::Decided(1, Decision::Running))
+                .contains(&SourceEffect::DestroyCopy)
+        );
+    }
+
+    #[test]
+    fn converged_is_not_lost_while_an_attempt_is_recalled() {
+        let (mut agent, _) = SourceAgent::recover(Epoch(4), 1, Copy::Held);
+        assert_eq!(agent.step(SourceEvent::Converged), []);
+        assert_eq!(
+            agent.step(SourceEvent::Answered(Traded::Cancelled))[0],
+            SourceEffect::JournalArmed(2)
+        );
+    }
+
+    #[test]
     fn a_decision_that_cannot_be_journalled_destroys_nothing() {
         let mut agent = asking();
         agent.step(SourceEvent::Decided(1, Decision::Running));
-        assert_eq!(agent.step(SourceEvent::JournalFailed)[0], SourceEffect::SayIndeterminate);
+        assert_eq!(
+            agent.step(SourceEvent::JournalFailed)[0],
+            SourceEffect::SayIndeterminate
+        );
         assert!(matches!(agent.state(), SourceState::Asking { .. }));
     }
 }

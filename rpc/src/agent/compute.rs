@@ -1,5 +1,6 @@
 //! The `Compute` service: convert, call, map the error.
 
+use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,12 +20,14 @@ use ferry_proto::{InvalidField, required, wire_uuid};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
+use uuid::Uuid;
 
 use super::console::{self, Follow};
 use super::failure::Failure;
 use super::host;
 use super::images::{self, Upload};
 use super::instances::Agent;
+use super::journal::{MigrationRow, Role};
 use super::outgoing::PeerNews;
 use super::peers::CALL_TIME;
 use super::spawn::VMM_LOG;
@@ -33,11 +36,26 @@ use crate::vmm_process::{CONSOLE_LOG, monotonic_ns};
 /// The service over one agent.
 pub(crate) struct ComputeService(pub(crate) Arc<Agent>);
 
+/// The most bytes that one request types into a console.
+const MOST_INPUT: usize = 64 << 10;
+
 type Answer<T> = Result<Response<T>, Status>;
 type Output = Pin<Box<dyn Stream<Item = Result<ConsoleOutput, Status>> + Send>>;
 
 fn answer<T>(result: Result<T, Failure>) -> Answer<T> {
     result.map(Response::new).map_err(Status::from)
+}
+
+/// Runs work that changes something to its end, also when whoever asked goes away in the middle of it.
+pub(super) async fn whole<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Failure>> + Send + 'static,
+) -> Result<T, Failure> {
+    tokio::spawn(work).await.unwrap_or_else(|error| {
+        Err(Failure::Host {
+            what: "the request was not carried out".to_owned(),
+            source: std::io::Error::other(error),
+        })
+    })
 }
 
 impl ComputeService {
@@ -51,13 +69,43 @@ impl ComputeService {
     }
 
     /// Decide, Expect and their like are answered only to the host that the migration's record names.
-    fn check_peer(&self, migration: uuid::Uuid, source: &str) -> Result<(), Failure> {
-        match self.0.incoming.find(migration) {
-            Some(incoming) if incoming.source != source => Err(Failure::Refused(format!(
-                "migration {migration} does not come from host {source:?}"
-            ))),
-            _ => self.0.peers.named(source).map(drop),
+    async fn check_peer(&self, migration: Uuid, source: &str) -> Result<(), Failure> {
+        self.0.peers.named(source)?;
+        let foreign = || Failure::Refused(format!("migration {migration} does not come from host {source:?}"));
+        if let Some(incoming) = self.0.incoming.find(migration) {
+            return if incoming.source == source {
+                Ok(())
+            } else {
+                Err(foreign())
+            };
         }
+        let row = self
+            .0
+            .journal
+            .read(move |connection| MigrationRow::find(connection, migration))
+            .await?;
+        match row {
+            Some(row) if row.role != Role::Destination || row.peer != source => Err(foreign()),
+            _ => Ok(()),
+        }
+    }
+
+    /// The tuple (vm, M, n, e) of a request, as far as the record knows it.
+    async fn check_attempt(&self, request: &AttemptRequest) -> Result<Uuid, Failure> {
+        let migration = wire_uuid("migration", &request.migration)?;
+        self.check_peer(migration, &request.source).await?;
+        let row = self
+            .0
+            .journal
+            .read(move |connection| MigrationRow::find(connection, migration))
+            .await?;
+        let is_other = |row: &MigrationRow| row.instance.to_string() != request.instance || row.epoch != request.epoch;
+        if row.as_ref().is_some_and(is_other) {
+            return Err(Failure::Refused(format!(
+                "migration {migration} is of another instance or epoch here"
+            )));
+        }
+        Ok(migration)
     }
 }
 
@@ -86,7 +134,8 @@ impl Compute for ComputeService {
 
     async fn run_instance(&self, request: Request<RunInstanceRequest>) -> Answer<InstanceInfo> {
         let spec = required("spec", request.into_inner().spec).map_err(Failure::from)?;
-        answer(self.0.run_instance(spec).await)
+        let agent = Arc::clone(&self.0);
+        answer(whole(async move { agent.run_instance(spec).await }).await)
     }
 
     async fn list_instances(&self, _: Request<ListInstancesRequest>) -> Answer<ListInstancesReply> {
@@ -105,30 +154,34 @@ impl Compute for ComputeService {
     }
 
     async fn start_instance(&self, request: Request<InstanceRequest>) -> Answer<InstanceInfo> {
-        answer(self.0.start_instance(&request.into_inner().instance).await)
+        let (agent, name) = (Arc::clone(&self.0), request.into_inner().instance);
+        answer(whole(async move { agent.start_instance(&name).await }).await)
     }
 
     async fn pause_instance(&self, request: Request<InstanceRequest>) -> Answer<InstanceInfo> {
-        answer(self.0.pause_instance(&request.into_inner().instance).await)
+        let (agent, name) = (Arc::clone(&self.0), request.into_inner().instance);
+        answer(whole(async move { agent.pause_instance(&name).await }).await)
     }
 
     async fn resume_instance(&self, request: Request<InstanceRequest>) -> Answer<InstanceInfo> {
-        answer(self.0.resume_instance(&request.into_inner().instance).await)
+        let (agent, name) = (Arc::clone(&self.0), request.into_inner().instance);
+        answer(whole(async move { agent.resume_instance(&name).await }).await)
     }
 
     async fn reboot_instance(&self, request: Request<InstanceRequest>) -> Answer<InstanceInfo> {
-        answer(self.0.reboot_instance(&request.into_inner().instance).await)
+        let (agent, name) = (Arc::clone(&self.0), request.into_inner().instance);
+        answer(whole(async move { agent.reboot_instance(&name).await }).await)
     }
 
     async fn stop_instance(&self, request: Request<StopInstanceRequest>) -> Answer<InstanceInfo> {
-        let request = request.into_inner();
+        let (agent, request) = (Arc::clone(&self.0), request.into_inner());
         let patience = Duration::from_millis(request.timeout_ms);
-        answer(self.0.stop_instance(&request.instance, request.force, patience).await)
+        answer(whole(async move { agent.stop_instance(&request.instance, request.force, patience).await }).await)
     }
 
     async fn delete_instance(&self, request: Request<DeleteInstanceRequest>) -> Answer<DeleteInstanceReply> {
-        let request = request.into_inner();
-        let id = self.0.delete_instance(&request.instance, request.force).await;
+        let (agent, request) = (Arc::clone(&self.0), request.into_inner());
+        let id = whole(async move { agent.delete_instance(&request.instance, request.force).await }).await;
         answer(id.map(|id| DeleteInstanceReply { id: id.to_string() }))
     }
 
@@ -140,6 +193,17 @@ impl Compute for ComputeService {
 
     async fn console_input(&self, request: Request<ConsoleInputRequest>) -> Answer<ConsoleInputReply> {
         let request = request.into_inner();
+        if request.bytes.len() > MOST_INPUT {
+            let problem = format!(
+                "has {} bytes, {MOST_INPUT} are the limit of one request",
+                request.bytes.len()
+            );
+            return Err(Failure::from(InvalidField {
+                field: "bytes",
+                problem,
+            })
+            .into());
+        }
         let instance = self.0.instance(&request.instance).await?;
         let vmm = instance.state.lock().await.vmm()?.clone();
         let input = Command::ConsoleInput(wire::ConsoleInput { bytes: request.bytes });
@@ -157,11 +221,13 @@ impl Compute for ComputeService {
     }
 
     async fn live_migration(&self, request: Request<LiveMigrationCast>) -> Answer<Receipt> {
-        answer(self.0.live_migration(request.into_inner()).await)
+        let (agent, cast) = (Arc::clone(&self.0), request.into_inner());
+        answer(whole(async move { agent.live_migration(cast).await }).await)
     }
 
     async fn pre_live_migration(&self, request: Request<PreLiveMigrationRequest>) -> Answer<PreLiveMigrationReply> {
-        answer(self.0.pre_live_migration(request.into_inner()).await)
+        let (agent, request) = (Arc::clone(&self.0), request.into_inner());
+        answer(whole(async move { agent.pre_live_migration(request).await }).await)
     }
 
     async fn put_image(&self, request: Request<Streaming<ImageChunk>>) -> Answer<PutImageReply> {
@@ -182,22 +248,21 @@ impl Compute for ComputeService {
             image.add(&chunk.bytes)?;
         }
         if let Some((image, hash)) = upload {
-            image.finish(Some(&hash))?;
+            // The image is synced to the disk: other tasks go elsewhere meanwhile.
+            tokio::task::block_in_place(|| image.finish(Some(&hash)))?;
         }
         Ok(Response::new(PutImageReply {}))
     }
 
     async fn expect(&self, request: Request<AttemptRequest>) -> Answer<DecisionReply> {
         let request = request.into_inner();
-        let migration = wire_uuid("migration", &request.migration).map_err(Failure::from)?;
-        self.check_peer(migration, &request.source)?;
+        let migration = self.check_attempt(&request).await?;
         answer(self.0.expect(migration, request.attempt).await.map(decision_reply))
     }
 
     async fn decide(&self, request: Request<AttemptRequest>) -> Answer<DecisionReply> {
         let request = request.into_inner();
-        let migration = wire_uuid("migration", &request.migration).map_err(Failure::from)?;
-        self.check_peer(migration, &request.source)?;
+        let migration = self.check_attempt(&request).await?;
         answer(self.0.decide(migration, request.attempt).await.map(decision_reply))
     }
 
@@ -234,7 +299,7 @@ impl Compute for ComputeService {
     async fn rollback_live_migration(&self, request: Request<RollbackRequest>) -> Answer<RollbackReply> {
         let request = request.into_inner();
         let migration = wire_uuid("migration", &request.migration).map_err(Failure::from)?;
-        self.check_peer(migration, &request.source)?;
+        self.check_peer(migration, &request.source).await?;
         if let Some(incoming) = self.0.incoming.find(migration) {
             incoming.give_up(&request.reason);
             // Answered once nothing is left of it, so that the same guest may come again at once.
@@ -246,7 +311,7 @@ impl Compute for ComputeService {
     async fn heartbeat(&self, request: Request<HeartbeatRequest>) -> Answer<HeartbeatReply> {
         let request = request.into_inner();
         let migration = wire_uuid("migration", &request.migration).map_err(Failure::from)?;
-        self.check_peer(migration, &request.source)?;
+        self.check_peer(migration, &request.source).await?;
         let taking_part = self
             .0
             .incoming

@@ -14,6 +14,7 @@ use tokio_stream::wrappers::WatchStream;
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
+use super::compute::whole;
 use super::failure::Failure;
 use super::instances::Agent;
 use super::journal::{MigrationRow, Role};
@@ -40,7 +41,12 @@ impl Conductor for ConductorService {
         let request = request.into_inner();
         let agent = &self.0;
         match agent.instance(&request.instance).await {
-            Ok(_) => Ok(Response::new(agent.live_migrate(request).await?)),
+            Ok(_) => {
+                let agent = Arc::clone(agent);
+                Ok(Response::new(
+                    whole(async move { agent.live_migrate(request).await }).await?,
+                ))
+            }
             Err(not_here) => {
                 let Some(peer) = agent.peer_with(&request.instance).await else {
                     return Err(not_here.into());

@@ -37,12 +37,18 @@ const MARK_ROOTS: [&str; 3] = ["/run", "/dev/shm", "/tmp"];
 pub(crate) fn mark_folder(data_dir: &Path) -> std::io::Result<PathBuf> {
     let name = mark_name(data_dir);
     let is_writable = |root: &&&str| rustix::fs::access(**root, rustix::fs::Access::WRITE_OK).is_ok();
-    let root = MARK_ROOTS.iter().find(is_writable).ok_or(std::io::ErrorKind::NotFound)?;
+    let root = MARK_ROOTS
+        .iter()
+        .find(is_writable)
+        .ok_or(std::io::ErrorKind::NotFound)?;
     Ok(Path::new(root).join(name))
 }
 
 fn mark_name(data_dir: &Path) -> String {
-    format!("ferry-{}", &blake3::hash(data_dir.as_os_str().as_encoded_bytes()).to_hex()[..16])
+    format!(
+        "ferry-{}",
+        &blake3::hash(data_dir.as_os_str().as_encoded_bytes()).to_hex()[..16]
+    )
 }
 
 /// Removes what an agent that was killed left outside its data directory, which must be there still. For laboratories

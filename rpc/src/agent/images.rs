@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::failure::Failure;
@@ -30,7 +31,12 @@ pub(crate) fn is_hash(text: &str) -> bool {
 pub(crate) fn import(what: &str, path: &Path, folder: &Path) -> Result<String, Failure> {
     let unreadable =
         |error: io::Error| Failure::Refused(format!("the {what} {} cannot be read: {error}", path.display()));
-    let mut file = File::open(path).map_err(unreadable)?;
+    // A pipe or a device must not hold the agent up before it is found to be none of our business.
+    let opened = File::options()
+        .read(true)
+        .custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed())
+        .open(path);
+    let mut file = opened.map_err(unreadable)?;
     let metadata = file.metadata().map_err(unreadable)?;
     if !metadata.is_file() {
         return Err(Failure::Refused(format!(

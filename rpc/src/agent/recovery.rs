@@ -1,9 +1,15 @@
 //! What a restarted agent finds: instances by their sockets, migrations by the journal.
 
 use std::sync::Arc;
+use std::time::Duration;
+
+use ferry_proto::vmm::v1 as wire;
+use ferry_proto::vmm::v1::order::Order as Command;
+use ferry_proto::vmm::v1::report::Report;
+use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::failure::Failure;
-use super::instances::Agent;
+use super::instances::{Agent, Instance};
 use super::journal::{InstanceRow, MigrationRow, Role, Status};
 use super::vmm_client::Vmm;
 use super::{incoming, outgoing, spawn};
@@ -53,35 +59,76 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), Failure> {
 }
 
 /// An instance that no migration has: its VMM is found again, or it crashed while nobody looked.
-async fn find(agent: &Arc<Agent>, instance: &Arc<super::instances::Instance>) {
+async fn find(agent: &Arc<Agent>, instance: &Arc<Instance>) {
+    let socket = agent.folder(instance.id).join(spawn::SOCKET);
     let mut state = instance.state.lock().await;
-    if matches!(state.row.status, Status::Stopped | Status::Crashed) {
+    if matches!(state.row.status, Status::Stopped | Status::Crashed | Status::Incoming) {
+        // None should be there. One that is has no right to run: the agent before this one died while it ended it.
+        let ended = tokio::task::spawn_blocking(move || spawn::kill_listening(&socket)).await;
+        tracing::debug!(instance = %instance.id, ?ended, "looked for a VMM that should not be there");
+        if state.row.status == Status::Incoming {
+            agent.forget(&mut state).await;
+        }
         return;
     }
-    let socket = agent.folder(instance.id).join(spawn::SOCKET);
-    match Vmm::connect(&socket, None).await {
-        Ok((vmm, standing, events)) => {
-            tracing::info!(instance = %instance.id, name = state.row.spec.name, pid = vmm.pid(), "found again");
-            agent.attach(instance, &mut state, vmm, events);
-            // The user's pause or resume may have been obeyed and not journalled.
-            match standing.machine.as_str() {
-                "running" => state.row.status = Status::Running,
-                "paused" => state.row.status = Status::Paused,
-                _ => {}
-            }
-            if let Some(ended) = standing.ended {
-                agent.guest_ended(&mut state, &ended).await;
-            }
+    drop(state);
+    // One that is there and silent is waited for, and the instance is not called crashed meanwhile.
+    let (agent, instance) = (Arc::clone(agent), Arc::clone(instance));
+    let found = tokio::spawn(async move {
+        match Vmm::find(&socket).await {
+            Some((vmm, standing, events)) => found_again(&agent, &instance, vmm, standing, events).await,
+            None => lost(&agent, &instance).await,
         }
-        Err(error) => {
-            let rebooted = state.row.boot_id != agent.boot_id;
-            let reason = if rebooted {
-                "the host went down"
-            } else {
-                "the VMM died while no agent ran"
-            };
-            tracing::warn!(instance = %instance.id, name = state.row.spec.name, %error, reason, "the instance crashed");
-            agent.end(&mut state, Status::Crashed, reason.to_owned()).await;
+    });
+    // Most answer at once; the others are not waited for here.
+    let _ = tokio::time::timeout(FIND_TIME, found).await;
+}
+
+/// How long the start of an agent waits for each VMM.
+const FIND_TIME: Duration = Duration::from_secs(2);
+
+async fn found_again(
+    agent: &Arc<Agent>,
+    instance: &Arc<Instance>,
+    vmm: Vmm,
+    standing: wire::Standing,
+    events: UnboundedReceiver<Report>,
+) {
+    let mut state = instance.state.lock().await;
+    tracing::info!(instance = %instance.id, name = state.row.spec.name, pid = vmm.pid(), "found again");
+    agent.attach(instance, &mut state, vmm.clone(), events);
+    // The user's pause or resume may have been obeyed and not journalled.
+    state.row.status = if standing.user_paused {
+        Status::Paused
+    } else {
+        Status::Running
+    };
+    if let Some(ended) = standing.ended {
+        agent.guest_ended(&mut state, &ended).await;
+    } else if standing.epoch < state.row.epoch {
+        // Journalled for this very VMM, and the agent died before it could be sent.
+        let permit = wire::Permit {
+            instance: instance.id.to_string(),
+            epoch: state.row.epoch,
+            paused: false,
+        };
+        if let Err(error) = vmm.order(Command::Permit(permit)).await {
+            tracing::warn!(instance = %instance.id, %error, "the guest could not be started");
+            agent
+                .end(&mut state, Status::Crashed, format!("it could not be started: {error}"))
+                .await;
         }
     }
+}
+
+async fn lost(agent: &Arc<Agent>, instance: &Arc<Instance>) {
+    let mut state = instance.state.lock().await;
+    let rebooted = state.row.boot_id != agent.boot_id;
+    let reason = if rebooted {
+        "the host went down"
+    } else {
+        "the VMM died while no agent ran"
+    };
+    tracing::warn!(instance = %instance.id, name = state.row.spec.name, reason, "the instance crashed");
+    agent.end(&mut state, Status::Crashed, reason.to_owned()).await;
 }

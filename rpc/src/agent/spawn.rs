@@ -14,12 +14,18 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::time::Timespec;
 
 /// The VMM's socket below an instance's folder.
 pub(crate) const SOCKET: &str = "vmm.sock";
+/// What a VMM's process calls itself.
+const VMM_NAME: &str = "ferry-vmm";
 /// The VMM's own log below an instance's folder.
 pub(crate) const VMM_LOG: &str = "vmm.log";
 
@@ -35,6 +41,8 @@ pub(crate) struct Process {
 /// The socket cannot be made or the process cannot be started.
 pub(crate) fn vmm(folder: &Path, instance: &str) -> io::Result<Process> {
     let socket = folder.join(SOCKET);
+    // One instance has one process: whatever an agent that was killed left here ends before its socket is taken away.
+    kill_listening(&socket)?;
     match fs::remove_file(&socket) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
@@ -49,7 +57,7 @@ pub(crate) fn vmm(folder: &Path, instance: &str) -> io::Result<Process> {
 
     let mut command = Command::new("/proc/self/exe");
     command
-        .arg0("ferry-vmm")
+        .arg0(VMM_NAME)
         .arg("vmm")
         .arg("--instance-dir")
         .arg(folder)
@@ -77,6 +85,79 @@ pub(crate) fn vmm(folder: &Path, instance: &str) -> io::Result<Process> {
 pub(crate) fn connect(socket: &Path) -> io::Result<UnixStream> {
     let (_folder, short) = short_path(socket)?;
     UnixStream::connect(short)
+}
+
+/// The process behind a VMM's socket, alive although it may not answer; none if it is dead.
+///
+/// # Errors
+/// It cannot be told.
+pub(crate) fn listening(socket: &Path) -> io::Result<Option<Process>> {
+    match connect(socket).and_then(|stream| listening_process(&stream)) {
+        Ok(process) => Ok(Some(process)),
+        Err(error) => match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Ok(None),
+            // The process that listened is gone and its number with it.
+            _ if error.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => Ok(None),
+            _ => Err(error),
+        },
+    }
+}
+
+/// The process that called `listen` last on the socket behind this connection: every VMM does when it starts.
+pub(crate) fn listening_process(stream: &UnixStream) -> io::Result<Process> {
+    let credentials = rustix::net::sockopt::socket_peercred(stream)?;
+    let pidfd = pidfd_open(credentials.pid, PidfdFlags::empty())?;
+    let pid = credentials.pid.as_raw_nonzero().get();
+    // Until a VMM has called it, the number is that of the agent that made the socket, and may be anybody's by now.
+    let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    if !command.starts_with(VMM_NAME.as_bytes()) {
+        return Err(Errno::SRCH.into());
+    }
+    Ok(Process { pid, pidfd })
+}
+
+impl Process {
+    /// Whether it is dead, waiting for that `patience` at most.
+    pub(crate) fn has_ended(&self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = Timespec {
+                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: left.subsec_nanos().into(),
+            };
+            match poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&timeout)) {
+                Ok(0) => return false,
+                Ok(_) => return true,
+                Err(Errno::INTR) => {}
+                Err(_) => return false,
+            }
+        }
+    }
+
+    /// Kills it and waits until it is dead. Blocks.
+    ///
+    /// # Errors
+    /// It does not die in time: the kernel holds it.
+    pub(crate) fn kill(&self) -> io::Result<()> {
+        match pidfd_send_signal(&self.pidfd, Signal::KILL) {
+            Ok(()) | Err(Errno::SRCH) => {}
+            Err(error) => return Err(error.into()),
+        }
+        if self.has_ended(Duration::from_secs(10)) {
+            Ok(())
+        } else {
+            Err(io::Error::other(format!("process {} does not die", self.pid)))
+        }
+    }
+}
+
+/// Kills whatever VMM listens on this socket, and waits until it is dead. Blocks.
+///
+/// # Errors
+/// It does not die, or it cannot be told who listens.
+pub(crate) fn kill_listening(socket: &Path) -> io::Result<()> {
+    listening(socket)?.map_or(Ok(()), |process| process.kill())
 }
 
 fn listen(socket: &Path) -> io::Result<UnixListener> {

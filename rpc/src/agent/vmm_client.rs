@@ -12,17 +12,15 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{Hello, Order, Report, Standing};
 use ferry_proto::{OLDEST_VMM_PROTOCOL, VMM_PROTOCOL};
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::sync::{mpsc as tokio_mpsc, oneshot};
 
-use super::spawn::Process;
+use super::spawn::{self, Process};
 use crate::vmm_channel;
 
 /// Why an order did not come to pass.
@@ -68,8 +66,7 @@ struct Shared {
     orders: mpsc::Sender<(Order, Vec<OwnedFd>)>,
     waiting: Waiting,
     number: AtomicU64,
-    process: OwnedFd,
-    pid: i32,
+    process: Process,
     socket: UnixStream,
 }
 
@@ -94,11 +91,23 @@ impl Vmm {
             path: socket.display().to_string(),
             source,
         };
-        let stream = super::spawn::connect(socket).map_err(failed)?;
-        let process = match started {
-            Some(process) => process,
-            None => listening_process(&stream).map_err(failed)?,
-        };
+        let path = socket.to_owned();
+        let connecting = tokio::task::spawn_blocking(move || {
+            let stream = spawn::connect(&path)?;
+            let process = match started {
+                Some(process) => process,
+                None => spawn::listening_process(&stream)?,
+            };
+            Ok((stream, process))
+        });
+        // A process that is stopped may have its queue of connections full.
+        let connected = tokio::time::timeout(ANSWER_TIME, connecting)
+            .await
+            .map_err(|_| VmmError::Silent(ANSWER_TIME))?;
+        let (stream, process) = connected
+            .map_err(io::Error::other)
+            .and_then(|result| result)
+            .map_err(failed)?;
         let (vmm, events) = Self::over(stream, process).map_err(failed)?;
         let hello = Hello {
             oldest_version: OLDEST_VMM_PROTOCOL,
@@ -132,13 +141,11 @@ impl Vmm {
                 }
             }
         })?;
-        let Process { pid, pidfd } = process;
         let shared = Shared {
             orders,
             waiting,
             number: AtomicU64::new(1),
-            process: pidfd,
-            pid,
+            process,
             socket,
         };
         Ok((
@@ -151,7 +158,26 @@ impl Vmm {
 
     /// The process id, to be shown.
     pub(crate) fn pid(&self) -> i32 {
-        self.shared.pid
+        self.shared.process.pid
+    }
+
+    /// Finds the VMM behind `socket` again, however long it is silent; none once its process is dead.
+    pub(crate) async fn find(socket: &Path) -> Option<(Self, Standing, tokio_mpsc::UnboundedReceiver<Body>)> {
+        loop {
+            let error = match Self::connect(socket, None).await {
+                Ok(found) => return Some(found),
+                Err(error) => error,
+            };
+            let path = socket.to_owned();
+            let listening = tokio::task::spawn_blocking(move || spawn::listening(&path));
+            match tokio::time::timeout(ANSWER_TIME, listening).await {
+                Ok(Ok(Ok(None))) => return None,
+                _ => {
+                    tracing::warn!(socket = %socket.display(), %error, "a VMM is there and does not answer, asking again")
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
     }
 
     /// Gives an order and waits for its answer.
@@ -167,6 +193,9 @@ impl Vmm {
     /// # Errors
     /// Refused, gone or silent.
     pub(crate) async fn order_with(&self, command: Command, descriptors: Vec<OwnedFd>) -> Result<Body, VmmError> {
+        if command.encoded_len() > vmm_channel::MAX_MESSAGE / 2 {
+            return Err(VmmError::Refused("the order is too large".to_owned()));
+        }
         let patience = if matches!(command, Command::Build(_)) {
             BUILD_TIME
         } else {
@@ -207,7 +236,7 @@ impl Vmm {
 
     /// Whether the process is dead.
     pub(crate) fn is_dead(&self) -> bool {
-        has_ended(&self.shared.process, Duration::ZERO)
+        self.shared.process.has_ended(Duration::ZERO)
     }
 
     /// Kills the process and waits until it is dead.
@@ -216,46 +245,9 @@ impl Vmm {
     /// It does not die in time: the kernel holds it.
     pub(crate) async fn kill(&self) -> io::Result<()> {
         let shared = Arc::clone(&self.shared);
-        let kill = move || {
-            match pidfd_send_signal(&shared.process, Signal::KILL) {
-                Ok(()) | Err(rustix::io::Errno::SRCH) => {}
-                Err(error) => return Err(error.into()),
-            }
-            if has_ended(&shared.process, Duration::from_secs(10)) {
-                Ok(())
-            } else {
-                Err(io::Error::other(format!("process {} does not die", shared.pid)))
-            }
-        };
-        tokio::task::spawn_blocking(kill).await.map_err(io::Error::other)?
-    }
-}
-
-/// The process that called `listen` last on the socket behind this connection: every VMM does when it starts.
-fn listening_process(stream: &UnixStream) -> io::Result<Process> {
-    let credentials = rustix::net::sockopt::socket_peercred(stream)?;
-    let pidfd = pidfd_open(credentials.pid, PidfdFlags::empty())?;
-    Ok(Process {
-        pid: credentials.pid.as_raw_nonzero().get(),
-        pidfd,
-    })
-}
-
-/// Whether the process behind a pidfd is dead, waiting for it `patience` at most.
-fn has_ended(process: &OwnedFd, patience: Duration) -> bool {
-    let deadline = Instant::now() + patience;
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let timeout = rustix::time::Timespec {
-            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: left.subsec_nanos().into(),
-        };
-        match poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&timeout)) {
-            Ok(0) => return false,
-            Ok(_) => return true,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(_) => return false,
-        }
+        tokio::task::spawn_blocking(move || shared.process.kill())
+            .await
+            .map_err(io::Error::other)?
     }
 }
 

@@ -15,7 +15,7 @@ use rustix::net::{
 pub(crate) const MAX_DESCRIPTORS: usize = 65;
 
 /// The largest message. Nothing that the two say comes near it; what exceeds it is garbage.
-const MAX_MESSAGE: usize = 1 << 20;
+pub(crate) const MAX_MESSAGE: usize = 1 << 20;
 
 /// Why a frame could not be sent or received.
 #[derive(Debug, thiserror::Error)]

@@ -5,4 +5,4 @@
 
 mod frame;
 
-pub(crate) use frame::{receive, send};
+pub(crate) use frame::{MAX_MESSAGE, receive, send};

@@ -93,7 +93,10 @@ pub(super) fn guest_ended(end: &GuestEnd) -> wire::GuestEnded {
 /// What was measured so far.
 pub(super) fn progress(summary: &SourceSummary) -> wire::Progress {
     let mut rounds = Vec::new();
-    summary.rounds.iter().for_each(|done| add_round(&mut rounds, round(done)));
+    summary
+        .rounds
+        .iter()
+        .for_each(|done| add_round(&mut rounds, round(done)));
     wire::Progress {
         rounds,
         bytes_sent: summary.bytes_sent,

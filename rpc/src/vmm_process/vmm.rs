@@ -201,7 +201,7 @@ impl Vmm {
             Holding::Here(guest) => guest,
             Holding::Ready(ready) => {
                 // Written before the first KVM_RUN; without it nobody could tell a crash from a guest that never ran.
-                if let Err(error) = File::create(&self.started_mark) {
+                if let Err(error) = self.leave_mark() {
                     self.holding = Holding::Ready(ready);
                     anyhow::bail!(
                         "failed to write the started mark {}: {error}",
@@ -227,6 +227,13 @@ impl Vmm {
             }
         };
         self.start(guest, permit)
+    }
+
+    fn leave_mark(&self) -> std::io::Result<()> {
+        if let Some(folder) = self.started_mark.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
+        File::create(&self.started_mark).map(drop)
     }
 
     fn start(&mut self, mut guest: Box<LocalGuest>, permit: Permit) -> anyhow::Result<Body> {

@@ -101,7 +101,7 @@ impl Driver {
                 }
             }
         }
-        self.finish().await;
+        self.finish(news).await;
     }
 
     fn may_give_up(&self) -> bool {
@@ -151,6 +151,7 @@ impl Driver {
     async fn take_news(&mut self, news: VmmNews) {
         match news {
             VmmNews::Gone => self.vmm_gone().await,
+            VmmNews::Standing(standing) => self.found(*standing).await,
             VmmNews::Event(event) => match *event {
                 Body::Ready(ready) => self.ready(ready).await,
                 Body::Started(started) => self.started(started).await,
@@ -210,31 +211,41 @@ impl Driver {
     async fn permit_answered(&mut self, answer: Result<(), VmmError>) {
         let Err(error) = answer else { return };
         let Some(vmm) = self.vmm().await else { return };
-        match error {
-            // It had this epoch already: whoever was agent here before gave it.
-            VmmError::Refused(reason) => {
-                if let Ok(Body::Standing(standing)) = vmm.order(Command::Ping(wire::Ping {})).await
-                    && let Some(started) = standing.started
-                {
-                    self.started(started).await;
-                    return;
-                }
+        // A dead VMM is told of by itself. Else only its own word counts: whether it took the permit, now or before.
+        let asked = vmm.order(Command::Ping(wire::Ping {})).await;
+        match (error, asked) {
+            (
+                _,
+                Ok(Body::Standing(wire::Standing {
+                    started: Some(started), ..
+                })),
+            ) => self.started(started).await,
+            (VmmError::Refused(reason), Ok(Body::Standing(_))) => {
                 // It did not start and will not: once it is dead, its missing mark proves that.
                 self.reason = Some(format!("the VMM refused its permit: {reason}"));
                 if let Err(error) = vmm.kill().await {
                     tracing::error!(%error, "the VMM does not die");
                 }
             }
-            // Dead: its end is told. Stopped: it takes the permit when it wakes up.
-            other => tracing::info!(error = %other, "the permit is not answered"),
+            (error, _) if vmm.is_dead() => tracing::info!(%error, "the VMM died before it answered its permit"),
+            (error, _) => {
+                tracing::info!(%error, "the permit is not answered, sending it again");
+                self.send_permit_after(Duration::from_millis(500)).await;
+            }
         }
     }
 
     async fn write_again(&mut self, attempt: u32, decision: Decision) {
         match self.journal(attempt, decision).await {
-            Ok(()) if decision == Decision::Running => self.step(DestinationEvent::Started, None).await,
-            Ok(()) => self.row.over = true,
             Err(error) => self.later(attempt, decision, &error),
+            Ok(()) if decision == Decision::Running => match self.vmm().await {
+                Some(vmm) if !vmm.is_dead() => self.step(DestinationEvent::Started, None).await,
+                _ => self.vmm_gone().await,
+            },
+            Ok(()) => {
+                self.tell_source(decision);
+                self.row.over = true;
+            }
         }
     }
 
@@ -338,16 +349,26 @@ impl Driver {
     }
 
     async fn send_permit(&mut self) {
+        self.send_permit_after(Duration::ZERO).await;
+    }
+
+    async fn send_permit_after(&mut self, pause: Duration) {
         let Some(vmm) = self.vmm().await else { return };
         let permit = wire::Permit {
             instance: self.row.instance.to_string(),
             epoch: self.row.epoch + 1,
             paused: self.row.user_paused,
         };
-        self.part.permit_ns = monotonic_ns();
+        // Of a permit that is sent again, the first time counts.
+        if self.part.permit_ns == 0 {
+            self.part.permit_ns = monotonic_ns();
+        }
         let requests = self.incoming.requests.clone();
         // Not waited for here: what matters is the VMM's word that it started, which comes before its answer.
         tokio::spawn(async move {
+            if !pause.is_zero() {
+                tokio::time::sleep(pause).await;
+            }
             let answer = vmm.order(Command::Permit(permit)).await.map(drop);
             let _ = requests.send(Request::PermitAnswered(answer));
         });
@@ -402,29 +423,44 @@ impl Driver {
     }
 
     /// Writes how it came out; of a guest that was refused nothing is left.
-    async fn finish(mut self) {
-        let arrived = self.core.decision() == Some(Decision::Running);
-        self.row.over = true;
+    async fn finish(mut self, mut news: mpsc::UnboundedReceiver<VmmNews>) {
         self.row.info.ended = Some(humantime::format_rfc3339_millis(std::time::SystemTime::now()).to_string());
-        if arrived {
+        if self.core.decision() == Some(Decision::Running) {
             self.row.info.status = "completed".to_owned();
             self.row.info.guest_location = Some(self.agent.host().to_owned());
+            // What the VMM said since it started, while the row was being written.
+            news.close();
+            while let Some(late) = news.recv().await {
+                let mut state = self.instance.state.lock().await;
+                self.agent.instance_news(&mut state, late).await;
+            }
         } else {
             self.row.info.status = "failed".to_owned();
             self.row.info.error.clone_from(&self.reason);
             self.kill_vmm().await;
-            let mut state = self.instance.state.lock().await;
-            state.news = None;
-            self.agent.forget(&mut state).await;
+            while !self.forget().await {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
         }
-        let row = self.row.clone();
-        if let Err(error) = self.agent.journal.write(move |transaction| row.save(transaction)).await {
-            tracing::error!(%error, "failed to journal the end of a migration");
+        self.row.over = true;
+        loop {
+            let row = self.row.clone();
+            match self.agent.journal.write(move |transaction| row.save(transaction)).await {
+                Ok(()) => break,
+                Err(error) => tracing::error!(%error, "failed to journal the end of a migration, trying again"),
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
         }
         let _ = std::fs::remove_file(self.agent.started_mark(self.row.id));
-        // Another migration's mark keeps the folder.
-        let _ = std::fs::remove_dir(&self.agent.marks);
         self.agent.incoming.remove(self.row.id);
+        // Another migration's mark keeps the folder; one that comes later makes it anew.
+        let _ = std::fs::remove_dir(&self.agent.marks);
+    }
+
+    async fn forget(&self) -> bool {
+        let mut state = self.instance.state.lock().await;
+        state.news = None;
+        self.agent.forget(&mut state).await
     }
 }
 
@@ -459,39 +495,48 @@ pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc
     };
     agent.incoming.add(incoming);
 
-    let mut state = instance.state.lock().await;
-    state.news = Some(news);
-    let found = Vmm::connect(&agent.folder(instance.id).join(spawn::SOCKET), None).await;
-    let standing = match found {
-        Ok((vmm, standing, events)) => {
-            agent.attach(&instance, &mut state, vmm, events);
-            Some(standing)
+    instance.state.lock().await.news = Some(news);
+    let agent = Arc::clone(agent);
+    // A VMM that is there and silent is waited for: what became of the guest is what it says, or that it is dead.
+    tokio::spawn(async move {
+        match Vmm::find(&agent.folder(instance.id).join(spawn::SOCKET)).await {
+            None => {
+                tracing::info!(%migration, "the VMM of an incoming migration is gone");
+                driver.vmm_gone().await;
+            }
+            Some((vmm, standing, events)) => {
+                agent.attach(&instance, &mut *instance.state.lock().await, vmm, events);
+                driver.found(standing).await;
+            }
         }
-        Err(error) => {
-            tracing::info!(%error, %migration, "the VMM of an incoming migration is gone");
-            None
-        }
-    };
-    drop(state);
-    match standing {
-        None => driver.vmm_gone().await,
-        Some(standing) => driver.found(standing).await,
-    }
-    tokio::spawn(driver.run(request_receiver, news_receiver, None));
+        driver.run(request_receiver, news_receiver, None).await;
+    });
     Ok(())
 }
 
 impl Driver {
-    /// The VMM is alive after a restart of this agent: what it said meanwhile is made up for.
+    /// The VMM is alive after this agent restarted or its connection broke: what it said meanwhile is made up for.
     async fn found(&mut self, standing: wire::Standing) {
         self.step(DestinationEvent::VmmFound, None).await;
         if let Some(started) = standing.started {
             self.started(started).await;
+            if let Some(ended) = standing.ended {
+                let mut state = self.instance.state.lock().await;
+                self.agent.guest_ended(&mut state, &ended).await;
+            }
         } else if let Some(ready) = standing.ready {
-            self.ready(ready).await;
-        } else if standing.machine != "loading" {
-            self.reason =
-                Some("this agent restarted before the connections were handed over, or loading failed".to_owned());
+            // Of a claimed guest the permit is on its way already.
+            if self.core.decision() == Some(Decision::Claimed) {
+                self.part.ready.get_or_insert(ready);
+            } else {
+                self.ready(ready).await;
+            }
+        } else if matches!(standing.machine.as_str(), "none" | "ended")
+            || standing.machine == "blank" && self.streams == 0
+        {
+            self.reason.get_or_insert_with(|| {
+                "this agent restarted before the connections were handed over, or loading failed".to_owned()
+            });
             self.step(DestinationEvent::LoadFailed, None).await;
         }
     }

@@ -91,6 +91,18 @@ impl Agent {
             reply.secret = incoming.secret.to_vec();
             return Ok(reply);
         }
+        let id = guest.migration;
+        if self
+            .journal
+            .read(move |connection| MigrationRow::find(connection, id))
+            .await?
+            .is_some()
+        {
+            return Err(Failure::Refused(format!(
+                "migration {id} is over on host {}, or not for it",
+                self.host()
+            )));
+        }
         check_incoming(self, guest.instance, &guest.spec).await?;
         reply.missing_images = self.missing_images(&guest.spec);
         if reply.missing_images.is_empty() {
@@ -181,10 +193,11 @@ impl Agent {
         let (news, news_receiver) = mpsc::unbounded_channel();
         let mut state = instance.state.lock().await;
         state.news = Some(news);
+        // Known before it is built, so that giving up is heard meanwhile.
+        self.incoming.add(Arc::clone(&incoming));
         let built = self.build_incoming(&guest, &instance, &mut state).await;
         drop(state);
 
-        self.incoming.add(Arc::clone(&incoming));
         let driver = Driver {
             agent: Arc::clone(self),
             incoming: Arc::clone(&incoming),
@@ -210,8 +223,10 @@ impl Agent {
     ) -> Result<(), Failure> {
         let (vmm, events) = self.spawn_vmm(guest.instance).await?;
         self.attach(instance, state, vmm.clone(), events);
-        std::fs::create_dir_all(&self.marks)
-            .map_err(Failure::host(format!("failed to make the folder {}", self.marks.display())))?;
+        std::fs::create_dir_all(&self.marks).map_err(Failure::host(format!(
+            "failed to make the folder {}",
+            self.marks.display()
+        )))?;
         let mark = self.started_mark(guest.migration);
         // A mark of this name could only be an earlier attempt of the very same migration.
         let _ = std::fs::remove_file(&mark);

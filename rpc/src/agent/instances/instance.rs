@@ -91,6 +91,8 @@ impl Agent {
 pub(crate) enum VmmNews {
     /// An event.
     Event(Box<Body>),
+    /// The connection was made anew, and this is where the VMM stands; events may have been missed.
+    Standing(Box<wire::Standing>),
     /// The process is dead.
     Gone,
 }

@@ -26,7 +26,8 @@ impl Agent {
         self.check_name_free(&spec.name).await?;
         let id = Uuid::new_v4();
         let folder = self.make_folder(id)?;
-        let imported = self.import_images(&mut spec, &folder);
+        // Up to a gigabyte is read and written: other tasks go elsewhere meanwhile.
+        let imported = tokio::task::block_in_place(|| self.import_images(&mut spec, &folder));
         if let Err(failure) = imported {
             self.remove_folder(id);
             return Err(failure);
@@ -91,6 +92,12 @@ impl Agent {
 
     /// A VMM, a machine, and a permit of an epoch that was journalled before and never used.
     async fn start(self: &Arc<Self>, instance: &Arc<Instance>, state: &mut InstanceState) -> Result<(), Failure> {
+        if let Some(earlier) = state.vmm.take() {
+            earlier
+                .kill()
+                .await
+                .map_err(Failure::host("failed to end the VMM that was there"))?;
+        }
         let (vmm, events) = self.spawn_vmm(instance.id).await?;
         self.attach(instance, state, vmm.clone(), events);
         let started = self.build_and_permit(state, &vmm).await;
@@ -150,10 +157,14 @@ impl Agent {
             .map_err(std::io::Error::other)
             .and_then(|result| result)
             .map_err(Failure::host("failed to start a VMM process"))?;
-        let (vmm, _standing, events) = Vmm::connect(&socket, Some(process))
-            .await
-            .map_err(Failure::vmm("failed to reach the new VMM"))?;
-        Ok((vmm, events))
+        match Vmm::connect(&socket, Some(process)).await {
+            Ok((vmm, _standing, events)) => Ok((vmm, events)),
+            Err(error) => {
+                let ended = tokio::task::spawn_blocking(move || spawn::kill_listening(&socket)).await;
+                tracing::info!(instance = %id, ?ended, "a VMM that did not answer was ended");
+                Err(Failure::vmm("failed to reach the new VMM")(error))
+            }
+        }
     }
 
     /// The user's pause.
@@ -289,8 +300,8 @@ impl Agent {
         Ok(())
     }
 
-    /// Removes row, folder and entry of an instance that has no process.
-    pub(crate) async fn forget(&self, state: &mut InstanceState) {
+    /// Removes row, folder and entry of an instance that has no process. False if the row could not be removed: then nothing was.
+    pub(crate) async fn forget(&self, state: &mut InstanceState) -> bool {
         let id = state.row.id;
         if let Err(error) = self
             .journal
@@ -298,10 +309,11 @@ impl Agent {
             .await
         {
             tracing::error!(instance = %id, %error, "failed to remove an instance from the journal");
-            return;
+            return false;
         }
         self.instances.remove(id);
         self.remove_folder(id);
+        true
     }
 
     fn expect_status(&self, state: &InstanceState, wanted: Status) -> Result<(), Failure> {

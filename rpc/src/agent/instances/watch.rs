@@ -34,19 +34,22 @@ impl Agent {
                 self.news(&instance, &vmm, VmmNews::Gone).await;
                 return;
             }
-            // The process lives and the connection does not: a full socket, or a broken message. Connect anew.
+            // The process lives and the connection does not: it could not be written to, or somebody else was faster.
             let socket = self.folder(instance.id).join(spawn::SOCKET);
-            match Vmm::connect(&socket, None).await {
-                Ok((again, _standing, new_events)) => {
-                    tracing::warn!(instance = %instance.id, "the connection to the VMM broke and was made again");
-                    instance.state.lock().await.vmm = Some(again.clone());
-                    (vmm, events) = (again, new_events);
-                }
-                Err(error) => {
-                    tracing::info!(instance = %instance.id, %error, "the VMM cannot be reached, trying again");
-                    tokio::time::sleep(Duration::from_secs(1)).await;
-                }
+            let Some((again, standing, new_events)) = Vmm::find(&socket).await else {
+                self.news(&instance, &vmm, VmmNews::Gone).await;
+                return;
+            };
+            let mut state = instance.state.lock().await;
+            if !state.vmm.as_ref().is_some_and(|current| current.is_same(&vmm)) {
+                return;
             }
+            tracing::info!(instance = %instance.id, "the connection to the VMM broke and was made again");
+            state.vmm = Some(again.clone());
+            drop(state);
+            (vmm, events) = (again, new_events);
+            // What it said in between is lost; where it stands tells as much.
+            self.news(&instance, &vmm, VmmNews::Standing(Box::new(standing))).await;
         }
     }
 
@@ -63,18 +66,31 @@ impl Agent {
             },
             None => news,
         };
+        self.instance_news(&mut state, news).await;
+    }
+
+    /// News of an instance that no migration has.
+    pub(crate) async fn instance_news(&self, state: &mut InstanceState, news: VmmNews) {
         match news {
             VmmNews::Event(event) => {
                 if let Body::GuestEnded(ended) = *event {
-                    self.guest_ended(&mut state, &ended).await;
+                    self.guest_ended(state, &ended).await;
                 }
             }
-            VmmNews::Gone => self.vmm_died(&mut state).await,
+            VmmNews::Standing(standing) => {
+                if let Some(ended) = standing.ended {
+                    self.guest_ended(state, &ended).await;
+                }
+            }
+            VmmNews::Gone => self.vmm_died(state).await,
         }
     }
 
     /// The guest ended by itself: a power-off stops the instance, anything else crashed it.
     pub(crate) async fn guest_ended(&self, state: &mut InstanceState, ended: &GuestEnded) {
+        if matches!(state.row.status, Status::Stopped | Status::Crashed) {
+            return;
+        }
         let (status, reason) = match ended.how.as_str() {
             "powered-off" => (Status::Stopped, "the guest powered off".to_owned()),
             how if ended.reason.is_empty() => (Status::Crashed, format!("the guest {how}")),
@@ -94,17 +110,20 @@ impl Agent {
         self.end(state, Status::Crashed, "the VMM died".to_owned()).await;
     }
 
-    /// Ends the VMM and writes what became of the instance.
+    /// Ends the VMM and writes what became of the instance: in this order, for nobody looks for the VMM of an instance
+    /// that the journal calls stopped.
     pub(crate) async fn end(&self, state: &mut InstanceState, status: Status, reason: String) {
+        if let Some(vmm) = state.vmm.take()
+            && let Err(error) = vmm.kill().await
+        {
+            tracing::error!(instance = %state.row.id, %error, "the VMM does not die: the instance stays as it is");
+            state.vmm = Some(vmm);
+            return;
+        }
         state.row.status = status;
         state.row.reason = Some(reason);
         if let Err(error) = self.save(&state.row).await {
             tracing::error!(instance = %state.row.id, error = error.chain(), "failed to journal how the instance ended");
-        }
-        if let Some(vmm) = state.vmm.take()
-            && let Err(error) = vmm.kill().await
-        {
-            tracing::error!(instance = %state.row.id, %error, "the VMM does not die");
         }
         spawn::remove_cgroup(&state.row.id.to_string());
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ferry_migration::handover::{Epoch, SourceAgent, SourceCopy, SourceEvent};
+use ferry_migration::handover::{Decision, Epoch, SourceAgent, SourceCopy, SourceEvent};
 use ferry_proto::agent::v1::{LiveMigrationCast, MigrationInfo, MigrationOptions, Receipt};
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{self as wire};
@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::handle::{MOST_STREAMS, Outgoing, now_ms};
 use super::script::Script;
 use crate::agent::failure::Failure;
-use crate::agent::instances::{Agent, Instance, VmmNews};
+use crate::agent::instances::{Agent, Instance};
 use crate::agent::journal::{MigrationRow, Role, Status};
 use crate::agent::spawn;
 use crate::agent::vmm_client::Vmm;
@@ -149,69 +149,64 @@ impl Script {
 /// Goes on with an outgoing migration after a restart of the agent. The instance is marked as migrating before this returns.
 pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc<Instance>) {
     let epoch = Epoch(row.epoch);
-    let (armed, resumed) = (row.armed, row.resumed);
+    let (armed, resumed, said) = (row.armed, row.resumed, row.said.clone());
     let mut script = Script::new(agent, row, Arc::clone(&instance), None);
     let (news_sender, news) = mpsc::unbounded_channel();
-
+    script.news = Some(news);
     let mut state = instance.state.lock().await;
     state.migrating = Some(script.id());
-    state.news = Some(news_sender.clone());
-    let found = Vmm::connect(&agent.folder(instance.id).join(spawn::SOCKET), None).await;
-    let standing = match found {
-        Ok((vmm, standing, events)) => {
-            agent.attach(&instance, &mut state, vmm, events);
-            Some(standing)
-        }
-        Err(error) => {
-            tracing::info!(%error, instance = %instance.id, "the VMM of a migrating instance is gone");
-            None
-        }
-    };
+    state.news = Some(news_sender);
     drop(state);
 
-    let copy = if standing.is_some() {
-        SourceCopy::Held
-    } else {
-        SourceCopy::Gone
-    };
-    let (core, effects) = match resumed.filter(|_| standing.is_some()) {
-        Some(resumed) => SourceAgent::recover_resuming(epoch, armed, Epoch(resumed)),
-        None => SourceAgent::recover(epoch, armed, copy),
-    };
-    if let Some(standing) = standing {
-        make_up(&news_sender, standing);
-    }
-    script.news = Some(news);
-    tokio::spawn(script.resume(core, effects));
+    let agent = Arc::clone(agent);
+    // A VMM that is there and silent is waited for: "it does not answer" is not "it is dead".
+    tokio::spawn(async move {
+        let found = Vmm::find(&agent.folder(instance.id).join(spawn::SOCKET)).await;
+        let copy = if found.is_some() {
+            SourceCopy::Held
+        } else {
+            SourceCopy::Gone
+        };
+        if let Some((vmm, standing, events)) = found {
+            agent.attach(&instance, &mut *instance.state.lock().await, vmm, events);
+            script.made_up.extend(made_up(standing));
+        } else {
+            tracing::info!(instance = %instance.id, "the VMM of a migrating instance is gone");
+        }
+        let (mut core, mut effects) = match resumed.filter(|_| copy == SourceCopy::Held) {
+            Some(resumed) => SourceAgent::recover_resuming(epoch, armed, Epoch(resumed)),
+            None => SourceAgent::recover(epoch, armed, copy),
+        };
+        if said.as_deref() == Some(Decision::Running.as_str()) {
+            effects = core.step(SourceEvent::Decided(armed, Decision::Running));
+        }
+        script.resume(core, effects).await;
+    });
 }
 
 /// What the VMM said while no agent listened, said again.
-fn make_up(news: &mpsc::UnboundedSender<VmmNews>, standing: wire::Standing) {
-    let say = |body| {
-        let _ = news.send(VmmNews::Event(Box::new(body)));
-    };
-    if let Some(progress) = standing.progress {
-        say(Body::Progress(progress));
-    }
+pub(super) fn made_up(standing: wire::Standing) -> Vec<Body> {
+    let mut said = Vec::new();
+    said.extend(standing.progress.map(Body::Progress));
     if let Some(go) = standing.last_go {
-        say(Body::GoSent(go));
+        said.push(Body::GoSent(go));
     } else if let Some(ended) = standing.send_ended {
-        say(Body::SendEnded(ended));
+        said.push(Body::SendEnded(ended));
     } else if standing.converged_attempt > 0 {
-        say(Body::Converged(wire::Converged {
-            attempt: standing.converged_attempt,
+        let attempt = standing.converged_attempt;
+        said.push(Body::Converged(wire::Converged {
+            attempt,
             predicted_ms: 0.0,
         }));
     } else if matches!(standing.machine.as_str(), "running" | "paused") {
-        say(Body::SendEnded(wire::SendEnded {
+        said.push(Body::SendEnded(wire::SendEnded {
             reason: "the agent restarted before the guest was being sent".to_owned(),
             kind: "cancelled".to_owned(),
             ..wire::SendEnded::default()
         }));
     }
-    if let Some(ended) = standing.ended {
-        say(Body::GuestEnded(ended));
-    }
+    said.extend(standing.ended.map(Body::GuestEnded));
+    said
 }
 
 /// What a reported end of the copy means to the core.

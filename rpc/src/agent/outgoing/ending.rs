@@ -1,12 +1,15 @@
 //! What becomes of the instance and of the record when a migration out of here is over.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use ferry_migration::handover::Ending;
 
 use super::script::{Script, Stop};
 use crate::agent::failure::Failure;
+use crate::agent::instances::InstanceState;
 use crate::agent::journal::{InstanceRow, Status};
+use crate::agent::vmm_client::Vmm;
 
 /// How long the VMM may take to give the machine back after it answered CANCELLED.
 const WIND_UP: Duration = Duration::from_secs(5);
@@ -80,9 +83,16 @@ impl Script {
         };
         info.status = status.to_owned();
         info.error = Some(error);
-        let mut state = self.instance.state.lock().await;
+        let instance = Arc::clone(&self.instance);
+        let mut state = instance.state.lock().await;
         state.news = None;
         state.migrating = None;
+        // It may have ended before anything was sent.
+        let over = matches!(state.row.status, Status::Stopped | Status::Crashed);
+        if over {
+            self.row.info.guest_ended = Some(state.row.status.to_string());
+            return;
+        }
         state.row.status = if self.row.user_paused {
             Status::Paused
         } else {
@@ -91,11 +101,23 @@ impl Script {
         if let Err(failure) = self.agent.save(&state.row).await {
             tracing::error!(error = failure.chain(), "failed to journal that the instance stays");
         }
-        // It may have died while its news came here.
-        if state.vmm.as_ref().is_none_or(crate::agent::vmm_client::Vmm::is_dead) {
-            self.agent.vmm_died(&mut state).await;
-        } else if let Some(ended) = self.guest_ended.take() {
-            self.agent.guest_ended(&mut state, &ended).await;
+        self.take_late_news(&mut state).await;
+    }
+
+    /// What the VMM said while the migration ended: its guest may have ended, or itself.
+    async fn take_late_news(&mut self, state: &mut InstanceState) {
+        if let Some(mut news) = self.news.take() {
+            news.close();
+            while let Some(late) = news.recv().await {
+                self.agent.instance_news(state, late).await;
+            }
+        }
+        if let Some(ended) = self.guest_ended.take() {
+            self.row.info.guest_ended = Some(ended.how.clone());
+            self.agent.guest_ended(state, &ended).await;
+        }
+        if state.vmm.as_ref().is_some_and(Vmm::is_dead) {
+            self.agent.vmm_died(state).await;
         }
     }
 
@@ -109,6 +131,10 @@ impl Script {
             let ping = ferry_proto::vmm::v1::order::Order::Ping(ferry_proto::vmm::v1::Ping {});
             match vmm.order(ping).await {
                 Ok(ferry_proto::vmm::v1::report::Report::Standing(standing)) if standing.machine == "sending" => {}
+                Ok(ferry_proto::vmm::v1::report::Report::Standing(standing)) => {
+                    self.guest_ended = self.guest_ended.take().or(standing.ended);
+                    return;
+                }
                 _ => return,
             }
             if tokio::time::Instant::now() >= deadline {

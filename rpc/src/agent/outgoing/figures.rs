@@ -19,13 +19,20 @@ impl Script {
             ms: round.ms,
             dirty_pages: round.dirty_pages,
         };
-        info.rounds = progress.rounds.iter().map(round).collect();
+        info.rounds = progress
+            .rounds
+            .iter()
+            .filter(|round| is_sane(round.ms))
+            .map(round)
+            .collect();
         info.bytes_sent = progress.bytes_sent;
         info.zero_pages = progress.zero_pages;
         info.remaining_pages = progress.remaining_pages;
         // Never measured is told as 0 by the VMM, and as unknown to users.
-        info.throughput_bytes_per_s = Some(progress.throughput_bytes_per_s).filter(|&measured| measured > 0.0);
-        info.dirty_bytes_per_s = (!progress.rounds.is_empty()).then_some(progress.dirty_bytes_per_s);
+        info.throughput_bytes_per_s =
+            Some(progress.throughput_bytes_per_s).filter(|&measured| measured > 0.0 && is_sane(measured));
+        info.dirty_bytes_per_s =
+            (!progress.rounds.is_empty() && is_sane(progress.dirty_bytes_per_s)).then_some(progress.dirty_bytes_per_s);
         if !progress.decision.is_empty() {
             info.decision = Some(progress.decision.clone());
         }
@@ -43,6 +50,18 @@ impl Script {
         let (Some(go), Some(part)) = (&self.go, part) else {
             return;
         };
+        let told = [
+            go.pause_ms,
+            go.drain_ms,
+            go.last_pages_ms,
+            go.state_ms,
+            go.round_trip_ms,
+        ];
+        let told_there = [part.load_ms, part.claim_ms, part.start_ms, part.total_ms];
+        if !told.iter().chain(&told_there).all(|&figure| is_sane(figure)) {
+            tracing::warn!(migration = %self.row.id, "the parts of the blackout that were told are no figures");
+            return;
+        }
         info.downtime_ms = Some(DowntimeMs {
             total: between(go.pause_began_ns, go.go_ns) + go.round_trip_ms / 2.0 + part.total_ms,
             upper_bound: between(go.pause_began_ns, heard_ns),
@@ -56,6 +75,11 @@ impl Script {
         info.memory_digest = Some(part.memory_digest).filter(|digest| !digest.is_empty());
         info.state_digest = Some(part.state_digest).filter(|digest| !digest.is_empty());
     }
+}
+
+/// What JSON can hold, and time can be.
+fn is_sane(figure: f64) -> bool {
+    figure.is_finite() && figure >= 0.0
 }
 
 fn between(from_ns: u64, to_ns: u64) -> f64 {

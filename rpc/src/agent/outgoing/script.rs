@@ -1,5 +1,6 @@
 //! One migration out of here, from top to bottom.
 
+use std::collections::VecDeque;
 use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -9,6 +10,7 @@ use ferry_migration::handover::{Ending, Epoch, SourceAgent, SourceEffect};
 use ferry_proto::agent::v1::{HeartbeatRequest, ImageChunk, PreLiveMigrationReply, PreLiveMigrationRequest};
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
+use ferry_proto::vmm::v1::report::Report as Body;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
@@ -16,7 +18,7 @@ use uuid::Uuid;
 use super::handle::{Outgoing, PeerNews};
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
-use crate::agent::journal::MigrationRow;
+use crate::agent::journal::{InstanceRow, MigrationRow};
 use crate::agent::peers::{CALL_TIME, PREPARE_TIME, Peer, PeerError};
 use crate::agent::{data_port, images};
 
@@ -57,6 +59,11 @@ pub(super) struct Script {
     pub(super) aborted: watch::Receiver<Option<String>>,
     pub(super) peer_news: mpsc::UnboundedReceiver<PeerNews>,
     pub(super) news: Option<mpsc::UnboundedReceiver<VmmNews>>,
+    /// What the VMM said while nobody listened, still to be taken.
+    pub(super) made_up: VecDeque<Body>,
+    pub(super) abort_seen: bool,
+    /// RUNNING that was heard before the VMM said that it sent GO.
+    pub(super) early: Option<PeerNews>,
     /// When the cast was accepted, CLOCK_MONOTONIC; none after a restart of this agent.
     pub(super) accepted_ns: Option<u64>,
     pub(super) stop: Option<Stop>,
@@ -86,6 +93,9 @@ impl Script {
             aborted,
             peer_news,
             news: None,
+            made_up: VecDeque::new(),
+            abort_seen: false,
+            early: None,
             accepted_ns,
             stop: None,
             go: None,
@@ -278,6 +288,20 @@ impl Script {
         self.agent
             .journal
             .write(move |transaction| row.save(transaction))
+            .await
+            .map_err(Failure::from)
+    }
+
+    /// Makes the row durable together with the instance's, and shows it.
+    pub(super) async fn save_with(&mut self, instance: InstanceRow) -> Result<(), Failure> {
+        self.show();
+        let row = self.row.clone();
+        self.agent
+            .journal
+            .write(move |transaction| {
+                row.save(transaction)?;
+                instance.save(transaction)
+            })
             .await
             .map_err(Failure::from)
     }

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ferry_migration::handover::{Decision, Ending, Epoch, SourceAgent, SourceEffect, SourceEvent, SourceState, Traded};
@@ -11,15 +12,20 @@ use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
 use tokio::sync::mpsc;
 
-use super::begin::{attempt_of, call_off, ended};
+use super::begin::{attempt_of, call_off, ended, made_up};
 use super::handle::PeerNews;
 use super::script::{Script, Stop};
 use crate::agent::failure::Failure;
-use crate::agent::instances::VmmNews;
+use crate::agent::instances::{Instance, VmmNews};
 use crate::agent::journal::Status;
 use crate::agent::peers::CALL_TIME;
-use crate::agent::vmm_client::{Vmm, VmmError};
+use crate::agent::vmm_client::VmmError;
 use crate::vmm_process::monotonic_ns;
+
+/// How long RUNNING waits for the VMM's word that it sent GO.
+const EARLY_NEWS: Duration = Duration::from_secs(1);
+/// The pause between two tries to reach a VMM that lives and does not answer.
+const RETRY: Duration = Duration::from_millis(200);
 
 /// What a call that was started earlier brought.
 enum Outcome {
@@ -28,6 +34,8 @@ enum Outcome {
     NotExpected(u32, String),
     /// D, with B's part of the blackout.
     Decided(u32, Decision, Option<DestinationPart>, u64),
+    /// RUNNING was heard before GO, and has waited long enough for it.
+    EarlyNews,
     /// The destination does not take part any more.
     PeerLost(String),
 }
@@ -56,32 +64,20 @@ impl Script {
         let calls = Calls { sender };
         let heartbeats = self.heartbeats();
         calls.start(async move { Some(Outcome::PeerLost(heartbeats.await)) });
-        let mut news = self.news.take();
-        let mut aborted = self.aborted.clone();
-        let mut abort_seen = false;
         let mut guard = None;
-
-        if let Some(ending) = self.carry_out_all(&mut core, first, &calls).await {
-            return ending;
-        }
+        let mut effects = first;
         loop {
-            let event = tokio::select! {
-                biased;
-                Some(outcome) = outcomes.recv() => self.take_outcome(outcome),
-                Some(peer_news) = self.peer_news.recv() => self.take_peer_news(&peer_news),
-                Some(vmm_news) = next(&mut news) => self.take_vmm_news(vmm_news),
-                asked = aborted.wait_for(Option::is_some), if !abort_seen => {
-                    abort_seen = true;
-                    let reason = asked.ok().and_then(|asked| asked.clone()).unwrap_or_default();
-                    self.stop.get_or_insert(Stop::Aborted(reason));
-                    Some(SourceEvent::Abort)
+            if let Some(ending) = self.carry_out_all(&mut core, effects, &calls).await {
+                return ending;
+            }
+            let event = loop {
+                if let Some(event) = self.next_event(&mut outcomes, &calls).await
+                    && !self.is_held(&core, event)
+                {
+                    break event;
                 }
             };
-            let Some(event) = event else { continue };
-            if self.is_held(&core, event) {
-                continue;
-            }
-            let effects = core.step(event);
+            effects = core.step(event);
             tracing::debug!(migration = %self.row.id, ?event, ?effects, "source");
             // From ARM to the end, nothing of the journal is moved around.
             match core.state() {
@@ -89,8 +85,43 @@ impl Script {
                 _ if guard.is_none() => guard = Some(self.agent.journal.switchover()),
                 _ => {}
             }
-            if let Some(ending) = self.carry_out_all(&mut core, effects, &calls).await {
-                return ending;
+        }
+    }
+
+    /// Waits until something happens; none if it means nothing to the core.
+    async fn next_event(
+        &mut self,
+        outcomes: &mut mpsc::UnboundedReceiver<Outcome>,
+        calls: &Calls,
+    ) -> Option<SourceEvent> {
+        if let Some(body) = self.made_up.pop_front() {
+            return self.take_report(body, calls);
+        }
+        let mut aborted = self.aborted.clone();
+        let aborted = async {
+            aborted
+                .wait_for(Option::is_some)
+                .await
+                .ok()
+                .and_then(|asked| asked.clone())
+        };
+        let abort_is_news = !self.abort_seen;
+        tokio::select! {
+            biased;
+            Some(outcome) = outcomes.recv() => self.take_outcome(outcome),
+            Some(peer_news) = self.peer_news.recv() => self.take_peer_news(peer_news, calls),
+            Some(vmm_news) = next(&mut self.news) => match vmm_news {
+                VmmNews::Gone => Some(SourceEvent::VmmGone),
+                VmmNews::Event(event) => self.take_report(*event, calls),
+                VmmNews::Standing(standing) => {
+                    self.made_up.extend(made_up(*standing));
+                    None
+                }
+            },
+            reason = aborted, if abort_is_news => {
+                self.abort_seen = true;
+                self.stop.get_or_insert(Stop::Aborted(reason.unwrap_or_default()));
+                Some(SourceEvent::Abort)
             }
         }
     }
@@ -118,6 +149,11 @@ impl Script {
                 self.note_figures(decision, part, heard_ns);
                 Some(SourceEvent::Decided(attempt, decision))
             }
+            Outcome::EarlyNews => {
+                let news = self.early.take()?;
+                self.note_figures(news.decision, news.part, news.heard_ns);
+                Some(SourceEvent::Decided(news.attempt, news.decision))
+            }
             Outcome::PeerLost(reason) => {
                 self.stop.get_or_insert(Stop::Failed(reason));
                 Some(SourceEvent::Abort)
@@ -125,20 +161,25 @@ impl Script {
         }
     }
 
-    fn take_peer_news(&mut self, news: &PeerNews) -> Option<SourceEvent> {
+    fn take_peer_news(&mut self, news: PeerNews, calls: &Calls) -> Option<SourceEvent> {
         if news.decision == Decision::Source && !news.reason.is_empty() {
             let reason = format!("host {}: {}", self.row.peer, news.reason);
             self.stop.get_or_insert(Stop::Failed(reason));
         }
-        self.note_figures(news.decision, news.part.clone(), news.heard_ns);
+        if news.decision == Decision::Running && self.go.is_none() {
+            // The VMM's own word is on the way, and with it the figures of the blackout. RUNNING is final all the same.
+            self.early = Some(news);
+            calls.start(async {
+                tokio::time::sleep(EARLY_NEWS).await;
+                Some(Outcome::EarlyNews)
+            });
+            return None;
+        }
+        self.note_figures(news.decision, news.part, news.heard_ns);
         Some(SourceEvent::Decided(news.attempt, news.decision))
     }
 
-    fn take_vmm_news(&mut self, news: VmmNews) -> Option<SourceEvent> {
-        let event = match news {
-            VmmNews::Gone => return Some(SourceEvent::VmmGone),
-            VmmNews::Event(event) => *event,
-        };
+    fn take_report(&mut self, event: Body, calls: &Calls) -> Option<SourceEvent> {
         match event {
             Body::Progress(progress) => {
                 self.note_progress(&progress);
@@ -160,6 +201,9 @@ impl Script {
                 }
                 let attempt = go.attempt.as_ref().map_or(0, |attempt| attempt.attempt);
                 self.go = Some(go);
+                if self.early.is_some() {
+                    calls.start(async { Some(Outcome::EarlyNews) });
+                }
                 Some(SourceEvent::GoSent(attempt))
             }
             Body::SendEnded(copy_ended) => {
@@ -208,22 +252,17 @@ impl Script {
                 self.row.armed = attempt;
                 self.row.info.attempts = attempt;
                 self.row.info.status = "switching".to_owned();
-                self.save().await?;
+                // From here on the next epoch counts as known: the destination may come to run under it.
+                let mut state = self.instance.state.lock().await;
+                state.row.known_epoch = state.row.known_epoch.max(self.row.epoch + 1);
+                let instance = state.row.clone();
+                drop(state);
+                self.save_with(instance).await?;
             }
             SourceEffect::AskExpect(attempt) => self.ask_expect(attempt, calls),
-            SourceEffect::GiveGrant(attempt) => {
-                let grant = wire::Grant {
-                    attempt: Some(attempt_of(&self.row, attempt)),
-                };
-                self.order(Command::Grant(grant), calls, move |answer| match answer {
-                    // Stale, or nothing is sent any more: the VMM says so itself, or this attempt is void.
-                    Err(VmmError::Refused(_)) => Some(SourceEvent::Disarmed(attempt)),
-                    _ => None,
-                })
-                .await;
-            }
-            SourceEffect::AskTrade(attempt) => self.ask_trade(attempt, true, calls).await,
-            SourceEffect::AskRecall(attempt) => self.ask_trade(attempt, false, calls).await,
+            SourceEffect::GiveGrant(attempt) => self.give_grant(attempt, calls),
+            SourceEffect::AskTrade(attempt) => self.ask_trade(attempt, true, calls),
+            SourceEffect::AskRecall(attempt) => self.ask_trade(attempt, false, calls),
             SourceEffect::AskAfter(pause) => calls.start(async move {
                 tokio::time::sleep(pause).await;
                 Some(Outcome::Event(SourceEvent::TimeToAsk))
@@ -234,7 +273,7 @@ impl Script {
                 self.save().await?;
             }
             SourceEffect::JournalResumed(epoch) => self.journal_resumed(epoch).await?,
-            SourceEffect::SendPermit(epoch) => self.send_permit(epoch, calls).await,
+            SourceEffect::SendPermit(epoch) => self.send_permit(epoch, calls),
             SourceEffect::DestroyCopy => self.destroy_copy().await?,
             SourceEffect::RollBackDestination => self.roll_back_destination(),
             SourceEffect::SayIndeterminate => self.say_indeterminate().await,
@@ -291,48 +330,38 @@ impl Script {
         });
     }
 
-    async fn vmm(&self) -> Option<Vmm> {
-        self.instance.state.lock().await.vmm.clone()
+    fn give_grant(&self, attempt: u32, calls: &Calls) {
+        let order = Command::Grant(wire::Grant {
+            attempt: Some(attempt_of(&self.row, attempt)),
+        });
+        let instance = Arc::clone(&self.instance);
+        calls.start(async move {
+            match order_until_answered(&instance, order).await? {
+                // Stale, or nothing is sent any more: the VMM says so itself, or this attempt is void.
+                Err(_) => Some(Outcome::Event(SourceEvent::Disarmed(attempt))),
+                Ok(_) => None,
+            }
+        });
     }
 
-    /// Gives the VMM an order; its answer becomes an event.
-    async fn order(
-        &self,
-        command: Command,
-        calls: &Calls,
-        event: impl FnOnce(Result<Body, VmmError>) -> Option<SourceEvent> + Send + 'static,
-    ) {
-        // Without a VMM its end is on the way as news.
-        let Some(vmm) = self.vmm().await else { return };
-        calls.start(async move { event(vmm.order(command).await).map(Outcome::Event) });
-    }
-
-    /// Until the VMM answers, however long it is stopped: only its word counts.
-    async fn ask_trade(&self, attempt: u32, end: bool, calls: &Calls) {
+    fn ask_trade(&self, attempt: u32, end: bool, calls: &Calls) {
         let reason = match &self.stop {
             Some(Stop::Aborted(reason) | Stop::Failed(reason)) => reason.clone(),
             None => "called off by the agent".to_owned(),
         };
-        let order = call_off(&self.row, attempt, end, &reason);
-        let Some(vmm) = self.vmm().await else { return };
+        let order = Command::CallOff(call_off(&self.row, attempt, end, &reason));
+        let instance = Arc::clone(&self.instance);
         calls.start(async move {
-            loop {
-                match vmm.order(Command::CallOff(order.clone())).await {
-                    Ok(Body::Traded(traded)) => {
-                        let traded = if traded.go_sent {
-                            Traded::GoSent
-                        } else {
-                            Traded::Cancelled
-                        };
-                        return Some(Outcome::Event(SourceEvent::Answered(traded)));
-                    }
-                    Err(VmmError::Gone) => return None,
-                    other => {
-                        tracing::info!(?other, "the VMM does not answer what became of the grant, asking again");
-                        tokio::time::sleep(Duration::from_millis(200)).await;
-                    }
-                }
-            }
+            let Ok(Body::Traded(traded)) = order_until_answered(&instance, order).await? else {
+                tracing::error!("the VMM does not say what became of the grant");
+                return None;
+            };
+            let traded = if traded.go_sent {
+                Traded::GoSent
+            } else {
+                Traded::Cancelled
+            };
+            Some(Outcome::Event(SourceEvent::Answered(traded)))
         });
     }
 
@@ -341,41 +370,31 @@ impl Script {
         let mut state = self.instance.state.lock().await;
         state.row.epoch = epoch.0;
         state.row.known_epoch = epoch.0;
-        let (row, instance) = (self.row.clone(), state.row.clone());
+        let instance = state.row.clone();
         drop(state);
-        self.agent
-            .journal
-            .write(move |transaction| {
-                row.save(transaction)?;
-                instance.save(transaction)
-            })
-            .await?;
-        Ok(())
+        self.save_with(instance).await
     }
 
-    async fn send_permit(&self, epoch: Epoch, calls: &Calls) {
-        let Some(vmm) = self.vmm().await else { return };
+    fn send_permit(&self, epoch: Epoch, calls: &Calls) {
         let permit = wire::Permit {
             instance: self.row.instance.to_string(),
             epoch: epoch.0,
             paused: self.row.user_paused,
         };
+        let instance = Arc::clone(&self.instance);
         calls.start(async move {
             loop {
-                match vmm.order(Command::Permit(permit.clone())).await {
-                    Ok(_) => return Some(Outcome::Event(SourceEvent::Resumed)),
-                    Err(VmmError::Gone) => return None,
-                    Err(error) => {
-                        // Taken before, from an agent that was here before this one?
-                        if let Ok(Body::Standing(standing)) = vmm.order(Command::Ping(wire::Ping {})).await
-                            && standing.epoch >= epoch.0
-                        {
-                            return Some(Outcome::Event(SourceEvent::Resumed));
-                        }
-                        tracing::warn!(%error, "the VMM does not take the permit to resume yet");
-                        tokio::time::sleep(Duration::from_millis(500)).await;
-                    }
+                let order = Command::Permit(permit.clone());
+                let Err(reason) = order_until_answered(&instance, order).await? else {
+                    return Some(Outcome::Event(SourceEvent::Resumed));
+                };
+                // Taken before, from an agent that was here before this one?
+                let asked = order_until_answered(&instance, Command::Ping(wire::Ping {})).await?;
+                if matches!(asked, Ok(Body::Standing(standing)) if standing.epoch >= epoch.0) {
+                    return Some(Outcome::Event(SourceEvent::Resumed));
                 }
+                tracing::warn!(reason, "the VMM does not take the permit to resume yet");
+                tokio::time::sleep(RETRY).await;
             }
         });
     }
@@ -423,6 +442,23 @@ impl Script {
                 }
             }
         }));
+    }
+}
+
+/// Gives an order again until the VMM answers, however long it is stopped: only its word counts. None once it is dead.
+async fn order_until_answered(instance: &Instance, order: Command) -> Option<Result<Body, String>> {
+    loop {
+        // A connection that broke is made anew by whoever looks after the VMM.
+        let vmm = instance.state.lock().await.vmm.clone()?;
+        match vmm.order(order.clone()).await {
+            Ok(body) => return Some(Ok(body)),
+            Err(VmmError::Refused(reason)) => return Some(Err(reason)),
+            Err(_) if vmm.is_dead() => return None,
+            Err(error) => {
+                tracing::info!(%error, "the VMM does not answer, asking again");
+                tokio::time::sleep(RETRY).await;
+            }
+        }
     }
 }
 
