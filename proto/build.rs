@@ -15,7 +15,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut builder = tonic_prost_build::configure().build_client(rpc).build_server(rpc);
     if rpc {
         // These are printed as JSON by the command line and kept as JSON in the journal, under their field names.
-        for message in ["InstanceSpec", "InstanceInfo", "MigrationInfo", "MigrationOptions", "DowntimeMs", "Round", "HostInfo"] {
+        for message in [
+            "InstanceSpec",
+            "InstanceInfo",
+            "MigrationInfo",
+            "MigrationOptions",
+            "DowntimeMs",
+            "Round",
+            "HostInfo",
+        ] {
             builder = builder.type_attribute(
                 format!(".ferry.agent.v1.{message}"),
                 "#[derive(serde::Serialize, serde::Deserialize)] #[serde(default)]",

@@ -19,7 +19,10 @@ pub struct InvalidField {
 pub fn wire_uuid(field: &'static str, text: &str) -> Result<Uuid, InvalidField> {
     Uuid::parse_str(text).map_err(|_| {
         let shown: String = text.chars().take(64).collect();
-        InvalidField { field, problem: format!("{shown:?} is not a UUID") }
+        InvalidField {
+            field,
+            problem: format!("{shown:?} is not a UUID"),
+        }
     })
 }
 
@@ -28,7 +31,10 @@ pub fn wire_uuid(field: &'static str, text: &str) -> Result<Uuid, InvalidField> 
 /// # Errors
 /// It is absent.
 pub fn required<T>(field: &'static str, value: Option<T>) -> Result<T, InvalidField> {
-    value.ok_or_else(|| InvalidField { field, problem: "is missing".to_owned() })
+    value.ok_or_else(|| InvalidField {
+        field,
+        problem: "is missing".to_owned(),
+    })
 }
 
 #[cfg(test)]
@@ -43,6 +49,9 @@ mod tests {
 
     #[test]
     fn an_absent_message_names_its_field() {
-        assert_eq!(required::<u8>("spec", None).unwrap_err().to_string(), "field spec: is missing");
+        assert_eq!(
+            required::<u8>("spec", None).unwrap_err().to_string(),
+            "field spec: is missing"
+        );
     }
 }

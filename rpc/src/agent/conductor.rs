@@ -58,12 +58,7 @@ impl Conductor for ConductorService {
 
     async fn list_migrations(&self, request: Request<ListMigrationsRequest>) -> Answer<ListMigrationsReply> {
         let wanted = request.into_inner().instance;
-        let rows = self
-            .0
-            .journal
-            .read(|connection| MigrationRow::all(connection))
-            .await
-            .map_err(Failure::from)?;
+        let rows = self.0.journal.read(MigrationRow::all).await.map_err(Failure::from)?;
         let is_wanted = |info: &MigrationInfo| wanted.is_empty() || info.instance == wanted || info.name == wanted;
         let migrations = rows
             .into_iter()

@@ -268,7 +268,7 @@ pub(super) struct DoctorArguments {
 
 #[derive(Debug, Args)]
 pub(super) struct BenchArguments {
-    /// Only these workloads; may be given again
+    /// Only these workloads, by name or part of it; may be given again
     #[arg(long = "workload", value_name = "NAME")]
     pub(super) workloads: Vec<String>,
     /// Migrations of each workload; medians are printed

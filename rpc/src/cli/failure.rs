@@ -6,6 +6,8 @@ use std::process::ExitCode;
 
 use tonic::{Code, Status};
 
+use crate::error_chain;
+
 /// What `ferry` tells the shell. The numbers are a contract; `docs/cli.md` lists them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Exit {
@@ -75,7 +77,7 @@ impl Failure {
     pub(super) fn of_status(what: &str, status: &Status) -> Self {
         let mut message = format!("{what}: {}", status.message());
         if let Some(source) = status.source() {
-            append_chain(&mut message, source);
+            let _ = write!(message, ": {}", error_chain(source));
         }
         let moved_to = status
             .metadata()
@@ -96,11 +98,10 @@ impl Failure {
 
     /// No connection to an agent came about.
     pub(super) fn unreachable(url: &str, error: &(dyn Error + 'static)) -> Self {
-        let mut message = format!("reach the agent at {url}: {error}");
-        if let Some(source) = error.source() {
-            append_chain(&mut message, source);
-        }
-        Self::new(Exit::NoAnswer, message)
+        Self::new(
+            Exit::NoAnswer,
+            format!("reach the agent at {url}: {}", error_chain(error)),
+        )
     }
 }
 
@@ -130,20 +131,6 @@ fn exit_of(status: &Status) -> Exit {
         | Code::PermissionDenied => Exit::Refused,
         _ if is_lost_connection(status) => Exit::NoAnswer,
         _ => Exit::Failed,
-    }
-}
-
-/// Adds the reasons that the text so far does not tell yet: many errors repeat their source's text in their own.
-fn append_chain(message: &mut String, mut error: &(dyn Error + 'static)) {
-    loop {
-        let reason = error.to_string();
-        if !reason.is_empty() && !message.contains(&reason) {
-            let _ = write!(message, ": {reason}");
-        }
-        match error.source() {
-            Some(source) => error = source,
-            None => return,
-        }
     }
 }
 

@@ -49,7 +49,7 @@ pub(crate) fn check(spec: &InstanceSpec) -> Result<(), Failure> {
     if !["log", "ring"].contains(&spec.dirty.as_str()) {
         return invalid("dirty", format!("{:?} is not one of log, ring", spec.dirty));
     }
-    if spec.memory_bytes < LEAST_MEMORY || spec.memory_bytes % 4096 != 0 {
+    if spec.memory_bytes < LEAST_MEMORY || !spec.memory_bytes.is_multiple_of(4096) {
         return invalid(
             "memory_bytes",
             format!("{} is below 4 MiB or no multiple of 4096", spec.memory_bytes),

@@ -34,22 +34,28 @@ impl Workload {
     }
 }
 
-/// The workloads of these names, or all.
+/// The workloads of these names, or with these words in their names; all where none are named.
 pub(super) fn chosen(names: &[String]) -> Result<Vec<Workload>, String> {
-    if names.is_empty() {
-        return Ok(ALL.to_vec());
-    }
-    let find = |name: &String| {
-        let known: Vec<&str> = ALL.iter().map(|workload| workload.name).collect();
-        let found = ALL.iter().find(|workload| workload.name == name).copied();
-        found.ok_or_else(|| {
-            format!(
-                "--workload {name}: there is none of this name; there are {}",
-                known.join(", ")
-            )
-        })
+    let is_meant = |workload: &Workload, name: &String| {
+        let exact = ALL.iter().any(|known| known.name == name);
+        if exact {
+            workload.name == name
+        } else {
+            workload.name.contains(name.as_str())
+        }
     };
-    names.iter().map(find).collect()
+    if let Some(name) = names
+        .iter()
+        .find(|name| !ALL.iter().any(|workload| is_meant(workload, name)))
+    {
+        let known: Vec<&str> = ALL.iter().map(|workload| workload.name).collect();
+        return Err(format!(
+            "--workload {name}: there is none of this name; there are {}",
+            known.join(", ")
+        ));
+    }
+    let meant = |workload: &&Workload| names.is_empty() || names.iter().any(|name| is_meant(workload, name));
+    Ok(ALL.iter().filter(meant).copied().collect())
 }
 
 const MIB: u64 = 1 << 20;
@@ -125,6 +131,19 @@ mod tests {
             assert_eq!(touched, workload.touched_bytes, "{}", workload.name);
             assert!(touched < workload.memory_bytes, "{}", workload.name);
         }
+    }
+
+    #[test]
+    fn a_whole_name_means_one_workload_and_a_part_all_that_have_it() {
+        let names = |text: &str| {
+            chosen(&[text.to_owned()])
+                .unwrap()
+                .iter()
+                .map(|found| found.name)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(names("busy-20k"), ["busy-20k"]);
+        assert_eq!(names("busy"), ["busy-20k", "busy-20k-ring", "busy-100k"]);
     }
 
     #[test]
