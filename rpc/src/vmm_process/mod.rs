@@ -1,6 +1,6 @@
 //! `ferry vmm`: the process around one virtual machine.
 //!
-//! Threads and blocking calls, no runtime. One thread owns the machine and everything said about it ([`vmm::Vmm`]); others
+//! Threads and blocking calls, no runtime. One thread owns the machine and everything said about it (`vmm::Vmm`); others
 //! feed it through one channel:
 //!
 //! ```text
