@@ -41,6 +41,8 @@ pub(in crate::cli) struct Move {
     pub(in crate::cli) heartbeats: u64,
     /// Heartbeats that never came.
     pub(in crate::cli) heartbeats_missing: u64,
+    /// What was printed meanwhile and is no line, nor a half of one.
+    pub(in crate::cli) unreadable: Vec<String>,
     /// Heartbeats that came twice, differently or from both hosts.
     pub(in crate::cli) heartbeats_doubled: u64,
     /// Pages that the guest wrote meanwhile, and how many that is a second by its clock.
@@ -80,6 +82,13 @@ impl Move {
         if self.runners != [to.clone()] {
             found.push(format!("{from} → {to}: runs on [{}]", self.runners.join(", ")));
         }
+        if self.heartbeats_missing > 0 {
+            found.extend(
+                self.unreadable
+                    .iter()
+                    .map(|line| format!("{from} → {to}: cannot read {line:?}")),
+            );
+        }
         if self.vmm_processes != 1 {
             found.push(format!("{from} → {to}: {} VMM processes", self.vmm_processes));
         }
@@ -108,7 +117,7 @@ impl Lab {
 
         let (runners, vmm_processes) = self.settled_runners().await?;
         let mut record = guest.record.lock();
-        record.settle(order.source, destination);
+        let unreadable = record.settle(order.source, destination);
         let last = record.last().ok_or_else(silent)?;
         let span = record
             .span(before.heartbeat.seq, last.heartbeat.seq)
@@ -119,6 +128,7 @@ impl Lab {
             reader_gap_ms: span.reader_gap.as_secs_f64() * 1000.0,
             heartbeats: span.heartbeats,
             heartbeats_missing: span.missing,
+            unreadable,
             heartbeats_doubled: record.doubled,
             page_writes: span.writes,
             page_writes_per_s: span.write_rate,
@@ -211,6 +221,7 @@ mod tests {
             reader_gap_ms: 1.0,
             heartbeats: 10,
             heartbeats_missing: 0,
+            unreadable: Vec::new(),
             heartbeats_doubled: 0,
             page_writes: 1,
             page_writes_per_s: 1.0,

@@ -43,6 +43,10 @@ struct Console {
     from_the_beginning: bool,
     /// Lines that are no lines of the guest: halves, perhaps.
     fragments: Vec<(String, Instant)>,
+    /// Halves that the guest left here when it went. What it prints when it is back comes right behind them.
+    left: Vec<String>,
+    /// Halves that were joined already: when the console is read again they come again.
+    joined: Vec<String>,
 }
 
 /// What happened between two heartbeats.
@@ -81,7 +85,7 @@ impl Record {
                 let line = std::mem::take(&mut self.consoles[host].partial);
                 let line = String::from_utf8_lossy(&line);
                 if !self.line(host, &line, at) {
-                    self.consoles[host].fragments.push((line.into_owned(), at));
+                    self.unreadable(host, &line, at);
                 }
             }
         }
@@ -89,12 +93,21 @@ impl Record {
 
     /// Joins the line that was cut by a move that is over. What was left on the source is not part of what it prints when
     /// the guest comes back.
-    pub(super) fn settle(&mut self, source: usize, destination: usize) {
+    ///
+    /// Returns what fits nowhere.
+    pub(super) fn settle(&mut self, source: usize, destination: usize) -> Vec<String> {
         let head = std::mem::take(&mut self.consoles[source].partial);
         let head = String::from_utf8_lossy(&head).into_owned();
-        for (tail, at) in std::mem::take(&mut self.consoles[destination].fragments) {
-            self.line(destination, &format!("{head}{tail}"), at);
+        let fragments = std::mem::take(&mut self.consoles[destination].fragments);
+        let whole = fragments.into_iter().map(|(tail, at)| (format!("{head}{tail}"), at));
+        let unreadable = whole
+            .filter(|(line, at)| !self.line(destination, line, *at))
+            .map(|(line, _)| line)
+            .collect();
+        if !head.is_empty() {
+            self.consoles[source].left.push(head);
         }
+        unreadable
     }
 
     /// The newest heartbeat.
@@ -158,6 +171,19 @@ impl Record {
             Line::Probe { .. } | Line::End(_) => {}
         }
         true
+    }
+
+    /// Takes what is no line by itself: what is behind a half that was left here, or a half.
+    fn unreadable(&mut self, host: usize, line: &str, at: Instant) {
+        let behind = self.consoles[host]
+            .left
+            .iter()
+            .find_map(|left| line.strip_prefix(left.as_str()));
+        let rest = behind.unwrap_or(line).to_owned();
+        let known = self.consoles[host].joined.contains(&rest);
+        if !known && !self.line(host, &rest, at) {
+            self.consoles[host].fragments.push((rest, at));
+        }
     }
 
     fn heartbeat(&mut self, beat: Beat) {
@@ -235,6 +261,27 @@ mod tests {
         record.feed(0, (line(0, 1) + &line(2, 1)).as_bytes(), after(0));
         assert_eq!(record.span(0, 2).unwrap().missing, 1);
         assert_eq!(record.since(1, 0).count(), 1);
+    }
+
+    #[test]
+    fn a_console_read_again_after_the_guest_came_back_has_an_old_half_in_it() {
+        let mut record = Record::default();
+        let (first, second) = (line(0, 1), line(1, 1));
+        record.feed(0, &first.as_bytes()[..9], after(0));
+        record.feed(1, &first.as_bytes()[9..], after(1));
+        record.feed(1, &second.as_bytes()[..5], after(2));
+        assert!(record.settle(0, 1).is_empty());
+        record.reopened(0);
+        record.feed(0, format!("{}{}", &first[..9], &second[5..]).as_bytes(), after(3));
+        assert!(record.settle(1, 0).is_empty());
+        record.reopened(0);
+        record.feed(
+            0,
+            format!("{}{}{}", &first[..9], &second[5..], line(2, 1)).as_bytes(),
+            after(4),
+        );
+        let span = record.span(0, 2).unwrap();
+        assert_eq!((span.heartbeats, span.missing, record.doubled), (3, 0, 0));
     }
 
     #[test]
