@@ -2,28 +2,28 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ferry_proto::agent::v1::{ConsoleRequest, DeleteInstanceRequest, InstanceInfo, RunInstanceRequest};
+use ferry_proto::agent::v1::{DeleteInstanceRequest, InstanceInfo, RunInstanceRequest};
 use tempfile::TempDir;
-use tokio::sync::Notify;
-use tokio::task::JoinHandle;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
 use super::super::client::{Agent, LONG_PATIENCE, within};
-use super::super::failure::{Exit, Failure, is_lost_connection};
+use super::super::failure::{Exit, Failure};
 use super::super::instances::instances_of;
 use super::super::output::note;
 use super::processes::{AgentPlan, AgentProcess, free_ports, kill_vmms_below, log_of, vmms_below};
+use super::reader::{Reader, SharedRecord};
 use super::record::Record;
 use super::{GuestPlan, runners};
+use crate::vmm_process::CONSOLE_LOG;
 
 /// Two agents, `a` and `b`, on loopback in a temporary directory.
 pub(in crate::cli) struct Lab {
     directory: TempDir,
     agents: Vec<AgentProcess>,
-    readers: Vec<JoinHandle<()>>,
+    readers: Vec<Reader>,
 }
 
 /// The guest in a lab, booted and ready.
@@ -32,36 +32,7 @@ pub(in crate::cli) struct ProbeGuest {
     pub(in crate::cli) name: String,
     /// From the order to run it until it had filled its memory.
     pub(in crate::cli) ready_after: Duration,
-    pub(super) record: SharedRecord,
-}
-
-/// What the readers of both consoles write down.
-pub(super) type SharedRecord = Arc<Shared>;
-
-#[derive(Default)]
-pub(super) struct Shared {
-    record: Mutex<Record>,
-    news: Notify,
-}
-
-impl Shared {
-    pub(super) fn lock(&self) -> MutexGuard<'_, Record> {
-        self.record.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits until the record answers the question.
-    pub(super) async fn until<T>(&self, limit: Duration, ask: impl Fn(&Record) -> Option<T>) -> Option<T> {
-        let found = async {
-            loop {
-                let news = self.news.notified();
-                if let Some(answer) = ask(&self.lock()) {
-                    return answer;
-                }
-                news.await;
-            }
-        };
-        timeout(limit, found).await.ok()
-    }
+    pub(super) record: Arc<SharedRecord>,
 }
 
 impl Lab {
@@ -110,10 +81,10 @@ impl Lab {
         let info = answered
             .map_err(|status| Failure::of_status(&format!("run {}", plan.name), &status))?
             .into_inner();
-        let record = SharedRecord::default();
-        for host in 0..2 {
-            let reader = read_console(self.agent(host).clone(), host, info.id.clone(), Arc::clone(&record));
-            self.readers.push(tokio::spawn(reader));
+        let record = Arc::new(SharedRecord::default());
+        for (host, agent) in self.agents.iter().enumerate() {
+            let log = agent.data_dir.join("instances").join(&info.id).join(CONSOLE_LOG);
+            self.readers.push(Reader::start(host, log, Arc::clone(&record)));
         }
         let ready = |record: &Record| match (&record.error, record.tsc_khz, record.last()) {
             (Some(error), _, _) => Some(Err(Failure::new(Exit::Failed, format!("the guest says: {error}")))),
@@ -185,9 +156,7 @@ impl Lab {
     /// # Errors
     /// Something is left.
     pub(super) async fn close(mut self) -> Result<(), Failure> {
-        for reader in self.readers.drain(..) {
-            reader.abort();
-        }
+        self.readers.clear();
         for agent in &self.agents {
             // What does not answer is killed below.
             let _ = timeout(DELETE_TIME, delete_all(&agent.agent)).await;
@@ -218,6 +187,7 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
+        self.readers.clear();
         for agent in &mut self.agents {
             agent.kill();
         }
@@ -243,37 +213,6 @@ async fn delete_all(agent: &Agent) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Reads one host's console until it is aborted. The host may not know the instance yet, or not any more.
-async fn read_console(agent: Agent, host: usize, instance: String, record: SharedRecord) {
-    loop {
-        let Ok(mut client) = agent.compute().await else {
-            sleep(RETRY).await;
-            continue;
-        };
-        loop {
-            let request = ConsoleRequest {
-                instance: instance.clone(),
-                follow: true,
-            };
-            let mut stream = match client.console(request).await {
-                Ok(opened) => opened.into_inner(),
-                Err(status) if is_lost_connection(&status) => break,
-                Err(_) => {
-                    sleep(RETRY).await;
-                    continue;
-                }
-            };
-            record.lock().reopened(host);
-            while let Ok(Some(output)) = stream.message().await {
-                let at = Instant::now();
-                record.lock().feed(host, &output.bytes, at);
-                record.news.notify_waiters();
-            }
-            sleep(RETRY).await;
-        }
-    }
-}
-
 fn tell_log(path: &PathBuf) {
     let Ok(text) = fs::read_to_string(path) else { return };
     let lines: Vec<&str> = text.lines().collect();
@@ -283,6 +222,5 @@ fn tell_log(path: &PathBuf) {
     }
 }
 
-const RETRY: Duration = Duration::from_millis(20);
 const DELETE_TIME: Duration = Duration::from_secs(10);
 const LOG_LINES: usize = 20;

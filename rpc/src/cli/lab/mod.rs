@@ -7,6 +7,7 @@
 mod hosts;
 mod journey;
 mod processes;
+mod reader;
 mod record;
 
 use std::time::Duration;
