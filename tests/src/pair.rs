@@ -1,6 +1,7 @@
 //! Two hosts that know each other, and what must hold of them after every scenario.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -51,10 +52,12 @@ impl Pair {
     /// # Errors
     /// If there is no room.
     pub fn prepare_with(ferry: &Path) -> Result<Self> {
+        remove_remains_of_the_dead();
         // Short: the path of a Unix socket has 107 characters.
+        let prefix = format!("{PREFIX}{}-", std::process::id());
         let folder = tempfile::Builder::new()
-            .prefix("ft")
-            .tempdir_in("/tmp")
+            .prefix(&prefix)
+            .tempdir_in(ROOT)
             .context("failed to make a folder")?;
         let (mut a, mut b) = (
             Host::new("a", folder.path(), ferry)?,
@@ -247,39 +250,60 @@ impl Pair {
     }
 }
 
-/// What an agent that was killed leaves outside its data directory: cgroups of its VMMs, and its folder of started marks.
-fn remove_traces(host: &Host) {
-    for instance in fs::read_dir(host.data_dir.join("instances"))
-        .into_iter()
-        .flatten()
-        .flatten()
-    {
-        for root in ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"] {
-            let _ = fs::remove_dir(Path::new(root).join("ferry").join(instance.file_name()));
-        }
-    }
-    let name = format!(
-        "ferry-{}",
-        &blake3::hash(host.data_dir.as_os_str().as_encoded_bytes()).to_hex()[..16]
-    );
-    for root in ["/run", "/dev/shm", "/tmp"] {
-        let _ = fs::remove_dir_all(Path::new(root).join(&name));
-    }
-}
-
 impl Drop for Pair {
     fn drop(&mut self) {
         // The agents first: they would look after a VMM that dies.
         self.a.kill();
         self.b.kill();
-        for id in process::naming(self.folder.path()) {
-            let _ = process::signal(id, Signal::KILL);
+        remove_remains(self.folder.path());
+    }
+}
+
+/// Ends the processes that name the folder, and removes what they left outside it: cgroups and started marks.
+fn remove_remains(folder: &Path) {
+    for id in process::naming(folder) {
+        let _ = process::signal(id, Signal::KILL);
+    }
+    let _ = until("all processes are gone", CALL, || {
+        Ok(process::naming(folder).is_empty().then_some(()))
+    });
+    for host in HOSTS {
+        let data_dir = folder.join(host);
+        for instance in fs::read_dir(data_dir.join("instances")).into_iter().flatten().flatten() {
+            remove_cgroup(&instance.file_name());
         }
-        let _ = until("all processes are gone", CALL, || {
-            Ok(process::naming(self.folder.path()).is_empty().then_some(()))
+        let name = format!(
+            "ferry-{}",
+            &blake3::hash(data_dir.as_os_str().as_encoded_bytes()).to_hex()[..16]
+        );
+        for root in ["/run", "/dev/shm", "/tmp"] {
+            let _ = fs::remove_dir_all(Path::new(root).join(&name));
+        }
+    }
+}
+
+/// A process that was killed is in its cgroup until the kernel is done with it.
+fn remove_cgroup(instance: &OsStr) {
+    for root in ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"] {
+        let group = Path::new(root).join("ferry").join(instance);
+        let _ = until("the cgroup is empty", CALL, || {
+            let removed = fs::remove_dir(&group);
+            Ok((removed.is_ok() || !group.exists()).then_some(()))
         });
-        remove_traces(&self.a);
-        remove_traces(&self.b);
+    }
+}
+
+/// Removes what runs of these tests left that were killed themselves: their folders are named after their processes.
+fn remove_remains_of_the_dead() {
+    for entry in fs::read_dir(ROOT).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let owner = name
+            .strip_prefix(PREFIX)
+            .and_then(|rest| rest.split_once('-')?.0.parse().ok());
+        if owner.is_some_and(|owner| !process::is_alive(owner)) {
+            remove_remains(&entry.path());
+            let _ = fs::remove_dir_all(entry.path());
+        }
     }
 }
 
@@ -291,5 +315,8 @@ pub struct Underway {
     pub call: Call,
 }
 
+const ROOT: &str = "/tmp";
+const PREFIX: &str = "ft";
+const HOSTS: [&str; 2] = ["a", "b"];
 const PROBE: &str = "probe.elf";
 const KEPT_LOGS: &str = "logs";

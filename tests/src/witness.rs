@@ -85,7 +85,7 @@ impl Witness {
     /// # Errors
     /// What the guest complained of, if it does not.
     pub fn wait_ready(&self) -> Result<()> {
-        until("the guest is ready and beats", CALL, || {
+        until("the guest is ready and beats", 4 * CALL, || {
             let seen = self.lock();
             if let Some(complaint) = seen.complaints.first() {
                 bail!("the guest says {complaint}");

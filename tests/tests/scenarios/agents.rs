@@ -77,7 +77,7 @@ fn a_source_agent_killed_and_gone_for_good_loses_no_guest(pair: &mut Pair) -> Re
     pair.a.kill();
 
     // No agent gives a grant: the guest stays where it is, for as long as its own VMM lives.
-    witness.wait_for_beats_at("a", 200)?;
+    witness.wait_for_beats_at("a", 100)?;
     witness.check()
 }
 

@@ -141,7 +141,7 @@ fn large_guest_mib() -> Result<u64> {
 }
 
 fn memory_above_the_hole_below_4_gib_moves(pair: &mut Pair) -> Result<()> {
-    let work = "fill=text fill_mib=3900 work=idle check_rate=20000 heartbeat_ms=20";
+    let work = "fill=text fill_mib=3150 work=idle check_rate=20000 heartbeat_ms=20";
     if large_guest_mib()? < 5 << 10 {
         return Ok(());
     }

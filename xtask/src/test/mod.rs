@@ -102,9 +102,9 @@ impl Report {
         eprintln!("── {name}");
         let began = Instant::now();
         match work() {
-            Ok(()) => eprintln!("── {name}: ok, {:.0} s", began.elapsed().as_secs_f64()),
+            Ok(()) => eprintln!("── {name}: ok, {} s", began.elapsed().as_secs()),
             Err(error) => {
-                eprintln!("── {name}: FAILED: {error:#}");
+                eprintln!("── {name}: FAILED after {} s: {error:#}", began.elapsed().as_secs());
                 self.failed.push((name, format!("{error:#}")));
             }
         }
