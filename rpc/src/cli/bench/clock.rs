@@ -1,8 +1,9 @@
 //! The guest clock's error over a move: how far its time stamp counter strays from the host's clock.
 //!
 //! Each heartbeat is a pair: what the guest's counter said when it was printed, and when it was read here. Reading is
-//! late, by a different amount each time, but never early; so the earliest heartbeats of a stay tell the true offset
-//! best. Between two stays the offset must not change: the blackout is part of guest time.
+//! late, by a different amount each time, but never early; so the earliest heartbeat of a stay tells the true offset
+//! best. Between two stays the offset must not change: the blackout is part of guest time. The counter's frequency is what
+//! the guest takes it for; a fit would not be better over a stay of a second.
 
 /// One heartbeat: the guest's counter, and when it was read, in nanoseconds of the host's clock.
 #[derive(Debug, Clone, Copy)]
@@ -20,16 +21,20 @@ pub(super) struct ClockError {
     pub(super) uncertainty_us: f64,
 }
 
-/// The errors over each move from stay to stay; `None` where a stay has too few heartbeats to tell.
-pub(super) fn errors(stays: &[Vec<Reading>]) -> Vec<Option<ClockError>> {
+/// The errors over each move from stay to stay, the guest's counter running at `tsc_khz`; `None` where a stay has too few
+/// heartbeats to tell.
+pub(super) fn errors(stays: &[Vec<Reading>], tsc_khz: u64) -> Vec<Option<ClockError>> {
     let Some(base) = stays.iter().flatten().next().map(|reading| reading.tsc) else {
         return Vec::new();
     };
-    let stays: Vec<Vec<Point>> = stays.iter().map(|stay| points(stay, base)).collect();
-    let Some(slope) = slope(&stays) else {
-        return vec![None; stays.len().saturating_sub(1)];
+    // Counters are equal to within 2^53 ticks of each other: nothing is lost in a float.
+    let guest_ns = |reading: &Reading| reading.tsc.wrapping_sub(base) as i64 as f64 * 1e6 / tsc_khz as f64;
+    let late = |stay: &Vec<Reading>| {
+        stay.iter()
+            .map(|reading| reading.read_ns - guest_ns(reading))
+            .collect::<Vec<f64>>()
     };
-    let offsets: Vec<Option<Offset>> = stays.iter().map(|stay| offset(stay, slope)).collect();
+    let offsets: Vec<Option<Offset>> = stays.iter().map(|stay| offset(&late(stay))).collect();
     let change = |pair: &[Option<Offset>]| {
         let (before, after) = (pair[0]?, pair[1]?);
         Some(ClockError {
@@ -38,53 +43,6 @@ pub(super) fn errors(stays: &[Vec<Reading>]) -> Vec<Option<ClockError>> {
         })
     };
     offsets.windows(2).map(change).collect()
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Point {
-    ticks: f64,
-    ns: f64,
-}
-
-fn points(stay: &[Reading], base: u64) -> Vec<Point> {
-    // Counters are equal to within 2^53 ticks of each other: nothing is lost in a float.
-    stay.iter()
-        .map(|reading| Point {
-            ticks: reading.tsc.wrapping_sub(base) as i64 as f64,
-            ns: reading.read_ns,
-        })
-        .collect()
-}
-
-/// Nanoseconds per tick: the same in all stays, fitted within each, twice: the second time without the late half.
-fn slope(stays: &[Vec<Point>]) -> Option<f64> {
-    let rough = fit(stays)?;
-    let early: Vec<Vec<Point>> = stays.iter().map(|stay| early_half(stay, rough)).collect();
-    fit(&early)
-}
-
-/// Least squares over all stays, each with an offset of its own.
-fn fit(stays: &[Vec<Point>]) -> Option<f64> {
-    let (mut covariance, mut variance) = (0.0, 0.0);
-    for stay in stays.iter().filter(|stay| stay.len() >= FEWEST) {
-        let count = stay.len() as f64;
-        let ticks = stay.iter().map(|point| point.ticks).sum::<f64>() / count;
-        let ns = stay.iter().map(|point| point.ns).sum::<f64>() / count;
-        covariance += stay
-            .iter()
-            .map(|point| (point.ticks - ticks) * (point.ns - ns))
-            .sum::<f64>();
-        variance += stay.iter().map(|point| (point.ticks - ticks).powi(2)).sum::<f64>();
-    }
-    (variance > 0.0).then(|| covariance / variance)
-}
-
-fn early_half(stay: &[Point], slope: f64) -> Vec<Point> {
-    let late = |point: &Point| point.ns - slope * point.ticks;
-    let mut sorted = stay.to_vec();
-    sorted.sort_by(|one, other| late(one).total_cmp(&late(other)));
-    sorted.truncate(stay.len().div_ceil(2));
-    sorted
 }
 
 /// When the heartbeats of a stay were read, against the counter in them.
@@ -96,16 +54,12 @@ struct Offset {
     spread_ns: f64,
 }
 
-fn offset(stay: &[Point], slope: f64) -> Option<Offset> {
-    if stay.len() < FEWEST {
+fn offset(late_ns: &[f64]) -> Option<Offset> {
+    if late_ns.len() < FEWEST {
         return None;
     }
-    let earliest = |part: &[Point]| {
-        part.iter()
-            .map(|point| point.ns - slope * point.ticks)
-            .fold(f64::INFINITY, f64::min)
-    };
-    let (first, second) = stay.split_at(stay.len() / 2);
+    let earliest = |part: &[f64]| part.iter().copied().fold(f64::INFINITY, f64::min);
+    let (first, second) = late_ns.split_at(late_ns.len() / 2);
     let (first, second) = (earliest(first), earliest(second));
     Some(Offset {
         ns: first.min(second),
@@ -119,6 +73,8 @@ const FEWEST: usize = 10;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const KHZ: u64 = 2_000_000;
 
     /// A stay of one second: a heartbeat each 10 ms at 2 ticks a nanosecond, read up to 300 µs late.
     fn stay(from_ns: u64, offset_ns: f64) -> Vec<Reading> {
@@ -135,7 +91,7 @@ mod tests {
 
     #[test]
     fn a_clock_that_keeps_time_has_no_error() {
-        let errors = errors(&[stay(0, 0.0), stay(2_000_000_000, 0.0), stay(5_000_000_000, 0.0)]);
+        let errors = errors(&[stay(0, 0.0), stay(2_000_000_000, 0.0), stay(5_000_000_000, 0.0)], KHZ);
         assert_eq!(errors.len(), 2);
         let small = |error: ClockError| error.error_us.abs() < 20.0 && error.uncertainty_us < 20.0;
         assert!(errors.iter().all(|error| small(error.unwrap())), "{errors:?}");
@@ -143,7 +99,10 @@ mod tests {
 
     #[test]
     fn time_that_a_move_loses_or_adds_is_seen() {
-        let errors = errors(&[stay(0, 0.0), stay(2_000_000_000, -5e6), stay(4_000_000_000, 0.0)]);
+        let errors = errors(
+            &[stay(0, 0.0), stay(2_000_000_000, -5e6), stay(4_000_000_000, 0.0)],
+            KHZ,
+        );
         assert!((errors[0].unwrap().error_us + 5000.0).abs() < 50.0, "{errors:?}");
         assert!((errors[1].unwrap().error_us - 5000.0).abs() < 50.0, "{errors:?}");
     }
@@ -151,8 +110,8 @@ mod tests {
     #[test]
     fn too_few_heartbeats_tell_nothing() {
         let short = stay(2_000_000_000, 0.0)[..3].to_vec();
-        assert_eq!(errors(&[stay(0, 0.0), short]), [None]);
-        assert!(errors(&[]).is_empty());
+        assert_eq!(errors(&[stay(0, 0.0), short], KHZ), [None]);
+        assert!(errors(&[], KHZ).is_empty());
     }
 
     #[test]
@@ -161,7 +120,7 @@ mod tests {
         for (at, reading) in lagging.iter_mut().enumerate() {
             reading.read_ns += at as f64 * 1e6;
         }
-        let errors = errors(&[stay(0, 0.0), lagging]);
+        let errors = errors(&[stay(0, 0.0), lagging], KHZ);
         assert!(errors[0].unwrap().uncertainty_us > 1000.0, "{errors:?}");
     }
 }

@@ -68,7 +68,7 @@ async fn in_lab(
     let migrating_bytes = meter.stop();
     let mut faults: Vec<String> = measured.iter().flat_map(|run| run.moved.faults_found()).collect();
     faults.extend(watched?.faults_found());
-    for (run, error) in measured.iter_mut().zip(clock::errors(&stays.readings)) {
+    for (run, error) in measured.iter_mut().zip(clock::errors(&stays.readings, guest.tsc_khz())) {
         run.clock_error = error;
     }
     told.line.clear();

@@ -188,6 +188,11 @@ impl ProbeGuest {
         self.record.lock().last()
     }
 
+    /// What the guest takes the frequency of its time stamp counter for.
+    pub(in crate::cli) fn tsc_khz(&self) -> u64 {
+        self.record.lock().tsc_khz.unwrap_or(0)
+    }
+
     /// The heartbeats of a host from a sequence number on.
     pub(in crate::cli) fn beats_since(&self, seq: u64, host: usize) -> Vec<Beat> {
         self.record.lock().since(seq, host).copied().collect()

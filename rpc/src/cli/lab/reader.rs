@@ -84,12 +84,10 @@ impl Drop for Reader {
 fn read(mut file: File, host: usize, log: &Path, record: &SharedRecord, stopped: &AtomicBool) {
     record.lock().reopened(host);
     let mut buffer = vec![0; 64 << 10];
-    let mut looked = Instant::now();
     while !stopped.load(Ordering::Relaxed) {
         match file.read(&mut buffer) {
-            Ok(0) if looked.elapsed() < LOOK => thread::sleep(PAUSE),
             Ok(0) if is_replaced(&file, log) => return,
-            Ok(0) => looked = Instant::now(),
+            Ok(0) => thread::sleep(PAUSE),
             Ok(count) => {
                 let at = Instant::now();
                 record.lock().feed(host, &buffer[..count], at);
@@ -110,8 +108,6 @@ fn is_replaced(file: &File, log: &Path) -> bool {
 
 /// How late a heartbeat may be read: little against the time between two.
 const PAUSE: Duration = Duration::from_millis(1);
-/// How often the name is looked up while nothing comes.
-const LOOK: Duration = Duration::from_millis(50);
 
 #[cfg(test)]
 mod tests {
