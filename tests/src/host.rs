@@ -6,6 +6,7 @@ use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -332,11 +333,19 @@ fn read_all(mut stream: impl Read + Send + 'static) -> JoinHandle<String> {
 
 /// A port of loopback that is free now.
 ///
+/// Below the range from which the kernel takes ports of its own accord: one of those may be an outgoing connection's by
+/// the time an agent listens on it. Each process begins elsewhere and gives none twice until it has come around.
+///
 /// # Errors
 /// If there is none.
 pub fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")
-        .context("no free port")?
-        .local_addr()?
-        .port())
+    const FIRST: u32 = 10_000;
+    const COUNT: u32 = 20_000;
+    static GIVEN: AtomicU32 = AtomicU32::new(0);
+    let begin = std::process::id().wrapping_mul(101);
+    (0..COUNT)
+        .map(|_| begin.wrapping_add(GIVEN.fetch_add(1, Ordering::Relaxed)) % COUNT + FIRST)
+        .filter_map(|port| u16::try_from(port).ok())
+        .find(|&port| TcpListener::bind(("127.0.0.1", port)).is_ok())
+        .context("no free port")
 }
