@@ -48,7 +48,20 @@ impl Lab {
     }
 
     /// Starts both agents and waits until they answer.
+    ///
+    /// A port that was free a moment ago may be someone else's now: then other ports are tried.
     pub(in crate::cli) async fn start_agents(&mut self) -> Result<(), Failure> {
+        for _ in 1..START_TRIES {
+            if self.try_agents().await.is_ok() {
+                return Ok(());
+            }
+            self.agents.iter_mut().for_each(AgentProcess::kill);
+            self.agents.clear();
+        }
+        self.try_agents().await
+    }
+
+    async fn try_agents(&mut self) -> Result<(), Failure> {
         let ports = free_ports().map_err(|error| Failure::new(Exit::Failed, format!("find free ports: {error}")))?;
         for (host, port, peer) in [("a", ports.0, ("b", ports.1)), ("b", ports.1, ("a", ports.0))] {
             let plan = AgentPlan {
@@ -224,3 +237,4 @@ fn tell_log(path: &PathBuf) {
 
 const DELETE_TIME: Duration = Duration::from_secs(10);
 const LOG_LINES: usize = 20;
+const START_TRIES: usize = 3;

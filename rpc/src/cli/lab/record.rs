@@ -43,10 +43,6 @@ struct Console {
     from_the_beginning: bool,
     /// Lines that are no lines of the guest: halves, perhaps.
     fragments: Vec<(String, Instant)>,
-    /// Halves that the guest left here when it went. What it prints when it is back comes right behind them.
-    left: Vec<String>,
-    /// Halves that were joined already: when the console is read again they come again.
-    joined: Vec<String>,
 }
 
 /// What happened between two heartbeats.
@@ -85,7 +81,7 @@ impl Record {
                 let line = std::mem::take(&mut self.consoles[host].partial);
                 let line = String::from_utf8_lossy(&line);
                 if !self.line(host, &line, at) {
-                    self.unreadable(host, &line, at);
+                    self.consoles[host].fragments.push((line.into_owned(), at));
                 }
             }
         }
@@ -98,14 +94,18 @@ impl Record {
     pub(super) fn settle(&mut self, source: usize, destination: usize) -> Vec<String> {
         let head = std::mem::take(&mut self.consoles[source].partial);
         let head = String::from_utf8_lossy(&head).into_owned();
-        let fragments = std::mem::take(&mut self.consoles[destination].fragments);
-        let whole = fragments.into_iter().map(|(tail, at)| (format!("{head}{tail}"), at));
-        let unreadable = whole
-            .filter(|(line, at)| !self.line(destination, line, *at))
-            .map(|(line, _)| line)
-            .collect();
-        if !head.is_empty() {
-            self.consoles[source].left.push(head);
+        let mut unreadable = Vec::new();
+        let mut wanted = !head.is_empty();
+        for (tail, at) in std::mem::take(&mut self.consoles[destination].fragments) {
+            let whole = format!("{head}{tail}");
+            if self.line(destination, &whole, at) {
+                wanted = false;
+            } else if !tail.trim().is_empty() {
+                unreadable.push(whole);
+            }
+        }
+        if wanted {
+            unreadable.push(head);
         }
         unreadable
     }
@@ -150,7 +150,7 @@ impl Record {
     /// Takes one line; false if it is none of the guest's.
     fn line(&mut self, host: usize, line: &str, at: Instant) -> bool {
         let Some(parsed) = parse(line) else {
-            return line.trim().is_empty();
+            return false;
         };
         // Two halves that do not belong together may read like a line; only what reads back the same is one.
         if matches!(parsed, Line::Heartbeat(_)) && parsed.to_string() != line.trim_end() {
@@ -171,19 +171,6 @@ impl Record {
             Line::Probe { .. } | Line::End(_) => {}
         }
         true
-    }
-
-    /// Takes what is no line by itself: what is behind a half that was left here, or a half.
-    fn unreadable(&mut self, host: usize, line: &str, at: Instant) {
-        let behind = self.consoles[host]
-            .left
-            .iter()
-            .find_map(|left| line.strip_prefix(left.as_str()));
-        let rest = behind.unwrap_or(line).to_owned();
-        let known = self.consoles[host].joined.contains(&rest);
-        if !known && !self.line(host, &rest, at) {
-            self.consoles[host].fragments.push((rest, at));
-        }
     }
 
     fn heartbeat(&mut self, beat: Beat) {
@@ -264,24 +251,36 @@ mod tests {
     }
 
     #[test]
-    fn a_console_read_again_after_the_guest_came_back_has_an_old_half_in_it() {
+    fn equal_halves_of_different_lines_are_joined_each_with_its_own() {
         let mut record = Record::default();
-        let (first, second) = (line(0, 1), line(1, 1));
-        record.feed(0, &first.as_bytes()[..9], after(0));
-        record.feed(1, &first.as_bytes()[9..], after(1));
-        record.feed(1, &second.as_bytes()[..5], after(2));
-        assert!(record.settle(0, 1).is_empty());
-        record.reopened(0);
-        record.feed(0, format!("{}{}", &first[..9], &second[5..]).as_bytes(), after(3));
-        assert!(record.settle(1, 0).is_empty());
-        record.reopened(0);
-        record.feed(
-            0,
-            format!("{}{}{}", &first[..9], &second[5..], line(2, 1)).as_bytes(),
-            after(4),
-        );
-        let span = record.span(0, 2).unwrap();
-        assert_eq!((span.heartbeats, span.missing, record.doubled), (3, 0, 0));
+        for seq in 0..4 {
+            let (cut, source) = (line(seq, 1), seq as usize % 2);
+            let (head, tail) = cut.split_at(cut.len() - 10);
+            record.feed(source, head.as_bytes(), after(seq));
+            record.feed(1 - source, tail.as_bytes(), after(seq));
+            assert!(record.settle(source, 1 - source).is_empty());
+        }
+        assert_eq!(record.span(0, 3).unwrap().heartbeats, 4);
+    }
+
+    #[test]
+    fn a_line_that_was_cut_before_its_end_is_joined_too() {
+        let mut record = Record::default();
+        for (seq, source) in [(0, 0), (1, 1)] {
+            let cut = line(seq, 1);
+            record.feed(source, cut.trim_end().as_bytes(), after(seq));
+            record.feed(1 - source, b"\r\n", after(seq));
+            assert!(record.settle(source, 1 - source).is_empty());
+        }
+        assert_eq!(record.span(0, 1).unwrap().heartbeats, 2);
+    }
+
+    #[test]
+    fn a_half_that_fits_nowhere_is_told() {
+        let mut record = Record::default();
+        record.feed(0, b"HB seq=1 ts", after(0));
+        record.feed(1, line(2, 1).as_bytes(), after(1));
+        assert_eq!(record.settle(0, 1), ["HB seq=1 ts"]);
     }
 
     #[test]
