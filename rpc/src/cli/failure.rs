@@ -75,10 +75,12 @@ impl Failure {
 
     /// An agent's answer, after `what` was asked of it.
     pub(super) fn of_status(what: &str, status: &Status) -> Self {
-        let mut message = format!("{what}: {}", status.message());
-        if let Some(source) = status.source() {
-            let _ = write!(message, ": {}", error_chain(source));
-        }
+        let said = status.message();
+        let mut message = match status.source().map(error_chain) {
+            Some(reasons) if reasons.contains(said) => format!("{what}: {reasons}"),
+            Some(reasons) => format!("{what}: {said}: {reasons}"),
+            None => format!("{what}: {said}"),
+        };
         let moved_to = status
             .metadata()
             .get(MOVED_TO)

@@ -37,6 +37,7 @@ pub(super) async fn run(agent: &Agent, verb: MigrationVerb, format: Format) -> O
 
 /// What is known of one migration.
 pub(super) async fn show(agent: &Agent, id: &str) -> Result<MigrationInfo, Failure> {
+    check("show", id)?;
     let request = within(
         PATIENCE,
         MigrationRequest {
@@ -64,6 +65,7 @@ async fn all(agent: &Agent) -> Result<Vec<MigrationInfo>, Failure> {
 }
 
 async fn abort(agent: &Agent, id: &str) -> Result<MigrationInfo, Failure> {
+    check("abort", id)?;
     let request = within(
         LONG_PATIENCE,
         MigrationRequest {
@@ -74,6 +76,17 @@ async fn abort(agent: &Agent, id: &str) -> Result<MigrationInfo, Failure> {
     let answered = agent.conductor().await?.abort_migration(request).await;
     let info = answered.map_err(|status| Failure::of_status(&format!("abort migration {id}"), &status))?;
     Ok(info.into_inner())
+}
+
+/// What is no UUID is no migration's id.
+fn check(verb: &str, id: &str) -> Result<(), Failure> {
+    let unknown = |_| {
+        Failure::new(
+            Exit::NotFound,
+            format!("{verb} migration {id}: there is none of this id"),
+        )
+    };
+    uuid::Uuid::parse_str(id).map(|_| ()).map_err(unknown)
 }
 
 fn in_full(info: &MigrationInfo) -> String {
