@@ -14,6 +14,7 @@ pub mod policy;
 mod precopy;
 pub mod source;
 mod wire;
+mod yielding;
 
 pub use link::{Link, Liveness};
 pub use precopy::PageSet;

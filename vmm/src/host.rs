@@ -108,12 +108,6 @@ const TSC_TOLERANCE_PPM: u64 = 250;
 /// What keeps this host from running machines, with a remedy.
 pub fn host() -> Result<HostCapabilities, HostError> {
     let host = Host::open()?;
-    let supported: Vec<CpuidEntry> = host
-        .supported_cpuid()
-        .map_err(HostError::Ask)?
-        .into_iter()
-        .map(Into::into)
-        .collect();
     let memory = GuestMemory::new(MemoryOptions {
         bytes: HUGE_PAGE_SIZE,
         hugetlb: false,
@@ -122,21 +116,29 @@ pub fn host() -> Result<HostCapabilities, HostError> {
     .map_err(HostError::Memory)?;
     let vm = Vm::new(&host, &memory, DirtyMode::Log).map_err(HostError::Ask)?;
     let vcpu = vm.create_vcpu(0).map_err(HostError::Ask)?;
-    let is_pvm = is_pvm();
-    Ok(HostCapabilities {
-        is_pvm,
-        memory_bytes: host_memory().map_err(HostError::Open)?,
-        max_vcpus: host.max_vcpus.min(u8::MAX.into()) as u32,
-        dirty_ring_bytes: host.dirty_ring_bytes as u64,
-        xsave_bytes: host.xsave_bytes as u64,
-        tsc_khz: vcpu.tsc_khz(),
-        tsc_offset_settable: probe_tsc(&vcpu).map_err(HostError::Ask)? != TscControl::Fixed,
-        boot_id: boot_id(),
-        cpuid: as_guests_see(&supported, is_pvm),
-    })
+    let tsc = probe_tsc(&vcpu).map_err(HostError::Ask)?;
+    HostCapabilities::of(&host, vcpu.tsc_khz(), tsc)
 }
 
 impl HostCapabilities {
+    /// What the host says of itself, and what a vCPU told of its time stamp counter.
+    pub(crate) fn of(host: &Host, tsc_khz: u32, tsc: TscControl) -> Result<Self, HostError> {
+        let supported = host.supported_cpuid().map_err(HostError::Ask)?;
+        let supported: Vec<CpuidEntry> = supported.into_iter().map(Into::into).collect();
+        let is_pvm = is_pvm();
+        Ok(Self {
+            is_pvm,
+            memory_bytes: host_memory().map_err(HostError::Open)?,
+            max_vcpus: host.max_vcpus.min(u8::MAX.into()) as u32,
+            dirty_ring_bytes: host.dirty_ring_bytes as u64,
+            xsave_bytes: host.xsave_bytes as u64,
+            tsc_khz,
+            tsc_offset_settable: tsc != TscControl::Fixed,
+            boot_id: boot_id(),
+            cpuid: as_guests_see(&supported, is_pvm),
+        })
+    }
+
     /// Names everything that keeps a machine with this profile from running here; nothing if it can.
     #[must_use]
     pub fn check(&self, profile: &MachineProfile) -> Vec<Incompatibility> {

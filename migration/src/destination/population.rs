@@ -9,6 +9,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::PageSet;
 use crate::guest::{FRAMES_PER_HUGE_PAGE, FrameRun, GuestError, GuestMemory, MemoryShape, Population};
+use crate::yielding::Yielding;
 
 /// Frames backed by one call: 16 MiB.
 const PIECE_FRAMES: u64 = 4096;
@@ -125,6 +126,7 @@ impl Ahead {
     /// # Errors
     /// If the host has no memory; the receiving threads would learn the same by faulting.
     pub(super) fn populate(&self, memory: &impl GuestMemory) -> Result<(), GuestError> {
+        Yielding::default().set(true);
         while let Some(piece) = self.next() {
             memory.populate(piece)?;
         }

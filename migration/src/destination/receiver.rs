@@ -10,6 +10,11 @@ use crate::destination::received::Received;
 use crate::guest::{FRAME_SIZE, FrameRun, GuestError, GuestMemory};
 use crate::link::Sockets;
 use crate::wire::{FrameError, FrameReader, StreamIdentity, StreamTotals};
+use crate::yielding::Yielding;
+
+/// Everything but what the guest wrote meanwhile comes in it. How fast later rounds arrive decides how long the guest
+/// stands still: their pages are received without yielding.
+const FIRST_ROUND: u32 = 1;
 
 /// What one stream delivered, and what the script waits for.
 #[derive(Debug, Default)]
@@ -91,6 +96,7 @@ impl<M: GuestMemory> Receiver<'_, M> {
     pub(super) fn run(&self, identity: &StreamIdentity, mut arrived: impl FnMut()) -> Result<(), ReceiveError> {
         let mut reader = FrameReader::new(self.stream);
         let mut socket = self.socket;
+        let mut yielding = Yielding::default();
         if reader
             .open(&mut socket, identity)
             .map_err(ReceiveError::Frame)?
@@ -111,6 +117,7 @@ impl<M: GuestMemory> Receiver<'_, M> {
                 }));
             }
             self.sockets.hear();
+            yielding.set(pages.round == FIRST_ROUND);
             let frame = self.take_in(pages.data, pages.zero, pages.overhead)?;
             self.sockets.hear();
             if self.delivered.add(frame) {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 /// What may be sent at once after a pause, in time at the full rate.
 const BURST: Duration = Duration::from_millis(50);
 
-/// A cap shared by the sending threads; each asks before it sends. Pacing against the guest's vCPUs would sit here too.
+/// A cap shared by the sending threads; each asks before it sends.
 #[derive(Debug)]
 pub(crate) struct Bandwidth {
     bucket: Option<Mutex<Bucket>>,

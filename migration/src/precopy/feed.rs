@@ -22,7 +22,7 @@ const MIN_CHUNK_PAGES: u64 = 32;
 /// Whether the bandwidth cap applies to a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pace {
-    /// The guest runs: the cap applies.
+    /// The guest runs: the cap applies, and the copy yields to the vCPUs.
     Capped,
     /// The guest stands still: nothing yields.
     Unlimited,

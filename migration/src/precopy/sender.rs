@@ -9,6 +9,7 @@ use crate::guest::{DirtyClearer, FRAME_SIZE, FrameRun, GuestError, GuestMemory};
 use crate::precopy::bandwidth::Bandwidth;
 use crate::precopy::feed::{Feed, Pace, Standing};
 use crate::wire::{Content, FrameWriter, StreamIdentity, StreamTotals};
+use crate::yielding::Yielding;
 
 /// Why a sending thread ended before it was sent home.
 #[derive(Debug, thiserror::Error)]
@@ -49,7 +50,9 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
         let mut socket = self.socket;
         socket.write_all(frames.open(identity)).map_err(SendError::Connection)?;
         let (mut runs, mut contents) = (Vec::new(), Contents::default());
+        let mut yielding = Yielding::default();
         while let Some(chunk) = self.feed.next(&mut runs).map_err(SendError::Guest)? {
+            yielding.set(chunk.pace == Pace::Capped);
             contents.split(self.memory, &runs).map_err(SendError::Guest)?;
             let prefix = frames.pages(chunk.round, contents.table.iter().copied());
             let sent = contents.totals(prefix.len());

@@ -120,7 +120,13 @@ impl DestinationGuest for BlankGuest {
 
     fn check(&self, profile: &[u8]) -> Vec<String> {
         match MachineProfile::from_bytes(profile) {
-            Ok(profile) => self.host.check(&profile).iter().map(ToString::to_string).collect(),
+            Ok(profile) => self
+                .machine
+                .host()
+                .check(&profile)
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
             Err(error) => vec![format!("the source's machine profile does not parse: {error}")],
         }
     }

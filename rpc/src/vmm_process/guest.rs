@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, bail};
 use ferry_proto::vmm::v1::MachineSpec;
 use ferry_vmm::{
-    BlankMachine, BootPayload, ConsoleInput, CpuModel, DirtyMode, EventSink, HostCapabilities, Machine, MachineConfig,
-    MachineEvent, RunState,
+    BlankMachine, BootPayload, ConsoleInput, CpuModel, DirtyMode, EventSink, Machine, MachineConfig, MachineEvent,
+    RunState,
 };
 
 use super::console::ConsoleLog;
@@ -73,7 +73,6 @@ pub(super) struct BlankGuest {
     pub(super) machine: BlankMachine,
     pub(super) inbox: Inbox,
     pub(super) payload: Payload,
-    pub(super) host: HostCapabilities,
 }
 
 /// A machine with a guest in it, running or paused.
@@ -169,7 +168,6 @@ impl Blueprint {
     /// # Errors
     /// The host cannot have it: no KVM, not enough memory, too many vCPUs.
     pub(super) fn blank(self, bell: Sender<Event>) -> anyhow::Result<BlankGuest> {
-        let host = ferry_vmm::host()?;
         let inbox = Inbox::new(bell);
         let console = ConsoleLog::open(&self.folder)
             .with_context(|| format!("failed to open the console log in {}", self.folder.display()))?;
@@ -180,7 +178,6 @@ impl Blueprint {
             machine,
             inbox,
             payload: self.payload,
-            host,
         })
     }
 }

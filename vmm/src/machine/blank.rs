@@ -11,7 +11,7 @@ use crate::arch::x86_64::layout::SERIAL_IRQ;
 use crate::arch::x86_64::time::boot_id;
 use crate::arch::x86_64::vcpu_state::{SavePlan, TscControl, TscTarget, VcpuState};
 use crate::devices::{ConsoleOutput, Devices, DevicesState, InterruptLine};
-use crate::host::{as_guests_see, is_pvm};
+use crate::host::{HostCapabilities, as_guests_see, is_pvm};
 use crate::kvm::{Host, KvmError, Vcpu, Vm, host_tsc};
 use crate::memory::{GuestMemory, MemoryOptions};
 use crate::state::{IrqchipState, MachineState};
@@ -21,6 +21,7 @@ use crate::vcpu::{Pending, VcpuHandle, VcpuSetup};
 #[derive(Debug)]
 pub struct BlankMachine {
     parts: Parts,
+    host: HostCapabilities,
 }
 
 impl BlankMachine {
@@ -83,6 +84,7 @@ impl BlankMachine {
             is_pvm: is_pvm(),
             left_out,
         };
+        let host = HostCapabilities::of(&host, tsc_khz, plan.tsc)?;
         let plan = Arc::new(plan);
         let vcpus = cpus
             .into_iter()
@@ -113,6 +115,7 @@ impl BlankMachine {
                 facts,
                 pristine,
             },
+            host,
         })
     }
 
@@ -120,6 +123,12 @@ impl BlankMachine {
     #[must_use]
     pub fn memory(&self) -> &GuestMemory {
         &self.parts.memory
+    }
+
+    /// What this host offers, found out with this machine: what [`host`](crate::host()) tells, without a VM made for it.
+    #[must_use]
+    pub fn host(&self) -> &HostCapabilities {
+        &self.host
     }
 
     /// MSRs that this host lists as state but cannot set: they are neither saved nor restored.

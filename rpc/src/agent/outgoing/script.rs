@@ -240,10 +240,11 @@ impl Script {
         Ok(())
     }
 
-    /// How many page streams: as asked, else two, or one where there is one CPU.
+    /// How many page streams: as asked, else one for every two CPUs, up to four. Each keeps a CPU busy; the guests that
+    /// run here need the others.
     fn streams(&self) -> u16 {
         match u16::try_from(self.row.options.streams).unwrap_or(0) {
-            0 => std::thread::available_parallelism().map_or(1, |cpus| cpus.get().clamp(1, 4) as u16),
+            0 => std::thread::available_parallelism().map_or(1, |cpus| (cpus.get() / 2).clamp(1, 4) as u16),
             asked => asked,
         }
     }

@@ -1,0 +1,35 @@
+//! The copy yields to the guests while it can afford to.
+//!
+//! A guest that writes its memory shares the host's processors with the threads that copy it. At equal rights the
+//! scheduler takes the processor from a vCPU for whole ticks, again and again: on two processors the guest then feels
+//! the copy more than it feels the switchover. So the bulk is copied at a lower weight. Whatever the guest waits for is
+//! done at the usual one.
+
+use rustix::process::setpriority_process;
+
+/// A tenth of a vCPU's weight (`sched_prio_to_weight` in the kernel): little enough that a vCPU hardly notices, enough
+/// that a migration off an overloaded host still ends.
+const COPYING_NICE: i32 = 10;
+
+/// The calling thread's weight. Belongs to the thread that made it.
+#[derive(Debug, Default)]
+pub(crate) struct Yielding {
+    yields: bool,
+}
+
+impl Yielding {
+    /// Makes the thread yield, or claim its full share again.
+    ///
+    /// Going back needs CAP_SYS_NICE or RLIMIT_NICE; without them the thread goes on yielding, which is slower and not
+    /// wrong.
+    pub(crate) fn set(&mut self, yields: bool) {
+        if self.yields == yields {
+            return;
+        }
+        self.yields = yields;
+        // With no process given Linux means the calling thread, see NOTES in setpriority(2).
+        if let Err(error) = setpriority_process(None, if yields { COPYING_NICE } else { 0 }) {
+            tracing::debug!(%error, yields, "the thread's weight stays as it is");
+        }
+    }
+}
