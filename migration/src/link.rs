@@ -46,6 +46,10 @@ pub(crate) const FAREWELL: Duration = Duration::from_millis(250);
 /// Round trips that the smallest one is taken from.
 const ROUND_TRIPS_KEPT: usize = 8;
 
+/// Between the first pings: a migration may be over before a single heartbeat is due, and one round trip alone is as
+/// much the scheduler's as the network's.
+const FIRST_PINGS: Duration = Duration::from_millis(20);
+
 /// The connections while threads use them, and when the peer was last heard.
 #[derive(Debug)]
 pub(crate) struct Sockets {
@@ -224,14 +228,16 @@ pub(crate) fn write_control<M: ControlMessage>(
     heartbeat: Duration,
 ) -> Result<(), ControlError> {
     let mut socket = &sockets.control;
-    let mut due = Instant::now();
+    let (mut due, mut pings) = (Instant::now(), 0);
     loop {
         let message = match outbox.recv_timeout(due.saturating_duration_since(Instant::now())) {
             Ok(Outgoing::Say(message)) => message,
             Ok(Outgoing::End) => return Ok(()),
             Ok(Outgoing::HangUp) => return sockets.control.shutdown(Shutdown::Write).map_err(ControlError::Io),
             Err(RecvTimeoutError::Timeout) => {
-                due = Instant::now() + heartbeat;
+                pings += 1;
+                let first = pings < ROUND_TRIPS_KEPT;
+                due = Instant::now() + if first { FIRST_PINGS.min(heartbeat) } else { heartbeat };
                 M::ping(sockets.ping_token())
             }
             Err(RecvTimeoutError::Disconnected) => return Ok(()),

@@ -62,9 +62,12 @@ impl Script {
             tracing::warn!(migration = %self.row.id, "the parts of the blackout that were told are no figures");
             return;
         }
+        let upper_bound = between(go.pause_began_ns, heard_ns);
+        let estimate = between(go.pause_began_ns, go.go_ns) + go.round_trip_ms / 2.0 + part.total_ms;
         info.downtime_ms = Some(DowntimeMs {
-            total: between(go.pause_began_ns, go.go_ns) + go.round_trip_ms / 2.0 + part.total_ms,
-            upper_bound: between(go.pause_began_ns, heard_ns),
+            // The way of GO is estimated, its bound is measured.
+            total: estimate.min(upper_bound),
+            upper_bound,
             pause: go.pause_ms,
             drain: go.drain_ms,
             last_pages: go.last_pages_ms,
