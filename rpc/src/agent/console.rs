@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use ferry_proto::agent::v1::ConsoleOutput;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -25,6 +26,9 @@ pub(crate) enum Follow {
 
 /// The most bytes of one message.
 const PIECE: usize = 64 << 10;
+
+/// How long a change is let grow before it is read.
+const BURST: Duration = Duration::from_millis(2);
 
 /// How often a follower looks whether its reader left, while nothing is printed.
 const LOOK: Timespec = Timespec {
@@ -82,6 +86,8 @@ fn copy(path: &Path, follow: Follow, to: &mpsc::Sender<Result<ConsoleOutput, Sta
                 return Ok(());
             }
         }
+        // A guest prints byte by byte: without a rest each would be a message of its own.
+        std::thread::sleep(BURST);
         removed = was_removed(changes)?;
     }
 }

@@ -26,23 +26,37 @@ impl GuestMemory {
     ///
     /// If `/proc/self/pagemap` cannot be read.
     pub fn populated(&self) -> Result<Population, MemoryError> {
-        let pagemap = File::open("/proc/self/pagemap").map_err(MemoryError::Population)?;
         let mut population = Population::default();
-        for (frames, (start, _)) in self.shape().runs().into_iter().zip(self.host_ranges()) {
-            let region = Region {
-                frames,
-                start: start.addr() as u64,
-            };
-            match region.scan(&pagemap, &mut population) {
-                // Kernels before 6.7 do not know the ioctl.
-                Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
-                    region.read_entries(&pagemap, &mut population)
-                }
-                other => other,
-            }
-            .map_err(MemoryError::Population)?;
+        for region in self.shape().runs() {
+            self.scan(region, &mut population)?;
         }
         Ok(population)
+    }
+
+    /// [`GuestMemory::populated`] of one run.
+    ///
+    /// # Errors
+    ///
+    /// If the run is out of bounds, or `/proc/self/pagemap` cannot be read.
+    pub(super) fn populated_in(&self, run: FrameRun) -> Result<Population, MemoryError> {
+        let mut population = Population::default();
+        self.scan(run, &mut population)?;
+        Ok(population)
+    }
+
+    /// Appends what of the run is populated.
+    fn scan(&self, run: FrameRun, population: &mut Population) -> Result<(), MemoryError> {
+        let pagemap = File::open("/proc/self/pagemap").map_err(MemoryError::Population)?;
+        let region = Region {
+            frames: run,
+            start: self.host_address(run)?.addr() as u64,
+        };
+        match region.scan(&pagemap, population) {
+            // Kernels before 6.7 do not know the ioctl.
+            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => region.read_entries(&pagemap, population),
+            other => other,
+        }
+        .map_err(MemoryError::Population)
     }
 }
 
