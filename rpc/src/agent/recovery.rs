@@ -11,6 +11,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use super::failure::Failure;
 use super::instances::{Agent, Instance};
 use super::journal::{InstanceRow, MigrationRow, Role, Status};
+use super::outgoing::now_text;
 use super::vmm_client::Vmm;
 use super::{incoming, outgoing, spawn};
 
@@ -52,7 +53,7 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), Failure> {
                 .error
                 .get_or_insert_with(|| "the agent ended during it".to_owned());
         }
-        orphan.info.ended = Some(humantime::format_rfc3339_millis(std::time::SystemTime::now()).to_string());
+        orphan.info.ended = Some(now_text());
         agent.journal.write(move |transaction| orphan.save(transaction)).await?;
     }
     Ok(())

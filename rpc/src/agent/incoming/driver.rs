@@ -424,7 +424,7 @@ impl Driver {
 
     /// Writes how it came out; of a guest that was refused nothing is left.
     async fn finish(mut self, mut news: mpsc::UnboundedReceiver<VmmNews>) {
-        self.row.info.ended = Some(humantime::format_rfc3339_millis(std::time::SystemTime::now()).to_string());
+        self.row.info.ended = Some(crate::agent::outgoing::now_text());
         if self.core.decision() == Some(Decision::Running) {
             self.row.info.status = "completed".to_owned();
             self.row.info.guest_location = Some(self.agent.host().to_owned());

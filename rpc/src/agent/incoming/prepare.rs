@@ -16,7 +16,7 @@ use super::handle::Incoming;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, check_incoming};
 use crate::agent::journal::{InstanceRow, MigrationRow, Role, Status};
-use crate::agent::outgoing::{MOST_STREAMS, now_ms};
+use crate::agent::outgoing::{MOST_STREAMS, now_ms, now_text};
 use crate::agent::{data_port, images};
 
 /// A request whose fields were checked.
@@ -252,6 +252,7 @@ fn first_info(guest: &Guest, host: &str) -> MigrationInfo {
         status: "preparing".to_owned(),
         mode: "precopy".to_owned(),
         guest_location: Some(guest.source.clone()),
+        started: Some(now_text()),
         streams: guest.streams.into(),
         ..MigrationInfo::default()
     }

@@ -10,7 +10,7 @@ use ferry_proto::{InvalidField, required, wire_uuid};
 use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
-use super::handle::{MOST_STREAMS, Outgoing, now_ms};
+use super::handle::{MOST_STREAMS, Outgoing, now_ms, now_text};
 use super::script::Script;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance};
@@ -70,7 +70,7 @@ impl Agent {
                 destination: cast.destination,
                 status: "accepted".to_owned(),
                 mode: "precopy".to_owned(),
-                started: Some(humantime::format_rfc3339_millis(std::time::SystemTime::now()).to_string()),
+                started: Some(now_text()),
                 guest_location: Some(self.host().to_owned()),
                 ..MigrationInfo::default()
             },

@@ -1,10 +1,11 @@
 //! What becomes of the instance and of the record when a migration out of here is over.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use ferry_migration::handover::Ending;
 
+use super::handle::now_text;
 use super::script::{Script, Stop};
 use crate::agent::failure::Failure;
 use crate::agent::instances::InstanceState;
@@ -48,7 +49,7 @@ impl Script {
             // An answer means that the destination is ready for the next attempt; without one it finds out by itself.
             let _ = tokio::time::timeout(ROLLBACK_TIME, rollback).await;
         }
-        self.row.info.ended = Some(humantime::format_rfc3339_millis(SystemTime::now()).to_string());
+        self.row.info.ended = Some(now_text());
         self.row.info.remaining_pages = 0;
         self.row.over = true;
         while let Err(failure) = self.save().await {

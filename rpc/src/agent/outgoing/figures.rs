@@ -6,6 +6,7 @@ use ferry_migration::handover::Decision;
 use ferry_proto::agent::v1::{DestinationPart, DowntimeMs, Round};
 use ferry_proto::vmm::v1 as wire;
 
+use super::handle::now_ms;
 use super::script::Script;
 use crate::vmm_process::ms;
 
@@ -45,7 +46,10 @@ impl Script {
         }
         let info = &mut self.row.info;
         if info.total_ms.is_none() {
-            info.total_ms = self.accepted_ns.map(|accepted| between(accepted, heard_ns));
+            // An agent that restarted meanwhile has the wall clock's word for when it accepted.
+            let since_began = || Duration::from_millis(u64::try_from(now_ms() - self.row.began).unwrap_or(0));
+            let measured = self.accepted_ns.map(|accepted| between(accepted, heard_ns));
+            info.total_ms = Some(measured.unwrap_or_else(|| ms(since_began())));
         }
         let (Some(go), Some(part)) = (&self.go, part) else {
             return;

@@ -18,6 +18,11 @@ pub(crate) fn now_ms() -> i64 {
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
+/// The wall clock as users read it: RFC 3339, in UTC.
+pub(crate) fn now_text() -> String {
+    humantime::format_rfc3339_millis(SystemTime::now()).to_string()
+}
+
 /// What agent B said of its own accord.
 #[derive(Clone, Debug)]
 pub(crate) struct PeerNews {

@@ -11,4 +11,4 @@ mod script;
 mod switchover;
 
 pub(crate) use begin::{recover, request_id};
-pub(crate) use handle::{MOST_STREAMS, OutgoingMigrations, PeerNews, now_ms};
+pub(crate) use handle::{MOST_STREAMS, OutgoingMigrations, PeerNews, now_ms, now_text};
