@@ -17,7 +17,7 @@ use crate::agent::config::AgentConfig;
 use crate::agent::failure::Failure;
 use crate::agent::images;
 use crate::agent::incoming::IncomingMigrations;
-use crate::agent::journal::{InstanceRow, Journal};
+use crate::agent::journal::{InstanceRow, Journal, Status};
 use crate::agent::outgoing::OutgoingMigrations;
 use crate::agent::peers::Peers;
 use crate::agent::vmm_client::Vmm;
@@ -132,7 +132,8 @@ impl InstanceState {
     /// # Errors
     /// It is.
     pub(crate) fn check_idle(&self, what: &str) -> Result<(), Failure> {
-        match self.migrating {
+        let arriving = self.row.migration.filter(|_| self.row.status == Status::Incoming);
+        match self.migrating.or(arriving) {
             None => Ok(()),
             Some(migration) => Err(Failure::Refused(format!(
                 "instance {} cannot {what} while migration {migration} is in flight: abort it first, or add --force where \

@@ -281,7 +281,14 @@ impl Agent {
 
     /// Aborts the migration of an instance, or waits until it is decided.
     async fn end_migration(&self, instance: &Arc<Instance>, patience: Duration) -> Result<(), Failure> {
-        let Some(migration) = instance.state.lock().await.migrating else {
+        let (migrating, row) = {
+            let state = instance.state.lock().await;
+            (state.migrating, state.row.clone())
+        };
+        if row.status == Status::Incoming {
+            return self.refuse_incoming(instance, &row, patience).await;
+        }
+        let Some(migration) = migrating else {
             return Ok(());
         };
         if let Some(outgoing) = self.outgoing.find(migration) {
@@ -296,6 +303,32 @@ impl Agent {
         if self.instances.by_id(instance.id).is_none() {
             let what = format!("instance {}", instance.id);
             return Err(Failure::NotFound { what, moved_to: None });
+        }
+        Ok(())
+    }
+
+    /// Ends a migration into here. Before GO the guest runs on where it was: it is not this host's to stop. After GO the
+    /// decision is waited for, and may make it so.
+    async fn refuse_incoming(
+        &self,
+        instance: &Arc<Instance>,
+        row: &InstanceRow,
+        patience: Duration,
+    ) -> Result<(), Failure> {
+        let Some(incoming) = row.migration.and_then(|id| self.incoming.find(id)) else {
+            return Ok(());
+        };
+        incoming.give_up("the instance's user ends it");
+        let (migration, name, source) = (incoming.id, &row.spec.name, &incoming.source);
+        if tokio::time::timeout(patience, incoming.over()).await.is_err() {
+            return Err(Failure::Unavailable(format!(
+                "migration {migration} is not decided yet"
+            )));
+        }
+        if self.instances.by_id(instance.id).is_none() {
+            return Err(Failure::Refused(format!(
+                "migration {migration} was ended, instance {name} stays at host {source}: ask there"
+            )));
         }
         Ok(())
     }
