@@ -1,7 +1,8 @@
-//! Ferry's chores: `cargo xtask test`, `cargo xtask probe` and `cargo xtask bench`.
+//! Ferry's chores: tests, guests as files, benchmarks.
 #![forbid(unsafe_code)]
 
 mod bench;
+mod linux;
 mod probe;
 mod test;
 mod workspace;
@@ -24,6 +25,8 @@ enum Chore {
     Test(test::Options),
     /// Writes the probe guest as an ELF file that boots in Ferry, QEMU microvm and Cloud Hypervisor.
     Probe(probe::Options),
+    /// Builds a small Linux guest into a cache outside the tree and prints how to run it.
+    Linux(linux::Options),
     /// Runs the benchmark, a peer in turn with Ferry where one is named.
     Bench(bench::Options),
 }
@@ -32,6 +35,7 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().chore {
         Chore::Test(options) => test::run(&options),
         Chore::Probe(options) => probe::run(&options),
+        Chore::Linux(options) => linux::run(&options),
         Chore::Bench(options) => bench::run(&options),
     };
     outcome.unwrap_or_else(|error| {
