@@ -65,6 +65,16 @@ impl Host {
         format!("http://127.0.0.1:{}", self.port)
     }
 
+    /// From its next start on the agent finds this peer at this address.
+    pub fn set_peer(&mut self, name: &str, url: &str) {
+        let known = format!("{name}=");
+        let peer = format!("{known}{url}");
+        match self.arguments.iter_mut().find(|word| word.starts_with(&known)) {
+            Some(word) => *word = peer,
+            None => self.arguments.extend(["--peer".to_owned(), peer]),
+        }
+    }
+
     /// Starts the agent and waits until it answers.
     ///
     /// # Errors
@@ -305,6 +315,16 @@ impl Call {
             stdout: text(stdout),
             stderr: text(stderr),
         })
+    }
+
+    /// Kills it, as `kill -9` does, and tells whether that is what ended it.
+    ///
+    /// # Errors
+    /// If it cannot be waited for.
+    pub fn kill(mut self) -> Result<bool> {
+        self.child.kill().context("failed to kill the command line")?;
+        let status = self.child.wait().context("failed to wait for the command line")?;
+        Ok(status.code().is_none())
     }
 
     /// Interrupts it, as Ctrl-C does.

@@ -12,6 +12,7 @@ pub mod guest;
 pub mod host;
 pub mod pair;
 pub mod process;
+pub mod relay;
 pub mod waiting;
 pub mod witness;
 
@@ -19,5 +20,6 @@ pub use answer::{Answer, Migration};
 pub use guest::Guest;
 pub use host::Host;
 pub use pair::Pair;
+pub use relay::{Relay, Tampering};
 pub use waiting::until;
 pub use witness::Witness;

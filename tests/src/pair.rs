@@ -23,6 +23,8 @@ pub struct Pair {
     pub a: Host,
     /// Where they move to.
     pub b: Host,
+    /// A third host, where a scenario asked for one.
+    pub c: Option<Host>,
     expected_complaints: BTreeSet<String>,
     folder: TempDir,
 }
@@ -63,18 +65,36 @@ impl Pair {
             Host::new("a", folder.path(), ferry)?,
             Host::new("b", folder.path(), ferry)?,
         );
-        let peers = [format!("b={}", b.url()), format!("a={}", a.url())];
-        for (host, peer) in [&mut a, &mut b].into_iter().zip(peers) {
-            host.arguments.extend(["--peer".to_owned(), peer]);
-        }
+        a.set_peer(b.name, &b.url());
+        b.set_peer(a.name, &a.url());
         fs::write(folder.path().join(PROBE), ferry_probe::PROBE_ELF).context("failed to write the probe")?;
         fs::create_dir(folder.path().join(KEPT_LOGS))?;
         Ok(Self {
             a,
             b,
+            c: None,
             expected_complaints: BTreeSet::new(),
             folder,
         })
+    }
+
+    /// Adds host `c`, known to `b` and knowing it, and starts its agent; that of `b` starts anew.
+    ///
+    /// # Errors
+    /// If an agent does not come up.
+    pub fn start_third(&mut self) -> Result<&Host> {
+        let mut third = Host::new("c", self.folder.path(), &binary::ferry()?)?;
+        third.set_peer(self.b.name, &self.b.url());
+        self.b.set_peer(third.name, &third.url());
+        self.b.terminate()?;
+        self.b.start()?;
+        let third = self.c.insert(third);
+        third.start()?;
+        Ok(third)
+    }
+
+    fn hosts(&self) -> impl Iterator<Item = &Host> {
+        [&self.a, &self.b].into_iter().chain(&self.c)
     }
 
     /// The temporary directory.
@@ -218,7 +238,7 @@ impl Pair {
 
     /// Holds on to the logs of VMMs, which go when their instance does: a second link to each file.
     pub fn keep_logs(&self) {
-        for host in [&self.a, &self.b] {
+        for host in self.hosts() {
             let instances = fs::read_dir(host.data_dir.join("instances"))
                 .into_iter()
                 .flatten()
@@ -241,9 +261,8 @@ impl Pair {
             .into_iter()
             .flatten()
             .flatten();
-        let agents = [&self.a, &self.b].map(|host| host.log.clone());
-        agents
-            .into_iter()
+        self.hosts()
+            .map(|host| host.log.clone())
             .filter(|file| file.exists())
             .chain(kept.map(|entry| entry.path()))
             .collect()
@@ -255,6 +274,7 @@ impl Drop for Pair {
         // The agents first: they would look after a VMM that dies.
         self.a.kill();
         self.b.kill();
+        self.c = None;
         remove_remains(self.folder.path());
     }
 }
@@ -317,6 +337,6 @@ pub struct Underway {
 
 const ROOT: &str = "/tmp";
 const PREFIX: &str = "ft";
-const HOSTS: [&str; 2] = ["a", "b"];
+const HOSTS: [&str; 3] = ["a", "b", "c"];
 const PROBE: &str = "probe.elf";
 const KEPT_LOGS: &str = "logs";

@@ -31,7 +31,7 @@ pub struct Beat {
     pub read_at: Instant,
 }
 
-/// Follows the consoles of all guests of some hosts; a scenario has one guest.
+/// Follows the console of one guest on some hosts: of the only one, or of the one that was named.
 pub struct Witness {
     seen: Arc<Mutex<Seen>>,
     over: Arc<AtomicBool>,
@@ -47,9 +47,19 @@ struct Seen {
 }
 
 impl Witness {
-    /// Begins to follow.
+    /// Begins to follow the only guest that these hosts have.
     #[must_use]
     pub fn of(hosts: &[&Host]) -> Self {
+        Self::following(hosts, None)
+    }
+
+    /// Begins to follow one guest of several, by its id.
+    #[must_use]
+    pub fn of_instance(hosts: &[&Host], id: &str) -> Self {
+        Self::following(hosts, Some(id.to_owned()))
+    }
+
+    fn following(hosts: &[&Host], only: Option<String>) -> Self {
         let seen = Arc::new(Mutex::new(Seen::default()));
         let over = Arc::new(AtomicBool::new(false));
         let mut consoles = Consoles {
@@ -57,6 +67,7 @@ impl Witness {
                 .iter()
                 .map(|host| (host.name, host.data_dir.join("instances")))
                 .collect(),
+            only,
             open: BTreeMap::new(),
             seen: Arc::clone(&seen),
         };
@@ -198,6 +209,7 @@ const SETTLED: Duration = Duration::from_millis(100);
 
 struct Consoles {
     folders: Vec<(&'static str, PathBuf)>,
+    only: Option<String>,
     /// Console logs by inode: one that is written again after a return is the same file.
     open: BTreeMap<(&'static str, u64), Console>,
     seen: Arc<Mutex<Seen>>,
@@ -213,6 +225,13 @@ impl Consoles {
     fn look(&mut self) {
         for (host, folder) in &self.folders {
             for instance in fs::read_dir(folder).into_iter().flatten().flatten() {
+                if self
+                    .only
+                    .as_ref()
+                    .is_some_and(|only| instance.file_name() != only.as_str())
+                {
+                    continue;
+                }
                 let Ok(file) = File::open(instance.path().join("console.log")) else {
                     continue;
                 };

@@ -7,8 +7,10 @@
 mod aborts;
 mod agents;
 mod alphabet;
+mod callers;
 mod data_port;
 mod faults;
+mod hostile;
 mod journal;
 mod lifecycle;
 mod moves;
@@ -32,6 +34,8 @@ fn main() -> ExitCode {
         agents::trials(),
         data_port::trials(),
         faults::trials(),
+        hostile::trials(),
+        callers::trials(),
     ];
     libtest_mimic::run(&arguments, trials.into_iter().flatten().collect()).exit_code()
 }

@@ -1,9 +1,10 @@
 //! What every scenario shares: a pair of agents before it, a look at the logs after it.
 
+use std::fs;
 use std::path::Path;
 
 use anyhow::Result;
-use ferry_tests::Pair;
+use ferry_tests::{Host, Pair, Witness, until, waiting::CALL};
 use libtest_mimic::{Failed, Trial};
 use rustix::fs::{Access, access};
 
@@ -57,4 +58,41 @@ fn kvm_is_here() -> bool {
 
 fn short(name: &str) -> &str {
     name.split_once("::").map_or(name, |(_, rest)| rest)
+}
+
+/// Waits until the host has no instance, no VMM and no folder of one.
+pub(crate) fn has_nothing(host: &Host) -> Result<()> {
+    until(&format!("nothing is left at {}", host.name), CALL, || {
+        let folders = fs::read_dir(host.data_dir.join("instances")).map_or(0, Iterator::count);
+        let listed = host.ferry(&["list"])?.exit(0)?.json_lines()?;
+        Ok((folders == 0 && listed.is_empty() && host.vmms().is_empty()).then_some(()))
+    })
+}
+
+/// A side that loses the other in mid-migration says so.
+pub(crate) fn expect_a_lost_peer(pair: &mut Pair) {
+    for words in [
+        "peer",
+        "migration",
+        "heartbeat",
+        "agent",
+        "connection",
+        "VMM",
+        "source",
+        "destination",
+        "stream",
+    ] {
+        pair.expect_complaint(words);
+    }
+}
+
+/// The guest runs at A with no migration in flight, B has nothing of it, and a new migration succeeds.
+pub(crate) fn stays_and_moves_later(pair: &Pair, witness: &Witness) -> Result<()> {
+    pair.runs_only_at(&pair.a, "g", witness)?;
+    has_nothing(&pair.b)?;
+    pair.migrate("g", &["--digests"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+    pair.runs_only_at(&pair.b, "g", witness)
 }

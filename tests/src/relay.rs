@@ -1,0 +1,391 @@
+//! A man in the middle: between one agent and another's two ports, it changes what passes.
+//!
+//! The caller's agent is told the relay's address as its peer's. The peer names its data port in an answer; the relay puts
+//! its own there instead, of the same length, so page streams come by too. What is honest, it passes on as it is.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::host::{Host, free_port};
+use crate::waiting::{CALL, until};
+
+/// What the relay does to what passes. It does it once and is honest from then on.
+#[derive(Clone, Copy)]
+pub enum Tampering {
+    /// Nothing.
+    None,
+    /// The caller's RPC version becomes one of another major number.
+    RpcVersion,
+    /// The request to prepare a guest is held back until [`Relay::release`], and whatever the caller says after it.
+    HoldPrepare,
+    /// The answer to that request is held back until [`Relay::release`], and whatever the peer says after it.
+    HoldPrepared,
+    /// The source's `Hello` on the control stream, without magic number and length; of equal length.
+    Hello(fn(&mut [u8])),
+    /// Header and table of one frame of one page stream.
+    Frame {
+        /// The stream's index.
+        stream: u16,
+        /// Frames of the stream before it.
+        number: u64,
+        /// What becomes of it, of equal length.
+        change: fn(&mut [u8]),
+    },
+}
+
+/// The relay. Dropping it hangs up everything that goes through it and ends its threads.
+pub struct Relay {
+    port: u16,
+    shared: Arc<Shared>,
+    acceptors: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    over: AtomicBool,
+    peer: u16,
+    peer_data: u16,
+    data_port: u16,
+}
+
+struct State {
+    tampering: Tampering,
+    done: bool,
+    released: bool,
+    /// Times that what is to be held back went by.
+    passed: u32,
+    connections: Vec<TcpStream>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Relay {
+    /// A relay before this host's two ports.
+    ///
+    /// # Errors
+    /// If no port is free.
+    pub fn before(host: &Host, tampering: Tampering) -> Result<Self> {
+        let (api, port) = listen()?;
+        let (data, data_port) = listen()?;
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                tampering,
+                done: false,
+                released: false,
+                passed: 0,
+                connections: Vec::new(),
+                threads: Vec::new(),
+            }),
+            over: AtomicBool::new(false),
+            peer: host.port,
+            peer_data: host.data_port,
+            data_port,
+        });
+        ensure!(
+            shared.told_address().len() == shared.own_address().len(),
+            "the relay's port has as many digits as the one that it stands for"
+        );
+        let acceptors = vec![
+            accept(Arc::clone(&shared), api, Shared::relay_api),
+            accept(Arc::clone(&shared), data, Shared::relay_data),
+        ];
+        Ok(Self {
+            port,
+            shared,
+            acceptors,
+        })
+    }
+
+    /// Where the caller's agent finds its peer.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
+    /// Whether it has done what it was told to do.
+    #[must_use]
+    pub fn has_tampered(&self) -> bool {
+        self.shared.lock().done
+    }
+
+    /// Waits until it has done what it was told to do.
+    ///
+    /// # Errors
+    /// If what it waits for does not pass.
+    pub fn wait_tampered(&self) -> Result<()> {
+        until("the relay does its work", CALL, || {
+            Ok(self.has_tampered().then_some(()))
+        })
+    }
+
+    /// Passes on what it held back.
+    pub fn release(&self) {
+        self.shared.lock().released = true;
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.shared.over.store(true, Ordering::Relaxed);
+        for acceptor in self.acceptors.drain(..) {
+            let _ = acceptor.join();
+        }
+        let (connections, threads) = {
+            let mut state = self.shared.lock();
+            (
+                std::mem::take(&mut state.connections),
+                std::mem::take(&mut state.threads),
+            )
+        };
+        for connection in connections {
+            let _ = connection.shutdown(Shutdown::Both);
+        }
+        for thread in threads {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Computes the checksum of a frame's header and table anew, for a change that is about something else.
+pub fn reseal(frame: &mut [u8]) {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&frame[..CHECKED]);
+    hasher.update(&frame[HEADER..]);
+    frame[CHECKED..HEADER].copy_from_slice(&hasher.finalize().to_le_bytes());
+}
+
+/// Bytes of a frame's header.
+pub const HEADER: usize = 32;
+/// Bytes of it before its checksum.
+const CHECKED: usize = 28;
+/// Bytes of an entry of a frame's table.
+const ENTRY: usize = 16;
+/// What a connection to a data port says first: migration, index, proof.
+const CLAIM: usize = 16 + 2 + 32;
+/// Magic number and length before a message of the control stream.
+const MESSAGE_HEADER: usize = 8;
+/// The first byte of a message that is a `Hello`: field 1, with a length.
+const HELLO: u8 = 0x0a;
+/// The field `rpc_version` of a request to prepare, as far as its major number is not told.
+const RPC_VERSION: &[u8] = b"R\x034.2";
+const OTHER_RPC_VERSION: &[u8] = b"R\x039.2";
+/// A preparation is asked for once to learn which images are missing, and once more when they are there.
+const PREPARES: u32 = 2;
+/// More connections at once than any scenario makes.
+const MOST_CONNECTIONS: usize = 256;
+/// How often a thread that waits for something else than bytes looks again.
+const PAUSE: Duration = Duration::from_millis(2);
+
+fn listen() -> Result<(TcpListener, u16)> {
+    let port = free_port()?;
+    let listener = TcpListener::bind(("127.0.0.1", port)).context("failed to listen")?;
+    listener.set_nonblocking(true)?;
+    Ok((listener, port))
+}
+
+fn accept(
+    shared: Arc<Shared>,
+    listener: TcpListener,
+    relay: fn(&Arc<Shared>, TcpStream) -> io::Result<()>,
+) -> JoinHandle<()> {
+    thread::spawn(move || {
+        while !shared.over.load(Ordering::Relaxed) {
+            let Ok((caller, _)) = listener.accept() else {
+                thread::sleep(PAUSE);
+                continue;
+            };
+            // The peer may be down: then its caller is hung up on.
+            let _ = caller
+                .set_nonblocking(false)
+                .and_then(|()| caller.set_nodelay(true))
+                .and_then(|()| relay(&shared, caller));
+        }
+    })
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn told_address(&self) -> String {
+        format!("127.0.0.1:{}", self.peer_data)
+    }
+
+    fn own_address(&self) -> String {
+        format!("127.0.0.1:{}", self.data_port)
+    }
+
+    fn connect(&self, caller: &TcpStream, port: u16) -> io::Result<TcpStream> {
+        let callee = TcpStream::connect(("127.0.0.1", port))?;
+        callee.set_nodelay(true)?;
+        let mut state = self.lock();
+        if state.connections.len() >= 2 * MOST_CONNECTIONS {
+            return Err(ErrorKind::QuotaExceeded.into());
+        }
+        state.connections.push(caller.try_clone()?);
+        state.connections.push(callee.try_clone()?);
+        Ok(callee)
+    }
+
+    fn spawn(&self, work: impl FnOnce() + Send + 'static) {
+        self.lock().threads.push(thread::spawn(work));
+    }
+
+    /// What is to be done, unless it was done.
+    fn tampering(&self) -> Tampering {
+        let state = self.lock();
+        if state.done { Tampering::None } else { state.tampering }
+    }
+
+    fn done(&self) {
+        self.lock().done = true;
+    }
+
+    fn relay_api(self: &Arc<Self>, caller: TcpStream) -> io::Result<()> {
+        let callee = self.connect(&caller, self.peer)?;
+        let (from, to, shared) = (caller.try_clone()?, callee.try_clone()?, Arc::clone(self));
+        self.spawn(move || pump(&from, &to, |bytes| shared.change_request(bytes)));
+        let shared = Arc::clone(self);
+        self.spawn(move || pump(&callee, &caller, |bytes| shared.change_answer(bytes)));
+        Ok(())
+    }
+
+    fn change_request(&self, bytes: &mut [u8]) {
+        let Some(at) = find(bytes, RPC_VERSION) else { return };
+        match self.tampering() {
+            Tampering::RpcVersion => {
+                bytes[at..at + OTHER_RPC_VERSION.len()].copy_from_slice(OTHER_RPC_VERSION);
+                self.done();
+            }
+            Tampering::HoldPrepare => self.hold(),
+            _ => {}
+        }
+    }
+
+    fn change_answer(&self, bytes: &mut [u8]) {
+        let Some(at) = find(bytes, self.told_address().as_bytes()) else {
+            return;
+        };
+        match self.tampering() {
+            Tampering::Hello(_) | Tampering::Frame { .. } => {
+                let own = self.own_address();
+                bytes[at..at + own.len()].copy_from_slice(own.as_bytes());
+            }
+            Tampering::HoldPrepared => self.hold(),
+            _ => {}
+        }
+    }
+
+    /// Holds back what comes by for the last time.
+    fn hold(&self) {
+        {
+            let mut state = self.lock();
+            state.passed += 1;
+            if state.passed < PREPARES {
+                return;
+            }
+            state.done = true;
+        }
+        while !self.lock().released && !self.over.load(Ordering::Relaxed) {
+            thread::sleep(PAUSE);
+        }
+    }
+
+    fn relay_data(self: &Arc<Self>, caller: TcpStream) -> io::Result<()> {
+        let callee = self.connect(&caller, self.peer_data)?;
+        let (from, to, shared) = (caller.try_clone()?, callee.try_clone()?, Arc::clone(self));
+        self.spawn(move || {
+            let _ = shared.pass_stream(&from, &to);
+            pump(&from, &to, |_| {});
+        });
+        self.spawn(move || pump(&callee, &caller, |_| {}));
+        Ok(())
+    }
+
+    /// Passes on what a source says until the place to tamper with is behind it.
+    fn pass_stream(&self, mut from: &TcpStream, mut to: &TcpStream) -> io::Result<()> {
+        let mut claim = [0; CLAIM];
+        from.read_exact(&mut claim)?;
+        to.write_all(&claim)?;
+        let index = u16::from_le_bytes([claim[16], claim[17]]);
+        match (index.checked_sub(1), self.tampering()) {
+            (None, Tampering::Hello(change)) => loop {
+                let mut message = vec![0; MESSAGE_HEADER];
+                from.read_exact(&mut message)?;
+                message.resize(MESSAGE_HEADER + read_u32(&message, 4), 0);
+                from.read_exact(&mut message[MESSAGE_HEADER..])?;
+                // A ping may come before it.
+                let is_hello = message.get(MESSAGE_HEADER) == Some(&HELLO);
+                if is_hello {
+                    change(&mut message[MESSAGE_HEADER..]);
+                    self.done();
+                }
+                to.write_all(&message)?;
+                if is_hello {
+                    return Ok(());
+                }
+            },
+            (Some(index), Tampering::Frame { stream, number, change }) if index == stream => {
+                for _ in 0..number {
+                    let (frame, pages) = read_frame(from)?;
+                    to.write_all(&frame)?;
+                    io::copy(&mut from.take(pages), &mut to)?;
+                }
+                let (mut frame, _) = read_frame(from)?;
+                change(&mut frame);
+                self.done();
+                to.write_all(&frame)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Header and table of the next frame, and how many bytes of pages follow.
+fn read_frame(mut from: &TcpStream) -> io::Result<(Vec<u8>, u64)> {
+    let mut frame = vec![0; HEADER];
+    from.read_exact(&mut frame)?;
+    let entries = usize::from(u16::from_le_bytes([frame[10], frame[11]]));
+    let pages = read_u32(&frame, 24);
+    frame.resize(HEADER + entries * ENTRY, 0);
+    from.read_exact(&mut frame[HEADER..])?;
+    Ok((frame, pages as u64))
+}
+
+fn read_u32(bytes: &[u8], at: usize) -> usize {
+    let four = bytes[at..at + 4].try_into().expect("four bytes are four bytes");
+    u32::from_le_bytes(four) as usize
+}
+
+fn find(bytes: &[u8], wanted: &[u8]) -> Option<usize> {
+    bytes.windows(wanted.len()).position(|window| window == wanted)
+}
+
+/// Passes bytes on until either side ends, and then ends the other.
+fn pump(mut from: &TcpStream, mut to: &TcpStream, mut change: impl FnMut(&mut [u8])) {
+    let mut buffer = vec![0; 256 << 10];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(read) => {
+                change(&mut buffer[..read]);
+                if to.write_all(&buffer[..read]).is_err() {
+                    let _ = from.shutdown(Shutdown::Both);
+                    break;
+                }
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(_) => {
+                let _ = to.shutdown(Shutdown::Both);
+                break;
+            }
+        }
+    }
+    let _ = to.shutdown(Shutdown::Write);
+}

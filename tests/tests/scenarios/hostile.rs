@@ -1,0 +1,120 @@
+//! A peer of another version, and frames that are wrong: refused by name, the guest runs on at the source, and the
+//! destination is left with nothing.
+
+use anyhow::{Result, ensure};
+use ferry_tests::{Guest, Pair, Relay, Tampering, relay::HEADER, relay::reseal};
+use libtest_mimic::Trial;
+
+use crate::scenario::{expect_a_lost_peer, has_nothing, on_kvm};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    on_kvm![
+        a_peer_of_another_rpc_version_is_refused_by_name,
+        a_peer_of_another_protocol_version_is_refused_by_name,
+        a_page_stream_of_another_layout_is_refused_by_name,
+        a_frame_with_a_wrong_checksum_ends_the_migration,
+        a_frame_with_a_wrong_length_ends_the_migration,
+        a_frame_beyond_the_limit_ends_the_migration,
+        a_frame_of_pages_outside_memory_ends_the_migration,
+        a_doubled_frame_ends_the_migration,
+    ]
+}
+
+fn a_peer_of_another_rpc_version_is_refused_by_name(pair: &mut Pair) -> Result<()> {
+    stays(pair, Tampering::RpcVersion, &["host b", "4.2", "9.2"])
+}
+
+fn a_peer_of_another_protocol_version_is_refused_by_name(pair: &mut Pair) -> Result<()> {
+    let says = ["protocol version", "the source speaks 8 to 9", "this host 1 to 1"];
+    stays(pair, Tampering::Hello(speak_8_to_9), &says)
+}
+
+fn a_page_stream_of_another_layout_is_refused_by_name(pair: &mut Pair) -> Result<()> {
+    let says = ["page stream 0", "frame version 2, this build reads 1"];
+    stays(pair, frame(0, 0, |frame| frame[4] = 2), &says)
+}
+
+fn a_frame_with_a_wrong_checksum_ends_the_migration(pair: &mut Pair) -> Result<()> {
+    let says = ["page stream 1", "the checksum of a frame's header"];
+    stays(pair, frame(1, 3, |frame| frame[28] ^= 0x10), &says)
+}
+
+fn a_frame_with_a_wrong_length_ends_the_migration(pair: &mut Pair) -> Result<()> {
+    let one_page_less = |frame: &mut [u8]| set_length(frame, length(frame) - 4096);
+    stays(
+        pair,
+        frame(0, 3, one_page_less),
+        &["page stream 0", "a frame length of"],
+    )
+}
+
+fn a_frame_beyond_the_limit_ends_the_migration(pair: &mut Pair) -> Result<()> {
+    let a_page_too_many = |frame: &mut [u8]| set_length(frame, (2 << 20) + 4096);
+    let says = ["page stream 1", "a frame of 2101248 bytes of pages, at most 2097152"];
+    stays(pair, frame(1, 2, a_page_too_many), &says)
+}
+
+fn a_frame_of_pages_outside_memory_ends_the_migration(pair: &mut Pair) -> Result<()> {
+    let far_away = |frame: &mut [u8]| {
+        frame[HEADER..HEADER + 8].copy_from_slice(&0x1234_5678_u64.to_le_bytes());
+        reseal(frame);
+    };
+    let says = ["page stream 0", "from page 0x12345678 on are not guest memory"];
+    stays(pair, frame(0, 2, far_away), &says)
+}
+
+fn a_doubled_frame_ends_the_migration(pair: &mut Pair) -> Result<()> {
+    let as_the_one_before = |frame: &mut [u8]| {
+        frame[16..24].copy_from_slice(&2_u64.to_le_bytes());
+        reseal(frame);
+    };
+    let says = ["page stream 0", "frame 2 of the stream where 3 is next"];
+    stays(pair, frame(0, 3, as_the_one_before), &says)
+}
+
+/// A migration in which this is tampered with fails and says so; the guest stays, B has nothing, and the next one succeeds.
+fn stays(pair: &mut Pair, tampering: Tampering, says: &[&str]) -> Result<()> {
+    expect_a_lost_peer(pair);
+    let relay = Relay::before(&pair.b, tampering)?;
+    pair.a.set_peer("b", &relay.url());
+    pair.a.terminate()?;
+    pair.a.start()?;
+    let work = "fill=random fill_mib=48 work=uniform work_mib=8 rate=1000 heartbeat_ms=20";
+    let witness = pair.run(&Guest::new("g").work(work))?;
+
+    let told = pair.migrate("g", &["--digests", "--streams", "2"])?.exit(1)?;
+
+    ensure!(relay.has_tampered(), "nothing was tampered with: {told}");
+    let record = told.migration()?.is("failed", "a")?;
+    for words in says {
+        ensure!(record.text("error")?.contains(words), "{words:?} expected: {told}");
+    }
+    pair.runs_only_at(&pair.a, "g", &witness)?;
+    has_nothing(&pair.b)?;
+    pair.migrate("g", &["--digests", "--streams", "2"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn frame(stream: u16, number: u64, change: fn(&mut [u8])) -> Tampering {
+    Tampering::Frame { stream, number, change }
+}
+
+/// Versions 8 to 9 instead of 1 to 1: the first two fields of the message in the message.
+fn speak_8_to_9(hello: &mut [u8]) {
+    let versions = hello.windows(4).position(|window| window == [0x08, 1, 0x10, 1]);
+    let at = versions.expect("the first message names the versions");
+    hello[at + 1] = 9;
+    hello[at + 3] = 8;
+}
+
+fn length(frame: &[u8]) -> u32 {
+    u32::from_le_bytes(frame[24..28].try_into().expect("four bytes are four bytes"))
+}
+
+fn set_length(frame: &mut [u8], length: u32) {
+    frame[24..28].copy_from_slice(&length.to_le_bytes());
+    reseal(frame);
+}
