@@ -17,6 +17,7 @@ mod moves;
 mod refusals;
 mod requests;
 mod scenario;
+mod silence;
 
 use std::process::ExitCode;
 
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         faults::trials(),
         hostile::trials(),
         callers::trials(),
+        silence::trials(),
     ];
     libtest_mimic::run(&arguments, trials.into_iter().flatten().collect()).exit_code()
 }
