@@ -7,6 +7,8 @@
 
 pub mod destination;
 mod digest;
+#[cfg(fuzzing)]
+pub mod fuzz;
 pub mod guest;
 pub mod handover;
 mod link;

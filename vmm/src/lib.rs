@@ -15,6 +15,15 @@ mod memory;
 mod state;
 mod vcpu;
 
+/// A way in for the fuzz targets, which see only what is public.
+#[cfg(fuzzing)]
+pub mod fuzz {
+    /// A kernel's file.
+    pub fn kernel_elf(bytes: &[u8]) {
+        let _ = crate::arch::x86_64::elf::ElfImage::parse(&bytes.to_vec());
+    }
+}
+
 pub use arch::x86_64::boot::{BootPayload, LoadError};
 pub use arch::x86_64::cpuid::CpuidEntry;
 pub use arch::x86_64::elf::ElfError;

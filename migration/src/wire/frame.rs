@@ -401,7 +401,8 @@ impl FrameReader {
         let table = &mut self.table[..usize::from(header.entries.get()) * ENTRY_BYTES];
         source.read_exact(table).map_err(FrameError::from_pages)?;
         let computed = checksum(header, table);
-        if header.checksum.get() != computed {
+        // Mutated bytes would hardly ever get past it.
+        if header.checksum.get() != computed && !cfg!(fuzzing) {
             return Err(FrameError::Checksum {
                 header: header.checksum.get(),
                 computed,

@@ -269,24 +269,25 @@ fn pvh_entry(notes: &[u8], align: u64) -> Option<u32> {
     None
 }
 
+#[cfg(any(test, fuzzing))]
+impl Image for Vec<u8> {
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let start = usize::try_from(offset).map_err(io::Error::other)?;
+        let end = start.checked_add(buffer.len()).ok_or(io::ErrorKind::InvalidInput)?;
+        buffer.copy_from_slice(self.get(start..end).ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.len() as u64)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    impl Image for Vec<u8> {
-        fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-            let start = usize::try_from(offset).map_err(io::Error::other)?;
-            let end = start.checked_add(buffer.len()).ok_or(io::ErrorKind::InvalidInput)?;
-            buffer.copy_from_slice(self.get(start..end).ok_or(io::ErrorKind::UnexpectedEof)?);
-            Ok(())
-        }
-
-        fn len(&self) -> io::Result<u64> {
-            Ok(self.len() as u64)
-        }
-    }
 
     fn note() -> Vec<u8> {
         let mut note = Vec::new();
