@@ -300,8 +300,7 @@ impl Compute for ComputeService {
         let request = request.into_inner();
         let migration = wire_uuid("migration", &request.migration).map_err(Failure::from)?;
         self.check_peer(migration, &request.source).await?;
-        if let Some(incoming) = self.0.incoming.find(migration) {
-            incoming.give_up(&request.reason);
+        if let Some(incoming) = self.0.incoming.give_up(migration, &request.reason) {
             // Answered once nothing is left of it, so that the same guest may come again at once.
             let _ = tokio::time::timeout(CALL_TIME / 2, incoming.over()).await;
         }

@@ -9,7 +9,7 @@ use ferry_proto::vmm::v1::report::Report;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::failure::Failure;
-use super::instances::{Agent, Instance};
+use super::instances::{Agent, Instance, InstanceState};
 use super::journal::{InstanceRow, MigrationRow, Role, Status};
 use super::outgoing::now_text;
 use super::vmm_client::Vmm;
@@ -96,6 +96,14 @@ async fn found_again(
     events: UnboundedReceiver<Report>,
 ) {
     let mut state = instance.state.lock().await;
+    if is_settled(agent, instance, &state) {
+        // Whoever settled it looked for its VMM. One that is found after that has no right to run.
+        let its_own = state.vmm.as_ref().is_some_and(|current| current.is_same(&vmm));
+        if !its_own && let Err(error) = vmm.kill().await {
+            tracing::error!(instance = %instance.id, %error, "a VMM that should be dead does not die");
+        }
+        return;
+    }
     tracing::info!(instance = %instance.id, name = state.row.spec.name, pid = vmm.pid(), "found again");
     agent.attach(instance, &mut state, vmm.clone(), events);
     // The user's pause or resume may have been obeyed and not journalled.
@@ -122,8 +130,18 @@ async fn found_again(
     }
 }
 
+/// Whether its user stopped, started or deleted the instance while its VMM was looked for.
+fn is_settled(agent: &Agent, instance: &Instance, state: &InstanceState) -> bool {
+    agent.instances.by_id(instance.id).is_none()
+        || state.vmm.is_some()
+        || matches!(state.row.status, Status::Stopped | Status::Crashed)
+}
+
 async fn lost(agent: &Arc<Agent>, instance: &Arc<Instance>) {
     let mut state = instance.state.lock().await;
+    if is_settled(agent, instance, &state) {
+        return;
+    }
     let rebooted = state.row.boot_id != agent.boot_id;
     let reason = if rebooted {
         "the host went down"

@@ -199,11 +199,23 @@ fn give_cgroup(pid: u32, instance: &str) -> io::Result<()> {
     fs::write(group.join("cgroup.procs"), pid.to_string())
 }
 
-/// Removes the cgroup of an instance whose process is dead.
+/// Removes the cgroup of an instance whose process is dead. It holds the process until somebody reaped it: then that is
+/// waited for, elsewhere and not for ever. A start meanwhile uses the group again.
 pub(crate) fn remove_cgroup(instance: &str) {
-    if let Ok(root) = cgroup_root() {
-        // Not there, or not empty yet: an empty group costs nothing, and the next start uses it again.
-        let _ = fs::remove_dir(root.join("ferry").join(instance));
+    let Ok(root) = cgroup_root() else { return };
+    let group = root.join("ferry").join(instance);
+    let is_busy = move || matches!(fs::remove_dir(&group), Err(error) if error.kind() == io::ErrorKind::ResourceBusy);
+    if is_busy() {
+        let wait = move || {
+            for _ in 0..50 {
+                thread::sleep(Duration::from_millis(20));
+                if !is_busy() {
+                    return;
+                }
+            }
+        };
+        // An empty group costs nothing: one that stays is no reason to fail.
+        let _ = thread::Builder::new().name("cgroup".to_owned()).spawn(wait);
     }
 }
 

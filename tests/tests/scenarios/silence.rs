@@ -14,6 +14,9 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_silent_vmm_in_a_migration_is_waited_for_by_a_restarted_agent,
         an_abort_is_answered_while_the_destination_is_silent,
         an_abort_before_the_preparation_is_answered_leaves_nothing,
+        an_abort_that_overtakes_the_preparation_leaves_nothing,
+        a_silent_vmm_is_ended_by_a_forced_stop,
+        a_silent_vmm_is_ended_by_a_forced_delete,
     ]
 }
 
@@ -92,6 +95,39 @@ fn an_abort_before_the_preparation_is_answered_leaves_nothing(pair: &mut Pair) -
     let underway = pair.migrate_until("g", &[], |_| Ok(relay.has_tampered()))?;
     is_aborted(pair, underway, &witness)?;
     has_nothing(&pair.b)?;
+    relay.release();
+
+    stays_and_moves_later(pair, &witness)
+}
+
+fn a_silent_vmm_is_ended_by_a_forced_stop(pair: &mut Pair) -> Result<()> {
+    let (witness, vmm) = run_and_silence(pair)?;
+
+    pair.a.ferry(&["stop", "g", "--force"])?.exit(0)?;
+
+    pair.a.wait_for_status("g", "stopped")?;
+    ensure!(!process::is_alive(vmm), "stopped, and its VMM lives");
+    pair.a.ferry(&["start", "g"])?.exit(0)?;
+    witness.wait_ready_times(2)?;
+    pair.a.wait_for_status("g", "running")?;
+    pair.exists_only_at(&pair.a, "g")
+}
+
+fn a_silent_vmm_is_ended_by_a_forced_delete(pair: &mut Pair) -> Result<()> {
+    let (_, vmm) = run_and_silence(pair)?;
+
+    pair.a.ferry(&["delete", "g", "--force"])?.exit(0)?;
+
+    pair.a.wait_until_gone("g")?;
+    ensure!(!process::is_alive(vmm), "deleted, and its VMM lives");
+    Ok(())
+}
+
+fn an_abort_that_overtakes_the_preparation_leaves_nothing(pair: &mut Pair) -> Result<()> {
+    let (relay, witness) = run_before_a_relay(pair, Tampering::HoldPrepare)?;
+
+    let underway = pair.migrate_until("g", &[], |_| Ok(relay.has_tampered()))?;
+    is_aborted(pair, underway, &witness)?;
     relay.release();
 
     stays_and_moves_later(pair, &witness)

@@ -1,6 +1,6 @@
 //! The handle on an incoming migration, and the register when no task owns it any more.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -76,24 +76,56 @@ impl Incoming {
 
 /// The incoming migrations that have a task.
 #[derive(Default)]
-pub(crate) struct IncomingMigrations(Mutex<HashMap<Uuid, Arc<Incoming>>>);
+pub(crate) struct IncomingMigrations(Mutex<Known>);
+
+#[derive(Default)]
+struct Known {
+    live: HashMap<Uuid, Arc<Incoming>>,
+    /// Given up before they were known here, with the reason; the newest last.
+    buried: VecDeque<(Uuid, String)>,
+}
+
+/// How many migrations are remembered that were given up before they were known: their PREPARE is on the way still, or
+/// never comes.
+const MOST_BURIED: usize = 256;
 
 impl IncomingMigrations {
-    fn lock(&self) -> MutexGuard<'_, HashMap<Uuid, Arc<Incoming>>> {
+    fn lock(&self) -> MutexGuard<'_, Known> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The one with this id.
     pub(crate) fn find(&self, id: Uuid) -> Option<Arc<Incoming>> {
-        self.lock().get(&id).cloned()
+        self.lock().live.get(&id).cloned()
+    }
+
+    /// Agent A gives a migration up: the one that has a task, or one whose PREPARE the news has overtaken.
+    pub(crate) fn give_up(&self, id: Uuid, reason: &str) -> Option<Arc<Incoming>> {
+        let mut known = self.lock();
+        let Some(incoming) = known.live.get(&id).cloned() else {
+            if known.buried.len() == MOST_BURIED {
+                known.buried.pop_front();
+            }
+            known.buried.push_back((id, reason.to_owned()));
+            return None;
+        };
+        incoming.give_up(reason);
+        Some(incoming)
+    }
+
+    /// Why a migration that is not known yet was given up, if it was.
+    pub(super) fn why_buried(&self, id: Uuid) -> Option<String> {
+        let known = self.lock();
+        let mut buried = known.buried.iter();
+        buried.find(|(found, _)| *found == id).map(|(_, reason)| reason.clone())
     }
 
     pub(super) fn add(&self, incoming: Arc<Incoming>) {
-        self.lock().insert(incoming.id, incoming);
+        self.lock().live.insert(incoming.id, incoming);
     }
 
     pub(super) fn remove(&self, id: Uuid) {
-        self.lock().remove(&id);
+        self.lock().live.remove(&id);
     }
 }
 

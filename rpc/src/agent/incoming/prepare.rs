@@ -92,6 +92,9 @@ impl Agent {
             return Ok(reply);
         }
         let id = guest.migration;
+        if let Some(reason) = self.incoming.why_buried(id) {
+            return Err(Failure::Refused(format!("migration {id} was given up: {reason}")));
+        }
         if self
             .journal
             .read(move |connection| MigrationRow::find(connection, id))
@@ -195,6 +198,9 @@ impl Agent {
         state.news = Some(news);
         // Known before it is built, so that giving up is heard meanwhile.
         self.incoming.add(Arc::clone(&incoming));
+        if let Some(reason) = self.incoming.why_buried(guest.migration) {
+            incoming.give_up(&reason);
+        }
         let built = self.build_incoming(&guest, &instance, &mut state).await;
         drop(state);
 

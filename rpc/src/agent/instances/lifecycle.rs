@@ -245,8 +245,7 @@ impl Agent {
                 return Err(Failure::Refused(format!("instance {name} is {}", state.row.status)));
             }
             Status::Running | Status::Paused => {
-                self.end(&mut state, Status::Stopped, "stopped by its user".to_owned())
-                    .await;
+                self.pull_plug(&mut state).await?;
             }
         }
         Ok(state.info(self.host()))
@@ -270,13 +269,19 @@ impl Agent {
                     "instance {name} is {status}: stop it first, or add --force to delete it as it is"
                 )));
             }
-            _ => {
-                self.end(&mut state, Status::Stopped, "stopped by its user".to_owned())
-                    .await
-            }
+            _ => self.pull_plug(&mut state).await?,
         }
         self.forget(&mut state).await;
         Ok(instance.id)
+    }
+
+    async fn pull_plug(&self, state: &mut InstanceState) -> Result<(), Failure> {
+        self.end(state, Status::Stopped, "stopped by its user".to_owned()).await;
+        if state.row.status != Status::Stopped {
+            let undead = std::io::Error::other("its process does not die, the agent's log says more");
+            return Err(Failure::host("failed to end the VMM")(undead));
+        }
+        Ok(())
     }
 
     /// Aborts the migration of an instance, or waits until it is decided.

@@ -1,11 +1,13 @@
 //! Looking after a VMM: its events, and its end.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ferry_proto::vmm::v1::GuestEnded;
 use ferry_proto::vmm::v1::report::Report as Body;
 use tokio::sync::mpsc::UnboundedReceiver;
+use uuid::Uuid;
 
 use super::instance::{Agent, Instance, InstanceState, VmmNews};
 use crate::agent::journal::Status;
@@ -111,21 +113,34 @@ impl Agent {
     }
 
     /// Ends the VMM and writes what became of the instance: in this order, for nobody looks for the VMM of an instance
-    /// that the journal calls stopped.
+    /// that the journal calls stopped. The instance stays as it is if its VMM does not die.
     pub(crate) async fn end(&self, state: &mut InstanceState, status: Status, reason: String) {
-        if let Some(vmm) = state.vmm.take()
-            && let Err(error) = vmm.kill().await
-        {
+        let killed = match &state.vmm {
+            Some(vmm) => vmm.kill().await,
+            // It may be there all the same: silent, and not found again yet by an agent that restarted.
+            None => self.kill_listening(state.row.id).await,
+        };
+        if let Err(error) = killed {
             tracing::error!(instance = %state.row.id, %error, "the VMM does not die: the instance stays as it is");
-            state.vmm = Some(vmm);
             return;
         }
+        state.vmm = None;
         state.row.status = status;
         state.row.reason = Some(reason);
         if let Err(error) = self.save(&state.row).await {
             tracing::error!(instance = %state.row.id, error = error.chain(), "failed to journal how the instance ended");
         }
         spawn::remove_cgroup(&state.row.id.to_string());
+    }
+}
+
+impl Agent {
+    /// Kills whatever VMM listens on the instance's socket, and waits until it is dead.
+    async fn kill_listening(&self, id: Uuid) -> io::Result<()> {
+        let socket = self.folder(id).join(spawn::SOCKET);
+        tokio::task::spawn_blocking(move || spawn::kill_listening(&socket))
+            .await
+            .map_err(io::Error::other)?
     }
 }
 

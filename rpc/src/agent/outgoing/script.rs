@@ -64,6 +64,8 @@ pub(super) struct Script {
     pub(super) abort_seen: bool,
     /// RUNNING that was heard before the VMM said that it sent GO.
     pub(super) early: Option<PeerNews>,
+    /// A copy that ended because the link broke, while B's word on why is waited for.
+    pub(super) lost_link: Option<Box<wire::SendEnded>>,
     /// When the cast was accepted, CLOCK_MONOTONIC; none after a restart of this agent.
     pub(super) accepted_ns: Option<u64>,
     pub(super) stop: Option<Stop>,
@@ -96,6 +98,7 @@ impl Script {
             made_up: VecDeque::new(),
             abort_seen: false,
             early: None,
+            lost_link: None,
             accepted_ns,
             stop: None,
             go: None,

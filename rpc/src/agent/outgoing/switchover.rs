@@ -24,6 +24,8 @@ use crate::vmm_process::monotonic_ns;
 
 /// How long RUNNING waits for the VMM's word that it sent GO.
 const EARLY_NEWS: Duration = Duration::from_secs(1);
+/// How long a link that broke waits for B's own word on why: its VMM's end is seen before its agent is heard.
+const PEERS_WORD: Duration = Duration::from_millis(300);
 /// The pause between two tries to reach a VMM that lives and does not answer.
 const RETRY: Duration = Duration::from_millis(200);
 
@@ -36,6 +38,8 @@ enum Outcome {
     Decided(u32, Decision, Option<DestinationPart>, u64),
     /// RUNNING was heard before GO, and has waited long enough for it.
     EarlyNews,
+    /// B had its time to say why the link broke.
+    LinkLost,
     /// The destination does not take part any more.
     PeerLost(String),
 }
@@ -154,6 +158,7 @@ impl Script {
                 self.note_figures(news.decision, news.part, news.heard_ns);
                 Some(SourceEvent::Decided(news.attempt, news.decision))
             }
+            Outcome::LinkLost => self.lost_link.take().map(|ended| self.copy_ended(*ended)),
             Outcome::PeerLost(reason) => {
                 self.stop.get_or_insert(Stop::Failed(reason));
                 Some(SourceEvent::Abort)
@@ -207,13 +212,15 @@ impl Script {
                 Some(SourceEvent::GoSent(attempt))
             }
             Body::SendEnded(copy_ended) => {
-                if let Some(progress) = &copy_ended.progress {
-                    self.note_progress(progress);
+                if copy_ended.kind != "link" || copy_ended.guest.is_some() || self.stop.is_some() {
+                    return Some(self.copy_ended(copy_ended));
                 }
-                self.guest_ended.clone_from(&copy_ended.guest);
-                let event = ended(&copy_ended);
-                self.stop.get_or_insert(Stop::Failed(copy_ended.reason));
-                Some(event)
+                self.lost_link = Some(Box::new(copy_ended));
+                calls.start(async {
+                    tokio::time::sleep(PEERS_WORD).await;
+                    Some(Outcome::LinkLost)
+                });
+                None
             }
             Body::GuestEnded(guest) => {
                 self.guest_ended = Some(guest);
@@ -221,6 +228,16 @@ impl Script {
             }
             _ => None,
         }
+    }
+
+    fn copy_ended(&mut self, copy_ended: wire::SendEnded) -> SourceEvent {
+        if let Some(progress) = &copy_ended.progress {
+            self.note_progress(progress);
+        }
+        self.guest_ended.clone_from(&copy_ended.guest);
+        let event = ended(&copy_ended);
+        self.stop.get_or_insert(Stop::Failed(copy_ended.reason));
+        event
     }
 
     async fn carry_out_all(
