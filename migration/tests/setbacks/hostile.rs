@@ -1,0 +1,240 @@
+//! Peers that break the protocol: each is refused by what it did.
+
+use std::sync::mpsc;
+use std::thread;
+
+use super::BUSY;
+use super::fake::raw::{self, RawFrame, RawSource};
+use super::fake::scene::{attempt, destination_parameters, guest, links, memory, parameters};
+use super::fake::{FakeDestination, Tracking};
+use ferry_migration::destination::{self, DestinationError};
+use ferry_migration::handover::Grants;
+use ferry_migration::source::{self, SourceError, SourceOutcome};
+use ferry_proto::stream::v1::{self, from_destination::Message as Reply, from_source::Message as Said};
+
+#[test]
+fn a_protocol_version_that_was_not_offered_is_misbehaviour() {
+    let (near, far) = links(1);
+    let (grants, (_orders_in, orders), (reports, _listener)) = (Grants::new(), mpsc::channel(), mpsc::channel());
+    let reply = v1::HelloReply {
+        protocol: 9,
+        refusals: Vec::new(),
+    };
+    raw::say(
+        &far.control,
+        &v1::FromDestination {
+            message: Some(Reply::HelloReply(reply)),
+        },
+    );
+    let outcome = source::run(
+        guest(Tracking::Log, BUSY),
+        near,
+        &parameters(),
+        &grants,
+        &orders,
+        &reports,
+    );
+    assert!(matches!(
+        outcome,
+        SourceOutcome::Cancelled {
+            error: SourceError::Misbehaved(_),
+            ..
+        }
+    ));
+}
+
+/// Runs a destination against a source by hand; returns how it ended and what it gave as reasons, if it did.
+fn against(act: impl FnOnce(&RawSource)) -> (DestinationError, Vec<String>) {
+    let (near, far) = links(1);
+    let ((_orders_in, orders), (reports, _listener)) = (mpsc::channel(), mpsc::channel());
+    let parameters = destination_parameters();
+    let receiving = thread::spawn(move || {
+        destination::run(FakeDestination::new(memory()), far, &parameters, &orders, &reports).map(|_| ())
+    });
+    let source = RawSource { link: near };
+    act(&source);
+    let reasons = std::iter::from_fn(|| source.reply()).find_map(|reply| match reply {
+        Reply::Refused(refused) => Some(refused.reasons),
+        Reply::HelloReply(reply) => Some(reply.refusals),
+        _ => None,
+    });
+    drop(source);
+    (receiving.join().unwrap().unwrap_err(), reasons.unwrap_or_default())
+}
+
+#[track_caller]
+fn frame_is_refused(frame: &RawFrame, reason: &str) {
+    let (error, reasons) = against(|source| {
+        source.up_to_pages();
+        source.write(0, &frame.bytes());
+    });
+    assert!(matches!(error, DestinationError::Frame { stream: 0, .. }), "{error}");
+    assert!(reasons.len() == 1 && reasons[0].contains(reason), "{reasons:?}");
+}
+
+#[test]
+fn another_protocol_version_is_refused_by_its_numbers() {
+    let (error, reasons) = against(|source| {
+        source.say(Said::Hello(v1::Hello {
+            protocol_newest: 3,
+            protocol_oldest: 2,
+            ..source.hello()
+        }));
+    });
+    assert!(matches!(error, DestinationError::Incompatible(_)));
+    assert_eq!(
+        reasons,
+        ["protocol version: the source speaks 2 to 3, this host 1 to 1"]
+    );
+}
+
+#[test]
+fn a_frame_with_a_wrong_checksum_is_refused() {
+    frame_is_refused(
+        &RawFrame {
+            checksum_flip: 1,
+            ..RawFrame::page(3)
+        },
+        "checksum",
+    );
+}
+
+#[test]
+fn a_frame_with_a_wrong_length_is_refused() {
+    frame_is_refused(
+        &RawFrame {
+            payload: 8192,
+            ..RawFrame::page(3)
+        },
+        "a frame length of 8192 bytes",
+    );
+}
+
+#[test]
+fn a_frame_of_more_than_a_frame_may_carry_is_refused() {
+    frame_is_refused(
+        &RawFrame {
+            payload: u32::MAX,
+            ..RawFrame::page(3)
+        },
+        "4294967295 bytes",
+    );
+}
+
+#[test]
+fn a_page_outside_the_guest_is_refused() {
+    frame_is_refused(&RawFrame::page(1 << 40), "0x10000000000 on are not guest memory");
+}
+
+#[test]
+fn a_page_of_another_round_is_refused() {
+    frame_is_refused(
+        &RawFrame {
+            round: 2,
+            ..RawFrame::page(3)
+        },
+        "round 2 while round 1",
+    );
+}
+
+#[test]
+fn a_frame_of_another_layout_is_refused() {
+    frame_is_refused(
+        &RawFrame {
+            version: 2,
+            ..RawFrame::page(3)
+        },
+        "frame version 2",
+    );
+}
+
+#[test]
+fn something_that_is_no_frame_is_refused() {
+    frame_is_refused(
+        &RawFrame {
+            magic: *b"HTTP",
+            ..RawFrame::page(3)
+        },
+        "magic number",
+    );
+}
+
+#[test]
+fn a_page_stream_of_another_migration_is_refused() {
+    let (error, _) = against(|source| {
+        source.say(Said::Hello(source.hello()));
+        source.reply();
+        source.say(Said::Population(v1::Population {
+            last: true,
+            ..v1::Population::default()
+        }));
+        source.write(0, &raw::opening(9));
+    });
+    assert!(matches!(error, DestinationError::Frame { stream: 0, .. }), "{error}");
+}
+
+#[test]
+fn go_without_the_state_is_misbehaviour() {
+    let (error, reasons) = against(|source| {
+        source.up_to_pages();
+        source.say(Said::Go(v1::Go::default()));
+    });
+    assert!(matches!(error, DestinationError::Misbehaved(_)));
+    assert_eq!(reasons, ["the source misbehaved: it said go while copying"]);
+}
+
+#[test]
+fn a_stale_attempt_is_misbehaviour() {
+    let wire = v1::Attempt {
+        instance: attempt(1).instance.as_bytes().to_vec(),
+        migration: attempt(1).migration.as_bytes().to_vec(),
+        attempt: 1,
+        epoch: attempt(1).epoch.0,
+    };
+    let (error, _) = against(|source| {
+        source.up_to_pages();
+        source.say(Said::Disarm(v1::Disarm {
+            attempt: Some(wire.clone()),
+            reason: "over the budget".into(),
+        }));
+        source.say(Said::State(v1::State {
+            attempt: Some(wire),
+            machine_state: Vec::new(),
+        }));
+    });
+    assert!(matches!(error, DestinationError::Misbehaved(what) if what.ends_with("was called off before")));
+}
+
+#[test]
+fn a_manifest_that_lists_other_pages_than_arrived_is_refused() {
+    let wire = v1::Attempt {
+        instance: attempt(1).instance.as_bytes().to_vec(),
+        migration: attempt(1).migration.as_bytes().to_vec(),
+        attempt: 1,
+        epoch: attempt(1).epoch.0,
+    };
+    let totals = vec![v1::StreamTotals {
+        frames: 1,
+        pages: 2,
+        zero_pages: 0,
+        bytes: 4144,
+    }];
+    let manifest = v1::Manifest {
+        attempt: Some(wire.clone()),
+        totals,
+        ..v1::Manifest::default()
+    };
+    let (error, _) = against(|source| {
+        source.up_to_pages();
+        source.write(0, &RawFrame::page(3).bytes());
+        source.write(0, &[1; 4096]);
+        source.say(Said::State(v1::State {
+            attempt: Some(wire),
+            machine_state: b"state".to_vec(),
+        }));
+        source.say(Said::Go(v1::Go {
+            manifest: Some(manifest),
+        }));
+    });
+    assert!(matches!(error, DestinationError::ManifestRefused(_)), "{error}");
+}
