@@ -89,6 +89,9 @@ struct Known {
 /// never comes.
 const MOST_BURIED: usize = 256;
 
+/// Characters of a reason that are kept for it: the peer chose its length.
+const MOST_REASON: usize = 1000;
+
 impl IncomingMigrations {
     fn lock(&self) -> MutexGuard<'_, Known> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -106,7 +109,7 @@ impl IncomingMigrations {
             if known.buried.len() == MOST_BURIED {
                 known.buried.pop_front();
             }
-            known.buried.push_back((id, reason.to_owned()));
+            known.buried.push_back((id, reason.chars().take(MOST_REASON).collect()));
             return None;
         };
         incoming.give_up(reason);
