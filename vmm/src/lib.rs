@@ -36,5 +36,6 @@ pub use machine::{
 };
 pub use memory::{
     DirtyBitmap, FrameRun, GuestMemory, HUGE_PAGE_SIZE, MemoryError, MemoryRegion, MemoryShape, PAGE_SIZE, Population,
+    warm_host_memory,
 };
 pub use state::{MachineProfile, MachineState, StateError, UnitKind};

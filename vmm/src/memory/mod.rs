@@ -11,6 +11,7 @@
 //! | `population` | what the host has ever backed (PAGEMAP_SCAN, or pagemap) |
 //! | `transfer` | vectored copies between descriptors and guest memory |
 //! | `contents` | zero pages, zeroing, digests |
+//! | `warm` | the host's own free memory, for those who measure |
 
 #![expect(
     unsafe_code,
@@ -23,6 +24,7 @@ mod mapping;
 mod population;
 mod shape;
 mod transfer;
+mod warm;
 
 pub use dirty::DirtyBitmap;
 pub(crate) use dirty::word_mask;
@@ -30,3 +32,4 @@ pub use mapping::{GuestMemory, MemoryError};
 pub(crate) use mapping::{MemoryOptions, host_memory};
 pub use population::Population;
 pub use shape::{FrameRun, HUGE_PAGE_SIZE, MemoryRegion, MemoryShape, PAGE_SIZE};
+pub use warm::warm_host_memory;

@@ -10,7 +10,7 @@ use ferry_tests::{Guest, Pair, Witness, until};
 
 use super::console::{Beat, compare};
 use super::workload::Workload;
-use super::{BEATS_AFTER, BEATS_BEFORE, Sample};
+use super::{BEATS_AFTER, BEATS_BEFORE, Sample, warm};
 use crate::workspace;
 
 /// The release build of `ferry`.
@@ -56,6 +56,7 @@ impl Binary {
         let witness = pair.run(&guest)?;
         let before = beats(&witness, "a").len();
         wait_for_beats(&witness, "a", before + BEATS_BEFORE)?;
+        warm(workload)?;
 
         let began = Instant::now();
         let moved = pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;

@@ -10,12 +10,12 @@ mod table;
 mod workload;
 
 use std::fs::{self, File};
-use std::hint::black_box;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
+use ferry_vmm::warm_host_memory;
 use serde_json::json;
 
 use table::Contender;
@@ -123,7 +123,6 @@ fn measure(workload: &Workload, options: &Options, ferry: &ferry::Binary) -> Res
     };
     let mut contenders = vec![Contender::new("ferry")];
     contenders.extend(modes.iter().map(|mode| Contender::new(mode.name())));
-    warm(workload);
     for round in 1..=options.runs {
         eprintln!("{}: run {round} of {}", workload.name, options.runs);
         contenders[0].add(ferry.run(workload));
@@ -134,13 +133,16 @@ fn measure(workload: &Workload, options: &Options, ferry: &ferry::Binary) -> Res
     Ok(contenders)
 }
 
-/// Has the host back as much memory as both ends will use: on a nested host the first touch ever is many times slower
-/// than any later one, and whoever came first would pay for it.
-fn warm(workload: &Workload) {
-    let bytes = (2 * (workload.touched_mib as usize + 256)) << 20;
-    eprintln!("{}: touching {} MiB first", workload.name, bytes >> 20);
-    black_box(vec![0x5a_u8; bytes]);
+/// Has the host back as much memory as the destination will use, right before a move: on a nested host the first touch
+/// is twenty times slower than any later one, and memory that was free for two seconds goes back to the outer host
+/// (free page reporting), so that once for all of them is not enough.
+fn warm(workload: &Workload) -> Result<()> {
+    let bytes = (workload.touched_mib + WARM_BESIDE_GUEST_MIB) << 20;
+    warm_host_memory(bytes).context("failed to touch memory first")
 }
+
+/// What the receiving process and sockets use, and what a populated block has more than its guest touched.
+const WARM_BESIDE_GUEST_MIB: u64 = 512;
 
 /// Heartbeats before and after a move: enough that some are read without delay.
 const BEATS_BEFORE: usize = 60;

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::console::compare;
 use super::workload::Workload;
-use super::{BEATS_AFTER, BEATS_BEFORE, Sample};
+use super::{BEATS_AFTER, BEATS_BEFORE, Sample, warm};
 use machine::Machine;
 
 /// How QEMU moves the guest.
@@ -96,6 +96,7 @@ pub(super) fn run(mode: Mode, workload: &Workload) -> Result<Sample> {
         prepare(machine, mode)?;
     }
     let uri = destination.listen()?;
+    warm(workload)?;
 
     let began = Instant::now();
     source.qmp.execute("migrate", json!({ "uri": uri }))?;

@@ -1,0 +1,35 @@
+//! Memory of the host itself, for those who measure.
+
+use super::mapping::{GuestMemory, MemoryError, MemoryOptions};
+use super::shape::HUGE_PAGE_SIZE;
+
+/// Has the host hold `bytes` of free memory that an outer host has backed, as huge pages: touches as much and frees it.
+///
+/// On a nested host the first touch of memory is ten to twenty times slower than any later one, and with free page
+/// reporting (`mm/page_reporting.rst`) what was free for two seconds goes back to the outer host. A benchmark calls this
+/// right before each move, for every contender alike; small pages would not do, because what they leave behind is not
+/// what is given out first as huge ones.
+///
+/// # Errors
+///
+/// If the host has not so much memory.
+pub fn warm_host_memory(bytes: u64) -> Result<(), MemoryError> {
+    let memory = GuestMemory::new(MemoryOptions {
+        bytes: bytes.next_multiple_of(HUGE_PAGE_SIZE),
+        hugetlb: false,
+        expect_incoming: false,
+    })?;
+    memory.shape().runs().into_iter().try_for_each(|run| memory.populate(run))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_than_the_host_has_is_refused() {
+        let error = warm_host_memory(1 << 50).expect_err("a petabyte");
+        assert!(matches!(error, MemoryError::LargerThanHost { .. }), "{error}");
+        warm_host_memory(3 << 20).expect("3 MiB");
+    }
+}
