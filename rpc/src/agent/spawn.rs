@@ -68,10 +68,7 @@ pub(crate) fn vmm(folder: &Path, instance: &str) -> io::Result<Process> {
     // Before the child is waited for, its number is nobody else's.
     let pid = Pid::from_child(&child);
     let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-    if let Err(error) = give_cgroup(child.id(), instance) {
-        tracing::info!(%error, instance, "the VMM stays in the agent's cgroup");
-    }
-    reap(child);
+    look_after(child, instance.to_owned());
     Ok(Process {
         pid: pid.as_raw_nonzero().get(),
         pidfd,
@@ -180,15 +177,25 @@ fn short_path(socket: &Path) -> io::Result<(OwnedFd, PathBuf)> {
     Ok((folder, short))
 }
 
-/// Waits for the process so that it does not stay a zombie. How it ended is told by its socket and its pidfd.
-fn reap(mut child: Child) {
-    let wait = move || {
+/// Gives the process its cgroup, and waits for it so that it does not stay a zombie; how it ended is told by its socket
+/// and its pidfd.
+///
+/// Moving a process waits for a grace period of the kernel (`cgroup_attach_task`), 15 ms where the migration into here
+/// needs them for building the machine. In this order, because until the process is waited for its number is nobody
+/// else's.
+fn look_after(mut child: Child, instance: String) {
+    let look = move || {
+        if let Err(error) = give_cgroup(child.id(), &instance) {
+            tracing::info!(%error, instance, "the VMM stays in the agent's cgroup");
+        }
         if let Ok(status) = child.wait() {
             tracing::debug!(pid = child.id(), %status, "a VMM process ended");
         }
+        // Whoever noticed the end first may have looked for the group before it was there.
+        remove_cgroup(&instance);
     };
-    if let Err(error) = thread::Builder::new().name("reap".to_owned()).spawn(wait) {
-        tracing::warn!(%error, "a VMM process will stay a zombie when it ends");
+    if let Err(error) = thread::Builder::new().name("reap".to_owned()).spawn(look) {
+        tracing::warn!(%error, "a VMM process stays in its agent's cgroup, and a zombie when it ends");
     }
 }
 

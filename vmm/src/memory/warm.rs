@@ -19,7 +19,11 @@ pub fn warm_host_memory(bytes: u64) -> Result<(), MemoryError> {
         hugetlb: false,
         expect_incoming: false,
     })?;
-    memory.shape().runs().into_iter().try_for_each(|run| memory.populate(run))
+    memory
+        .shape()
+        .runs()
+        .into_iter()
+        .try_for_each(|run| memory.populate(run))
 }
 
 #[cfg(test)]
