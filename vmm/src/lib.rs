@@ -31,8 +31,8 @@ pub use devices::ConsoleOutput;
 pub use host::{HostCapabilities, Incompatibility, host};
 pub use kvm::{DirtyClearer, HostError, KvmError};
 pub use machine::{
-    BlankMachine, ConsoleInput, CpuModel, DirtyMode, EventSink, Machine, MachineConfig, MachineError, MachineEvent,
-    PauseTimes, RunState,
+    Backends, BlankMachine, ConsoleInput, CpuModel, DirtyMode, DiskAccess, DiskBackend, EventSink, Machine,
+    MachineConfig, MachineError, MachineEvent, NicBackend, PauseTimes, RunState,
 };
 pub use memory::{
     DirtyBitmap, FrameRun, GuestMemory, HUGE_PAGE_SIZE, MemoryError, MemoryRegion, MemoryShape, PAGE_SIZE, Population,

@@ -10,6 +10,7 @@
 //! Stopping goes: vCPUs (with their pending exits finished), devices, then whoever asks exports, and only then fetches the last dirty pages.
 //! Resuming is the mirror image. Others than the owner hold handles: guest memory, console input, the dirty clearer.
 
+mod backends;
 mod blank;
 mod running;
 
@@ -19,6 +20,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+pub use self::backends::{Backends, DiskAccess, DiskBackend, NicBackend};
 pub use self::blank::BlankMachine;
 pub use self::running::{ConsoleInput, Machine};
 use crate::arch::x86_64::boot::LoadError;

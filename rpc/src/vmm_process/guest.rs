@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, bail};
 use ferry_proto::vmm::v1::MachineSpec;
 use ferry_vmm::{
-    BlankMachine, BootPayload, ConsoleInput, CpuModel, DirtyMode, EventSink, Machine, MachineConfig, MachineEvent,
-    RunState,
+    Backends, BlankMachine, BootPayload, ConsoleInput, CpuModel, DirtyMode, EventSink, Machine, MachineConfig,
+    MachineEvent, RunState,
 };
 
 use super::console::ConsoleLog;
@@ -173,7 +173,7 @@ impl Blueprint {
             .with_context(|| format!("failed to open the console log in {}", self.folder.display()))?;
         let to_inbox = inbox.clone();
         let events = EventSink::new(move |event| to_inbox.put(event));
-        let machine = BlankMachine::new(&self.config, Box::new(console), events)?;
+        let machine = BlankMachine::new(&self.config, Backends::default(), Box::new(console), events)?;
         Ok(BlankGuest {
             machine,
             inbox,

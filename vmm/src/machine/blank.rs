@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE};
 
-use super::{DirtyMode, EventSink, Facts, Machine, MachineConfig, MachineError, Parts, Pristine};
+use super::{Backends, DirtyMode, EventSink, Facts, Machine, MachineConfig, MachineError, Parts, Pristine};
 use crate::arch::x86_64::boot::{BootPayload, MemoryBefore, load};
 use crate::arch::x86_64::cpuid::{CpuidEntry, give, of_model, of_vcpu, tell_frequencies};
 use crate::arch::x86_64::layout::SERIAL_IRQ;
@@ -32,6 +32,7 @@ impl BlankMachine {
     /// What this host cannot do of it, by name.
     pub fn new(
         config: &MachineConfig,
+        _backends: Backends,
         console: Box<dyn ConsoleOutput>,
         events: impl Into<EventSink>,
     ) -> Result<Self, MachineError> {

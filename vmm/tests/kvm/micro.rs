@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use ferry_vmm::{
-    BlankMachine, BootPayload, ConsoleOutput, CpuModel, DirtyMode, FrameRun, GuestMemory, Machine, MachineConfig,
-    MachineEvent, PAGE_SIZE,
+    Backends, BlankMachine, BootPayload, ConsoleOutput, CpuModel, DirtyMode, FrameRun, GuestMemory, Machine,
+    MachineConfig, MachineEvent, PAGE_SIZE,
 };
 
 /// Nothing here takes longer than this unless it hangs.
@@ -211,7 +211,7 @@ pub(crate) fn config() -> MachineConfig {
 pub(crate) fn blank(config: &MachineConfig) -> Result<(BlankMachine, Console, Receiver<MachineEvent>)> {
     let console = Console::default();
     let (sender, events): (Sender<MachineEvent>, _) = channel();
-    let blank = BlankMachine::new(config, Box::new(console.clone()), sender)?;
+    let blank = BlankMachine::new(config, Backends::default(), Box::new(console.clone()), sender)?;
     Ok((blank, console, events))
 }
 

@@ -24,3 +24,28 @@ pub(crate) const POWER_CONTROL_PORT: u16 = 0x604;
 
 /// Reset control register of Intel's chipsets.
 pub(crate) const RESET_CONTROL_PORT: u16 = 0xcf9;
+
+/// Where a virtio-mmio device answers: 4 KiB of registers, and its interrupt line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct VirtioSlot {
+    /// First guest physical address, in the hole below 4 GiB.
+    pub(crate) address: u64,
+    /// The interrupt line; edge-triggered.
+    pub(crate) irq: u32,
+}
+
+/// Bytes of a slot's registers.
+pub(crate) const VIRTIO_SLOT_BYTES: u64 = 0x1000;
+
+/// How many virtio devices a machine may have.
+pub(crate) const VIRTIO_SLOTS: usize = 16;
+
+/// The slot of the device of this number. The lines are those that a PC's own devices leave free, first those that a
+/// guest without an I/O APIC reaches too.
+pub(crate) fn virtio_slot(number: usize) -> VirtioSlot {
+    const LINES: [u32; VIRTIO_SLOTS] = [5, 6, 7, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
+    VirtioSlot {
+        address: 0xd000_0000 + number as u64 * VIRTIO_SLOT_BYTES,
+        irq: LINES[number],
+    }
+}
