@@ -204,7 +204,10 @@ impl HostCapabilities {
 const GIVEN_BY_KVM: [&str; 2] = ["hypervisor", "tsc_deadline_timer"];
 
 fn check_devices(profile: &MachineProfile) -> Vec<Incompatibility> {
-    let known = unit_kinds(profile.vcpus.min(u8::MAX.into()) as usize);
+    // A machine here has the virtio devices that its configuration names, so those of the profile count as long as they are of a kind
+    // that is known.
+    let virtio: Vec<&str> = profile.units.iter().map(|unit| unit.name.as_str()).collect();
+    let known = unit_kinds(profile.vcpus.min(u8::MAX.into()) as usize, &virtio);
     let mut found: Vec<_> = profile
         .units
         .iter()
@@ -264,7 +267,7 @@ mod tests {
             tsc_khz: 2_000_100,
             tsc: 1000,
             boot_id: "there".to_owned(),
-            units: unit_kinds(2),
+            units: unit_kinds(2, &[]),
         }
     }
 

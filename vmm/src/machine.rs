@@ -179,6 +179,26 @@ pub enum MachineError {
     /// A vCPU did not answer within seconds: its thread hangs.
     #[error("command vCPU {0}: its thread does not answer")]
     VcpuSilent(u8),
+    /// A device has something in flight that does not end: its disk hangs.
+    #[error("bring device {0} to rest: what it has in flight does not end")]
+    DeviceBusy(String),
+    /// A device could not be made.
+    #[error("make device {device}")]
+    Device {
+        /// Its name.
+        device: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// There are not so many places for devices.
+    #[error("make a machine with {asked} virtio devices: {limit} are possible")]
+    TooManyDevices {
+        /// What was asked for.
+        asked: usize,
+        /// How many there can be.
+        limit: usize,
+    },
     /// The state does not fit the machine.
     #[error("restore the state: {0}")]
     State(String),

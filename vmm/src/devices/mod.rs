@@ -1,12 +1,14 @@
 //! The devices that are emulated here and not by KVM, and the ports at which they answer.
 //!
-//! A device knows its registers, an interrupt line and its backend: nothing about KVM or about who moves the machine. None of them touches
-//! guest memory or has requests in flight so far: standing still means that no input is accepted any more.
+//! A device knows its registers, guest memory, an interrupt and its backend: nothing about KVM or about who moves the machine. Standing still
+//! means that no input is accepted any more and no request is in flight.
 
 mod power;
 mod serial;
+mod virtio;
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ferry_proto::state::v1 as saved;
@@ -14,8 +16,9 @@ use thiserror::Error;
 
 pub(crate) use self::power::{PowerControl, PowerRequest};
 pub(crate) use self::serial::SerialPort;
+pub(crate) use self::virtio::{Block, Device, Entropy, InterruptFd, MmioDevice, Net, schema_of};
 use crate::arch::x86_64::layout::{
-    KEYBOARD_COMMAND_PORT, PANIC_PORT, POWER_CONTROL_PORT, RESET_CONTROL_PORT, SERIAL_PORT,
+    KEYBOARD_COMMAND_PORT, PANIC_PORT, POWER_CONTROL_PORT, RESET_CONTROL_PORT, SERIAL_PORT, VIRTIO_SLOT_BYTES, virtio_slot,
 };
 
 /// Where the guest's console output goes.
@@ -32,11 +35,48 @@ pub(crate) trait InterruptLine: Send + Sync {
 
 /// Why saved state is not a device's.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("{field} is {value}, at most {limit} is possible")]
-pub(crate) struct DeviceStateError {
-    pub(crate) field: &'static str,
-    pub(crate) value: u64,
-    pub(crate) limit: u64,
+pub(crate) enum DeviceStateError {
+    /// A number that is too large.
+    #[error("{field} is {value}, at most {limit} is possible")]
+    Above {
+        /// Of what.
+        field: &'static str,
+        /// As saved.
+        value: u64,
+        /// The largest that can be.
+        limit: u64,
+    },
+    /// Something that is not as it is here.
+    #[error("{field} is {value}, here it is {wanted}")]
+    Differs {
+        /// What.
+        field: &'static str,
+        /// As saved.
+        value: String,
+        /// As it must be.
+        wanted: String,
+    },
+    /// Bytes that say nothing.
+    #[error("{0} does not parse")]
+    Undecodable(&'static str),
+}
+
+impl DeviceStateError {
+    pub(crate) fn above(field: &'static str, value: impl Into<u64>, limit: impl Into<u64>) -> Self {
+        Self::Above {
+            field,
+            value: value.into(),
+            limit: limit.into(),
+        }
+    }
+
+    pub(crate) fn differs(field: &'static str, value: impl ToString, wanted: impl ToString) -> Self {
+        Self::Differs {
+            field,
+            value: value.to_string(),
+            wanted: wanted.to_string(),
+        }
+    }
 }
 
 /// The console's output, shared by each serial port that a reset or a restore builds anew.
@@ -46,10 +86,14 @@ pub(crate) type SharedOutput = Arc<Mutex<Box<dyn ConsoleOutput>>>;
 pub(crate) struct Devices {
     serial: Mutex<SerialPort>,
     power: Mutex<PowerControl>,
+    /// The device of each slot, from the first on.
+    virtio: Vec<MmioDevice>,
     output: SharedOutput,
     line: Arc<dyn InterruptLine>,
     /// While set, nothing comes in from outside: the vCPUs stand still and state may be saved.
     quiet: AtomicBool,
+    /// The state is of a machine that ran elsewhere, and this one has not run yet.
+    arrived: AtomicBool,
     /// A panic is told once, or a guest could fill the owner's channel.
     panic_told: AtomicBool,
 }
@@ -59,18 +103,30 @@ pub(crate) struct Devices {
 pub(crate) struct DevicesState {
     pub(crate) serial: saved::Serial,
     pub(crate) power: saved::Power,
+    /// By name, in the order of the slots.
+    pub(crate) virtio: Vec<(String, saved::VirtioDevice)>,
 }
+
+/// A device did not come to rest in time: its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Restless(pub(crate) String);
 
 impl Devices {
     /// Devices as after power-on; quiet, for the machine does not run yet.
-    pub(crate) fn new(output: Box<dyn ConsoleOutput>, line: Arc<dyn InterruptLine>) -> Self {
+    pub(crate) fn new(
+        output: Box<dyn ConsoleOutput>,
+        line: Arc<dyn InterruptLine>,
+        virtio: Vec<MmioDevice>,
+    ) -> Self {
         let output: SharedOutput = Arc::new(Mutex::new(output));
         Self {
             serial: Mutex::new(SerialPort::new(output.clone(), line.clone())),
             power: Mutex::new(PowerControl::default()),
+            virtio,
             output,
             line,
             quiet: AtomicBool::new(true),
+            arrived: AtomicBool::new(false),
             panic_told: AtomicBool::new(false),
         }
     }
@@ -107,6 +163,32 @@ impl Devices {
         None
     }
 
+    /// Answers a read of an address where no memory is; where no device is either, all bits are one.
+    pub(crate) fn read_address(&self, address: u64, data: &mut [u8]) {
+        match self.device_at(address) {
+            Some((device, offset)) => device.read(offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    /// Carries out a write to an address where no memory is; where no device is either, nothing happens.
+    pub(crate) fn write_address(&self, address: u64, data: &[u8]) {
+        if let Some((device, offset)) = self.device_at(address) {
+            device.write(offset, data);
+        }
+    }
+
+    fn device_at(&self, address: u64) -> Option<(&MmioDevice, u64)> {
+        let offset = address.checked_sub(virtio_slot(0).address)?;
+        let device = self.virtio.get(usize::try_from(offset / VIRTIO_SLOT_BYTES).ok()?)?;
+        Some((device, offset % VIRTIO_SLOT_BYTES))
+    }
+
+    /// Names of the virtio devices, in the order of the slots.
+    pub(crate) fn virtio_names(&self) -> Vec<&str> {
+        self.virtio.iter().map(MmioDevice::name).collect()
+    }
+
     /// Gives the console input, as much as the port has room for; returns how many bytes it took. None while quiet.
     pub(crate) fn push_input(&self, bytes: &[u8]) -> usize {
         let mut serial = lock(&self.serial);
@@ -117,14 +199,27 @@ impl Devices {
         serial.push_input(bytes)
     }
 
-    /// Lets nothing in from outside any more. When this returns, nothing is on its way.
-    pub(crate) fn make_quiet(&self) {
+    /// Lets nothing in from outside any more and finishes what is in flight. When this returns, nothing is on its way.
+    ///
+    /// # Errors
+    /// The device that has not come to rest by the deadline; the others rest. [`make_live`](Self::make_live) follows.
+    pub(crate) fn make_quiet(&self, deadline: Instant) -> Result<(), Restless> {
         self.quiet.store(true, Ordering::Release);
         drop(lock(&self.serial));
+        // All are asked before the first is waited for.
+        self.virtio.iter().for_each(MmioDevice::ask_to_rest);
+        match self.virtio.iter().find(|device| !device.rest(deadline)) {
+            Some(device) => Err(Restless(device.name().to_owned())),
+            None => Ok(()),
+        }
     }
 
     /// Lets input in again.
     pub(crate) fn make_live(&self) {
+        if self.arrived.swap(false, Ordering::AcqRel) {
+            self.virtio.iter().for_each(MmioDevice::arrived);
+        }
+        self.virtio.iter().for_each(MmioDevice::go_on);
         self.quiet.store(false, Ordering::Release);
     }
 
@@ -133,18 +228,31 @@ impl Devices {
         DevicesState {
             serial: lock(&self.serial).save(),
             power: lock(&self.power).save(),
+            virtio: self
+                .virtio
+                .iter()
+                .map(|device| (device.name().to_owned(), device.save()))
+                .collect(),
         }
     }
 
-    /// Replaces every device by one built from saved state; if any of it is wrong, all stay as they are.
+    /// Replaces every device by one built from saved state. If any of it is wrong the machine is of no more use.
     ///
     /// An interrupt may be raised on the way: set the interrupt controllers after this.
     pub(crate) fn restore(&self, state: &DevicesState) -> Result<(), DeviceStateError> {
-        let DevicesState { serial, power } = state;
+        let DevicesState { serial, power, virtio } = state;
+        let (saved, ours): (Vec<_>, _) = (virtio.iter().map(|(name, _)| name.as_str()).collect(), self.virtio_names());
+        if saved != ours {
+            return Err(DeviceStateError::differs("list of devices", saved.join(", "), ours.join(", ")));
+        }
         let serial = SerialPort::restore(serial, self.output.clone(), self.line.clone())?;
         let power = PowerControl::try_from(power)?;
         *lock(&self.serial) = serial;
         *lock(&self.power) = power;
+        for (device, (_, state)) in self.virtio.iter().zip(virtio) {
+            device.restore(state)?;
+        }
+        self.arrived.store(true, Ordering::Release);
         Ok(())
     }
 
@@ -152,6 +260,7 @@ impl Devices {
     pub(crate) fn reset(&self) {
         *lock(&self.serial) = SerialPort::new(self.output.clone(), self.line.clone());
         *lock(&self.power) = PowerControl::default();
+        self.virtio.iter().for_each(MmioDevice::reset);
         self.panic_told.store(false, Ordering::Relaxed);
     }
 
@@ -192,7 +301,7 @@ mod tests {
     }
 
     fn devices() -> Devices {
-        Devices::new(Box::new(Silence), Arc::new(Silence))
+        Devices::new(Box::new(Silence), Arc::new(Silence), Vec::new())
     }
 
     #[test]
@@ -208,7 +317,7 @@ mod tests {
         assert_eq!(devices.push_input(b"abc"), 0);
         devices.make_live();
         assert_eq!(devices.push_input(b"abc"), 3);
-        devices.make_quiet();
+        devices.make_quiet(Instant::now()).expect("nothing in flight");
         assert_eq!(devices.push_input(b"d"), 0);
         assert_eq!(devices.save().serial.received, b"abc");
     }
@@ -248,7 +357,7 @@ mod tests {
                 let _ = devices.write_port(ports[port], 1, &[value]);
             }
             let _ = devices.push_input(&input);
-            devices.make_quiet();
+            devices.make_quiet(Instant::now()).expect("nothing in flight");
             let state = devices.save();
             let other = self::devices();
             other.restore(&state).expect("own state");

@@ -37,10 +37,10 @@ pub(crate) enum Exit<'a> {
     PortIn { port: u16, size: usize, data: &'a mut [u8] },
     /// The guest wrote to a port, `data.len() / size` times.
     PortOut { port: u16, size: usize, data: &'a [u8] },
-    /// The guest reads where nothing is; fill in `data` before entering again.
-    MmioRead { data: &'a mut [u8] },
-    /// The guest wrote where nothing is.
-    MmioWrite,
+    /// The guest reads where no memory is; fill in `data` before entering again.
+    MmioRead { address: u64, data: &'a mut [u8] },
+    /// The guest wrote where no memory is.
+    MmioWrite { address: u64, data: &'a [u8] },
     /// The vCPU's dirty ring is full: harvest it, then enter again.
     DirtyRingFull,
     /// Triple fault.
@@ -104,8 +104,14 @@ impl Vcpu {
         Ok(match kind {
             Kind::Interrupted => Exit::Interrupted,
             Kind::Port => self.port_exit(),
-            Kind::MmioRead => Exit::MmioRead { data: self.mmio_data() },
-            Kind::MmioWrite => Exit::MmioWrite,
+            Kind::MmioRead => {
+                let (address, data) = self.mmio_access();
+                Exit::MmioRead { address, data }
+            }
+            Kind::MmioWrite => {
+                let (address, data) = self.mmio_access();
+                Exit::MmioWrite { address, data }
+            }
             Kind::RingFull => Exit::DirtyRingFull,
             Kind::Shutdown => Exit::Shutdown,
             Kind::Internal => Exit::Failed(self.internal_error()),
@@ -131,11 +137,11 @@ impl Vcpu {
         }
     }
 
-    fn mmio_data(&mut self) -> &mut [u8] {
+    fn mmio_access(&mut self) -> (u64, &mut [u8]) {
         // SAFETY: the exit reason, which led here, is KVM_EXIT_MMIO: this is the live member.
         let mmio = unsafe { &mut self.fd.get_kvm_run().__bindgen_anon_1.mmio };
         let len = (mmio.len as usize).min(mmio.data.len());
-        &mut mmio.data[..len]
+        (mmio.phys_addr, &mut mmio.data[..len])
     }
 
     fn internal_error(&mut self) -> String {

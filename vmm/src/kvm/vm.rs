@@ -6,9 +6,10 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use kvm_bindings::{
     KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_irqchip, kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_ioctls::{IoEventAddress, VcpuFd, VmFd};
 use thiserror::Error;
 use vmm_sys_util::errno::Error as Errno;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::host::Host;
 use super::tracking::{Tracking, enable_tracking};
@@ -119,6 +120,20 @@ impl Vm {
                 .map_err(|error| KvmError::new("raise an interrupt", error))?;
         }
         Ok(())
+    }
+
+    /// Has KVM raise an edge on an interrupt line whenever `event` is signalled; a thread of the kernel's may do it a little later.
+    pub(crate) fn connect_interrupt(&self, event: &EventFd, line: u32) -> Result<(), KvmError> {
+        self.fd
+            .register_irqfd(event, line)
+            .map_err(|error| KvmError::new("connect an interrupt", error))
+    }
+
+    /// Has KVM signal `event` whenever the guest writes the 32-bit number `value` to `address`, without leaving the guest for long.
+    pub(crate) fn connect_doorbell(&self, event: &EventFd, address: u64, value: u32) -> Result<(), KvmError> {
+        self.fd
+            .register_ioevent(event, &IoEventAddress::Mmio(address), value)
+            .map_err(|error| KvmError::new("connect a doorbell", error))
     }
 
     /// One of the interrupt controllers (KVM_IRQCHIP_*).

@@ -8,12 +8,12 @@ use super::{MachineError, Parts, PauseTimes, RunState};
 use crate::arch::x86_64::boot::{BootPayload, MemoryBefore, load};
 use crate::arch::x86_64::time::ClockState;
 use crate::arch::x86_64::vcpu_state::TscTarget;
-use crate::devices::Devices;
+use crate::devices::{Devices, Restless};
 use crate::host::as_guests_see;
 use crate::kvm::{DirtyClearer, host_tsc};
 use crate::memory::{DirtyBitmap, GuestMemory, PAGE_SIZE};
 use crate::state::{MachineProfile, MachineState, unit_kinds};
-use crate::vcpu::{Pending, VcpuHandle};
+use crate::vcpu::{ANSWER_DEADLINE, Pending, VcpuHandle};
 
 /// A machine with a guest, paused or running. It has one owner; dropping it ends the vCPU threads and gives memory back.
 #[derive(Debug)]
@@ -70,24 +70,41 @@ impl Machine {
     ///
     /// If a vCPU's thread does not answer; the others run on then, and the machine counts as running.
     pub fn pause(&mut self) -> Result<PauseTimes, MachineError> {
+        self.pause_until(Instant::now() + ANSWER_DEADLINE)
+    }
+
+    /// [`pause`](Self::pause) that is given up at the deadline.
+    ///
+    /// # Errors
+    ///
+    /// If a vCPU's thread does not answer or a device does not finish what it has in flight: the machine runs on then.
+    pub fn pause_until(&mut self, deadline: Instant) -> Result<PauseTimes, MachineError> {
         if self.run_state == RunState::Paused {
             return Ok(PauseTimes::default());
         }
         let start = Instant::now();
         let pending: Vec<_> = self.parts.vcpus.iter().map(VcpuHandle::pause).collect();
-        if let Err(error) = wait_for_all(pending) {
-            // Those that stopped run on, and one that answers late does what is queued behind its pause: as a whole
-            // the machine runs as it did.
-            self.parts.vcpus.iter().for_each(|vcpu| drop(vcpu.run()));
+        if let Err(error) = wait_for_all_until(pending, deadline) {
+            self.run_on();
             return Err(error);
         }
         let stopped = Instant::now();
-        self.parts.devices.make_quiet();
+        if let Err(Restless(device)) = self.parts.devices.make_quiet(deadline) {
+            self.parts.devices.make_live();
+            self.run_on();
+            return Err(MachineError::DeviceBusy(device));
+        }
         self.run_state = RunState::Paused;
         Ok(PauseTimes {
             vcpus: stopped - start,
             drain: stopped.elapsed(),
         })
+    }
+
+    /// Those vCPUs that stopped run on, and one that answers late does what is queued behind its pause: as a whole the machine runs as it
+    /// did.
+    fn run_on(&self) {
+        self.parts.vcpus.iter().for_each(|vcpu| drop(vcpu.run()));
     }
 
     /// Whether the vCPUs run.
@@ -185,7 +202,7 @@ impl Machine {
             tsc_khz: facts.tsc_khz,
             tsc: host_tsc().wrapping_add(self.tsc_offset),
             boot_id: facts.boot_id.clone(),
-            units: unit_kinds(vcpus.len()),
+            units: unit_kinds(vcpus.len(), &self.parts.devices.virtio_names()),
         }
     }
 
@@ -259,6 +276,10 @@ impl ConsoleInput {
 
 /// Waits for all, also when one fails: none may still be on its way when the caller goes on.
 fn wait_for_all(pending: Vec<Pending<()>>) -> Result<(), MachineError> {
-    let answers: Vec<_> = pending.into_iter().map(Pending::wait).collect();
+    wait_for_all_until(pending, Instant::now() + ANSWER_DEADLINE)
+}
+
+fn wait_for_all_until(pending: Vec<Pending<()>>, deadline: Instant) -> Result<(), MachineError> {
+    let answers: Vec<_> = pending.into_iter().map(|pending| pending.wait_until(deadline)).collect();
     Ok(answers.into_iter().collect::<Result<(), _>>()?)
 }

@@ -10,6 +10,7 @@
 //! | `mapping` | the mapping itself, advice, and writes that the device bitmap sees |
 //! | `population` | what the host has ever backed (PAGEMAP_SCAN, or pagemap) |
 //! | `transfer` | vectored copies between descriptors and guest memory |
+//! | `spans` | the same for any bytes, as a device's request names them |
 //! | `contents` | zero pages, zeroing, digests |
 //! | `warm` | the host's own free memory, for those who measure |
 
@@ -23,6 +24,7 @@ mod dirty;
 mod mapping;
 mod population;
 mod shape;
+mod spans;
 mod transfer;
 mod warm;
 
@@ -32,4 +34,5 @@ pub use mapping::{GuestMemory, MemoryError};
 pub(crate) use mapping::{MemoryOptions, host_memory};
 pub use population::Population;
 pub use shape::{FrameRun, HUGE_PAGE_SIZE, MemoryRegion, MemoryShape, PAGE_SIZE};
+pub(crate) use spans::{Span, total};
 pub use warm::warm_host_memory;

@@ -7,7 +7,7 @@ use super::mapping::{GuestMemory, MemoryError};
 use super::shape::FrameRun;
 
 /// The kernel takes at most this many buffers per call (IOV_MAX, `limits.h`).
-const MAX_BUFFERS: usize = 1024;
+pub(super) const MAX_BUFFERS: usize = 1024;
 
 impl GuestMemory {
     /// Writes `prefix` and then the pages of `runs`, in this order, straight out of guest memory; returns when all of it is written.
@@ -62,12 +62,12 @@ impl GuestMemory {
     }
 }
 
-fn invalid(error: MemoryError) -> io::Error {
+pub(super) fn invalid(error: MemoryError) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, error)
 }
 
 /// Calls `step` with what is left until nothing is.
-fn transfer(buffers: &mut [libc::iovec], step: impl Fn(&[libc::iovec]) -> isize) -> io::Result<()> {
+pub(super) fn transfer(buffers: &mut [libc::iovec], step: impl Fn(&[libc::iovec]) -> isize) -> io::Result<()> {
     let mut rest = buffers;
     while !rest.is_empty() {
         let part = &rest[..rest.len().min(MAX_BUFFERS)];

@@ -104,6 +104,11 @@ impl Units {
         Ok(Self(units))
     }
 
+    /// The names of those that are left, in their order.
+    pub(super) fn names(&self) -> Vec<String> {
+        self.0.iter().map(|unit| unit.name.clone()).collect()
+    }
+
     /// Whether there is a unit of this name.
     pub(super) fn has(&self, name: &str) -> bool {
         self.0.iter().any(|unit| unit.name == name)
@@ -116,7 +121,7 @@ impl Units {
             .iter()
             .position(|unit| unit.name == name)
             .ok_or_else(|| StateError::MissingUnit(name.to_owned()))?;
-        let unit = self.0.swap_remove(position);
+        let unit = self.0.remove(position);
         if unit.schema != schema || unit.version != VERSION {
             return Err(StateError::Schema {
                 unit: unit.name,

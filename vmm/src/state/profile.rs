@@ -164,7 +164,7 @@ mod tests {
             tsc_khz: 2_000_000,
             tsc: 77,
             boot_id: "boot".to_owned(),
-            units: super::super::unit_kinds(2),
+            units: super::super::unit_kinds(2, &[]),
         }
     }
 

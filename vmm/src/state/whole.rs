@@ -11,7 +11,7 @@ use super::vcpu;
 use crate::arch::x86_64::msr::IA32_TSC_DEADLINE;
 use crate::arch::x86_64::time::ClockState;
 use crate::arch::x86_64::vcpu_state::VcpuState;
-use crate::devices::DevicesState;
+use crate::devices::{DevicesState, schema_of};
 use crate::kvm::{from_bytes, to_bytes};
 
 /// Everything that a machine is besides its memory, as exported. Restoring checks what KVM and the devices make of it.
@@ -38,8 +38,8 @@ const PIT: (&str, &str) = ("pit", "ferry.pit");
 const SERIAL: (&str, &str) = ("serial0", "ferry.serial16550");
 const POWER: (&str, &str) = ("power", "ferry.power");
 
-/// The units of a machine with so many vCPUs.
-pub(crate) fn unit_kinds(vcpus: usize) -> Vec<UnitKind> {
+/// The units of a machine with so many vCPUs and virtio devices of these names.
+pub(crate) fn unit_kinds(vcpus: usize, virtio: &[&str]) -> Vec<UnitKind> {
     let kind = |name: &str, schema: &str| UnitKind {
         name: name.to_owned(),
         schema: schema.to_owned(),
@@ -48,6 +48,7 @@ pub(crate) fn unit_kinds(vcpus: usize) -> Vec<UnitKind> {
     [CLOCK, IRQCHIP, PIT, SERIAL, POWER]
         .into_iter()
         .map(|(name, schema)| kind(name, schema))
+        .chain(virtio.iter().filter_map(|name| Some(kind(name, schema_of(name)?))))
         .chain((0..vcpus).map(|index| kind(&vcpu_name(index), vcpu::SCHEMA)))
         .collect()
 }
@@ -82,6 +83,9 @@ impl MachineState {
             unit(SERIAL.0, SERIAL.1, &devices.serial),
             unit(POWER.0, POWER.1, &devices.power),
         ];
+        for (name, device) in &devices.virtio {
+            units.push(unit(name, schema_of(name).unwrap_or_default(), device));
+        }
         for (index, state) in vcpus.iter().enumerate() {
             units.push(unit(&vcpu_name(index), vcpu::SCHEMA, &vcpu::to_saved(state)));
         }
@@ -103,10 +107,15 @@ impl MachineState {
             ioapic,
         } = units.take(IRQCHIP.0, IRQCHIP.1)?;
         let saved::IntervalTimer { state: pit } = units.take(PIT.0, PIT.1)?;
-        let devices = DevicesState {
-            serial: units.take(SERIAL.0, SERIAL.1)?,
-            power: units.take(POWER.0, POWER.1)?,
-        };
+        let (serial, power) = (units.take(SERIAL.0, SERIAL.1)?, units.take(POWER.0, POWER.1)?);
+        let mut virtio = Vec::new();
+        for name in units.names() {
+            if let Some(schema) = schema_of(&name) {
+                let device = units.take(&name, schema)?;
+                virtio.push((name, device));
+            }
+        }
+        let devices = DevicesState { serial, power, virtio };
         let mut vcpus = Vec::new();
         while units.has(&vcpu_name(vcpus.len())) {
             let name = vcpu_name(vcpus.len());
@@ -275,6 +284,7 @@ mod tests {
             devices: DevicesState {
                 serial: Default::default(),
                 power: Default::default(),
+                virtio: ["disk0", "rng0"].map(|name| (name.to_owned(), Default::default())).into(),
             },
         }
     }
@@ -297,7 +307,7 @@ mod tests {
     #[test]
     fn units_are_those_of_the_profile() {
         let names: Vec<String> = envelope().units.into_iter().map(|unit| unit.name).collect();
-        let kinds: Vec<String> = unit_kinds(2).into_iter().map(|kind| kind.name).collect();
+        let kinds: Vec<String> = unit_kinds(2, &["disk0", "rng0"]).into_iter().map(|kind| kind.name).collect();
         assert_eq!(names, kinds);
     }
 

@@ -11,4 +11,4 @@
 mod kick;
 mod thread;
 
-pub(crate) use thread::{Pending, VcpuError, VcpuHandle, VcpuSetup};
+pub(crate) use thread::{ANSWER_DEADLINE, Pending, VcpuError, VcpuHandle, VcpuSetup};

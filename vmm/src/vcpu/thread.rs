@@ -70,7 +70,7 @@ pub(crate) struct VcpuHandle {
 }
 
 /// A vCPU that takes longer than this to obey is broken: KVM_RUN returns within microseconds, devices do not block.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
+pub(crate) const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 
 impl VcpuHandle {
     /// Starts the thread; the vCPU stands still until it is told to run.
@@ -161,8 +161,17 @@ impl<T> Pending<T> {
     ///
     /// What the vCPU says, or that it says nothing.
     pub(crate) fn wait(self) -> Result<T, VcpuError> {
+        self.wait_until(Instant::now() + ANSWER_DEADLINE)
+    }
+
+    /// Waits for the answer until the deadline.
+    ///
+    /// # Errors
+    ///
+    /// What the vCPU says, or that it says nothing.
+    pub(crate) fn wait_until(self, deadline: Instant) -> Result<T, VcpuError> {
         self.answer
-            .recv_timeout(ANSWER_DEADLINE)
+            .recv_timeout(deadline.saturating_duration_since(Instant::now()))
             .unwrap_or(Err(VcpuError::Silent(self.index)))
     }
 }
@@ -327,11 +336,14 @@ impl VcpuThread {
                 Some(PowerRequest::PowerOff) => MachineEvent::PoweredOff,
                 Some(PowerRequest::Panicked) => MachineEvent::Panicked,
             },
-            Ok(Exit::MmioRead { data }) => {
-                data.fill(0xff);
+            Ok(Exit::MmioRead { address, data }) => {
+                devices.read_address(address, data);
                 return After::Again;
             }
-            Ok(Exit::MmioWrite) => return After::Again,
+            Ok(Exit::MmioWrite { address, data }) => {
+                devices.write_address(address, data);
+                return After::Again;
+            }
             Ok(Exit::DirtyRingFull) => match vm.relieve_ring(index) {
                 Ok(()) => return After::Again,
                 Err(error) => failed(index, &error),

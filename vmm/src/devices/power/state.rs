@@ -20,11 +20,7 @@ impl TryFrom<&saved::Power> for PowerControl {
 
     fn try_from(saved: &saved::Power) -> Result<Self, DeviceStateError> {
         let saved::Power { reset_control } = saved;
-        let reset_control = u8::try_from(*reset_control).map_err(|_| DeviceStateError {
-            field: "reset_control",
-            value: u64::from(*reset_control),
-            limit: 255,
-        })?;
+        let reset_control = u8::try_from(*reset_control).map_err(|_| DeviceStateError::above("reset_control", u64::from(*reset_control), 255u64))?;
         Ok(Self { reset_control })
     }
 }

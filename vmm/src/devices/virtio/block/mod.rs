@@ -1,0 +1,24 @@
+//! The block device (virtio 1.2, 5.2): a file or a block device of the host as a disk, one queue, requests one after the other.
+
+mod bounce;
+mod device;
+mod request;
+mod state;
+
+pub(crate) use self::device::Block;
+
+/// The unit of everything in a request.
+const SECTOR: u64 = 512;
+
+/// The largest queue: as many requests as a driver may have in flight with indirect descriptors.
+const QUEUE_SIZE: u16 = 256;
+
+/// Feature bits (virtio 1.2, 5.2.3).
+mod feature {
+    pub(super) const SEG_MAX: u64 = 1 << 2;
+    pub(super) const RO: u64 = 1 << 5;
+    pub(super) const BLK_SIZE: u64 = 1 << 6;
+    pub(super) const FLUSH: u64 = 1 << 9;
+    pub(super) const DISCARD: u64 = 1 << 13;
+    pub(super) const WRITE_ZEROES: u64 = 1 << 14;
+}

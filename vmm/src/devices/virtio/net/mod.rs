@@ -1,0 +1,40 @@
+//! The network card (virtio 1.2, 5.1): a tap interface of the host, one pair of queues and the control queue.
+
+mod control;
+mod device;
+mod receive;
+mod state;
+mod transmit;
+
+pub(crate) use self::device::Net;
+
+/// The queues, in the order of the specification.
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+const CONTROL: usize = 2;
+
+/// Bytes before each frame, on the tap as in the queues: `struct virtio_net_hdr_v1`.
+const HEADER_BYTES: u64 = 12;
+
+/// Where the header says over how many buffers a frame is spread.
+const BUFFER_COUNT: u64 = 10;
+
+/// The longest frame that a tap gives, its header included: 64 KiB, what Ethernet puts before, and a VLAN's tag.
+const LONGEST_FRAME: u64 = 65_535 + 14 + 4 + HEADER_BYTES;
+
+/// Feature bits (virtio 1.2, 5.1.3).
+mod feature {
+    pub(super) const CSUM: u64 = 1;
+    pub(super) const GUEST_CSUM: u64 = 1 << 1;
+    pub(super) const MAC: u64 = 1 << 5;
+    pub(super) const GUEST_TSO4: u64 = 1 << 7;
+    pub(super) const GUEST_TSO6: u64 = 1 << 8;
+    pub(super) const GUEST_ECN: u64 = 1 << 9;
+    pub(super) const HOST_TSO4: u64 = 1 << 11;
+    pub(super) const HOST_TSO6: u64 = 1 << 12;
+    pub(super) const HOST_ECN: u64 = 1 << 13;
+    pub(super) const MRG_RXBUF: u64 = 1 << 15;
+    pub(super) const STATUS: u64 = 1 << 16;
+    pub(super) const CTRL_VQ: u64 = 1 << 17;
+    pub(super) const GUEST_ANNOUNCE: u64 = 1 << 21;
+}

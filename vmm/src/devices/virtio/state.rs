@@ -1,0 +1,148 @@
+//! The saved form of a virtio device's transport, and the schemas of the devices: version 1 of each.
+
+use ferry_proto::state::v1 as saved;
+use virtio_queue::QueueState;
+
+use super::super::DeviceStateError;
+use super::registers::{Registers, VERSION_1, status};
+
+/// The schema of a unit by its name: `disk0`, `nic0`, `rng0`. `None` if no virtio device has such a name.
+pub(crate) fn schema_of(name: &str) -> Option<&'static str> {
+    let kind = name.trim_end_matches(|character: char| character.is_ascii_digit());
+    match kind {
+        "disk" => Some("ferry.virtio-blk"),
+        "nic" => Some("ferry.virtio-net"),
+        "rng" => Some("ferry.virtio-rng"),
+        _ => None,
+    }
+}
+
+pub(super) fn to_saved(registers: &Registers, interrupt_status: u32) -> saved::VirtioTransport {
+    let Registers {
+        status,
+        device_features_select,
+        driver_features,
+        driver_features_select,
+        queue_select,
+        config_generation,
+        queues,
+    } = registers;
+    saved::VirtioTransport {
+        status: *status,
+        device_features_select: *device_features_select,
+        driver_features: *driver_features,
+        driver_features_select: *driver_features_select,
+        queue_select: *queue_select,
+        config_generation: *config_generation,
+        interrupt_status,
+        queues: queues.iter().map(queue_to_saved).collect(),
+    }
+}
+
+/// Registers and interrupt status of a device with these queues and offered features.
+pub(super) fn from_saved(
+    saved: Option<&saved::VirtioTransport>,
+    sizes: &[u16],
+    offered: u64,
+) -> Result<(Registers, u32), DeviceStateError> {
+    let Some(saved::VirtioTransport {
+        status,
+        device_features_select,
+        driver_features,
+        driver_features_select,
+        queue_select,
+        config_generation,
+        interrupt_status,
+        queues,
+    }) = saved
+    else {
+        return Err(DeviceStateError::Undecodable("the transport"));
+    };
+    if *status > status::ALL {
+        return Err(DeviceStateError::above("device status", *status, status::ALL));
+    }
+    if *interrupt_status > 3 {
+        return Err(DeviceStateError::above("interrupt status", *interrupt_status, 3u32));
+    }
+    let agreed = status & status::FEATURES_OK != 0;
+    if agreed && (driver_features & !offered != 0 || driver_features & VERSION_1 == 0) {
+        return Err(DeviceStateError::differs(
+            "set of features",
+            format!("{driver_features:#x}"),
+            format!("{offered:#x}"),
+        ));
+    }
+    if queues.len() != sizes.len() {
+        return Err(DeviceStateError::differs(
+            "number of queues",
+            queues.len() as u64,
+            sizes.len() as u64,
+        ));
+    }
+    let queues = queues
+        .iter()
+        .zip(sizes)
+        .map(|(queue, &size)| queue_from_saved(queue, size))
+        .collect::<Result<_, _>>()?;
+    let registers = Registers {
+        status: *status,
+        device_features_select: *device_features_select,
+        driver_features: *driver_features,
+        driver_features_select: *driver_features_select,
+        queue_select: *queue_select,
+        config_generation: *config_generation,
+        queues,
+    };
+    Ok((registers, *interrupt_status))
+}
+
+fn queue_to_saved(queue: &QueueState) -> saved::VirtioQueue {
+    let QueueState {
+        // The device's own, and no state.
+        max_size: _,
+        next_avail,
+        next_used,
+        // Follows from the features.
+        event_idx_enabled: _,
+        size,
+        ready,
+        desc_table,
+        avail_ring,
+        used_ring,
+    } = queue;
+    saved::VirtioQueue {
+        size: u32::from(*size),
+        ready: *ready,
+        descriptors: *desc_table,
+        driver: *avail_ring,
+        device: *used_ring,
+        next_available: u32::from(*next_avail),
+        next_used: u32::from(*next_used),
+    }
+}
+
+fn queue_from_saved(queue: &saved::VirtioQueue, max_size: u16) -> Result<QueueState, DeviceStateError> {
+    let saved::VirtioQueue {
+        size,
+        ready,
+        descriptors,
+        driver,
+        device,
+        next_available,
+        next_used,
+    } = queue;
+    let short = |field, value: u32| {
+        u16::try_from(value).map_err(|_| DeviceStateError::above(field, value, u32::from(u16::MAX)))
+    };
+    Ok(QueueState {
+        max_size,
+        next_avail: short("next available index", *next_available)?,
+        next_used: short("next used index", *next_used)?,
+        event_idx_enabled: false,
+        size: short("queue size", *size)?,
+        ready: *ready,
+        desc_table: *descriptors,
+        avail_ring: *driver,
+        used_ring: *device,
+    })
+}
