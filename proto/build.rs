@@ -17,6 +17,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         // These are printed as JSON by the command line and kept as JSON in the journal, under their field names.
         for message in [
             "InstanceSpec",
+            "DiskSpec",
+            "NicSpec",
             "InstanceInfo",
             "MigrationInfo",
             "MigrationOptions",

@@ -6,8 +6,8 @@
 //! Who may call what, and when, at the source:
 //!
 //! ```text
-//! start_tracking ─► populated ─► { fetch_dirty ─► rearm range ─► zero_pages, send }* ─► stop ─► export ─► fetch_dirty ─► send
-//!                                     ▲                                                  │
+//! start_tracking ─► populated ─► { fetch_dirty ─► rearm range ─► zero_pages, send }* ─► stop ─► export ─► fetch_dirty ─► send ─► release_disks ─► GO
+//!                                     ▲                           settle_disks           │
 //!                                     └──────────────────── resume ◄─────────────────────┘  (called off before GO)
 //! ```
 
@@ -199,6 +199,15 @@ pub struct StopTimes {
     pub drain: Duration,
 }
 
+/// Whether what the guest wrote to its disks is where its destination will read it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskCondition {
+    /// All of it but what [`SourceGuest::stop`] can bring there within a few milliseconds.
+    Settled,
+    /// Some of it is on the way.
+    Settling,
+}
+
 /// Guest memory, shared by every thread of a migration. Runs lie inside one region each; callers check that before.
 pub trait GuestMemory: Send + Sync + 'static {
     /// Where there is memory.
@@ -301,6 +310,12 @@ pub trait SourceGuest: Send {
     /// and once after [`SourceGuest::stop`].
     fn poll(&mut self) -> GuestCondition;
 
+    /// Has this host's page cache of the guest's disks written, so that little of that is left for the blackout. Must not
+    /// block: before a switchover is asked for it is called between rounds until the disks are settled, and again before the next.
+    fn settle_disks(&mut self) -> DiskCondition {
+        DiskCondition::Settled
+    }
+
     /// Stops the vCPUs with their pending exits finished and drains the devices, until `deadline`. A guest whose user
     /// had paused it is drained only.
     ///
@@ -319,6 +334,10 @@ pub trait SourceGuest: Send {
     /// # Errors
     /// If the state does not parse.
     fn state_digest(&self, state: &[u8]) -> Result<u128, GuestError>;
+
+    /// Lets go of the guest's disks: its destination takes them when it hears GO. Called at most once, after the grant was
+    /// traded for GO-sent and before GO is written; a guest that comes back takes them again before it runs.
+    fn release_disks(&mut self) {}
 
     /// Undoes [`SourceGuest::stop`] after the switchover was called off: under the epoch it had, no new right.
     ///

@@ -4,6 +4,8 @@
 pub mod agent;
 pub mod cli;
 mod error_chain;
+mod lock_file;
+mod mac;
 mod vmm_channel;
 pub mod vmm_process;
 

@@ -4,7 +4,7 @@
 //! [`GuestMemory`] is a handle of its own, so that memory can be sent and filled while someone else owns the machine. [`host`] tells what
 //! this host offers and whether a machine with a given [`MachineProfile`] could run here.
 //!
-//! Unsafe code is confined to `kvm`, `memory` and `vcpu::kick`.
+//! Unsafe code is confined to `kvm`, `memory`, `tap` and `vcpu::kick`.
 
 mod arch;
 mod devices;
@@ -13,6 +13,7 @@ mod kvm;
 mod machine;
 mod memory;
 mod state;
+mod tap;
 mod vcpu;
 
 /// A way in for the fuzz targets, which see only what is public.
@@ -39,3 +40,4 @@ pub use memory::{
     warm_host_memory,
 };
 pub use state::{MachineProfile, MachineState, StateError, UnitKind};
+pub use tap::{Tap, TapError, VNET_HEADER_SIZE};

@@ -37,11 +37,11 @@ impl Permits {
         }
     }
 
-    /// Takes a permit: from here on the VMM may run the guest under its epoch.
+    /// Whether a permit would be taken. One that is not taken after this, because something else is in the way, may come again.
     ///
     /// # Errors
     /// Refused if it is another guest's or not of a higher epoch.
-    pub fn take(&mut self, permit: Permit) -> Result<(), PermitRefused> {
+    pub fn check(&self, permit: Permit) -> Result<(), PermitRefused> {
         if permit.instance != self.instance {
             return Err(PermitRefused::OtherInstance(permit.instance));
         }
@@ -51,6 +51,15 @@ impl Permits {
                 had: self.had,
             });
         }
+        Ok(())
+    }
+
+    /// Takes a permit: from here on the VMM may run the guest under its epoch.
+    ///
+    /// # Errors
+    /// Refused if it is another guest's or not of a higher epoch.
+    pub fn take(&mut self, permit: Permit) -> Result<(), PermitRefused> {
+        self.check(permit)?;
         self.had = permit.epoch;
         Ok(())
     }
@@ -75,6 +84,7 @@ mod tests {
             paused: false,
         };
         let mut permits = Permits::new(instance);
+        assert_eq!(permits.check(permit), Ok(()));
         assert_eq!(permits.take(permit), Ok(()));
         assert_eq!(
             permits.take(permit),

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use ferry_proto::stream::v1::{self, from_source::Message as Said};
 
 use crate::PageSet;
-use crate::guest::{FRAME_SIZE, GuestMemory as _, SourceGuest};
+use crate::guest::{DiskCondition, FRAME_SIZE, GuestMemory as _, SourceGuest};
 use crate::handover::Attempt;
 use crate::policy::{Decision, Policy, Verdict};
 use crate::precopy::{Pace, Round, Streams};
@@ -205,7 +205,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         self.attempt.attempt = grant.attempt + 1;
     }
 
-    /// Tells, once for each attempt, that it may be armed.
+    /// Tells, once for each attempt, that it may be armed: as soon as the disks are settled. Until then small rounds go on.
     fn announce(&mut self, decision: &Decision) {
         if Instant::now() < self.rest_until {
             return;
@@ -217,12 +217,14 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         {
             self.attempt.attempt = cancelled.attempt + 1;
         }
-        if self.announced.replace(self.attempt.attempt) != Some(self.attempt.attempt) {
-            let (attempt, predicted) = (self.attempt.attempt, decision.predicted);
-            self.conversation
-                .asked
-                .report(SourceReport::Converged { attempt, predicted });
+        let (attempt, predicted) = (self.attempt.attempt, decision.predicted);
+        if self.announced == Some(attempt) || self.guest.settle_disks() == DiskCondition::Settling {
+            return;
         }
+        self.announced = Some(attempt);
+        self.conversation
+            .asked
+            .report(SourceReport::Converged { attempt, predicted });
     }
 
     fn wait_for_grant(&mut self, pause: Duration) -> Result<Option<Attempt>, Stop> {

@@ -1,7 +1,7 @@
 //! The switchover: the guest stands still from here to GO, or until it was called off.
 //!
 //! Order matters and is: stop, export, *then* the last dirty log, because exporting finishes what writes to
-//! memory; and the grant is traded before GO is written, never after.
+//! memory; and the grant is traded before GO is written, never after. Between the two the disks are let go.
 
 use std::time::{Duration, Instant};
 
@@ -142,6 +142,8 @@ fn hand_over<G: SourceGuest>(
     if !copy.conversation.asked.grants.trade_for_go(grant) {
         return Err(Setback::CallOff("the agent took the grant back".to_owned()));
     }
+    // Not before: until the trade the guest may run on. Not after: the destination takes them when it has read GO.
+    copy.guest.release_disks();
     copy.conversation.say(Said::Go(v1::Go {
         manifest: Some(manifest),
     }));

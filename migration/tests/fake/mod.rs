@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use ferry_migration::PageSet;
 use ferry_migration::guest::{
-    DestinationGuest, DirtyClearer, FrameRun, GuestCondition, GuestEnd, GuestError, GuestWas, Population,
+    DestinationGuest, DirtyClearer, DiskCondition, FrameRun, GuestCondition, GuestEnd, GuestError, GuestWas, Population,
     RestoredGuest, SourceGuest, StopTimes,
 };
 use memory::FakeMemory;
@@ -157,6 +157,8 @@ pub struct Notes {
     pub tracking_stopped: AtomicBool,
     pub writes: AtomicU64,
     pub end: Mutex<Option<GuestEnd>>,
+    /// When the disks were let go, each time.
+    pub released: Mutex<Vec<Instant>>,
 }
 
 pub struct FakeSource {
@@ -168,6 +170,10 @@ pub struct FakeSource {
     pub profile: String,
     pub stop_faults: VecDeque<StopFault>,
     pub huge: Vec<FrameRun>,
+    /// How often the disks say that they are not settled, for each switchover.
+    pub settles_after: VecDeque<u32>,
+    /// Called when the disks are let go.
+    pub on_release: Option<Box<dyn FnMut() + Send>>,
     stopped: bool,
 }
 
@@ -206,6 +212,8 @@ impl FakeSource {
             profile: "cpu: sse2".to_owned(),
             stop_faults: VecDeque::new(),
             huge: Vec::new(),
+            settles_after: VecDeque::new(),
+            on_release: None,
             stopped: false,
         }
     }
@@ -327,6 +335,19 @@ impl SourceGuest for FakeSource {
         }
     }
 
+    fn settle_disks(&mut self) -> DiskCondition {
+        match self.settles_after.front_mut() {
+            Some(left) if *left > 0 => {
+                *left -= 1;
+                DiskCondition::Settling
+            }
+            _ => {
+                self.settles_after.pop_front();
+                DiskCondition::Settled
+            }
+        }
+    }
+
     fn stop(&mut self, _deadline: Instant) -> Result<StopTimes, GuestError> {
         let began = Instant::now();
         self.pause();
@@ -358,6 +379,14 @@ impl SourceGuest for FakeSource {
 
     fn state_digest(&self, state: &[u8]) -> Result<u128, GuestError> {
         Ok(xxhash_rust::xxh3::xxh3_128(state))
+    }
+
+    fn release_disks(&mut self) {
+        assert!(self.stopped, "the disks of a running guest were let go");
+        if let Some(on_release) = &mut self.on_release {
+            on_release();
+        }
+        self.notes.released.lock().unwrap().push(Instant::now());
     }
 
     fn resume(&mut self, was: GuestWas) -> Result<(), GuestError> {

@@ -180,6 +180,8 @@ pub fn arming_and(
 
 /// One migration to be run.
 pub struct Scene {
+    /// The source VMM's register.
+    pub grants: Arc<Grants>,
     pub source: FakeSource,
     pub destination: FakeDestination,
     pub streams: usize,
@@ -191,6 +193,7 @@ pub struct Scene {
 impl Scene {
     pub fn new(source: FakeSource) -> Self {
         Self {
+            grants: Arc::default(),
             source,
             destination: FakeDestination::new(memory()),
             streams: 2,
@@ -213,6 +216,7 @@ pub struct Ends {
 /// Runs both ends until both are done.
 pub fn migrate(scene: Scene) -> Ends {
     let Scene {
+        grants,
         source,
         destination,
         streams,
@@ -225,7 +229,6 @@ pub fn migrate(scene: Scene) -> Ends {
     let (destination_orders, destination_orders_out) = mpsc::channel();
     let (reports_in, reports_out) = mpsc::channel();
     let (destination_reports_in, destination_reports) = mpsc::channel();
-    let grants = Arc::new(Grants::new());
     let controls = Controls {
         grants: grants.clone(),
         source_orders,

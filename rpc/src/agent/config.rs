@@ -20,7 +20,7 @@ pub struct AgentConfig {
     pub data_dir: PathBuf,
     /// The other agents: host id and URL.
     pub peers: Vec<(String, String)>,
-    /// On an address that is not loopback: where kernels and initrds must lie.
+    /// On an address that is not loopback: where kernels, initrds and disks must lie.
     pub image_dirs: Vec<PathBuf>,
     /// Allows other addresses than loopback, although peers do not authenticate each other.
     pub insecure_network: bool,

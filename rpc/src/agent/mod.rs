@@ -6,12 +6,14 @@
 //! | --- | --- |
 //! | [`serve`](serve()), `recovery` | start, and what is found again after a restart |
 //! | `instances`, `images`, `console` | what users do with instances |
+//! | `backends` | what their disks and network cards work on |
 //! | `outgoing` | one task per migration out of here: a script, then the switchover by `handover::SourceAgent` |
 //! | `incoming`, `data_port` | one task per migration into here: `handover::DestinationAgent` |
 //! | `peers` | other agents |
 //! | `compute`, `conductor` | the gRPC services: convert, call, map the error |
 //! | `journal`, `spawn`, `vmm_client` | SQLite, VMM processes, their sockets |
 
+mod backends;
 mod compute;
 mod conductor;
 mod config;
@@ -30,6 +32,7 @@ mod serve;
 mod spawn;
 mod vmm_client;
 
+pub(crate) use backends::is_interface_name;
 pub use config::AgentConfig;
 pub(crate) use host::remove_leftovers;
 pub use serve::serve;

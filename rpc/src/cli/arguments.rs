@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use super::devices::{self, DiskArgument, NicArgument};
 use super::output::Format;
 use super::quantities as parse;
 
@@ -129,7 +130,7 @@ pub(super) struct AgentArguments {
     /// Another agent
     #[arg(long = "peer", value_name = "HOST=URL", value_parser = parse::peer)]
     pub(super) peers: Vec<(String, String)>,
-    /// Where kernels and initrds may lie when the network is not loopback
+    /// Where kernels, initrds and disks may lie when the network is not loopback
     #[arg(long = "image-dir", value_name = "DIR")]
     pub(super) image_dirs: Vec<PathBuf>,
     /// Listen beyond loopback although peers do not authenticate each other yet
@@ -172,6 +173,12 @@ pub(super) struct RunArguments {
     /// Take guest memory from the pool of huge pages
     #[arg(long)]
     pub(super) hugepages: bool,
+    /// A raw image or a block device, opened by the agent; may be given again
+    #[arg(long = "disk", value_name = "path=FILE[,readonly=on][,serial=TEXT]", value_parser = devices::disk)]
+    pub(super) disks: Vec<DiskArgument>,
+    /// A network card on a tap, or on a bridge by a tap of its own; may be given again
+    #[arg(long = "net", value_name = "tap=NAME|bridge=NAME[,mac=ADDRESS]", value_parser = devices::nic)]
+    pub(super) nics: Vec<NicArgument>,
 }
 
 #[derive(Debug, Args)]

@@ -4,14 +4,15 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ferry_proto::agent::v1::{
-    DeleteInstanceRequest, InstanceInfo, InstanceRequest, InstanceSpec, ListInstancesRequest, RunInstanceRequest,
-    StopInstanceRequest,
+    DeleteInstanceRequest, DiskSpec, InstanceInfo, InstanceRequest, InstanceSpec, ListInstancesRequest, NicSpec,
+    RunInstanceRequest, StopInstanceRequest,
 };
 use serde_json::json;
 use tonic::{Response, Status};
 
 use super::arguments::{Named, RunArguments};
 use super::client::{Agent, LONG_PATIENCE, PATIENCE, within};
+use super::devices::{DiskArgument, NicArgument, NicEnd};
 use super::failure::{Exit, Failure, Outcome};
 use super::output::{self, Format, Table, human_bytes, or_dash};
 
@@ -41,6 +42,8 @@ pub(super) async fn run(agent: &Agent, arguments: RunArguments, format: Format) 
             .unwrap_or_default(),
         cmdline: arguments.cmdline,
         hugepages: arguments.hugepages,
+        disks: arguments.disks.into_iter().map(disk).collect::<Result<_, _>>()?,
+        nics: arguments.nics.into_iter().map(nic).collect(),
     };
     let request = within(LONG_PATIENCE, RunInstanceRequest { spec: Some(spec) });
     let info = answer(
@@ -150,6 +153,26 @@ fn absolute(flag: &str, path: &Path) -> Result<String, Failure> {
         .map_err(|_| wrong("is not UTF-8".to_owned()))
 }
 
+fn disk(argument: DiskArgument) -> Result<DiskSpec, Failure> {
+    Ok(DiskSpec {
+        path: absolute("--disk path", &argument.path)?,
+        readonly: argument.readonly,
+        serial: argument.serial,
+    })
+}
+
+fn nic(argument: NicArgument) -> NicSpec {
+    let (tap, bridge) = match argument.end {
+        NicEnd::Tap(tap) => (Some(tap), None),
+        NicEnd::Bridge(bridge) => (None, Some(bridge)),
+    };
+    NicSpec {
+        tap,
+        bridge,
+        mac: argument.mac.map(|mac| mac.to_string()).unwrap_or_default(),
+    }
+}
+
 fn answer<T>(what: &str, answered: Result<Response<T>, Status>) -> Result<T, Failure> {
     answered
         .map(Response::into_inner)
@@ -198,7 +221,7 @@ fn details(info: &InstanceInfo) -> String {
         .map(|reason| format!(" ({reason})"))
         .unwrap_or_default();
     let cmdline = Some(info.cmdline.as_str()).filter(|text| !text.is_empty());
-    let rows = [
+    let mut rows = vec![
         ("name", info.name.clone()),
         ("id", info.id.clone()),
         ("host", info.host.clone()),
@@ -213,7 +236,26 @@ fn details(info: &InstanceInfo) -> String {
         ("cmdline", or_dash(cmdline)),
         ("vmm pid", or_dash(info.vmm_pid)),
     ];
-    rows.map(|(key, value)| format!("{key:<10} {value}")).join("\n")
+    rows.extend(info.disks.iter().map(|disk| ("disk", disk_line(disk))));
+    rows.extend(info.nics.iter().map(|nic| ("net", nic_line(nic))));
+    let lines: Vec<_> = rows
+        .into_iter()
+        .map(|(key, value)| format!("{key:<10} {value}"))
+        .collect();
+    lines.join("\n")
+}
+
+fn disk_line(disk: &DiskSpec) -> String {
+    let readonly = if disk.readonly { ", read-only" } else { "" };
+    let serial = disk.serial.as_ref().map(|serial| format!(", serial {serial}"));
+    format!("{}{readonly}{}", disk.path, serial.unwrap_or_default())
+}
+
+fn nic_line(nic: &NicSpec) -> String {
+    match (&nic.tap, &nic.bridge) {
+        (Some(tap), _) => format!("{} on tap {tap}", nic.mac),
+        (None, bridge) => format!("{} on bridge {}", nic.mac, or_dash(bridge.as_ref())),
+    }
 }
 
 #[cfg(test)]
@@ -233,6 +275,35 @@ mod tests {
             assert!(object.get(field).is_some(), "{field}");
         }
         assert!(object["task"].is_null() && object["migration"].is_null());
+    }
+
+    #[test]
+    fn disks_and_cards_are_shown() {
+        let info = InstanceInfo {
+            disks: vec![DiskSpec {
+                path: "/srv/web.img".into(),
+                readonly: true,
+                serial: None,
+            }],
+            nics: vec![NicSpec {
+                bridge: Some("br0".into()),
+                mac: "02:00:00:00:00:01".into(),
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let object = serde_json::to_value(&info).unwrap();
+        assert_eq!(
+            object["disks"],
+            json!([{ "path": "/srv/web.img", "readonly": true, "serial": null }])
+        );
+        assert_eq!(
+            object["nics"],
+            json!([{ "tap": null, "bridge": "br0", "mac": "02:00:00:00:00:01" }])
+        );
+        let shown = details(&info);
+        assert!(shown.contains("disk       /srv/web.img, read-only"), "{shown}");
+        assert!(shown.contains("net        02:00:00:00:00:01 on bridge br0"), "{shown}");
     }
 
     #[test]

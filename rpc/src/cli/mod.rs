@@ -9,6 +9,7 @@ mod bench;
 mod client;
 mod console;
 mod demo;
+mod devices;
 mod doctor;
 mod failure;
 mod hosts;

@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use ferry_migration::PageSet;
 use ferry_migration::guest::{
-    DestinationGuest, DirtyClearer, FrameRun, GuestCondition, GuestEnd, GuestError, GuestWas, Population,
-    RestoredGuest, SourceGuest, StopTimes,
+    DestinationGuest, DirtyClearer, DiskCondition, FrameRun, GuestCondition, GuestEnd, GuestError, GuestWas,
+    Population, RestoredGuest, SourceGuest, StopTimes,
 };
 use ferry_vmm::{MachineEvent, MachineProfile, MachineState};
 
@@ -75,11 +75,18 @@ impl SourceGuest for LocalGuest {
         GuestCondition::Alive
     }
 
+    fn settle_disks(&mut self) -> DiskCondition {
+        self.disks.settle()
+    }
+
     fn stop(&mut self, _deadline: Instant) -> Result<StopTimes, GuestError> {
         let times = self.machine.pause().map_err(GuestError::new)?;
+        let began = Instant::now();
+        let not_written = |error| GuestError::new(format!("a disk does not take what the guest wrote: {error}"));
+        self.disks.write_back().map_err(not_written)?;
         Ok(StopTimes {
             pause: times.vcpus,
-            drain: times.drain,
+            drain: times.drain + began.elapsed(),
         })
     }
 
@@ -89,6 +96,10 @@ impl SourceGuest for LocalGuest {
 
     fn state_digest(&self, state: &[u8]) -> Result<u128, GuestError> {
         Ok(MachineState::from_bytes(state).map_err(GuestError::new)?.digest())
+    }
+
+    fn release_disks(&mut self) {
+        self.disks.unlock();
     }
 
     fn resume(&mut self, was: GuestWas) -> Result<(), GuestError> {
@@ -133,11 +144,16 @@ impl DestinationGuest for BlankGuest {
 
     fn restore(self, state: &[u8]) -> Result<RestoredMachine, GuestError> {
         let state = MachineState::from_bytes(state).map_err(GuestError::new)?;
+        // GO's manifest was checked, and the source let go of them before it sent GO. From here on they are this host's.
+        self.disks.lock(self.epoch).map_err(GuestError::new)?;
+        self.disks.forget_cached();
         let machine = self.machine.restore(&state).map_err(GuestError::new)?;
         Ok(RestoredMachine(LocalGuest {
             machine,
             inbox: self.inbox,
             payload: self.payload,
+            disks: self.disks,
+            announcer: self.announcer,
         }))
     }
 }

@@ -2,18 +2,23 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, bail};
+use ferry_migration::handover::Epoch;
 use ferry_proto::vmm::v1::MachineSpec;
 use ferry_vmm::{
-    Backends, BlankMachine, BootPayload, ConsoleInput, CpuModel, DirtyMode, EventSink, Machine, MachineConfig,
-    MachineEvent, RunState,
+    BlankMachine, BootPayload, ConsoleInput, CpuModel, DirtyMode, EventSink, Machine, MachineConfig, MachineEvent,
+    RunState,
 };
 
+use super::announce::Announcer;
+use super::backends::HostSide;
 use super::console::ConsoleLog;
+use super::disks::Disks;
 use super::events::Event;
 
 /// What the guest's vCPUs said and nobody has looked at yet.
@@ -73,6 +78,11 @@ pub(super) struct BlankGuest {
     pub(super) machine: BlankMachine,
     pub(super) inbox: Inbox,
     pub(super) payload: Payload,
+    /// Not locked: the guest has them where it is.
+    pub(super) disks: Disks,
+    pub(super) announcer: Announcer,
+    /// The epoch under which the guest runs where it is; 0 until that is known.
+    pub(super) epoch: Epoch,
 }
 
 /// A machine with a guest in it, running or paused.
@@ -80,6 +90,8 @@ pub(super) struct LocalGuest {
     pub(super) machine: Machine,
     pub(super) inbox: Inbox,
     pub(super) payload: Payload,
+    pub(super) disks: Disks,
+    pub(super) announcer: Announcer,
 }
 
 /// A guest that moved in and waits for its permit.
@@ -107,19 +119,34 @@ impl LocalGuest {
     }
 }
 
+/// What a machine is built for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// To boot a kernel.
+    Boot,
+    /// To be filled by a migration.
+    Incoming,
+}
+
 /// A machine as an agent's order describes it.
 pub(super) struct Blueprint {
     config: MachineConfig,
     payload: Payload,
     folder: PathBuf,
+    host: HostSide,
 }
 
 impl Blueprint {
-    /// Checks the order.
+    /// Checks the order and the descriptors that came with it.
     ///
     /// # Errors
     /// Names what cannot be built.
-    pub(super) fn new(folder: &Path, spec: &MachineSpec, expect_incoming: bool) -> anyhow::Result<Self> {
+    pub(super) fn new(
+        folder: &Path,
+        spec: &MachineSpec,
+        purpose: Purpose,
+        descriptors: Vec<OwnedFd>,
+    ) -> anyhow::Result<Self> {
         let cpu = match spec.cpu.as_str() {
             "host" => CpuModel::Host,
             "x86-64-v2" => CpuModel::X86_64V2,
@@ -138,7 +165,7 @@ impl Blueprint {
             cpu,
             dirty,
             hugepages: spec.hugepages,
-            expect_incoming,
+            expect_incoming: purpose == Purpose::Incoming,
         };
         let inside = |name: &str| -> anyhow::Result<PathBuf> {
             // An agent names files of the instance's own folder, nothing else.
@@ -160,6 +187,7 @@ impl Blueprint {
             config,
             payload,
             folder: folder.to_owned(),
+            host: HostSide::new(spec, descriptors)?,
         })
     }
 
@@ -173,11 +201,19 @@ impl Blueprint {
             .with_context(|| format!("failed to open the console log in {}", self.folder.display()))?;
         let to_inbox = inbox.clone();
         let events = EventSink::new(move |event| to_inbox.put(event));
-        let machine = BlankMachine::new(&self.config, Backends::default(), Box::new(console), events)?;
+        let HostSide {
+            backends,
+            disks,
+            announcer,
+        } = self.host;
+        let machine = BlankMachine::new(&self.config, backends, Box::new(console), events)?;
         Ok(BlankGuest {
             machine,
             inbox,
             payload: self.payload,
+            disks,
+            announcer,
+            epoch: Epoch(0),
         })
     }
 }
@@ -194,6 +230,8 @@ impl BlankGuest {
             machine,
             inbox: self.inbox,
             payload: self.payload,
+            disks: self.disks,
+            announcer: self.announcer,
         })
     }
 }

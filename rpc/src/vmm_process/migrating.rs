@@ -100,9 +100,10 @@ impl Vmm {
         let (_, no_orders) = mpsc::channel();
         let (reports, report_receiver) = mpsc::channel();
         forward(report_receiver, self.events.clone(), Event::LoadReport)?;
-        let Holding::Blank(blank) = std::mem::replace(&mut self.holding, Holding::Loading) else {
+        let Holding::Blank(mut blank) = std::mem::replace(&mut self.holding, Holding::Loading) else {
             anyhow::bail!("the machine is gone");
         };
+        blank.epoch = parameters.epoch;
         let events = self.events.clone();
         let run = move || {
             let outcome = destination::run(*blank, link, &parameters, &no_orders, &reports);

@@ -14,8 +14,11 @@
 //! open the socket is the agent. The process ends when its agent kills it; it never ends, and never starts a guest, by itself.
 
 mod adapter;
+mod announce;
+mod backends;
 mod console;
 mod convert;
+mod disks;
 mod events;
 mod guest;
 mod memory;

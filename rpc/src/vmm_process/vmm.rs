@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 
 use ferry_migration::guest::GuestEnd;
-use ferry_migration::handover::{Grants, Permit, Permits, Traded};
+use ferry_migration::handover::{Epoch, Grants, Permit, Permits, Traded};
 use ferry_migration::source::Parked;
 use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
@@ -30,7 +30,7 @@ use uuid::Uuid;
 use super::adapter::end_of;
 use super::convert::{attempt_from_wire, guest_ended, monotonic_ns};
 use super::events::{Connection, Event};
-use super::guest::{BlankGuest, Blueprint, LocalGuest};
+use super::guest::{BlankGuest, Blueprint, LocalGuest, Purpose};
 use super::migrating::{ReadyGuest, Sending};
 use crate::vmm_channel;
 
@@ -136,7 +136,7 @@ impl Vmm {
                 Ok(Body::Standing(self.standing()))
             }
             Command::Ping(_) => Ok(Body::Standing(self.standing())),
-            Command::Build(build) => self.build(build),
+            Command::Build(build) => self.build(build, descriptors),
             Command::Permit(permit) => self.permit(&permit),
             Command::Pause(pause) => self.pause(pause.epoch),
             Command::Resume(resume) => self.resume(resume.epoch),
@@ -163,7 +163,7 @@ impl Vmm {
         }
     }
 
-    fn build(&mut self, build: wire::Build) -> anyhow::Result<Body> {
+    fn build(&mut self, build: wire::Build, descriptors: Vec<OwnedFd>) -> anyhow::Result<Body> {
         anyhow::ensure!(
             matches!(self.holding, Holding::Nothing),
             "a machine was built here before"
@@ -173,7 +173,12 @@ impl Vmm {
         self.permits = Permits::new(self.instance);
         self.standing.instance.clone_from(&spec.instance);
         self.started_mark = PathBuf::from(build.started_mark);
-        let blank = Blueprint::new(&self.folder, &spec, build.incoming)?.blank(self.events.clone())?;
+        let purpose = if build.incoming {
+            Purpose::Incoming
+        } else {
+            Purpose::Boot
+        };
+        let blank = Blueprint::new(&self.folder, &spec, purpose, descriptors)?.blank(self.events.clone())?;
         self.holding = if build.incoming {
             Holding::Blank(Box::new(blank))
         } else {
@@ -188,15 +193,19 @@ impl Vmm {
     fn permit(&mut self, permit: &wire::Permit) -> anyhow::Result<Body> {
         let permit = Permit {
             instance: wire_uuid("permit.instance", &permit.instance)?,
-            epoch: ferry_migration::handover::Epoch(permit.epoch),
+            epoch: Epoch(permit.epoch),
             paused: permit.paused,
         };
         match &self.holding {
             Holding::Here(_) | Holding::Ready(_) | Holding::Parked(_) => {}
             _ => anyhow::bail!("no guest waits for a permit here: {}", self.machine_word()),
         }
+        self.permits.check(permit)?;
+        // Refused with its reason where somebody else has them, the permit not taken: it may come again.
+        self.lock_disks(permit.epoch)?;
         self.permits.take(permit)?;
         self.user_paused = permit.paused;
+        let has_moved = matches!(self.holding, Holding::Ready(_));
         let guest = match std::mem::replace(&mut self.holding, Holding::Nothing) {
             Holding::Here(guest) => guest,
             Holding::Ready(ready) => {
@@ -217,6 +226,7 @@ impl Vmm {
                     Box::new(guest)
                 }
                 Err((parked, reason)) => {
+                    parked.guest().disks.unlock();
                     self.holding = Holding::Parked(parked);
                     anyhow::bail!(reason);
                 }
@@ -226,7 +236,24 @@ impl Vmm {
                 anyhow::bail!("no guest waits for a permit here");
             }
         };
-        self.start(guest, permit)
+        let answer = self.start(guest, permit);
+        if let Holding::Here(guest) = &self.holding {
+            if has_moved {
+                guest.announcer.announce();
+            }
+            guest.disks.note_epoch(permit.epoch);
+        }
+        answer
+    }
+
+    /// A guest that is to run has its disks: one that arrived took them when it was restored.
+    fn lock_disks(&self, epoch: Epoch) -> anyhow::Result<()> {
+        match &self.holding {
+            Holding::Here(guest) => guest.disks.lock(epoch)?,
+            Holding::Parked(parked) => parked.guest().disks.lock(epoch)?,
+            _ => {}
+        }
+        Ok(())
     }
 
     fn leave_mark(&self) -> std::io::Result<()> {

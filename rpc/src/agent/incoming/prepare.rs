@@ -13,6 +13,7 @@ use uuid::Uuid;
 
 use super::driver::{Driver, Part};
 use super::handle::Incoming;
+use crate::agent::backends::{Occasion, Opened, Whose};
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, check_incoming};
 use crate::agent::journal::{InstanceRow, MigrationRow, Role, Status};
@@ -107,9 +108,16 @@ impl Agent {
             )));
         }
         check_incoming(self, guest.instance, &guest.spec).await?;
+        let whose = Whose {
+            instance: guest.instance,
+            known_epoch: guest.epoch,
+            occasion: Occasion::Prepare,
+        };
+        // Before anything is sent here: a disk or a bridge that is missing is the more likely reason to say no.
+        let backends = self.open_backends(&guest.spec, whose).await?;
         reply.missing_images = self.missing_images(&guest.spec);
         if reply.missing_images.is_empty() {
-            reply.secret = self.prepare(guest).await?.secret.to_vec();
+            reply.secret = self.prepare(guest, backends).await?.secret.to_vec();
         }
         Ok(reply)
     }
@@ -138,7 +146,7 @@ impl Agent {
         Ok(())
     }
 
-    async fn prepare(self: &Arc<Self>, guest: Guest) -> Result<Arc<Incoming>, Failure> {
+    async fn prepare(self: &Arc<Self>, guest: Guest, backends: Opened) -> Result<Arc<Incoming>, Failure> {
         let secret = data_port::random().map_err(Failure::host("failed to make a secret"))?;
         let instance_row = InstanceRow {
             id: guest.instance,
@@ -201,7 +209,7 @@ impl Agent {
         if let Some(reason) = self.incoming.why_buried(guest.migration) {
             incoming.give_up(&reason);
         }
-        let built = self.build_incoming(&guest, &instance, &mut state).await;
+        let built = self.build_incoming(&guest, &instance, &mut state, backends).await;
         drop(state);
 
         let driver = Driver {
@@ -226,6 +234,7 @@ impl Agent {
         guest: &Guest,
         instance: &Arc<crate::agent::instances::Instance>,
         state: &mut crate::agent::instances::InstanceState,
+        backends: Opened,
     ) -> Result<(), Failure> {
         let (vmm, events) = self.spawn_vmm(guest.instance).await?;
         self.attach(instance, state, vmm.clone(), events);
@@ -237,11 +246,11 @@ impl Agent {
         // A mark of this name could only be an earlier attempt of the very same migration.
         let _ = std::fs::remove_file(&mark);
         let build = wire::Build {
-            spec: Some(state.machine_spec()),
+            spec: Some(state.machine_spec(self.host(), backends.disks, backends.nics)),
             incoming: true,
             started_mark: mark.to_string_lossy().into_owned(),
         };
-        vmm.order(Command::Build(build))
+        vmm.order_with(Command::Build(build), backends.descriptors)
             .await
             .map_err(Failure::vmm("failed to build the machine"))?;
         Ok(())

@@ -161,11 +161,13 @@ impl InstanceState {
             cmdline: row.spec.cmdline.clone(),
             vmm_pid: self.vmm.as_ref().and_then(|vmm| u32::try_from(vmm.pid()).ok()),
             reason: row.reason.clone(),
+            disks: row.spec.disks.clone(),
+            nics: row.spec.nics.clone(),
         }
     }
 
-    /// What the VMM is told to build.
-    pub(crate) fn machine_spec(&self) -> wire::MachineSpec {
+    /// What the VMM on `host` is told to build, with these disks and network cards.
+    pub(crate) fn machine_spec(&self, host: &str, disks: Vec<wire::Disk>, nics: Vec<wire::Nic>) -> wire::MachineSpec {
         let spec = &self.row.spec;
         wire::MachineSpec {
             instance: self.row.id.to_string(),
@@ -181,6 +183,10 @@ impl InstanceState {
                 images::file_name(&spec.initrd)
             },
             cmdline: spec.cmdline.clone(),
+            disks,
+            nics,
+            host: host.to_owned(),
+            name: spec.name.clone(),
         }
     }
 }

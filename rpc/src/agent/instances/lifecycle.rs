@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use super::instance::{Agent, Instance, InstanceState};
 use super::spec;
+use crate::agent::backends::{self, Occasion, Opened, Whose};
 use crate::agent::failure::Failure;
 use crate::agent::journal::{InstanceRow, Status};
 use crate::agent::vmm_client::Vmm;
@@ -22,8 +23,9 @@ impl Agent {
     /// # Errors
     /// Nothing of it is left then.
     pub(crate) async fn run_instance(self: &Arc<Self>, mut spec: InstanceSpec) -> Result<InstanceInfo, Failure> {
+        tokio::task::block_in_place(|| backends::complete(&mut spec))?;
         spec::check(&spec)?;
-        self.check_name_free(&spec.name).await?;
+        self.check_free(&spec).await?;
         let id = Uuid::new_v4();
         let folder = self.make_folder(id)?;
         // Up to a gigabyte is read and written: other tasks go elsewhere meanwhile.
@@ -48,21 +50,36 @@ impl Agent {
         }
         let instance = self.instances.add(row);
         let mut state = instance.state.lock().await;
-        if let Err(failure) = self.start(&instance, &mut state).await {
+        if let Err(failure) = self.start(&instance, &mut state, Occasion::Run).await {
             self.forget(&mut state).await;
             return Err(failure);
         }
         Ok(state.info(self.host()))
     }
 
-    async fn check_name_free(&self, name: &str) -> Result<(), Failure> {
-        match self.instances.find(name).await {
-            None => Ok(()),
-            Some(_) => Err(Failure::Refused(format!(
-                "an instance named {name:?} is on host {}",
+    /// No instance of this host has the name, or a network card of the same address.
+    async fn check_free(&self, spec: &InstanceSpec) -> Result<(), Failure> {
+        if self.instances.find(&spec.name).await.is_some() {
+            return Err(Failure::Refused(format!(
+                "an instance named {:?} is on host {}",
+                spec.name,
                 self.host()
-            ))),
+            )));
         }
+        for instance in self.instances.all() {
+            let state = instance.state.lock().await;
+            let other = &state.row.spec;
+            let is_taken = |mac: &str| other.nics.iter().any(|nic| nic.mac.eq_ignore_ascii_case(mac));
+            if let Some(nic) = spec.nics.iter().find(|nic| is_taken(&nic.mac)) {
+                return Err(Failure::Refused(format!(
+                    "instance {} on host {} has the MAC address {} already",
+                    other.name,
+                    self.host(),
+                    nic.mac
+                )));
+            }
+        }
+        Ok(())
     }
 
     fn import_images(&self, spec: &mut InstanceSpec, folder: &Path) -> Result<(), Failure> {
@@ -86,21 +103,32 @@ impl Agent {
         if !matches!(state.row.status, Status::Stopped | Status::Crashed) {
             return Err(Failure::Refused(format!("instance {name} is {}", state.row.status)));
         }
-        self.start(&instance, &mut state).await?;
+        self.start(&instance, &mut state, Occasion::Start).await?;
         Ok(state.info(self.host()))
     }
 
     /// A VMM, a machine, and a permit of an epoch that was journalled before and never used.
-    async fn start(self: &Arc<Self>, instance: &Arc<Instance>, state: &mut InstanceState) -> Result<(), Failure> {
+    async fn start(
+        self: &Arc<Self>,
+        instance: &Arc<Instance>,
+        state: &mut InstanceState,
+        occasion: Occasion,
+    ) -> Result<(), Failure> {
         if let Some(earlier) = state.vmm.take() {
             earlier
                 .kill()
                 .await
                 .map_err(Failure::host("failed to end the VMM that was there"))?;
         }
+        let whose = Whose {
+            instance: instance.id,
+            known_epoch: state.row.known_epoch,
+            occasion,
+        };
+        let backends = self.open_backends(&state.row.spec, whose).await?;
         let (vmm, events) = self.spawn_vmm(instance.id).await?;
         self.attach(instance, state, vmm.clone(), events);
-        let started = self.build_and_permit(state, &vmm).await;
+        let started = self.build_and_permit(state, &vmm, backends).await;
         if started.is_err() {
             state.vmm = None;
             if let Err(error) = vmm.kill().await {
@@ -111,13 +139,13 @@ impl Agent {
         started
     }
 
-    async fn build_and_permit(&self, state: &mut InstanceState, vmm: &Vmm) -> Result<(), Failure> {
+    async fn build_and_permit(&self, state: &mut InstanceState, vmm: &Vmm, backends: Opened) -> Result<(), Failure> {
         let build = wire::Build {
-            spec: Some(state.machine_spec()),
+            spec: Some(state.machine_spec(self.host(), backends.disks, backends.nics)),
             incoming: false,
             started_mark: String::new(),
         };
-        vmm.order(Command::Build(build))
+        vmm.order_with(Command::Build(build), backends.descriptors)
             .await
             .map_err(Failure::vmm("failed to build the machine"))?;
         let before = state.row.clone();
@@ -378,5 +406,5 @@ pub(crate) async fn check_incoming(agent: &Agent, id: Uuid, spec: &InstanceSpec)
             agent.host()
         )));
     }
-    agent.check_name_free(&spec.name).await
+    agent.check_free(spec).await
 }

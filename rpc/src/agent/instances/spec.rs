@@ -5,6 +5,7 @@ use std::path::Path;
 use ferry_proto::InvalidField;
 use ferry_proto::agent::v1::InstanceSpec;
 
+use crate::agent::backends;
 use crate::agent::config::is_name;
 use crate::agent::failure::Failure;
 use crate::agent::host;
@@ -55,6 +56,7 @@ pub(crate) fn check(spec: &InstanceSpec) -> Result<(), Failure> {
             format!("{} is below 4 MiB or no multiple of 4096", spec.memory_bytes),
         );
     }
+    backends::check(spec)?;
     let total = host::meminfo("MemTotal");
     if spec.memory_bytes > total {
         return Err(Failure::Refused(format!(
@@ -72,6 +74,8 @@ pub(crate) fn check(spec: &InstanceSpec) -> Result<(), Failure> {
 
 #[cfg(test)]
 mod tests {
+    use ferry_proto::agent::v1::{DiskSpec, NicSpec};
+
     use super::*;
 
     fn spec() -> InstanceSpec {
@@ -114,6 +118,20 @@ mod tests {
                 "memory_bytes",
                 InstanceSpec {
                     memory_bytes: 4097 << 20 | 1,
+                    ..spec()
+                },
+            ),
+            (
+                "disks",
+                InstanceSpec {
+                    disks: vec![DiskSpec::default()],
+                    ..spec()
+                },
+            ),
+            (
+                "nics",
+                InstanceSpec {
+                    nics: vec![NicSpec::default()],
                     ..spec()
                 },
             ),

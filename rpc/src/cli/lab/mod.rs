@@ -47,6 +47,8 @@ impl GuestPlan {
             initrd: String::new(),
             cmdline: self.cmdline.clone(),
             hugepages: false,
+            disks: Vec::new(),
+            nics: Vec::new(),
         }
     }
 }

@@ -57,11 +57,6 @@ impl MmioDevice {
         &self.shared.name
     }
 
-    /// Its device type.
-    pub(crate) fn kind(&self) -> u32 {
-        self.kind
-    }
-
     /// What rings when the guest writes the queue's number to the register at [`DOORBELL`](Self::DOORBELL).
     pub(crate) fn doorbells(&self) -> &[EventFd] {
         &self.shared.doorbells.0

@@ -1,0 +1,93 @@
+//! What an instance's disks and network cards work on: opened by the agent, handed to the VMM, and not kept.
+//!
+//! A VMM opens no path and makes no interface. What it is handed is all that it can reach; and what the agent kept of it
+//! would outlive the guest: a tap, or a lock on a disk.
+
+mod disks;
+mod nics;
+mod spec;
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use ferry_proto::agent::v1::InstanceSpec;
+use ferry_proto::vmm::v1 as wire;
+use uuid::Uuid;
+
+pub(crate) use self::nics::is_interface_name;
+pub(crate) use self::spec::{check, complete};
+use super::failure::Failure;
+use super::instances::Agent;
+
+/// All that is opened for one VMM.
+#[derive(Debug, Default)]
+pub(crate) struct Opened {
+    /// What the VMM is told of its disks.
+    pub(crate) disks: Vec<wire::Disk>,
+    /// What the VMM is told of its network cards.
+    pub(crate) nics: Vec<wire::Nic>,
+    /// For each disk its image and, if it has one, its lock file; then the tap of each card.
+    pub(crate) descriptors: Vec<OwnedFd>,
+}
+
+/// What the backends are opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Occasion {
+    /// A new instance: what is in its images is looked at.
+    Run,
+    /// An instance that had them before: what is in its images is its own affair.
+    Start,
+    /// A migration into here: the source writes the images still, so nothing that is read of them would be true.
+    Prepare,
+}
+
+/// Whose backends, and what is known of it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Whose {
+    pub(crate) instance: Uuid,
+    /// The highest epoch that this agent knows of it.
+    pub(crate) known_epoch: u64,
+    pub(crate) occasion: Occasion,
+}
+
+impl Agent {
+    /// Opens everything that an instance's devices work on. Taps made here are gone when what is returned is dropped and
+    /// the VMM is.
+    ///
+    /// # Errors
+    /// Names the disk, tap or bridge, this host, and what is wrong with it.
+    pub(crate) async fn open_backends(&self, spec: &InstanceSpec, whose: Whose) -> Result<Opened, Failure> {
+        if spec.disks.is_empty() && spec.nics.is_empty() {
+            return Ok(Opened::default());
+        }
+        let (spec, host) = (spec.clone(), self.host().to_owned());
+        let allowed = self.config.is_exposed().then(|| self.config.image_dirs.clone());
+        // A network file system may take its time.
+        tokio::task::spawn_blocking(move || open(&spec, whose, &host, allowed.as_deref()))
+            .await
+            .map_err(|error| Failure::host("failed to open the instance's disks")(std::io::Error::other(error)))?
+    }
+}
+
+fn open(spec: &InstanceSpec, whose: Whose, host: &str, allowed: Option<&[PathBuf]>) -> Result<Opened, Failure> {
+    let mut opened = Opened::default();
+    for disk in &spec.disks {
+        let refused = |problem| Failure::Refused(format!("disk {} on host {host}: {problem}", disk.path));
+        let open = disks::open(disk, whose, allowed).map_err(refused)?;
+        opened.disks.push(wire::Disk {
+            path: disk.path.clone(),
+            readonly: disk.readonly,
+            serial: disk.serial.clone().unwrap_or_default(),
+            has_lock_file: open.lock_file.is_some(),
+        });
+        opened.descriptors.push(open.image.into());
+        opened.descriptors.extend(open.lock_file.map(OwnedFd::from));
+    }
+    for nic in &spec.nics {
+        let refused = |error| Failure::Refused(format!("host {host} failed to {}", crate::error_chain(&error)));
+        let tap = nics::open(nic).map_err(refused)?;
+        opened.nics.push(wire::Nic { mac: nic.mac.clone() });
+        opened.descriptors.push(tap);
+    }
+    Ok(opened)
+}

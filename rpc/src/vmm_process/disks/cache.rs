@@ -1,0 +1,146 @@
+//! The page cache between a guest and those of its disks whose file system has no O_DIRECT.
+//!
+//! What the guest wrote there is in this host's memory until it is written back, and the destination reads from the disk. So
+//! it is written back before the switchover is asked for, as often as it takes until little is left, and once more when the
+//! guest stands still.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use ferry_migration::guest::DiskCondition;
+use ferry_vmm::DiskAccess;
+use rustix::fs::{Advice, OFlags, fadvise, fcntl_getfl};
+
+use super::Disk;
+
+/// Writing back that takes no longer than this may be done in the blackout.
+const LITTLE: Duration = Duration::from_millis(2);
+
+/// A guest may write as fast as its disk: after this the switchover is tried all the same, and calls itself off if it takes
+/// too long.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The disks that the guest writes through the page cache.
+#[derive(Debug, Default)]
+pub(super) struct PageCache {
+    files: Vec<Arc<File>>,
+    settling: Option<JoinHandle<()>>,
+}
+
+impl PageCache {
+    /// Looks for the disks that are meant.
+    pub(super) fn new(disks: &[Disk]) -> Self {
+        let is_cached = |disk: &&Disk| {
+            let is_direct = fcntl_getfl(&*disk.image).is_ok_and(|flags| flags.contains(OFlags::DIRECT));
+            disk.access == DiskAccess::ReadWrite && !is_direct
+        };
+        let files = disks.iter().filter(is_cached).map(|disk| Arc::clone(&disk.image));
+        Self {
+            files: files.collect(),
+            settling: None,
+        }
+    }
+
+    /// Begins to write back, in a thread of its own, or tells whether that is done.
+    pub(super) fn settle(&mut self) -> DiskCondition {
+        match self.settling.take() {
+            None if self.files.is_empty() => DiskCondition::Settled,
+            // What it found out, the last writing back finds out as well.
+            Some(thread) if thread.is_finished() => DiskCondition::Settled,
+            Some(thread) => {
+                self.settling = Some(thread);
+                DiskCondition::Settling
+            }
+            None => {
+                let files = self.files.clone();
+                let begun = thread::Builder::new()
+                    .name("write-back".to_owned())
+                    .spawn(move || until_little_is_left(&files));
+                match begun {
+                    Ok(thread) => {
+                        self.settling = Some(thread);
+                        DiskCondition::Settling
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "disks are written back in the blackout only");
+                        DiskCondition::Settled
+                    }
+                }
+            }
+        }
+    }
+
+    /// Writes back all of it.
+    pub(super) fn write_back(&self) -> io::Result<()> {
+        write_back(&self.files)
+    }
+
+    /// Drops what is cached and not dirty.
+    pub(super) fn forget(&self) {
+        for file in &self.files {
+            if let Err(error) = fadvise(&**file, 0, None, Advice::DontNeed) {
+                tracing::warn!(%error, "this host may hold old pages of a disk");
+            }
+        }
+    }
+}
+
+fn until_little_is_left(files: &[Arc<File>]) {
+    let began = Instant::now();
+    while began.elapsed() < PATIENCE {
+        let round = Instant::now();
+        if let Err(error) = write_back(files) {
+            tracing::warn!(%error, "a disk does not take what its guest wrote");
+            return;
+        }
+        if round.elapsed() < LITTLE {
+            return;
+        }
+    }
+}
+
+fn write_back(files: &[Arc<File>]) -> io::Result<()> {
+    files.iter().try_for_each(|file| file.sync_data())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    fn cache(access: DiskAccess) -> PageCache {
+        let image = tempfile::tempfile().unwrap();
+        image.write_all_at(&[1; 1 << 20], 0).unwrap();
+        PageCache::new(&[Disk {
+            path: "/srv/web.img".to_owned(),
+            image: Arc::new(image),
+            lock_file: None,
+            access,
+        }])
+    }
+
+    #[test]
+    fn a_cached_disk_settles_in_the_end_and_anew_for_each_switchover() {
+        let mut cache = cache(DiskAccess::ReadWrite);
+        for _ in 0..2 {
+            assert_eq!(cache.settle(), DiskCondition::Settling);
+            let deadline = Instant::now() + 2 * PATIENCE;
+            while cache.settle() == DiskCondition::Settling {
+                assert!(Instant::now() < deadline, "it does not settle");
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+        cache.write_back().unwrap();
+        cache.forget();
+    }
+
+    #[test]
+    fn disks_that_bypass_the_cache_or_are_only_read_are_settled() {
+        assert_eq!(cache(DiskAccess::ReadOnly).settle(), DiskCondition::Settled);
+        assert_eq!(PageCache::default().settle(), DiskCondition::Settled);
+    }
+}

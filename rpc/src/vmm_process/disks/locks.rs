@@ -1,0 +1,286 @@
+//! Locks on disk images: who runs the guest has them, and nobody else gets in.
+//!
+//! The lock is an OFD lock on the image itself (`fcntl(2)`, F_OFD_SETLK), of the whole file: a disk that the guest writes takes
+//! the only one, disks that are read share. It belongs to the open file that agent and VMM passed on, so it goes with the last
+//! process that has it, however that ends. It holds among the hosts of a network file system that carries locks
+//! (NFS does), and on one host everywhere; of a block device that hosts share it says nothing beyond one host.
+
+use std::cell::Cell;
+use std::fs::File;
+use std::io;
+
+use ferry_migration::handover::Epoch;
+use ferry_vmm::DiskAccess;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+
+use super::Disk;
+use crate::lock_file::{self, Holder};
+
+/// Why disks could not be locked.
+#[derive(Debug, thiserror::Error)]
+pub(in crate::vmm_process) enum LockError {
+    /// Somebody has the disk, and says who.
+    #[error("disk {path} is locked by instance {} (host {}, epoch {})", holder.name, holder.host, holder.epoch)]
+    Held {
+        /// The disk.
+        path: String,
+        /// Who has it.
+        holder: Holder,
+    },
+    /// Somebody has the disk, and does not say who.
+    #[error("disk {path} is locked by a process that left no name: `lslocks` on the hosts that share it finds it")]
+    HeldByStranger {
+        /// The disk.
+        path: String,
+    },
+    /// The guest had the disk under a later right to run.
+    #[error("disk {path} was the instance's under epoch {}, on host {}: the guest that is to run under epoch {epoch} is stale", holder.epoch, holder.host)]
+    Stale {
+        /// The disk.
+        path: String,
+        /// Who had it.
+        holder: Holder,
+        /// The epoch for which it was asked.
+        epoch: Epoch,
+    },
+    /// The file system does not lock.
+    #[error("failed to lock disk {path}; a network file system may need its lock service")]
+    Failed {
+        /// The disk.
+        path: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The locks of a guest's disks.
+#[derive(Debug)]
+pub(super) struct DiskLocks {
+    disks: Vec<Disk>,
+    me: Holder,
+    /// What the lock files say, so that it is written once.
+    noted: Cell<Epoch>,
+}
+
+impl DiskLocks {
+    /// Disks that are not locked yet.
+    pub(super) fn new(disks: Vec<Disk>, me: Holder) -> Self {
+        Self {
+            disks,
+            me,
+            noted: Cell::new(Epoch(0)),
+        }
+    }
+
+    /// Takes all locks, or none, and writes the holder's name. What is locked already stays so.
+    pub(super) fn lock(&self, epoch: Epoch) -> Result<(), LockError> {
+        let taken = self.disks.iter().try_for_each(|disk| self.lock_one(disk, epoch));
+        match taken {
+            Ok(()) => self.note_epoch(epoch),
+            Err(_) => self.unlock(),
+        }
+        taken
+    }
+
+    /// Gives all locks back.
+    pub(super) fn unlock(&self) {
+        for disk in &self.disks {
+            if let Err(error) = set_lock(&disk.image, libc::F_UNLCK) {
+                // The next holder will be refused, and this guest can come back.
+                tracing::error!(disk = disk.path, %error, "failed to give the lock of a disk back");
+            }
+        }
+        self.noted.set(Epoch(0));
+    }
+
+    /// Writes the epoch, not synced.
+    pub(super) fn note_epoch(&self, epoch: Epoch) {
+        if self.noted.replace(epoch) == epoch {
+            return;
+        }
+        let holder = Holder {
+            epoch: epoch.0,
+            ..self.me.clone()
+        };
+        for disk in self.disks.iter().filter(|disk| disk.access == DiskAccess::ReadWrite) {
+            let Some(file) = &disk.lock_file else { continue };
+            // The lock holds all the same, and a full disk is no reason to lose a guest.
+            if let Err(error) = lock_file::write(file, &holder) {
+                tracing::warn!(disk = disk.path, %error, "the lock file of a disk does not say who has it");
+            }
+        }
+    }
+
+    fn lock_one(&self, disk: &Disk, epoch: Epoch) -> Result<(), LockError> {
+        let kind = match disk.access {
+            DiskAccess::ReadWrite => libc::F_WRLCK,
+            DiskAccess::ReadOnly => libc::F_RDLCK,
+        };
+        let path = disk.path.clone();
+        let holder = || disk.lock_file.as_ref().and_then(lock_file::read);
+        match set_lock(&disk.image, kind) {
+            Ok(()) => {}
+            Err(Errno::EAGAIN | Errno::EACCES) => {
+                return Err(match holder() {
+                    Some(holder) => LockError::Held { path, holder },
+                    None => LockError::HeldByStranger { path },
+                });
+            }
+            Err(error) => {
+                let source = error.into();
+                return Err(LockError::Failed { path, source });
+            }
+        }
+        match holder() {
+            Some(holder) if holder.instance == self.me.instance && holder.epoch > epoch.0 => {
+                Err(LockError::Stale { path, holder, epoch })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Takes, changes or gives back the lock of the whole file.
+fn set_lock(file: &File, kind: libc::c_int) -> nix::Result<()> {
+    let lock = libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        // To the end, wherever it will be.
+        l_len: 0,
+        // Must be zero for this kind of lock.
+        l_pid: 0,
+    };
+    fcntl(file, FcntlArg::F_OFD_SETLK(&lock)).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, OpenOptions};
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use tempfile::TempDir;
+    use uuid::Uuid;
+
+    use super::*;
+
+    /// Another open file of the same image: to the locks that is another process.
+    fn disk(path: &Path, access: DiskAccess) -> Disk {
+        let open = |path: &Path| OpenOptions::new().read(true).write(true).open(path).unwrap();
+        Disk {
+            path: path.display().to_string(),
+            image: Arc::new(open(path)),
+            lock_file: Some(open(&lock_file::path_of(path))),
+            access,
+        }
+    }
+
+    fn locks(name: &str, instance: u128, disks: Vec<Disk>) -> DiskLocks {
+        let me = Holder {
+            host: format!("host-of-{name}"),
+            instance: Uuid::from_u128(instance),
+            name: name.to_owned(),
+            epoch: 0,
+            pid: std::process::id(),
+        };
+        DiskLocks::new(disks, me)
+    }
+
+    fn images() -> (TempDir, [std::path::PathBuf; 2]) {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = ["one.img", "two.img"].map(|name| folder.path().join(name));
+        for path in &paths {
+            fs::write(path, [0; 512]).unwrap();
+            fs::write(lock_file::path_of(path), b"").unwrap();
+        }
+        (folder, paths)
+    }
+
+    #[test]
+    fn a_locked_disk_names_its_holder() {
+        let (_folder, [path, _]) = images();
+        let web = locks("web", 1, vec![disk(&path, DiskAccess::ReadWrite)]);
+        let other = locks("db", 2, vec![disk(&path, DiskAccess::ReadWrite)]);
+        web.lock(Epoch(3)).unwrap();
+
+        let held = other.lock(Epoch(1)).unwrap_err();
+        assert_eq!(
+            held.to_string(),
+            format!(
+                "disk {} is locked by instance web (host host-of-web, epoch 3)",
+                path.display()
+            )
+        );
+        web.note_epoch(Epoch(4));
+        assert!(other.lock(Epoch(1)).unwrap_err().to_string().contains("epoch 4"));
+    }
+
+    #[test]
+    fn a_lock_goes_with_its_last_descriptor() {
+        let (_folder, [path, _]) = images();
+        let web = locks("web", 1, vec![disk(&path, DiskAccess::ReadWrite)]);
+        let kept = Arc::clone(&web.disks[0].image);
+        let other = locks("db", 2, vec![disk(&path, DiskAccess::ReadWrite)]);
+        web.lock(Epoch(3)).unwrap();
+        drop(web);
+        assert!(other.lock(Epoch(1)).is_err());
+        drop(kept);
+        other.lock(Epoch(1)).unwrap();
+    }
+
+    #[test]
+    fn locks_are_handed_over_and_taken_back() {
+        let (_folder, [path, _]) = images();
+        let at_a = locks("web", 1, vec![disk(&path, DiskAccess::ReadWrite)]);
+        let at_b = locks("web", 1, vec![disk(&path, DiskAccess::ReadWrite)]);
+        at_a.lock(Epoch(3)).unwrap();
+        at_a.lock(Epoch(3)).unwrap();
+        at_a.unlock();
+        at_b.lock(Epoch(3)).unwrap();
+        at_b.note_epoch(Epoch(4));
+        assert!(matches!(at_a.lock(Epoch(5)), Err(LockError::Held { .. })));
+        drop(at_b);
+        at_a.lock(Epoch(5)).unwrap();
+    }
+
+    #[test]
+    fn all_disks_are_locked_or_none() {
+        let (_folder, [one, two]) = images();
+        let other = locks("db", 2, vec![disk(&two, DiskAccess::ReadWrite)]);
+        other.lock(Epoch(1)).unwrap();
+        let both = [&one, &two].map(|path| disk(path, DiskAccess::ReadWrite));
+        let web = locks("web", 1, both.into());
+
+        assert!(web.lock(Epoch(1)).is_err());
+
+        let third = locks("third", 3, vec![disk(&one, DiskAccess::ReadWrite)]);
+        third.lock(Epoch(1)).unwrap();
+    }
+
+    #[test]
+    fn readers_share_and_keep_writers_out() {
+        let (_folder, [path, _]) = images();
+        let reader = |number| locks("reader", number, vec![disk(&path, DiskAccess::ReadOnly)]);
+        let (one, other) = (reader(1), reader(2));
+        one.lock(Epoch(1)).unwrap();
+        other.lock(Epoch(1)).unwrap();
+        let writer = locks("web", 3, vec![disk(&path, DiskAccess::ReadWrite)]);
+        assert!(matches!(writer.lock(Epoch(1)), Err(LockError::HeldByStranger { .. })));
+    }
+
+    #[test]
+    fn a_guest_that_had_the_disk_under_a_later_epoch_is_not_run_under_an_earlier_one() {
+        let (_folder, [path, _]) = images();
+        let later = locks("web", 1, vec![disk(&path, DiskAccess::ReadWrite)]);
+        later.lock(Epoch(7)).unwrap();
+        drop(later);
+        let stale = locks("web", 1, vec![disk(&path, DiskAccess::ReadWrite)]);
+        assert!(matches!(stale.lock(Epoch(6)), Err(LockError::Stale { .. })));
+        let another = locks("db", 2, vec![disk(&path, DiskAccess::ReadWrite)]);
+        another.lock(Epoch(1)).unwrap();
+    }
+}

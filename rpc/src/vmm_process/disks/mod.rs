@@ -1,0 +1,88 @@
+//! What this process does with its guest's disks besides lending them to the machine: locks, and the page cache.
+//!
+//! Who may call what, and when: at a fresh start `lock` before the guest runs. At the source of a migration `settle` while it
+//! runs, `write_back` once it stands still, `unlock` after the grant was traded for GO-sent and before GO is written; a guest
+//! that comes back is locked again before it runs. At the destination `lock` and `forget_cached` after GO's manifest was checked,
+//! before the machine is restored.
+
+mod cache;
+mod locks;
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use ferry_migration::guest::DiskCondition;
+use ferry_migration::handover::Epoch;
+use ferry_vmm::DiskAccess;
+
+use self::cache::PageCache;
+use self::locks::DiskLocks;
+pub(super) use self::locks::LockError;
+use crate::lock_file::Holder;
+
+/// A disk as its VMM has it.
+#[derive(Debug)]
+pub(super) struct Disk {
+    /// For messages.
+    pub(super) path: String,
+    /// The open file that the machine has too: a lock is on it, not on the path, and lasts until the last descriptor of it
+    /// is closed.
+    pub(super) image: Arc<File>,
+    pub(super) lock_file: Option<File>,
+    pub(super) access: DiskAccess,
+}
+
+/// All disks of a guest.
+#[derive(Debug)]
+pub(super) struct Disks {
+    locks: DiskLocks,
+    cache: PageCache,
+}
+
+impl Disks {
+    /// Disks that are not locked yet; the lock files will name `me`.
+    pub(super) fn new(disks: Vec<Disk>, me: Holder) -> Self {
+        Self {
+            cache: PageCache::new(&disks),
+            locks: DiskLocks::new(disks, me),
+        }
+    }
+
+    /// Locks all of them for the guest under `epoch`, or none. Those that are locked stay so.
+    ///
+    /// # Errors
+    /// Names the disk and who has it.
+    pub(super) fn lock(&self, epoch: Epoch) -> Result<(), LockError> {
+        self.locks.lock(epoch)
+    }
+
+    /// Lets go of all of them: another host's guest may have them from here on.
+    pub(super) fn unlock(&self) {
+        self.locks.unlock();
+    }
+
+    /// The guest runs under `epoch`, which the lock files shall say.
+    pub(super) fn note_epoch(&self, epoch: Epoch) {
+        self.locks.note_epoch(epoch);
+    }
+
+    /// Has the page cache written while the guest runs, so that [`Disks::write_back`] finds little. Does not block: it is
+    /// asked again until it is done.
+    pub(super) fn settle(&mut self) -> DiskCondition {
+        self.cache.settle()
+    }
+
+    /// Writes back all that the page cache holds of what the guest wrote.
+    ///
+    /// # Errors
+    /// A disk did not take it.
+    pub(super) fn write_back(&self) -> io::Result<()> {
+        self.cache.write_back()
+    }
+
+    /// Forgets what this host read of the disks before: another host has written them since.
+    pub(super) fn forget_cached(&self) {
+        self.cache.forget();
+    }
+}
