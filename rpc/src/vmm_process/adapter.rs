@@ -79,8 +79,8 @@ impl SourceGuest for LocalGuest {
         self.disks.settle()
     }
 
-    fn stop(&mut self, _deadline: Instant) -> Result<StopTimes, GuestError> {
-        let times = self.machine.pause().map_err(GuestError::new)?;
+    fn stop(&mut self, deadline: Instant) -> Result<StopTimes, GuestError> {
+        let times = self.machine.pause_until(deadline).map_err(GuestError::new)?;
         let began = Instant::now();
         let not_written = |error| GuestError::new(format!("a disk does not take what the guest wrote: {error}"));
         self.disks.write_back().map_err(not_written)?;
