@@ -15,7 +15,7 @@ use thiserror::Error;
 pub(crate) use self::power::{PowerControl, PowerRequest};
 pub(crate) use self::serial::SerialPort;
 use crate::arch::x86_64::layout::{
-    KEYBOARD_COMMAND_PORT, PANIC_PORT, POWER_CONTROL_PORT, RESET_CONTROL_PORT, SERIAL_PORT,
+    KEYBOARD_COMMAND_PORT, PANIC_PORT, POWER_CONTROL_PORT, POWER_EVENT_PORT, RESET_CONTROL_PORT, SERIAL_PORT,
 };
 
 /// Where the guest's console output goes.
@@ -82,7 +82,11 @@ impl Devices {
                 SERIAL_PORT..=SERIAL_PORT_END if size == 1 => {
                     value[0] = lock(&self.serial).read((port - SERIAL_PORT) as u8);
                 }
-                PANIC_PORT | POWER_CONTROL_PORT | RESET_CONTROL_PORT => lock(&self.power).read(port, value),
+                POWER_EVENT_PORT..=POWER_EVENT_PORT_END
+                | PANIC_PORT
+                | POWER_CONTROL_PORT
+                | RESET_CONTROL_PORT
+                | KEYBOARD_COMMAND_PORT => lock(&self.power).read(port, value),
                 _ => value.fill(0xff),
             }
         }
@@ -95,7 +99,11 @@ impl Devices {
                 SERIAL_PORT..=SERIAL_PORT_END if size == 1 => {
                     lock(&self.serial).write((port - SERIAL_PORT) as u8, value[0]);
                 }
-                PANIC_PORT | POWER_CONTROL_PORT | RESET_CONTROL_PORT | KEYBOARD_COMMAND_PORT => {
+                POWER_EVENT_PORT..=POWER_EVENT_PORT_END
+                | PANIC_PORT
+                | POWER_CONTROL_PORT
+                | RESET_CONTROL_PORT
+                | KEYBOARD_COMMAND_PORT => {
                     let request = lock(&self.power).write(port, value);
                     if let Some(request) = request.filter(|request| self.is_news(*request)) {
                         return Some(request);
@@ -169,6 +177,7 @@ impl std::fmt::Debug for Devices {
 }
 
 const SERIAL_PORT_END: u16 = SERIAL_PORT + 7;
+const POWER_EVENT_PORT_END: u16 = POWER_EVENT_PORT + 3;
 
 /// A device is never left half changed by a panic: each access is one assignment after another of plain registers.
 fn lock<T>(device: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -238,14 +247,15 @@ mod tests {
         /// The law of every device: save, restore, save again gives the same.
         #[test]
         fn saved_state_survives_a_restore(
-            writes in proptest::collection::vec((0usize..12, any::<u8>()), 0..40),
+            writes in proptest::collection::vec((0usize..13, any::<u8>()), 0..40),
             input in proptest::collection::vec(any::<u8>(), 0..80),
         ) {
-            let ports: Vec<u16> = (SERIAL_PORT..=SERIAL_PORT_END).chain([PANIC_PORT, POWER_CONTROL_PORT, RESET_CONTROL_PORT, KEYBOARD_COMMAND_PORT]).collect();
+            let ports: Vec<u16> = (SERIAL_PORT..=SERIAL_PORT_END).chain([PANIC_PORT, POWER_CONTROL_PORT, RESET_CONTROL_PORT, KEYBOARD_COMMAND_PORT, POWER_EVENT_PORT + 2]).collect();
             let devices = devices();
             devices.make_live();
             for (port, value) in writes {
-                let _ = devices.write_port(ports[port], 1, &[value]);
+                let size = if ports[port] > POWER_EVENT_PORT { 2 } else { 1 };
+                let _ = devices.write_port(ports[port], size, &[value; 2][..size]);
             }
             let _ = devices.push_input(&input);
             devices.make_quiet();
