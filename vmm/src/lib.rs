@@ -19,15 +19,21 @@ mod vcpu;
 /// A way in for the fuzz targets, which see only what is public.
 #[cfg(fuzzing)]
 pub mod fuzz {
-    /// A kernel's file.
-    pub fn kernel_elf(bytes: &[u8]) {
-        let _ = crate::arch::x86_64::elf::ElfImage::parse(&bytes.to_vec());
+    /// A kernel's file, of whatever kind.
+    pub fn kernel(bytes: &[u8]) {
+        let _ = crate::arch::x86_64::boot::Kernel::parse(&bytes.to_vec());
+    }
+
+    /// A bzImage: its setup header, filled with these bytes, and what follows it.
+    pub fn bzimage(bytes: &[u8]) {
+        let mut file = vec![0; 0x1f1];
+        file.extend(bytes);
+        kernel(&file);
     }
 }
 
-pub use arch::x86_64::boot::{BootPayload, LoadError};
+pub use arch::x86_64::boot::{BootPayload, KernelError, LoadError};
 pub use arch::x86_64::cpuid::CpuidEntry;
-pub use arch::x86_64::elf::ElfError;
 pub use devices::ConsoleOutput;
 pub use host::{HostCapabilities, Incompatibility, host};
 pub use kvm::{DirtyClearer, HostError, KvmError};

@@ -23,6 +23,7 @@ use thiserror::Error;
 pub use self::backends::{Backends, DiskAccess, DiskBackend, NicBackend};
 pub use self::blank::BlankMachine;
 pub use self::running::{ConsoleInput, Machine};
+use crate::arch::x86_64::board::Board;
 use crate::arch::x86_64::boot::LoadError;
 use crate::arch::x86_64::cpuid::CpuidEntry;
 use crate::arch::x86_64::vcpu_state::{SavePlan, VcpuState};
@@ -252,6 +253,15 @@ struct Pristine {
 }
 
 impl Parts {
+    /// What the guest is told that the machine consists of.
+    fn board(&self) -> Board {
+        Board {
+            // As many as were asked for: a byte's worth.
+            vcpus: self.vcpus.len() as u8,
+            virtio_devices: self.devices.virtio_names().len(),
+        }
+    }
+
     /// What the first vCPU sees as its processor.
     fn cpuid(&self) -> &[CpuidEntry] {
         &self.pristine.vcpus[0].cpuid

@@ -8,8 +8,8 @@ mod serial;
 mod virtio;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use ferry_proto::state::v1 as saved;
 use thiserror::Error;
@@ -18,7 +18,8 @@ pub(crate) use self::power::{PowerControl, PowerRequest};
 pub(crate) use self::serial::SerialPort;
 pub(crate) use self::virtio::{Block, Device, Entropy, InterruptFd, MmioDevice, Net, schema_of};
 use crate::arch::x86_64::layout::{
-    KEYBOARD_COMMAND_PORT, PANIC_PORT, POWER_CONTROL_PORT, RESET_CONTROL_PORT, SERIAL_PORT, VIRTIO_SLOT_BYTES, virtio_slot,
+    KEYBOARD_COMMAND_PORT, PANIC_PORT, POWER_CONTROL_PORT, POWER_EVENT_PORT, RESET_CONTROL_PORT, SERIAL_PORT,
+    VIRTIO_SLOT_BYTES, virtio_slot,
 };
 
 /// Where the guest's console output goes.
@@ -113,11 +114,7 @@ pub(crate) struct Restless(pub(crate) String);
 
 impl Devices {
     /// Devices as after power-on; quiet, for the machine does not run yet.
-    pub(crate) fn new(
-        output: Box<dyn ConsoleOutput>,
-        line: Arc<dyn InterruptLine>,
-        virtio: Vec<MmioDevice>,
-    ) -> Self {
+    pub(crate) fn new(output: Box<dyn ConsoleOutput>, line: Arc<dyn InterruptLine>, virtio: Vec<MmioDevice>) -> Self {
         let output: SharedOutput = Arc::new(Mutex::new(output));
         Self {
             serial: Mutex::new(SerialPort::new(output.clone(), line.clone())),
@@ -138,7 +135,11 @@ impl Devices {
                 SERIAL_PORT..=SERIAL_PORT_END if size == 1 => {
                     value[0] = lock(&self.serial).read((port - SERIAL_PORT) as u8);
                 }
-                PANIC_PORT | POWER_CONTROL_PORT | RESET_CONTROL_PORT => lock(&self.power).read(port, value),
+                POWER_EVENT_PORT..=POWER_EVENT_PORT_END
+                | PANIC_PORT
+                | POWER_CONTROL_PORT
+                | RESET_CONTROL_PORT
+                | KEYBOARD_COMMAND_PORT => lock(&self.power).read(port, value),
                 _ => value.fill(0xff),
             }
         }
@@ -151,7 +152,11 @@ impl Devices {
                 SERIAL_PORT..=SERIAL_PORT_END if size == 1 => {
                     lock(&self.serial).write((port - SERIAL_PORT) as u8, value[0]);
                 }
-                PANIC_PORT | POWER_CONTROL_PORT | RESET_CONTROL_PORT | KEYBOARD_COMMAND_PORT => {
+                POWER_EVENT_PORT..=POWER_EVENT_PORT_END
+                | PANIC_PORT
+                | POWER_CONTROL_PORT
+                | RESET_CONTROL_PORT
+                | KEYBOARD_COMMAND_PORT => {
                     let request = lock(&self.power).write(port, value);
                     if let Some(request) = request.filter(|request| self.is_news(*request)) {
                         return Some(request);
@@ -241,9 +246,16 @@ impl Devices {
     /// An interrupt may be raised on the way: set the interrupt controllers after this.
     pub(crate) fn restore(&self, state: &DevicesState) -> Result<(), DeviceStateError> {
         let DevicesState { serial, power, virtio } = state;
-        let (saved, ours): (Vec<_>, _) = (virtio.iter().map(|(name, _)| name.as_str()).collect(), self.virtio_names());
+        let (saved, ours): (Vec<_>, _) = (
+            virtio.iter().map(|(name, _)| name.as_str()).collect(),
+            self.virtio_names(),
+        );
         if saved != ours {
-            return Err(DeviceStateError::differs("list of devices", saved.join(", "), ours.join(", ")));
+            return Err(DeviceStateError::differs(
+                "list of devices",
+                saved.join(", "),
+                ours.join(", "),
+            ));
         }
         let serial = SerialPort::restore(serial, self.output.clone(), self.line.clone())?;
         let power = PowerControl::try_from(power)?;
@@ -278,6 +290,7 @@ impl std::fmt::Debug for Devices {
 }
 
 const SERIAL_PORT_END: u16 = SERIAL_PORT + 7;
+const POWER_EVENT_PORT_END: u16 = POWER_EVENT_PORT + 3;
 
 /// A device is never left half changed by a panic: each access is one assignment after another of plain registers.
 fn lock<T>(device: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -347,14 +360,15 @@ mod tests {
         /// The law of every device: save, restore, save again gives the same.
         #[test]
         fn saved_state_survives_a_restore(
-            writes in proptest::collection::vec((0usize..12, any::<u8>()), 0..40),
+            writes in proptest::collection::vec((0usize..13, any::<u8>()), 0..40),
             input in proptest::collection::vec(any::<u8>(), 0..80),
         ) {
-            let ports: Vec<u16> = (SERIAL_PORT..=SERIAL_PORT_END).chain([PANIC_PORT, POWER_CONTROL_PORT, RESET_CONTROL_PORT, KEYBOARD_COMMAND_PORT]).collect();
+            let ports: Vec<u16> = (SERIAL_PORT..=SERIAL_PORT_END).chain([PANIC_PORT, POWER_CONTROL_PORT, RESET_CONTROL_PORT, KEYBOARD_COMMAND_PORT, POWER_EVENT_PORT + 2]).collect();
             let devices = devices();
             devices.make_live();
             for (port, value) in writes {
-                let _ = devices.write_port(ports[port], 1, &[value]);
+                let size = if ports[port] > POWER_EVENT_PORT { 2 } else { 1 };
+                let _ = devices.write_port(ports[port], size, &[value; 2][..size]);
             }
             let _ = devices.push_input(&input);
             devices.make_quiet(Instant::now()).expect("nothing in flight");

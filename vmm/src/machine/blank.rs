@@ -147,7 +147,7 @@ impl BlankMachine {
     ///
     /// What is wrong with the payload.
     pub fn boot(self, payload: BootPayload) -> Result<Machine, MachineError> {
-        let entry = load(&self.parts.memory, &payload, MemoryBefore::Fresh)?;
+        let entry = load(&self.parts.memory, self.parts.board(), &payload, MemoryBefore::Fresh)?;
         self.parts.vcpus[0].enter(entry).wait()?;
         let first = &self.parts.pristine.vcpus[0];
         let tsc_offset = match self.parts.plan.tsc {

@@ -5,7 +5,8 @@ use std::time::Instant;
 
 use super::blank::{restore_irqchip, restore_vcpus, save_irqchip};
 use super::{MachineError, Parts, PauseTimes, RunState};
-use crate::arch::x86_64::boot::{BootPayload, MemoryBefore, load};
+use crate::arch::x86_64::boot::{BootPayload, MemoryBefore, load, renew_generation_id};
+use crate::arch::x86_64::layout::GENERATION_IRQ;
 use crate::arch::x86_64::time::ClockState;
 use crate::arch::x86_64::vcpu_state::TscTarget;
 use crate::devices::{Devices, Restless};
@@ -136,7 +137,7 @@ impl Machine {
         devices.reset();
         restore_irqchip(vm, &pristine.irqchip)?;
         vm.set_pit(&pristine.pit)?;
-        let entry = load(memory, &payload, MemoryBefore::Used)?;
+        let entry = load(memory, self.parts.board(), &payload, MemoryBefore::Used)?;
         vcpus[0].enter(entry).wait()?;
         self.kernel = Kernel::Loaded;
         Ok(())
@@ -172,6 +173,20 @@ impl Machine {
             pit,
             devices,
         })
+    }
+
+    /// Gives the guest another generation id and tells it, for a guest that begins again from an earlier state: it then makes its
+    /// random numbers and identifiers anew. A guest that moves, or is reset, keeps the one that it has.
+    ///
+    /// # Errors
+    ///
+    /// If the machine runs: the guest could still use what it holds unique. Or if the host has no random numbers.
+    pub fn renew_generation_id(&mut self) -> Result<(), MachineError> {
+        if self.run_state == RunState::Running {
+            return Err(MachineError::Running("change the generation id"));
+        }
+        renew_generation_id(&self.parts.memory)?;
+        Ok(self.parts.vm.pulse(GENERATION_IRQ)?)
     }
 
     /// Guest memory. Clone it to use it where the machine is not.
@@ -280,6 +295,9 @@ fn wait_for_all(pending: Vec<Pending<()>>) -> Result<(), MachineError> {
 }
 
 fn wait_for_all_until(pending: Vec<Pending<()>>, deadline: Instant) -> Result<(), MachineError> {
-    let answers: Vec<_> = pending.into_iter().map(|pending| pending.wait_until(deadline)).collect();
+    let answers: Vec<_> = pending
+        .into_iter()
+        .map(|pending| pending.wait_until(deadline))
+        .collect();
     Ok(answers.into_iter().collect::<Result<(), _>>()?)
 }

@@ -130,7 +130,10 @@ impl GuestMemory {
     }
 
     fn mark_spans(&self, spans: &[Span]) {
-        spans.iter().filter_map(|span| frames_of(*span)).for_each(|run| self.mark_written(run));
+        spans
+            .iter()
+            .filter_map(|span| frames_of(*span))
+            .for_each(|run| self.mark_written(run));
     }
 }
 
@@ -190,10 +193,19 @@ mod tests {
     #[test]
     fn what_a_file_gave_is_dirty_and_where_it_belongs() {
         let memory = memory();
-        let spans = [Span { address: 0x1ffe, len: 4 }, Span { address: 0x10, len: 2 }];
+        let spans = [
+            Span {
+                address: 0x1ffe,
+                len: 4,
+            },
+            Span { address: 0x10, len: 2 },
+        ];
         memory.read_file_at(file(b"..abcdef").as_fd(), 2, &spans).expect("read");
         let mut found = [0; 4];
-        memory.tracked().read_slice(&mut found, GuestAddress(0x1ffe)).expect("memory");
+        memory
+            .tracked()
+            .read_slice(&mut found, GuestAddress(0x1ffe))
+            .expect("memory");
         assert_eq!(&found, b"abcd");
         let dirty = memory.device_dirty().runs();
         assert_eq!(dirty, [FrameRun { first: 0, count: 3 }]);
@@ -202,7 +214,9 @@ mod tests {
     #[test]
     fn file_that_ends_early_is_an_error() {
         let spans = [Span { address: 0, len: 9 }];
-        let error = memory().read_file_at(file(b"short").as_fd(), 0, &spans).expect_err("too short");
+        let error = memory()
+            .read_file_at(file(b"short").as_fd(), 0, &spans)
+            .expect_err("too short");
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
     }
 
@@ -223,14 +237,25 @@ mod tests {
     fn spans_outside_memory_are_refused_before_anything_moves() {
         let memory = memory();
         for wrong in [
-            Span { address: 4 << 20, len: 1 },
-            Span { address: (4 << 20) - 1, len: 2 },
-            Span { address: u64::MAX, len: 2 },
+            Span {
+                address: 4 << 20,
+                len: 1,
+            },
+            Span {
+                address: (4 << 20) - 1,
+                len: 2,
+            },
+            Span {
+                address: u64::MAX,
+                len: 2,
+            },
             Span { address: 0, len: 0 },
         ] {
             assert!(!memory.holds(wrong), "{wrong:?}");
             let spans = [Span { address: 0, len: 1 }, wrong];
-            let error = memory.read_file_at(file(b"abc").as_fd(), 0, &spans).expect_err("outside");
+            let error = memory
+                .read_file_at(file(b"abc").as_fd(), 0, &spans)
+                .expect_err("outside");
             assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
         }
         assert!(memory.device_dirty().is_empty());

@@ -284,7 +284,9 @@ mod tests {
             devices: DevicesState {
                 serial: Default::default(),
                 power: Default::default(),
-                virtio: ["disk0", "rng0"].map(|name| (name.to_owned(), Default::default())).into(),
+                virtio: ["disk0", "rng0"]
+                    .map(|name| (name.to_owned(), Default::default()))
+                    .into(),
             },
         }
     }
@@ -307,7 +309,10 @@ mod tests {
     #[test]
     fn units_are_those_of_the_profile() {
         let names: Vec<String> = envelope().units.into_iter().map(|unit| unit.name).collect();
-        let kinds: Vec<String> = unit_kinds(2, &["disk0", "rng0"]).into_iter().map(|kind| kind.name).collect();
+        let kinds: Vec<String> = unit_kinds(2, &["disk0", "rng0"])
+            .into_iter()
+            .map(|kind| kind.name)
+            .collect();
         assert_eq!(names, kinds);
     }
 

@@ -4,8 +4,8 @@ use std::fs::File;
 
 use anyhow::{Result, bail, ensure};
 use ferry_vmm::{
-    BootPayload, CpuModel, ElfError, HUGE_PAGE_SIZE, LoadError, MachineConfig, MachineError, MachineEvent, MemoryError,
-    RunState,
+    BootPayload, CpuModel, HUGE_PAGE_SIZE, KernelError, LoadError, MachineConfig, MachineError, MachineEvent,
+    MemoryError, RunState,
 };
 
 use super::Case;
@@ -31,8 +31,8 @@ pub(crate) const CASES: &[Case] = &[
         failed_reset_refuses_to_run,
     ),
     (
-        "kernel_that_is_no_elf_is_refused_by_name",
-        kernel_that_is_no_elf_is_refused,
+        "file_that_is_no_kernel_is_refused_by_name",
+        file_that_is_no_kernel_is_refused,
     ),
     (
         "kernel_that_cannot_be_read_is_refused_by_name",
@@ -208,13 +208,13 @@ fn failed_reset_refuses_to_run() -> Result<()> {
     rig.console.wait_for("up")
 }
 
-fn kernel_that_is_no_elf_is_refused() -> Result<()> {
+fn file_that_is_no_kernel_is_refused() -> Result<()> {
     let (blank, ..) = blank(&config())?;
     let error = blank
         .boot(payload(b"MZ this is something else", "")?)
-        .expect_err("not an ELF file");
+        .expect_err("no kernel");
     ensure!(
-        matches!(error, MachineError::Load(LoadError::Kernel(ElfError::NotElf))),
+        matches!(error, MachineError::Load(LoadError::Kernel(KernelError::Unknown))),
         "{error:?}"
     );
     Ok(())
@@ -229,7 +229,7 @@ fn kernel_that_cannot_be_read_is_refused() -> Result<()> {
     };
     let error = blank.boot(folder).expect_err("a folder");
     ensure!(
-        matches!(error, MachineError::Load(LoadError::Kernel(ElfError::Unreadable(_)))),
+        matches!(error, MachineError::Load(LoadError::Kernel(KernelError::Unreadable(_)))),
         "{error:?}"
     );
     Ok(())

@@ -2,6 +2,7 @@
 //!
 //! Where this host cannot run machines the tests say why and count as ignored.
 
+mod boot;
 mod lifecycle;
 mod micro;
 mod probe;
@@ -20,7 +21,14 @@ fn main() {
     if let Some(obstacle) = &obstacle {
         println!("SKIPPED: no /dev/kvm that machines can run on: {obstacle}");
     }
-    let cases = [lifecycle::CASES, saved_state::CASES, tracking::CASES, probe::CASES].concat();
+    let cases = [
+        boot::CASES,
+        lifecycle::CASES,
+        saved_state::CASES,
+        tracking::CASES,
+        probe::CASES,
+    ]
+    .concat();
     let trials = cases
         .into_iter()
         .map(|(name, case)| {

@@ -1,4 +1,4 @@
-//! Micro guests: a few instructions of 32-bit code in a PVH ELF file, and the machines around them.
+//! Micro guests: a few instructions of code in a kernel file of some kind, and the machines around them.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -90,6 +90,25 @@ impl Code {
         self
     }
 
+    /// Prints `1` in 64-bit mode and `0` in any other: `xor eax, eax`, then what is `inc rax` or else `dec eax; inc eax`.
+    pub(crate) fn print_mode(mut self) -> Self {
+        self.0.extend([0x31, 0xc0, 0x48, 0xff, 0xc0]);
+        // add al, '0'; mov dx, 0x3f8; out dx, al
+        self.0.extend([0x04, b'0', 0x66, 0xba, 0xf8, 0x03, 0xee]);
+        self
+    }
+
+    /// Prints so many bytes of the command line that the boot parameters at RSI point to.
+    pub(crate) fn print_cmdline(mut self, bytes: u8) -> Self {
+        // mov ebx, [rsi + 0x228]; mov dx, 0x3f8
+        self.0.extend([0x8b, 0x9e, 0x28, 0x02, 0, 0, 0x66, 0xba, 0xf8, 0x03]);
+        for index in 0..bytes {
+            // mov al, [rbx + index]; out dx, al
+            self.0.extend([0x8a, 0x43, index, 0xee]);
+        }
+        self
+    }
+
     /// Any instructions.
     pub(crate) fn raw(mut self, bytes: &[u8]) -> Self {
         self.0.extend(bytes);
@@ -111,6 +130,40 @@ impl Code {
             put_words(&mut file[at..], &words);
         }
         put_words(&mut file[0x100..], &[4, 4, 18, u32::from_le_bytes(*b"Xen\0"), CODE]);
+        file.extend(&self.0);
+        file
+    }
+}
+
+/// 64-bit files: those of a Linux that starts by its own protocol.
+impl Code {
+    /// A vmlinux without a note; its code goes to [`CODE`].
+    pub(crate) fn vmlinux(&self) -> Vec<u8> {
+        let len = u32::try_from(self.0.len()).expect("short");
+        let mut file = vec![0; 0x100];
+        file[..6].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1]);
+        file[16..20].copy_from_slice(&[2, 0, 62, 0]);
+        put_words(&mut file[24..], &[CODE, 0, 64, 0]);
+        (file[54], file[56]) = (56, 1);
+        put_words(&mut file[64..], &[1, 0, 0x100, 0, 0, 0, CODE, 0, len, 0, len, 0, 4, 0]);
+        file.extend(&self.0);
+        file
+    }
+
+    /// A bzImage of protocol 2.15; its code goes to 2 MiB and the entry point's 0x200.
+    pub(crate) fn bzimage(&self) -> Vec<u8> {
+        let mut file = vec![0; 1024];
+        let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0x1f1, &[1]);
+        put(0x1fe, &[0x55, 0xaa, 0xeb, 0x6a]);
+        put(0x202, b"HdrS\x0f\x02");
+        put(0x22c, &0x7fff_ffffu32.to_le_bytes());
+        // Relocatable, and with a 64-bit entry point.
+        put(0x234, &[1, 0, 1, 0]);
+        put(0x238, &2047u32.to_le_bytes());
+        put(0x258, &0x20_0000u64.to_le_bytes());
+        put(0x260, &0x1_0000u32.to_le_bytes());
+        file.resize(1024 + 0x200, 0);
         file.extend(&self.0);
         file
     }
@@ -238,8 +291,8 @@ pub(crate) fn copy_memory(from: &GuestMemory, to: &GuestMemory) -> Result<()> {
     Ok(())
 }
 
-/// Reads 32 bits of guest memory.
-pub(crate) fn read(memory: &GuestMemory, address: u32) -> Result<u32> {
+/// Reads the page of guest memory that holds an address.
+pub(crate) fn read_page(memory: &GuestMemory, address: u32) -> Result<[u8; PAGE_SIZE as usize]> {
     let (mine, mut theirs) = UnixStream::pair()?;
     let run = FrameRun {
         first: u64::from(address) / PAGE_SIZE,
@@ -248,6 +301,12 @@ pub(crate) fn read(memory: &GuestMemory, address: u32) -> Result<u32> {
     memory.send(mine.as_fd(), &[], &[run])?;
     let mut page = [0; PAGE_SIZE as usize];
     theirs.read_exact(&mut page)?;
+    Ok(page)
+}
+
+/// Reads 32 bits of guest memory.
+pub(crate) fn read(memory: &GuestMemory, address: u32) -> Result<u32> {
+    let page = read_page(memory, address)?;
     let at = (u64::from(address) % PAGE_SIZE) as usize;
     Ok(u32::from_le_bytes(page[at..at + 4].try_into()?))
 }

@@ -9,6 +9,28 @@ pub(crate) const HIGH_MEMORY_START: u64 = 1 << 20;
 /// First address that boot information may use: the real-mode interrupt table and BIOS data stay free.
 pub(crate) const BOOT_INFORMATION_START: u64 = 0x6000;
 
+/// Where ACPI's tables lie, in the area of the BIOS, which the memory map keeps free: a guest that is not told looks here too.
+pub(crate) const ACPI_START: u64 = 0xe_0000;
+
+/// A page of its own for the generation id, so that nothing else in it changes.
+pub(crate) const GENERATION_ID: u64 = 0xe_f000;
+
+/// Where the MP table lies, in the last place in which a guest looks for it.
+pub(crate) const MP_TABLE: u64 = 0xf_0000;
+
+/// The local APIC's registers, the same for each vCPU.
+pub(crate) const LOCAL_APIC: u64 = 0xfee0_0000;
+
+/// The I/O APIC's registers, and how many lines it has.
+pub(crate) const IO_APIC: u64 = 0xfec0_0000;
+pub(crate) const IO_APIC_LINES: u8 = 24;
+
+/// Interrupt line on which a guest hears that its generation id is another; where a second serial port would be.
+pub(crate) const GENERATION_IRQ: u32 = 3;
+
+/// ACPI's own interrupt line. Nothing raises it.
+pub(crate) const ACPI_IRQ: u16 = 9;
+
 /// First port and interrupt line of the serial console.
 pub(crate) const SERIAL_PORT: u16 = 0x3f8;
 pub(crate) const SERIAL_IRQ: u32 = 4;
@@ -18,6 +40,9 @@ pub(crate) const KEYBOARD_COMMAND_PORT: u16 = 0x64;
 
 /// The panic device (`pvpanic` of QEMU).
 pub(crate) const PANIC_PORT: u16 = 0x505;
+
+/// Power management events as QEMU's q35 has them: two bytes of status, two that enable.
+pub(crate) const POWER_EVENT_PORT: u16 = 0x600;
 
 /// Power management control as QEMU's q35 has it: sleep enable switches off.
 pub(crate) const POWER_CONTROL_PORT: u16 = 0x604;

@@ -1,6 +1,8 @@
 //! The registers behind those ports.
 
-use crate::arch::x86_64::layout::{KEYBOARD_COMMAND_PORT, PANIC_PORT, POWER_CONTROL_PORT, RESET_CONTROL_PORT};
+use crate::arch::x86_64::layout::{
+    KEYBOARD_COMMAND_PORT, PANIC_PORT, POWER_CONTROL_PORT, POWER_EVENT_PORT, RESET_CONTROL_PORT,
+};
 
 /// What the guest asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,11 +15,19 @@ pub(crate) enum PowerRequest {
     Panicked,
 }
 
-/// All ports that concern power. The only register that keeps a value is the reset control.
+/// All ports that concern power. Two registers keep a value: the reset control, and which events are enabled.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct PowerControl {
     pub(super) reset_control: u8,
+    /// Nothing happens that could be told; a guest checks that what it enables stays enabled.
+    pub(super) enabled_events: u16,
 }
+
+/// Where events are enabled; the two bytes before it say which have happened.
+const EVENT_ENABLE_PORT: u16 = POWER_EVENT_PORT + 2;
+
+/// The events that ACPI knows: timer, global lock, power button, sleep button, clock.
+pub(super) const EVENTS: u16 = 1 << 0 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 10;
 
 /// Bit of the reset control register that carries out the reset; bits 1 and 3 say which kind and are only kept.
 const RESET_NOW: u8 = 1 << 2;
@@ -29,6 +39,9 @@ const PULSE_RESET: u8 = 0xfe;
 /// Sleep enable in the power management control register.
 const SLEEP_ENABLE: u16 = 1 << 13;
 
+/// In the same register: the machine is in ACPI mode, always.
+const ACPI_MODE: u16 = 1 << 0;
+
 /// The panic device's one event, offered and reported with the same bit.
 const PANICKED: u8 = 1;
 
@@ -39,7 +52,14 @@ impl PowerControl {
         match (port, value) {
             (RESET_CONTROL_PORT, [first, ..]) => *first = self.reset_control,
             (PANIC_PORT, [first, ..]) => *first = PANICKED,
-            (POWER_CONTROL_PORT, value) => value.fill(0),
+            (POWER_CONTROL_PORT, value) => copy(&ACPI_MODE.to_le_bytes(), value),
+            (POWER_EVENT_PORT, value) => {
+                let [low, high] = self.enabled_events.to_le_bytes();
+                copy(&[0, 0, low, high], value);
+            }
+            (EVENT_ENABLE_PORT, value) => copy(&self.enabled_events.to_le_bytes(), value),
+            // Ready for a command: a guest that is to reset the machine by one waits for that.
+            (KEYBOARD_COMMAND_PORT, [first, ..]) => *first = 0,
             _ => {}
         }
     }
@@ -57,8 +77,19 @@ impl PowerControl {
                 (value & SLEEP_ENABLE != 0).then_some(PowerRequest::PowerOff)
             }
             (PANIC_PORT, [value]) => (value & PANICKED != 0).then_some(PowerRequest::Panicked),
+            (EVENT_ENABLE_PORT, [low, high]) => {
+                self.enabled_events = u16::from_le_bytes([*low, *high]) & EVENTS;
+                None
+            }
             _ => None,
         }
+    }
+}
+
+/// As much of a register as was asked for.
+fn copy(register: &[u8], value: &mut [u8]) {
+    for (byte, register) in value.iter_mut().zip(register) {
+        *byte = *register;
     }
 }
 
@@ -84,6 +115,23 @@ mod tests {
             Some(PowerRequest::PowerOff)
         );
         assert_eq!(power.write(POWER_CONTROL_PORT, &[0x20]), None);
+    }
+
+    #[test]
+    fn enabled_events_stay_enabled() {
+        let mut power = PowerControl::default();
+        assert_eq!(power.write(POWER_EVENT_PORT + 2, &[0x20, 0xff]), None);
+        let (mut word, mut both) = ([0; 2], [0xff; 4]);
+        power.read(POWER_EVENT_PORT + 2, &mut word);
+        power.read(POWER_EVENT_PORT, &mut both);
+        assert_eq!((word, both), ([0x20, 0x07], [0, 0, 0x20, 0x07]));
+    }
+
+    #[test]
+    fn keyboard_controller_is_ready_for_the_reset() {
+        let mut value = [0xff];
+        PowerControl::default().read(KEYBOARD_COMMAND_PORT, &mut value);
+        assert_eq!(value, [0]);
     }
 
     #[test]

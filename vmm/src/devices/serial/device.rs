@@ -61,8 +61,8 @@ impl SerialPort {
         line: Arc<dyn InterruptLine>,
     ) -> Result<Self, DeviceStateError> {
         let received = state.in_buffer.len() as u64;
-        let registers =
-            Serial::from_state(state, Line(line), NoEvents, Output(output)).map_err(|_| DeviceStateError::above("number of received bytes", received, state::RECEIVE_LIMIT as u64))?;
+        let registers = Serial::from_state(state, Line(line), NoEvents, Output(output))
+            .map_err(|_| DeviceStateError::above("number of received bytes", received, state::RECEIVE_LIMIT as u64))?;
         Ok(Self { registers })
     }
 }

@@ -49,11 +49,13 @@ pub(super) fn from_saved(saved: &saved::Serial) -> Result<SerialState, DeviceSta
         received,
     } = saved;
     if received.len() > RECEIVE_LIMIT {
-        return Err(DeviceStateError::above("number of received bytes", received.len() as u64, RECEIVE_LIMIT as u64));
+        return Err(DeviceStateError::above(
+            "number of received bytes",
+            received.len() as u64,
+            RECEIVE_LIMIT as u64,
+        ));
     }
-    let byte = |field, value: u32| {
-        u8::try_from(value).map_err(|_| DeviceStateError::above(field, value, 255u64))
-    };
+    let byte = |field, value: u32| u8::try_from(value).map_err(|_| DeviceStateError::above(field, value, 255u64));
     Ok(SerialState {
         baud_divisor_low: byte("baud_divisor_low", *baud_divisor_low)?,
         baud_divisor_high: byte("baud_divisor_high", *baud_divisor_high)?,

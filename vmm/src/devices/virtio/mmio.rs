@@ -173,7 +173,8 @@ impl MmioDevice {
         registers.status &= !status::NEEDS_RESET;
         let live = registers.is_live() && !broken;
         let queues = if live { queues_of(&registers) } else { Some(Vec::new()) };
-        let Some(queues) = queues.filter(|queues| queues.iter().all(|queue| queue.is_sound(&self.shared.memory))) else {
+        let Some(queues) = queues.filter(|queues| queues.iter().all(|queue| queue.is_sound(&self.shared.memory)))
+        else {
             return Err(DeviceStateError::Undecodable("the set of queues"));
         };
         let mut work = self.shared.work();
@@ -246,7 +247,10 @@ impl MmioDevice {
             }
             None => {
                 drop(registers);
-                tracing::info!(device = self.name(), "the guest set up queues that cannot be: it must reset the device");
+                tracing::info!(
+                    device = self.name(),
+                    "the guest set up queues that cannot be: it must reset the device"
+                );
                 self.shared.broken.store(true, Ordering::Release);
             }
         }

@@ -86,7 +86,9 @@ impl DeviceQueue {
     /// # Errors
     /// The used ring is not in guest memory.
     pub(crate) fn push(&mut self, memory: &GuestMemory, head: u16, written: u32) -> Result<(), Broken> {
-        self.queue.add_used(memory.tracked(), head, written).map_err(Broken::new)?;
+        self.queue
+            .add_used(memory.tracked(), head, written)
+            .map_err(Broken::new)?;
         self.used = true;
         Ok(())
     }

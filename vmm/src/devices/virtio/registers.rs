@@ -168,7 +168,10 @@ mod tests {
         registers.set_up(offset::QUEUE_DRIVER, 0x1000);
         registers.set_up(offset::QUEUE_READY, 1);
         let set_up = registers.queues[1];
-        assert_eq!((set_up.size, set_up.avail_ring, set_up.ready), (32, 0x1_0000_1000, true));
+        assert_eq!(
+            (set_up.size, set_up.avail_ring, set_up.ready),
+            (32, 0x1_0000_1000, true)
+        );
         registers.status = status::DRIVER_OK;
         registers.set_up(offset::QUEUE_READY, 0);
         assert_eq!(registers.queues[1], set_up);

@@ -185,9 +185,7 @@ impl Shared {
             memory: &self.memory,
             rest: &self.rest,
         };
-        let mut done = wakes
-            .iter()
-            .try_for_each(|&wake| device.wake(wake, queues, &turn));
+        let mut done = wakes.iter().try_for_each(|&wake| device.wake(wake, queues, &turn));
         let mut interrupt = false;
         for queue in queues {
             match queue.wants_interrupt(&self.memory) {
@@ -199,7 +197,11 @@ impl Shared {
             self.interrupt.raise(USED_BUFFERS);
         }
         if let Err(Broken(reason)) = done {
-            tracing::info!(device = self.name, reason, "the guest broke a device's rules: it must reset the device");
+            tracing::info!(
+                device = self.name,
+                reason,
+                "the guest broke a device's rules: it must reset the device"
+            );
             self.broken.store(true, Ordering::Release);
             work.queues.clear();
             self.interrupt.raise(CONFIG_CHANGED);
@@ -260,7 +262,10 @@ impl Drop for Worker {
         let deadline = Instant::now() + PATIENCE;
         while !thread.is_finished() {
             if Instant::now() > deadline {
-                tracing::error!(device = self.shared.name, "a device's thread does not end; it is left behind");
+                tracing::error!(
+                    device = self.shared.name,
+                    "a device's thread does not end; it is left behind"
+                );
                 return;
             }
             std::thread::sleep(Duration::from_micros(100));

@@ -35,7 +35,9 @@ pub(super) fn read(file: &File, offset: u64, memory: &GuestMemory, spans: &[Span
             }
             let part = (span.len as usize - done).min(loaded.len() - position);
             let address = GuestAddress(span.address + done as u64);
-            let written = memory.tracked().write_slice(&loaded[position..position + part], address);
+            let written = memory
+                .tracked()
+                .write_slice(&loaded[position..position + part], address);
             written.map_err(io::Error::other)?;
             (position, done) = (position + part, done + part);
         }

@@ -98,7 +98,11 @@ impl Block {
 
     fn write_zeroes(&self, extents: &[Extent]) -> io::Result<()> {
         extents.iter().try_for_each(|extent| {
-            let how = if extent.unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
+            let how = if extent.unmap {
+                FallocateFlags::PUNCH_HOLE
+            } else {
+                FallocateFlags::ZERO_RANGE
+            };
             self.each(std::slice::from_ref(extent), how)
         })
     }

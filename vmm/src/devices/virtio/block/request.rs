@@ -172,10 +172,31 @@ mod tests {
     #[test]
     fn spans_are_split_inside_and_between() {
         let (head, tail) = split(&spans(&[10, 10]), 10);
-        assert_eq!((total(&head), tail), (10, vec![Span { address: 0x101a, len: 10 }]));
+        assert_eq!(
+            (total(&head), tail),
+            (
+                10,
+                vec![Span {
+                    address: 0x101a,
+                    len: 10
+                }]
+            )
+        );
         let (head, tail) = split(&spans(&[10, 10]), 14);
-        assert_eq!(head[1], Span { address: 0x101a, len: 4 });
-        assert_eq!(tail, [Span { address: 0x101e, len: 6 }]);
+        assert_eq!(
+            head[1],
+            Span {
+                address: 0x101a,
+                len: 4
+            }
+        );
+        assert_eq!(
+            tail,
+            [Span {
+                address: 0x101e,
+                len: 6
+            }]
+        );
     }
 
     #[test]

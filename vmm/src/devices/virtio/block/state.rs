@@ -26,11 +26,19 @@ pub(super) fn check(bytes: &[u8], sectors: u64, access: DiskAccess) -> Result<St
         return Err(DeviceStateError::Undecodable("the disk"));
     };
     if saved != sectors {
-        return Err(DeviceStateError::differs("number of the disk's sectors", saved, sectors));
+        return Err(DeviceStateError::differs(
+            "number of the disk's sectors",
+            saved,
+            sectors,
+        ));
     }
     let writable = access == DiskAccess::ReadWrite;
     if readonly == writable {
-        return Err(DeviceStateError::differs("whether the disk may be written", !readonly, writable));
+        return Err(DeviceStateError::differs(
+            "whether the disk may be written",
+            !readonly,
+            writable,
+        ));
     }
     Ok(serial)
 }

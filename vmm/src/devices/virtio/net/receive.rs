@@ -56,7 +56,11 @@ pub(super) fn frames(
             }
         }
         let spans: Vec<Span> = if mergeable {
-            taken.iter().flat_map(|chain: &Chain| &chain.writable).copied().collect()
+            taken
+                .iter()
+                .flat_map(|chain: &Chain| &chain.writable)
+                .copied()
+                .collect()
         } else {
             taken.front().map(|chain| chain.writable.clone()).unwrap_or_default()
         };
@@ -107,12 +111,7 @@ fn gather(
 }
 
 /// Gives the chains that a frame of `len` bytes filled to the guest.
-fn deliver(
-    len: u64,
-    queue: &mut DeviceQueue,
-    taken: &mut VecDeque<Chain>,
-    memory: &GuestMemory,
-) -> Result<(), Broken> {
+fn deliver(len: u64, queue: &mut DeviceQueue, taken: &mut VecDeque<Chain>, memory: &GuestMemory) -> Result<(), Broken> {
     let mut filled = Vec::new();
     let mut left = len;
     while left > 0 {
@@ -121,7 +120,9 @@ fn deliver(
         left -= part;
         filled.push((chain, part as u32));
     }
-    let Some((first, _)) = filled.first() else { return Ok(()) };
+    let Some((first, _)) = filled.first() else {
+        return Ok(());
+    };
     let count = byte_at(&first.writable, BUFFER_COUNT).zip(byte_at(&first.writable, BUFFER_COUNT + 1));
     if let Some((low, high)) = count {
         for (address, byte) in [low, high].into_iter().zip((filled.len() as u16).to_le_bytes()) {

@@ -1,124 +1,80 @@
-//! Reads an ELF kernel: which parts go where, and its PVH entry.
+//! Reads an ELF kernel: which parts go where, and where it starts: its PVH entry, else that of a 64-bit Linux.
 //!
-//! The file is hostile: every number in it is checked before it is used. linux-loader has such a reader too; this one also takes 32-bit
-//! files, leaves nothing of a used memory in what a segment zeroes, and can say what is wrong with the file.
+//! linux-loader has such a reader too; this one also takes 32-bit files, leaves nothing of a used memory in what a segment
+//! zeroes, and can say what is wrong with the file.
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 
-use thiserror::Error;
+use super::kernel::{Fields, Image, Kernel, KernelError, Segment, Start};
 
-/// Why a file is no kernel that can be started.
-#[derive(Debug, Error)]
-pub enum ElfError {
-    /// It cannot be read.
-    #[error("read the kernel")]
-    Unreadable(#[source] io::Error),
-    /// It does not begin as an ELF file.
-    #[error("load the kernel: it is not an ELF file")]
-    NotElf,
-    /// It is for another machine, or not executable.
-    #[error("load the kernel: it is not an executable for x86 (ELF type {kind}, machine {machine})")]
-    WrongMachine {
-        /// `e_type`.
-        kind: u16,
-        /// `e_machine`.
-        machine: u16,
-    },
-    /// Something in it contradicts itself or the file's length.
-    #[error("load the kernel: the ELF file is damaged: {0}")]
-    Damaged(&'static str),
-    /// It has no note with a PVH entry point.
-    #[error(
-        "load the kernel: it has no PVH entry point (no ELF note of owner Xen and type 18); Linux needs CONFIG_PVH"
-    )]
-    NoPvhNote,
-}
-
-/// What an ELF file says about loading it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct ElfImage {
-    /// What must be in memory, in the order of the file; lengths and file offsets are checked against the file.
-    pub(crate) segments: Vec<Segment>,
-    /// Physical address at which the first vCPU starts, in 32-bit protected mode.
-    pub(crate) entry: u32,
-}
-
-/// A piece of the file and where it goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Segment {
-    /// Where in the file.
-    pub(crate) offset: u64,
-    /// How many bytes of the file.
-    pub(crate) file_bytes: u64,
-    /// Guest physical address.
-    pub(crate) address: u64,
-    /// How many bytes of memory; those after `file_bytes` are zero.
-    pub(crate) memory_bytes: u64,
-}
-
-/// Something to read an ELF file from.
-pub(crate) trait Image {
-    /// Fills `buffer` from `offset` on.
-    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
-    /// Length in bytes.
-    fn len(&self) -> io::Result<u64>;
-}
-
-impl Image for File {
-    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        FileExt::read_exact_at(self, buffer, offset)
-    }
-
-    fn len(&self) -> io::Result<u64> {
-        Ok(self.metadata()?.len())
-    }
-}
-
-impl ElfImage {
-    /// Reads headers and notes; the segments' contents are not touched.
-    ///
-    /// # Errors
-    ///
-    /// What is wrong with the file.
-    pub(crate) fn parse(image: &impl Image) -> Result<Self, ElfError> {
-        let len = image.len().map_err(ElfError::Unreadable)?;
-        let header = Header::read(image)?;
-        let mut segments = Vec::new();
-        let mut entry = None;
-        for program in header.programs(image, len)? {
-            let in_file = program
-                .offset
-                .checked_add(program.file_bytes)
-                .is_some_and(|end| end <= len);
-            match program.kind {
-                PT_LOAD if program.memory_bytes > 0 => {
-                    if !in_file || program.file_bytes > program.memory_bytes {
-                        return Err(ElfError::Damaged("a segment reaches beyond the end of the file"));
-                    }
-                    segments.push(Segment {
-                        offset: program.offset,
-                        file_bytes: program.file_bytes,
-                        address: program.address,
-                        memory_bytes: program.memory_bytes,
-                    });
+/// Reads headers and notes; the segments' contents are not touched.
+///
+/// # Errors
+///
+/// What is wrong with the file.
+pub(super) fn parse(image: &impl Image) -> Result<Kernel, KernelError> {
+    let len = image.len().map_err(KernelError::Unreadable)?;
+    let header = Header::read(image)?;
+    let mut segments = Vec::new();
+    let mut pvh = None;
+    for program in header.programs(image, len)? {
+        let in_file = program
+            .offset
+            .checked_add(program.file_bytes)
+            .is_some_and(|end| end <= len);
+        match program.kind {
+            PT_LOAD if program.memory_bytes > 0 => {
+                if !in_file || program.file_bytes > program.memory_bytes {
+                    return Err(damaged("a segment reaches beyond the end of the file"));
                 }
-                PT_NOTE if entry.is_none() => {
-                    if !in_file {
-                        return Err(ElfError::Damaged("its notes reach beyond the end of the file"));
-                    }
-                    entry = pvh_entry(&program.read(image)?, program.align);
-                }
-                _ => {}
+                segments.push(Segment {
+                    offset: program.offset,
+                    file_bytes: program.file_bytes,
+                    address: program.address,
+                    memory_bytes: program.memory_bytes,
+                });
             }
+            PT_NOTE if pvh.is_none() => {
+                if !in_file {
+                    return Err(damaged("its notes reach beyond the end of the file"));
+                }
+                pvh = pvh_entry(&program.read(image)?, program.align);
+            }
+            _ => {}
         }
-        let entry = entry.ok_or(ElfError::NoPvhNote)?;
-        if segments.is_empty() {
-            return Err(ElfError::Damaged("it has nothing to load"));
-        }
-        Ok(Self { segments, entry })
     }
+    if segments.is_empty() {
+        return Err(damaged("it has nothing to load"));
+    }
+    let start = match (pvh, header.machine) {
+        (Some(entry), _) => Start::Pvh(entry),
+        // A vmlinux: its entry is `startup_64`, as a physical address.
+        (None, EM_X86_64) if header.wide => Start::Linux64 {
+            entry: header.entry,
+            setup_header: Vec::new(),
+        },
+        (None, _) => return Err(KernelError::NoEntry),
+    };
+    Ok(Kernel {
+        segments,
+        workspace: 0..0,
+        cmdline_limit: match start {
+            Start::Pvh(_) => PVH_CMDLINE_LIMIT,
+            Start::Linux64 { .. } => LINUX_CMDLINE_LIMIT,
+        },
+        initrd_end: u64::MAX,
+        start,
+    })
+}
+
+/// PVH sets no limit; this one keeps a mistake from filling low memory.
+const PVH_CMDLINE_LIMIT: usize = 64 << 10;
+
+/// `COMMAND_LINE_SIZE` of Linux on x86, without the terminating zero: a vmlinux does not say it, and cuts off what is longer.
+const LINUX_CMDLINE_LIMIT: usize = 2047;
+
+fn damaged(what: &'static str) -> KernelError {
+    KernelError::Damaged { file: "ELF file", what }
 }
 
 const ET_EXEC: u16 = 2;
@@ -137,6 +93,9 @@ const NOTES_LIMIT: u64 = 64 << 10;
 /// Where a field lies depends on the class.
 struct Header {
     wide: bool,
+    machine: u16,
+    /// `e_entry`.
+    entry: u64,
     program_offset: u64,
     program_size: usize,
     program_count: usize,
@@ -152,50 +111,52 @@ struct Program {
 }
 
 impl Header {
-    fn read(image: &impl Image) -> Result<Self, ElfError> {
+    fn read(image: &impl Image) -> Result<Self, KernelError> {
         let mut ident = [0; 16];
         match image.read_exact_at(&mut ident, 0) {
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(ElfError::NotElf),
-            other => other.map_err(ElfError::Unreadable)?,
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(KernelError::Unknown),
+            other => other.map_err(KernelError::Unreadable)?,
         }
         let wide = match &ident[..6] {
             [0x7f, b'E', b'L', b'F', 1, 1] => false,
             [0x7f, b'E', b'L', b'F', 2, 1] => true,
-            _ => return Err(ElfError::NotElf),
+            _ => return Err(KernelError::Unknown),
         };
         let mut bytes = vec![0; if wide { 64 } else { 52 }];
         image
             .read_exact_at(&mut bytes, 0)
-            .map_err(|_| ElfError::Damaged("its header is cut short"))?;
+            .map_err(|_| damaged("its header is cut short"))?;
         let fields = Fields(&bytes);
         let (kind, machine) = (fields.half(16), fields.half(18));
         if !matches!(kind, ET_EXEC | ET_DYN) || !matches!(machine, EM_386 | EM_X86_64) {
-            return Err(ElfError::WrongMachine { kind, machine });
+            return Err(KernelError::WrongMachine { kind, machine });
         }
-        let (program_offset, sizes) = if wide {
-            (fields.long(32), 54)
+        let (entry, program_offset, sizes) = if wide {
+            (fields.long(24), fields.long(32), 54)
         } else {
-            (fields.word(28).into(), 42)
+            (fields.word(24).into(), fields.word(28).into(), 42)
         };
         Ok(Self {
             wide,
+            machine,
+            entry,
             program_offset,
             program_size: fields.half(sizes).into(),
             program_count: fields.half(sizes + 2).into(),
         })
     }
 
-    fn programs(&self, image: &impl Image, len: u64) -> Result<Vec<Program>, ElfError> {
+    fn programs(&self, image: &impl Image, len: u64) -> Result<Vec<Program>, KernelError> {
         let least = if self.wide { 56 } else { 32 };
         let size = self.program_size * self.program_count;
         let end = self.program_offset.checked_add(size as u64);
         if self.program_size < least || end.is_none_or(|end| end > len) {
-            return Err(ElfError::Damaged("its program headers are cut short"));
+            return Err(damaged("its program headers are cut short"));
         }
         let mut table = vec![0; size];
         image
             .read_exact_at(&mut table, self.program_offset)
-            .map_err(ElfError::Unreadable)?;
+            .map_err(KernelError::Unreadable)?;
         let program = |bytes: &[u8]| {
             let fields = Fields(bytes);
             if self.wide {
@@ -223,29 +184,12 @@ impl Header {
 }
 
 impl Program {
-    fn read(&self, image: &impl Image) -> Result<Vec<u8>, ElfError> {
+    fn read(&self, image: &impl Image) -> Result<Vec<u8>, KernelError> {
         let mut bytes = vec![0; self.file_bytes.min(NOTES_LIMIT) as usize];
         image
             .read_exact_at(&mut bytes, self.offset)
-            .map_err(ElfError::Unreadable)?;
+            .map_err(KernelError::Unreadable)?;
         Ok(bytes)
-    }
-}
-
-/// Little-endian fields of a header whose length was checked.
-struct Fields<'a>(&'a [u8]);
-
-impl Fields<'_> {
-    fn half(&self, at: usize) -> u16 {
-        u16::from_le_bytes([self.0[at], self.0[at + 1]])
-    }
-
-    fn word(&self, at: usize) -> u32 {
-        u32::from(self.half(at)) | u32::from(self.half(at + 2)) << 16
-    }
-
-    fn long(&self, at: usize) -> u64 {
-        u64::from(self.word(at)) | u64::from(self.word(at + 4)) << 32
     }
 }
 
@@ -267,20 +211,6 @@ fn pvh_entry(notes: &[u8], align: u64) -> Option<u32> {
         rest = rest.get(content_end.checked_next_multiple_of(align)?..)?;
     }
     None
-}
-
-#[cfg(any(test, fuzzing))]
-impl Image for Vec<u8> {
-    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        let start = usize::try_from(offset).map_err(io::Error::other)?;
-        let end = start.checked_add(buffer.len()).ok_or(io::ErrorKind::InvalidInput)?;
-        buffer.copy_from_slice(self.get(start..end).ok_or(io::ErrorKind::UnexpectedEof)?);
-        Ok(())
-    }
-
-    fn len(&self) -> io::Result<u64> {
-        Ok(self.len() as u64)
-    }
 }
 
 #[cfg(test)]
@@ -346,29 +276,25 @@ mod tests {
         file
     }
 
-    fn expected() -> ElfImage {
-        ElfImage {
+    fn expected() -> Kernel {
+        Kernel {
             segments: vec![Segment {
                 offset: 0x200,
                 file_bytes: 8,
                 address: 0x10_0000,
                 memory_bytes: 64,
             }],
-            entry: 0x10_0000,
+            workspace: 0..0,
+            start: Start::Pvh(0x10_0000),
+            cmdline_limit: PVH_CMDLINE_LIMIT,
+            initrd_end: u64::MAX,
         }
     }
 
     #[test]
     fn both_classes_are_read() {
-        assert_eq!(ElfImage::parse(&wide()).expect("64 bits"), expected());
-        assert_eq!(ElfImage::parse(&narrow()).expect("32 bits"), expected());
-    }
-
-    #[test]
-    fn script_is_not_an_elf_file() {
-        let error = ElfImage::parse(&b"#!/bin/sh\nexit 0\n".to_vec());
-        assert!(matches!(error, Err(ElfError::NotElf)));
-        assert!(matches!(ElfImage::parse(&Vec::new()), Err(ElfError::NotElf)));
+        assert_eq!(parse(&wide()).expect("64 bits"), expected());
+        assert_eq!(parse(&narrow()).expect("32 bits"), expected());
     }
 
     #[test]
@@ -376,23 +302,32 @@ mod tests {
         let mut file = wide();
         file[18] = 183;
         assert!(matches!(
-            ElfImage::parse(&file),
-            Err(ElfError::WrongMachine { machine: 183, .. })
+            parse(&file),
+            Err(KernelError::WrongMachine { machine: 183, .. })
         ));
     }
 
     #[test]
-    fn file_without_the_note_is_refused() {
+    fn wide_file_without_the_note_starts_as_a_vmlinux() {
         let mut file = wide();
         file[0x100 + 8] = 17;
-        assert!(matches!(ElfImage::parse(&file), Err(ElfError::NoPvhNote)));
+        file[24..32].copy_from_slice(&0x10_0004u64.to_le_bytes());
+        let start = parse(&file).expect("a vmlinux").start;
+        assert!(matches!(start, Start::Linux64 { entry: 0x10_0004, .. }), "{start:?}");
+    }
+
+    #[test]
+    fn narrow_file_without_the_note_is_refused() {
+        let mut file = narrow();
+        file[0x100 + 8] = 17;
+        assert!(matches!(parse(&file), Err(KernelError::NoEntry)));
     }
 
     #[test]
     fn segment_beyond_the_file_is_refused() {
         let mut file = wide();
         file[120 + 32] = 9;
-        assert!(matches!(ElfImage::parse(&file), Err(ElfError::Damaged(_))));
+        assert!(matches!(parse(&file), Err(KernelError::Damaged { .. })));
     }
 
     #[test]
@@ -412,7 +347,7 @@ mod tests {
             for mut file in [wide(), narrow()] {
                 file[at] = value;
                 file.truncate(cut);
-                let _ = ElfImage::parse(&file);
+                let _ = parse(&file);
             }
         }
 

@@ -1,0 +1,16 @@
+//! ACPI's tables: how a guest finds processors, interrupt lines and devices, switches off, and hears of a new generation id.
+//!
+//! ```text
+//!   RSDP ─► XSDT ─► FADT ─► FACS
+//!              │       └──► DSDT: the devices
+//!              └──► MADT: processors, interrupt controllers
+//! ```
+//!
+//! There is no fixed hardware but the power management registers: no timer, no general purpose events, no embedded
+//! controller. ACPI mode is always on.
+
+mod aml;
+mod dsdt;
+mod tables;
+
+pub(super) use self::tables::tables;
