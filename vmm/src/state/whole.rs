@@ -332,7 +332,8 @@ mod tests {
     #[test]
     fn gap_in_the_vcpus_is_refused() {
         let mut envelope = envelope();
-        envelope.units[6].name = "vcpu2".to_owned();
+        let last = envelope.units.len() - 1;
+        envelope.units[last].name = "vcpu2".to_owned();
         assert_eq!(error_of(&envelope), StateError::UnknownUnit("vcpu2".to_owned()));
     }
 

@@ -23,6 +23,8 @@ mod net;
 mod queue;
 mod registers;
 mod state;
+#[cfg(test)]
+mod testing;
 mod worker;
 
 pub(crate) use self::block::Block;

@@ -4,6 +4,8 @@ mod bounce;
 mod device;
 mod request;
 mod state;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use self::device::Block;
 

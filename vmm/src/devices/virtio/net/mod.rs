@@ -4,6 +4,8 @@ mod control;
 mod device;
 mod receive;
 mod state;
+#[cfg(test)]
+mod tests;
 mod transmit;
 
 pub(crate) use self::device::Net;
