@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 
 use ferry_migration::PageSet;
 use ferry_migration::guest::{
-    DestinationGuest, DirtyClearer, DiskCondition, FrameRun, GuestCondition, GuestEnd, GuestError, GuestWas, Population,
-    RestoredGuest, SourceGuest, StopTimes,
+    DestinationGuest, DirtyClearer, DiskCondition, FrameRun, GuestCondition, GuestEnd, GuestError, GuestWas,
+    Population, RestoredGuest, SourceGuest, StopTimes,
 };
 use memory::FakeMemory;
 
