@@ -56,6 +56,16 @@ pub(in crate::vmm_process) enum LockError {
     },
 }
 
+impl LockError {
+    /// Whether the next try may succeed without anybody's doing.
+    pub(super) fn may_pass(&self) -> bool {
+        match self {
+            Self::Held { .. } | Self::HeldByStranger { .. } => true,
+            Self::Stale { .. } | Self::Failed { .. } => false,
+        }
+    }
+}
+
 /// The locks of a guest's disks.
 #[derive(Debug)]
 pub(super) struct DiskLocks {
