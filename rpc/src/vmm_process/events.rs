@@ -70,7 +70,10 @@ fn serve_agent(socket: UnixStream, connection: Connection, events: Sender<Event>
         loop {
             match vmm_channel::receive::<Order>(&reader) {
                 Ok(Some((order, descriptors))) => {
-                    if events.send(Event::Order(connection, Box::new(order), descriptors)).is_err() {
+                    if events
+                        .send(Event::Order(connection, Box::new(order), descriptors))
+                        .is_err()
+                    {
                         return;
                     }
                 }

@@ -255,8 +255,9 @@ fn a_guest_whose_disk_is_taken_at_the_switch_is_indeterminate_until_it_has_it_ba
         let says_why = record.record["error"]
             .as_str()
             .is_some_and(|error| error.contains(&disk.display().to_string()));
-        Ok((record.text("status")? == "indeterminate" && says_why).then_some(()))
-    })?;
+        Ok((record.text("status")? == "indeterminate" && says_why).then_some(record))
+    })?
+    .is("indeterminate", "a")?;
     let beats = witness.beats().len();
     until("agent A says so", CALL, || {
         Ok((pair.a.show("g")?["status"] == "indeterminate").then_some(()))

@@ -434,27 +434,27 @@ impl Script {
     /// free it runs nowhere.
     async fn not_resumed(&mut self, reason: String) {
         let reason = format!("the guest is to run on here and cannot yet: {reason}");
-        if self.row.info.error.as_ref() != Some(&reason) {
-            tracing::warn!(migration = %self.row.id, instance = %self.row.instance, reason, "trying again until it runs");
-            self.row.info.error = Some(reason);
-            self.show();
+        if self.row.info.error.as_ref() == Some(&reason) {
+            return;
         }
-        self.become_indeterminate().await;
+        tracing::warn!(migration = %self.row.id, instance = %self.row.instance, reason, "trying again until it runs");
+        self.row.info.error = Some(reason);
+        let here = self.agent.host().to_owned();
+        self.become_indeterminate(Some(here)).await;
     }
 
     async fn say_indeterminate(&mut self) {
-        if self.row.info.status != "indeterminate" {
-            tracing::warn!(migration = %self.row.id, instance = %self.row.instance, "nobody knows on which host the guest runs");
-        }
-        self.become_indeterminate().await;
-    }
-
-    async fn become_indeterminate(&mut self) {
         if self.row.info.status == "indeterminate" {
             return;
         }
+        tracing::warn!(migration = %self.row.id, instance = %self.row.instance, "nobody knows on which host the guest runs");
+        self.become_indeterminate(None).await;
+    }
+
+    /// It runs nowhere as far as is known; where it is may be known all the same.
+    async fn become_indeterminate(&mut self, location: Option<String>) {
         self.row.info.status = "indeterminate".to_owned();
-        self.row.info.guest_location = None;
+        self.row.info.guest_location = location;
         self.instance.state.lock().await.row.status = Status::Indeterminate;
         if let Err(failure) = self.save().await {
             tracing::error!(
