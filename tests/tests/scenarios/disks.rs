@@ -235,12 +235,17 @@ fn a_stale_copy_is_not_started(pair: &mut Pair) -> Result<()> {
     Ok(())
 }
 
-/// Somebody else is faster than B when A lets go of the disk: B refuses the guest, and A may not run it either.
+/// B cannot lock the disk, so it refuses the guest; and somebody else took it when A let go of it, so A may not run the guest
+/// either. B is made to meet another file under the path: one that is locked all the time leaves nothing to chance.
 fn a_guest_whose_disk_is_taken_at_the_switch_is_indeterminate_until_it_has_it_back(pair: &mut Pair) -> Result<()> {
     pair.expect_complaint("trying again until it runs");
     let disk = image(pair, "root.img")?;
     let witness = pair.run(&with_disk(&disk))?;
-    let taken = OpenOptions::new().read(true).write(true).open(&disk)?;
+    let at_a = pair.folder().join("root-at-a.img");
+    fs::rename(&disk, &at_a)?;
+    let at_b = File::options().read(true).write(true).open(image(pair, "root.img")?)?;
+    fcntl_lock(&at_b, FlockOperation::NonBlockingLockExclusive)?;
+    let taken = OpenOptions::new().read(true).write(true).open(&at_a)?;
     let waiting = std::thread::spawn(move || -> Result<File> {
         // Waits for A.
         fcntl_lock(&taken, FlockOperation::LockExclusive)?;
@@ -267,6 +272,7 @@ fn a_guest_whose_disk_is_taken_at_the_switch_is_indeterminate_until_it_has_it_ba
         "it runs without its disk"
     );
     ensure!(witness.beats().len() == beats, "it ran without its disk");
+    fs::rename(&at_a, &disk)?;
     drop(waiting.join().expect("waiting does not panic")?);
 
     let record = pair.wait_over(&id)?.is("failed", "a")?;
