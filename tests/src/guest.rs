@@ -13,6 +13,8 @@ pub struct Guest {
     pub dirty: &'static str,
     /// The probe's command line, without the vCPUs.
     pub work: String,
+    /// Further arguments: disks and network cards.
+    pub devices: Vec<String>,
 }
 
 impl Guest {
@@ -25,6 +27,7 @@ impl Guest {
             vcpus: 1,
             dirty: "log",
             work: "fill=random fill_mib=16 work=uniform work_mib=16 rate=1000 heartbeat_ms=20".to_owned(),
+            devices: Vec::new(),
         }
     }
 
@@ -56,6 +59,23 @@ impl Guest {
         self
     }
 
+    /// The same with this disk (`path=…`).
+    #[must_use]
+    pub fn disk(self, disk: &str) -> Self {
+        self.device("--disk", disk)
+    }
+
+    /// The same with this network card (`bridge=…`, `tap=…`).
+    #[must_use]
+    pub fn nic(self, nic: &str) -> Self {
+        self.device("--net", nic)
+    }
+
+    fn device(mut self, flag: &str, device: &str) -> Self {
+        self.devices.extend([flag, device].map(str::to_owned));
+        self
+    }
+
     /// The arguments of `ferry run`.
     #[must_use]
     pub fn arguments(&self, kernel: &str) -> Vec<String> {
@@ -69,6 +89,7 @@ impl Guest {
             .into_iter()
             .chain(["--cmdline", &cmdline])
             .map(str::to_owned)
+            .chain(self.devices.iter().cloned())
             .collect()
     }
 }

@@ -46,4 +46,4 @@ pub use memory::{
     warm_host_memory,
 };
 pub use state::{MachineProfile, MachineState, StateError, UnitKind};
-pub use tap::{Tap, TapError, VNET_HEADER_SIZE};
+pub use tap::{Tap, TapError, TapProblem, VNET_HEADER_SIZE};

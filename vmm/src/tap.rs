@@ -30,49 +30,37 @@ pub enum TapError {
     /// The host has no tap interfaces, or keeps them from this process.
     #[error("open /dev/net/tun (it comes with the kernel module tun)")]
     Device(#[source] io::Error),
-    /// The process may not.
-    #[error("{step} {interface}: this process may not, it needs CAP_NET_ADMIN, which root has")]
-    NoRight {
-        /// What was tried.
-        step: &'static str,
-        /// With which interface.
-        interface: String,
-    },
-    /// There is no such interface.
-    #[error("{step} {interface}: there is no interface of that name")]
-    Missing {
-        /// What was tried.
-        step: &'static str,
-        /// With which interface.
-        interface: String,
-    },
-    /// A tap has one user.
-    #[error("{step} {interface}: it is in use by something else")]
-    Busy {
-        /// What was tried.
-        step: &'static str,
-        /// With which interface.
-        interface: String,
-    },
-    /// It is not what it should be.
-    #[error("{step} {interface}: it is another kind of interface")]
-    OtherKind {
-        /// What was tried.
-        step: &'static str,
-        /// With which interface.
-        interface: String,
-    },
-    /// The kernel refused for another reason.
+    /// Something could not be done with an interface.
     #[error("{step} {interface}")]
-    Refused {
+    Interface {
         /// What was tried.
         step: &'static str,
         /// With which interface.
         interface: String,
-        /// Why it failed.
+        /// What is in the way.
         #[source]
-        source: io::Error,
+        problem: TapProblem,
     },
+}
+
+/// What is in the way of something that was tried with an interface.
+#[derive(Debug, Error)]
+pub enum TapProblem {
+    /// The process may not.
+    #[error("this process may not: it needs CAP_NET_ADMIN, which root has")]
+    NoRight,
+    /// There is no such interface.
+    #[error("there is no interface of that name")]
+    Missing,
+    /// A tap has one user, a port one bridge.
+    #[error("it is in use by something else")]
+    Busy,
+    /// It is not what it should be.
+    #[error("it is another kind of interface")]
+    OtherKind,
+    /// The kernel refused for another reason.
+    #[error(transparent)]
+    Other(io::Error),
 }
 
 impl Tap {
@@ -241,39 +229,41 @@ fn check(answer: libc::c_int) -> Result<(), Errno> {
 }
 
 fn refused(error: Errno, step: &'static str, interface: &str) -> TapError {
-    let interface = interface.to_owned();
-    match error {
-        Errno::PERM | Errno::ACCESS => TapError::NoRight { step, interface },
-        Errno::NODEV => TapError::Missing { step, interface },
-        Errno::BUSY => TapError::Busy { step, interface },
+    let problem = match error {
+        Errno::PERM | Errno::ACCESS => TapProblem::NoRight,
+        Errno::NODEV => TapProblem::Missing,
+        Errno::BUSY => TapProblem::Busy,
         // TUNSETIFF says it of an interface that is no tap, SIOCBRADDIF of one that is no bridge; SIOCSIFMTU of an MTU that no
         // tap can have and so no bridge for taps.
-        Errno::INVAL | Errno::OPNOTSUPP => TapError::OtherKind { step, interface },
-        error => TapError::Refused {
-            step,
-            interface,
-            source: error.into(),
-        },
+        Errno::INVAL | Errno::OPNOTSUPP => TapProblem::OtherKind,
+        error => TapProblem::Other(error.into()),
+    };
+    TapError::Interface {
+        step,
+        interface: interface.to_owned(),
+        problem,
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use rustix::process::geteuid;
+    use std::path::Path;
+
     use rustix::thread::{UnshareFlags, unshare_unsafe};
 
     use super::*;
 
     /// Runs `body` in a network namespace of its own, which ends with it.
     fn in_a_namespace(body: impl FnOnce() + Send + 'static) {
-        if !geteuid().is_root() {
-            eprintln!("skipped: only root may make a network namespace");
-            return;
-        }
         let run = || {
             // SAFETY: only the network is taken apart from other threads, not the table of descriptors.
-            unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("root may make a network namespace");
-            body();
+            match unsafe { unshare_unsafe(UnshareFlags::NEWNET) } {
+                Ok(()) if Path::new("/dev/net/tun").exists() => body(),
+                Ok(()) => eprintln!("skipped: this host has no /dev/net/tun"),
+                // Root in a container may lack the capability.
+                Err(Errno::PERM) => eprintln!("skipped: this process may not make a network namespace"),
+                Err(error) => panic!("failed to make a network namespace: {error}"),
+            }
         };
         std::thread::spawn(run).join().unwrap();
     }
@@ -286,6 +276,16 @@ mod tests {
 
     fn asked(request: libc::c_ulong, interface: &str, value: &[u8]) -> Result<[u8; VALUE_SIZE], Errno> {
         Control::open()?.ask(request, interface, value)
+    }
+
+    /// What was tried, and what was in the way.
+    fn told(failed: Result<(), TapError>) -> (String, TapProblem) {
+        let error = failed.unwrap_err();
+        let step = error.to_string();
+        match error {
+            TapError::Interface { problem, .. } => (step, problem),
+            TapError::Device(error) => panic!("{error}"),
+        }
     }
 
     #[test]
@@ -303,8 +303,9 @@ mod tests {
     fn a_tap_has_one_user() {
         in_a_namespace(|| {
             let _used = Tap::open("web0").unwrap();
-            let error = Tap::open("web0").unwrap_err();
-            assert_eq!(error.to_string(), "open the tap web0: it is in use by something else");
+            let (step, problem) = told(Tap::open("web0").map(drop));
+            assert_eq!(step, "open the tap web0");
+            assert!(matches!(problem, TapProblem::Busy), "{problem}");
         });
     }
 
@@ -332,7 +333,7 @@ mod tests {
             let address = asked(libc::SIOCGIFHWADDR, tap.name(), &[]).unwrap();
             assert_eq!(address[2], 0xfe);
             // It is a port by now.
-            assert!(matches!(tap.attach("br0"), Err(TapError::Busy { .. })));
+            assert!(matches!(told(tap.attach("br0")).1, TapProblem::Busy));
         });
     }
 
@@ -340,15 +341,14 @@ mod tests {
     fn what_is_no_bridge_is_named() {
         in_a_namespace(|| {
             let tap = Tap::open("fry%d").unwrap();
-            let missing = tap.attach("br0").unwrap_err();
-            assert_eq!(
-                missing.to_string(),
-                "attach a tap to the bridge br0: there is no interface of that name"
-            );
-            let other = tap.attach("lo").unwrap_err();
-            assert!(matches!(other, TapError::OtherKind { .. }), "{other}");
-            let no_tap = Tap::open("lo").unwrap_err();
-            assert!(matches!(no_tap, TapError::OtherKind { .. }), "{no_tap}");
+            let (step, missing) = told(tap.attach("br0"));
+            assert_eq!(step, "attach a tap to the bridge br0");
+            assert!(matches!(missing, TapProblem::Missing), "{missing}");
+            let another = Tap::open("web0").unwrap();
+            for other in ["lo", another.name()] {
+                assert!(matches!(told(tap.attach(other)).1, TapProblem::OtherKind), "{other}");
+            }
+            assert!(matches!(told(Tap::open("lo").map(drop)).1, TapProblem::OtherKind));
         });
     }
 

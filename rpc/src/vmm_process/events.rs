@@ -19,7 +19,7 @@ pub(super) enum Event {
     /// An agent connected; what an earlier connection still held is void.
     Connected(UnixStream, Connection),
     /// An order came over this connection.
-    Order(Connection, Order, Vec<OwnedFd>),
+    Order(Connection, Box<Order>, Vec<OwnedFd>),
     /// This connection ended.
     Disconnected(Connection),
     /// The guest put something into its inbox.
@@ -70,7 +70,10 @@ fn serve_agent(socket: UnixStream, connection: Connection, events: Sender<Event>
         loop {
             match vmm_channel::receive::<Order>(&reader) {
                 Ok(Some((order, descriptors))) => {
-                    if events.send(Event::Order(connection, order, descriptors)).is_err() {
+                    if events
+                        .send(Event::Order(connection, Box::new(order), descriptors))
+                        .is_err()
+                    {
                         return;
                     }
                 }

@@ -103,7 +103,7 @@ impl Vmm {
             }
             Event::Order(connection, order, descriptors) if self.newest_connection == Some(connection) => {
                 let number = order.number;
-                let body = self.obey(order, descriptors).unwrap_or_else(|error| {
+                let body = self.obey(*order, descriptors).unwrap_or_else(|error| {
                     Body::Refused(wire::Refused {
                         reason: format!("{error:#}"),
                     })
@@ -249,8 +249,8 @@ impl Vmm {
     /// A guest that is to run has its disks: one that arrived took them when it was restored.
     fn lock_disks(&self, epoch: Epoch) -> anyhow::Result<()> {
         match &self.holding {
-            Holding::Here(guest) => guest.disks.lock(epoch)?,
-            Holding::Parked(parked) => parked.guest().disks.lock(epoch)?,
+            Holding::Here(guest) => guest.disks.lock_patiently(epoch)?,
+            Holding::Parked(parked) => parked.guest().disks.lock_patiently(epoch)?,
             _ => {}
         }
         Ok(())

@@ -9,11 +9,13 @@ mod agents;
 mod alphabet;
 mod callers;
 mod data_port;
+mod disks;
 mod faults;
 mod hostile;
 mod journal;
 mod lifecycle;
 mod moves;
+mod networks;
 mod refusals;
 mod requests;
 mod scenario;
@@ -30,6 +32,8 @@ fn main() -> ExitCode {
         lifecycle::trials(),
         refusals::trials(),
         moves::trials(),
+        disks::trials(),
+        networks::trials(),
         requests::trials(),
         aborts::trials(),
         agents::trials(),

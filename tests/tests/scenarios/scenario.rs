@@ -2,11 +2,14 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use ferry_tests::{Host, Pair, Witness, until, waiting::CALL};
 use libtest_mimic::{Failed, Trial};
 use rustix::fs::{Access, access};
+use rustix::io::Errno;
+use rustix::thread::UnshareFlags;
 
 /// Scenarios with two running agents; they need KVM. Named after their functions.
 macro_rules! on_kvm {
@@ -22,7 +25,14 @@ macro_rules! without_kvm {
     };
 }
 
-pub(crate) use {on_kvm, without_kvm};
+/// Scenarios with two running agents in a network namespace of their own; they need KVM. Named after their functions.
+macro_rules! in_a_network {
+    ($($body:ident),+ $(,)?) => {
+        vec![$($crate::scenario::trial_in_a_network(concat!(module_path!(), "::", stringify!($body)), $body)),+]
+    };
+}
+
+pub(crate) use {in_a_network, on_kvm, without_kvm};
 
 /// One scenario with two running agents; counted as skipped where there is no KVM.
 pub(crate) fn trial_on_kvm(name: &str, body: impl FnOnce(&mut Pair) -> Result<()> + Send + 'static) -> Trial {
@@ -31,6 +41,54 @@ pub(crate) fn trial_on_kvm(name: &str, body: impl FnOnce(&mut Pair) -> Result<()
         judge(pair, body)
     };
     Trial::test(short(name), run).with_ignored_flag(!kvm_is_here())
+}
+
+/// One scenario with two running agents that share a network with nobody: it is gone with them, whatever was made in it.
+pub(crate) fn trial_in_a_network(name: &str, body: impl FnOnce(&mut Pair) -> Result<()> + Send + 'static) -> Trial {
+    let run = move || {
+        let in_it = || -> Result<(), Failed> {
+            match unshare_network() {
+                Err(Errno::PERM) => {
+                    eprintln!("skipped: this process may not make a network namespace");
+                    return Ok(());
+                }
+                unshared => unshared.map_err(|error| format!("failed to make a network namespace: {error}"))?,
+            }
+            ip(&["link", "set", "lo", "up"]).map_err(|error| format!("{error:#}"))?;
+            let pair = Pair::start().map_err(|error| format!("{error:#}"))?;
+            judge(pair, body)
+        };
+        // What is started from a thread is in its network.
+        let ended = std::thread::spawn(in_it).join();
+        ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    };
+    Trial::test(short(name), run).with_ignored_flag(!kvm_is_here())
+}
+
+#[expect(
+    deprecated,
+    reason = "its successor is unsafe for the sake of other flags than this one"
+)]
+fn unshare_network() -> rustix::io::Result<()> {
+    rustix::thread::unshare(UnshareFlags::NEWNET)
+}
+
+/// Calls `ip` (of iproute2) in the network of this scenario, and gives back what it prints.
+pub(crate) fn ip(arguments: &[&str]) -> Result<String> {
+    command("ip", arguments)
+}
+
+/// Calls a program that must succeed, and gives back what it prints.
+pub(crate) fn command(program: &str, arguments: &[&str]) -> Result<String> {
+    let output = Command::new(program).args(arguments).output();
+    let output = output.with_context(|| format!("failed to call {program}, which these scenarios need"))?;
+    ensure!(
+        output.status.success(),
+        "`{program} {}`: {}",
+        arguments.join(" "),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// One scenario whose agents do not run yet.

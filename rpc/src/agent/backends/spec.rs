@@ -32,9 +32,12 @@ pub(crate) fn complete(spec: &mut InstanceSpec) -> Result<(), Failure> {
             .into_string()
             .map_err(|real| refused(format!("its real path {} is not UTF-8", real.display())))?;
     }
-    for nic in spec.nics.iter_mut().filter(|nic| nic.mac.is_empty()) {
-        let mac = MacAddress::random().map_err(Failure::host("failed to make a MAC address"))?;
-        nic.mac = mac.to_string();
+    for nic in &mut spec.nics {
+        if nic.mac.is_empty() {
+            let mac = MacAddress::random().map_err(Failure::host("failed to make a MAC address"))?;
+            nic.mac = mac.to_string();
+        }
+        nic.mac.make_ascii_lowercase();
     }
     Ok(())
 }
@@ -175,7 +178,7 @@ mod tests {
         std::os::unix::fs::symlink(&real, &link).unwrap();
         let mut spec = InstanceSpec {
             disks: vec![disk(link.to_str().unwrap())],
-            nics: vec![nic("tap0", ""), nic("tap1", "02:00:00:00:00:01")],
+            nics: vec![nic("tap0", ""), nic("tap1", "02:00:00:00:00:AA")],
             ..InstanceSpec::default()
         };
 
@@ -183,7 +186,7 @@ mod tests {
 
         assert_eq!(Path::new(&spec.disks[0].path), real);
         assert!(spec.nics[0].mac.starts_with("02:"), "{}", spec.nics[0].mac);
-        assert_eq!(spec.nics[1].mac, "02:00:00:00:00:01");
+        assert_eq!(spec.nics[1].mac, "02:00:00:00:00:aa");
         assert_eq!(check(&spec), Ok(()));
     }
 }

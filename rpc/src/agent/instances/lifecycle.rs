@@ -69,7 +69,7 @@ impl Agent {
         for instance in self.instances.all() {
             let state = instance.state.lock().await;
             let other = &state.row.spec;
-            let is_taken = |mac: &str| other.nics.iter().any(|nic| nic.mac.eq_ignore_ascii_case(mac));
+            let is_taken = |mac: &String| other.nics.iter().any(|nic| nic.mac == *mac);
             if let Some(nic) = spec.nics.iter().find(|nic| is_taken(&nic.mac)) {
                 return Err(Failure::Refused(format!(
                     "instance {} on host {} has the MAC address {} already",

@@ -154,3 +154,16 @@ pub(super) fn uuid(text: &str, column: usize) -> rusqlite::Result<Uuid> {
 pub(super) fn bad_text(column: usize, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, error.into())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_spec_from_before_there_were_disks_has_none() {
+        let old = r#"{"name":"web","memory_bytes":536870912,"vcpus":1,"cpu":"host","dirty":"log","kernel":"k","initrd":"","cmdline":"","hugepages":false}"#;
+        let spec: InstanceSpec = serde_json::from_str(old).unwrap();
+        assert_eq!((spec.name.as_str(), spec.vcpus), ("web", 1));
+        assert!(spec.disks.is_empty() && spec.nics.is_empty());
+    }
+}

@@ -26,8 +26,10 @@ use crate::vmm_process::monotonic_ns;
 const EARLY_NEWS: Duration = Duration::from_secs(1);
 /// How long a link that broke waits for B's own word on why: its VMM's end is seen before its agent is heard.
 const PEERS_WORD: Duration = Duration::from_millis(300);
-/// The pause between two tries to reach a VMM that lives and does not answer.
+/// The pause between two tries to reach a VMM that lives and does not answer, and the first between two tries to resume.
 const RETRY: Duration = Duration::from_millis(200);
+/// The longest pause between two tries to resume.
+const LONGEST_RETRY: Duration = Duration::from_secs(5);
 
 /// What a call that was started earlier brought.
 enum Outcome {
@@ -42,6 +44,8 @@ enum Outcome {
     LinkLost,
     /// The destination does not take part any more.
     PeerLost(String),
+    /// The guest is this host's and does not run yet, for this reason. It is tried again.
+    NotResumed(String),
 }
 
 /// Where the calls that this task started report to.
@@ -112,7 +116,13 @@ impl Script {
         let abort_is_news = !self.abort_seen;
         tokio::select! {
             biased;
-            Some(outcome) = outcomes.recv() => self.take_outcome(outcome),
+            Some(outcome) = outcomes.recv() => match outcome {
+                Outcome::NotResumed(reason) => {
+                    self.not_resumed(reason).await;
+                    None
+                }
+                outcome => self.take_outcome(outcome),
+            },
             Some(peer_news) = self.peer_news.recv() => self.take_peer_news(peer_news, calls),
             Some(vmm_news) = next(&mut self.news) => match vmm_news {
                 VmmNews::Gone => Some(SourceEvent::VmmGone),
@@ -163,6 +173,7 @@ impl Script {
                 self.stop.get_or_insert(Stop::Failed(reason));
                 Some(SourceEvent::Abort)
             }
+            Outcome::NotResumed(_) => None,
         }
     }
 
@@ -399,7 +410,9 @@ impl Script {
             paused: self.row.user_paused,
         };
         let instance = Arc::clone(&self.instance);
+        let waiting = calls.sender.clone();
         calls.start(async move {
+            let mut pause = RETRY;
             loop {
                 let order = Command::Permit(permit.clone());
                 let Err(reason) = order_until_answered(&instance, order).await? else {
@@ -410,10 +423,24 @@ impl Script {
                 if matches!(asked, Ok(Body::Standing(standing)) if standing.epoch >= epoch.0) {
                     return Some(Outcome::Event(SourceEvent::Resumed));
                 }
-                tracing::warn!(reason, "the VMM does not take the permit to resume yet");
-                tokio::time::sleep(RETRY).await;
+                let _ = waiting.send(Outcome::NotResumed(reason));
+                tokio::time::sleep(pause).await;
+                pause = LONGEST_RETRY.min(2 * pause);
             }
         });
+    }
+
+    /// The guest is this host's again and its VMM does not take the permit: somebody else has its disks. Until they are
+    /// free it runs nowhere.
+    async fn not_resumed(&mut self, reason: String) {
+        let reason = format!("the guest is to run on here and cannot yet: {reason}");
+        if self.row.info.error.as_ref() == Some(&reason) {
+            return;
+        }
+        tracing::warn!(migration = %self.row.id, instance = %self.row.instance, reason, "trying again until it runs");
+        self.row.info.error = Some(reason);
+        let here = self.agent.host().to_owned();
+        self.become_indeterminate(Some(here)).await;
     }
 
     async fn say_indeterminate(&mut self) {
@@ -421,8 +448,13 @@ impl Script {
             return;
         }
         tracing::warn!(migration = %self.row.id, instance = %self.row.instance, "nobody knows on which host the guest runs");
+        self.become_indeterminate(None).await;
+    }
+
+    /// It runs nowhere as far as is known; where it is may be known all the same.
+    async fn become_indeterminate(&mut self, location: Option<String>) {
         self.row.info.status = "indeterminate".to_owned();
-        self.row.info.guest_location = None;
+        self.row.info.guest_location = location;
         self.instance.state.lock().await.row.status = Status::Indeterminate;
         if let Err(failure) = self.save().await {
             tracing::error!(

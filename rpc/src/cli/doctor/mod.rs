@@ -1,11 +1,12 @@
 //! `doctor`: what this host has of what Ferry needs, and what to do about the rest.
 //!
-//! It changes nothing that stays: files and cgroups that it makes to try something are removed at once.
+//! It changes nothing that stays: files, cgroups and taps that it makes to try something are removed at once.
 
 mod cgroups;
 mod kvm;
 mod memory;
 mod place;
+mod taps;
 
 use serde::Serialize;
 
@@ -94,6 +95,7 @@ pub(super) async fn run(arguments: DoctorArguments, agent: String, format: Forma
     let mut needs = kvm::needs();
     needs.extend(memory::needs());
     needs.extend(cgroups::needs());
+    needs.extend(taps::needs());
     needs.extend(place::data_directory(&data_dir));
     needs.extend(place::network(arguments.listen, &Agent::new(agent)).await);
     match format {

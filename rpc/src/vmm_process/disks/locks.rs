@@ -56,6 +56,16 @@ pub(in crate::vmm_process) enum LockError {
     },
 }
 
+impl LockError {
+    /// Whether the next try may succeed without anybody's doing.
+    pub(super) fn may_pass(&self) -> bool {
+        match self {
+            Self::Held { .. } | Self::HeldByStranger { .. } => true,
+            Self::Stale { .. } | Self::Failed { .. } => false,
+        }
+    }
+}
+
 /// The locks of a guest's disks.
 #[derive(Debug)]
 pub(super) struct DiskLocks {
@@ -121,10 +131,14 @@ impl DiskLocks {
         };
         let path = disk.path.clone();
         let holder = || disk.lock_file.as_ref().and_then(lock_file::read);
+        let is_me = |holder: &Holder| {
+            (holder.instance, holder.pid, &holder.host) == (self.me.instance, self.me.pid, &self.me.host)
+        };
         match set_lock(&disk.image, kind) {
             Ok(()) => {}
             Err(Errno::EAGAIN | Errno::EACCES) => {
-                return Err(match holder() {
+                // Where it names us, whoever has the lock now wrote no name.
+                return Err(match holder().filter(|holder| !is_me(holder)) {
                     Some(holder) => LockError::Held { path, holder },
                     None => LockError::HeldByStranger { path },
                 });
@@ -236,7 +250,8 @@ mod tests {
     fn locks_are_handed_over_and_taken_back() {
         let (_folder, [path, _]) = images();
         let at_a = locks("web", 1, vec![disk(&path, DiskAccess::ReadWrite)]);
-        let at_b = locks("web", 1, vec![disk(&path, DiskAccess::ReadWrite)]);
+        let mut at_b = locks("web", 1, vec![disk(&path, DiskAccess::ReadWrite)]);
+        at_b.me.host = "b".to_owned();
         at_a.lock(Epoch(3)).unwrap();
         at_a.lock(Epoch(3)).unwrap();
         at_a.unlock();
@@ -270,6 +285,17 @@ mod tests {
         other.lock(Epoch(1)).unwrap();
         let writer = locks("web", 3, vec![disk(&path, DiskAccess::ReadWrite)]);
         assert!(matches!(writer.lock(Epoch(1)), Err(LockError::HeldByStranger { .. })));
+    }
+
+    #[test]
+    fn a_lock_file_that_names_the_asker_says_nothing_of_who_has_the_disk() {
+        let (_folder, [path, _]) = images();
+        let web = locks("web", 1, vec![disk(&path, DiskAccess::ReadWrite)]);
+        web.lock(Epoch(1)).unwrap();
+        web.unlock();
+        let nameless = disk(&path, DiskAccess::ReadWrite);
+        set_lock(&nameless.image, libc::F_WRLCK).unwrap();
+        assert!(matches!(web.lock(Epoch(3)), Err(LockError::HeldByStranger { .. })));
     }
 
     #[test]

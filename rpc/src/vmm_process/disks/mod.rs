@@ -11,6 +11,8 @@ mod locks;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use ferry_migration::guest::DiskCondition;
 use ferry_migration::handover::Epoch;
@@ -20,6 +22,10 @@ use self::cache::PageCache;
 use self::locks::DiskLocks;
 pub(super) use self::locks::LockError;
 use crate::lock_file::Holder;
+
+/// How long a disk is waited for: far less than an agent waits for the answer to its permit.
+const PATIENCE: Duration = Duration::from_secs(1);
+const BETWEEN_TRIES: Duration = Duration::from_millis(10);
 
 /// A disk as its VMM has it.
 #[derive(Debug)]
@@ -55,6 +61,21 @@ impl Disks {
     /// Names the disk and who has it.
     pub(super) fn lock(&self, epoch: Epoch) -> Result<(), LockError> {
         self.locks.lock(epoch)
+    }
+
+    /// The same, for a guest that waits: a VMM that was killed may let go of a disk a moment after it is dead, when the
+    /// requests that it had in flight are done.
+    ///
+    /// # Errors
+    /// Names the disk and who has it still.
+    pub(super) fn lock_patiently(&self, epoch: Epoch) -> Result<(), LockError> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.lock(epoch) {
+                Err(error) if error.may_pass() && Instant::now() < deadline => thread::sleep(BETWEEN_TRIES),
+                settled => return settled,
+            }
+        }
     }
 
     /// Lets go of all of them: another host's guest may have them from here on.
