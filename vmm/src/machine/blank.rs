@@ -11,7 +11,7 @@ use crate::arch::x86_64::layout::{SERIAL_IRQ, VIRTIO_SLOTS, virtio_slot};
 use crate::arch::x86_64::time::boot_id;
 use crate::arch::x86_64::vcpu_state::{SavePlan, TscControl, TscTarget, VcpuState};
 use crate::devices::{
-    Block, ConsoleOutput, Device, Devices, DevicesState, Entropy, InterruptFd, InterruptLine, MmioDevice, Net,
+    Balloon, Block, ConsoleOutput, Device, Devices, DevicesState, Entropy, InterruptFd, InterruptLine, MmioDevice, Net,
 };
 use crate::host::{HostCapabilities, as_guests_see, is_pvm};
 use crate::kvm::{Host, KvmError, Vcpu, Vm, host_tsc};
@@ -191,10 +191,10 @@ impl BlankMachine {
     }
 }
 
-/// The virtio devices in their slots, connected: disks, network cards, and the entropy source that every machine has.
+/// The virtio devices in their slots, connected: disks, network cards, and what every machine has: an entropy source and a balloon.
 fn make_virtio(vm: &Vm, memory: &GuestMemory, backends: Backends) -> Result<Vec<MmioDevice>, MachineError> {
     let Backends { disks, nics } = backends;
-    let asked = disks.len() + nics.len() + 1;
+    let asked = disks.len() + nics.len() + 2;
     if asked > VIRTIO_SLOTS {
         let limit = VIRTIO_SLOTS;
         return Err(MachineError::TooManyDevices { asked, limit });
@@ -209,6 +209,7 @@ fn make_virtio(vm: &Vm, memory: &GuestMemory, backends: Backends) -> Result<Vec<
         devices.push((format!("nic{index}"), Box::new(Net::new(nic))));
     }
     devices.push(("rng0".to_owned(), Box::new(Entropy)));
+    devices.push(("balloon0".to_owned(), Box::<Balloon>::default()));
 
     let mut connected = Vec::new();
     for (number, (name, device)) in devices.into_iter().enumerate() {

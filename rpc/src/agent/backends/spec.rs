@@ -14,7 +14,7 @@ use crate::mac::MacAddress;
 /// The most disks, and the most network cards, of one instance. A machine has 16 places for virtio devices, and one each
 /// is kept for what needs no backend.
 const MOST_DISKS: usize = 8;
-const MOST_NICS: usize = 7;
+const MOST_NICS: usize = 6;
 /// The longest serial number that a guest can be told (virtio 1.2, 5.2.6.1).
 const LONGEST_SERIAL: usize = 20;
 

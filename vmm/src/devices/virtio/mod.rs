@@ -14,6 +14,7 @@
 //! Standing still: the worker is told to rest and finishes what is in flight; from then on nothing changes until it may go on. What the
 //! guest was not yet told (the interrupt status) is saved, and told again when it runs.
 
+mod balloon;
 mod block;
 mod device;
 mod entropy;
@@ -27,6 +28,7 @@ mod state;
 mod testing;
 mod worker;
 
+pub(crate) use self::balloon::Balloon;
 pub(crate) use self::block::Block;
 pub(crate) use self::device::Device;
 pub(crate) use self::entropy::Entropy;
