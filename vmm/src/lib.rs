@@ -34,7 +34,7 @@ pub mod fuzz {
 
 pub use arch::x86_64::boot::{BootPayload, KernelError, LoadError};
 pub use arch::x86_64::cpuid::CpuidEntry;
-pub use devices::ConsoleOutput;
+pub use devices::{ConsoleOutput, WrittenBlocks};
 pub use host::{HostCapabilities, Incompatibility, host};
 pub use kvm::{DirtyClearer, HostError, KvmError};
 pub use machine::{

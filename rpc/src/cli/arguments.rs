@@ -218,6 +218,10 @@ pub(super) struct MigrateArguments {
     /// Do not send faster than this, for example 5Gbit [default: no limit]
     #[arg(long, value_name = "RATE", value_parser = parse::bandwidth)]
     pub(super) bandwidth: Option<u64>,
+    /// What becomes of writable disks: `shared` ones are handed over, a `copy` moves with the guest and is removed at the source; `auto`
+    /// takes each as the destination has it
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = ["auto", "shared", "copy"])]
+    pub(super) storage: String,
     /// Print the migration's id and leave
     #[arg(long, conflicts_with = "wait")]
     pub(super) detach: bool,

@@ -12,6 +12,7 @@ use crate::arch::x86_64::time::boot_id;
 use crate::arch::x86_64::vcpu_state::{SavePlan, TscControl, TscTarget, VcpuState};
 use crate::devices::{
     Balloon, Block, ConsoleOutput, Device, Devices, DevicesState, Entropy, InterruptFd, InterruptLine, MmioDevice, Net,
+    WrittenBlocks,
 };
 use crate::host::{HostCapabilities, as_guests_see, is_pvm};
 use crate::kvm::{Host, KvmError, Vcpu, Vm, host_tsc};
@@ -60,7 +61,8 @@ impl BlankMachine {
             vm: vm.clone(),
             number: SERIAL_IRQ,
         });
-        let virtio = make_virtio(&vm, &memory, backends)?;
+        let mut written = Vec::new();
+        let virtio = make_virtio(&vm, &memory, backends, &mut written)?;
         let devices = Arc::new(Devices::new(console, line, virtio));
 
         let cpus = (0..config.vcpus)
@@ -115,6 +117,7 @@ impl BlankMachine {
                 vm,
                 memory,
                 devices,
+                written,
                 plan,
                 facts,
                 pristine,
@@ -191,8 +194,13 @@ impl BlankMachine {
     }
 }
 
-/// The virtio devices in their slots, connected: disks, network cards, and what every machine has: an entropy source and a balloon.
-fn make_virtio(vm: &Vm, memory: &GuestMemory, backends: Backends) -> Result<Vec<MmioDevice>, MachineError> {
+/// The virtio devices in their slots, connected, and what tells which blocks of each disk are written: disks, network cards, and what every machine has: an entropy source and a balloon.
+fn make_virtio(
+    vm: &Vm,
+    memory: &GuestMemory,
+    backends: Backends,
+    written: &mut Vec<WrittenBlocks>,
+) -> Result<Vec<MmioDevice>, MachineError> {
     let Backends { disks, nics } = backends;
     let asked = disks.len() + nics.len() + 2;
     if asked > VIRTIO_SLOTS {
@@ -203,6 +211,7 @@ fn make_virtio(vm: &Vm, memory: &GuestMemory, backends: Backends) -> Result<Vec<
     for (index, disk) in disks.into_iter().enumerate() {
         let device = format!("disk{index}");
         let block = Block::new(disk).map_err(failed(&device))?;
+        written.push(block.written());
         devices.push((device, Box::new(block)));
     }
     for (index, nic) in nics.into_iter().enumerate() {

@@ -30,6 +30,7 @@ mod worker;
 
 pub(crate) use self::balloon::Balloon;
 pub(crate) use self::block::Block;
+pub use self::block::WrittenBlocks;
 pub(crate) use self::device::Device;
 pub(crate) use self::entropy::Entropy;
 pub(crate) use self::interrupt::InterruptFd;

@@ -11,7 +11,7 @@ use super::super::super::DeviceStateError;
 use super::super::device::{Broken, Device, Turn, Wake};
 use super::super::queue::{Chain, DeviceQueue};
 use super::request::{Extent, MOST_EXTENTS, Request, split};
-use super::{QUEUE_SIZE, SECTOR, bounce, feature, state};
+use super::{QUEUE_SIZE, SECTOR, WrittenBlocks, bounce, feature, state};
 use crate::machine::{DiskAccess, DiskBackend};
 use crate::memory::{GuestMemory, total};
 
@@ -21,6 +21,7 @@ pub(crate) struct Block {
     access: DiskAccess,
     serial: String,
     sectors: u64,
+    written: WrittenBlocks,
 }
 
 /// Status of a request.
@@ -48,7 +49,13 @@ impl Block {
             access,
             serial,
             sectors: bytes / SECTOR,
+            written: WrittenBlocks::new(bytes / SECTOR * SECTOR),
         })
+    }
+
+    /// Which blocks the guest writes.
+    pub(crate) fn written(&self) -> WrittenBlocks {
+        self.written.clone()
     }
 
     /// Carries a request out; returns its status and how many bytes of data were written to the guest.
@@ -71,6 +78,16 @@ impl Block {
             Request::Unsupported => return (UNSUPPORTED, 0),
             Request::Impossible => return (IO_ERROR, 0),
         };
+        // Also of one that failed: part of it may be on the disk.
+        match request {
+            Request::Write { offset, data } => self.written.mark(*offset, total(data)),
+            Request::Discard(extents) | Request::WriteZeroes(extents) => {
+                extents
+                    .iter()
+                    .for_each(|extent| self.written.mark(extent.offset, extent.len));
+            }
+            _ => {}
+        }
         match done {
             // A chain has at most 4 GiB, its status byte included.
             Ok(()) => (OK, written as u32),
