@@ -13,6 +13,7 @@ mod faults;
 mod hostile;
 mod journal;
 mod lifecycle;
+mod linux;
 mod moves;
 mod refusals;
 mod requests;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
     arguments.test_threads = Some(1);
     let trials = [
         lifecycle::trials(),
+        linux::trials(),
         refusals::trials(),
         moves::trials(),
         requests::trials(),
