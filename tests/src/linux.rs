@@ -1,6 +1,7 @@
 //! A Linux guest to be run, and what it prints.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -75,17 +76,46 @@ impl Linux {
 /// How long Linux may take to boot where ring 0 is emulated and the machine is busy.
 pub const BOOT: Duration = Duration::from_secs(300);
 
-/// All that the only guest of a host printed there.
-#[must_use]
-pub fn printed(host: &Host) -> String {
-    let instances = fs::read_dir(host.data_dir.join("instances"))
-        .into_iter()
-        .flatten()
-        .flatten();
-    instances
-        .filter_map(|instance| fs::read(instance.path().join("console.log")).ok())
-        .map(|bytes| String::from_utf8_lossy(&bytes).replace('\r', ""))
-        .collect()
+/// The console log of the only guest of a host. It can be read after the guest has left, too.
+pub struct Console(File);
+
+impl Console {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// If there is no guest, or more than one.
+    pub fn of(host: &Host) -> Result<Self> {
+        let folder = host.data_dir.join("instances");
+        let instances: Vec<_> = fs::read_dir(&folder)
+            .with_context(|| format!("failed to read {}", folder.display()))?
+            .flatten()
+            .collect();
+        let [instance] = &instances[..] else {
+            bail!("one guest expected at {}, found {}", host.name, instances.len());
+        };
+        let file = instance.path().join("console.log");
+        Ok(Self(
+            File::open(&file).with_context(|| format!("failed to open {}", file.display()))?,
+        ))
+    }
+
+    /// All that the guest printed.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn text(&self) -> Result<String> {
+        let mut bytes = Vec::new();
+        let mut file = &self.0;
+        file.seek(SeekFrom::Start(0))?;
+        file.read_to_end(&mut bytes)?;
+        Ok(String::from_utf8_lossy(&bytes).replace('\r', ""))
+    }
+}
+
+/// All that the only guest of a host printed there so far; nothing if there is none yet.
+fn printed(host: &Host) -> String {
+    let text = Console::of(host).and_then(|console| console.text());
+    text.unwrap_or_default()
 }
 
 /// Waits until the guest has printed these words so many times on a host, and gives all that it printed.

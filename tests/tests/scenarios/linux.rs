@@ -1,8 +1,8 @@
 //! A guest that nobody here wrote: Linux boots, moves, reboots, switches off and panics.
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::linux::{BOOT, Linux, printed, ticks, wait_printed};
-use ferry_tests::{Pair, until, waiting::CALL};
+use ferry_tests::linux::{BOOT, Console, Linux, ticks, wait_printed};
+use ferry_tests::{Pair, waiting::CALL};
 use libtest_mimic::Trial;
 
 use crate::scenario::{is_long, on_kvm};
@@ -24,19 +24,11 @@ fn linux_moves_and_reboots_where_it_is(pair: &mut Pair) -> Result<()> {
     let text = wait_printed(&pair.a, "TICK 2 ", 1, BOOT)?;
     ensure!(text.contains("LINUX 6.1") && text.contains("CPUS 2"), "{text}");
 
-    let call = pair.begin_migrate("g", &[])?;
-    let mut at_a = printed(&pair.a);
-    until("the migration is over", BOOT, || {
-        let text = printed(&pair.a);
-        if text.len() > at_a.len() {
-            at_a = text;
-        }
-        Ok(printed(&pair.b).contains("TICK").then_some(()))
-    })?;
-    call.wait()?.exit(0)?.migration()?.is("completed", "b")?;
+    let at_a = Console::of(&pair.a)?;
+    pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
     let at_b = wait_printed(&pair.b, "TICK", 3, CALL)?;
     pair.exists_only_at(&pair.b, "g")?;
-    goes_on(&ticks(&at_a)?, &ticks(&at_b)?)?;
+    goes_on(&ticks(&at_a.text()?)?, &ticks(&at_b)?)?;
 
     pair.b.ferry(&["reboot", "g"])?.exit(0)?;
     let text = wait_printed(&pair.b, "TICK 1 ", 1, BOOT)?;
