@@ -143,7 +143,7 @@ pub(super) struct RunArguments {
     /// Its name, unique on its host
     #[arg(value_name = "NAME", value_parser = parse::instance_name)]
     pub(super) name: String,
-    /// An ELF file with a PVH note, read by the agent
+    /// An ELF file with a PVH note, a vmlinux or a bzImage, read by the agent
     #[arg(long, value_name = "FILE")]
     pub(super) kernel: PathBuf,
     /// An initial RAM disk, read by the agent

@@ -14,6 +14,7 @@ mod faults;
 mod hostile;
 mod journal;
 mod lifecycle;
+mod linux;
 mod moves;
 mod networks;
 mod refusals;
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
     arguments.test_threads = Some(1);
     let trials = [
         lifecycle::trials(),
+        linux::trials(),
         refusals::trials(),
         moves::trials(),
         disks::trials(),

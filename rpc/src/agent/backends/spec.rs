@@ -148,9 +148,9 @@ mod tests {
     fn each_bad_card_is_named() {
         let mac = "02:00:00:00:00:01";
         assert!(
-            check_nics(&vec![nic("tap0", mac); 8])
+            check_nics(&vec![nic("tap0", mac); 7])
                 .unwrap_err()
-                .contains("more than 7")
+                .contains("more than 6")
         );
         assert!(check_nics(&[nic("fry%d", mac)]).unwrap_err().contains("fry%d"));
         assert!(check_nics(&[nic("tap0", "")]).unwrap_err().contains("MAC address"));
