@@ -17,6 +17,7 @@ pub struct Linux {
     vcpus: u32,
     cmdline: String,
     image: Image,
+    devices: Vec<String>,
 }
 
 impl Linux {
@@ -30,6 +31,7 @@ impl Linux {
             vcpus: 2,
             cmdline: CMDLINE.to_owned(),
             image: ferry_linux_guest::image().context("failed to get the Linux guest (cargo xtask linux --install)")?,
+            devices: Vec::new(),
         })
     }
 
@@ -44,6 +46,23 @@ impl Linux {
     #[must_use]
     pub fn words(mut self, words: &str) -> Self {
         self.cmdline = format!("{} {words}", self.cmdline);
+        self
+    }
+
+    /// The same with a disk, as `ferry run --disk` takes it.
+    #[must_use]
+    pub fn disk(self, disk: &str) -> Self {
+        self.device("--disk", disk)
+    }
+
+    /// The same with a network card, as `ferry run --net` takes it.
+    #[must_use]
+    pub fn nic(self, nic: &str) -> Self {
+        self.device("--net", nic)
+    }
+
+    fn device(mut self, flag: &str, value: &str) -> Self {
+        self.devices.extend([flag.to_owned(), value.to_owned()]);
         self
     }
 
@@ -68,6 +87,8 @@ impl Linux {
             "--cmdline",
             &self.cmdline,
         ];
+        let devices = self.devices.iter().map(String::as_str);
+        let arguments: Vec<&str> = arguments.into_iter().chain(devices).collect();
         host.ferry(&arguments)?.exit(0)?;
         Ok(())
     }

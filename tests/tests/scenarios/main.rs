@@ -15,12 +15,14 @@ mod hostile;
 mod journal;
 mod lifecycle;
 mod linux;
+mod linux_devices;
 mod moves;
 mod networks;
 mod refusals;
 mod requests;
 mod scenario;
 mod silence;
+mod storage;
 
 use std::process::ExitCode;
 
@@ -35,6 +37,8 @@ fn main() -> ExitCode {
         refusals::trials(),
         moves::trials(),
         disks::trials(),
+        storage::trials(),
+        linux_devices::trials(),
         networks::trials(),
         requests::trials(),
         aborts::trials(),
