@@ -11,7 +11,7 @@ use crate::arch::x86_64::layout::SERIAL_IRQ;
 use crate::arch::x86_64::time::boot_id;
 use crate::arch::x86_64::vcpu_state::{SavePlan, TscControl, TscTarget, VcpuState};
 use crate::devices::{ConsoleOutput, Devices, DevicesState, InterruptLine};
-use crate::host::{HostCapabilities, as_guests_see, is_pvm};
+use crate::host::{HostCapabilities, as_guests_see, is_pvm, offered_cpuid};
 use crate::kvm::{Host, KvmError, Vcpu, Vm, host_tsc};
 use crate::memory::{GuestMemory, MemoryOptions};
 use crate::state::{IrqchipState, MachineState};
@@ -189,7 +189,7 @@ impl BlankMachine {
 }
 
 fn model_cpuid(host: &Host, config: &MachineConfig) -> Result<Vec<CpuidEntry>, MachineError> {
-    let supported: Vec<CpuidEntry> = host.supported_cpuid()?.into_iter().map(Into::into).collect();
+    let supported = offered_cpuid(host)?;
     let seen = as_guests_see(&supported, is_pvm());
     of_model(&supported, &seen, config.cpu, host.tsc_deadline).map_err(|missing| MachineError::CpuModel {
         model: config.cpu,
