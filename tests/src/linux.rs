@@ -142,19 +142,17 @@ fn printed(host: &Host) -> String {
 /// Waits until the guest has printed these words so many times on a host, and gives all that it printed.
 ///
 /// # Errors
-/// What it printed last, if it does not, and at once if its kernel panics.
+/// What it printed last, if it does not, and at once if its kernel panicked instead.
 pub fn wait_printed(host: &Host, words: &str, times: usize, deadline: Duration) -> Result<String> {
-    let found = until(
-        &format!("{words:?} is printed {times} times at {}", host.name),
-        deadline,
-        || {
-            let text = printed(host);
-            if text.contains("Kernel panic") && !words.contains("panic") {
-                bail!("the guest's kernel panicked");
-            }
-            Ok((text.matches(words).count() >= times).then_some(text))
-        },
-    );
+    let what = format!("{words:?} is printed {times} times at {}", host.name);
+    let found = until(&what, deadline, || {
+        let text = printed(host);
+        match text.matches(words).count() {
+            count if count >= times => Ok(Some(text)),
+            _ if text.contains("Kernel panic") => bail!("the guest's kernel panicked"),
+            _ => Ok(None),
+        }
+    });
     found.with_context(|| {
         let text = printed(host);
         let lines: Vec<&str> = text.lines().collect();

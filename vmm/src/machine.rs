@@ -13,6 +13,7 @@
 mod backends;
 mod blank;
 mod running;
+mod virtio;
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;

@@ -49,7 +49,7 @@ fn linux_that_panics_is_crashed(pair: &mut Pair) -> Result<()> {
     pair.expect_complaint("panic");
     pair.expect_complaint("crashed");
     Linux::new("g")?.vcpus(1).words("ferry.panic_at=1").run(&pair.a)?;
-    wait_printed(&pair.a, "TICK 1 ", 1, BOOT)?;
+    wait_printed(&pair.a, "Kernel panic", 1, BOOT)?;
 
     let shown = pair.a.wait_for_status("g", "crashed")?;
 
