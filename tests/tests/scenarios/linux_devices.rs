@@ -1,18 +1,13 @@
 //! What is inside a moving Linux guest notices nothing: a process that writes and flushes, a TCP connection.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use ferry_linux_guest::chain;
+use ferry_tests::echo::EchoClient;
 use ferry_tests::linux::{BOOT, Console, Linux, wait_printed};
-use ferry_tests::{Host, Pair, until, waiting::CALL};
+use ferry_tests::{Host, Pair, waiting::CALL};
 use libtest_mimic::Trial;
 
 use crate::scenario::{command, in_a_network, ip};
@@ -52,14 +47,14 @@ fn a_writer_and_a_connection_notice_no_move(pair: &mut Pair) -> Result<()> {
         .run(&pair.a)?;
     wait_printed(&pair.a, "ECHO port=7000", 1, BOOT)?;
     wait_printed(&pair.a, "RECORDS", 1, BOOT)?;
-    let client = Client::start()?;
+    let client = EchoClient::start(format!("{GUEST}:7000").parse()?, |_| {})?;
 
     for _ in 0..5 {
         moves_on(pair, &["--digests"])?;
     }
 
     let echoes = client.stop()?;
-    ensure!(echoes > 10, "{echoes} echoes");
+    ensure!(echoes.count > 10, "{echoes:?}");
     holds_what_was_told(pair, &disk)
 }
 
@@ -136,50 +131,4 @@ fn holds_what_was_told(pair: &Pair, disk: &Path) -> Result<()> {
         Err(broken) => bail!("the chain is broken at {broken}"),
     }
     Ok(())
-}
-
-/// A client outside the guest that asks on and on over one connection.
-struct Client {
-    stop: Arc<AtomicBool>,
-    thread: JoinHandle<Result<u64>>,
-}
-
-impl Client {
-    fn start() -> Result<Self> {
-        let stream = until("the guest's server answers", CALL, || {
-            Ok(TcpStream::connect_timeout(&format!("{GUEST}:7000").parse()?, Duration::from_secs(2)).ok())
-        })?;
-        stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(CALL))?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let until = Arc::clone(&stop);
-        let thread = thread::spawn(move || ask(stream, &until));
-        Ok(Self { stop, thread })
-    }
-
-    /// How many numbers came back, each in its turn.
-    fn stop(self) -> Result<u64> {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().expect("asking does not panic")
-    }
-}
-
-fn ask(mut stream: TcpStream, stop: &AtomicBool) -> Result<u64> {
-    let (mut number, mut longest, mut last) = (0u64, Duration::ZERO, Instant::now());
-    while !stop.load(Ordering::Relaxed) {
-        stream
-            .write_all(&number.to_le_bytes())
-            .context("the connection broke")?;
-        let mut answer = [0; 8];
-        stream.read_exact(&mut answer).context("the connection broke")?;
-        ensure!(
-            u64::from_le_bytes(answer) == number,
-            "{number} was answered with {answer:?}"
-        );
-        number += 1;
-        longest = longest.max(last.elapsed());
-        last = Instant::now();
-    }
-    eprintln!("{number} echoes, the longest wait {longest:?}");
-    Ok(number)
 }
