@@ -24,6 +24,11 @@ pub mod fuzz {
         let _ = crate::arch::x86_64::boot::Kernel::parse(&bytes.to_vec());
     }
 
+    /// The rings and buffers of a virtio device: the first byte says of which.
+    pub fn virtio(bytes: &[u8]) {
+        crate::devices::work_on_hostile_memory(bytes);
+    }
+
     /// A bzImage: its setup header, filled with these bytes, and what follows it.
     pub fn bzimage(bytes: &[u8]) {
         let mut file = vec![0; 0x1f1];

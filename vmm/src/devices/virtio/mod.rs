@@ -18,6 +18,8 @@ mod balloon;
 mod block;
 mod device;
 mod entropy;
+#[cfg(any(fuzzing, test))]
+mod hostile;
 mod interrupt;
 mod mmio;
 mod net;
@@ -33,6 +35,8 @@ pub(crate) use self::block::Block;
 pub use self::block::WrittenBlocks;
 pub(crate) use self::device::Device;
 pub(crate) use self::entropy::Entropy;
+#[cfg(fuzzing)]
+pub(crate) use self::hostile::work_on as work_on_hostile_memory;
 pub(crate) use self::interrupt::InterruptFd;
 pub(crate) use self::mmio::MmioDevice;
 pub(crate) use self::net::Net;

@@ -1,5 +1,6 @@
 //! The disk: what it offers, and what it does with requests.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
@@ -22,6 +23,8 @@ pub(crate) struct Block {
     serial: String,
     sectors: u64,
     written: WrittenBlocks,
+    /// The last request failed, and that was said: a guest that asks again and again does not fill the log.
+    fails: Cell<bool>,
 }
 
 /// Status of a request.
@@ -44,13 +47,20 @@ impl Block {
         if bytes < SECTOR {
             return Err(io::Error::other(format!("the disk has {bytes} bytes, not one sector")));
         }
-        Ok(Self {
+        Ok(Self::of_size(DiskBackend { file, access, serial }, bytes / SECTOR))
+    }
+
+    /// A disk of so many sectors.
+    pub(in super::super) fn of_size(backend: DiskBackend, sectors: u64) -> Self {
+        let DiskBackend { file, access, serial } = backend;
+        Self {
             file,
             access,
             serial,
-            sectors: bytes / SECTOR,
-            written: WrittenBlocks::new(bytes / SECTOR * SECTOR),
-        })
+            sectors,
+            written: WrittenBlocks::new(sectors * SECTOR),
+            fails: Cell::new(false),
+        }
     }
 
     /// Which blocks the guest writes.
@@ -90,10 +100,15 @@ impl Block {
         }
         match done {
             // A chain has at most 4 GiB, its status byte included.
-            Ok(()) => (OK, written as u32),
+            Ok(()) => {
+                self.fails.set(false);
+                (OK, written as u32)
+            }
             Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => (UNSUPPORTED, 0),
             Err(error) => {
-                tracing::warn!(?request, %error, "a disk request failed: the guest is told of an I/O error");
+                if !self.fails.replace(true) {
+                    tracing::warn!(?request, %error, "a disk request failed: the guest is told of an I/O error");
+                }
                 (IO_ERROR, 0)
             }
         }
