@@ -15,7 +15,7 @@ mod programs;
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::cache::{Ingredients, cached};
 
@@ -69,7 +69,7 @@ fn kernel() -> Result<PathBuf> {
         ingredients.text(patch);
     }
     ingredients.file(kernel::SOURCE)?;
-    let folder = cached("kernel", ingredients, |folder, log| kernel::build(folder, log))?;
+    let folder = cached("kernel", ingredients, kernel::build)?;
     Ok(folder.join("vmlinux"))
 }
 
@@ -83,7 +83,8 @@ fn initramfs() -> Result<PathBuf> {
     ingredients.bytes(&programs::compiler_version()?);
     ingredients.file(initramfs::BUSYBOX)?;
     let folder = cached("initramfs", ingredients, |folder, _| {
-        let program = programs::build(folder)?;
+        let workshop = tempfile::tempdir_in(folder).context("failed to make a folder for the guest's program")?;
+        let program = programs::build(workshop.path())?;
         initramfs::write(&folder.join(NAME), &program)
     })?;
     Ok(folder.join(NAME))
