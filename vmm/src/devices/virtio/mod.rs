@@ -18,6 +18,8 @@ mod balloon;
 mod block;
 mod device;
 mod entropy;
+#[cfg(test)]
+mod golden;
 #[cfg(any(fuzzing, test))]
 mod hostile;
 mod interrupt;
