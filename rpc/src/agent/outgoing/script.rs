@@ -163,6 +163,10 @@ impl Script {
 
         let copied = prepared.copied_disks;
         self.row.info.copied_disks = self.paths_of(&copied).await?;
+        if !copied.is_empty() {
+            // Before anything of it happens: an agent that restarts must know what becomes superfluous here.
+            self.save().await?;
+        }
         self.send(connections, copied).await?;
         self.row.info.streams = streams.into();
         self.say_status("running").await;
