@@ -2,7 +2,7 @@
 
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 
-use super::device::Broken;
+use super::device::{Broken, Turn};
 use crate::memory::{GuestMemory, Span};
 
 /// A descriptor chain that the guest gave: first what the device reads, then what it writes.
@@ -103,6 +103,29 @@ impl DeviceQueue {
             return Err(Broken(format!("the chain at {} has no end", chain.head)));
         }
         Ok(Some(chain))
+    }
+
+    /// Works on every chain that there is, or as many as the turn allows: `work` carries one out and says how many bytes it wrote.
+    ///
+    /// # Errors
+    /// The guest broke a rule, of the queue or as `work` finds.
+    pub(crate) fn serve(
+        &mut self,
+        turn: &Turn<'_>,
+        mut work: impl FnMut(&Chain) -> Result<u32, Broken>,
+    ) -> Result<(), Broken> {
+        loop {
+            self.ignore(turn.memory)?;
+            while !turn.is_to_end() {
+                let Some(chain) = self.pop(turn.memory)? else { break };
+                let written = work(&chain)?;
+                self.push(turn.memory, chain.head, written)?;
+            }
+            // What comes in between the last look and the request to ring is seen here.
+            if !self.listen(turn.memory)? || turn.is_to_end() {
+                return Ok(());
+            }
+        }
     }
 
     /// Puts the last popped chain back: it is in the available ring again.

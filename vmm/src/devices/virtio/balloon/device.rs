@@ -5,7 +5,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::super::super::DeviceStateError;
 use super::super::device::{Broken, Device, Turn, Wake};
 use super::super::queue::{Chain, DeviceQueue};
-use super::{DEFLATE, INFLATE, MOST_PAGES, REPORTING, feature, state};
+use super::{INFLATE, MOST_PAGES, REPORTING, feature, state};
 use crate::memory::{FrameRun, GuestMemory, PAGE_SIZE, Span, total};
 
 /// A balloon.
@@ -104,24 +104,15 @@ impl Device for Balloon {
 
     fn wake(&mut self, wake: Wake, queues: &mut [DeviceQueue], turn: &Turn<'_>) -> Result<(), Broken> {
         let Wake::Queue(index) = wake else { return Ok(()) };
-        let queue = &mut queues[index];
-        loop {
-            queue.ignore(turn.memory)?;
-            while !turn.is_to_end() {
-                let Some(chain) = queue.pop(turn.memory)? else { break };
-                match index {
-                    INFLATE => Self::inflate(&chain, turn.memory)?,
-                    REPORTING => Self::report(&chain, turn.memory)?,
-                    // What comes back is backed again when it is touched.
-                    DEFLATE => {}
-                    _ => {}
-                }
-                queue.push(turn.memory, chain.head, 0)?;
+        queues[index].serve(turn, |chain| {
+            match index {
+                INFLATE => Self::inflate(chain, turn.memory)?,
+                REPORTING => Self::report(chain, turn.memory)?,
+                // What comes back (DEFLATE) is backed again when it is touched.
+                _ => {}
             }
-            if !queue.listen(turn.memory)? || turn.is_to_end() {
-                return Ok(());
-            }
-        }
+            Ok(0)
+        })
     }
 
     fn save(&self) -> Vec<u8> {

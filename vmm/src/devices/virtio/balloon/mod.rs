@@ -10,9 +10,8 @@ mod tests;
 
 pub(crate) use self::device::Balloon;
 
-/// The queues that there are with the features that are offered.
+/// The queues that matter with the features that are offered; that of deflating, between them, asks for nothing.
 const INFLATE: usize = 0;
-const DEFLATE: usize = 1;
 const REPORTING: usize = 2;
 
 /// Feature bits (virtio 1.2, 5.5.3).

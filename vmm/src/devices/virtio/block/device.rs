@@ -216,18 +216,7 @@ impl Device for Block {
 
     fn wake(&mut self, wake: Wake, queues: &mut [DeviceQueue], turn: &Turn<'_>) -> Result<(), Broken> {
         let Wake::Queue(index) = wake else { return Ok(()) };
-        let queue = &mut queues[index];
-        loop {
-            queue.ignore(turn.memory)?;
-            while !turn.is_to_end() {
-                let Some(chain) = queue.pop(turn.memory)? else { break };
-                let written = self.serve(&chain, turn.memory)?;
-                queue.push(turn.memory, chain.head, written)?;
-            }
-            if !queue.listen(turn.memory)? || turn.is_to_end() {
-                return Ok(());
-            }
-        }
+        queues[index].serve(turn, |chain| self.serve(chain, turn.memory))
     }
 
     fn save(&self) -> Vec<u8> {
