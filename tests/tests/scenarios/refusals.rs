@@ -168,7 +168,7 @@ fn what_does_not_work_yet_is_a_usage_error_that_names_itself(pair: &mut Pair) ->
         "--verify",
         "--cold",
         "--dry-run",
-        "--storage=copy",
+        "--storage=move",
         "--no-such-flag",
     ] {
         let name = flag.split('=').next().unwrap_or(flag);

@@ -17,6 +17,7 @@ pub(super) fn parse(image: &impl Image) -> Result<Kernel, KernelError> {
     let header = Header::read(image)?;
     let mut segments = Vec::new();
     let mut pvh = None;
+    let mut needs_interpreter = false;
     for program in header.programs(image, len)? {
         let in_file = program
             .offset
@@ -34,6 +35,7 @@ pub(super) fn parse(image: &impl Image) -> Result<Kernel, KernelError> {
                     memory_bytes: program.memory_bytes,
                 });
             }
+            PT_INTERP => needs_interpreter = true,
             PT_NOTE if pvh.is_none() => {
                 if !in_file {
                     return Err(damaged("its notes reach beyond the end of the file"));
@@ -48,8 +50,8 @@ pub(super) fn parse(image: &impl Image) -> Result<Kernel, KernelError> {
     }
     let start = match (pvh, header.machine) {
         (Some(entry), _) => Start::Pvh(entry),
-        // A vmlinux: its entry is `startup_64`, as a physical address.
-        (None, EM_X86_64) if header.wide => Start::Linux64 {
+        // A vmlinux: its entry is `startup_64`, as a physical address. One that could lie anywhere, as programs do, is none.
+        (None, EM_X86_64) if header.wide && header.kind == ET_EXEC && !needs_interpreter => Start::Linux64 {
             entry: header.entry,
             setup_header: Vec::new(),
         },
@@ -80,6 +82,7 @@ const ET_DYN: u16 = 3;
 const EM_386: u16 = 3;
 const EM_X86_64: u16 = 62;
 const PT_LOAD: u32 = 1;
+const PT_INTERP: u32 = 3;
 const PT_NOTE: u32 = 4;
 
 /// XEN_ELFNOTE_PHYS32_ENTRY (`xen/include/public/elfnote.h`).
@@ -91,6 +94,8 @@ const NOTES_LIMIT: u64 = 64 << 10;
 /// Where a field lies depends on the class.
 struct Header {
     wide: bool,
+    /// `e_type`.
+    kind: u16,
     machine: u16,
     /// `e_entry`.
     entry: u64,
@@ -136,6 +141,7 @@ impl Header {
         };
         Ok(Self {
             wide,
+            kind,
             machine,
             entry,
             program_offset,

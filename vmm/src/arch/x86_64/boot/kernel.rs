@@ -36,9 +36,9 @@ pub enum KernelError {
         /// What is wrong with it.
         what: &'static str,
     },
-    /// A 32-bit ELF file, which only PVH could start.
+    /// An ELF file that only PVH could start, and that has no such entry point.
     #[error(
-        "load the kernel: it is a 32-bit ELF file without a PVH entry point (no note of owner Xen and type 18); Linux needs CONFIG_PVH"
+        "load the kernel: it is an ELF file without a PVH entry point (no note of owner Xen and type 18; Linux needs CONFIG_PVH), and no 64-bit vmlinux"
     )]
     NoEntry,
     /// A bzImage from before the 64-bit entry point was described.
