@@ -12,7 +12,7 @@ use ferry_migration::handover::Epoch;
 use ferry_proto::vmm::v1::MachineSpec;
 use ferry_vmm::{
     BlankMachine, BootPayload, ConsoleInput, CpuModel, DirtyMode, EventSink, Machine, MachineConfig, MachineEvent,
-    RunState,
+    RunState, ThreadHook,
 };
 
 use super::announce::Announcer;
@@ -206,7 +206,7 @@ impl Blueprint {
             disks,
             announcer,
         } = self.host;
-        let machine = BlankMachine::new(&self.config, backends, Box::new(console), events)?;
+        let machine = BlankMachine::new(&self.config, backends, Box::new(console), events, &ThreadHook::default())?;
         Ok(BlankGuest {
             machine,
             inbox,

@@ -8,15 +8,16 @@ use super::{Backends, DirtyMode, EventSink, Facts, Machine, MachineConfig, Machi
 use crate::arch::x86_64::boot::{BootPayload, MemoryBefore, load};
 use crate::arch::x86_64::cpuid::{CpuidEntry, give, of_model, of_vcpu, tell_frequencies};
 use crate::arch::x86_64::layout::{SERIAL_IRQ, VIRTIO_SLOTS, virtio_slot};
-use crate::arch::x86_64::time::boot_id;
 use crate::arch::x86_64::vcpu_state::{SavePlan, TscControl, TscTarget, VcpuState};
 use crate::devices::{
     Block, ConsoleOutput, Device, Devices, DevicesState, Entropy, InterruptFd, InterruptLine, MmioDevice, Net,
 };
-use crate::host::{HostCapabilities, as_guests_see, is_pvm};
+use crate::host::{HostCapabilities, as_guests_see};
+use crate::host_files;
 use crate::kvm::{Host, KvmError, Vcpu, Vm, host_tsc};
 use crate::memory::{GuestMemory, MemoryOptions};
 use crate::state::{IrqchipState, MachineState};
+use crate::threads::ThreadHook;
 use crate::vcpu::{Pending, VcpuHandle, VcpuSetup};
 
 /// A machine with memory, devices and vCPUs but without a guest: it is booted or restored into, once.
@@ -27,7 +28,7 @@ pub struct BlankMachine {
 }
 
 impl BlankMachine {
-    /// Makes the VM, maps memory (without touching it), builds the devices and starts the vCPUs' threads, paused.
+    /// Makes the VM, maps memory (without touching it), builds the devices and starts the threads of devices and vCPUs, at rest.
     ///
     /// # Errors
     ///
@@ -37,6 +38,7 @@ impl BlankMachine {
         backends: Backends,
         console: Box<dyn ConsoleOutput>,
         events: impl Into<EventSink>,
+        threads: &ThreadHook,
     ) -> Result<Self, MachineError> {
         let events = events.into();
         let host = Host::open()?;
@@ -60,7 +62,7 @@ impl BlankMachine {
             vm: vm.clone(),
             number: SERIAL_IRQ,
         });
-        let virtio = make_virtio(&vm, &memory, backends)?;
+        let virtio = make_virtio(&vm, &memory, backends, threads)?;
         let devices = Arc::new(Devices::new(console, line, virtio));
 
         let cpus = (0..config.vcpus)
@@ -83,9 +85,9 @@ impl BlankMachine {
         // After CPUID: it decides which MSRs there are.
         let (plan, left_out) = SavePlan::probe(&cpus[0].0, &host.msr_indices()?)?;
         let facts = Facts {
-            boot_id: boot_id(),
+            boot_id: host_files::boot_id(),
             tsc_khz,
-            is_pvm: is_pvm(),
+            is_pvm: host_files::is_pvm(),
             left_out,
         };
         let host = HostCapabilities::of(&host, tsc_khz, plan.tsc)?;
@@ -100,6 +102,7 @@ impl BlankMachine {
                     vm: vm.clone(),
                     devices: devices.clone(),
                     events: events.clone(),
+                    threads: threads.clone(),
                 })
             })
             .collect::<Result<Vec<_>, _>>()
@@ -192,7 +195,12 @@ impl BlankMachine {
 }
 
 /// The virtio devices in their slots, connected: disks, network cards, and the entropy source that every machine has.
-fn make_virtio(vm: &Vm, memory: &GuestMemory, backends: Backends) -> Result<Vec<MmioDevice>, MachineError> {
+fn make_virtio(
+    vm: &Vm,
+    memory: &GuestMemory,
+    backends: Backends,
+    threads: &ThreadHook,
+) -> Result<Vec<MmioDevice>, MachineError> {
     let Backends { disks, nics } = backends;
     let asked = disks.len() + nics.len() + 1;
     if asked > VIRTIO_SLOTS {
@@ -215,7 +223,8 @@ fn make_virtio(vm: &Vm, memory: &GuestMemory, backends: Backends) -> Result<Vec<
         let slot = virtio_slot(number);
         let interrupt = InterruptFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(failed(&name))?;
         vm.connect_interrupt(&interrupt, slot.irq)?;
-        let device = MmioDevice::new(name.clone(), device, interrupt, memory.clone()).map_err(failed(&name))?;
+        let device =
+            MmioDevice::new(name.clone(), device, interrupt, memory.clone(), threads).map_err(failed(&name))?;
         for (queue, bell) in device.doorbells().iter().enumerate() {
             vm.connect_doorbell(bell, slot.address + MmioDevice::DOORBELL, queue as u32)?;
         }
@@ -231,7 +240,7 @@ fn failed(device: &str) -> impl FnOnce(std::io::Error) -> MachineError {
 
 fn model_cpuid(host: &Host, config: &MachineConfig) -> Result<Vec<CpuidEntry>, MachineError> {
     let supported: Vec<CpuidEntry> = host.supported_cpuid()?.into_iter().map(Into::into).collect();
-    let seen = as_guests_see(&supported, is_pvm());
+    let seen = as_guests_see(&supported, host_files::is_pvm());
     of_model(&supported, &seen, config.cpu, host.tsc_deadline).map_err(|missing| MachineError::CpuModel {
         model: config.cpu,
         missing,
