@@ -31,6 +31,7 @@ mod recovery;
 mod serve;
 mod spawn;
 mod vmm_client;
+pub(crate) mod vmm_user;
 
 pub(crate) use backends::is_interface_name;
 pub use config::AgentConfig;

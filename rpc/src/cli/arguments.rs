@@ -97,10 +97,22 @@ pub(super) enum Verb {
     Bench(BenchArguments),
     /// The process around one VM; agents start it
     #[command(hide = true)]
-    Vmm {
-        #[arg(long)]
-        instance_dir: PathBuf,
-    },
+    Vmm(VmmArguments),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct VmmArguments {
+    #[arg(long)]
+    pub(super) instance_dir: PathBuf,
+    /// Where the started mark will be
+    #[arg(long)]
+    pub(super) mark_dir: Option<PathBuf>,
+    /// The user and group to become
+    #[arg(long)]
+    pub(super) user: Option<u32>,
+    /// Only tell what this host does not allow of the jail, a JSON object each
+    #[arg(long)]
+    pub(super) rehearse: bool,
 }
 
 #[derive(Debug, Args)]
@@ -296,7 +308,7 @@ impl Verb {
             Self::Agent(_) => Some("agent"),
             Self::Demo => Some("demo"),
             Self::Bench(_) => Some("bench"),
-            Self::Vmm { .. } => Some("vmm"),
+            Self::Vmm(_) => Some("vmm"),
             _ => None,
         }
     }
@@ -305,7 +317,7 @@ impl Verb {
     pub(super) fn prints_no_result(&self) -> Option<&'static str> {
         match self {
             Self::Agent(_) => Some("agent"),
-            Self::Vmm { .. } => Some("vmm"),
+            Self::Vmm(_) => Some("vmm"),
             Self::Console(console) if console.attach => Some("console --attach"),
             _ => None,
         }

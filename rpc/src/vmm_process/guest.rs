@@ -12,7 +12,7 @@ use ferry_migration::handover::Epoch;
 use ferry_proto::vmm::v1::MachineSpec;
 use ferry_vmm::{
     BlankMachine, BootPayload, ConsoleInput, CpuModel, DirtyMode, EventSink, Machine, MachineConfig, MachineEvent,
-    RunState, ThreadHook,
+    RunState, ThreadHook, ThreadKind,
 };
 
 use super::announce::Announcer;
@@ -20,6 +20,7 @@ use super::backends::HostSide;
 use super::console::ConsoleLog;
 use super::disks::Disks;
 use super::events::Event;
+use super::jail;
 
 /// What the guest's vCPUs said and nobody has looked at yet.
 ///
@@ -132,7 +133,6 @@ pub(super) enum Purpose {
 pub(super) struct Blueprint {
     config: MachineConfig,
     payload: Payload,
-    folder: PathBuf,
     host: HostSide,
 }
 
@@ -186,7 +186,6 @@ impl Blueprint {
         Ok(Self {
             config,
             payload,
-            folder: folder.to_owned(),
             host: HostSide::new(spec, descriptors)?,
         })
     }
@@ -195,10 +194,8 @@ impl Blueprint {
     ///
     /// # Errors
     /// The host cannot have it: no KVM, not enough memory, too many vCPUs.
-    pub(super) fn blank(self, bell: Sender<Event>) -> anyhow::Result<BlankGuest> {
+    pub(super) fn blank(self, console: ConsoleLog, bell: Sender<Event>) -> anyhow::Result<BlankGuest> {
         let inbox = Inbox::new(bell);
-        let console = ConsoleLog::open(&self.folder)
-            .with_context(|| format!("failed to open the console log in {}", self.folder.display()))?;
         let to_inbox = inbox.clone();
         let events = EventSink::new(move |event| to_inbox.put(event));
         let HostSide {
@@ -206,7 +203,7 @@ impl Blueprint {
             disks,
             announcer,
         } = self.host;
-        let machine = BlankMachine::new(&self.config, backends, Box::new(console), events, &ThreadHook::default())?;
+        let machine = BlankMachine::new(&self.config, backends, Box::new(console), events, &own_filters())?;
         Ok(BlankGuest {
             machine,
             inbox,
@@ -216,6 +213,16 @@ impl Blueprint {
             epoch: Epoch(0),
         })
     }
+}
+
+/// Each thread of a machine gives up what its kind does not need.
+fn own_filters() -> ThreadHook {
+    ThreadHook::new(|kind| {
+        jail::narrow(match kind {
+            ThreadKind::Vcpu => jail::Kind::Vcpu,
+            ThreadKind::Device => jail::Kind::Device,
+        });
+    })
 }
 
 impl BlankGuest {
