@@ -10,6 +10,7 @@ pub mod binary;
 pub mod complaints;
 pub mod guest;
 pub mod host;
+pub mod intrusion;
 pub mod pair;
 pub mod process;
 pub mod relay;
