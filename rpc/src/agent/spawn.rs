@@ -29,6 +29,8 @@ use super::vmm_user;
 pub(crate) const SOCKET: &str = "vmm.sock";
 /// What a VMM's process calls itself.
 const VMM_NAME: &str = "ferry-vmm";
+/// What a VMM is told of its agent's environment: there may be secrets in it, and a VMM has no use for them.
+const ENVIRONMENT: [&str; 4] = ["FERRY_LOG", "LD_LIBRARY_PATH", "RUST_BACKTRACE", "USER"];
 /// The VMM's own log below an instance's folder.
 pub(crate) const VMM_LOG: &str = "vmm.log";
 
@@ -64,6 +66,12 @@ pub(crate) fn vmm(folder: &Path, mark_folder: Option<&Path>, instance: &str) -> 
     let mut command = Command::new("/proc/self/exe");
     command
         .arg0(VMM_NAME)
+        .env_clear()
+        .envs(
+            ENVIRONMENT
+                .iter()
+                .filter_map(|name| Some((name, std::env::var_os(name)?))),
+        )
         .arg("vmm")
         .arg("--instance-dir")
         .arg(folder)

@@ -34,8 +34,9 @@ pub(crate) fn give(folder: &Path, mark_folder: Option<&Path>) -> io::Result<u32>
         }
     }
     if let Some(folder) = mark_folder {
-        chown(folder, Some(user), Some(user))?;
-        fs::set_permissions(folder, Permissions::from_mode(0o700))?;
+        // A VMM that cannot become this user is the agent's, and has no capability to pass over modes.
+        chown(folder, None, Some(user))?;
+        fs::set_permissions(folder, Permissions::from_mode(0o770))?;
     }
     Ok(user)
 }

@@ -1,13 +1,17 @@
 //! What a VMM can do beyond its guest: nothing.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{Guest, Host, Pair, Witness, intrusion};
+use ferry_tests::{Guest, Host, Pair, Witness, binary, intrusion};
 use libtest_mimic::Trial;
 use nix::libc;
+use nix::sched::{CloneFlags, unshare};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
 
 use crate::scenario::on_kvm;
 
@@ -21,6 +25,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_vmm_sees_its_folder_and_no_network,
         each_vmm_has_a_user_of_its_own,
         a_guest_that_moved_is_confined_there,
+        an_agent_that_is_not_root_confines_its_vmms,
         a_forbidden_call_of_a_vcpu_kills_that_vmm_only,
         a_forbidden_call_of_a_device_kills_that_vmm_only,
         a_forbidden_call_of_who_listens_kills_that_vmm_only,
@@ -113,6 +118,63 @@ fn a_guest_that_moved_is_confined_there(pair: &mut Pair) -> Result<()> {
     witness.wait_ready_times(2)?;
     pair.b.wait_for_status("g", "running")?;
     Ok(())
+}
+
+/// What it can without being root: filters, and nothing to be had beyond its user. The rest depends on the host.
+fn an_agent_that_is_not_root_confines_its_vmms(pair: &mut Pair) -> Result<()> {
+    pair.a.kill();
+    let home = become_nobody(pair)?;
+    start_where_kvm_is_everybodys(&mut pair.a, &home.join("kvm"))?;
+    let kernel = home.join("probe.elf");
+    fs::copy(pair.kernel(), &kernel)?;
+
+    pair.a
+        .ferry(&Guest::new("g").arguments(&kernel.display().to_string()))?
+        .exit(0)?;
+
+    let witness = Witness::of(&[&pair.a]);
+    witness.wait_ready()?;
+    let status = Status::of(pair.a.vmm()?)?;
+    status.has("CapEff", "0000000000000000")?;
+    status.has("NoNewPrivs", "1")?;
+    status.has("Seccomp", "2")?;
+    ensure!(status.user()? == NOBODY);
+    pair.a.ferry(&["reboot", "g"])?.exit(0)?;
+    witness.wait_ready_times(2)
+}
+
+const NOBODY: u32 = 65534;
+
+/// The agent of host `a` is another user's from its next start on, with what it needs in a folder of that user's.
+fn become_nobody(pair: &mut Pair) -> Result<PathBuf> {
+    fs::set_permissions(pair.folder(), Permissions::from_mode(0o755))?;
+    let (home, ferry) = (pair.folder().join("nobody"), pair.folder().join("ferry"));
+    fs::copy(binary::ferry()?, &ferry).context("failed to copy the binary")?;
+    fs::create_dir(&home)?;
+    chown(&home, Some(NOBODY), Some(NOBODY))?;
+    pair.a.become_user(NOBODY, &ferry, &home.join("data"));
+    Ok(home)
+}
+
+/// In mounts of the agent's own: the host's device stays as it is.
+fn start_where_kvm_is_everybodys(host: &mut Host, node: &Path) -> Result<()> {
+    let start = || -> Result<()> {
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
+        mknodat(
+            CWD,
+            node,
+            FileType::CharacterDevice,
+            Mode::empty(),
+            fs::metadata("/dev/kvm")?.rdev(),
+        )?;
+        fs::set_permissions(node, Permissions::from_mode(0o666))?;
+        mount_bind(node, "/dev/kvm")?;
+        host.start()
+    };
+    // What is started from a thread is in its mounts.
+    let started = thread::scope(|scope| scope.spawn(start).join());
+    started.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 fn a_forbidden_call_of_a_vcpu_kills_that_vmm_only(pair: &mut Pair) -> Result<()> {

@@ -75,7 +75,7 @@ const PARTS: [Told; 7] = [
         part: Part::User,
         need: "jail: user",
         wanted: "a VMM has a user of its own",
-        remedy: "VMMs can signal each other and their agent: run the agent as root",
+        remedy: "only its view and its filter keep a VMM from what is the agent's: run the agent as root",
     },
     Told {
         part: Part::Capabilities,
@@ -99,7 +99,7 @@ const PARTS: [Told; 7] = [
         part: Part::Weight,
         need: "jail: weight",
         wanted: "threads that yielded to a guest take their usual weight again",
-        remedy: "the last pages of a move are copied at two thirds of it: give the agent CAP_SYS_RESOURCE, or LimitNICE=0 in its unit",
+        remedy: "the last pages of a move are copied at two thirds of it: give the agent CAP_SYS_RESOURCE, or LimitNICE=20 in its unit",
     },
 ];
 

@@ -121,7 +121,7 @@ pub(super) fn device() -> Calls {
 
 /// The thread of a migration and those that it starts: it has the machine meanwhile, may have to boot it anew, and copies.
 pub(super) fn migration() -> Calls {
-    let mut calls = always(OPENING);
+    let mut calls = always(LOOKING);
     calls.extend(always(&[
         libc::SYS_readv,
         libc::SYS_writev,
@@ -204,8 +204,14 @@ pub(super) fn control() -> Calls {
     calls
 }
 
-/// Calls that open a file.
-pub(super) const OPENING: &[c_long] = &[libc::SYS_open, libc::SYS_openat];
+/// Calls that look for a file.
+pub(super) const LOOKING: &[c_long] = &[
+    libc::SYS_open,
+    libc::SYS_openat,
+    libc::SYS_readlink,
+    libc::SYS_readlinkat,
+    libc::SYS_getcwd,
+];
 
 fn always(calls: &[c_long]) -> Calls {
     calls.iter().map(|&call| (call, Vec::new())).collect()

@@ -7,6 +7,9 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 /// Descriptors of a machine with the most vCPUs, devices and streams, several times over.
 const DESCRIPTORS: u64 = 1024;
 
+/// Threads of a machine with the most vCPUs, devices and streams, and one more for each processor of a large host.
+const THREADS: u64 = 4096;
+
 /// The limit that allows nice 0: 20 minus the least nice value, see `getrlimit(2)`.
 const USUAL_WEIGHT: u64 = 20;
 
@@ -34,6 +37,11 @@ pub(super) fn allow_usual_weight() -> io::Result<()> {
         },
     )
     .map_err(Into::into)
+}
+
+/// Limits the threads of a user that only this process has. Those of a user that others have would be counted together.
+pub(super) fn set_threads() -> io::Result<()> {
+    lower(Resource::Nproc, THREADS)
 }
 
 /// For good: the process will have no right to raise it again.

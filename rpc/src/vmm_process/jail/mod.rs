@@ -40,7 +40,7 @@ pub(super) struct Confinement<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Part {
-    /// Limits of descriptors and core dumps.
+    /// Limits of descriptors, threads and core dumps.
     Limits,
     /// The right to go back to the usual weight, which a copying thread gives up for a while.
     Weight,
@@ -122,7 +122,9 @@ pub(super) fn enter(confinement: Confinement<'_>) -> Vec<Shortfall> {
         None => Err(io::Error::other("the agent is not root, or may not give files away")),
         // Another user does not get through to the folder by the host's paths.
         Some(_) if !has_own_view => Err(io::Error::other("that takes a view of its own")),
-        Some(user) => privileges::become_user(Uid::from_raw(user), Gid::from_raw(user)),
+        Some(user) => {
+            limits::set_threads().and_then(|()| privileges::become_user(Uid::from_raw(user), Gid::from_raw(user)))
+        }
     };
     shortfalls.note(Part::User, became);
     shortfalls.note(Part::Capabilities, privileges::give_up().and(bounded));

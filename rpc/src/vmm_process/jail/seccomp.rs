@@ -62,8 +62,8 @@ static CONTROL: Programs = LazyLock::new(|| compile(Kind::Control, SeccompAction
 const REFUSED_TO_ALL: (&[libc::c_long], i32) = (&[libc::SYS_clone3], libc::ENOSYS);
 
 /// The C library's allocator looks for the number of processors in `/sys` when a thread first needs memory, and asks the scheduler
-/// where it may not.
-const REFUSED_TO_NARROW: (&[libc::c_long], i32) = (calls::OPENING, libc::EACCES);
+/// where it may not; Rust's looks for debug information when it tells of a panic, and goes without.
+const REFUSED_TO_NARROW: (&[libc::c_long], i32) = (calls::LOOKING, libc::EACCES);
 
 /// The programs of a kind: what it may call, and what of it fails.
 fn compile(kind: Kind, otherwise: SeccompAction) -> Result<Vec<BpfProgram>, String> {
@@ -117,7 +117,10 @@ fn merge(lists: Vec<Calls>) -> Result<BTreeMap<i64, Vec<SeccompRule>>, String> {
             }
             // No condition allows the call altogether.
             Some(known) if known.is_empty() || wanted.is_empty() => known.clear(),
-            Some(known) => known.extend(wanted),
+            Some(known) => {
+                let new: Vec<_> = wanted.into_iter().filter(|rule| !known.contains(rule)).collect();
+                known.extend(new);
+            }
         }
     }
     Ok(rules)
@@ -140,6 +143,7 @@ fn rule(condition: Condition) -> Result<SeccompRule, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::backtrace::Backtrace;
     use std::fs::File;
     use std::io::{ErrorKind, Write};
     use std::net::UdpSocket;
@@ -210,6 +214,22 @@ mod tests {
         for kind in [Kind::Process, Kind::Vcpu, Kind::Device, Kind::Migration, Kind::Control] {
             let mut file = tempfile::tempfile().unwrap();
             assert!(confined(kind, move || file.write_all(b"x").is_ok()), "{kind:?}");
+        }
+    }
+
+    /// Of a panic, the message and the backtrace: the C library and Rust's look for files, and do without.
+    #[test]
+    fn a_panic_is_told_by_every_kind() {
+        for kind in [Kind::Process, Kind::Vcpu, Kind::Device, Kind::Migration, Kind::Control] {
+            let programs = compile(kind, SeccompAction::KillThread).unwrap();
+            let run = move || {
+                for program in &programs {
+                    apply_filter(program).unwrap();
+                }
+                Backtrace::force_capture().to_string().len()
+            };
+            // Of a thread that was killed there is nothing to join, which panics here.
+            assert!(thread::spawn(run).join().unwrap() > 0, "{kind:?}");
         }
     }
 
