@@ -254,6 +254,15 @@ pub trait GuestMemory: Send + Sync + 'static {
     /// # Errors
     /// If the host has no memory left.
     fn populate(&self, run: FrameRun) -> Result<(), GuestError>;
+
+    /// Makes what was received as durable as the guest thinks it is: frames may stand for the blocks of a disk, and what its guest has
+    /// flushed at the source must outlast a crash of this host too. Called at each barrier, before it is acknowledged.
+    ///
+    /// # Errors
+    /// If a disk does not take it.
+    fn make_durable(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
 }
 
 /// Re-arms tracking range by range; each sending thread may call it.

@@ -36,6 +36,8 @@ pub struct Host {
     pub environment: Vec<(String, String)>,
     ferry: PathBuf,
     user: Option<u32>,
+    /// Folders that this host alone sees elsewhere: what, and where.
+    views: Vec<(PathBuf, PathBuf)>,
     agent: Option<Child>,
 }
 
@@ -55,6 +57,7 @@ impl Host {
             environment: Vec::new(),
             ferry: ferry.to_owned(),
             user: None,
+            views: Vec::new(),
             agent: None,
         })
     }
@@ -102,7 +105,7 @@ impl Host {
             let file = OpenOptions::new().create(true).append(true).open(&self.log);
             file.with_context(|| format!("failed to open {}", self.log.display()))
         };
-        let mut command = Command::new(&self.ferry);
+        let mut command = self.agent_command();
         command
             .args(["agent", "--host-id", self.name])
             .args(["--listen", &format!("127.0.0.1:{}", self.port)])
@@ -120,6 +123,27 @@ impl Host {
         }
         self.agent = Some(command.spawn().context("failed to start the agent")?);
         Ok(())
+    }
+
+    /// From its next start on the agent sees the folder `what` at `at`, and nobody else does: as if its host had a disk of its
+    /// own there. The agent is in a mount namespace of its own then, which goes with it.
+    pub fn see(&mut self, what: &Path, at: &Path) {
+        self.views.push((what.to_owned(), at.to_owned()));
+    }
+
+    fn agent_command(&self) -> Command {
+        const BIND: &str =
+            r#"while [ "$1" != -- ]; do mount --bind "$1" "$2" || exit 1; shift 2; done; shift; exec "$@""#;
+        if self.views.is_empty() {
+            return Command::new(&self.ferry);
+        }
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "private", "sh", "-c", BIND, "sh"]);
+        for (what, at) in &self.views {
+            command.arg(what).arg(at);
+        }
+        command.arg("--").arg(&self.ferry);
+        command
     }
 
     /// From its next start on the agent is this user's, from this copy of the binary, with its data in this folder.

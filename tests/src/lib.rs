@@ -8,9 +8,11 @@
 pub mod answer;
 pub mod binary;
 pub mod complaints;
+pub mod echo;
 pub mod guest;
 pub mod host;
 pub mod intrusion;
+pub mod linux;
 pub mod pair;
 pub mod process;
 pub mod relay;

@@ -2,10 +2,10 @@
 
 use thiserror::Error;
 
-use crate::arch::x86_64::cpuid::{CpuidEntry, missing, with_native_features};
+use crate::arch::x86_64::cpuid::{CpuidEntry, missing, with_native_features, withhold_hypercalls};
 use crate::arch::x86_64::vcpu_state::{TscControl, probe_tsc};
 use crate::host_files;
-use crate::kvm::{Host, HostError, Vm, host_tsc, native_cpuid};
+use crate::kvm::{Host, HostError, KvmError, Vm, host_tsc, native_cpuid};
 use crate::machine::DirtyMode;
 use crate::memory::{GuestMemory, HUGE_PAGE_SIZE, MemoryOptions, PAGE_SIZE};
 use crate::state::{MachineProfile, unit_kinds};
@@ -121,8 +121,7 @@ pub fn host() -> Result<HostCapabilities, HostError> {
 impl HostCapabilities {
     /// What the host says of itself, and what a vCPU told of its time stamp counter.
     pub(crate) fn of(host: &Host, tsc_khz: u32, tsc: TscControl) -> Result<Self, HostError> {
-        let supported = host.supported_cpuid().map_err(HostError::Ask)?;
-        let supported: Vec<CpuidEntry> = supported.into_iter().map(Into::into).collect();
+        let supported = offered_cpuid(host).map_err(HostError::Ask)?;
         let is_pvm = host_files::is_pvm();
         Ok(Self {
             is_pvm,
@@ -221,6 +220,15 @@ fn check_devices(profile: &MachineProfile) -> Vec<Incompatibility> {
         .filter(|known| !profile.units.iter().any(|unit| unit.name == known.name));
     found.extend(absent.map(|known| Incompatibility::MissingDevice(known.name.clone())));
     found
+}
+
+/// What KVM says it supports, without what does not work on this host although it is listed.
+pub(crate) fn offered_cpuid(host: &Host) -> Result<Vec<CpuidEntry>, KvmError> {
+    let mut entries: Vec<CpuidEntry> = host.supported_cpuid()?.into_iter().map(Into::into).collect();
+    if host_files::is_pvm() {
+        withhold_hypercalls(&mut entries);
+    }
+    Ok(entries)
 }
 
 /// Entries as code in a guest sees them on this host.

@@ -26,6 +26,11 @@ pub mod fuzz {
         let _ = crate::arch::x86_64::boot::Kernel::parse(&bytes.to_vec());
     }
 
+    /// The rings and buffers of a virtio device: the first byte says of which.
+    pub fn virtio(bytes: &[u8]) {
+        crate::devices::work_on_hostile_memory(bytes);
+    }
+
     /// A bzImage: its setup header, filled with these bytes, and what follows it.
     pub fn bzimage(bytes: &[u8]) {
         let mut file = vec![0; 0x1f1];
@@ -36,7 +41,7 @@ pub mod fuzz {
 
 pub use arch::x86_64::boot::{BootPayload, KernelError, LoadError};
 pub use arch::x86_64::cpuid::CpuidEntry;
-pub use devices::ConsoleOutput;
+pub use devices::{ConsoleOutput, WrittenBlocks};
 pub use host::{HostCapabilities, Incompatibility, host};
 pub use host_files::keep_host_files;
 pub use kvm::{DirtyClearer, HostError, KvmError};

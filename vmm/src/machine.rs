@@ -13,6 +13,7 @@
 mod backends;
 mod blank;
 mod running;
+mod virtio;
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -27,7 +28,7 @@ use crate::arch::x86_64::board::Board;
 use crate::arch::x86_64::boot::LoadError;
 use crate::arch::x86_64::cpuid::CpuidEntry;
 use crate::arch::x86_64::vcpu_state::{SavePlan, VcpuState};
-use crate::devices::Devices;
+use crate::devices::{Devices, WrittenBlocks};
 use crate::kvm::{HostError, KvmError, Vm};
 use crate::memory::{GuestMemory, MemoryError};
 use crate::state::IrqchipState;
@@ -229,6 +230,8 @@ struct Parts {
     vm: Arc<Vm>,
     memory: GuestMemory,
     devices: Arc<Devices>,
+    /// Of each disk.
+    written: Vec<WrittenBlocks>,
     plan: Arc<SavePlan>,
     facts: Facts,
     /// What a reset goes back to: read before the first kernel was loaded.

@@ -11,6 +11,12 @@ pub(crate) struct Options {
     /// Install what the build needs first (root, apt).
     #[arg(long)]
     install: bool,
+    /// Print only what `ferry run` is told of it, for a shell to take: `eval "ferry run NAME $(cargo xtask linux --arguments)"`.
+    #[arg(long)]
+    arguments: bool,
+    /// Further words for the guest's command line.
+    #[arg(long, default_value = "")]
+    words: String,
 }
 
 /// Builds the guest, unless it is in the cache, and prints how to run it.
@@ -29,10 +35,16 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     eprintln!("the kernel is built unless it is in the cache: some minutes");
     let image = image()?;
-    println!(
-        "ferry run linux --memory 256M --kernel {} --initrd {} --cmdline '{CMDLINE}'",
+    let arguments = format!(
+        "--memory 256M --kernel {} --initrd {} --cmdline '{}'",
         image.kernel.display(),
-        image.initramfs.display()
+        image.initramfs.display(),
+        format!("{CMDLINE} {}", options.words).trim_end()
     );
+    if options.arguments {
+        println!("{arguments}");
+    } else {
+        println!("ferry run linux {arguments}");
+    }
     Ok(ExitCode::SUCCESS)
 }

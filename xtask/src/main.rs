@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod echo;
 mod linux;
 mod probe;
 mod test;
@@ -27,6 +28,8 @@ enum Chore {
     Probe(probe::Options),
     /// Builds a small Linux guest into a cache outside the tree and prints how to run it.
     Linux(linux::Options),
+    /// Talks to the Linux guest's echo server over one connection and says what it noticed.
+    Echo(echo::Options),
     /// Runs the benchmark, a peer in turn with Ferry where one is named.
     Bench(bench::Options),
 }
@@ -36,6 +39,7 @@ fn main() -> ExitCode {
         Chore::Test(options) => test::run(&options),
         Chore::Probe(options) => probe::run(&options),
         Chore::Linux(options) => linux::run(&options),
+        Chore::Echo(options) => echo::run(&options),
         Chore::Bench(options) => bench::run(&options),
     };
     outcome.unwrap_or_else(|error| {

@@ -1,4 +1,4 @@
-//! The first files: busybox and one script, as a cpio archive in the "newc" format
+//! The first files: busybox, one script and our own program, as a cpio archive in the "newc" format
 //! (`Documentation/driver-api/early-userspace/buffer-format.rst` in the kernel).
 
 use std::fs;
@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 /// Where Debian's package puts it. Static: there are no libraries in the guest.
 pub(crate) const BUSYBOX: &str = "/bin/busybox";
 
-/// The guest's only process.
+/// The guest's first process.
 pub(crate) const INIT: &[u8] = include_bytes!("../init");
 
 const DIRECTORY: u32 = 0o040_755;
@@ -19,16 +19,18 @@ const CONSOLE: u32 = 0o020_600;
 /// Writes the archive.
 ///
 /// # Errors
-/// busybox cannot be read, or the archive not written.
-pub(crate) fn write(file: &Path) -> Result<()> {
-    let busybox = fs::read(BUSYBOX).with_context(|| format!("failed to read {BUSYBOX}"))?;
+/// busybox or the program cannot be read, or the archive not written.
+pub(crate) fn write(file: &Path, program: &Path) -> Result<()> {
+    let read = |file: &Path| fs::read(file).with_context(|| format!("failed to read {}", file.display()));
+    let (busybox, program) = (read(Path::new(BUSYBOX))?, read(program)?);
     let mut archive = Archive::default();
-    for folder in ["bin", "dev", "proc", "tmp"] {
+    for folder in ["bin", "data", "dev", "proc", "tmp"] {
         archive.add(folder, DIRECTORY, (0, 0), &[]);
     }
-    // Without it init would have no standard output: nothing mounts devtmpfs before it runs.
+    // Without it init would have no standard output: it mounts devtmpfs itself.
     archive.add("dev/console", CONSOLE, (5, 1), &[]);
     archive.add("bin/busybox", EXECUTABLE, (0, 0), &busybox);
+    archive.add("bin/ferry-guest", EXECUTABLE, (0, 0), &program);
     archive.add("init", EXECUTABLE, (0, 0), INIT);
     fs::write(file, archive.finish()).with_context(|| format!("failed to write {}", file.display()))
 }

@@ -133,6 +133,7 @@ fn reach_barrier<M: GuestMemory>(
         )));
     }
     hearing.await_totals(&crew.shared.delivered, &from_wire(barrier.totals))?;
+    make_durable(crew)?;
     let next = open
         .checked_add(1)
         .ok_or_else(|| DestinationError::Misbehaved("rounds without end".to_owned()))?;
@@ -143,6 +144,13 @@ fn reach_barrier<M: GuestMemory>(
         totals: crew.shared.sum(),
     });
     Ok(())
+}
+
+fn make_durable<M: GuestMemory>(crew: &Crew<'_, '_, M>) -> Result<(), DestinationError> {
+    crew.memory.make_durable().map_err(|cause| DestinationError::Guest {
+        step: "make durable what arrived",
+        cause,
+    })
 }
 
 /// GO is here: waits for what it lists and compares. Every reason against it is collected.
@@ -162,6 +170,7 @@ fn check_manifest<M: GuestMemory>(
     hearing
         .await_totals(&crew.shared.delivered, &from_wire(manifest.totals))
         .map_err(|error| refuse(chain(&error)))?;
+    make_durable(crew).map_err(|error| refuse(chain(&error)))?;
     let last_pages = go_received.elapsed();
 
     let mut reasons = Vec::new();

@@ -155,7 +155,7 @@ pub(super) struct RunArguments {
     /// Its name, unique on its host
     #[arg(value_name = "NAME", value_parser = parse::instance_name)]
     pub(super) name: String,
-    /// An ELF file with a PVH note, read by the agent
+    /// An ELF file with a PVH note, a vmlinux or a bzImage, read by the agent
     #[arg(long, value_name = "FILE")]
     pub(super) kernel: PathBuf,
     /// An initial RAM disk, read by the agent
@@ -230,6 +230,10 @@ pub(super) struct MigrateArguments {
     /// Do not send faster than this, for example 5Gbit [default: no limit]
     #[arg(long, value_name = "RATE", value_parser = parse::bandwidth)]
     pub(super) bandwidth: Option<u64>,
+    /// What becomes of writable disks: `shared` ones are handed over, a `copy` moves with the guest and is removed at the source; `auto`
+    /// takes each as the destination has it
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = ["auto", "shared", "copy"])]
+    pub(super) storage: String,
     /// Print the migration's id and leave
     #[arg(long, conflicts_with = "wait")]
     pub(super) detach: bool,

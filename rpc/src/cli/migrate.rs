@@ -145,6 +145,7 @@ fn request(arguments: &MigrateArguments) -> LiveMigrateRequest {
             bandwidth_bytes_per_s: arguments.bandwidth.unwrap_or(0),
             verify: arguments.digests,
             hold_at: arguments.hold_at.clone(),
+            storage: arguments.storage.clone(),
         }),
         request_id: uuid::Uuid::new_v4().to_string(),
     }

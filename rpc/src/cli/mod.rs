@@ -247,6 +247,8 @@ mod tests {
             ("ferry migrate web --streams 0", "--streams"),
             ("ferry agent --peer b", "--peer"),
             ("ferry run a/b --kernel k", "NAME"),
+            ("ferry run web --kernel k --disk web.img", "--disk"),
+            ("ferry run web --kernel k --net br0", "--net"),
         ] {
             let error = line(text).unwrap_err();
             assert_eq!(

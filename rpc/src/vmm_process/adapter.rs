@@ -10,6 +10,7 @@ use ferry_migration::guest::{
 };
 use ferry_vmm::{MachineEvent, MachineProfile, MachineState};
 
+use super::copied::CopiedDisk;
 use super::guest::{BlankGuest, LocalGuest, RestoredMachine};
 use super::memory::{SharedMemory, to_vmm};
 
@@ -19,6 +20,10 @@ pub(super) struct Clearer(ferry_vmm::DirtyClearer);
 
 impl DirtyClearer for Clearer {
     fn rearm(&self, run: FrameRun, dirty: &[u64]) -> Result<(), GuestError> {
+        if CopiedDisk::is_disk(run) {
+            // Fetching has re-armed it.
+            return Ok(());
+        }
         self.0.rearm_words(to_vmm(run), dirty).map_err(GuestError::new)
     }
 }
@@ -28,7 +33,7 @@ impl SourceGuest for LocalGuest {
     type Clearer = Clearer;
 
     fn memory(&self) -> Arc<SharedMemory> {
-        Arc::new(SharedMemory::new(self.machine.memory().clone()))
+        Arc::new(self.moving())
     }
 
     fn profile(&self) -> Vec<u8> {
@@ -36,17 +41,22 @@ impl SourceGuest for LocalGuest {
     }
 
     fn start_tracking(&mut self) -> Result<(), GuestError> {
+        self.copied.iter().for_each(|(_, written)| written.start());
         self.machine.start_dirty_tracking().map_err(GuestError::new)
     }
 
     fn populated(&self) -> Result<Population, GuestError> {
-        SharedMemory::new(self.machine.memory().clone()).populated()
+        self.moving().populated()
     }
 
     fn fetch_dirty(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
         let fetched = self.machine.fetch_dirty().map_err(GuestError::new)?;
-        for index in 0..dirty.regions() {
+        let memory_regions = dirty.regions() - self.copied.len();
+        for index in 0..memory_regions {
             dirty.insert_words(index, fetched.words(index));
+        }
+        for (index, (_, written)) in (memory_regions..).zip(&self.copied) {
+            dirty.insert_words(index, &written.take());
         }
         Ok(())
     }
@@ -56,6 +66,7 @@ impl SourceGuest for LocalGuest {
     }
 
     fn stop_tracking(&mut self) {
+        self.copied.drain(..).for_each(|(_, written)| written.stop());
         if let Err(error) = self.machine.stop_dirty_tracking() {
             tracing::warn!(%error, "failed to stop dirty tracking: the guest runs on, more slowly");
         }
@@ -126,7 +137,7 @@ impl DestinationGuest for BlankGuest {
     type Restored = RestoredMachine;
 
     fn memory(&self) -> Arc<SharedMemory> {
-        Arc::new(SharedMemory::new(self.machine.memory().clone()))
+        Arc::new(SharedMemory::new(self.machine.memory().clone(), self.copied.clone()))
     }
 
     fn check(&self, profile: &[u8]) -> Vec<String> {
@@ -154,6 +165,7 @@ impl DestinationGuest for BlankGuest {
             payload: self.payload,
             disks: self.disks,
             announcer: self.announcer,
+            copied: Vec::new(),
         }))
     }
 }

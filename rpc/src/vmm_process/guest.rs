@@ -12,15 +12,17 @@ use ferry_migration::handover::Epoch;
 use ferry_proto::vmm::v1::MachineSpec;
 use ferry_vmm::{
     BlankMachine, BootPayload, ConsoleInput, CpuModel, DirtyMode, EventSink, Machine, MachineConfig, MachineEvent,
-    RunState, ThreadHook, ThreadKind,
+    RunState, ThreadHook, ThreadKind, WrittenBlocks,
 };
 
 use super::announce::Announcer;
 use super::backends::HostSide;
 use super::console::ConsoleLog;
+use super::copied::CopiedDisk;
 use super::disks::Disks;
 use super::events::Event;
 use super::jail;
+use super::memory::SharedMemory;
 
 /// What the guest's vCPUs said and nobody has looked at yet.
 ///
@@ -84,6 +86,8 @@ pub(super) struct BlankGuest {
     pub(super) announcer: Announcer,
     /// The epoch under which the guest runs where it is; 0 until that is known.
     pub(super) epoch: Epoch,
+    /// Disks whose contents come with the guest.
+    pub(super) copied: Vec<CopiedDisk>,
 }
 
 /// A machine with a guest in it, running or paused.
@@ -93,6 +97,8 @@ pub(super) struct LocalGuest {
     pub(super) payload: Payload,
     pub(super) disks: Disks,
     pub(super) announcer: Announcer,
+    /// Disks whose contents move with the guest, while it is being sent.
+    pub(super) copied: Vec<(CopiedDisk, WrittenBlocks)>,
 }
 
 /// A guest that moved in and waits for its permit.
@@ -112,6 +118,27 @@ impl LocalGuest {
             self.machine.run().context("failed to run the guest again")?;
         }
         Ok(())
+    }
+
+    /// Chooses the disks whose contents move with the guest from now on.
+    ///
+    /// # Errors
+    /// There is no such disk, or its size cannot be told.
+    pub(super) fn copy_disks(&mut self, numbers: &[u32]) -> anyhow::Result<()> {
+        let written = |number: &u32| {
+            let written = self.machine.written_blocks(*number as usize);
+            written.with_context(|| format!("there is no disk {number} to copy"))
+        };
+        let written = numbers.iter().map(written).collect::<anyhow::Result<Vec<_>>>()?;
+        let disks = self.disks.to_copy(numbers)?;
+        self.copied = disks.into_iter().zip(written).collect();
+        Ok(())
+    }
+
+    /// All that moves page by page.
+    pub(super) fn moving(&self) -> SharedMemory {
+        let disks = self.copied.iter().map(|(disk, _)| disk.clone()).collect();
+        SharedMemory::new(self.machine.memory().clone(), disks)
     }
 
     /// The handle for keyboard input, which outlives moves of the machine between threads.
@@ -211,6 +238,7 @@ impl Blueprint {
             disks,
             announcer,
             epoch: Epoch(0),
+            copied: Vec::new(),
         })
     }
 }
@@ -239,6 +267,7 @@ impl BlankGuest {
             payload: self.payload,
             disks: self.disks,
             announcer: self.announcer,
+            copied: Vec::new(),
         })
     }
 }

@@ -1,4 +1,4 @@
-//! Guest memory of the VMM, as the engine wants to see it.
+//! What of a guest moves page by page, as the engine wants to see it: its memory, and the disks that are copied with it.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -6,32 +6,45 @@ use std::os::fd::BorrowedFd;
 use ferry_migration::guest::{FrameRun, GuestError, GuestMemory, MemoryShape, Population, Region};
 use ferry_vmm::PAGE_SIZE;
 
-/// One guest's memory with its shape in the engine's terms.
+use super::copied::CopiedDisk;
+
+/// One guest's memory and copied disks, with their shape in the engine's terms.
 pub(super) struct SharedMemory {
     memory: ferry_vmm::GuestMemory,
+    disks: Vec<CopiedDisk>,
     shape: MemoryShape,
 }
 
 impl SharedMemory {
-    /// Wraps `memory`.
-    pub(super) fn new(memory: ferry_vmm::GuestMemory) -> Self {
+    /// Wraps `memory` and the disks that are copied with it.
+    pub(super) fn new(memory: ferry_vmm::GuestMemory, disks: Vec<CopiedDisk>) -> Self {
         let region = |region: &ferry_vmm::MemoryRegion| Region {
             start_frame: region.start / PAGE_SIZE,
             frames: region.len / PAGE_SIZE,
         };
-        let regions = memory.shape().regions.iter().map(region).collect();
-        let shape = MemoryShape::new(regions).expect("a machine's memory is in order and not empty");
-        Self { memory, shape }
+        let regions = memory.shape().regions.iter().map(region);
+        let regions = regions.chain(disks.iter().map(CopiedDisk::region)).collect();
+        let shape = MemoryShape::new(regions).expect("a machine's memory is in order, and disks come after it");
+        Self { memory, disks, shape }
     }
 
-    /// What the host has populated of it.
+    /// What the host has populated of memory, and where the disks have data.
     pub(super) fn populated(&self) -> Result<Population, GuestError> {
         let found = self.memory.populated().map_err(GuestError::new)?;
-        let runs = |runs: Vec<ferry_vmm::FrameRun>| runs.into_iter().map(to_engine).collect();
+        let runs = |runs: Vec<ferry_vmm::FrameRun>| runs.into_iter().map(to_engine).collect::<Vec<_>>();
+        let mut populated = runs(found.runs);
+        for disk in &self.disks {
+            populated.extend(disk.extents(disk.region().run()).map_err(GuestError::new)?);
+        }
         Ok(Population {
-            populated: runs(found.runs),
+            populated,
             huge: runs(found.huge),
         })
+    }
+
+    /// The disk that this run is of; memory's runs have none.
+    fn disk(&self, run: FrameRun) -> Option<&CopiedDisk> {
+        self.disks.iter().find(|disk| disk.holds(run))
     }
 }
 
@@ -41,14 +54,34 @@ impl GuestMemory for SharedMemory {
     }
 
     fn send(&self, socket: BorrowedFd<'_>, prefix: &[u8], runs: &[FrameRun]) -> io::Result<()> {
-        self.memory.send(socket, prefix, &all_to_vmm(runs))
+        // Runs ascend, and disks come after memory.
+        let (memory, disks) = runs.split_at(runs.partition_point(|&run| !CopiedDisk::is_disk(run)));
+        self.memory.send(socket, prefix, &all_to_vmm(memory))?;
+        let outside = || io::Error::from(io::ErrorKind::InvalidInput);
+        disks
+            .iter()
+            .try_for_each(|&run| self.disk(run).ok_or_else(outside)?.send(socket, run))
     }
 
     fn receive(&self, socket: BorrowedFd<'_>, runs: &[FrameRun]) -> io::Result<()> {
-        self.memory.receive(socket, &all_to_vmm(runs))
+        let (memory, disks) = runs.split_at(runs.partition_point(|&run| !CopiedDisk::is_disk(run)));
+        self.memory.receive(socket, &all_to_vmm(memory))?;
+        let outside = || io::Error::from(io::ErrorKind::InvalidInput);
+        disks
+            .iter()
+            .try_for_each(|&run| self.disk(run).ok_or_else(outside)?.receive(socket, run))
     }
 
     fn zero_pages(&self, run: FrameRun, found: &mut Vec<FrameRun>) -> Result<(), GuestError> {
+        if let Some(disk) = self.disk(run) {
+            let mut next = run.first;
+            for extent in disk.extents(run).map_err(GuestError::new)? {
+                push_run(found, next, extent.first);
+                next = extent.end();
+            }
+            push_run(found, next, run.end());
+            return Ok(());
+        }
         let mut zeroes = Vec::new();
         self.memory
             .zero_pages(to_vmm(run), &mut zeroes)
@@ -58,19 +91,38 @@ impl GuestMemory for SharedMemory {
     }
 
     fn write_zeroes(&self, run: FrameRun) -> Result<(), GuestError> {
-        self.memory.write_zeroes(to_vmm(run)).map_err(GuestError::new)
+        match self.disk(run) {
+            Some(disk) => disk.write_zeroes(run).map_err(GuestError::new),
+            None => self.memory.write_zeroes(to_vmm(run)).map_err(GuestError::new),
+        }
     }
 
     fn digest(&self, run: FrameRun) -> Result<u128, GuestError> {
-        self.memory.digest(to_vmm(run)).map_err(GuestError::new)
+        match self.disk(run) {
+            Some(disk) => disk.digest(run).map_err(GuestError::new),
+            None => self.memory.digest(to_vmm(run)).map_err(GuestError::new),
+        }
     }
 
     fn advise_huge(&self, run: FrameRun) -> Result<(), GuestError> {
-        self.memory.advise_huge(to_vmm(run)).map_err(GuestError::new)
+        match self.disk(run) {
+            Some(_) => Ok(()),
+            None => self.memory.advise_huge(to_vmm(run)).map_err(GuestError::new),
+        }
     }
 
     fn populate(&self, run: FrameRun) -> Result<(), GuestError> {
-        self.memory.populate(to_vmm(run)).map_err(GuestError::new)
+        match self.disk(run) {
+            // Room for it was looked for before; taking it here would fill its holes.
+            Some(_) => Ok(()),
+            None => self.memory.populate(to_vmm(run)).map_err(GuestError::new),
+        }
+    }
+
+    fn make_durable(&self) -> Result<(), GuestError> {
+        self.disks
+            .iter()
+            .try_for_each(|disk| disk.sync().map_err(GuestError::new))
     }
 }
 
@@ -91,4 +143,13 @@ fn to_engine(run: ferry_vmm::FrameRun) -> FrameRun {
 
 fn all_to_vmm(runs: &[FrameRun]) -> Vec<ferry_vmm::FrameRun> {
     runs.iter().copied().map(to_vmm).collect()
+}
+
+fn push_run(runs: &mut Vec<FrameRun>, first: u64, end: u64) {
+    if first < end {
+        runs.push(FrameRun {
+            first,
+            count: end - first,
+        });
+    }
 }

@@ -57,6 +57,9 @@ impl Vmm {
             "the agent and this VMM do not agree on whether the user paused the guest"
         );
         let parameters = convert::source_parameters(order, self.instance)?;
+        if let Holding::Here(guest) = &mut self.holding {
+            guest.copy_disks(&order.copied_disks)?;
+        }
         let link = link(descriptors)?;
         let (orders, order_receiver) = mpsc::channel();
         let (reports, report_receiver) = mpsc::channel();
@@ -97,6 +100,10 @@ impl Vmm {
             epoch: Epoch(order.epoch),
             liveness: Default::default(),
         };
+        let copied = match &self.holding {
+            Holding::Blank(blank) => blank.disks.to_copy(&order.copied_disks)?,
+            _ => Vec::new(),
+        };
         let link = link(descriptors)?;
         // Nothing is ordered of a migration into here: the agent ends it by ending this process.
         let (_, no_orders) = mpsc::channel();
@@ -106,6 +113,7 @@ impl Vmm {
             anyhow::bail!("the machine is gone");
         };
         blank.epoch = parameters.epoch;
+        blank.copied = copied;
         let events = self.events.clone();
         let run = move || {
             jail::narrow(jail::Kind::Migration);

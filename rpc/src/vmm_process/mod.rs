@@ -20,6 +20,7 @@ mod announce;
 mod backends;
 mod console;
 mod convert;
+mod copied;
 mod disks;
 mod events;
 mod guest;

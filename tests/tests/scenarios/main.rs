@@ -15,12 +15,15 @@ mod hostile;
 mod jail;
 mod journal;
 mod lifecycle;
+mod linux;
+mod linux_devices;
 mod moves;
 mod networks;
 mod refusals;
 mod requests;
 mod scenario;
 mod silence;
+mod storage;
 
 use std::process::ExitCode;
 
@@ -31,9 +34,12 @@ fn main() -> ExitCode {
     arguments.test_threads = Some(1);
     let trials = [
         lifecycle::trials(),
+        linux::trials(),
         refusals::trials(),
         moves::trials(),
         disks::trials(),
+        storage::trials(),
+        linux_devices::trials(),
         networks::trials(),
         requests::trials(),
         aborts::trials(),

@@ -1,7 +1,7 @@
 //! Network cards as their hosts see them: taps that come and go with the guest, and a network that learns where it is.
 
 use anyhow::{Result, ensure};
-use ferry_tests::{Guest, Pair, until, waiting::CALL};
+use ferry_tests::{Guest, Pair, Witness, until, waiting::CALL};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
@@ -124,7 +124,9 @@ fn a_named_tap_is_used_by_one_guest(pair: &mut Pair) -> Result<()> {
 
 fn a_mac_address_is_one_guests(pair: &mut Pair) -> Result<()> {
     make_bridge()?;
-    let witness = pair.run(&on_bridge())?;
+    pair.run(&on_bridge())?;
+    let id = pair.a.show("g")?["id"].as_str().unwrap_or_default().to_owned();
+    let witness = Witness::of_instance(&[&pair.a, &pair.b], &id);
     let second = Guest {
         name: "second".to_owned(),
         ..on_bridge()
@@ -135,6 +137,12 @@ fn a_mac_address_is_one_guests(pair: &mut Pair) -> Result<()> {
         .exit(4)?
         .says(MAC)?
         .says("instance g")?;
+    pair.b.ferry(&second.arguments(&pair.kernel()))?.exit(0)?;
+    pair.migrate("g", &[])?
+        .exit(1)?
+        .says(MAC)?
+        .says("instance second on host b")?;
 
-    pair.runs_only_at(&pair.a, "g", &witness)
+    pair.b.ferry(&["delete", "second", "--force"])?.exit(0)?;
+    stays_and_moves_later(pair, &witness)
 }

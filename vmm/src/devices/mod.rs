@@ -16,7 +16,10 @@ use thiserror::Error;
 
 pub(crate) use self::power::{PowerControl, PowerRequest};
 pub(crate) use self::serial::SerialPort;
-pub(crate) use self::virtio::{Block, Device, Entropy, InterruptFd, MmioDevice, Net, schema_of};
+pub use self::virtio::WrittenBlocks;
+#[cfg(fuzzing)]
+pub(crate) use self::virtio::work_on_hostile_memory;
+pub(crate) use self::virtio::{Balloon, Block, Device, Entropy, InterruptFd, MmioDevice, Net, schema_of};
 use crate::arch::x86_64::layout::{
     KEYBOARD_COMMAND_PORT, PANIC_PORT, POWER_CONTROL_PORT, POWER_EVENT_PORT, RESET_CONTROL_PORT, SERIAL_PORT,
     VIRTIO_SLOT_BYTES, virtio_slot,

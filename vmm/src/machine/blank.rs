@@ -4,15 +4,14 @@ use std::sync::Arc;
 
 use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE};
 
+use super::virtio::{Connected, connect};
 use super::{Backends, DirtyMode, EventSink, Facts, Machine, MachineConfig, MachineError, Parts, Pristine};
 use crate::arch::x86_64::boot::{BootPayload, MemoryBefore, load};
 use crate::arch::x86_64::cpuid::{CpuidEntry, give, of_model, of_vcpu, tell_frequencies};
-use crate::arch::x86_64::layout::{SERIAL_IRQ, VIRTIO_SLOTS, virtio_slot};
+use crate::arch::x86_64::layout::SERIAL_IRQ;
 use crate::arch::x86_64::vcpu_state::{SavePlan, TscControl, TscTarget, VcpuState};
-use crate::devices::{
-    Block, ConsoleOutput, Device, Devices, DevicesState, Entropy, InterruptFd, InterruptLine, MmioDevice, Net,
-};
-use crate::host::{HostCapabilities, as_guests_see};
+use crate::devices::{ConsoleOutput, Devices, DevicesState, InterruptLine};
+use crate::host::{HostCapabilities, as_guests_see, offered_cpuid};
 use crate::host_files;
 use crate::kvm::{Host, KvmError, Vcpu, Vm, host_tsc};
 use crate::memory::{GuestMemory, MemoryOptions};
@@ -62,7 +61,10 @@ impl BlankMachine {
             vm: vm.clone(),
             number: SERIAL_IRQ,
         });
-        let virtio = make_virtio(&vm, &memory, backends, threads)?;
+        let Connected {
+            devices: virtio,
+            written,
+        } = connect(&vm, &memory, backends, threads)?;
         let devices = Arc::new(Devices::new(console, line, virtio));
 
         let cpus = (0..config.vcpus)
@@ -118,6 +120,7 @@ impl BlankMachine {
                 vm,
                 memory,
                 devices,
+                written,
                 plan,
                 facts,
                 pristine,
@@ -194,52 +197,8 @@ impl BlankMachine {
     }
 }
 
-/// The virtio devices in their slots, connected: disks, network cards, and the entropy source that every machine has.
-fn make_virtio(
-    vm: &Vm,
-    memory: &GuestMemory,
-    backends: Backends,
-    threads: &ThreadHook,
-) -> Result<Vec<MmioDevice>, MachineError> {
-    let Backends { disks, nics } = backends;
-    let asked = disks.len() + nics.len() + 1;
-    if asked > VIRTIO_SLOTS {
-        let limit = VIRTIO_SLOTS;
-        return Err(MachineError::TooManyDevices { asked, limit });
-    }
-    let mut devices: Vec<(String, Box<dyn Device>)> = Vec::new();
-    for (index, disk) in disks.into_iter().enumerate() {
-        let device = format!("disk{index}");
-        let block = Block::new(disk).map_err(failed(&device))?;
-        devices.push((device, Box::new(block)));
-    }
-    for (index, nic) in nics.into_iter().enumerate() {
-        devices.push((format!("nic{index}"), Box::new(Net::new(nic))));
-    }
-    devices.push(("rng0".to_owned(), Box::new(Entropy)));
-
-    let mut connected = Vec::new();
-    for (number, (name, device)) in devices.into_iter().enumerate() {
-        let slot = virtio_slot(number);
-        let interrupt = InterruptFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(failed(&name))?;
-        vm.connect_interrupt(&interrupt, slot.irq)?;
-        let device =
-            MmioDevice::new(name.clone(), device, interrupt, memory.clone(), threads).map_err(failed(&name))?;
-        for (queue, bell) in device.doorbells().iter().enumerate() {
-            vm.connect_doorbell(bell, slot.address + MmioDevice::DOORBELL, queue as u32)?;
-        }
-        connected.push(device);
-    }
-    Ok(connected)
-}
-
-fn failed(device: &str) -> impl FnOnce(std::io::Error) -> MachineError {
-    let device = device.to_owned();
-    move |source| MachineError::Device { device, source }
-}
-
 fn model_cpuid(host: &Host, config: &MachineConfig) -> Result<Vec<CpuidEntry>, MachineError> {
-    let supported: Vec<CpuidEntry> = host.supported_cpuid()?.into_iter().map(Into::into).collect();
+    let supported = offered_cpuid(host)?;
     let seen = as_guests_see(&supported, host_files::is_pvm());
     of_model(&supported, &seen, config.cpu, host.tsc_deadline).map_err(|missing| MachineError::CpuModel {
         model: config.cpu,

@@ -9,7 +9,7 @@ use crate::arch::x86_64::boot::{BootPayload, MemoryBefore, load, renew_generatio
 use crate::arch::x86_64::layout::GENERATION_IRQ;
 use crate::arch::x86_64::time::ClockState;
 use crate::arch::x86_64::vcpu_state::TscTarget;
-use crate::devices::{Devices, Restless};
+use crate::devices::{Devices, Restless, WrittenBlocks};
 use crate::host::as_guests_see;
 use crate::kvm::{DirtyClearer, host_tsc};
 use crate::memory::{DirtyBitmap, GuestMemory, PAGE_SIZE};
@@ -201,6 +201,12 @@ impl Machine {
         ConsoleInput {
             devices: Arc::downgrade(&self.parts.devices),
         }
+    }
+
+    /// Which blocks of the disk with this number the guest writes; `None` if there is no such disk.
+    #[must_use]
+    pub fn written_blocks(&self, disk: usize) -> Option<WrittenBlocks> {
+        self.parts.written.get(disk).cloned()
     }
 
     /// What a host must offer to take this machine over.

@@ -182,6 +182,25 @@ impl GuestMemory {
         self.advise(run, Advice::LinuxPopulateWrite, "populate")
     }
 
+    /// Gives the run's memory back to the host: it reads as zeroes from now on and is backed again when it is touched. A write of the VMM:
+    /// the device bitmap sees it.
+    ///
+    /// # Errors
+    ///
+    /// If the run is out of bounds, or is not of whole pages of the kind that backs it (hugetlbfs).
+    pub(crate) fn release(&self, run: FrameRun) -> Result<(), MemoryError> {
+        let address = self.host_address(run)?;
+        // SAFETY: the range was checked to lie in our own mapping, to which no reference points; its contents are given up.
+        let released = unsafe { madvise(address.cast(), run.bytes() as usize, Advice::LinuxDontNeed) };
+        // After it, so that whoever takes the mark finds the zeroes.
+        self.mark_written(run);
+        released.map_err(|errno| MemoryError::Advise {
+            what: "give back",
+            run,
+            source: errno.into(),
+        })
+    }
+
     /// Takes what devices and loaders of this process wrote since the last call: fetch and clear.
     ///
     /// [`Machine::fetch_dirty`](crate::Machine::fetch_dirty) has it in already; who calls this takes it away from there.

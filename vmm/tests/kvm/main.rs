@@ -1,9 +1,10 @@
 //! Whole machines on real KVM: micro guests of a few instructions, and the probe.
 //!
-//! Where this host cannot run machines the tests say why and count as ignored.
+//! Where this host cannot run machines the tests say why and count as ignored. `FERRY_LONG_TESTS=1` adds a whole Linux.
 
 mod boot;
 mod lifecycle;
+mod linux;
 mod micro;
 mod probe;
 mod saved_state;
@@ -29,8 +30,14 @@ fn main() {
         probe::CASES,
     ]
     .concat();
+    let long_cases = if std::env::var_os("FERRY_LONG_TESTS").is_some() {
+        linux::LONG_CASES
+    } else {
+        &[]
+    };
     let trials = cases
         .into_iter()
+        .chain(long_cases.iter().copied())
         .map(|(name, case)| {
             let run = move || case().map_err(|error| Failed::from(format!("{error:#}")));
             Trial::test(name, run).with_ignored_flag(obstacle.is_some())

@@ -199,13 +199,18 @@ impl Console {
 
     /// Waits until `found` says something about the text.
     pub(crate) fn wait<T>(&self, found: impl Fn(&str) -> Option<T>) -> Result<T> {
+        self.wait_within(DEADLINE, found)
+    }
+
+    /// The same, so long.
+    pub(crate) fn wait_within<T>(&self, deadline: Duration, found: impl Fn(&str) -> Option<T>) -> Result<T> {
         let start = Instant::now();
         let mut bytes = self.0.0.lock().expect("not poisoned");
         loop {
             if let Some(value) = found(&String::from_utf8_lossy(&bytes)) {
                 return Ok(value);
             }
-            let rest = DEADLINE.saturating_sub(start.elapsed());
+            let rest = deadline.saturating_sub(start.elapsed());
             if rest.is_zero() {
                 bail!("not on the console: {:?}", String::from_utf8_lossy(&bytes));
             }

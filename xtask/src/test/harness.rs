@@ -108,7 +108,7 @@ impl TestProgram {
         let deadline = if long {
             Duration::from_secs(7200)
         } else {
-            Duration::from_secs(900)
+            Duration::from_secs(1800)
         };
         run_counted(command, &self.name, deadline, tally)
     }

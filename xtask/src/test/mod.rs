@@ -67,6 +67,10 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         if !options.is_partial() {
             report.step("doctests", || harness::run_doctests(&mut tally));
         }
+        if !options.is_partial() && kvm().is_ok() {
+            // Minutes where it is not in the cache: not to be counted as a scenario's.
+            report.step("linux guest", || ferry_linux_guest::image().map(drop));
+        }
         if !options.quick {
             report.step("scenario tests", || {
                 run_programs(&programs, Kind::Scenario, options, &mut tally)

@@ -6,6 +6,7 @@
 mod disks;
 mod nics;
 mod spec;
+pub(crate) mod storage;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;

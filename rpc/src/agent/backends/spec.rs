@@ -14,7 +14,7 @@ use crate::mac::MacAddress;
 /// The most disks, and the most network cards, of one instance. A machine has 16 places for virtio devices, and one each
 /// is kept for what needs no backend.
 const MOST_DISKS: usize = 8;
-const MOST_NICS: usize = 7;
+const MOST_NICS: usize = 6;
 /// The longest serial number that a guest can be told (virtio 1.2, 5.2.6.1).
 const LONGEST_SERIAL: usize = 20;
 
@@ -148,9 +148,9 @@ mod tests {
     fn each_bad_card_is_named() {
         let mac = "02:00:00:00:00:01";
         assert!(
-            check_nics(&vec![nic("tap0", mac); 8])
+            check_nics(&vec![nic("tap0", mac); 7])
                 .unwrap_err()
-                .contains("more than 7")
+                .contains("more than 6")
         );
         assert!(check_nics(&[nic("fry%d", mac)]).unwrap_err().contains("fry%d"));
         assert!(check_nics(&[nic("tap0", "")]).unwrap_err().contains("MAC address"));

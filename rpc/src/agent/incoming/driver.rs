@@ -13,6 +13,7 @@ use ferry_proto::vmm::v1::report::Report as Body;
 use tokio::sync::{mpsc, oneshot};
 
 use super::handle::{Answer, Incoming, Request};
+use crate::agent::backends::storage;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{DecisionRow, JournalError, MigrationRow, Status};
@@ -61,6 +62,8 @@ pub(super) struct Driver {
     pub(super) core: DestinationAgent,
     pub(super) row: MigrationRow,
     pub(super) streams: u16,
+    /// Numbers of the disks whose contents come with the guest.
+    pub(super) copied_disks: Vec<u32>,
     pub(super) connections: BTreeMap<u16, OwnedFd>,
     pub(super) part: Part,
     /// Why the guest was refused, where that is known.
@@ -140,6 +143,7 @@ impl Driver {
         let receive = wire::Receive {
             migration: self.row.id.to_string(),
             epoch: self.row.epoch,
+            copied_disks: self.copied_disks.clone(),
         };
         let Some(vmm) = self.vmm().await else { return };
         if let Err(error) = vmm.order_with(Command::Receive(receive), descriptors).await {
@@ -443,6 +447,7 @@ impl Driver {
             while !self.forget().await {
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
+            storage::remove(&self.row.info.copied_disks, self.row.instance);
         }
         self.row.over = true;
         loop {
@@ -480,6 +485,7 @@ pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc
         id: row.id,
         source: row.peer.clone(),
         secret,
+        copied_disks: Vec::new(),
         requests,
     });
     let (news, news_receiver) = mpsc::unbounded_channel();
@@ -490,6 +496,7 @@ pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc
         core: DestinationAgent::recover(newest.as_ref().map(|row| (row.attempt, row.decision))),
         row,
         streams: 0,
+        copied_disks: Vec::new(),
         connections: BTreeMap::new(),
         part: Part::default(),
         reason: None,

@@ -40,6 +40,8 @@ pub(crate) struct Incoming {
     pub(crate) id: Uuid,
     pub(crate) source: String,
     pub(crate) secret: Secret,
+    /// Numbers of the disks whose contents come with the guest.
+    pub(crate) copied_disks: Vec<u32>,
     pub(super) requests: mpsc::UnboundedSender<Request>,
 }
 

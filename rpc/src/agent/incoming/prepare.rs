@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ferry_migration::handover::DestinationAgent;
-use ferry_proto::agent::v1::{InstanceSpec, MigrationInfo, PreLiveMigrationReply, PreLiveMigrationRequest};
+use ferry_proto::agent::v1::{DiskSize, InstanceSpec, MigrationInfo, PreLiveMigrationReply, PreLiveMigrationRequest};
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::{InvalidField, required, wire_uuid};
@@ -13,12 +13,14 @@ use uuid::Uuid;
 
 use super::driver::{Driver, Part};
 use super::handle::Incoming;
-use crate::agent::backends::{Occasion, Opened, Whose};
+use crate::agent::backends::storage::{self, Coming, Storage};
+use crate::agent::backends::{Occasion, Whose};
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, check_incoming};
 use crate::agent::journal::{InstanceRow, MigrationRow, Role, Status};
 use crate::agent::outgoing::{MOST_STREAMS, now_ms, now_text};
 use crate::agent::{data_port, images};
+use crate::lock_file::Holder;
 
 /// A request whose fields were checked.
 struct Guest {
@@ -29,6 +31,10 @@ struct Guest {
     source: String,
     streams: u16,
     user_paused: bool,
+    storage: Storage,
+    disk_sizes: Vec<DiskSize>,
+    /// Numbers of the disks whose contents come along.
+    copied_disks: Vec<u32>,
 }
 
 impl Guest {
@@ -50,6 +56,10 @@ impl Guest {
             problem: format!("{} is not between 1 and {MOST_STREAMS}", request.streams),
         })?;
         agent.peers.named(&request.source)?;
+        let storage = Storage::parse(&request.storage).map_err(|problem| InvalidField {
+            field: "storage",
+            problem,
+        })?;
         let spec = required("spec", request.spec)?;
         for hash in [&spec.kernel, &spec.initrd] {
             if !(images::is_hash(hash) || hash.is_empty() && std::ptr::eq(hash, &spec.initrd)) {
@@ -68,7 +78,38 @@ impl Guest {
             source: request.source,
             streams,
             user_paused: request.user_paused,
+            storage,
+            disk_sizes: request.disk_sizes,
+            copied_disks: Vec::new(),
         })
+    }
+}
+
+impl Guest {
+    fn whose(&self) -> Whose {
+        Whose {
+            instance: self.instance,
+            known_epoch: self.epoch,
+            occasion: Occasion::Prepare,
+        }
+    }
+
+    /// What must be here already.
+    fn without_copied_disks(&self) -> InstanceSpec {
+        let mut spec = self.spec.clone();
+        let mut number = 0u32..;
+        spec.disks
+            .retain(|_| number.next().is_none_or(|number| !self.copied_disks.contains(&number)));
+        spec
+    }
+
+    /// Paths of the disks that come along.
+    fn paths(&self) -> Vec<String> {
+        let disks = self
+            .copied_disks
+            .iter()
+            .filter_map(|&number| self.spec.disks.get(number as usize));
+        disks.map(|disk| disk.path.clone()).collect()
     }
 }
 
@@ -81,15 +122,17 @@ impl Agent {
         self: &Arc<Self>,
         request: PreLiveMigrationRequest,
     ) -> Result<PreLiveMigrationReply, Failure> {
-        let guest = Guest::check(request, self)?;
+        let mut guest = Guest::check(request, self)?;
         let mut reply = PreLiveMigrationReply {
             missing_images: Vec::new(),
             data_address: self.data_address.clone(),
             secret: Vec::new(),
             destination: self.host().to_owned(),
+            copied_disks: Vec::new(),
         };
         if let Some(incoming) = self.incoming.find(guest.migration) {
             reply.secret = incoming.secret.to_vec();
+            reply.copied_disks.clone_from(&incoming.copied_disks);
             return Ok(reply);
         }
         let id = guest.migration;
@@ -108,18 +151,44 @@ impl Agent {
             )));
         }
         check_incoming(self, guest.instance, &guest.spec).await?;
-        let whose = Whose {
-            instance: guest.instance,
-            known_epoch: guest.epoch,
-            occasion: Occasion::Prepare,
-        };
+        guest.copied_disks = self.plan_storage(&guest).await?;
         // Before anything is sent here: a disk or a bridge that is missing is the more likely reason to say no.
-        let backends = self.open_backends(&guest.spec, whose).await?;
+        drop(self.open_backends(&guest.without_copied_disks(), guest.whose()).await?);
         reply.missing_images = self.missing_images(&guest.spec);
         if reply.missing_images.is_empty() {
-            reply.secret = self.prepare(guest, backends).await?.secret.to_vec();
+            reply.copied_disks.clone_from(&guest.copied_disks);
+            reply.secret = self.prepare(guest).await?.secret.to_vec();
         }
         Ok(reply)
+    }
+
+    fn make_room(&self, guest: &Guest) -> Result<(), Failure> {
+        let holder = Holder {
+            host: self.host().to_owned(),
+            instance: guest.instance,
+            name: guest.spec.name.clone(),
+            epoch: guest.epoch,
+            pid: std::process::id(),
+        };
+        storage::make_room(&guest.spec, &guest.copied_disks, &guest.disk_sizes, &holder)
+    }
+
+    async fn plan_storage(&self, guest: &Guest) -> Result<Vec<u32>, Failure> {
+        let (spec, storage, sizes) = (guest.spec.clone(), guest.storage, guest.disk_sizes.clone());
+        let (instance, epoch, host) = (guest.instance, guest.epoch, self.host().to_owned());
+        let allowed = self.config.is_exposed().then(|| self.config.image_dirs.clone());
+        let plan = move || {
+            let coming = Coming {
+                instance,
+                epoch,
+                sizes: &sizes,
+            };
+            storage::plan(&spec, storage, coming, &host, allowed.as_deref())
+        };
+        // A network file system may take its time.
+        tokio::task::spawn_blocking(plan)
+            .await
+            .map_err(|error| Failure::host("failed to look at the instance's disks")(std::io::Error::other(error)))?
     }
 
     /// Where images wait until their instance is prepared.
@@ -146,7 +215,7 @@ impl Agent {
         Ok(())
     }
 
-    async fn prepare(self: &Arc<Self>, guest: Guest, backends: Opened) -> Result<Arc<Incoming>, Failure> {
+    async fn prepare(self: &Arc<Self>, guest: Guest) -> Result<Arc<Incoming>, Failure> {
         let secret = data_port::random().map_err(Failure::host("failed to make a secret"))?;
         let instance_row = InstanceRow {
             id: guest.instance,
@@ -199,6 +268,7 @@ impl Agent {
             id: guest.migration,
             source: guest.source.clone(),
             secret,
+            copied_disks: guest.copied_disks.clone(),
             requests,
         });
         let (news, news_receiver) = mpsc::unbounded_channel();
@@ -209,7 +279,11 @@ impl Agent {
         if let Some(reason) = self.incoming.why_buried(guest.migration) {
             incoming.give_up(&reason);
         }
-        let built = self.build_incoming(&guest, &instance, &mut state, backends).await;
+        // What is made here was journalled before, so that it is removed whatever happens.
+        let built = match self.make_room(&guest) {
+            Ok(()) => self.build_incoming(&guest, &instance, &mut state).await,
+            Err(failure) => Err(failure),
+        };
         drop(state);
 
         let driver = Driver {
@@ -219,6 +293,7 @@ impl Agent {
             core: DestinationAgent::prepared(),
             row,
             streams: guest.streams,
+            copied_disks: guest.copied_disks.clone(),
             connections: Default::default(),
             part: Part::default(),
             reason: None,
@@ -234,8 +309,8 @@ impl Agent {
         guest: &Guest,
         instance: &Arc<crate::agent::instances::Instance>,
         state: &mut crate::agent::instances::InstanceState,
-        backends: Opened,
     ) -> Result<(), Failure> {
+        let backends = self.open_backends(&guest.spec, guest.whose()).await?;
         let folder = self.mark_folder(guest.migration);
         std::fs::create_dir_all(&folder)
             .map_err(Failure::host(format!("failed to make the folder {}", folder.display())))?;
@@ -268,6 +343,7 @@ fn first_info(guest: &Guest, host: &str) -> MigrationInfo {
         guest_location: Some(guest.source.clone()),
         started: Some(now_text()),
         streams: guest.streams.into(),
+        copied_disks: guest.paths(),
         ..MigrationInfo::default()
     }
 }

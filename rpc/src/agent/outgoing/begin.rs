@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use super::handle::{MOST_STREAMS, Outgoing, now_ms, now_text};
 use super::script::Script;
+use crate::agent::backends::storage::Storage;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance};
 use crate::agent::journal::{MigrationRow, Role, Status};
@@ -116,6 +117,9 @@ fn check_options(options: MigrationOptions) -> Result<MigrationOptions, InvalidF
             "options.max_downtime_us",
             "is not between 1 and 60 seconds' worth".to_owned(),
         );
+    }
+    if let Err(problem) = Storage::parse(&options.storage) {
+        return invalid("options.storage", problem);
     }
     if options.timeout_ms == 0 {
         return invalid("options.timeout_ms", "is zero".to_owned());

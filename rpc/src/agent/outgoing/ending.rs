@@ -7,6 +7,7 @@ use ferry_migration::handover::Ending;
 
 use super::handle::now_text;
 use super::script::{Script, Stop};
+use crate::agent::backends::storage;
 use crate::agent::failure::Failure;
 use crate::agent::instances::InstanceState;
 use crate::agent::journal::{InstanceRow, Status};
@@ -34,6 +35,8 @@ impl Script {
             .await?;
         self.agent.instances.remove(self.row.instance);
         self.agent.remove_folder(self.row.instance);
+        // Their contents are the destination's now, and go on changing there.
+        storage::remove(&self.row.info.copied_disks, self.row.instance);
         Ok(())
     }
 

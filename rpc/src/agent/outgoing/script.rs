@@ -16,6 +16,7 @@ use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use super::handle::{Outgoing, PeerNews};
+use crate::agent::backends::storage;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{InstanceRow, MigrationRow};
@@ -160,7 +161,13 @@ impl Script {
         };
         let connections = connections.map_err(|source| Failure::Host { what: failed(), source })?;
 
-        self.send(connections).await?;
+        let copied = prepared.copied_disks;
+        self.row.info.copied_disks = self.paths_of(&copied).await?;
+        if !copied.is_empty() {
+            // Before anything of it happens: an agent that restarts must know what becomes superfluous here.
+            self.save().await?;
+        }
+        self.send(connections, copied).await?;
         self.row.info.streams = streams.into();
         self.say_status("running").await;
         Ok(())
@@ -169,6 +176,7 @@ impl Script {
     /// Nova's pre_live_migration, with the kernel and initrd sent along where they are missing.
     async fn pre_live_migration(&self, peer: &Peer) -> Result<PreLiveMigrationReply, Stop> {
         let spec = self.instance.state.lock().await.row.spec.clone();
+        let disk_sizes = storage::sizes(&spec);
         let request = PreLiveMigrationRequest {
             migration: self.row.id.to_string(),
             instance: self.row.instance.to_string(),
@@ -180,6 +188,8 @@ impl Script {
             verify: self.row.options.verify,
             user_paused: self.row.user_paused,
             rpc_version: ferry_proto::RPC_VERSION.to_owned(),
+            storage: self.row.options.storage.clone(),
+            disk_sizes,
         };
         // Another migration may take an image between our sending it and our asking again.
         for _ in 0..3 {
@@ -218,8 +228,23 @@ impl Script {
         Ok(())
     }
 
+    /// The paths of the disks of these numbers, which the destination wants the contents of.
+    async fn paths_of(&self, copied: &[u32]) -> Result<Vec<String>, Stop> {
+        let disks = self.instance.state.lock().await.row.spec.disks.clone();
+        let path = |&number: &u32| {
+            let disk = disks.get(number as usize).filter(|disk| !disk.readonly);
+            disk.map(|disk| disk.path.clone()).ok_or_else(|| {
+                Stop::Failed(format!(
+                    "host {} wants disk {number}, which is none to copy",
+                    self.row.peer
+                ))
+            })
+        };
+        copied.iter().map(path).collect()
+    }
+
     /// The VMM begins to send; its news come to this task from now on.
-    async fn send(&mut self, connections: Vec<OwnedFd>) -> Result<(), Stop> {
+    async fn send(&mut self, connections: Vec<OwnedFd>, copied_disks: Vec<u32>) -> Result<(), Stop> {
         let options = &self.row.options;
         let send = wire::Send {
             migration: self.row.id.to_string(),
@@ -229,6 +254,7 @@ impl Script {
             bandwidth_bytes_per_s: options.bandwidth_bytes_per_s,
             verify: options.verify,
             user_paused: self.row.user_paused,
+            copied_disks,
         };
         let (sender, news) = mpsc::unbounded_channel();
         let mut state = self.instance.state.lock().await;

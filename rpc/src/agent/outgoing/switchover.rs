@@ -116,13 +116,7 @@ impl Script {
         let abort_is_news = !self.abort_seen;
         tokio::select! {
             biased;
-            Some(outcome) = outcomes.recv() => match outcome {
-                Outcome::NotResumed(reason) => {
-                    self.not_resumed(reason).await;
-                    None
-                }
-                outcome => self.take_outcome(outcome),
-            },
+            Some(outcome) = outcomes.recv() => self.take_outcome(outcome).await,
             Some(peer_news) = self.peer_news.recv() => self.take_peer_news(peer_news, calls),
             Some(vmm_news) = next(&mut self.news) => match vmm_news {
                 VmmNews::Gone => Some(SourceEvent::VmmGone),
@@ -152,7 +146,7 @@ impl Script {
         }
     }
 
-    fn take_outcome(&mut self, outcome: Outcome) -> Option<SourceEvent> {
+    async fn take_outcome(&mut self, outcome: Outcome) -> Option<SourceEvent> {
         match outcome {
             Outcome::Event(event) => Some(event),
             Outcome::NotExpected(attempt, reason) => {
@@ -173,7 +167,10 @@ impl Script {
                 self.stop.get_or_insert(Stop::Failed(reason));
                 Some(SourceEvent::Abort)
             }
-            Outcome::NotResumed(_) => None,
+            Outcome::NotResumed(reason) => {
+                self.not_resumed(reason).await;
+                None
+            }
         }
     }
 

@@ -1,8 +1,8 @@
 //! Measuring one workload: touch memory, boot, move it as often as asked, listen in between.
 
-use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+use ferry_vmm::warm_host_memory;
 use tokio::time::sleep;
 
 use super::super::doctor::meminfo;
@@ -21,8 +21,7 @@ pub(super) async fn workload(workload: &Workload, runs: u32, streams: u32) -> Re
         name: workload.name,
         line: LiveLine::new(),
     };
-    told.tell("touches memory");
-    touch(workload)?;
+    check_room(workload)?;
     in_a_lab(async |lab: &mut Lab| in_lab(lab, workload, runs, streams, &mut told).await).await
 }
 
@@ -53,7 +52,7 @@ async fn in_lab(
             streams,
             listen: STAY,
         };
-        measured.push(timed_move(lab, &guest, order, &mut stays).await?);
+        measured.push(timed_move(lab, &guest, order, &mut stays, workload.touched_bytes).await?);
     }
     stays.close(&guest, runs as usize % 2);
 
@@ -84,7 +83,14 @@ async fn in_lab(
 }
 
 /// One move that counts. The stay before it ends with it.
-async fn timed_move(lab: &Lab, guest: &ProbeGuest, order: MoveOrder, stays: &mut Stays) -> Result<Run, Failure> {
+async fn timed_move(
+    lab: &Lab,
+    guest: &ProbeGuest,
+    order: MoveOrder,
+    stays: &mut Stays,
+    touched_bytes: u64,
+) -> Result<Run, Failure> {
+    warm(touched_bytes)?;
     stays.close(guest, order.source);
     let meter = CpuMeter::start([lab.agent_pid(0), lab.agent_pid(1)]);
     let mut over = None;
@@ -139,24 +145,31 @@ impl Stays {
     }
 }
 
-/// Touches as much memory as source and destination will use together, page by page, and gives it back: so that it is
-/// the outer host's no more when it counts.
-fn touch(workload: &Workload) -> Result<(), Failure> {
+/// Source and destination have the guest's memory at the same time.
+fn check_room(workload: &Workload) -> Result<(), Failure> {
     let wanted = workload.touched_bytes * 2 + SLACK;
     let available = meminfo("MemAvailable").unwrap_or(u64::MAX);
-    if wanted > available {
-        let text = format!(
-            "{}: needs {} of memory, {} are available",
-            workload.name,
-            human_bytes(wanted),
-            human_bytes(available)
-        );
-        return Err(Failure::new(Exit::Failed, text));
+    if wanted <= available {
+        return Ok(());
     }
-    let mut memory = vec![0_u8; usize::try_from(wanted).unwrap_or(usize::MAX)];
-    memory.iter_mut().step_by(4096).for_each(|byte| *byte = 1);
-    black_box(&memory);
-    Ok(())
+    let text = format!(
+        "{}: needs {} of memory, {} are available",
+        workload.name,
+        human_bytes(wanted),
+        human_bytes(available)
+    );
+    Err(Failure::new(Exit::Failed, text))
+}
+
+/// Has the host hold as much backed memory as the destination will use, right before a move: what is free for two seconds
+/// goes back to an outer host, and whoever touched it next would pay for that.
+fn warm(touched_bytes: u64) -> Result<(), Failure> {
+    warm_host_memory(touched_bytes + SLACK).map_err(|error| {
+        Failure::new(
+            Exit::Failed,
+            format!("failed to touch memory first: {}", crate::error_chain(&error)),
+        )
+    })
 }
 
 struct Teller {

@@ -85,6 +85,11 @@ impl DiskLocks {
         }
     }
 
+    /// The disks.
+    pub(super) fn disks(&self) -> &[Disk] {
+        &self.disks
+    }
+
     /// Takes all locks, or none, and writes the holder's name. What is locked already stays so.
     pub(super) fn lock(&self, epoch: Epoch) -> Result<(), LockError> {
         let taken = self.disks.iter().try_for_each(|disk| self.lock_one(disk, epoch));

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use ferry_migration::guest::DiskCondition;
 use ferry_migration::handover::Epoch;
 use ferry_vmm::DiskAccess;
@@ -21,6 +22,7 @@ use ferry_vmm::DiskAccess;
 use self::cache::PageCache;
 use self::locks::DiskLocks;
 pub(super) use self::locks::LockError;
+use super::copied::CopiedDisk;
 use crate::lock_file::Holder;
 
 /// How long a disk is waited for: far less than an agent waits for the answer to its permit.
@@ -76,6 +78,20 @@ impl Disks {
                 settled => return settled,
             }
         }
+    }
+
+    /// The disks of these numbers, to be copied.
+    ///
+    /// # Errors
+    /// There is no such disk, or its size cannot be told.
+    pub(super) fn to_copy(&self, numbers: &[u32]) -> anyhow::Result<Vec<CopiedDisk>> {
+        let copied = |(position, &number): (usize, &u32)| {
+            let disk = self.locks.disks().get(number as usize);
+            let disk = disk.with_context(|| format!("there is no disk {number} to copy"))?;
+            CopiedDisk::new(Arc::clone(&disk.image), position)
+                .with_context(|| format!("failed to copy disk {}", disk.path))
+        };
+        numbers.iter().enumerate().map(copied).collect()
     }
 
     /// Lets go of all of them: another host's guest may have them from here on.

@@ -133,6 +133,7 @@ pub(super) fn migration() -> Calls {
         libc::SYS_statx,
         libc::SYS_fsync,
         libc::SYS_fdatasync,
+        libc::SYS_fallocate,
         libc::SYS_fadvise64,
         libc::SYS_ftruncate,
         libc::SYS_recvfrom,

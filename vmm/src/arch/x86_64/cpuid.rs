@@ -145,6 +145,16 @@ pub(crate) fn of_model(
     Ok(entries)
 }
 
+/// Takes away what a guest would use by hypercalls: sending interrupts to several vCPUs, yielding to one, waking one.
+///
+/// Where ring 0 is emulated (kvm-pvm), KVM writes the instruction of a hypercall anew before it carries it out, as it does for a guest
+/// that came from another vendor's processor. A Linux guest's text is read-only by then, and the guest ends.
+pub(crate) fn withhold_hypercalls(entries: &mut [CpuidEntry]) {
+    for feature in [PV_UNHALT, PV_SEND_IPI, PV_SCHED_YIELD] {
+        set_bit(entries, KVM_FEATURES, Register::Eax, feature, false);
+    }
+}
+
 /// Tells the guest how fast its counters run, so that it need not measure: leaf 0x40000010, as other hypervisors have it.
 pub(crate) fn tell_frequencies(entries: &mut Vec<CpuidEntry>, tsc_khz: u32) {
     let Some(first) = entries.iter_mut().find(|entry| entry.function == KVM_FIRST) else {
@@ -251,6 +261,7 @@ pub(crate) fn give(vcpu: &Vcpu, entries: &[CpuidEntry]) -> Result<(), KvmError> 
 
 /// KVM's leaves: the first says which is the last.
 const KVM_FIRST: u32 = 0x4000_0000;
+const KVM_FEATURES: u32 = 0x4000_0001;
 const KVM_FREQUENCIES: u32 = 0x4000_0010;
 
 /// KVM's local APIC counts at 1 GHz.
@@ -260,6 +271,11 @@ const VMX: u32 = 5;
 const SVM: u32 = 2;
 const TSC_DEADLINE: u32 = 24;
 const HYPERVISOR: u32 = 31;
+
+/// Features of KVM that are hypercalls.
+const PV_UNHALT: u32 = 7;
+const PV_SEND_IPI: u32 = 11;
+const PV_SCHED_YIELD: u32 = 13;
 
 fn set_bit(entries: &mut [CpuidEntry], function: u32, register: Register, bit: u32, on: bool) {
     for entry in entries.iter_mut().filter(|entry| entry.function == function) {
@@ -438,6 +454,14 @@ mod tests {
             entry(0xd, 9, [8, 2688, 0, 0]),
             entry(0x8000_0001, 0, [0, 0, u32::MAX, u32::MAX]),
         ]
+    }
+
+    #[test]
+    fn hypercalls_are_withheld_and_nothing_else_of_kvm() {
+        let mut entries = vec![entry(KVM_FEATURES, 0, [u32::MAX, 0, 0, 0]), entry(1, 0, [u32::MAX; 4])];
+        withhold_hypercalls(&mut entries);
+        assert_eq!(entries[0].eax, !(1 << 7 | 1 << 11 | 1 << 13));
+        assert_eq!(entries[1].eax, u32::MAX);
     }
 
     #[test]

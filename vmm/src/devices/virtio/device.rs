@@ -65,6 +65,9 @@ pub(crate) trait Device: Send {
     /// The configuration space.
     fn config(&self) -> Vec<u8>;
 
+    /// The driver writes to the configuration space; where it must not, nothing happens.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
     /// The driver is ready, having acknowledged these features.
     fn activate(&mut self, features: u64);
 

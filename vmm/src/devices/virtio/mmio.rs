@@ -86,6 +86,12 @@ impl MmioDevice {
 
     /// A vCPU writes.
     pub(crate) fn write(&self, at: u64, data: &[u8]) {
+        if at >= offset::CONFIG {
+            let mut work = self.shared.work();
+            work.device.write_config(at - offset::CONFIG, data);
+            self.shared.config.lock().unwrap_or_else(PoisonError::into_inner).0 = work.device.config();
+            return;
+        }
         let Ok(data) = <[u8; 4]>::try_from(data) else { return };
         let value = u32::from_le_bytes(data);
         match at {

@@ -14,9 +14,14 @@
 //! Standing still: the worker is told to rest and finishes what is in flight; from then on nothing changes until it may go on. What the
 //! guest was not yet told (the interrupt status) is saved, and told again when it runs.
 
+mod balloon;
 mod block;
 mod device;
 mod entropy;
+#[cfg(test)]
+mod golden;
+#[cfg(any(fuzzing, test))]
+mod hostile;
 mod interrupt;
 mod mmio;
 mod net;
@@ -27,9 +32,13 @@ mod state;
 mod testing;
 mod worker;
 
+pub(crate) use self::balloon::Balloon;
 pub(crate) use self::block::Block;
+pub use self::block::WrittenBlocks;
 pub(crate) use self::device::Device;
 pub(crate) use self::entropy::Entropy;
+#[cfg(fuzzing)]
+pub(crate) use self::hostile::work_on as work_on_hostile_memory;
 pub(crate) use self::interrupt::InterruptFd;
 pub(crate) use self::mmio::MmioDevice;
 pub(crate) use self::net::Net;

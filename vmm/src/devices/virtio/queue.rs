@@ -2,7 +2,7 @@
 
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 
-use super::device::Broken;
+use super::device::{Broken, Turn};
 use crate::memory::{GuestMemory, Span};
 
 /// A descriptor chain that the guest gave: first what the device reads, then what it writes.
@@ -19,7 +19,15 @@ pub(crate) struct DeviceQueue {
     queue: Queue,
     /// Used buffers were added since the driver was last considered for an interrupt.
     used: bool,
+    /// Chains that may still be taken in this turn.
+    budget: u32,
+    /// There may be more than the turn allowed.
+    exhausted: bool,
 }
+
+/// How many times its own size a queue may give in one turn. A sound guest that fills its queue while it is emptied comes to as much; one
+/// that has laid its rings over each other would never come to an end.
+const ROUNDS_PER_TURN: u32 = 4;
 
 impl DeviceQueue {
     /// A queue in this state.
@@ -28,10 +36,26 @@ impl DeviceQueue {
     /// Sizes or addresses that cannot be.
     pub(super) fn new(state: QueueState) -> Result<Self, Broken> {
         let queue = Queue::try_from(state).map_err(Broken::new)?;
-        Ok(Self { queue, used: false })
+        Ok(Self {
+            queue,
+            used: false,
+            budget: 0,
+            exhausted: false,
+        })
     }
 
-    /// Takes the next chain. Every span of it lies in guest memory.
+    /// Begins a turn of work.
+    pub(super) fn begin_turn(&mut self) {
+        self.budget = u32::from(self.queue.size()) * ROUNDS_PER_TURN;
+        self.exhausted = false;
+    }
+
+    /// Whether the turn ended before the queue did: another one is due.
+    pub(super) fn is_exhausted(&self) -> bool {
+        self.exhausted
+    }
+
+    /// Takes the next chain, as long as the turn goes. Every span of it lies in guest memory.
     ///
     /// # Errors
     /// The guest broke a rule: an index out of range, a chain without end, a span outside memory, one to read after one to write.
@@ -39,6 +63,11 @@ impl DeviceQueue {
         if !self.queue.ready() {
             return Ok(None);
         }
+        if self.budget == 0 {
+            self.exhausted = true;
+            return Ok(None);
+        }
+        self.budget -= 1;
         let mut available = self.queue.iter(memory.tracked()).map_err(Broken::new)?;
         let Some(descriptors) = available.next() else {
             return Ok(None);
@@ -76,6 +105,29 @@ impl DeviceQueue {
         Ok(Some(chain))
     }
 
+    /// Works on every chain that there is, or as many as the turn allows: `work` carries one out and says how many bytes it wrote.
+    ///
+    /// # Errors
+    /// The guest broke a rule, of the queue or as `work` finds.
+    pub(crate) fn serve(
+        &mut self,
+        turn: &Turn<'_>,
+        mut work: impl FnMut(&Chain) -> Result<u32, Broken>,
+    ) -> Result<(), Broken> {
+        loop {
+            self.ignore(turn.memory)?;
+            while !turn.is_to_end() {
+                let Some(chain) = self.pop(turn.memory)? else { break };
+                let written = work(&chain)?;
+                self.push(turn.memory, chain.head, written)?;
+            }
+            // What comes in between the last look and the request to ring is seen here.
+            if !self.listen(turn.memory)? || turn.is_to_end() {
+                return Ok(());
+            }
+        }
+    }
+
     /// Puts the last popped chain back: it is in the available ring again.
     pub(crate) fn undo_pop(&mut self) {
         self.queue.go_to_previous_position();
@@ -98,7 +150,7 @@ impl DeviceQueue {
     /// # Errors
     /// A ring is not in guest memory.
     pub(crate) fn listen(&mut self, memory: &GuestMemory) -> Result<bool, Broken> {
-        if !self.queue.ready() {
+        if !self.queue.ready() || self.exhausted {
             return Ok(false);
         }
         self.queue.enable_notification(memory.tracked()).map_err(Broken::new)

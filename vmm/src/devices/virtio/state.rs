@@ -6,13 +6,14 @@ use virtio_queue::QueueState;
 use super::super::DeviceStateError;
 use super::registers::{Registers, VERSION_1, status};
 
-/// The schema of a unit by its name: `disk0`, `nic0`, `rng0`. `None` if no virtio device has such a name.
+/// The schema of a unit by its name: `disk0`, `nic0`, `rng0`, `balloon0`. `None` if no virtio device has such a name.
 pub(crate) fn schema_of(name: &str) -> Option<&'static str> {
     let kind = name.trim_end_matches(|character: char| character.is_ascii_digit());
     match kind {
         "disk" => Some("ferry.virtio-blk"),
         "nic" => Some("ferry.virtio-net"),
         "rng" => Some("ferry.virtio-rng"),
+        "balloon" => Some("ferry.virtio-balloon"),
         _ => None,
     }
 }

@@ -96,6 +96,10 @@ impl Driver {
 
     /// Sets the device up with these features and lets it work.
     pub(super) fn set_up(&mut self, features: u64) {
+        self.set_up_with(features, USED);
+    }
+
+    fn set_up_with(&mut self, features: u64, used: u64) {
         self.write(offset::STATUS, 0);
         for ring in &mut self.rings {
             (ring.next_available, ring.next_used, ring.next_descriptor) = (0, 0, 0);
@@ -121,11 +125,16 @@ impl Driver {
             self.write(offset::QUEUE_SIZE, ring.size.into());
             self.write(offset::QUEUE_DESCRIPTORS, ring.base as u32);
             self.write(offset::QUEUE_DRIVER, (ring.base + AVAILABLE) as u32);
-            self.write(offset::QUEUE_DEVICE, (ring.base + USED) as u32);
+            self.write(offset::QUEUE_DEVICE, (ring.base + used) as u32);
             self.write(offset::QUEUE_READY, 1);
         }
         self.write(offset::STATUS, 3 | status::FEATURES_OK | status::DRIVER_OK);
         self.device.go_on();
+    }
+
+    /// Sets the device up again with each used ring where the available one is.
+    pub(super) fn lay_used_over_available(&mut self) {
+        self.set_up_with(0, AVAILABLE);
     }
 
     /// Gives a chain: buffers with whether the device writes them.

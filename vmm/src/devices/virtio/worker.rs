@@ -182,12 +182,16 @@ impl Shared {
             return Interest::default();
         }
         let Work { device, queues } = &mut *work;
+        queues.iter_mut().for_each(DeviceQueue::begin_turn);
         let turn = Turn {
             memory: &self.memory,
             rest: &self.rest,
         };
         let mut done = wakes.iter().try_for_each(|&wake| device.wake(wake, queues, &turn));
         let mut interrupt = false;
+        if queues.iter().any(DeviceQueue::is_exhausted) {
+            self.look();
+        }
         for queue in queues {
             match queue.wants_interrupt(&self.memory) {
                 Ok(wanted) => interrupt |= wanted,

@@ -9,7 +9,7 @@ pub(super) fn name(name: [u8; 4], value: &[u8]) -> Vec<u8> {
 
 /// `Scope (\NAME) { ... }`
 pub(super) fn scope(name: [u8; 4], objects: &[Vec<u8>]) -> Vec<u8> {
-    package_of(&[0x10], &[&[b'\\'], &name[..], &objects.concat()].concat())
+    package_of(&[0x10], &[b"\\", &name[..], &objects.concat()].concat())
 }
 
 /// `Device (NAME) { ... }`
@@ -96,8 +96,8 @@ pub(super) fn edge_interrupt(line: u32) -> Vec<u8> {
 fn package_of(opcode: &[u8], content: &[u8]) -> Vec<u8> {
     let length = match content.len() {
         ..0x3f => vec![content.len() as u8 + 1],
-        ..0xffe => long_length(content.len() + 2, 1),
-        ..0xf_fffd => long_length(content.len() + 3, 2),
+        0x3f..0xffe => long_length(content.len() + 2, 1),
+        0xffe..0xf_fffd => long_length(content.len() + 3, 2),
         _ => long_length(content.len() + 4, 3),
     };
     [opcode, &length, content].concat()

@@ -107,9 +107,9 @@ fn identity_map(address: u64) -> Vec<u64> {
     const GIB: usize = 4;
 
     let mut tables = vec![0; 2 * ENTRIES];
-    tables[0] = address + PAGE_SIZE | TABLE;
+    tables[0] = (address + PAGE_SIZE) | TABLE;
     for (index, entry) in tables[ENTRIES..ENTRIES + GIB].iter_mut().enumerate() {
-        *entry = address + (2 + index as u64) * PAGE_SIZE | TABLE;
+        *entry = (address + (2 + index as u64) * PAGE_SIZE) | TABLE;
     }
     tables.extend((0..(GIB * ENTRIES) as u64).map(|page| page << 21 | LARGE_PAGE));
     tables

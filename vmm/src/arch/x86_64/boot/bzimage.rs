@@ -5,7 +5,7 @@
 
 use std::io;
 
-use super::kernel::{Fields, Image, Kernel, KernelError, Segment, Start};
+use super::kernel::{Fields, Image, Kernel, KernelError, LONGEST_CMDLINE, Segment, Start};
 
 /// Where the setup header begins, in the file as in the boot parameters.
 pub(super) const SETUP_HEADER: usize = 0x1f1;
@@ -75,7 +75,7 @@ pub(super) fn parse(image: &impl Image) -> Result<Kernel, KernelError> {
             entry: address + ENTRY_64,
             setup_header: start[SETUP_HEADER..header_end.min(SETUP_HEADER_END)].to_vec(),
         },
-        cmdline_limit: fields.word(CMDLINE_SIZE) as usize,
+        cmdline_limit: (fields.word(CMDLINE_SIZE) as usize).min(LONGEST_CMDLINE),
         initrd_end: u64::from(fields.word(INITRD_ADDRESS_MAX)) + 1,
     })
 }
@@ -204,6 +204,7 @@ pub(super) mod tests {
             file[at..at + 8].copy_from_slice(&bytes);
             if let Ok(kernel) = parse(&file) {
                 prop_assert!(kernel.segments.iter().all(|segment| segment.offset + segment.file_bytes <= file.len() as u64));
+                prop_assert!(kernel.cmdline_limit <= LONGEST_CMDLINE);
                 let _ = kernel.end();
             }
             file.truncate(cut);

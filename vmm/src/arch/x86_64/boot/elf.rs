@@ -5,7 +5,7 @@
 
 use std::io;
 
-use super::kernel::{Fields, Image, Kernel, KernelError, Segment, Start};
+use super::kernel::{Fields, Image, Kernel, KernelError, LONGEST_CMDLINE, Segment, Start};
 
 /// Reads headers and notes; the segments' contents are not touched.
 ///
@@ -59,16 +59,14 @@ pub(super) fn parse(image: &impl Image) -> Result<Kernel, KernelError> {
         segments,
         workspace: 0..0,
         cmdline_limit: match start {
-            Start::Pvh(_) => PVH_CMDLINE_LIMIT,
+            // PVH sets no limit.
+            Start::Pvh(_) => LONGEST_CMDLINE,
             Start::Linux64 { .. } => LINUX_CMDLINE_LIMIT,
         },
         initrd_end: u64::MAX,
         start,
     })
 }
-
-/// PVH sets no limit; this one keeps a mistake from filling low memory.
-const PVH_CMDLINE_LIMIT: usize = 64 << 10;
 
 /// `COMMAND_LINE_SIZE` of Linux on x86, without the terminating zero: a vmlinux does not say it, and cuts off what is longer.
 const LINUX_CMDLINE_LIMIT: usize = 2047;
@@ -286,7 +284,7 @@ mod tests {
             }],
             workspace: 0..0,
             start: Start::Pvh(0x10_0000),
-            cmdline_limit: PVH_CMDLINE_LIMIT,
+            cmdline_limit: LONGEST_CMDLINE,
             initrd_end: u64::MAX,
         }
     }

@@ -56,6 +56,9 @@ pub enum KernelError {
     No64BitEntry,
 }
 
+/// No kernel is given a longer command line, whatever it says that it takes: the boot information must find room.
+pub(super) const LONGEST_CMDLINE: usize = 64 << 10;
+
 /// What is to be loaded, and how it is started.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Kernel {

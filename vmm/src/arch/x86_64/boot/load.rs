@@ -7,7 +7,7 @@ use thiserror::Error;
 use vm_memory::GuestMemoryError;
 
 use super::super::board::Board;
-use super::super::layout::HIGH_MEMORY_START;
+use super::super::layout::{ACPI_START, HIGH_MEMORY_START};
 use super::boot_params::{BootParams, TABLES_BYTES};
 use super::cmdline;
 use super::entry::EntryPoint;
@@ -57,6 +57,14 @@ pub enum LoadError {
         end: u64,
         /// Size of guest memory in bytes.
         memory: u64,
+    },
+    /// The kernel would lie where the tables do by which it finds processors and devices.
+    #[error("load the kernel: it is to lie from {start:#x} to {end:#x}, and firmware's tables are in between")]
+    CoversFirmware {
+        /// First guest physical address.
+        start: u64,
+        /// The address after the last one.
+        end: u64,
     },
     /// The kernel would cut off the command line.
     #[error("load the command line: it is {len} bytes long, this kernel takes {limit}")]
@@ -177,6 +185,12 @@ fn check_cmdline(cmdline: &str, limit: usize) -> Result<(), LoadError> {
 fn load_kernel(memory: &GuestMemory, kernel: &Kernel, file: &File, before: MemoryBefore) -> Result<(), LoadError> {
     for span in kernel.occupied() {
         place("kernel", memory, span.start, span.end - span.start)?;
+        if span.start < HIGH_MEMORY_START && span.end > ACPI_START {
+            return Err(LoadError::CoversFirmware {
+                start: span.start,
+                end: span.end,
+            });
+        }
     }
     let entry = match kernel.start {
         Start::Pvh(entry) => entry.into(),
@@ -333,6 +347,12 @@ mod tests {
     fn kernel_outside_memory_is_refused() {
         let error = load(&memory(), BOARD, &payload(&kernel(8 << 20)), MemoryBefore::Fresh);
         assert!(matches!(error, Err(LoadError::DoesNotFit { what: "kernel", .. })));
+    }
+
+    #[test]
+    fn kernel_over_the_tables_is_refused() {
+        let error = load(&memory(), BOARD, &payload(&kernel(0xe_f000)), MemoryBefore::Fresh);
+        assert!(matches!(error, Err(LoadError::CoversFirmware { start: 0xe_f000, .. })));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The disk: what it offers, and what it does with requests.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
@@ -11,7 +12,7 @@ use super::super::super::DeviceStateError;
 use super::super::device::{Broken, Device, Turn, Wake};
 use super::super::queue::{Chain, DeviceQueue};
 use super::request::{Extent, MOST_EXTENTS, Request, split};
-use super::{QUEUE_SIZE, SECTOR, bounce, feature, state};
+use super::{QUEUE_SIZE, SECTOR, WrittenBlocks, bounce, feature, state};
 use crate::machine::{DiskAccess, DiskBackend};
 use crate::memory::{GuestMemory, total};
 
@@ -21,6 +22,9 @@ pub(crate) struct Block {
     access: DiskAccess,
     serial: String,
     sectors: u64,
+    written: WrittenBlocks,
+    /// The last request failed, and that was said: a guest that asks again and again does not fill the log.
+    fails: Cell<bool>,
 }
 
 /// Status of a request.
@@ -43,12 +47,25 @@ impl Block {
         if bytes < SECTOR {
             return Err(io::Error::other(format!("the disk has {bytes} bytes, not one sector")));
         }
-        Ok(Self {
+        Ok(Self::of_size(DiskBackend { file, access, serial }, bytes / SECTOR))
+    }
+
+    /// A disk of so many sectors.
+    pub(in super::super) fn of_size(backend: DiskBackend, sectors: u64) -> Self {
+        let DiskBackend { file, access, serial } = backend;
+        Self {
             file,
             access,
             serial,
-            sectors: bytes / SECTOR,
-        })
+            sectors,
+            written: WrittenBlocks::new(sectors * SECTOR),
+            fails: Cell::new(false),
+        }
+    }
+
+    /// Which blocks the guest writes.
+    pub(crate) fn written(&self) -> WrittenBlocks {
+        self.written.clone()
     }
 
     /// Carries a request out; returns its status and how many bytes of data were written to the guest.
@@ -71,12 +88,27 @@ impl Block {
             Request::Unsupported => return (UNSUPPORTED, 0),
             Request::Impossible => return (IO_ERROR, 0),
         };
+        // Also of one that failed: part of it may be on the disk.
+        match request {
+            Request::Write { offset, data } => self.written.mark(*offset, total(data)),
+            Request::Discard(extents) | Request::WriteZeroes(extents) => {
+                extents
+                    .iter()
+                    .for_each(|extent| self.written.mark(extent.offset, extent.len));
+            }
+            _ => {}
+        }
         match done {
             // A chain has at most 4 GiB, its status byte included.
-            Ok(()) => (OK, written as u32),
+            Ok(()) => {
+                self.fails.set(false);
+                (OK, written as u32)
+            }
             Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => (UNSUPPORTED, 0),
             Err(error) => {
-                tracing::warn!(?request, %error, "a disk request failed: the guest is told of an I/O error");
+                if !self.fails.replace(true) {
+                    tracing::warn!(?request, %error, "a disk request failed: the guest is told of an I/O error");
+                }
                 (IO_ERROR, 0)
             }
         }
@@ -184,18 +216,7 @@ impl Device for Block {
 
     fn wake(&mut self, wake: Wake, queues: &mut [DeviceQueue], turn: &Turn<'_>) -> Result<(), Broken> {
         let Wake::Queue(index) = wake else { return Ok(()) };
-        let queue = &mut queues[index];
-        loop {
-            queue.ignore(turn.memory)?;
-            while !turn.is_to_end() {
-                let Some(chain) = queue.pop(turn.memory)? else { break };
-                let written = self.serve(&chain, turn.memory)?;
-                queue.push(turn.memory, chain.head, written)?;
-            }
-            if !queue.listen(turn.memory)? || turn.is_to_end() {
-                return Ok(());
-            }
-        }
+        queues[index].serve(turn, |chain| self.serve(chain, turn.memory))
     }
 
     fn save(&self) -> Vec<u8> {

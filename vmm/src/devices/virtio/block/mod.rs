@@ -6,8 +6,10 @@ mod request;
 mod state;
 #[cfg(test)]
 mod tests;
+mod written;
 
 pub(crate) use self::device::Block;
+pub use self::written::WrittenBlocks;
 
 /// The unit of everything in a request.
 const SECTOR: u64 = 512;

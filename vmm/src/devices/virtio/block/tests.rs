@@ -200,6 +200,16 @@ fn disk_of_another_size_is_not_the_guests() {
     assert!(error.to_string().contains("sectors"), "{error}");
 }
 
+#[test]
+fn rings_that_overlap_never_end_and_still_let_the_disk_rest() {
+    let mut driver = driver(&image(8));
+    // The used ring is the available one: each answer looks like another request.
+    driver.lay_used_over_available();
+    give(&mut driver, 4, 0, &[]);
+    assert!(driver.rest());
+    driver.device.reset();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
     /// Whatever a guest writes into the ring: the device answers or breaks, and can be reset and used afterwards.

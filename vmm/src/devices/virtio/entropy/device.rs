@@ -57,18 +57,7 @@ impl Device for Entropy {
 
     fn wake(&mut self, wake: Wake, queues: &mut [DeviceQueue], turn: &Turn<'_>) -> Result<(), Broken> {
         let Wake::Queue(index) = wake else { return Ok(()) };
-        let queue = &mut queues[index];
-        loop {
-            queue.ignore(turn.memory)?;
-            while !turn.is_to_end() {
-                let Some(chain) = queue.pop(turn.memory)? else { break };
-                let written = Self::fill(&chain, turn.memory)?;
-                queue.push(turn.memory, chain.head, written)?;
-            }
-            if !queue.listen(turn.memory)? || turn.is_to_end() {
-                return Ok(());
-            }
-        }
+        queues[index].serve(turn, |chain| Self::fill(chain, turn.memory))
     }
 
     fn save(&self) -> Vec<u8> {

@@ -28,33 +28,27 @@ const ERROR: u8 = 1;
 pub(super) fn commands(queue: &mut DeviceQueue, turn: &Turn<'_>, announcing: bool) -> Result<Answer, Broken> {
     let mut answer = Answer::Nothing;
     let memory = turn.memory.tracked();
-    loop {
-        queue.ignore(turn.memory)?;
-        while !turn.is_to_end() {
-            let Some(chain) = queue.pop(turn.memory)? else { break };
-            let Some(status) = last_byte(&chain.writable) else {
-                return Err(Broken("a control command has no room for its status".to_owned()));
-            };
-            let mut command = [0; 2];
-            let bytes = chain
-                .readable
-                .iter()
-                .flat_map(|span| (0..u64::from(span.len)).map(|offset| span.address + offset));
-            for (byte, address) in command.iter_mut().zip(bytes) {
-                *byte = memory.read_obj(GuestAddress(address)).map_err(Broken::new)?;
-            }
-            let known = command == ANNOUNCE_ACK && announcing;
-            if known {
-                answer = Answer::Announced;
-            }
-            let code = if known { OK } else { ERROR };
-            memory.write_obj(code, GuestAddress(status)).map_err(Broken::new)?;
-            queue.push(turn.memory, chain.head, 1)?;
+    queue.serve(turn, |chain| {
+        let Some(status) = last_byte(&chain.writable) else {
+            return Err(Broken("a control command has no room for its status".to_owned()));
+        };
+        let mut command = [0; 2];
+        let bytes = chain
+            .readable
+            .iter()
+            .flat_map(|span| (0..u64::from(span.len)).map(|offset| span.address + offset));
+        for (byte, address) in command.iter_mut().zip(bytes) {
+            *byte = memory.read_obj(GuestAddress(address)).map_err(Broken::new)?;
         }
-        if !queue.listen(turn.memory)? || turn.is_to_end() {
-            return Ok(answer);
+        let known = command == ANNOUNCE_ACK && announcing;
+        if known {
+            answer = Answer::Announced;
         }
-    }
+        let code = if known { OK } else { ERROR };
+        memory.write_obj(code, GuestAddress(status)).map_err(Broken::new)?;
+        Ok(1)
+    })?;
+    Ok(answer)
 }
 
 fn last_byte(spans: &[Span]) -> Option<u64> {

@@ -69,7 +69,7 @@ pub(super) fn frames(
             Ok(len) => deliver(len as u64, queue, &mut taken, turn.memory)?,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
             Err(error) => {
-                tracing::warn!(%error, "the tap gives no frames any more");
+                tracing::debug!(%error, "the tap gives no frames any more");
                 room = Room::None;
                 break;
             }

@@ -1,0 +1,30 @@
+//! What the guest does besides living: one static program, named after the project, for all of it.
+//!
+//!     ferry-guest records FILE PER_SECOND
+//!     ferry-guest echo PORT
+
+mod chain;
+mod echo;
+mod records;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let outcome = match words[..] {
+        ["records", file, per_second] => records::run(file, per_second.parse().unwrap_or(20)),
+        ["echo", port] => echo::run(port.parse().unwrap_or(7000)),
+        _ => {
+            eprintln!("ferry-guest records FILE PER_SECOND | ferry-guest echo PORT");
+            return ExitCode::from(2);
+        }
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("ERROR {}: {error}", words.join(" "));
+            ExitCode::FAILURE
+        }
+    }
+}

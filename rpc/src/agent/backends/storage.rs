@@ -1,0 +1,302 @@
+//! What becomes of an instance's disks when it moves here: those that are here already are shared, the others come along.
+//!
+//! Nova's block migration. Room is made under the same path; whatever goes wrong before the guest is this host's, what was made is removed.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use ferry_proto::agent::v1::{DiskSize, InstanceSpec};
+use uuid::Uuid;
+
+use crate::agent::failure::Failure;
+use crate::agent::images;
+use crate::lock_file::{self, Holder};
+
+/// What the user wants of writable disks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Storage {
+    /// Each disk as it is found: shared if the destination has the very same, else copied.
+    Auto,
+    /// The destination has them all.
+    Shared,
+    /// The destination has none of them.
+    Copy,
+}
+
+impl Storage {
+    /// Reads the word of a request; an empty one is that of a source which does not know of it.
+    ///
+    /// # Errors
+    /// It is none of the three.
+    pub(crate) fn parse(word: &str) -> Result<Self, String> {
+        match word {
+            "" | "auto" => Ok(Self::Auto),
+            "shared" => Ok(Self::Shared),
+            "copy" => Ok(Self::Copy),
+            other => Err(format!("{other:?} is not one of auto, shared, copy")),
+        }
+    }
+}
+
+/// Whose disks come, and from where.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Coming<'a> {
+    pub(crate) instance: Uuid,
+    /// Under which it runs at the source.
+    pub(crate) epoch: u64,
+    pub(crate) sizes: &'a [DiskSize],
+}
+
+/// Numbers of the disks that are to be copied here, ascending. Looks only, and changes nothing.
+///
+/// # Errors
+/// Names the disk and why it can neither be shared nor copied.
+pub(crate) fn plan(
+    spec: &InstanceSpec,
+    storage: Storage,
+    coming: Coming<'_>,
+    host: &str,
+    allowed: Option<&[PathBuf]>,
+) -> Result<Vec<u32>, Failure> {
+    let mut copied = Vec::new();
+    for (number, disk) in (0u32..).zip(&spec.disks) {
+        let path = Path::new(&disk.path);
+        let refused = |problem: String| Failure::Refused(format!("disk {} on host {host}: {problem}", disk.path));
+        if disk.readonly || !is_copied(path, storage, coming).map_err(refused)? {
+            continue;
+        }
+        if let Some(allowed) = allowed {
+            let folder = path.parent().unwrap_or(path);
+            images::check_place(folder, allowed).map_err(|failure| refused(failure.to_string()))?;
+        }
+        let size = coming.sizes.get(number as usize).copied().unwrap_or_default();
+        if size.bytes == 0 {
+            return Err(refused(
+                "the source does not say how large it is, so it cannot be copied".to_owned(),
+            ));
+        }
+        check_room(path, size).map_err(refused)?;
+        copied.push(number);
+    }
+    Ok(copied)
+}
+
+/// Makes room for the disks that are to be copied: files of the right size, all hole, each with a lock file that says whose it is.
+///
+/// # Errors
+/// Names the disk. What was made before it is still there, for [`remove`] to find.
+pub(crate) fn make_room(
+    spec: &InstanceSpec,
+    copied: &[u32],
+    sizes: &[DiskSize],
+    holder: &Holder,
+) -> Result<(), Failure> {
+    for &number in copied {
+        let Some((disk, size)) = spec.disks.get(number as usize).zip(sizes.get(number as usize)) else {
+            continue;
+        };
+        let made = File::options()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&disk.path)
+            .and_then(|file| file.set_len(size.bytes))
+            .and_then(|()| File::create(lock_file::path_of(Path::new(&disk.path))))
+            .and_then(|file| lock_file::write(&file, holder));
+        made.map_err(Failure::host(format!(
+            "host {} failed to make room for disk {}",
+            holder.host, disk.path
+        )))?;
+    }
+    Ok(())
+}
+
+/// Removes images that are not the guest's any more, with their lock files: the half copy of a migration that failed, or the source's
+/// after one that did not. Only those whose lock file says that they were this guest's: nothing else is ours to remove.
+pub(crate) fn remove(paths: &[String], instance: Uuid) {
+    for path in paths.iter().map(Path::new) {
+        let lock_file = lock_file::path_of(path);
+        let holder = File::open(&lock_file).ok().and_then(|file| lock_file::read(&file));
+        if holder.is_none_or(|holder| holder.instance != instance) {
+            tracing::info!(path = %path.display(), "not removed: it is not known as the guest's");
+            continue;
+        }
+        for path in [path, &lock_file] {
+            match fs::remove_file(path) {
+                Ok(()) => tracing::info!(path = %path.display(), "removed"),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => tracing::error!(path = %path.display(), %error, "a disk that is no guest's stays"),
+            }
+        }
+    }
+}
+
+/// The sizes of an instance's disks here; 0 of one that cannot be looked at.
+pub(crate) fn sizes(spec: &InstanceSpec) -> Vec<DiskSize> {
+    let size = |path: &str| match fs::metadata(path) {
+        Ok(metadata) if metadata.is_file() => DiskSize {
+            bytes: metadata.len(),
+            allocated_bytes: metadata.blocks() * 512,
+        },
+        // A block device is shared or refused.
+        _ => DiskSize::default(),
+    };
+    spec.disks.iter().map(|disk| size(&disk.path)).collect()
+}
+
+fn is_copied(path: &Path, storage: Storage, coming: Coming<'_>) -> Result<bool, String> {
+    let found = match fs::metadata(path) {
+        Ok(metadata) => Some(metadata),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => return Err(format!("it cannot be looked at: {error}")),
+    };
+    match (storage, found) {
+        (Storage::Shared, _) => Ok(false),
+        (Storage::Auto | Storage::Copy, None) => Ok(true),
+        (Storage::Copy, Some(_)) => Err(
+            "it is there already, and nothing is written over: remove it, or say --storage shared if it is the same disk".to_owned(),
+        ),
+        (Storage::Auto, Some(metadata)) if !metadata.is_file() => Ok(false),
+        (Storage::Auto, Some(_)) => {
+            // Whoever sees the lock file that the guest's own VMM has written sees the same disk.
+            let holder = File::open(lock_file::path_of(path)).ok().and_then(|file| lock_file::read(&file));
+            match holder {
+                Some(holder) if holder.instance == coming.instance && holder.epoch == coming.epoch => Ok(false),
+                _ => Err(format!(
+                    "it is there, and its lock file does not say that it is the guest's ({}): say --storage shared if it is the same disk, \
+                     or remove it",
+                    lock_file::path_of(path).display()
+                )),
+            }
+        }
+    }
+}
+
+/// Whether what the source's file takes has room; the rest of a sparse one is the guest's to fill, as it was at the source.
+fn check_room(path: &Path, size: DiskSize) -> Result<(), String> {
+    let folder = path.parent().unwrap_or(path);
+    let stat = rustix::fs::statvfs(folder).map_err(|error| format!("its folder {}: {error}", folder.display()))?;
+    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+    if size.allocated_bytes > free {
+        return Err(format!(
+            "it takes {} MiB, and {} MiB are free in {}",
+            size.allocated_bytes >> 20,
+            free >> 20,
+            folder.display()
+        ));
+    }
+    if size.bytes > free {
+        tracing::warn!(
+            disk = %path.display(),
+            bytes = size.bytes,
+            free,
+            "there is room for what a disk holds now, and not for all that it may hold"
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use ferry_proto::agent::v1::DiskSpec;
+
+    use super::*;
+
+    const INSTANCE: Uuid = Uuid::from_u128(1);
+
+    fn spec(path: &Path) -> InstanceSpec {
+        InstanceSpec {
+            disks: vec![DiskSpec {
+                path: path.to_str().unwrap().to_owned(),
+                ..DiskSpec::default()
+            }],
+            ..InstanceSpec::default()
+        }
+    }
+
+    fn planned(path: &Path, storage: Storage, allocated_bytes: u64) -> Result<Vec<u32>, String> {
+        let sizes = [DiskSize {
+            bytes: 1 << 20,
+            allocated_bytes,
+        }];
+        let coming = Coming {
+            instance: INSTANCE,
+            epoch: 3,
+            sizes: &sizes,
+        };
+        plan(&spec(path), storage, coming, "b", None).map_err(|failure| failure.to_string())
+    }
+
+    #[test]
+    fn a_disk_that_is_not_there_comes_along() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web.img");
+        assert_eq!(planned(&path, Storage::Auto, 0), Ok(vec![0]));
+        assert_eq!(planned(&path, Storage::Copy, 0), Ok(vec![0]));
+        assert_eq!(planned(&path, Storage::Shared, 0), Ok(vec![]));
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_disk_that_is_there_is_shared_only_if_it_is_the_guests() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web.img");
+        fs::write(&path, b"x").unwrap();
+        assert!(planned(&path, Storage::Auto, 0).unwrap_err().contains("lock file"));
+        assert!(
+            planned(&path, Storage::Copy, 0)
+                .unwrap_err()
+                .contains("nothing is written over")
+        );
+        let mut holder = Holder {
+            host: "a".to_owned(),
+            instance: INSTANCE,
+            name: "web".to_owned(),
+            epoch: 2,
+            pid: 1,
+        };
+        let file = File::create(lock_file::path_of(&path)).unwrap();
+        lock_file::write(&file, &holder).unwrap();
+        assert!(planned(&path, Storage::Auto, 0).is_err(), "an old copy");
+        holder.epoch = 3;
+        lock_file::write(&file, &holder).unwrap();
+        assert_eq!(planned(&path, Storage::Auto, 0), Ok(vec![]));
+    }
+
+    #[test]
+    fn a_disk_that_does_not_fit_is_refused_before_anything_moves() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = planned(&folder.path().join("web.img"), Storage::Copy, 1 << 60).unwrap_err();
+        assert!(error.contains("MiB are free"), "{error}");
+        let error = planned(Path::new("/nowhere/web.img"), Storage::Copy, 0).unwrap_err();
+        assert!(error.contains("/nowhere"), "{error}");
+    }
+
+    #[test]
+    fn room_is_made_without_taking_it_and_removed_with_its_lock_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web.img");
+        let sizes = [DiskSize {
+            bytes: 1 << 30,
+            allocated_bytes: 0,
+        }];
+        let holder = Holder {
+            host: "b".to_owned(),
+            instance: INSTANCE,
+            name: "web".to_owned(),
+            epoch: 3,
+            pid: 1,
+        };
+        make_room(&spec(&path), &[0], &sizes, &holder).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().len(), 1 << 30);
+        assert!(fs::metadata(&path).unwrap().blocks() < 100);
+        assert!(make_room(&spec(&path), &[0], &sizes, &holder).is_err());
+        let paths = [path.to_str().unwrap().to_owned()];
+        remove(&paths, Uuid::from_u128(2));
+        assert!(path.exists());
+        remove(&paths, INSTANCE);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,266 @@
+//! Disks that move with their guest: their blocks of 4 KiB are frames behind those of memory.
+//!
+//! So the engine copies them as it copies memory, in the same rounds, over the same streams, to the same instant: what the host has of a
+//! disk is its extents, what the guest wrote is in the machine's bitmap, and a hole is a zero page that is told and not sent. Offsets and
+//! buffers are aligned as direct I/O wants them.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use ferry_migration::guest::{FRAME_SIZE, FrameRun, Region};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+use rustix::io::Errno;
+
+/// The first frame of the first disk: no guest has so much memory.
+const FIRST_FRAME: u64 = 1 << 40;
+
+/// From one disk's first frame to the next one's: 64 TiB.
+const DISK_FRAMES: u64 = 1 << 34;
+
+/// Frames that are read or written at once.
+const PIECE_FRAMES: u64 = 256;
+
+/// What direct I/O wants of a buffer on every disk.
+const ALIGNMENT: usize = 4096;
+
+/// A disk that is copied.
+#[derive(Debug, Clone)]
+pub(super) struct CopiedDisk {
+    image: Arc<File>,
+    bytes: u64,
+    region: Region,
+}
+
+impl CopiedDisk {
+    /// The disk that is the copied one of this number among its guest's.
+    ///
+    /// # Errors
+    /// Its size cannot be told, or it is larger than the numbers go.
+    pub(super) fn new(image: Arc<File>, number: usize) -> io::Result<Self> {
+        let bytes = seek(&image, SeekFrom::End(0))?;
+        let frames = bytes.div_ceil(FRAME_SIZE);
+        if frames == 0 || frames > DISK_FRAMES {
+            return Err(io::Error::other(format!("a disk of {bytes} bytes cannot be copied")));
+        }
+        let start_frame = FIRST_FRAME + number as u64 * DISK_FRAMES;
+        let region = Region { start_frame, frames };
+        Ok(Self { image, bytes, region })
+    }
+
+    /// Its frames.
+    pub(super) fn region(&self) -> Region {
+        self.region
+    }
+
+    /// Whether this run, which lies inside one region, is of a disk and not of memory.
+    pub(super) fn is_disk(run: FrameRun) -> bool {
+        run.first >= FIRST_FRAME
+    }
+
+    /// Whether this run is of this disk.
+    pub(super) fn holds(&self, run: FrameRun) -> bool {
+        run.first >= self.region.start_frame && run.end() <= self.region.run().end()
+    }
+
+    /// Where the image has data, in whole frames, ascending; everything where its file system does not tell.
+    pub(super) fn extents(&self, run: FrameRun) -> io::Result<Vec<FrameRun>> {
+        let (start, end) = (self.offset(run.first), self.offset(run.end()).min(self.bytes));
+        let mut found: Vec<FrameRun> = Vec::new();
+        let mut at = start;
+        while at < end {
+            let data = match seek(&self.image, SeekFrom::Data(at)) {
+                Ok(data) => data,
+                // Nothing but a hole up to the end.
+                Err(Errno::NXIO) => break,
+                Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(vec![run]),
+                Err(error) => return Err(error.into()),
+            };
+            let hole = seek(&self.image, SeekFrom::Hole(data))?;
+            if data >= end {
+                break;
+            }
+            let first = run.first.max(self.region.start_frame + data / FRAME_SIZE);
+            let last = self.region.start_frame + hole.min(end).div_ceil(FRAME_SIZE);
+            let extent = FrameRun {
+                first,
+                count: last - first,
+            };
+            match found.last_mut() {
+                Some(before) if before.end() >= first => before.count = last.max(before.end()) - before.first,
+                _ => found.push(extent),
+            }
+            at = hole;
+        }
+        Ok(found)
+    }
+
+    /// Writes the run's bytes to the socket, the last frame filled up with zeroes.
+    pub(super) fn send(&self, socket: BorrowedFd<'_>, run: FrameRun) -> io::Result<()> {
+        self.each_piece(run, |offset, len, frames| {
+            self.image.read_exact_at(&mut frames[..len], offset)?;
+            frames[len..].fill(0);
+            write_all(socket, frames)
+        })
+    }
+
+    /// Reads the run's bytes from the socket into the image.
+    pub(super) fn receive(&self, socket: BorrowedFd<'_>, run: FrameRun) -> io::Result<()> {
+        self.each_piece(run, |offset, len, frames| {
+            read_all(socket, frames)?;
+            // The kind of error must not be that of a connection.
+            let written = self.image.write_all_at(&frames[..len], offset);
+            written.map_err(|error| io::Error::other(format!("a disk does not take what arrives: {error}")))
+        })
+    }
+
+    /// Makes the run read as zeroes, as a hole where the file system has them.
+    pub(super) fn write_zeroes(&self, run: FrameRun) -> io::Result<()> {
+        let (offset, end) = (self.offset(run.first), self.offset(run.end()).min(self.bytes));
+        let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match fallocate(&self.image, how, offset, end - offset) {
+            Err(Errno::OPNOTSUPP) => self.each_piece(run, |offset, len, frames| {
+                frames.fill(0);
+                self.image.write_all_at(&frames[..len], offset)
+            }),
+            done => Ok(done?),
+        }
+    }
+
+    /// A digest of the run's bytes.
+    pub(super) fn digest(&self, run: FrameRun) -> io::Result<u128> {
+        let mut hasher = blake3::Hasher::new();
+        self.each_piece(run, |offset, len, frames| {
+            self.image.read_exact_at(&mut frames[..len], offset)?;
+            hasher.update(&frames[..len]);
+            Ok(())
+        })?;
+        let digest = hasher.finalize();
+        let half = digest.as_bytes()[..16].try_into().expect("sixteen bytes");
+        Ok(u128::from_le_bytes(half))
+    }
+
+    /// Waits until all that was received is on the disk.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.image.sync_data()
+    }
+
+    fn offset(&self, frame: u64) -> u64 {
+        (frame - self.region.start_frame) * FRAME_SIZE
+    }
+
+    /// Calls `step` with the offset of each piece of the run, its length on the disk, and room for its frames.
+    fn each_piece(
+        &self,
+        run: FrameRun,
+        mut step: impl FnMut(u64, usize, &mut [u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        thread_local! {
+            static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+        }
+        BUFFER.with_borrow_mut(|buffer| {
+            buffer.resize((PIECE_FRAMES * FRAME_SIZE) as usize + ALIGNMENT, 0);
+            let skip = buffer.as_ptr().align_offset(ALIGNMENT);
+            let mut frame = run.first;
+            while frame < run.end() {
+                let count = PIECE_FRAMES.min(run.end() - frame);
+                let offset = self.offset(frame);
+                let len = (count * FRAME_SIZE).min(self.bytes - offset) as usize;
+                step(offset, len, &mut buffer[skip..skip + (count * FRAME_SIZE) as usize])?;
+                frame += count;
+            }
+            Ok(())
+        })
+    }
+}
+
+fn write_all(socket: BorrowedFd<'_>, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match rustix::io::write(socket.as_fd(), bytes) {
+            Ok(count) => bytes = &bytes[count..],
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn read_all(socket: BorrowedFd<'_>, mut bytes: &mut [u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match rustix::io::read(socket.as_fd(), &mut *bytes) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => bytes = &mut bytes[count..],
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    fn disk(bytes: u64) -> CopiedDisk {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(bytes).unwrap();
+        CopiedDisk::new(Arc::new(file), 1).unwrap()
+    }
+
+    fn run(first: u64, count: u64) -> FrameRun {
+        FrameRun {
+            first: FIRST_FRAME + DISK_FRAMES + first,
+            count,
+        }
+    }
+
+    #[test]
+    fn blocks_are_frames_that_no_memory_has() {
+        let disk = disk(10 * 4096 + 512);
+        assert_eq!(disk.region().run(), run(0, 11));
+        assert!(disk.holds(run(10, 1)) && !disk.holds(run(10, 2)));
+        assert!(CopiedDisk::is_disk(run(0, 1)));
+        assert!(!CopiedDisk::is_disk(FrameRun {
+            first: 1 << 30,
+            count: 1
+        }));
+    }
+
+    #[test]
+    fn holes_are_no_extents() {
+        let disk = disk(64 << 20);
+        assert_eq!(disk.extents(disk.region().run()).unwrap(), []);
+        disk.image.write_all_at(&[1; 4096], 8 << 20).unwrap();
+        let extents = disk.extents(disk.region().run()).unwrap();
+        assert!(
+            extents
+                .iter()
+                .any(|extent| extent.first <= run(2048, 1).first && extent.end() > run(2048, 1).first)
+        );
+        assert!(extents.iter().map(|extent| extent.count).sum::<u64>() < 1024);
+        disk.write_zeroes(run(2048, 1)).unwrap();
+        let mut found = [1; 4096];
+        disk.image.read_exact_at(&mut found, 8 << 20).unwrap();
+        assert_eq!(found, [0; 4096]);
+    }
+
+    #[test]
+    fn what_is_sent_arrives_with_the_odd_end() {
+        let (from, to) = (disk(300 * 4096 + 512), disk(300 * 4096 + 512));
+        from.image.write_all_at(&[7; 4096], 299 * 4096).unwrap();
+        from.image.write_all_at(&[8; 512], 300 * 4096).unwrap();
+        let (mine, theirs) = UnixStream::pair().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| from.send(mine.as_fd(), run(0, 301)).unwrap());
+            to.receive(theirs.as_fd(), run(0, 301)).unwrap();
+        });
+        assert_eq!(from.digest(run(0, 301)).unwrap(), to.digest(run(0, 301)).unwrap());
+        assert_eq!(to.image.metadata().unwrap().len(), 300 * 4096 + 512);
+        to.sync().unwrap();
+    }
+}

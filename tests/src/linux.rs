@@ -1,0 +1,197 @@
+//! A Linux guest to be run, and what it prints.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use ferry_linux_guest::{CMDLINE, Image};
+
+use crate::host::Host;
+use crate::waiting::until;
+
+/// What `ferry run` is told of a Linux guest. The default is 256 MiB and two vCPUs.
+#[derive(Clone, Debug)]
+pub struct Linux {
+    name: String,
+    vcpus: u32,
+    cmdline: String,
+    image: Image,
+    devices: Vec<String>,
+}
+
+impl Linux {
+    /// A guest that only ticks. Its image is built if it is not in the cache, which takes minutes.
+    ///
+    /// # Errors
+    /// If the image is not there and cannot be built: says what is missing.
+    pub fn new(name: &str) -> Result<Self> {
+        Ok(Self {
+            name: name.to_owned(),
+            vcpus: 2,
+            cmdline: CMDLINE.to_owned(),
+            image: ferry_linux_guest::image().context("failed to get the Linux guest (cargo xtask linux --install)")?,
+            devices: Vec::new(),
+        })
+    }
+
+    /// The same with so many vCPUs.
+    #[must_use]
+    pub fn vcpus(mut self, vcpus: u32) -> Self {
+        self.vcpus = vcpus;
+        self
+    }
+
+    /// The same with further words on its command line.
+    #[must_use]
+    pub fn words(mut self, words: &str) -> Self {
+        self.cmdline = format!("{} {words}", self.cmdline);
+        self
+    }
+
+    /// The same with a disk, as `ferry run --disk` takes it.
+    #[must_use]
+    pub fn disk(self, disk: &str) -> Self {
+        self.device("--disk", disk)
+    }
+
+    /// The same with a network card, as `ferry run --net` takes it.
+    #[must_use]
+    pub fn nic(self, nic: &str) -> Self {
+        self.device("--net", nic)
+    }
+
+    fn device(mut self, flag: &str, value: &str) -> Self {
+        self.devices.extend([flag.to_owned(), value.to_owned()]);
+        self
+    }
+
+    /// Runs it on a host.
+    ///
+    /// # Errors
+    /// If it is refused.
+    pub fn run(&self, host: &Host) -> Result<()> {
+        let (kernel, initrd) = (self.image.kernel.display(), self.image.initramfs.display());
+        let (kernel, initrd, vcpus) = (kernel.to_string(), initrd.to_string(), self.vcpus.to_string());
+        let arguments = [
+            "run",
+            &self.name,
+            "--memory",
+            "256M",
+            "--vcpus",
+            &vcpus,
+            "--kernel",
+            &kernel,
+            "--initrd",
+            &initrd,
+            "--cmdline",
+            &self.cmdline,
+        ];
+        let devices = self.devices.iter().map(String::as_str);
+        let arguments: Vec<&str> = arguments.into_iter().chain(devices).collect();
+        host.ferry(&arguments)?.exit(0)?;
+        Ok(())
+    }
+}
+
+/// How long Linux may take to boot where ring 0 is emulated and the machine is busy.
+pub const BOOT: Duration = Duration::from_secs(300);
+
+/// The console log of the only guest of a host. It can be read after the guest has left, too.
+pub struct Console(File);
+
+impl Console {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// If there is no guest, or more than one.
+    pub fn of(host: &Host) -> Result<Self> {
+        let folder = host.data_dir.join("instances");
+        let instances: Vec<_> = fs::read_dir(&folder)
+            .with_context(|| format!("failed to read {}", folder.display()))?
+            .flatten()
+            .collect();
+        let [instance] = &instances[..] else {
+            bail!("one guest expected at {}, found {}", host.name, instances.len());
+        };
+        let file = instance.path().join("console.log");
+        Ok(Self(
+            File::open(&file).with_context(|| format!("failed to open {}", file.display()))?,
+        ))
+    }
+
+    /// All that the guest printed.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn text(&self) -> Result<String> {
+        let mut bytes = Vec::new();
+        let mut file = &self.0;
+        file.seek(SeekFrom::Start(0))?;
+        file.read_to_end(&mut bytes)?;
+        Ok(String::from_utf8_lossy(&bytes).replace('\r', ""))
+    }
+}
+
+/// All that the only guest of a host printed there so far; nothing if there is none yet.
+fn printed(host: &Host) -> String {
+    let text = Console::of(host).and_then(|console| console.text());
+    text.unwrap_or_default()
+}
+
+/// Waits until the guest has printed these words so many times on a host, and gives all that it printed.
+///
+/// # Errors
+/// What it printed last, if it does not, and at once if its kernel panicked instead.
+pub fn wait_printed(host: &Host, words: &str, times: usize, deadline: Duration) -> Result<String> {
+    let what = format!("{words:?} is printed {times} times at {}", host.name);
+    let found = until(&what, deadline, || {
+        let text = printed(host);
+        match text.matches(words).count() {
+            count if count >= times => Ok(Some(text)),
+            _ if text.contains("Kernel panic") => bail!("the guest's kernel panicked"),
+            _ => Ok(None),
+        }
+    });
+    found.with_context(|| {
+        let text = printed(host);
+        let lines: Vec<&str> = text.lines().collect();
+        format!("it printed:\n{}", lines[lines.len().saturating_sub(30)..].join("\n"))
+    })
+}
+
+/// The numbers of the whole `TICK` lines in what a guest printed, of which none says that its data is damaged.
+///
+/// # Errors
+/// The line that does.
+pub fn ticks(text: &str) -> Result<Vec<u64>> {
+    let mut ticks = Vec::new();
+    // What follows the last line's end may be half a line.
+    let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    for line in whole.lines() {
+        let Some(rest) = line.strip_prefix("TICK ") else {
+            continue;
+        };
+        if !rest.ends_with("data=same") {
+            bail!("the guest says {line:?}");
+        }
+        ticks.extend(rest.split(' ').next().and_then(|number| number.parse::<u64>().ok()));
+    }
+    Ok(ticks)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whole_ticks_are_read() {
+        let text = "LINUX 6.1\nTICK 0 up=1.0 data=same\nTICK 1 up=2.0 data=same\nTICK 2 up";
+        assert_eq!(ticks(text).expect("clean"), [0, 1]);
+    }
+
+    #[test]
+    fn damage_is_found() {
+        assert!(ticks("TICK 0 up=1.0 data=DAMAGED\n").is_err());
+    }
+}

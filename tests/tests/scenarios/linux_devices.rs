@@ -1,0 +1,134 @@
+//! What is inside a moving Linux guest notices nothing: a process that writes and flushes, a TCP connection.
+
+use std::fs::{self, File};
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use ferry_linux_guest::chain;
+use ferry_tests::echo::EchoClient;
+use ferry_tests::linux::{BOOT, Console, Linux, wait_printed};
+use ferry_tests::{Host, Pair, waiting::CALL};
+use libtest_mimic::Trial;
+
+use crate::scenario::{command, in_a_network, ip};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    in_a_network![
+        a_writer_and_a_connection_notice_no_move,
+        a_writer_notices_no_move_of_its_disk
+    ]
+}
+
+const GUEST: &str = "10.9.0.2";
+
+/// A bridge with an address of its own: one without takes that of a port, and changes it when a guest comes or goes.
+fn make_bridge() -> Result<()> {
+    ip(&["link", "add", "br0", "address", "02:00:00:00:00:01", "type", "bridge"])?;
+    ip(&["address", "add", "10.9.0.1/24", "dev", "br0"])?;
+    ip(&["link", "set", "br0", "up"])?;
+    Ok(())
+}
+
+fn make_file_system(path: &Path) -> Result<()> {
+    File::create(path)?.set_len(64 << 20)?;
+    command("mkfs.ext4", &["-q", "-F", &path.display().to_string()])?;
+    Ok(())
+}
+
+fn a_writer_and_a_connection_notice_no_move(pair: &mut Pair) -> Result<()> {
+    make_bridge()?;
+    let disk = pair.folder().join("g.img");
+    make_file_system(&disk)?;
+    Linux::new("g")?
+        .vcpus(1)
+        .disk(&format!("path={}", disk.display()))
+        .nic("bridge=br0")
+        .words(&format!("ferry.disk ferry.ip={GUEST}/24"))
+        .run(&pair.a)?;
+    wait_printed(&pair.a, "ECHO port=7000", 1, BOOT)?;
+    wait_printed(&pair.a, "RECORDS", 1, BOOT)?;
+    let client = EchoClient::start(format!("{GUEST}:7000").parse()?, |_| {})?;
+
+    for _ in 0..5 {
+        moves_on(pair, &["--digests"])?;
+    }
+
+    let echoes = client.stop()?;
+    ensure!(echoes.count > 10, "{echoes:?}");
+    holds_what_was_told(pair, &disk)
+}
+
+fn a_writer_notices_no_move_of_its_disk(pair: &mut Pair) -> Result<()> {
+    let (a, b, both) = (
+        pair.folder().join("disks-a"),
+        pair.folder().join("disks-b"),
+        pair.folder().join("disks"),
+    );
+    for folder in [&a, &b, &both] {
+        fs::create_dir(folder)?;
+    }
+    pair.a.see(&a, &both);
+    pair.b.see(&b, &both);
+    for host in [&mut pair.a, &mut pair.b] {
+        host.terminate()?;
+        host.start()?;
+    }
+    make_file_system(&a.join("g.img"))?;
+    Linux::new("g")?
+        .vcpus(1)
+        .disk(&format!("path={}", both.join("g.img").display()))
+        .words("ferry.disk")
+        .run(&pair.a)?;
+    wait_printed(&pair.a, "RECORDS", 1, BOOT)?;
+
+    for _ in 0..2 {
+        moves_on(pair, &["--storage", "copy", "--digests"])?;
+    }
+
+    ensure!(fs::read_dir(&b)?.count() == 0);
+    holds_what_was_told(pair, &a.join("g.img"))
+}
+
+/// Moves the guest there and back; its writer goes on at each end.
+fn moves_on(pair: &Pair, further: &[&str]) -> Result<()> {
+    for (from, to) in [(&pair.a, &pair.b), (&pair.b, &pair.a)] {
+        let words = [&["migrate", "g", "--to", to.name], further].concat();
+        from.ferry(&words)?.exit(0)?.migration()?.is("completed", to.name)?;
+        pair.exists_only_at(to, "g")?;
+        writes_on(to)?;
+    }
+    Ok(())
+}
+
+/// The writer makes progress here, and nothing of the kernel's says otherwise.
+fn writes_on(host: &Host) -> Result<()> {
+    let text = wait_printed(host, "RECORDS", 2, CALL)?;
+    for wrong in ["I/O error", "EXT4-fs error", "broken", "failed"] {
+        ensure!(!text.contains(wrong), "{text}");
+    }
+    Ok(())
+}
+
+/// Ends the guest as if its power failed: every record that it told of is on the disk, in order and whole.
+fn holds_what_was_told(pair: &Pair, disk: &Path) -> Result<()> {
+    let console = Console::of(&pair.a)?;
+    pair.a.ferry(&["stop", "g", "--force"])?.exit(0)?;
+    let text = console.text()?;
+    let told = text.lines().rev().find_map(|line| line.strip_prefix("RECORDS n="));
+    let told: u64 = told
+        .and_then(|rest| rest.strip_suffix(" ok"))
+        .context("no record")?
+        .parse()?;
+
+    let name = disk.display().to_string();
+    // The journal is replayed first, as the next mount would.
+    let _ = std::process::Command::new("e2fsck").args(["-p", &name]).output()?;
+    command("e2fsck", &["-f", "-n", &name])?;
+    let chain = pair.folder().join("chain");
+    command("debugfs", &["-R", &format!("dump /records {}", chain.display()), &name])?;
+    match chain::verify(File::open(chain)?)? {
+        Ok(end) => ensure!(end.records >= told, "{} records, {told} were told of", end.records),
+        Err(broken) => bail!("the chain is broken at {broken}"),
+    }
+    Ok(())
+}

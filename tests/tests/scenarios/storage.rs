@@ -1,0 +1,175 @@
+//! Disks that move with their guest: each host of these scenarios has a folder of its own under the same path.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
+use ferry_tests::{Guest, Pair, Witness, until, waiting::CALL};
+use libtest_mimic::Trial;
+
+use crate::scenario::{command, has_nothing, on_kvm};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    on_kvm![
+        a_local_disk_moves_with_its_guest_and_stays_sparse,
+        a_disk_that_is_there_already_is_not_written_over,
+        an_aborted_copy_leaves_the_source_as_it_was_and_nothing_at_the_destination,
+        a_disk_without_room_at_the_destination_is_refused_before_anything_moves,
+        a_shared_disk_is_not_copied,
+    ]
+}
+
+/// 64 MiB, of which two pieces hold something.
+const SIZE: u64 = 64 << 20;
+const PIECES: [(u64, u8); 2] = [(1 << 20, 0x5a), (40 << 20, 0xa5)];
+const PIECE: usize = 3 << 20;
+
+/// The folders that the hosts see as one.
+struct Folders {
+    a: PathBuf,
+    b: PathBuf,
+    both: PathBuf,
+}
+
+/// Two hosts with a folder each, and the guest's disk in that of A.
+fn apart(pair: &mut Pair) -> Result<Folders> {
+    let folder = |name: &str| pair.folder().join(name);
+    let folders = Folders {
+        a: folder("disks-a"),
+        b: folder("disks-b"),
+        both: folder("disks"),
+    };
+    for path in [&folders.a, &folders.b, &folders.both] {
+        fs::create_dir(path)?;
+    }
+    pair.a.see(&folders.a, &folders.both);
+    pair.b.see(&folders.b, &folders.both);
+    for host in [&mut pair.a, &mut pair.b] {
+        host.terminate()?;
+        host.start()?;
+    }
+    let disk = File::create(folders.a.join("g.img"))?;
+    disk.set_len(SIZE)?;
+    for (at, byte) in PIECES {
+        disk.write_all_at(&vec![byte; PIECE], at)?;
+    }
+    Ok(folders)
+}
+
+fn run(pair: &Pair, folders: &Folders) -> Result<Witness> {
+    pair.run(&Guest::new("g").disk(&format!("path={}", folders.both.join("g.img").display())))
+}
+
+/// The disk is here as it was made, and sparse.
+fn is_whole(path: PathBuf) -> Result<()> {
+    let disk = File::open(&path)?;
+    let metadata = disk.metadata()?;
+    ensure!(metadata.len() == SIZE, "{metadata:?}");
+    ensure!(metadata.blocks() * 512 < SIZE / 2, "it is not sparse: {metadata:?}");
+    let mut expected = vec![0; SIZE as usize];
+    for (at, byte) in PIECES {
+        expected[at as usize..at as usize + PIECE].fill(byte);
+    }
+    ensure!(fs::read(&path)? == expected, "{} is not what it was", path.display());
+    Ok(())
+}
+
+fn is_empty(folder: &PathBuf) -> Result<()> {
+    until(&format!("{} is empty", folder.display()), CALL, || {
+        Ok((fs::read_dir(folder)?.count() == 0).then_some(()))
+    })
+}
+
+fn a_local_disk_moves_with_its_guest_and_stays_sparse(pair: &mut Pair) -> Result<()> {
+    let folders = apart(pair)?;
+    let witness = run(pair, &folders)?;
+
+    let moved = pair
+        .migrate("g", &["--digests"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+
+    let path = folders.both.join("g.img").display().to_string();
+    ensure!(
+        moved.record["copied_disks"] == serde_json::json!([path]),
+        "{}",
+        moved.record
+    );
+    pair.runs_only_at(&pair.b, "g", &witness)?;
+    is_whole(folders.b.join("g.img"))?;
+    is_empty(&folders.a)?;
+
+    let back = ["migrate", "g", "--to", "a", "--storage", "copy", "--digests"];
+    pair.b.ferry(&back)?.exit(0)?.migration()?.is("completed", "a")?;
+    pair.runs_only_at(&pair.a, "g", &witness)?;
+    is_whole(folders.a.join("g.img"))?;
+    is_empty(&folders.b)
+}
+
+fn a_disk_that_is_there_already_is_not_written_over(pair: &mut Pair) -> Result<()> {
+    let folders = apart(pair)?;
+    let witness = run(pair, &folders)?;
+    fs::write(folders.b.join("g.img"), b"somebody else's")?;
+
+    for storage in ["auto", "copy"] {
+        let told = pair.migrate("g", &["--storage", storage])?.exit(1)?;
+        told.says("host b")?.says("g.img")?.says("it is there")?;
+    }
+
+    ensure!(fs::read(folders.b.join("g.img"))? == b"somebody else's");
+    is_whole(folders.a.join("g.img"))?;
+    pair.runs_only_at(&pair.a, "g", &witness)
+}
+
+fn an_aborted_copy_leaves_the_source_as_it_was_and_nothing_at_the_destination(pair: &mut Pair) -> Result<()> {
+    let folders = apart(pair)?;
+    let witness = run(pair, &folders)?;
+
+    let slow = ["--bandwidth", "40Mbit"];
+    let underway = pair.migrate_until("g", &slow, |record| Ok(record.record["status"] == "running"))?;
+    ensure!(folders.b.join("g.img").exists());
+    pair.a.ferry(&["migration", "abort", &underway.id])?.exit(0)?;
+
+    ensure!(underway.call.wait()?.code == Some(1));
+    pair.runs_only_at(&pair.a, "g", &witness)?;
+    has_nothing(&pair.b)?;
+    is_empty(&folders.b)?;
+    is_whole(folders.a.join("g.img"))?;
+    pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
+    is_whole(folders.b.join("g.img"))
+}
+
+fn a_disk_without_room_at_the_destination_is_refused_before_anything_moves(pair: &mut Pair) -> Result<()> {
+    let folders = apart(pair)?;
+    let witness = run(pair, &folders)?;
+    // Seen by B alone, and gone with its agent.
+    let small = format!("mount -t tmpfs -o size=1M none {}", folders.both.display());
+    let pid = pair.b.pid().unwrap_or_default().to_string();
+    command("nsenter", &["--mount", "--target", &pid, "sh", "-c", &small])?;
+
+    let told = pair.migrate("g", &[])?.exit(1)?.says("host b")?.says("are free")?;
+
+    ensure!(told.migration()?.is("failed", "a")?.rounds() == 0);
+    is_whole(folders.a.join("g.img"))?;
+    pair.runs_only_at(&pair.a, "g", &witness)
+}
+
+fn a_shared_disk_is_not_copied(pair: &mut Pair) -> Result<()> {
+    let path = pair.folder().join("g.img");
+    File::create(&path)?.set_len(SIZE)?;
+    let witness = pair.run(&Guest::new("g").disk(&format!("path={}", path.display())))?;
+
+    let told = pair.migrate("g", &["--storage", "copy"])?.exit(1)?;
+    told.says("nothing is written over")?;
+    let moved = pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
+
+    ensure!(
+        moved.record["copied_disks"] == serde_json::json!([]),
+        "{}",
+        moved.record
+    );
+    ensure!(path.exists());
+    pair.runs_only_at(&pair.b, "g", &witness)
+}

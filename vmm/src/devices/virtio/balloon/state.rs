@@ -1,0 +1,22 @@
+//! The saved form of the balloon: schema "ferry.virtio-balloon", version 1.
+
+use ferry_proto::state::v1 as saved;
+use prost::Message;
+
+use super::super::super::DeviceStateError;
+
+pub(super) fn to_saved(wanted: u32, actual: u32) -> Vec<u8> {
+    saved::VirtioBalloon {
+        wanted_pages: wanted,
+        actual_pages: actual,
+    }
+    .encode_to_vec()
+}
+
+pub(super) fn from_saved(bytes: &[u8]) -> Result<(u32, u32), DeviceStateError> {
+    let saved::VirtioBalloon {
+        wanted_pages,
+        actual_pages,
+    } = saved::VirtioBalloon::decode(bytes).map_err(|_| DeviceStateError::Undecodable("the balloon"))?;
+    Ok((wanted_pages, actual_pages))
+}

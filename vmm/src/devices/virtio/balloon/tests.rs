@@ -1,0 +1,77 @@
+//! The balloon behind its registers and queues.
+
+use super::super::registers::offset;
+use super::super::testing::Driver;
+use super::{Balloon, INFLATE, REPORTING};
+use crate::memory::{FrameRun, Span};
+
+const PAGES: u64 = 0x10_0000;
+const LIST: u64 = 0x1000;
+
+fn driver() -> Driver {
+    let mut driver = Driver::new(Box::<Balloon>::default());
+    driver.set_up(0);
+    driver
+}
+
+/// Writes something to the pages from `PAGES` on, so that the host backs them.
+fn touch(driver: &Driver, pages: u64) {
+    (0..pages).for_each(|page| driver.put(PAGES + page * 4096, &[7; 4096]));
+    let _ = driver.memory.device_dirty();
+}
+
+#[test]
+fn reported_pages_are_given_back_and_count_as_written() {
+    let mut driver = driver();
+    touch(&driver, 16);
+    let reported = Span {
+        address: PAGES + 100,
+        len: 4 * 4096,
+    };
+    driver.give(REPORTING, &[(reported, true)]);
+    assert_eq!(driver.used(REPORTING), Some(0));
+    let dirty = driver.memory.device_dirty();
+    // Whole pages only.
+    assert!(
+        dirty.runs().contains(&FrameRun { first: 257, count: 3 }),
+        "{:?}",
+        dirty.runs()
+    );
+    assert_eq!(driver.look(PAGES, 4096), [7; 4096]);
+    assert_eq!(driver.look(PAGES + 4096, 3 * 4096), [0; 3 * 4096]);
+}
+
+#[test]
+fn inflated_pages_are_given_back() {
+    let mut driver = driver();
+    touch(&driver, 4);
+    let frames: Vec<u8> = [258u32, 256, 257]
+        .iter()
+        .flat_map(|frame| frame.to_le_bytes())
+        .collect();
+    driver.put(LIST, &frames);
+    driver.give(INFLATE, &[(Span { address: LIST, len: 12 }, false)]);
+    assert_eq!(driver.used(INFLATE), Some(0));
+    assert_eq!(driver.look(PAGES, 3 * 4096), [0; 3 * 4096]);
+    assert_eq!(driver.look(PAGES + 3 * 4096, 4096), [7; 4096]);
+}
+
+#[test]
+fn frames_that_are_no_memory_break_the_balloon() {
+    let mut driver = driver();
+    driver.put(LIST, &u32::MAX.to_le_bytes());
+    driver.give(INFLATE, &[(Span { address: LIST, len: 4 }, false)]);
+    assert!(driver.breaks());
+}
+
+#[test]
+fn guest_says_how_much_it_gave_up() {
+    let driver = driver();
+    driver.write(offset::CONFIG + 4, 77);
+    assert_eq!(driver.read(offset::CONFIG + 4), 77);
+    driver.write(offset::CONFIG, 5);
+    assert_eq!(driver.read(offset::CONFIG), 0);
+    assert!(driver.rest());
+    let after = driver.moved_to(Box::<Balloon>::default());
+    assert_eq!(after.read(offset::CONFIG + 4), 77);
+}
