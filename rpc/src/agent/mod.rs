@@ -38,3 +38,4 @@ pub use config::AgentConfig;
 pub(crate) use host::remove_leftovers;
 pub use serve::serve;
 pub use spawn::cgroup_root;
+pub use vmm_user::UserRange;

@@ -23,7 +23,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use rustix::time::Timespec;
 
-use super::vmm_user;
+use super::vmm_user::{self, UserRange};
 
 /// The VMM's socket below an instance's folder.
 pub(crate) const SOCKET: &str = "vmm.sock";
@@ -47,7 +47,7 @@ pub(crate) struct Process {
 ///
 /// # Errors
 /// The socket cannot be made or the process cannot be started.
-pub(crate) fn vmm(folder: &Path, mark_folder: Option<&Path>, instance: &str) -> io::Result<Process> {
+pub(crate) fn vmm(folder: &Path, mark_folder: Option<&Path>, users: UserRange, instance: &str) -> io::Result<Process> {
     let socket = folder.join(SOCKET);
     // One instance has one process: whatever an agent that was killed left here ends before its socket is taken away.
     kill_listening(&socket)?;
@@ -81,7 +81,7 @@ pub(crate) fn vmm(folder: &Path, mark_folder: Option<&Path>, instance: &str) -> 
     if let Some(mark_folder) = mark_folder {
         command.arg("--mark-dir").arg(mark_folder);
     }
-    match vmm_user::give(folder, mark_folder) {
+    match vmm_user::give(folder, mark_folder, users) {
         Ok(user) => drop(command.arg("--user").arg(user.to_string())),
         Err(error) => tracing::info!(%error, instance, "the VMM has its agent's user"),
     }

@@ -10,19 +10,51 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-/// Numbers above those that systemd gives to containers (524288 to 1879048191, `UIDS-GIDS.md`), as far as a signed number goes.
-const FIRST: u32 = 0x7000_0000;
-const COUNT: u32 = 0x1000_0000;
+/// The numbers that an agent gives to VMMs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UserRange {
+    first: u32,
+    last: u32,
+}
+
+impl Default for UserRange {
+    /// Above those that systemd gives to containers (524288 to 1879048191, `UIDS-GIDS.md`), as far as a signed number goes.
+    fn default() -> Self {
+        Self {
+            first: 0x7000_0000,
+            last: 0x7fff_ffff,
+        }
+    }
+}
+
+impl UserRange {
+    /// The numbers from `first` to `last`; none if that is no range, or root is in it.
+    #[must_use]
+    pub fn new(first: u32, last: u32) -> Option<Self> {
+        // The last number of all means "leave it as it is" to the kernel.
+        (0 < first && first <= last && last < u32::MAX).then_some(Self { first, last })
+    }
+
+    fn contains(self, number: u32) -> bool {
+        (self.first..=self.last).contains(&number)
+    }
+
+    /// All of them, beginning somewhere in it.
+    fn beginning_at(self, somewhere: u32) -> impl Iterator<Item = u32> {
+        let count = self.last - self.first + 1;
+        (0..count).map(move |step| self.first + (somewhere % count + step) % count)
+    }
+}
 
 /// Gives an instance's folder to its VMM's user, to be read, and a folder for a started mark, to be written.
 ///
 /// # Errors
 /// This process may not give files away: it is not root, or the file system does not know such owners.
-pub(crate) fn give(folder: &Path, mark_folder: Option<&Path>) -> io::Result<u32> {
+pub(crate) fn give(folder: &Path, mark_folder: Option<&Path>, range: UserRange) -> io::Result<u32> {
     /// Two instances must not find the same number free.
     static CHOOSING: Mutex<()> = Mutex::new(());
     let choosing = CHOOSING.lock().unwrap_or_else(PoisonError::into_inner);
-    let user = choose(folder)?;
+    let user = choose(folder, range)?;
     chown(folder, None, Some(user))?;
     drop(choosing);
     fs::set_permissions(folder, Permissions::from_mode(0o750))?;
@@ -42,9 +74,9 @@ pub(crate) fn give(folder: &Path, mark_folder: Option<&Path>) -> io::Result<u32>
 }
 
 /// The number that the folder has, or one that no folder beside it has.
-fn choose(folder: &Path) -> io::Result<u32> {
+fn choose(folder: &Path, range: UserRange) -> io::Result<u32> {
     let has = fs::metadata(folder)?.gid();
-    if is_ours(has) {
+    if range.contains(has) {
         return Ok(has);
     }
     let beside = folder.parent().unwrap_or(folder);
@@ -54,14 +86,8 @@ fn choose(folder: &Path) -> io::Result<u32> {
     // Instances of another agent on this host are not seen here: chance keeps them apart.
     let hash = blake3::hash(folder.as_os_str().as_encoded_bytes());
     let begin = u32::from_le_bytes([0, 1, 2, 3].map(|at| hash.as_bytes()[at]));
-    (0..COUNT)
-        .map(|step| FIRST + begin.wrapping_add(step) % COUNT)
-        .find(|number| !taken.contains(number))
-        .ok_or_else(|| io::Error::other("all numbers of users are taken"))
-}
-
-fn is_ours(number: u32) -> bool {
-    (FIRST..FIRST + COUNT).contains(&number)
+    let free = range.beginning_at(begin).find(|number| !taken.contains(number));
+    free.ok_or_else(|| io::Error::other("each user of the agent's --vmm-users is another VMM's"))
 }
 
 #[cfg(test)]
@@ -74,9 +100,11 @@ mod tests {
         let folder = instances.path().join("one");
         fs::create_dir(&folder).unwrap();
         // Only root gives files away.
-        let Ok(user) = give(&folder, None) else { return };
-        assert!(is_ours(user));
-        assert_eq!(give(&folder, None).unwrap(), user);
+        let Ok(user) = give(&folder, None, UserRange::default()) else {
+            return;
+        };
+        assert!(UserRange::default().contains(user));
+        assert_eq!(give(&folder, None, UserRange::default()).unwrap(), user);
         assert_eq!(fs::metadata(&folder).unwrap().mode() & 0o777, 0o750);
     }
 
@@ -85,10 +113,23 @@ mod tests {
         let instances = tempfile::tempdir().unwrap();
         let [one, two] = ["one", "two"].map(|name| instances.path().join(name));
         fs::create_dir(&one).unwrap();
-        let wanted = choose(&one).unwrap();
+        let range = UserRange::new(70_000, 70_001).unwrap();
+        let wanted = choose(&one, range).unwrap();
         fs::create_dir(&two).unwrap();
         if chown(&two, None, Some(wanted)).is_ok() {
-            assert_ne!(choose(&one).unwrap(), wanted);
+            assert_eq!(choose(&one, range).unwrap(), 140_001 - wanted);
+            let narrow = UserRange::new(wanted, wanted).unwrap();
+            assert!(choose(&one, narrow).unwrap_err().to_string().contains("--vmm-users"));
         }
+    }
+
+    #[test]
+    fn a_range_has_neither_root_nor_nobody_at_all() {
+        assert_eq!(UserRange::new(0, 5), None);
+        assert_eq!(UserRange::new(6, 5), None);
+        assert_eq!(UserRange::new(5, u32::MAX), None);
+        let few = UserRange::new(5, 7).unwrap();
+        assert_eq!(few.beginning_at(u32::MAX).collect::<Vec<_>>().len(), 3);
+        assert!(few.beginning_at(u32::MAX).all(|number| few.contains(number)));
     }
 }

@@ -82,6 +82,7 @@ fn configuration(arguments: AgentArguments) -> Result<AgentConfig, Failure> {
         peers: arguments.peers,
         image_dirs: arguments.image_dirs,
         insecure_network: arguments.insecure_network,
+        vmm_users: arguments.vmm_users.unwrap_or_default(),
     };
     config
         .check()

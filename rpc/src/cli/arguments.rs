@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use super::devices::{self, DiskArgument, NicArgument};
 use super::output::Format;
 use super::quantities as parse;
+use crate::agent::UserRange;
 
 /// Runs virtual machines on KVM and moves them, running, from one host to another.
 #[derive(Debug, Parser)]
@@ -148,6 +149,9 @@ pub(super) struct AgentArguments {
     /// Listen beyond loopback although peers do not authenticate each other yet
     #[arg(long)]
     pub(super) insecure_network: bool,
+    /// The numbers of users that VMMs become, where the agent is root [default: 1879048192-2147483647]
+    #[arg(long, value_name = "FIRST-LAST", value_parser = parse::user_range)]
+    pub(super) vmm_users: Option<UserRange>,
 }
 
 #[derive(Debug, Args)]

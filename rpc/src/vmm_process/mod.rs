@@ -13,7 +13,7 @@
 //! The agent hands over the listening socket as standard input, so it exists before this process does, and whoever can
 //! open the socket is the agent. The process ends when its agent kills it; it never ends, and never starts a guest, by itself.
 //!
-//! It opens what it will need of its host and then goes into its [`jail`], before it has a second thread and before it listens to anybody.
+//! It opens what it will need of its host and then goes into its jail (`jail`), before it has a second thread and before it listens to anybody.
 
 mod adapter;
 mod announce;

@@ -181,8 +181,9 @@ impl Agent {
     ) -> Result<(Vmm, tokio::sync::mpsc::UnboundedReceiver<wire::report::Report>), Failure> {
         let folder = self.folder(id);
         let socket = folder.join(spawn::SOCKET);
-        let spawned =
-            tokio::task::spawn_blocking(move || spawn::vmm(&folder, mark_folder.as_deref(), &id.to_string())).await;
+        let users = self.config.vmm_users;
+        let spawn = move || spawn::vmm(&folder, mark_folder.as_deref(), users, &id.to_string());
+        let spawned = tokio::task::spawn_blocking(spawn).await;
         let process = spawned
             .map_err(std::io::Error::other)
             .and_then(|result| result)

@@ -5,6 +5,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, ensure};
 
 use super::Need;
+use crate::agent::UserRange;
 use crate::agent::vmm_user;
 use crate::vmm_process::{Part, Shortfall};
 
@@ -29,7 +30,7 @@ fn rehearse() -> anyhow::Result<Vec<Shortfall>> {
     let mut command = Command::new("/proc/self/exe");
     command.args(["vmm", "--rehearse", "--instance-dir"]).arg(folder.path());
     // Who may not give it away is told so by the rehearsal.
-    if let Ok(user) = vmm_user::give(folder.path(), None) {
+    if let Ok(user) = vmm_user::give(folder.path(), None, UserRange::default()) {
         command.arg("--user").arg(user.to_string());
     }
     let ran = command.stdin(Stdio::null()).stderr(Stdio::null()).output();
