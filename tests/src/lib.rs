@@ -11,6 +11,7 @@ pub mod complaints;
 pub mod echo;
 pub mod guest;
 pub mod host;
+pub mod intrusion;
 pub mod linux;
 pub mod pair;
 pub mod process;

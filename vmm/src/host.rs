@@ -1,15 +1,13 @@
 //! What this host offers to machines, and whether a given machine could run here.
 
-use std::path::Path;
-
 use thiserror::Error;
 
 use crate::arch::x86_64::cpuid::{CpuidEntry, missing, with_native_features, withhold_hypercalls};
-use crate::arch::x86_64::time::boot_id;
 use crate::arch::x86_64::vcpu_state::{TscControl, probe_tsc};
+use crate::host_files;
 use crate::kvm::{Host, HostError, KvmError, Vm, host_tsc, native_cpuid};
 use crate::machine::DirtyMode;
-use crate::memory::{GuestMemory, HUGE_PAGE_SIZE, MemoryOptions, PAGE_SIZE, host_memory};
+use crate::memory::{GuestMemory, HUGE_PAGE_SIZE, MemoryOptions, PAGE_SIZE};
 use crate::state::{MachineProfile, unit_kinds};
 
 /// What this host offers. A snapshot; what it depends on changes only with kernel modules and hardware.
@@ -124,16 +122,16 @@ impl HostCapabilities {
     /// What the host says of itself, and what a vCPU told of its time stamp counter.
     pub(crate) fn of(host: &Host, tsc_khz: u32, tsc: TscControl) -> Result<Self, HostError> {
         let supported = offered_cpuid(host).map_err(HostError::Ask)?;
-        let is_pvm = is_pvm();
+        let is_pvm = host_files::is_pvm();
         Ok(Self {
             is_pvm,
-            memory_bytes: host_memory().map_err(HostError::Open)?,
+            memory_bytes: host_files::memory().map_err(HostError::Open)?,
             max_vcpus: host.max_vcpus.min(u8::MAX.into()) as u32,
             dirty_ring_bytes: host.dirty_ring_bytes as u64,
             xsave_bytes: host.xsave_bytes as u64,
             tsc_khz,
             tsc_offset_settable: tsc != TscControl::Fixed,
-            boot_id: boot_id(),
+            boot_id: host_files::boot_id(),
             cpuid: as_guests_see(&supported, is_pvm),
         })
     }
@@ -224,15 +222,10 @@ fn check_devices(profile: &MachineProfile) -> Vec<Incompatibility> {
     found
 }
 
-/// Whether the guest sees the processor's own features, whatever KVM was told.
-pub(crate) fn is_pvm() -> bool {
-    Path::new("/sys/module/kvm_pvm").exists()
-}
-
 /// What KVM says it supports, without what does not work on this host although it is listed.
 pub(crate) fn offered_cpuid(host: &Host) -> Result<Vec<CpuidEntry>, KvmError> {
     let mut entries: Vec<CpuidEntry> = host.supported_cpuid()?.into_iter().map(Into::into).collect();
-    if is_pvm() {
+    if host_files::is_pvm() {
         withhold_hypercalls(&mut entries);
     }
     Ok(entries)

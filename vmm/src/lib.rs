@@ -9,11 +9,13 @@
 mod arch;
 mod devices;
 mod host;
+mod host_files;
 mod kvm;
 mod machine;
 mod memory;
 mod state;
 mod tap;
+mod threads;
 mod vcpu;
 
 /// A way in for the fuzz targets, which see only what is public.
@@ -41,6 +43,7 @@ pub use arch::x86_64::boot::{BootPayload, KernelError, LoadError};
 pub use arch::x86_64::cpuid::CpuidEntry;
 pub use devices::{ConsoleOutput, WrittenBlocks};
 pub use host::{HostCapabilities, Incompatibility, host};
+pub use host_files::keep_host_files;
 pub use kvm::{DirtyClearer, HostError, KvmError};
 pub use machine::{
     Backends, BlankMachine, ConsoleInput, CpuModel, DirtyMode, DiskAccess, DiskBackend, EventSink, Machine,
@@ -52,3 +55,4 @@ pub use memory::{
 };
 pub use state::{MachineProfile, MachineState, StateError, UnitKind};
 pub use tap::{Tap, TapError, TapProblem, VNET_HEADER_SIZE};
+pub use threads::{ThreadHook, ThreadKind};

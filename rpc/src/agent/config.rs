@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use anyhow::bail;
 
+use super::vmm_user::UserRange;
+
 /// The configuration of one agent.
 #[derive(Clone, Debug)]
 pub struct AgentConfig {
@@ -24,6 +26,8 @@ pub struct AgentConfig {
     pub image_dirs: Vec<PathBuf>,
     /// Allows other addresses than loopback, although peers do not authenticate each other.
     pub insecure_network: bool,
+    /// The users that VMMs become, where the agent is root.
+    pub vmm_users: UserRange,
 }
 
 impl AgentConfig {
@@ -80,6 +84,7 @@ mod tests {
             peers: Vec::new(),
             image_dirs: Vec::new(),
             insecure_network: false,
+            vmm_users: UserRange::default(),
         }
     }
 

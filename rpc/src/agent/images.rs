@@ -16,6 +16,11 @@ pub(crate) fn file_name(hash: &str) -> String {
     format!("image-{hash}")
 }
 
+/// Whether `name` is what [`file_name`] gives.
+pub(crate) fn is_file_name(name: &str) -> bool {
+    name.strip_prefix("image-").is_some_and(is_hash)
+}
+
 /// Whether `text` is a hash as [`import`] gives it.
 pub(crate) fn is_hash(text: &str) -> bool {
     text.len() == 64

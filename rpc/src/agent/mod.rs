@@ -31,9 +31,11 @@ mod recovery;
 mod serve;
 mod spawn;
 mod vmm_client;
+pub(crate) mod vmm_user;
 
 pub(crate) use backends::is_interface_name;
 pub use config::AgentConfig;
 pub(crate) use host::remove_leftovers;
 pub use serve::serve;
 pub use spawn::cgroup_root;
+pub use vmm_user::UserRange;

@@ -10,9 +10,10 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -22,10 +23,14 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use rustix::time::Timespec;
 
+use super::vmm_user::{self, UserRange};
+
 /// The VMM's socket below an instance's folder.
 pub(crate) const SOCKET: &str = "vmm.sock";
 /// What a VMM's process calls itself.
 const VMM_NAME: &str = "ferry-vmm";
+/// What a VMM is told of its agent's environment: there may be secrets in it, and a VMM has no use for them.
+const ENVIRONMENT: [&str; 4] = ["FERRY_LOG", "LD_LIBRARY_PATH", "RUST_BACKTRACE", "USER"];
 /// The VMM's own log below an instance's folder.
 pub(crate) const VMM_LOG: &str = "vmm.log";
 
@@ -33,13 +38,16 @@ pub(crate) const VMM_LOG: &str = "vmm.log";
 pub(crate) struct Process {
     pub(crate) pid: i32,
     pub(crate) pidfd: OwnedFd,
+    /// How it ended, once it has; none of a process that another agent started.
+    ended: Option<Arc<OnceLock<ExitStatus>>>,
 }
 
-/// Starts `ferry vmm` for the instance in `folder`; it can be connected to when this returns.
+/// Starts `ferry vmm` for the instance in `folder`; it can be connected to when this returns. The process goes into a jail, where it
+/// has this folder to read and the other, if there is one, to leave its started mark.
 ///
 /// # Errors
 /// The socket cannot be made or the process cannot be started.
-pub(crate) fn vmm(folder: &Path, instance: &str) -> io::Result<Process> {
+pub(crate) fn vmm(folder: &Path, mark_folder: Option<&Path>, users: UserRange, instance: &str) -> io::Result<Process> {
     let socket = folder.join(SOCKET);
     // One instance has one process: whatever an agent that was killed left here ends before its socket is taken away.
     kill_listening(&socket)?;
@@ -58,20 +66,35 @@ pub(crate) fn vmm(folder: &Path, instance: &str) -> io::Result<Process> {
     let mut command = Command::new("/proc/self/exe");
     command
         .arg0(VMM_NAME)
+        .env_clear()
+        .envs(
+            ENVIRONMENT
+                .iter()
+                .filter_map(|name| Some((name, std::env::var_os(name)?))),
+        )
         .arg("vmm")
         .arg("--instance-dir")
         .arg(folder)
         .stdin(Stdio::from(OwnedFd::from(listener)))
         .stdout(log.try_clone()?)
         .stderr(log);
+    if let Some(mark_folder) = mark_folder {
+        command.arg("--mark-dir").arg(mark_folder);
+    }
+    match vmm_user::give(folder, mark_folder, users) {
+        Ok(user) => drop(command.arg("--user").arg(user.to_string())),
+        Err(error) => tracing::info!(%error, instance, "the VMM has its agent's user"),
+    }
     let child = command.spawn()?;
     // Before the child is waited for, its number is nobody else's.
     let pid = Pid::from_child(&child);
     let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-    look_after(child, instance.to_owned());
+    let ended = Arc::default();
+    look_after(child, instance.to_owned(), Arc::clone(&ended));
     Ok(Process {
         pid: pid.as_raw_nonzero().get(),
         pidfd,
+        ended: Some(ended),
     })
 }
 
@@ -110,10 +133,28 @@ pub(crate) fn listening_process(stream: &UnixStream) -> io::Result<Process> {
     if !command.starts_with(VMM_NAME.as_bytes()) {
         return Err(Errno::SRCH.into());
     }
-    Ok(Process { pid, pidfd })
+    Ok(Process {
+        pid,
+        pidfd,
+        ended: None,
+    })
 }
 
 impl Process {
+    /// How a process that has ended did, for people; waits for that a moment.
+    pub(crate) fn obituary(&self) -> String {
+        let unknown = || "the VMM died".to_owned();
+        let Some(ended) = &self.ended else { return unknown() };
+        // Its socket closes, and its pidfd tells, before the thread that waits for it does.
+        for _ in 0..50 {
+            if let Some(status) = ended.get() {
+                return told(*status);
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        unknown()
+    }
+
     /// Whether it is dead, waiting for that `patience` at most.
     pub(crate) fn has_ended(&self, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
@@ -177,19 +218,31 @@ fn short_path(socket: &Path) -> io::Result<(OwnedFd, PathBuf)> {
     Ok((folder, short))
 }
 
+/// How a VMM's process ended. It never ends by itself, so somebody, or something, did that.
+fn told(status: ExitStatus) -> String {
+    let how = format!("the VMM died ({status})");
+    if status.signal() == Some(Signal::SYS.as_raw()) {
+        how + ": it made a system call that its jail forbids; the kernel's log names the call"
+    } else {
+        how
+    }
+}
+
 /// Gives the process its cgroup, and waits for it so that it does not stay a zombie; how it ended is told by its socket
 /// and its pidfd.
 ///
 /// Moving a process waits for a grace period of the kernel (`cgroup_attach_task`), 15 ms where the migration into here
 /// needs them for building the machine. In this order, because until the process is waited for its number is nobody
 /// else's.
-fn look_after(mut child: Child, instance: String) {
+fn look_after(mut child: Child, instance: String, ended: Arc<OnceLock<ExitStatus>>) {
     let look = move || {
         if let Err(error) = give_cgroup(child.id(), &instance) {
             tracing::info!(%error, instance, "the VMM stays in the agent's cgroup");
         }
         if let Ok(status) = child.wait() {
             tracing::debug!(pid = child.id(), %status, "a VMM process ended");
+            // Nobody else sets it.
+            let _ = ended.set(status);
         }
         // Whoever noticed the end first may have looked for the group before it was there.
         remove_cgroup(&instance);
@@ -236,4 +289,16 @@ pub fn cgroup_root() -> io::Result<PathBuf> {
         .map(PathBuf::from)
         .find(|root| root.join("cgroup.procs").exists())
         .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no unified cgroup hierarchy is mounted"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_forbidden_system_call_is_told_apart() {
+        let words = told(ExitStatus::from_raw(Signal::SYS.as_raw()));
+        assert!(words.contains("SIGSYS") && words.contains("jail"), "{words}");
+        assert_eq!(told(ExitStatus::from_raw(9)), "the VMM died (signal: 9 (SIGKILL))");
+    }
 }

@@ -239,6 +239,13 @@ impl Vmm {
         self.shared.process.has_ended(Duration::ZERO)
     }
 
+    /// How the process ended, for people. To be asked once it is dead.
+    pub(crate) async fn obituary(&self) -> String {
+        let shared = Arc::clone(&self.shared);
+        let told = tokio::task::spawn_blocking(move || shared.process.obituary()).await;
+        told.unwrap_or_else(|_| "the VMM died".to_owned())
+    }
+
     /// Kills the process and waits until it is dead.
     ///
     /// # Errors

@@ -5,9 +5,11 @@ use std::path::PathBuf;
 
 use tracing_subscriber::EnvFilter;
 
-use super::arguments::AgentArguments;
+use super::arguments::{AgentArguments, VmmArguments};
 use super::failure::{Exit, Failure, Outcome};
+use super::output;
 use crate::agent::AgentConfig;
+use crate::vmm_process;
 
 /// Serves until SIGTERM or SIGINT. The instances go on.
 pub(super) fn serve(arguments: AgentArguments) -> Outcome {
@@ -21,11 +23,18 @@ pub(super) fn serve(arguments: AgentArguments) -> Outcome {
 }
 
 /// Is the process around one VM, until it ends. Its agent hands it a listening socket as standard input.
-pub(super) fn vmm(instance_dir: PathBuf) -> Outcome {
+pub(super) fn vmm(arguments: VmmArguments) -> Outcome {
+    let start = vmm_process::Start {
+        folder: arguments.instance_dir,
+        mark_folder: arguments.mark_dir,
+        user: arguments.user,
+    };
+    if arguments.rehearse {
+        vmm_process::rehearse(&start).iter().try_for_each(output::json_line)?;
+        return Ok(Exit::Done);
+    }
     log_to_stderr();
-    crate::vmm_process::main(instance_dir)
-        .map_err(Failure::from)
-        .map(|()| Exit::Done)
+    vmm_process::main(start).map_err(Failure::from).map(|()| Exit::Done)
 }
 
 /// Where an agent keeps its data when it is not told.
@@ -73,6 +82,7 @@ fn configuration(arguments: AgentArguments) -> Result<AgentConfig, Failure> {
         peers: arguments.peers,
         image_dirs: arguments.image_dirs,
         insecure_network: arguments.insecure_network,
+        vmm_users: arguments.vmm_users.unwrap_or_default(),
     };
     config
         .check()

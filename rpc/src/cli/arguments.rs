@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use super::devices::{self, DiskArgument, NicArgument};
 use super::output::Format;
 use super::quantities as parse;
+use crate::agent::UserRange;
 
 /// Runs virtual machines on KVM and moves them, running, from one host to another.
 #[derive(Debug, Parser)]
@@ -97,10 +98,22 @@ pub(super) enum Verb {
     Bench(BenchArguments),
     /// The process around one VM; agents start it
     #[command(hide = true)]
-    Vmm {
-        #[arg(long)]
-        instance_dir: PathBuf,
-    },
+    Vmm(VmmArguments),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct VmmArguments {
+    #[arg(long)]
+    pub(super) instance_dir: PathBuf,
+    /// Where the started mark will be
+    #[arg(long)]
+    pub(super) mark_dir: Option<PathBuf>,
+    /// The user and group to become
+    #[arg(long)]
+    pub(super) user: Option<u32>,
+    /// Only tell what this host does not allow of the jail, a JSON object each
+    #[arg(long)]
+    pub(super) rehearse: bool,
 }
 
 #[derive(Debug, Args)]
@@ -136,6 +149,9 @@ pub(super) struct AgentArguments {
     /// Listen beyond loopback although peers do not authenticate each other yet
     #[arg(long)]
     pub(super) insecure_network: bool,
+    /// The numbers of users that VMMs become, where the agent is root [default: 1879048192-2147483647]
+    #[arg(long, value_name = "FIRST-LAST", value_parser = parse::user_range)]
+    pub(super) vmm_users: Option<UserRange>,
 }
 
 #[derive(Debug, Args)]
@@ -300,7 +316,7 @@ impl Verb {
             Self::Agent(_) => Some("agent"),
             Self::Demo => Some("demo"),
             Self::Bench(_) => Some("bench"),
-            Self::Vmm { .. } => Some("vmm"),
+            Self::Vmm(_) => Some("vmm"),
             _ => None,
         }
     }
@@ -309,7 +325,7 @@ impl Verb {
     pub(super) fn prints_no_result(&self) -> Option<&'static str> {
         match self {
             Self::Agent(_) => Some("agent"),
-            Self::Vmm { .. } => Some("vmm"),
+            Self::Vmm(_) => Some("vmm"),
             Self::Console(console) if console.attach => Some("console --attach"),
             _ => None,
         }

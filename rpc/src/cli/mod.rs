@@ -78,7 +78,7 @@ fn run(line: CommandLine) -> Outcome {
     let format = line.output;
     match line.verb {
         Verb::Agent(arguments) => agent::serve(arguments),
-        Verb::Vmm { instance_dir } => agent::vmm(instance_dir),
+        Verb::Vmm(arguments) => agent::vmm(arguments),
         Verb::Demo => on_runtime(demo::run(format)),
         Verb::Bench(arguments) => on_runtime(bench::run(arguments, format)),
         Verb::Doctor(arguments) => on_runtime(doctor::run(arguments, line.agent, format)),
@@ -103,7 +103,7 @@ async fn ask(verb: Verb, agent: Agent, format: Format) -> Outcome {
         Verb::Migrate(arguments) => migrate::run(&agent, arguments, format).await,
         Verb::Migration(verb) => migrations::run(&agent, verb, format).await,
         Verb::Host(verb) => hosts::run(&agent, verb, format).await,
-        Verb::Agent(_) | Verb::Vmm { .. } | Verb::Demo | Verb::Bench(_) | Verb::Doctor(_) => {
+        Verb::Agent(_) | Verb::Vmm(_) | Verb::Demo | Verb::Bench(_) | Verb::Doctor(_) => {
             Err(Failure::new(Exit::Usage, "this verb asks no agent"))
         }
     }

@@ -6,6 +6,8 @@
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::agent::UserRange;
+
 /// Bytes of memory: `512M`, `1G`, `1GiB`. Powers of 1024; the unit may not be left out.
 pub(super) fn memory_size(text: &str) -> Result<u64, String> {
     let (number, unit) = split(text);
@@ -94,6 +96,14 @@ pub(super) fn instance_name(text: &str) -> Result<String, String> {
 /// The id of a host, by the same rules as an instance's name.
 pub(super) fn host_id(text: &str) -> Result<String, String> {
     instance_name(text)
+}
+
+/// `FIRST-LAST`: numbers of users that nothing else has.
+pub(super) fn user_range(text: &str) -> Result<UserRange, String> {
+    let number = |text: &str| text.parse::<u32>().ok();
+    text.split_once('-')
+        .and_then(|(first, last)| UserRange::new(number(first)?, number(last)?))
+        .ok_or_else(|| format!("{text:?} is not FIRST-LAST, numbers of users without root, for example 70000-79999"))
 }
 
 /// `H=URL`: another agent's host id and where it listens.
@@ -214,6 +224,14 @@ mod tests {
             assert!(instance_name(bad).is_err(), "{bad:?}");
         }
         assert!(instance_name(&"a".repeat(64)).is_err());
+    }
+
+    #[test]
+    fn users_are_a_range_without_root() {
+        assert_eq!(user_range("70000-79999").ok(), UserRange::new(70_000, 79_999));
+        for wrong in ["70000", "9-8", "0-9", "a-b", "1-4294967295", ""] {
+            assert!(user_range(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use ferry_vmm::VNET_HEADER_SIZE;
 
+use super::jail;
 use crate::mac::MacAddress;
 
 /// Pauses before the frames after the first: one may be lost, and a switch may not forward yet.
@@ -46,6 +47,7 @@ impl Announcer {
         self.send();
         let again = self.clone();
         let repeat = move || {
+            jail::narrow(jail::Kind::Control);
             for pause in PAUSES_MS {
                 thread::sleep(Duration::from_millis(pause));
                 again.send();

@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use ferry_vmm::ConsoleOutput;
 
@@ -11,8 +12,9 @@ use ferry_vmm::ConsoleOutput;
 pub(crate) const CONSOLE_LOG: &str = "console.log";
 
 /// Appends what the guest prints to its console log, unbuffered: a reader sees each byte at once.
+#[derive(Clone, Debug)]
 pub(super) struct ConsoleLog {
-    file: File,
+    file: Arc<File>,
     failed: bool,
 }
 
@@ -27,14 +29,17 @@ impl ConsoleLog {
             .append(true)
             .mode(0o600)
             .open(folder.join(CONSOLE_LOG))?;
-        Ok(Self { file, failed: false })
+        Ok(Self {
+            file: Arc::new(file),
+            failed: false,
+        })
     }
 }
 
 impl ConsoleOutput for ConsoleLog {
     fn write(&mut self, bytes: &[u8]) {
         // A full disk must not stop the guest: output is lost, and that is said once until it works again.
-        match self.file.write_all(bytes) {
+        match (&*self.file).write_all(bytes) {
             Ok(()) => self.failed = false,
             Err(error) if !self.failed => {
                 self.failed = true;

@@ -12,6 +12,7 @@ use ferry_migration::source::{SourceOutcome, SourceReport};
 use ferry_proto::vmm::v1::Order;
 
 use super::guest::{LocalGuest, RestoredMachine};
+use super::jail;
 use crate::vmm_channel;
 
 /// What the machine's owner waits for.
@@ -44,6 +45,7 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(2);
 /// Accepts agents for ever, each connection read by a thread of its own.
 pub(super) fn accept_agents(listener: UnixListener, events: Sender<Event>) -> io::Result<()> {
     let accept = move || {
+        jail::narrow(jail::Kind::Control);
         for number in 1.. {
             let socket = match listener.accept() {
                 Ok((socket, _)) => socket,

@@ -12,7 +12,7 @@ use ferry_migration::handover::Epoch;
 use ferry_proto::vmm::v1::MachineSpec;
 use ferry_vmm::{
     BlankMachine, BootPayload, ConsoleInput, CpuModel, DirtyMode, EventSink, Machine, MachineConfig, MachineEvent,
-    RunState, WrittenBlocks,
+    RunState, ThreadHook, ThreadKind, WrittenBlocks,
 };
 
 use super::announce::Announcer;
@@ -21,6 +21,7 @@ use super::console::ConsoleLog;
 use super::copied::CopiedDisk;
 use super::disks::Disks;
 use super::events::Event;
+use super::jail;
 use super::memory::SharedMemory;
 
 /// What the guest's vCPUs said and nobody has looked at yet.
@@ -159,7 +160,6 @@ pub(super) enum Purpose {
 pub(super) struct Blueprint {
     config: MachineConfig,
     payload: Payload,
-    folder: PathBuf,
     host: HostSide,
 }
 
@@ -213,7 +213,6 @@ impl Blueprint {
         Ok(Self {
             config,
             payload,
-            folder: folder.to_owned(),
             host: HostSide::new(spec, descriptors)?,
         })
     }
@@ -222,10 +221,8 @@ impl Blueprint {
     ///
     /// # Errors
     /// The host cannot have it: no KVM, not enough memory, too many vCPUs.
-    pub(super) fn blank(self, bell: Sender<Event>) -> anyhow::Result<BlankGuest> {
+    pub(super) fn blank(self, console: ConsoleLog, bell: Sender<Event>) -> anyhow::Result<BlankGuest> {
         let inbox = Inbox::new(bell);
-        let console = ConsoleLog::open(&self.folder)
-            .with_context(|| format!("failed to open the console log in {}", self.folder.display()))?;
         let to_inbox = inbox.clone();
         let events = EventSink::new(move |event| to_inbox.put(event));
         let HostSide {
@@ -233,7 +230,7 @@ impl Blueprint {
             disks,
             announcer,
         } = self.host;
-        let machine = BlankMachine::new(&self.config, backends, Box::new(console), events)?;
+        let machine = BlankMachine::new(&self.config, backends, Box::new(console), events, &own_filters())?;
         Ok(BlankGuest {
             machine,
             inbox,
@@ -244,6 +241,16 @@ impl Blueprint {
             copied: Vec::new(),
         })
     }
+}
+
+/// Each thread of a machine gives up what its kind does not need.
+fn own_filters() -> ThreadHook {
+    ThreadHook::new(|kind| {
+        jail::narrow(match kind {
+            ThreadKind::Vcpu => jail::Kind::Vcpu,
+            ThreadKind::Device => jail::Kind::Device,
+        });
+    })
 }
 
 impl BlankGuest {

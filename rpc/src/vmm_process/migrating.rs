@@ -18,6 +18,7 @@ use ferry_proto::wire_uuid;
 use super::convert::{self, attempt_to_wire, go_sent, guest_ended, instant_ns, ms, progress};
 use super::events::Event;
 use super::guest::{LocalGuest, RestoredMachine};
+use super::jail;
 use super::vmm::{Holding, Vmm};
 use crate::error_chain;
 
@@ -66,6 +67,7 @@ impl Vmm {
         let (hand_in, guest) = mpsc::sync_channel::<Box<LocalGuest>>(1);
         let (grants, events) = (Arc::clone(&self.grants), self.events.clone());
         let run = move || {
+            jail::narrow(jail::Kind::Migration);
             let Ok(guest) = guest.recv() else { return };
             let outcome = source::run(*guest, link, &parameters, &grants, &order_receiver, &reports);
             let _ = events.send(Event::SendOutcome(Box::new(outcome)));
@@ -114,6 +116,7 @@ impl Vmm {
         blank.copied = copied;
         let events = self.events.clone();
         let run = move || {
+            jail::narrow(jail::Kind::Migration);
             let outcome = destination::run(*blank, link, &parameters, &no_orders, &reports);
             let _ = events.send(Event::LoadOutcome(Box::new(outcome)));
         };
@@ -261,6 +264,7 @@ fn forward<T: Send + 'static>(
     wrap: impl Fn(T) -> Event + Send + 'static,
 ) -> anyhow::Result<()> {
     let run = move || {
+        jail::narrow(jail::Kind::Control);
         while let Ok(report) = from.recv() {
             if to.send(wrap(report)).is_err() {
                 return;

@@ -12,6 +12,8 @@
 //!
 //! The agent hands over the listening socket as standard input, so it exists before this process does, and whoever can
 //! open the socket is the agent. The process ends when its agent kills it; it never ends, and never starts a guest, by itself.
+//!
+//! It opens what it will need of its host and then goes into its jail (`jail`), before it has a second thread and before it listens to anybody.
 
 mod adapter;
 mod announce;
@@ -22,12 +24,14 @@ mod copied;
 mod disks;
 mod events;
 mod guest;
+mod jail;
 mod memory;
 mod migrating;
 mod vmm;
 
 pub(crate) use console::CONSOLE_LOG;
 pub(crate) use convert::{attempt_from_wire, monotonic_ns, ms};
+pub(crate) use jail::{Part, Shortfall};
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
@@ -36,11 +40,43 @@ use std::sync::mpsc;
 
 use anyhow::Context;
 
-/// Serves the instance in `folder` on the listening socket that standard input is. Returns only on an error.
+use self::console::ConsoleLog;
+
+/// What an agent tells the process that it starts.
+#[derive(Debug)]
+pub struct Start {
+    /// The instance's folder.
+    pub folder: PathBuf,
+    /// Where the started mark will be, for a guest that moves in.
+    pub mark_folder: Option<PathBuf>,
+    /// The user, and group, that the process is to become.
+    pub user: Option<u32>,
+}
+
+impl Start {
+    fn enter_jail(&self) -> Vec<Shortfall> {
+        jail::enter(jail::Confinement {
+            folder: &self.folder,
+            mark_folder: self.mark_folder.as_deref(),
+            user: self.user,
+        })
+    }
+}
+
+/// Goes into the jail that `start` describes, and tells what this host does not allow. For who wants to know beforehand.
+///
+/// The process must have one thread, and be of no other use.
+pub(crate) fn rehearse(start: &Start) -> Vec<Shortfall> {
+    start.enter_jail()
+}
+
+/// Serves an instance on the listening socket that standard input is. Returns only on an error.
+///
+/// Called while the process has one thread.
 ///
 /// # Errors
 /// Standard input is not a listening Unix socket.
-pub fn main(folder: PathBuf) -> anyhow::Result<()> {
+pub fn main(start: Start) -> anyhow::Result<()> {
     // A session of its own: what ends the agent's terminal or process group does not end the guest.
     if let Err(error) = rustix::process::setsid() {
         tracing::warn!(%error, "this VMM shares the agent's session");
@@ -54,9 +90,16 @@ pub fn main(folder: PathBuf) -> anyhow::Result<()> {
     rustix::net::listen(&listener, 16)
         .context("standard input is not the socket that an agent passes; only agents start this")?;
 
+    ferry_vmm::keep_host_files();
+    // It stays writable in here, and nothing else of the folder does.
+    let console_log = ConsoleLog::open(&start.folder);
+    for Shortfall { part, reason } in start.enter_jail() {
+        tracing::info!(%part, reason, "this host does not allow a part of the jail");
+    }
+
     let (sender, receiver) = mpsc::channel();
     events::accept_agents(listener, sender.clone()).context("failed to start the accepting thread")?;
-    tracing::info!(folder = %folder.display(), pid = std::process::id(), "VMM started");
-    vmm::Vmm::new(folder, sender).serve(&receiver);
+    tracing::info!(folder = %start.folder.display(), pid = std::process::id(), "VMM started");
+    vmm::Vmm::new(start.folder, console_log, sender).serve(&receiver);
     Ok(())
 }

@@ -11,6 +11,7 @@
 //! A guest starts to run in one place, [`Vmm::permit`], and only with a permit of its agent.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -28,6 +29,7 @@ use ferry_vmm::{ConsoleInput, MachineEvent, RunState};
 use uuid::Uuid;
 
 use super::adapter::end_of;
+use super::console::ConsoleLog;
 use super::convert::{attempt_from_wire, guest_ended, monotonic_ns};
 use super::events::{Connection, Event};
 use super::guest::{BlankGuest, Blueprint, LocalGuest, Purpose};
@@ -49,6 +51,8 @@ pub(super) enum Holding {
 /// One VMM process.
 pub(super) struct Vmm {
     folder: PathBuf,
+    /// Told when a machine is to be built, if it could not be opened.
+    console_log: io::Result<ConsoleLog>,
     pub(super) events: Sender<Event>,
     pub(super) instance: Uuid,
     pub(super) holding: Holding,
@@ -65,9 +69,10 @@ pub(super) struct Vmm {
 
 impl Vmm {
     /// A process that holds nothing yet.
-    pub(super) fn new(folder: PathBuf, events: Sender<Event>) -> Self {
+    pub(super) fn new(folder: PathBuf, console_log: io::Result<ConsoleLog>, events: Sender<Event>) -> Self {
         Self {
             folder,
+            console_log,
             events,
             instance: Uuid::nil(),
             holding: Holding::Nothing,
@@ -178,7 +183,12 @@ impl Vmm {
         } else {
             Purpose::Boot
         };
-        let blank = Blueprint::new(&self.folder, &spec, purpose, descriptors)?.blank(self.events.clone())?;
+        let console = match &self.console_log {
+            Ok(log) => log.clone(),
+            Err(error) => anyhow::bail!("failed to open the console log in {}: {error}", self.folder.display()),
+        };
+        let blueprint = Blueprint::new(&self.folder, &spec, purpose, descriptors)?;
+        let blank = blueprint.blank(console, self.events.clone())?;
         self.holding = if build.incoming {
             Holding::Blank(Box::new(blank))
         } else {
@@ -256,10 +266,7 @@ impl Vmm {
         Ok(())
     }
 
-    fn leave_mark(&self) -> std::io::Result<()> {
-        if let Some(folder) = self.started_mark.parent() {
-            std::fs::create_dir_all(folder)?;
-        }
+    fn leave_mark(&self) -> io::Result<()> {
         File::create(&self.started_mark).map(drop)
     }
 

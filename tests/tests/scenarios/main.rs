@@ -12,6 +12,7 @@ mod data_port;
 mod disks;
 mod faults;
 mod hostile;
+mod jail;
 mod journal;
 mod lifecycle;
 mod linux;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         data_port::trials(),
         faults::trials(),
         hostile::trials(),
+        jail::trials(),
         callers::trials(),
         silence::trials(),
     ];

@@ -1,10 +1,8 @@
 //! Opening /dev/kvm, saying clearly why it cannot be opened, and asking what it offers.
 
 use std::arch::x86_64;
-use std::fs;
 use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd};
-use std::os::unix::fs::MetadataExt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{
@@ -12,13 +10,12 @@ use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_SREGS2, KVM_CAP_XSAVE2, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
-use rustix::fs::{Mode, OFlags, open};
+use rustix::io::Errno;
 use thiserror::Error;
 
 use super::vm::KvmError;
+use crate::host_files::{self, KvmDenied};
 use crate::memory::MemoryError;
-
-const KVM_PATH: &str = "/dev/kvm";
 
 /// Why this host cannot run a VM.
 #[derive(Debug, Error)]
@@ -85,7 +82,7 @@ impl Host {
     ///
     /// What is wrong, with a remedy.
     pub(crate) fn open() -> Result<Self, HostError> {
-        let fd = open(KVM_PATH, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(open_error)?;
+        let fd = host_files::kvm().map_err(open_error)?;
         // SAFETY: the descriptor is open, of /dev/kvm, and handed over here.
         let kvm = unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) };
         let found = kvm.get_api_version();
@@ -186,25 +183,11 @@ pub(crate) fn native_cpuid(function: u32, index: u32) -> [u32; 4] {
     [result.eax, result.ebx, result.ecx, result.edx]
 }
 
-fn open_error(errno: rustix::io::Errno) -> HostError {
-    match errno {
-        rustix::io::Errno::NOENT | rustix::io::Errno::NODEV | rustix::io::Errno::NXIO => HostError::Missing,
-        rustix::io::Errno::ACCESS | rustix::io::Errno::PERM => HostError::NoRight {
-            group: fs::metadata(KVM_PATH).map_or_else(|_| "kvm".to_owned(), |metadata| name_of_group(metadata.gid())),
-            user: std::env::var("USER").unwrap_or_else(|_| rustix::process::getuid().as_raw().to_string()),
-        },
+fn open_error(denied: KvmDenied) -> HostError {
+    let KvmDenied { error, group, user } = denied;
+    match error {
+        Errno::NOENT | Errno::NODEV | Errno::NXIO => HostError::Missing,
+        Errno::ACCESS | Errno::PERM => HostError::NoRight { group, user },
         other => HostError::Open(other.into()),
     }
-}
-
-fn name_of_group(gid: u32) -> String {
-    let groups = fs::read_to_string("/etc/group").unwrap_or_default();
-    groups
-        .lines()
-        .find_map(|line| {
-            let mut fields = line.split(':');
-            let name = fields.next()?;
-            (fields.nth(1)?.parse() == Ok(gid)).then(|| name.to_owned())
-        })
-        .unwrap_or_else(|| gid.to_string())
 }

@@ -9,13 +9,14 @@ use super::{Backends, DirtyMode, EventSink, Facts, Machine, MachineConfig, Machi
 use crate::arch::x86_64::boot::{BootPayload, MemoryBefore, load};
 use crate::arch::x86_64::cpuid::{CpuidEntry, give, of_model, of_vcpu, tell_frequencies};
 use crate::arch::x86_64::layout::SERIAL_IRQ;
-use crate::arch::x86_64::time::boot_id;
 use crate::arch::x86_64::vcpu_state::{SavePlan, TscControl, TscTarget, VcpuState};
 use crate::devices::{ConsoleOutput, Devices, DevicesState, InterruptLine};
-use crate::host::{HostCapabilities, as_guests_see, is_pvm, offered_cpuid};
+use crate::host::{HostCapabilities, as_guests_see, offered_cpuid};
+use crate::host_files;
 use crate::kvm::{Host, KvmError, Vcpu, Vm, host_tsc};
 use crate::memory::{GuestMemory, MemoryOptions};
 use crate::state::{IrqchipState, MachineState};
+use crate::threads::ThreadHook;
 use crate::vcpu::{Pending, VcpuHandle, VcpuSetup};
 
 /// A machine with memory, devices and vCPUs but without a guest: it is booted or restored into, once.
@@ -26,7 +27,7 @@ pub struct BlankMachine {
 }
 
 impl BlankMachine {
-    /// Makes the VM, maps memory (without touching it), builds the devices and starts the vCPUs' threads, paused.
+    /// Makes the VM, maps memory (without touching it), builds the devices and starts the threads of devices and vCPUs, at rest.
     ///
     /// # Errors
     ///
@@ -36,6 +37,7 @@ impl BlankMachine {
         backends: Backends,
         console: Box<dyn ConsoleOutput>,
         events: impl Into<EventSink>,
+        threads: &ThreadHook,
     ) -> Result<Self, MachineError> {
         let events = events.into();
         let host = Host::open()?;
@@ -62,7 +64,7 @@ impl BlankMachine {
         let Connected {
             devices: virtio,
             written,
-        } = connect(&vm, &memory, backends)?;
+        } = connect(&vm, &memory, backends, threads)?;
         let devices = Arc::new(Devices::new(console, line, virtio));
 
         let cpus = (0..config.vcpus)
@@ -85,9 +87,9 @@ impl BlankMachine {
         // After CPUID: it decides which MSRs there are.
         let (plan, left_out) = SavePlan::probe(&cpus[0].0, &host.msr_indices()?)?;
         let facts = Facts {
-            boot_id: boot_id(),
+            boot_id: host_files::boot_id(),
             tsc_khz,
-            is_pvm: is_pvm(),
+            is_pvm: host_files::is_pvm(),
             left_out,
         };
         let host = HostCapabilities::of(&host, tsc_khz, plan.tsc)?;
@@ -102,6 +104,7 @@ impl BlankMachine {
                     vm: vm.clone(),
                     devices: devices.clone(),
                     events: events.clone(),
+                    threads: threads.clone(),
                 })
             })
             .collect::<Result<Vec<_>, _>>()
@@ -196,7 +199,7 @@ impl BlankMachine {
 
 fn model_cpuid(host: &Host, config: &MachineConfig) -> Result<Vec<CpuidEntry>, MachineError> {
     let supported = offered_cpuid(host)?;
-    let seen = as_guests_see(&supported, is_pvm());
+    let seen = as_guests_see(&supported, host_files::is_pvm());
     of_model(&supported, &seen, config.cpu, host.tsc_deadline).map_err(|missing| MachineError::CpuModel {
         model: config.cpu,
         missing,

@@ -7,6 +7,7 @@ use crate::arch::x86_64::layout::{VIRTIO_SLOTS, virtio_slot};
 use crate::devices::{Balloon, Block, Device, Entropy, InterruptFd, MmioDevice, Net, WrittenBlocks};
 use crate::kvm::Vm;
 use crate::memory::GuestMemory;
+use crate::threads::ThreadHook;
 
 /// Devices that answer once their guest runs.
 pub(super) struct Connected {
@@ -21,7 +22,12 @@ pub(super) struct Connected {
 /// # Errors
 ///
 /// Names the device that cannot be had, or says that there are too many.
-pub(super) fn connect(vm: &Vm, memory: &GuestMemory, backends: Backends) -> Result<Connected, MachineError> {
+pub(super) fn connect(
+    vm: &Vm,
+    memory: &GuestMemory,
+    backends: Backends,
+    threads: &ThreadHook,
+) -> Result<Connected, MachineError> {
     let Backends { disks, nics } = backends;
     let asked = disks.len() + nics.len() + 2;
     if asked > VIRTIO_SLOTS {
@@ -41,7 +47,7 @@ pub(super) fn connect(vm: &Vm, memory: &GuestMemory, backends: Backends) -> Resu
     }
     devices.push(("rng0".to_owned(), Box::new(Entropy)));
     devices.push(("balloon0".to_owned(), Box::<Balloon>::default()));
-    let place = |(number, (name, device))| connect_one(vm, memory, number, name, device);
+    let place = |(number, (name, device))| connect_one(vm, memory, threads, number, name, device);
     Ok(Connected {
         devices: devices.into_iter().enumerate().map(place).collect::<Result<_, _>>()?,
         written,
@@ -51,6 +57,7 @@ pub(super) fn connect(vm: &Vm, memory: &GuestMemory, backends: Backends) -> Resu
 fn connect_one(
     vm: &Vm,
     memory: &GuestMemory,
+    threads: &ThreadHook,
     number: usize,
     name: String,
     device: Box<dyn Device>,
@@ -58,7 +65,7 @@ fn connect_one(
     let slot = virtio_slot(number);
     let interrupt = InterruptFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(failed(&name))?;
     vm.connect_interrupt(&interrupt, slot.irq)?;
-    let device = MmioDevice::new(name.clone(), device, interrupt, memory.clone()).map_err(failed(&name))?;
+    let device = MmioDevice::new(name.clone(), device, interrupt, memory.clone(), threads).map_err(failed(&name))?;
     for (queue, bell) in device.doorbells().iter().enumerate() {
         vm.connect_doorbell(bell, slot.address + MmioDevice::DOORBELL, queue as u32)?;
     }

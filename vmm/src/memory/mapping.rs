@@ -1,6 +1,5 @@
 //! The mapping of guest memory into this process, advice about it, and the bitmap of what the VMM itself wrote.
 
-use std::fs;
 use std::io;
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
@@ -13,6 +12,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMm
 
 use super::dirty::{DirtyBitmap, word_mask};
 use super::shape::{FrameRun, HUGE_PAGE_SIZE, MemoryShape, PAGE_SIZE};
+use crate::host_files;
 
 /// Something about guest memory failed.
 #[derive(Debug, Error)]
@@ -127,7 +127,7 @@ impl GuestMemory {
         if bytes == 0 || bytes % unit != 0 {
             return Err(MemoryError::Size { bytes, unit });
         }
-        let host = host_memory().map_err(MemoryError::Population)?;
+        let host = host_files::memory().map_err(MemoryError::Population)?;
         if bytes > host {
             return Err(MemoryError::LargerThanHost { asked: bytes, host });
         }
@@ -268,17 +268,6 @@ impl GuestMemory {
             }
         }
     }
-}
-
-/// Memory of the host in bytes.
-pub(crate) fn host_memory() -> io::Result<u64> {
-    let text = fs::read_to_string("/proc/meminfo")?;
-    text.lines()
-        .find_map(|line| line.strip_prefix("MemTotal:"))
-        .and_then(|rest| rest.trim().strip_suffix("kB"))
-        .and_then(|number| number.trim().parse::<u64>().ok())
-        .map(|kib| kib << 10)
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no MemTotal in /proc/meminfo"))
 }
 
 /// One region's mapping, unmapped when it goes.

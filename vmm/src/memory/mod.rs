@@ -30,8 +30,8 @@ mod warm;
 
 pub use dirty::DirtyBitmap;
 pub(crate) use dirty::word_mask;
+pub(crate) use mapping::MemoryOptions;
 pub use mapping::{GuestMemory, MemoryError};
-pub(crate) use mapping::{MemoryOptions, host_memory};
 pub use population::Population;
 pub use shape::{FrameRun, HUGE_PAGE_SIZE, MemoryRegion, MemoryShape, PAGE_SIZE};
 pub(crate) use spans::{Span, total};

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use super::mapping::{GuestMemory, MemoryError};
 use super::shape::{FrameRun, HUGE_PAGE_SIZE, PAGE_SIZE, push_run};
+use crate::host_files;
 
 /// What the host has backed: every page that may hold something other than zeroes is in `runs`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -46,7 +47,7 @@ impl GuestMemory {
 
     /// Appends what of the run is populated.
     fn scan(&self, run: FrameRun, population: &mut Population) -> Result<(), MemoryError> {
-        let pagemap = File::open("/proc/self/pagemap").map_err(MemoryError::Population)?;
+        let pagemap = host_files::pagemap().map_err(MemoryError::Population)?;
         let region = Region {
             frames: run,
             start: self.host_address(run)?.addr() as u64,
@@ -258,7 +259,7 @@ mod tests {
         touch(&memory, 0);
         touch(&memory, 10_000);
         let _: u8 = memory.tracked().read_obj(GuestAddress(7 * PAGE_SIZE)).expect("read");
-        let pagemap = File::open("/proc/self/pagemap").expect("pagemap");
+        let pagemap = host_files::pagemap().expect("pagemap");
         let region = Region {
             frames: memory.shape().runs()[0],
             start: memory.host_ranges().next().expect("one region").0.addr() as u64,

@@ -15,6 +15,7 @@ use crate::arch::x86_64::vcpu_state::{SavePlan, TscTarget, VcpuState};
 use crate::devices::{Devices, PowerRequest};
 use crate::kvm::{Exit, KvmError, Vcpu, Vm};
 use crate::machine::{EventSink, MachineEvent};
+use crate::threads::{ThreadHook, ThreadKind};
 
 /// What a vCPU's thread needs.
 pub(crate) struct VcpuSetup {
@@ -25,6 +26,7 @@ pub(crate) struct VcpuSetup {
     pub(crate) vm: Arc<Vm>,
     pub(crate) devices: Arc<Devices>,
     pub(crate) events: EventSink,
+    pub(crate) threads: ThreadHook,
 }
 
 /// Why a command to a vCPU failed.
@@ -86,6 +88,7 @@ impl VcpuHandle {
         let thread = Builder::new().name(format!("vcpu{index}")).spawn(move || {
             let ending: Sender<()> = ending;
             let mut setup = setup;
+            setup.threads.begin(ThreadKind::Vcpu);
             match KickTarget::register(&mut setup.vcpu) {
                 Ok(kick) => {
                     let _ = registered.send(Ok(kick.kicker()));

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use ferry_vmm::{
     Backends, BlankMachine, BootPayload, ConsoleOutput, CpuModel, DirtyMode, FrameRun, GuestMemory, Machine,
-    MachineConfig, MachineEvent, PAGE_SIZE,
+    MachineConfig, MachineEvent, PAGE_SIZE, ThreadHook,
 };
 
 /// Nothing here takes longer than this unless it hangs.
@@ -269,7 +269,13 @@ pub(crate) fn config() -> MachineConfig {
 pub(crate) fn blank(config: &MachineConfig) -> Result<(BlankMachine, Console, Receiver<MachineEvent>)> {
     let console = Console::default();
     let (sender, events): (Sender<MachineEvent>, _) = channel();
-    let blank = BlankMachine::new(config, Backends::default(), Box::new(console.clone()), sender)?;
+    let blank = BlankMachine::new(
+        config,
+        Backends::default(),
+        Box::new(console.clone()),
+        sender,
+        &ThreadHook::default(),
+    )?;
     Ok((blank, console, events))
 }
 

@@ -207,8 +207,10 @@ impl Driver {
     async fn vmm_gone(&mut self) {
         let started = self.agent.started_mark(self.row.id).exists();
         let same_boot = self.claimed_boot == self.agent.boot_id;
-        self.reason
-            .get_or_insert_with(|| format!("the VMM on host {} died", self.agent.host()));
+        if self.reason.is_none() {
+            let obituary = self.instance.state.lock().await.vmm_obituary().await;
+            self.reason = Some(format!("on host {} {obituary}", self.agent.host()));
+        }
         self.step(DestinationEvent::VmmGone { started, same_boot }, None).await;
     }
 
@@ -456,7 +458,7 @@ impl Driver {
             }
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
-        let _ = std::fs::remove_file(self.agent.started_mark(self.row.id));
+        let _ = std::fs::remove_dir_all(self.agent.mark_folder(self.row.id));
         self.agent.incoming.remove(self.row.id);
         // Another migration's mark keeps the folder; one that comes later makes it anew.
         let _ = std::fs::remove_dir(&self.agent.marks);

@@ -311,15 +311,14 @@ impl Agent {
         state: &mut crate::agent::instances::InstanceState,
     ) -> Result<(), Failure> {
         let backends = self.open_backends(&guest.spec, guest.whose()).await?;
-        let (vmm, events) = self.spawn_vmm(guest.instance).await?;
-        self.attach(instance, state, vmm.clone(), events);
-        std::fs::create_dir_all(&self.marks).map_err(Failure::host(format!(
-            "failed to make the folder {}",
-            self.marks.display()
-        )))?;
+        let folder = self.mark_folder(guest.migration);
+        std::fs::create_dir_all(&folder)
+            .map_err(Failure::host(format!("failed to make the folder {}", folder.display())))?;
         let mark = self.started_mark(guest.migration);
         // A mark of this name could only be an earlier attempt of the very same migration.
         let _ = std::fs::remove_file(&mark);
+        let (vmm, events) = self.spawn_vmm(guest.instance, Some(folder)).await?;
+        self.attach(instance, state, vmm.clone(), events);
         let build = wire::Build {
             spec: Some(state.machine_spec(self.host(), backends.disks, backends.nics)),
             incoming: true,

@@ -71,9 +71,15 @@ impl Agent {
         super::super::spawn::remove_cgroup(&id.to_string());
     }
 
+    /// The folder in which the VMM of a migration into here leaves its started mark. It is that VMM's alone: others' marks are not
+    /// its to make.
+    pub(crate) fn mark_folder(&self, migration: Uuid) -> PathBuf {
+        self.marks.join(migration.to_string())
+    }
+
     /// The started mark of a migration into here.
     pub(crate) fn started_mark(&self, migration: Uuid) -> PathBuf {
-        self.marks.join(migration.to_string())
+        self.mark_folder(migration).join("started")
     }
 
     /// Makes a row durable.
@@ -125,6 +131,14 @@ impl InstanceState {
                 self.row.spec.name, self.row.status
             ))
         })
+    }
+
+    /// How its VMM died, for people.
+    pub(crate) async fn vmm_obituary(&self) -> String {
+        match &self.vmm {
+            Some(vmm) => vmm.obituary().await,
+            None => "the VMM died".to_owned(),
+        }
     }
 
     /// Refuses what a user may not do to an instance that is migrating.

@@ -1,6 +1,6 @@
 //! What users do with an instance: run, start, pause, resume, reboot, stop, delete.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -126,7 +126,7 @@ impl Agent {
             occasion,
         };
         let backends = self.open_backends(&state.row.spec, whose).await?;
-        let (vmm, events) = self.spawn_vmm(instance.id).await?;
+        let (vmm, events) = self.spawn_vmm(instance.id, None).await?;
         self.attach(instance, state, vmm.clone(), events);
         let started = self.build_and_permit(state, &vmm, backends).await;
         if started.is_err() {
@@ -173,14 +173,17 @@ impl Agent {
         Ok(())
     }
 
-    /// Starts a VMM process for an instance and greets it.
+    /// Starts a VMM process for an instance and greets it. For a guest that moves in: with a folder for its started mark.
     pub(crate) async fn spawn_vmm(
         &self,
         id: Uuid,
+        mark_folder: Option<PathBuf>,
     ) -> Result<(Vmm, tokio::sync::mpsc::UnboundedReceiver<wire::report::Report>), Failure> {
         let folder = self.folder(id);
         let socket = folder.join(spawn::SOCKET);
-        let spawned = tokio::task::spawn_blocking(move || spawn::vmm(&folder, &id.to_string())).await;
+        let users = self.config.vmm_users;
+        let spawn = move || spawn::vmm(&folder, mark_folder.as_deref(), users, &id.to_string());
+        let spawned = tokio::task::spawn_blocking(spawn).await;
         let process = spawned
             .map_err(std::io::Error::other)
             .and_then(|result| result)

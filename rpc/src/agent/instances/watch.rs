@@ -108,8 +108,9 @@ impl Agent {
             state.vmm = None;
             return;
         }
-        tracing::info!(instance = %state.row.id, "the VMM died");
-        self.end(state, Status::Crashed, "the VMM died".to_owned()).await;
+        let reason = state.vmm_obituary().await;
+        tracing::info!(instance = %state.row.id, reason, "the instance crashed");
+        self.end(state, Status::Crashed, reason).await;
     }
 
     /// Ends the VMM and writes what became of the instance: in this order, for nobody looks for the VMM of an instance

@@ -150,12 +150,12 @@ impl Script {
     }
 
     async fn crashed(&mut self) {
-        let reason = "its VMM died during a migration".to_owned();
+        let mut state = self.instance.state.lock().await;
+        let reason = format!("during a migration {}", state.vmm_obituary().await);
         self.row.info.status = "failed".to_owned();
         self.row.info.error = Some(format!("the guest crashed on host {}: {reason}", self.agent.host()));
         self.row.info.guest_ended = Some("crashed".to_owned());
         self.row.info.guest_location = Some(self.agent.host().to_owned());
-        let mut state = self.instance.state.lock().await;
         state.news = None;
         state.migrating = None;
         self.agent.end(&mut state, Status::Crashed, reason).await;

@@ -3,6 +3,7 @@
 //! It changes nothing that stays: files, cgroups and taps that it makes to try something are removed at once.
 
 mod cgroups;
+mod jail;
 mod kvm;
 mod memory;
 mod place;
@@ -95,6 +96,7 @@ pub(super) async fn run(arguments: DoctorArguments, agent: String, format: Forma
     let mut needs = kvm::needs();
     needs.extend(memory::needs());
     needs.extend(cgroups::needs());
+    needs.extend(jail::needs());
     needs.extend(taps::needs());
     needs.extend(place::data_directory(&data_dir));
     needs.extend(place::network(arguments.listen, &Agent::new(agent)).await);

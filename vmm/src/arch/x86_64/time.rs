@@ -4,8 +4,6 @@
 //! time that has passed, then move every vCPU's TSC offset by what the counters differ and what has passed. Within one boot
 //! of one host the offset is copied as it is, which is exact.
 
-use std::fs;
-
 use kvm_bindings::{KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, kvm_clock_data};
 
 use super::vcpu_state::{TscControl, TscTarget};
@@ -113,11 +111,6 @@ fn host_side(clock: &kvm_clock_data) -> HostClock {
             ours.tsc
         },
     }
-}
-
-/// Names this boot of this host; counters of two boots do not compare.
-pub(crate) fn boot_id() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").map_or_else(|_| String::new(), |text| text.trim().to_owned())
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ use super::registers::{COMMON_FEATURES, MAGIC, RING_EVENT_IDX, Registers, VENDOR
 use super::state;
 use super::worker::{Shared, Worker};
 use crate::memory::GuestMemory;
+use crate::threads::ThreadHook;
 
 /// A virtio device with its registers and its thread.
 pub(crate) struct MmioDevice {
@@ -38,10 +39,11 @@ impl MmioDevice {
         device: Box<dyn Device>,
         interrupt: InterruptFd,
         memory: GuestMemory,
+        threads: &ThreadHook,
     ) -> io::Result<Self> {
         let (kind, features, queue_sizes) = (device.kind(), device.features() | COMMON_FEATURES, device.queue_sizes());
         let shared = Arc::new(Shared::new(name, device, Interrupt::new(interrupt), memory)?);
-        let worker = Worker::start(Arc::clone(&shared))?;
+        let worker = Worker::start(Arc::clone(&shared), threads)?;
         Ok(Self {
             kind,
             features,

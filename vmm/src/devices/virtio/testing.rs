@@ -9,6 +9,7 @@ use super::device::Device;
 use super::mmio::MmioDevice;
 use super::registers::{VERSION_1, offset, status};
 use crate::memory::{GuestMemory, MemoryOptions, Span};
+use crate::threads::ThreadHook;
 
 /// A device under test and its driver's side of the queues.
 pub(super) struct Driver {
@@ -61,7 +62,14 @@ impl Driver {
     pub(super) fn in_memory(device: Box<dyn Device>, memory: GuestMemory) -> Self {
         let sizes = device.queue_sizes();
         let interrupt = EventFd::new(libc::EFD_NONBLOCK).expect("descriptor");
-        let device = MmioDevice::new("test".to_owned(), device, interrupt, memory.clone()).expect("device");
+        let device = MmioDevice::new(
+            "test".to_owned(),
+            device,
+            interrupt,
+            memory.clone(),
+            &ThreadHook::default(),
+        );
+        let device = device.expect("device");
         let ring = |(index, &size): (usize, &u16)| Ring {
             base: RINGS + index as u64 * 0x1_0000,
             size,

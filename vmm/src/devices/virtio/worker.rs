@@ -23,6 +23,7 @@ use super::device::{Broken, Device, Doorbells, Interest, Turn, Wake};
 use super::interrupt::{CONFIG_CHANGED, Interrupt, USED_BUFFERS};
 use super::queue::DeviceQueue;
 use crate::memory::GuestMemory;
+use crate::threads::{ThreadHook, ThreadKind};
 
 /// What the worker and the registers share.
 pub(super) struct Shared {
@@ -236,7 +237,7 @@ impl Worker {
     ///
     /// # Errors
     /// The process has no descriptors or no threads left.
-    pub(super) fn start(shared: Arc<Shared>) -> io::Result<Self> {
+    pub(super) fn start(shared: Arc<Shared>, threads: &ThreadHook) -> io::Result<Self> {
         let epoll = Epoll::new()?;
         let listen = |fd: &EventFd, data| {
             let event = EpollEvent::new(EventSet::IN, data);
@@ -246,8 +247,9 @@ impl Worker {
         for (index, bell) in shared.doorbells.0.iter().enumerate() {
             listen(bell, index as u64)?;
         }
-        let own = Arc::clone(&shared);
+        let (own, threads) = (Arc::clone(&shared), threads.clone());
         let thread = Builder::new().name(shared.name.clone()).spawn(move || {
+            threads.begin(ThreadKind::Device);
             if let Err(error) = serve(&own, &epoll) {
                 tracing::error!(device = own.name, %error, "a device's thread ended");
             }
