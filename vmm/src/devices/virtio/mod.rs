@@ -35,4 +35,4 @@ pub(crate) use self::entropy::Entropy;
 pub(crate) use self::interrupt::InterruptFd;
 pub(crate) use self::mmio::MmioDevice;
 pub(crate) use self::net::Net;
-pub(crate) use self::state::schema_of;
+pub(crate) use self::state::{schema_of, set_macs};
