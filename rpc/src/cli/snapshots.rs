@@ -40,7 +40,7 @@ fn written(info: &SnapshotInfo) -> String {
         None => "the guest is paused".to_owned(),
     };
     format!(
-        "{} is in {}: {} of its {} of memory, written in {}; {paused}",
+        "{} was written to {}: {} of its {} of memory, in {}; {paused}",
         info.name,
         info.directory,
         human_bytes(info.stored_bytes),
@@ -66,7 +66,7 @@ mod tests {
         };
         assert_eq!(
             written(&info),
-            "web is in /srv/snap: 3 MiB of its 1 GiB of memory, written in 1.50 s; the guest stood still for 12.0 ms"
+            "web was written to /srv/snap: 3 MiB of its 1 GiB of memory, in 1.50 s; the guest stood still for 12.0 ms"
         );
         let object = serde_json::to_value(SnapshotInfo {
             paused_ms: None,

@@ -20,6 +20,7 @@ mod refusals;
 mod requests;
 mod scenario;
 mod silence;
+mod snapshots;
 
 use std::process::ExitCode;
 
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         hostile::trials(),
         callers::trials(),
         silence::trials(),
+        snapshots::trials(),
     ];
     libtest_mimic::run(&arguments, trials.into_iter().flatten().collect()).exit_code()
 }

@@ -271,7 +271,7 @@ mod tests {
     /// Two scattered pages, a full block of 2 MiB, pages of zeroes that are populated, and the very last page.
     fn filled() -> GuestMemory {
         let memory = memory();
-        let mut write = |address: u64, byte: u8| {
+        let write = |address: u64, byte: u8| {
             memory.tracked().write_obj(byte, GuestAddress(address)).expect("inside");
         };
         write(5 * PAGE_SIZE + 9, 1);
