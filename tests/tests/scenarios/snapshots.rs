@@ -5,12 +5,13 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{Guest, Host, Pair, Witness};
+use ferry_tests::{Call, Guest, Host, Pair, Witness, process, until, waiting::CALL};
 use libtest_mimic::Trial;
 use rustix::fs::SeekFrom;
+use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::scenario::{command, in_a_network, ip, on_kvm};
+use crate::scenario::{command, has_nothing, in_a_network, ip, on_kvm};
 
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = on_kvm![
@@ -23,6 +24,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_folder_that_is_there_is_not_written_to,
         a_full_disk_leaves_the_guest_running_and_no_folder,
         a_migrating_instance_is_not_snapshotted,
+        a_guest_goes_on_when_its_agent_is_killed_while_it_is_written,
+        a_guest_that_is_deleted_while_it_is_written_leaves_no_folder,
         the_same_instance_comes_back_only_when_it_is_gone,
         a_disk_that_moved_on_is_refused,
         a_disk_copied_at_the_snapshot_goes_with_it,
@@ -274,6 +277,58 @@ fn a_migrating_instance_is_not_snapshotted(pair: &mut Pair) -> Result<()> {
     underway.call.wait()?.exit(1)?;
     ensure!(!to.exists());
     pair.runs_only_at(&pair.a, "g", &witness)
+}
+
+/// Begins to write `g`, stops its VMM in the middle of that, and gives the folder that is being written.
+fn stop_in_a_snapshot(pair: &Pair) -> Result<(Call, PathBuf)> {
+    let partial = pair.folder().join("snap.partial");
+    let folder = pair.folder().join("snap");
+    let call = pair.a.begin(&["snapshot", "g", "--to", text(&folder)])?;
+    until("memory is being written", CALL, || {
+        let length = fs::metadata(partial.join("memory")).map_or(0, |metadata| metadata.len());
+        Ok((length > 0).then_some(()))
+    })?;
+    process::signal(pair.a.vmm()?, Signal::STOP)?;
+    Ok((call, partial))
+}
+
+/// A guest that takes long enough to be written.
+fn large() -> Guest {
+    let work = "fill=random fill_mib=320 work=uniform work_mib=16 rate=1000 heartbeat_ms=20";
+    Guest::new("g").memory_mib(512).work(work)
+}
+
+fn a_guest_goes_on_when_its_agent_is_killed_while_it_is_written(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&large())?;
+    let vmm = pair.a.vmm()?;
+
+    let (call, partial) = stop_in_a_snapshot(pair)?;
+    pair.a.kill();
+    call.wait()?.exit(8)?;
+    process::signal(vmm, Signal::CONT)?;
+    pair.a.start()?;
+
+    pair.runs_only_at(&pair.a, "g", &witness)?;
+    let again = pair
+        .a
+        .ferry(&["snapshot", "g", "--to", text(&pair.folder().join("snap"))])?;
+    again.exit(4)?.says(text(&partial))?;
+    fs::remove_dir_all(&partial)?;
+    snapshot(pair, "snap")?;
+    pair.runs_only_at(&pair.a, "g", &witness)
+}
+
+fn a_guest_that_is_deleted_while_it_is_written_leaves_no_folder(pair: &mut Pair) -> Result<()> {
+    pair.run(&large())?;
+
+    let (call, partial) = stop_in_a_snapshot(pair)?;
+    ensure!(pair.a.show("g")?["task"] == "snapshotting");
+    pair.a.ferry(&["pause", "g"])?.exit(4)?.says("while a snapshot")?;
+    pair.a.ferry(&["delete", "g", "--force"])?.exit(0)?;
+
+    call.wait()?.exit(4)?.says("ended before its snapshot was written")?;
+    ensure!(!partial.exists() && !pair.folder().join("snap").exists());
+    has_nothing(&pair.a)
 }
 
 fn the_same_instance_comes_back_only_when_it_is_gone(pair: &mut Pair) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -88,9 +88,9 @@ impl Partial {
     /// The disk is full or fails, or another folder has the name by now.
     pub(super) fn finish(mut self, files: Vec<File>, manifest: &[u8]) -> Result<(), Failure> {
         let failed = || Failure::host(format!("failed to write the snapshot {}", self.target.display()));
-        let written = || -> io::Result<()> {
-            fs::write(self.path.join(manifest::FILE), manifest)?;
-            let described = File::open(self.path.join(manifest::FILE))?;
+        let mut described = self.create(manifest::FILE)?;
+        let mut written = || -> io::Result<()> {
+            described.write_all(manifest)?;
             files.iter().chain([&described]).try_for_each(File::sync_all)?;
             sync_folder(&self.path)
         };

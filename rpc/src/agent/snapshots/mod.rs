@@ -28,23 +28,57 @@ const KERNEL: &str = "kernel";
 const INITRD: &str = "initrd";
 
 impl Agent {
-    /// The folder that a request names; on an exposed agent only where images may lie, of which `within` must be a part.
-    fn snapshot_folder(&self, directory: &str, within: impl Fn(&Path) -> Option<&Path>) -> Result<PathBuf, Failure> {
-        let invalid = |problem: &str| InvalidField {
-            field: "directory",
-            problem: format!("{directory:?} {problem}"),
+    /// The folder that a request names. On an exposed agent `place`, the folder or what it lies in, must be where images may lie.
+    fn snapshot_folder(&self, directory: &str, place: impl Fn(&Path) -> Option<&Path>) -> Result<PathBuf, Failure> {
+        let allowed = self.config.is_exposed().then_some(self.config.image_dirs.as_slice());
+        check_folder(directory, place, allowed)
+    }
+}
+
+fn check_folder(
+    directory: &str,
+    place: impl Fn(&Path) -> Option<&Path>,
+    allowed: Option<&[PathBuf]>,
+) -> Result<PathBuf, Failure> {
+    let path = PathBuf::from(directory);
+    let is_name = path.is_absolute() && path.file_name().is_some() && !directory.contains('\0');
+    let place = place(&path).filter(|_| is_name).ok_or_else(|| InvalidField {
+        field: "directory",
+        problem: format!("{directory:?} is not the absolute path of a folder"),
+    })?;
+    if let Some(allowed) = allowed {
+        images::check_place(place, allowed)?;
+    }
+    Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_is_named_from_the_root() {
+        assert!(check_folder("/srv/snap", Path::parent, None).is_ok());
+        for bad in ["", "snap", "/", "/srv/..", "/srv/a\0b"] {
+            let error = check_folder(bad, Path::parent, None).unwrap_err().chain();
+            assert!(error.contains("directory"), "{bad:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_exposed_agent_writes_and_reads_only_where_images_may_lie() {
+        let (images, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let allowed = [images.path().to_owned()];
+        let new = |folder: &Path| {
+            let path = folder.join("snap").display().to_string();
+            check_folder(&path, Path::parent, Some(&allowed))
         };
-        let path = PathBuf::from(directory);
-        if !path.is_absolute() || directory.contains('\0') {
-            return Err(invalid("is not an absolute path").into());
-        }
-        if path.file_name().is_none() {
-            return Err(invalid("does not name a folder").into());
-        }
-        if self.config.is_exposed() {
-            let place = within(&path).ok_or_else(|| invalid("does not name a folder"))?;
-            images::check_place(place, &self.config.image_dirs)?;
-        }
-        Ok(path)
+        assert!(new(images.path()).is_ok());
+        assert!(new(elsewhere.path()).unwrap_err().to_string().contains("--image-dir"));
+
+        let link = images.path().join("link");
+        std::os::unix::fs::symlink(elsewhere.path(), &link).unwrap();
+        let linked = check_folder(link.to_str().unwrap(), |path| Some(path), Some(&allowed));
+        assert!(linked.unwrap_err().to_string().contains("--image-dir"));
     }
 }
