@@ -20,6 +20,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "DiskSpec",
             "NicSpec",
             "InstanceInfo",
+            "SnapshotInfo",
             "MigrationInfo",
             "MigrationOptions",
             "DowntimeMs",

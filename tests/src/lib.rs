@@ -21,7 +21,7 @@ pub mod witness;
 
 pub use answer::{Answer, Migration};
 pub use guest::Guest;
-pub use host::Host;
+pub use host::{Call, Host};
 pub use pair::Pair;
 pub use relay::{Relay, Tampering};
 pub use waiting::until;

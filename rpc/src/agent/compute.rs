@@ -11,8 +11,9 @@ use ferry_proto::agent::v1::{
     AttemptRequest, ConsoleInputReply, ConsoleInputRequest, ConsoleOutput, ConsoleRequest, DecisionReply,
     DeleteInstanceReply, DeleteInstanceRequest, HeartbeatReply, HeartbeatRequest, HostInfo, HostRequest, ImageChunk,
     InstanceInfo, InstanceRequest, ListInstancesReply, ListInstancesRequest, LiveMigrationCast, PostLiveMigrationReply,
-    PostLiveMigrationRequest, PreLiveMigrationReply, PreLiveMigrationRequest, PutImageReply, Receipt, RollbackReply,
-    RollbackRequest, RunInstanceRequest, StopInstanceRequest,
+    PostLiveMigrationRequest, PreLiveMigrationReply, PreLiveMigrationRequest, PutImageReply, Receipt,
+    RestoreInstanceRequest, RollbackReply, RollbackRequest, RunInstanceRequest, SnapshotInfo, SnapshotInstanceRequest,
+    StopInstanceRequest,
 };
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
@@ -30,6 +31,7 @@ use super::instances::Agent;
 use super::journal::{MigrationRow, Role};
 use super::outgoing::PeerNews;
 use super::peers::CALL_TIME;
+use super::snapshots::Identity;
 use super::spawn::VMM_LOG;
 use crate::vmm_process::{CONSOLE_LOG, monotonic_ns};
 
@@ -183,6 +185,25 @@ impl Compute for ComputeService {
         let (agent, request) = (Arc::clone(&self.0), request.into_inner());
         let id = whole(async move { agent.delete_instance(&request.instance, request.force).await }).await;
         answer(id.map(|id| DeleteInstanceReply { id: id.to_string() }))
+    }
+
+    async fn snapshot_instance(&self, request: Request<SnapshotInstanceRequest>) -> Answer<SnapshotInfo> {
+        let (agent, request) = (Arc::clone(&self.0), request.into_inner());
+        answer(whole(async move { agent.snapshot_instance(&request.instance, &request.directory).await }).await)
+    }
+
+    async fn restore_instance(&self, request: Request<RestoreInstanceRequest>) -> Answer<InstanceInfo> {
+        let (agent, request) = (Arc::clone(&self.0), request.into_inner());
+        let identity = match request.same_identity {
+            true => Identity::Same,
+            false => Identity::New,
+        };
+        let restored = async move {
+            agent
+                .restore_instance(&request.directory, &request.name, identity)
+                .await
+        };
+        answer(whole(restored).await)
     }
 
     type ConsoleStream = Output;

@@ -34,15 +34,21 @@ pub(crate) fn is_hash(text: &str) -> bool {
 /// # Errors
 /// It cannot be read, is no regular file, is too large, or there is no room.
 pub(crate) fn import(what: &str, path: &Path, folder: &Path) -> Result<String, Failure> {
-    let unreadable =
-        |error: io::Error| Failure::Refused(format!("the {what} {} cannot be read: {error}", path.display()));
     // A pipe or a device must not hold the agent up before it is found to be none of our business.
     let opened = File::options()
         .read(true)
         .custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed())
         .open(path);
-    let mut file = opened.map_err(unreadable)?;
-    let metadata = file.metadata().map_err(unreadable)?;
+    import_file(what, path, opened.map_err(unreadable(what, path))?, folder)
+}
+
+/// [`import`] of a file that was opened, from `path`.
+///
+/// # Errors
+/// As those of [`import`].
+pub(crate) fn import_file(what: &str, path: &Path, mut file: File, folder: &Path) -> Result<String, Failure> {
+    let unreadable = unreadable(what, path);
+    let metadata = file.metadata().map_err(&unreadable)?;
     if !metadata.is_file() {
         return Err(Failure::Refused(format!(
             "the {what} {} is not a regular file",
@@ -59,7 +65,7 @@ pub(crate) fn import(what: &str, path: &Path, folder: &Path) -> Result<String, F
     let mut upload = Upload::begin(folder)?;
     let mut buffer = vec![0; 1 << 20];
     loop {
-        let count = file.read(&mut buffer).map_err(unreadable)?;
+        let count = file.read(&mut buffer).map_err(&unreadable)?;
         if count == 0 {
             return upload.finish(None);
         }
@@ -67,19 +73,23 @@ pub(crate) fn import(what: &str, path: &Path, folder: &Path) -> Result<String, F
     }
 }
 
-/// Checks that an image lies where an exposed agent may read from.
+fn unreadable(what: &str, path: &Path) -> impl Fn(io::Error) -> Failure {
+    move |error| Failure::Refused(format!("the {what} {} cannot be read: {error}", path.display()))
+}
+
+/// Checks that an image, or a snapshot, lies where an exposed agent may read from.
 ///
 /// # Errors
 /// It does not.
 pub(crate) fn check_place(path: &Path, allowed: &[PathBuf]) -> Result<(), Failure> {
     let real = fs::canonicalize(path)
-        .map_err(|error| Failure::Refused(format!("the image {} cannot be read: {error}", path.display())))?;
+        .map_err(|error| Failure::Refused(format!("{} cannot be read: {error}", path.display())))?;
     let inside = |folder: &PathBuf| fs::canonicalize(folder).is_ok_and(|folder| real.starts_with(folder));
     if allowed.iter().any(inside) {
         Ok(())
     } else {
         Err(Failure::Refused(format!(
-            "the image {} lies in none of this agent's --image-dir folders, which an agent on a network needs",
+            "{} lies in none of this agent's --image-dir folders, which an agent on a network needs",
             path.display()
         )))
     }

@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | [`serve`](serve()), `recovery` | start, and what is found again after a restart |
 //! | `instances`, `images`, `console` | what users do with instances |
+//! | `snapshots` | an instance written to a folder, and made of one |
 //! | `backends` | what their disks and network cards work on |
 //! | `outgoing` | one task per migration out of here: a script, then the switchover by `handover::SourceAgent` |
 //! | `incoming`, `data_port` | one task per migration into here: `handover::DestinationAgent` |
@@ -29,6 +30,7 @@ mod outgoing;
 mod peers;
 mod recovery;
 mod serve;
+mod snapshots;
 mod spawn;
 mod vmm_client;
 pub(crate) mod vmm_user;

@@ -106,20 +106,23 @@ async fn found_again(
     }
     tracing::info!(instance = %instance.id, name = state.row.spec.name, pid = vmm.pid(), "found again");
     agent.attach(instance, &mut state, vmm.clone(), events);
-    // The user's pause or resume may have been obeyed and not journalled.
-    state.row.status = if standing.user_paused {
-        Status::Paused
-    } else {
-        Status::Running
-    };
+    let is_permitted = standing.epoch >= state.row.epoch;
+    if is_permitted {
+        // The user's pause or resume may have been obeyed and not journalled.
+        state.row.status = if standing.user_paused {
+            Status::Paused
+        } else {
+            Status::Running
+        };
+    }
     if let Some(ended) = standing.ended {
         agent.guest_ended(&mut state, &ended).await;
-    } else if standing.epoch < state.row.epoch {
+    } else if !is_permitted {
         // Journalled for this very VMM, and the agent died before it could be sent.
         let permit = wire::Permit {
             instance: instance.id.to_string(),
             epoch: state.row.epoch,
-            paused: false,
+            paused: state.row.status == Status::Paused,
         };
         if let Err(error) = vmm.order(Command::Permit(permit)).await {
             tracing::warn!(instance = %instance.id, %error, "the guest could not be started");

@@ -82,6 +82,10 @@ pub(super) enum Verb {
         #[arg(long)]
         force: bool,
     },
+    /// Write a running or paused instance to a new folder on the asked host
+    Snapshot(SnapshotArguments),
+    /// Make an instance of a snapshot's folder
+    Restore(RestoreArguments),
     /// Move a running instance to another host
     Migrate(MigrateArguments),
     /// Look after migrations
@@ -195,6 +199,28 @@ pub(super) struct RunArguments {
     /// A network card on a tap, or on a bridge by a tap of its own; may be given again
     #[arg(long = "net", value_name = "tap=NAME|bridge=NAME[,mac=ADDRESS]", value_parser = devices::nic)]
     pub(super) nics: Vec<NicArgument>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct SnapshotArguments {
+    #[command(flatten)]
+    pub(super) named: Named,
+    /// The folder to be made; disks are not written to it
+    #[arg(long, value_name = "DIR")]
+    pub(super) to: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RestoreArguments {
+    /// The snapshot's folder, read by the agent
+    #[arg(value_name = "DIR")]
+    pub(super) directory: PathBuf,
+    /// What the instance is to be called
+    #[arg(long, value_name = "NEW", value_parser = parse::instance_name, required_unless_present = "same_identity")]
+    pub(super) name: Option<String>,
+    /// Make it the instance that was snapshotted, with its id and MAC addresses: that must be gone
+    #[arg(long)]
+    pub(super) same_identity: bool,
 }
 
 #[derive(Debug, Args)]

@@ -144,7 +144,7 @@ pub(super) async fn instances_of(agent: &Agent) -> Result<Vec<InstanceInfo>, Fai
 }
 
 /// The agent reads the file, from wherever it was started: it must not depend on where we are.
-fn absolute(flag: &str, path: &Path) -> Result<String, Failure> {
+pub(super) fn absolute(flag: &str, path: &Path) -> Result<String, Failure> {
     let wrong = |problem: String| Failure::new(Exit::Usage, format!("{flag} {}: {problem}", path.display()));
     let absolute: PathBuf = std::path::absolute(path).map_err(|error| wrong(error.to_string()))?;
     absolute
@@ -173,13 +173,13 @@ fn nic(argument: NicArgument) -> NicSpec {
     }
 }
 
-fn answer<T>(what: &str, answered: Result<Response<T>, Status>) -> Result<T, Failure> {
+pub(super) fn answer<T>(what: &str, answered: Result<Response<T>, Status>) -> Result<T, Failure> {
     answered
         .map(Response::into_inner)
         .map_err(|status| Failure::of_status(what, &status))
 }
 
-fn sentence(info: &InstanceInfo) -> String {
+pub(super) fn sentence(info: &InstanceInfo) -> String {
     let reason = info
         .reason
         .as_ref()

@@ -20,6 +20,7 @@ mod migrations;
 mod output;
 mod progress;
 mod quantities;
+mod snapshots;
 mod terminal;
 mod watch;
 
@@ -98,6 +99,8 @@ async fn ask(verb: Verb, agent: Agent, format: Format) -> Outcome {
         Verb::Reboot(named) => instances::change(&agent, instances::Change::Reboot, named, format).await,
         Verb::Stop { named, force, timeout } => instances::stop(&agent, named, force, timeout, format).await,
         Verb::Delete { named, force } => instances::delete(&agent, named, force, format).await,
+        Verb::Snapshot(arguments) => snapshots::snapshot(&agent, arguments, format).await,
+        Verb::Restore(arguments) => snapshots::restore(&agent, arguments, format).await,
         Verb::Console(arguments) => console::console(&agent, arguments, format).await,
         Verb::Logs { named, follow } => console::logs(&agent, named, follow, format).await,
         Verb::Migrate(arguments) => migrate::run(&agent, arguments, format).await,
@@ -247,6 +250,8 @@ mod tests {
             ("ferry migrate web --streams 0", "--streams"),
             ("ferry agent --peer b", "--peer"),
             ("ferry run a/b --kernel k", "NAME"),
+            ("ferry restore snap --name a/b", "--name"),
+            ("ferry snapshot web", "--to"),
             ("ferry run web --kernel k --disk web.img", "--disk"),
             ("ferry run web --kernel k --net br0", "--net"),
         ] {
@@ -275,6 +280,14 @@ mod tests {
         );
         assert!(line("ferry --agent http://127.0.0.1:1 list -o json").is_ok());
         assert!(line("ferry list --agent 127.0.0.1:7500").is_ok());
+    }
+
+    #[test]
+    fn a_restored_instance_needs_a_name_unless_it_is_the_same_one() {
+        let error = line("ferry restore snap").unwrap_err();
+        assert!(error.to_string().contains("--name"), "{error}");
+        assert!(line("ferry restore snap --same-identity").is_ok());
+        assert!(line("ferry restore snap --name web-2 --same-identity").is_ok());
     }
 
     #[test]

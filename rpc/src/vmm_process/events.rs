@@ -13,6 +13,7 @@ use ferry_proto::vmm::v1::Order;
 
 use super::guest::{LocalGuest, RestoredMachine};
 use super::jail;
+use super::snapshot::Snapshotted;
 use crate::vmm_channel;
 
 /// What the machine's owner waits for.
@@ -33,6 +34,10 @@ pub(super) enum Event {
     LoadReport(DestinationReport),
     /// The migration into here is over.
     LoadOutcome(Box<Result<Loaded<RestoredMachine>, DestinationError>>),
+    /// The snapshot is over, and gives the guest back.
+    SnapshotOutcome(Snapshotted),
+    /// The machine was restored from a snapshot, or that failed.
+    RestoreOutcome(anyhow::Result<Box<LocalGuest>>),
 }
 
 /// The number of an agent's connection; later ones are larger.

@@ -51,6 +51,11 @@ impl Inbox {
         let _ = self.bell.send(Event::Guest);
     }
 
+    /// Whether nothing waits.
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
     /// Takes the oldest event out.
     pub(super) fn take(&self) -> Option<MachineEvent> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
@@ -152,7 +157,7 @@ impl LocalGuest {
 pub(super) enum Purpose {
     /// To boot a kernel.
     Boot,
-    /// To be filled by a migration.
+    /// To be filled by a migration or from a snapshot.
     Incoming,
 }
 

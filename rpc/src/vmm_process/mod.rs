@@ -7,7 +7,7 @@
 //!   accept ──┐
 //!   orders ──┤ (one reader per agent connection; only the newest counts)
 //!   guest  ──┼──► events ──► Vmm ──► reports to the agent
-//!   migration┘ (takes the machine by value, gives it back in its outcome)
+//!   migration, snapshot ┘ (take the machine by value, give it back in their outcome)
 //! ```
 //!
 //! The agent hands over the listening socket as standard input, so it exists before this process does, and whoever can
@@ -27,6 +27,7 @@ mod guest;
 mod jail;
 mod memory;
 mod migrating;
+mod snapshot;
 mod vmm;
 
 pub(crate) use console::CONSOLE_LOG;

@@ -5,6 +5,8 @@
 //!      │               ▲             │ called off          (or the agent kills this process)
 //!      │               └─────────────┘
 //!      └─build(incoming)─► blank ─receive─► loading ─GO read─► ready ─permit─► here
+//!                            └───restore──► loading ─────────► here, without a right to run yet
+//!   here ─snapshot─► snapshotting ─written, or not─► here
 //!   here, sending ─the guest ended─► ended
 //! ```
 //!
@@ -40,6 +42,7 @@ use crate::vmm_channel;
 pub(super) enum Holding {
     Nothing,
     Here(Box<LocalGuest>),
+    Snapshotting,
     Sending(Sending),
     Parked(Box<Parked<LocalGuest>>),
     Blank(Box<BlankGuest>),
@@ -126,6 +129,8 @@ impl Vmm {
             Event::SendOutcome(outcome) => self.send_outcome(*outcome),
             Event::LoadReport(report) => tracing::debug!(?report, "loading"),
             Event::LoadOutcome(outcome) => self.load_outcome(*outcome),
+            Event::SnapshotOutcome(outcome) => self.snapshot_outcome(outcome),
+            Event::RestoreOutcome(outcome) => self.restore_outcome(outcome),
         }
     }
 
@@ -149,6 +154,8 @@ impl Vmm {
             Command::ConsoleInput(input) => self.console_input(&input.bytes),
             Command::Send(send) => self.send(&send, descriptors),
             Command::Receive(receive) => self.receive(&receive, descriptors),
+            Command::Snapshot(snapshot) => self.snapshot(&snapshot, descriptors),
+            Command::Restore(restore) => self.restore(&restore, descriptors),
             Command::Grant(grant) => {
                 let attempt = attempt_from_wire(grant.attempt)?;
                 anyhow::ensure!(matches!(self.holding, Holding::Sending(_)), "nothing is being sent");
@@ -323,7 +330,7 @@ impl Vmm {
     }
 
     /// A user's order goes to a guest that is here, under the epoch that it has, while no grant binds it.
-    fn check_user_order(&self, epoch: u64) -> anyhow::Result<()> {
+    pub(super) fn check_user_order(&self, epoch: u64) -> anyhow::Result<()> {
         anyhow::ensure!(
             matches!(self.holding, Holding::Here(_)),
             "the guest is {}",
@@ -396,6 +403,7 @@ impl Vmm {
             Holding::Nothing => "none",
             Holding::Here(guest) if guest.machine.run_state() == RunState::Running => "running",
             Holding::Here(_) => "paused",
+            Holding::Snapshotting => "snapshotting",
             Holding::Sending(_) => "sending",
             Holding::Parked(_) => "parked",
             Holding::Blank(_) => "blank",

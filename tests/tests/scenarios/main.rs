@@ -23,6 +23,7 @@ mod refusals;
 mod requests;
 mod scenario;
 mod silence;
+mod snapshots;
 mod storage;
 
 use std::process::ExitCode;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         jail::trials(),
         callers::trials(),
         silence::trials(),
+        snapshots::trials(),
     ];
     libtest_mimic::run(&arguments, trials.into_iter().flatten().collect()).exit_code()
 }

@@ -19,7 +19,7 @@ pub(crate) use self::serial::SerialPort;
 pub use self::virtio::WrittenBlocks;
 #[cfg(fuzzing)]
 pub(crate) use self::virtio::work_on_hostile_memory;
-pub(crate) use self::virtio::{Balloon, Block, Device, Entropy, InterruptFd, MmioDevice, Net, schema_of};
+pub(crate) use self::virtio::{Balloon, Block, Device, Entropy, InterruptFd, MmioDevice, Net, schema_of, set_macs};
 use crate::arch::x86_64::layout::{
     KEYBOARD_COMMAND_PORT, PANIC_PORT, POWER_CONTROL_PORT, POWER_EVENT_PORT, RESET_CONTROL_PORT, SERIAL_PORT,
     VIRTIO_SLOT_BYTES, virtio_slot,
@@ -229,6 +229,11 @@ impl Devices {
         }
         self.virtio.iter().for_each(MmioDevice::go_on);
         self.quiet.store(false, Ordering::Release);
+    }
+
+    /// Has nothing announced: the machine is not the one whose state was restored, which may run where it was.
+    pub(crate) fn stay_silent(&self) {
+        self.arrived.store(false, Ordering::Release);
     }
 
     /// The state of all devices, which must be quiet, with the vCPUs standing still.

@@ -176,7 +176,8 @@ impl Machine {
     }
 
     /// Gives the guest another generation id and tells it, for a guest that begins again from an earlier state: it then makes its
-    /// random numbers and identifiers anew. A guest that moves, or is reset, keeps the one that it has.
+    /// random numbers and identifiers anew. A guest that moves, or is reset, keeps the one that it has. It also makes itself known to no
+    /// network when it runs: under the addresses that it goes on using, that could take frames away from the guest that it was.
     ///
     /// # Errors
     ///
@@ -186,6 +187,7 @@ impl Machine {
             return Err(MachineError::Running("change the generation id"));
         }
         renew_generation_id(&self.parts.memory)?;
+        self.parts.devices.stay_silent();
         Ok(self.parts.vm.pulse(GENERATION_IRQ)?)
     }
 

@@ -62,26 +62,42 @@ impl GuestMemory {
     ///
     /// If the run is out of bounds, or the kernel does not tell what is backed.
     pub fn digest(&self, run: FrameRun) -> Result<u128, MemoryError> {
-        let start: *const Block = self.host_address(run)?.cast_const().cast();
         let backed = self.populated_in(run)?.runs;
         if backed.is_empty() {
             return Ok(digest_of_zeroes(run.count));
         }
         let mut hasher = Xxh3::new();
-        let mut page = [0; PAGE_SIZE as usize];
         let mut next = run.first;
         for backed in backed {
             (next..backed.first).for_each(|_| hasher.update(&ZEROES));
-            for frame in backed.first..backed.end() {
-                let address = start.wrapping_add((frame - run.first) as usize * BLOCKS);
-                // SAFETY: `host_address` checked that the whole run is mapped, and pages are aligned.
-                unsafe { read_page(address, &mut page) };
-                hasher.update(&page);
-            }
+            self.hash_pages(&mut hasher, backed)?;
             next = backed.end();
         }
         (next..run.end()).for_each(|_| hasher.update(&ZEROES));
         Ok(hasher.digest128())
+    }
+
+    /// Sums up the pages of these runs, one after the other (XXH3, 128 bits). All of them are read: for pages that are backed.
+    ///
+    /// # Errors
+    ///
+    /// If a run is out of bounds.
+    pub(super) fn digest_pages(&self, runs: &[FrameRun]) -> Result<u128, MemoryError> {
+        let mut hasher = Xxh3::new();
+        runs.iter().try_for_each(|&run| self.hash_pages(&mut hasher, run))?;
+        Ok(hasher.digest128())
+    }
+
+    fn hash_pages(&self, hasher: &mut Xxh3, run: FrameRun) -> Result<(), MemoryError> {
+        let start: *const Block = self.host_address(run)?.cast_const().cast();
+        let mut page = [0; PAGE_SIZE as usize];
+        for index in 0..run.count {
+            let address = start.wrapping_add(index as usize * BLOCKS);
+            // SAFETY: `host_address` checked that the whole run is mapped, and pages are aligned.
+            unsafe { read_page(address, &mut page) };
+            hasher.update(&page);
+        }
+        Ok(())
     }
 }
 

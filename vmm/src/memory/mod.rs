@@ -12,6 +12,7 @@
 //! | `transfer` | vectored copies between descriptors and guest memory |
 //! | `spans` | the same for any bytes, as a device's request names them |
 //! | `contents` | zero pages, zeroing, digests |
+//! | `pieces`, `image` | all of it as a file, with a table that says what is in it |
 //! | `warm` | the host's own free memory, for those who measure |
 
 #![expect(
@@ -21,7 +22,9 @@
 
 mod contents;
 mod dirty;
+mod image;
 mod mapping;
+mod pieces;
 mod population;
 mod shape;
 mod spans;
@@ -30,8 +33,10 @@ mod warm;
 
 pub use dirty::DirtyBitmap;
 pub(crate) use dirty::word_mask;
+pub use image::ImageError;
 pub(crate) use mapping::MemoryOptions;
 pub use mapping::{GuestMemory, MemoryError};
+pub use pieces::{PieceTable, TableError};
 pub use population::Population;
 pub use shape::{FrameRun, HUGE_PAGE_SIZE, MemoryRegion, MemoryShape, PAGE_SIZE};
 pub(crate) use spans::{Span, total};

@@ -11,7 +11,7 @@ use super::vcpu;
 use crate::arch::x86_64::msr::IA32_TSC_DEADLINE;
 use crate::arch::x86_64::time::ClockState;
 use crate::arch::x86_64::vcpu_state::VcpuState;
-use crate::devices::{DevicesState, schema_of};
+use crate::devices::{DevicesState, schema_of, set_macs};
 use crate::kvm::{from_bytes, to_bytes};
 
 /// Everything that a machine is besides its memory, as exported. Restoring checks what KVM and the devices make of it.
@@ -137,6 +137,20 @@ impl MachineState {
             pit: structure(PIT.0, "state", &pit)?,
             devices,
         })
+    }
+
+    /// The state of a machine that is another one from here on: its network cards have these addresses, in their order. The guest's driver
+    /// learns of it when it looks for its cards the next time, at the latest when it boots.
+    ///
+    /// # Errors
+    ///
+    /// If it does not have as many cards.
+    pub fn with_macs(mut self, macs: &[[u8; 6]]) -> Result<Self, StateError> {
+        set_macs(&mut self.devices.virtio, macs).map_err(|error| StateError::Value {
+            what: "the network cards".to_owned(),
+            field: error.to_string(),
+        })?;
+        Ok(self)
     }
 
     /// Sums up everything but what time alone changes while the vCPUs stand still: clocks, counters, deadlines, running timers and
@@ -304,6 +318,25 @@ mod tests {
         let bytes = state().to_bytes();
         let decoded = MachineState::from_bytes(&bytes).expect("own bytes");
         assert_eq!(decoded.to_bytes(), bytes);
+    }
+
+    #[test]
+    fn cards_get_other_addresses_and_announce_nothing() {
+        let card = |mac: [u8; 6], announce| saved::VirtioDevice {
+            device: saved::VirtioNet {
+                mac: mac.to_vec(),
+                announce,
+            }
+            .encode_to_vec(),
+            ..Default::default()
+        };
+        let mut state = state();
+        state.devices.virtio.push(("nic0".to_owned(), card([2; 6], true)));
+        let other = state.clone().with_macs(&[[4; 6]]).expect("one card");
+        assert_eq!(other.devices.virtio[2].1, card([4; 6], false));
+        assert_eq!(other.devices.virtio[..2], state.devices.virtio[..2]);
+        let error = state.with_macs(&[]).expect_err("a card without an address");
+        assert!(error.to_string().contains("number of network cards is 1"), "{error}");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use ferry_vmm::{DirtyMode, MachineConfig, MachineError, MachineProfile, MachineState};
+use ferry_vmm::{DirtyMode, MachineConfig, MachineError, MachineProfile, MachineState, PieceTable};
 
 use super::Case;
 use super::micro::{Code, Rig, blank, config, copy_memory, read, wait_for_count};
@@ -32,6 +32,10 @@ pub(crate) const CASES: &[Case] = &[
         damaged_state_never_panics,
     ),
     ("own_profile_fits_this_host", own_profile_fits_this_host),
+    (
+        "guest_goes_on_from_an_image_of_its_memory",
+        guest_goes_on_from_an_image_of_its_memory,
+    ),
     ("clock_goes_on_while_nobody_runs", clock_goes_on_while_nobody_runs),
 ];
 
@@ -70,6 +74,30 @@ fn restored_guest_goes_on_counting() -> Result<()> {
             "the source stands still"
         );
     }
+    Ok(())
+}
+
+fn guest_goes_on_from_an_image_of_its_memory() -> Result<()> {
+    let mut source = Rig::boot(&Code::default().count(COUNTER))?;
+    source.machine.run()?;
+    wait_for_count(source.machine.memory(), COUNTER, 1000)?;
+    source.machine.pause()?;
+    let (file, state) = (tempfile::tempfile()?, source.machine.export()?.to_bytes());
+    let table = source.machine.memory().save_image(&file)?.to_bytes();
+    let count = read(source.machine.memory(), COUNTER)?;
+
+    let (blank, ..) = blank(&MachineConfig {
+        expect_incoming: true,
+        ..config()
+    })?;
+    let table = PieceTable::from_bytes(&table, blank.memory().shape())?;
+    blank.memory().load_image(&file, &table)?;
+    let mut restored = blank.restore(&MachineState::from_bytes(&state)?)?;
+
+    ensure!(restored.export()?.digest() == source.machine.export()?.digest());
+    ensure!(read(restored.memory(), COUNTER)? == count);
+    restored.run()?;
+    wait_for_count(restored.memory(), COUNTER, count + 1000)?;
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! The agent's state, and one instance in it.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{self as wire};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use crate::agent::config::AgentConfig;
@@ -109,6 +111,21 @@ pub(crate) struct Instance {
     pub(crate) state: tokio::sync::Mutex<InstanceState>,
 }
 
+impl Instance {
+    fn new(row: InstanceRow) -> Self {
+        Self {
+            id: row.id,
+            state: tokio::sync::Mutex::new(InstanceState {
+                row,
+                vmm: None,
+                news: None,
+                migrating: None,
+                outcome: None,
+            }),
+        }
+    }
+}
+
 /// What the agent knows of one instance.
 pub(crate) struct InstanceState {
     pub(crate) row: InstanceRow,
@@ -117,6 +134,8 @@ pub(crate) struct InstanceState {
     pub(crate) news: Option<UnboundedSender<VmmNews>>,
     /// The migration out of here that is in flight.
     pub(crate) migrating: Option<Uuid>,
+    /// Set while a snapshot is written or loaded: whoever waits for what becomes of it. Gone with the VMM.
+    pub(crate) outcome: Option<oneshot::Sender<Body>>,
 }
 
 impl InstanceState {
@@ -141,11 +160,29 @@ impl InstanceState {
         }
     }
 
-    /// Refuses what a user may not do to an instance that is migrating.
+    /// What will be told once the VMM says what became of a snapshot that it is about to be given.
+    pub(crate) fn await_outcome(&mut self) -> oneshot::Receiver<Body> {
+        let (tell, outcome) = oneshot::channel();
+        self.outcome = Some(tell);
+        outcome
+    }
+
+    /// Whether a snapshot is being written of it.
+    fn is_snapshotting(&self) -> bool {
+        self.outcome.is_some() && self.row.status != Status::Incoming
+    }
+
+    /// Refuses what a user may not do to an instance that is migrating, or that a snapshot is written of.
     ///
     /// # Errors
     /// It is.
     pub(crate) fn check_idle(&self, what: &str) -> Result<(), Failure> {
+        if self.is_snapshotting() {
+            return Err(Failure::Refused(format!(
+                "instance {} cannot {what} while a snapshot of it is written: wait for it, or add --force where the verb has it",
+                self.row.spec.name
+            )));
+        }
         let arriving = self.row.migration.filter(|_| self.row.status == Status::Incoming);
         match self.migrating.or(arriving) {
             None => Ok(()),
@@ -165,7 +202,10 @@ impl InstanceState {
             name: row.spec.name.clone(),
             host: host.to_owned(),
             status: row.status.to_string(),
-            task: self.migrating.map(|_| "migrating".to_owned()),
+            task: match self.migrating {
+                Some(_) => Some("migrating".to_owned()),
+                None => self.is_snapshotting().then(|| "snapshotting".to_owned()),
+            },
             epoch: row.epoch,
             migration: row.migration.map(|id| id.to_string()),
             memory_bytes: row.spec.memory_bytes,
@@ -216,19 +256,17 @@ impl Instances {
 
     /// Adds an instance without a VMM.
     pub(crate) fn add(&self, row: InstanceRow) -> Arc<Instance> {
-        let id = row.id;
-        let state = InstanceState {
-            row,
-            vmm: None,
-            news: None,
-            migrating: None,
-        };
-        let instance = Arc::new(Instance {
-            id,
-            state: tokio::sync::Mutex::new(state),
-        });
-        self.lock().insert(id, Arc::clone(&instance));
+        let instance = Arc::new(Instance::new(row));
+        self.lock().insert(instance.id, Arc::clone(&instance));
         instance
+    }
+
+    /// Adds an instance without a VMM, if none of its id is here.
+    pub(crate) fn add_new(&self, row: InstanceRow) -> Option<Arc<Instance>> {
+        match self.lock().entry(row.id) {
+            Entry::Occupied(_) => None,
+            Entry::Vacant(place) => Some(Arc::clone(place.insert(Arc::new(Instance::new(row))))),
+        }
     }
 
     /// Takes an instance out.

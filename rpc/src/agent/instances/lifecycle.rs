@@ -17,6 +17,15 @@ use crate::agent::journal::{InstanceRow, Status};
 use crate::agent::vmm_client::Vmm;
 use crate::agent::{images, spawn};
 
+/// A right to run that no guest has had.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NewRight {
+    /// Never used before.
+    pub(crate) epoch: u64,
+    /// Its user had paused the guest.
+    pub(crate) paused: bool,
+}
+
 impl Agent {
     /// Makes an instance and starts it.
     ///
@@ -148,11 +157,28 @@ impl Agent {
         vmm.order_with(Command::Build(build), backends.descriptors)
             .await
             .map_err(Failure::vmm("failed to build the machine"))?;
+        let right = NewRight {
+            epoch: state.row.known_epoch + 1,
+            paused: false,
+        };
+        self.give_permit(state, vmm, right).await
+    }
+
+    /// Journals a right to run and then gives it to the VMM, whose guest waits for it.
+    ///
+    /// # Errors
+    /// The guest does not run, and may not under this epoch.
+    pub(crate) async fn give_permit(
+        &self,
+        state: &mut InstanceState,
+        vmm: &Vmm,
+        right: NewRight,
+    ) -> Result<(), Failure> {
+        let NewRight { epoch, paused } = right;
         let before = state.row.clone();
-        let epoch = state.row.known_epoch + 1;
         state.row.epoch = epoch;
         state.row.known_epoch = epoch;
-        state.row.status = Status::Running;
+        state.row.status = if paused { Status::Paused } else { Status::Running };
         state.row.reason = None;
         state.row.boot_id.clone_from(&self.boot_id);
         if let Err(failure) = self.save(&state.row).await {
@@ -162,7 +188,7 @@ impl Agent {
         let permit = wire::Permit {
             instance: state.row.id.to_string(),
             epoch,
-            paused: false,
+            paused,
         };
         if let Err(error) = vmm.order(Command::Permit(permit)).await {
             state.row.status = Status::Stopped;
@@ -289,6 +315,10 @@ impl Agent {
             self.end_migration(&instance, Duration::from_secs(60)).await?;
         }
         let mut state = instance.state.lock().await;
+        if force && state.row.status != Status::Incoming {
+            // Whoever waits for a snapshot of it is told that it ended.
+            state.outcome = None;
+        }
         state.check_idle("be deleted")?;
         match state.row.status {
             Status::Stopped | Status::Crashed => {}

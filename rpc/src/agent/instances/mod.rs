@@ -6,4 +6,4 @@ mod spec;
 mod watch;
 
 pub(crate) use instance::{Agent, Instance, InstanceState, VmmNews};
-pub(crate) use lifecycle::check_incoming;
+pub(crate) use lifecycle::{NewRight, check_incoming};

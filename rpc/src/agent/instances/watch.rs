@@ -4,8 +4,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ferry_proto::vmm::v1::GuestEnded;
 use ferry_proto::vmm::v1::report::Report as Body;
+use ferry_proto::vmm::v1::{GuestEnded, Restored};
 use tokio::sync::mpsc::UnboundedReceiver;
 use uuid::Uuid;
 
@@ -74,12 +74,21 @@ impl Agent {
     /// News of an instance that no migration has.
     pub(crate) async fn instance_news(&self, state: &mut InstanceState, news: VmmNews) {
         match news {
-            VmmNews::Event(event) => {
-                if let Body::GuestEnded(ended) = *event {
-                    self.guest_ended(state, &ended).await;
+            VmmNews::Event(event) => match *event {
+                Body::GuestEnded(ended) => self.guest_ended(state, &ended).await,
+                outcome @ (Body::SnapshotEnded(_) | Body::Restored(_) | Body::LoadFailed(_)) => {
+                    tell_outcome(state, Some(outcome));
                 }
-            }
+                _ => {}
+            },
             VmmNews::Standing(standing) => {
+                match standing.machine.as_str() {
+                    "snapshotting" | "loading" => {}
+                    "paused" if state.row.status == Status::Incoming => {
+                        tell_outcome(state, Some(Body::Restored(Restored {})));
+                    }
+                    _ => tell_outcome(state, standing.snapshot_ended.map(Body::SnapshotEnded)),
+                }
                 if let Some(ended) = standing.ended {
                     self.guest_ended(state, &ended).await;
                 }
@@ -126,6 +135,7 @@ impl Agent {
             return;
         }
         state.vmm = None;
+        state.outcome = None;
         state.row.status = status;
         state.row.reason = Some(reason);
         if let Err(error) = self.save(&state.row).await {
@@ -142,6 +152,14 @@ impl Agent {
         tokio::task::spawn_blocking(move || spawn::kill_listening(&socket))
             .await
             .map_err(io::Error::other)?
+    }
+}
+
+/// Tells whoever waits what became of a snapshot, or that nobody will ever know.
+fn tell_outcome(state: &mut InstanceState, outcome: Option<Body>) {
+    if let (Some(waiting), Some(outcome)) = (state.outcome.take(), outcome) {
+        // Whoever waited gave up.
+        let _ = waiting.send(outcome);
     }
 }
 

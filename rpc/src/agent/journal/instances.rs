@@ -13,7 +13,7 @@ pub(crate) enum Status {
     Paused,
     Stopped,
     Crashed,
-    /// It is being loaded by a migration into here.
+    /// It is being loaded, by a migration into here or from a snapshot.
     Incoming,
     /// Nobody knows on which host it runs.
     Indeterminate,

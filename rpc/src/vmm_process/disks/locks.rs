@@ -85,19 +85,20 @@ impl DiskLocks {
         }
     }
 
-    /// The disks.
+    /// The disks, locked or not.
     pub(super) fn disks(&self) -> &[Disk] {
         &self.disks
     }
 
     /// Takes all locks, or none, and writes the holder's name. What is locked already stays so.
     pub(super) fn lock(&self, epoch: Epoch) -> Result<(), LockError> {
+        self.hold(epoch).inspect(|()| self.note_epoch(epoch))
+    }
+
+    /// Takes all locks, or none. What is locked already stays so.
+    pub(super) fn hold(&self, epoch: Epoch) -> Result<(), LockError> {
         let taken = self.disks.iter().try_for_each(|disk| self.lock_one(disk, epoch));
-        match taken {
-            Ok(()) => self.note_epoch(epoch),
-            Err(_) => self.unlock(),
-        }
-        taken
+        taken.inspect_err(|_| self.unlock())
     }
 
     /// Gives all locks back.

@@ -3,10 +3,12 @@
 //! Who may call what, and when: at a fresh start `lock` before the guest runs. At the source of a migration `settle` while it
 //! runs, `write_back` once it stands still, `unlock` after the grant was traded for GO-sent and before GO is written; a guest
 //! that comes back is locked again before it runs. At the destination `lock` and `forget_cached` after GO's manifest was checked,
-//! before the machine is restored.
+//! before the machine is restored. For a snapshot `write_back`, `moments` and `let_pass` while it stands still; to restore one
+//! `hold` and `check_moments` before anything is loaded, and `lock` before the guest runs.
 
 mod cache;
 mod locks;
+mod moments;
 
 use std::fs::File;
 use std::io;
@@ -17,11 +19,14 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use ferry_migration::guest::DiskCondition;
 use ferry_migration::handover::Epoch;
+use ferry_proto::vmm::v1::DiskMoment;
 use ferry_vmm::DiskAccess;
+use uuid::Uuid;
 
 use self::cache::PageCache;
 use self::locks::DiskLocks;
 pub(super) use self::locks::LockError;
+pub(super) use self::moments::MovedOn;
 use super::copied::CopiedDisk;
 use crate::lock_file::Holder;
 
@@ -92,6 +97,35 @@ impl Disks {
                 .with_context(|| format!("failed to copy disk {}", disk.path))
         };
         numbers.iter().enumerate().map(copied).collect()
+    }
+
+    /// Locks all of them or none, as [`Disks::lock`] does, but leaves no name yet: the guest may turn out not to be theirs.
+    ///
+    /// # Errors
+    /// Names the disk and who has it.
+    pub(super) fn hold(&self, epoch: Epoch) -> Result<(), LockError> {
+        self.locks.hold(epoch)
+    }
+
+    /// What they are like, of a guest that stands still.
+    ///
+    /// # Errors
+    /// A disk cannot be looked at.
+    pub(super) fn moments(&self) -> Result<Vec<DiskMoment>, MovedOn> {
+        moments::of(self.locks.disks())
+    }
+
+    /// Waits, some milliseconds at most, until a write would show that it came after these moments.
+    pub(super) fn let_pass(&self, moments: &[DiskMoment]) {
+        moments::let_pass(moments);
+    }
+
+    /// Checks that they are what they were when instance `origin` had them. They must be locked or held.
+    ///
+    /// # Errors
+    /// Names the disk that moved on, and how that shows.
+    pub(super) fn check_moments(&self, then: &[DiskMoment], origin: Uuid) -> Result<(), MovedOn> {
+        moments::check(self.locks.disks(), then, origin)
     }
 
     /// Lets go of all of them: another host's guest may have them from here on.

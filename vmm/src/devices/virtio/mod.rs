@@ -42,4 +42,4 @@ pub(crate) use self::hostile::work_on as work_on_hostile_memory;
 pub(crate) use self::interrupt::InterruptFd;
 pub(crate) use self::mmio::MmioDevice;
 pub(crate) use self::net::Net;
-pub(crate) use self::state::schema_of;
+pub(crate) use self::state::{schema_of, set_macs};

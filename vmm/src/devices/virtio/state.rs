@@ -4,18 +4,44 @@ use ferry_proto::state::v1 as saved;
 use virtio_queue::QueueState;
 
 use super::super::DeviceStateError;
+use super::net;
 use super::registers::{Registers, VERSION_1, status};
+
+const NET: &str = "ferry.virtio-net";
 
 /// The schema of a unit by its name: `disk0`, `nic0`, `rng0`, `balloon0`. `None` if no virtio device has such a name.
 pub(crate) fn schema_of(name: &str) -> Option<&'static str> {
     let kind = name.trim_end_matches(|character: char| character.is_ascii_digit());
     match kind {
         "disk" => Some("ferry.virtio-blk"),
-        "nic" => Some("ferry.virtio-net"),
+        "nic" => Some(NET),
         "rng" => Some("ferry.virtio-rng"),
         "balloon" => Some("ferry.virtio-balloon"),
         _ => None,
     }
+}
+
+/// Gives the network cards among saved devices these addresses, in the order of the slots.
+pub(crate) fn set_macs(
+    devices: &mut [(String, saved::VirtioDevice)],
+    macs: &[[u8; 6]],
+) -> Result<(), DeviceStateError> {
+    let mut cards: Vec<_> = devices
+        .iter_mut()
+        .filter(|(name, _)| schema_of(name) == Some(NET))
+        .map(|(_, device)| device)
+        .collect();
+    if cards.len() != macs.len() {
+        return Err(DeviceStateError::differs(
+            "number of network cards",
+            cards.len(),
+            macs.len(),
+        ));
+    }
+    for (card, mac) in cards.iter_mut().zip(macs) {
+        card.device = net::with_mac(&card.device, *mac)?;
+    }
+    Ok(())
 }
 
 pub(super) fn to_saved(registers: &Registers, interrupt_status: u32) -> saved::VirtioTransport {

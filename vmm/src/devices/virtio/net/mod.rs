@@ -9,6 +9,7 @@ mod tests;
 mod transmit;
 
 pub(crate) use self::device::Net;
+pub(super) use self::state::with_mac;
 
 /// The queues, in the order of the specification.
 const RECEIVE: usize = 0;

@@ -20,3 +20,9 @@ pub(super) fn from_saved(bytes: &[u8]) -> Result<([u8; 6], bool), DeviceStateErr
         .map_err(|_| DeviceStateError::differs("length of the card's address", mac.len(), 6))?;
     Ok((mac, announce))
 }
+
+/// The saved card with another address. What it was to announce, it would have announced under the one that it had.
+pub(in super::super) fn with_mac(bytes: &[u8], mac: [u8; 6]) -> Result<Vec<u8>, DeviceStateError> {
+    from_saved(bytes)?;
+    Ok(to_saved(mac, false))
+}
