@@ -4,7 +4,8 @@ use std::fs::{self, File, OpenOptions, Permissions};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use ferry_proto::agent::v1::compute_server::ComputeServer;
@@ -130,6 +131,9 @@ async fn bind(flag: &str, address: std::net::SocketAddr) -> anyhow::Result<TcpLi
     })
 }
 
+/// A process that an agent was about to start when it was killed has the lock until it is the program that it becomes.
+const LOCK_PATIENCE: Duration = Duration::from_secs(3);
+
 /// Makes the data directory and locks it: two agents on one would both own its guests.
 fn open_data_dir(folder: &Path) -> anyhow::Result<File> {
     let make = |path: &Path| -> anyhow::Result<()> {
@@ -151,15 +155,21 @@ fn open_data_dir(folder: &Path) -> anyhow::Result<File> {
         .mode(0o600)
         .open(&path)
         .with_context(|| format!("failed to open {}", path.display()))?;
-    match lock.try_lock() {
-        Ok(()) => Ok(lock),
-        Err(fs::TryLockError::WouldBlock) => {
-            bail!(
-                "another agent runs on {}: end it, or choose another --data-dir",
-                folder.display()
-            )
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match lock.try_lock() {
+            Ok(()) => return Ok(lock),
+            Err(fs::TryLockError::WouldBlock) if Instant::now() < deadline => thread::sleep(Duration::from_millis(20)),
+            Err(fs::TryLockError::WouldBlock) => {
+                bail!(
+                    "another agent runs on {}: end it, or choose another --data-dir",
+                    folder.display()
+                )
+            }
+            Err(fs::TryLockError::Error(error)) => {
+                return Err(error).with_context(|| format!("failed to lock {}", path.display()));
+            }
         }
-        Err(fs::TryLockError::Error(error)) => Err(error).with_context(|| format!("failed to lock {}", path.display())),
     }
 }
 
