@@ -26,7 +26,10 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_migrating_instance_is_not_snapshotted,
         a_guest_goes_on_when_its_agent_is_killed_while_it_is_written,
         a_guest_that_is_deleted_while_it_is_written_leaves_no_folder,
+        nothing_is_left_of_a_guest_whose_agent_is_killed_while_it_is_loaded,
         the_same_instance_comes_back_only_when_it_is_gone,
+        a_copy_has_a_generation_id_of_its_own,
+        the_same_instance_keeps_its_generation_id_wherever_it_moves,
         a_disk_that_moved_on_is_refused,
         a_disk_copied_at_the_snapshot_goes_with_it,
     ];
@@ -331,6 +334,23 @@ fn a_guest_that_is_deleted_while_it_is_written_leaves_no_folder(pair: &mut Pair)
     has_nothing(&pair.a)
 }
 
+fn nothing_is_left_of_a_guest_whose_agent_is_killed_while_it_is_loaded(pair: &mut Pair) -> Result<()> {
+    pair.run(&large())?;
+    let (folder, _) = snapshot(pair, "snap")?;
+    pair.a.ferry(&["delete", "g", "--force"])?.exit(0)?;
+
+    let call = pair.b.begin(&["restore", text(&folder), "--name", "h"])?;
+    let vmm = until("a VMM is there", CALL, || Ok(pair.b.vmms().first().copied()))?;
+    process::signal(vmm, Signal::STOP)?;
+    pair.b.kill();
+    call.wait()?.exit(8)?;
+    pair.b.start()?;
+
+    has_nothing(&pair.b)?;
+    let (_, witness) = restore(&pair.b, &folder, "h")?;
+    pair.runs_only_at(&pair.b, "h", &witness)
+}
+
 fn the_same_instance_comes_back_only_when_it_is_gone(pair: &mut Pair) -> Result<()> {
     pair.run(&Guest::new("g"))?;
     let id = pair.a.show("g")?["id"].clone();
@@ -357,6 +377,44 @@ fn the_same_instance_comes_back_only_when_it_is_gone(pair: &mut Pair) -> Result<
     pair.runs_only_at(&pair.a, "g", &witness)?;
     pair.migrate("g", &["--digests"])?.exit(0)?;
     pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+/// The generation id of a snapshotted guest, in its page of memory.
+fn generation_id(folder: &Path) -> Result<u128> {
+    let mut id = [0; 16];
+    File::open(folder.join("memory"))?.read_exact_at(&mut id, 0xe_f000)?;
+    ensure!(id != [0; 16], "no generation id in {}", folder.display());
+    Ok(u128::from_le_bytes(id))
+}
+
+fn a_copy_has_a_generation_id_of_its_own(pair: &mut Pair) -> Result<()> {
+    pair.run(&Guest::new("g"))?;
+    let (original, _) = snapshot(pair, "snap")?;
+    pair.a.ferry(&["delete", "g", "--force"])?.exit(0)?;
+
+    pair.a.ferry(&["restore", text(&original), "--name", "g"])?.exit(0)?;
+
+    let (copy, _) = snapshot(pair, "copy")?;
+    ensure!(generation_id(&copy)? != generation_id(&original)?);
+    Ok(())
+}
+
+fn the_same_instance_keeps_its_generation_id_wherever_it_moves(pair: &mut Pair) -> Result<()> {
+    pair.run(&Guest::new("g"))?;
+    let (original, _) = snapshot(pair, "snap")?;
+    pair.a.ferry(&["delete", "g", "--force"])?.exit(0)?;
+
+    pair.a
+        .ferry(&["restore", text(&original), "--same-identity"])?
+        .exit(0)?;
+    let (same, _) = snapshot(pair, "same")?;
+    pair.migrate("g", &[])?.exit(0)?;
+
+    let moved = pair.folder().join("moved");
+    pair.b.ferry(&["snapshot", "g", "--to", text(&moved)])?.exit(0)?;
+    ensure!(generation_id(&same)? == generation_id(&original)?);
+    ensure!(generation_id(&moved)? == generation_id(&original)?);
+    Ok(())
 }
 
 /// A guest with a disk, its snapshot, and the image.

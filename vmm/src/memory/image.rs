@@ -318,6 +318,29 @@ mod tests {
     }
 
     #[test]
+    fn memory_above_the_hole_for_devices_is_at_its_own_addresses() {
+        let large = || {
+            GuestMemory::new(MemoryOptions {
+                bytes: (3 << 30) + 2 * PIECE_SIZE,
+                hugetlb: false,
+                expect_incoming: true,
+            })
+            .expect("memory")
+        };
+        let (source, restored, file) = (large(), large(), tempfile::tempfile().expect("file"));
+        let above = (4 << 30) + PIECE_SIZE + PAGE_SIZE;
+        source.tracked().write_obj(9u8, GuestAddress(above)).expect("inside");
+        let table = source.save_image(&file).expect("saved");
+        assert_eq!(file.metadata().expect("metadata").len(), (4 << 30) + 2 * PIECE_SIZE);
+        restored.load_image(&file, &table).expect("loaded");
+        assert_eq!(
+            restored.tracked().read_obj::<u8>(GuestAddress(above)).expect("inside"),
+            9
+        );
+        assert_eq!(table.pages(), 1);
+    }
+
+    #[test]
     fn a_copy_that_lost_its_holes_loads_the_same() {
         let (source, file, copy) = (
             filled(),
