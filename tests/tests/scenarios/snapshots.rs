@@ -334,13 +334,23 @@ fn a_guest_that_is_deleted_while_it_is_written_leaves_no_folder(pair: &mut Pair)
     has_nothing(&pair.a)
 }
 
+/// Whether a process has the file open.
+fn has_open(process: u32, file: &Path) -> bool {
+    let open = fs::read_dir(format!("/proc/{process}/fd"));
+    let mut open = open.into_iter().flatten().flatten();
+    open.any(|descriptor| fs::read_link(descriptor.path()).is_ok_and(|link| link == file))
+}
+
 fn nothing_is_left_of_a_guest_whose_agent_is_killed_while_it_is_loaded(pair: &mut Pair) -> Result<()> {
     pair.run(&large())?;
     let (folder, _) = snapshot(pair, "snap")?;
     pair.a.ferry(&["delete", "g", "--force"])?.exit(0)?;
 
     let call = pair.b.begin(&["restore", text(&folder), "--name", "h"])?;
-    let vmm = until("a VMM is there", CALL, || Ok(pair.b.vmms().first().copied()))?;
+    let memory = folder.join("memory");
+    let vmm = until("a VMM has the memory to load", CALL, || {
+        Ok(pair.b.vmms().into_iter().find(|&vmm| has_open(vmm, &memory)))
+    })?;
     process::signal(vmm, Signal::STOP)?;
     pair.b.kill();
     call.wait()?.exit(8)?;

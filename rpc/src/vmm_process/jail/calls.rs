@@ -25,7 +25,11 @@ pub(super) struct Test {
 /// an agent, and to give threads their own filters.
 pub(super) fn process() -> Calls {
     let mut calls = every_thread();
-    calls.extend([vcpu(), device(), migration(), control()].into_iter().flatten());
+    calls.extend(
+        [vcpu(), device(), migration(), snapshot(), control()]
+            .into_iter()
+            .flatten(),
+    );
     calls.extend(always(&[libc::SYS_eventfd2, libc::SYS_epoll_create1]));
     calls.push((libc::SYS_ioctl, kvm(&BUILDING)));
     // More filters can only take away.
@@ -121,6 +125,37 @@ pub(super) fn device() -> Calls {
 
 /// The thread of a migration and those that it starts: it has the machine meanwhile, may have to boot it anew, and copies.
 pub(super) fn migration() -> Calls {
+    let mut calls = machine();
+    calls.extend(always(&[
+        libc::SYS_recvfrom,
+        libc::SYS_sendto,
+        libc::SYS_recvmsg,
+        libc::SYS_sendmsg,
+        libc::SYS_getsockopt,
+        libc::SYS_setsockopt,
+        libc::SYS_getsockname,
+        libc::SYS_getpeername,
+        libc::SYS_shutdown,
+        libc::SYS_poll,
+        libc::SYS_ppoll,
+    ]));
+    calls
+}
+
+/// The thread that writes a snapshot or restores one, and those that it starts: it has the machine meanwhile, and files, but no connection.
+pub(super) fn snapshot() -> Calls {
+    let mut calls = machine();
+    calls.extend(always(&[
+        libc::SYS_preadv,
+        libc::SYS_pwritev,
+        libc::SYS_preadv2,
+        libc::SYS_pwritev2,
+    ]));
+    calls
+}
+
+/// A thread that has the machine.
+fn machine() -> Calls {
     let mut calls = always(LOOKING);
     calls.extend(always(&[
         libc::SYS_readv,
@@ -136,17 +171,6 @@ pub(super) fn migration() -> Calls {
         libc::SYS_fallocate,
         libc::SYS_fadvise64,
         libc::SYS_ftruncate,
-        libc::SYS_recvfrom,
-        libc::SYS_sendto,
-        libc::SYS_recvmsg,
-        libc::SYS_sendmsg,
-        libc::SYS_getsockopt,
-        libc::SYS_setsockopt,
-        libc::SYS_getsockname,
-        libc::SYS_getpeername,
-        libc::SYS_shutdown,
-        libc::SYS_poll,
-        libc::SYS_ppoll,
     ]));
     let mut requests = kvm(&MOVING);
     requests.extend(kvm(&RUNNING));

@@ -27,6 +27,8 @@ pub(in crate::vmm_process) enum Kind {
     Device,
     /// Moves the guest, with the threads that it starts.
     Migration,
+    /// Writes a snapshot or restores one, with the threads that it starts.
+    Snapshot,
     /// Listens to agents, and to nobody else.
     Control,
 }
@@ -41,6 +43,7 @@ pub(super) fn install(kind: Kind) -> io::Result<()> {
         Kind::Vcpu => &VCPU,
         Kind::Device => &DEVICE,
         Kind::Migration => &MIGRATION,
+        Kind::Snapshot => &SNAPSHOT,
         Kind::Control => &CONTROL,
     };
     let programs = programs.as_ref().map_err(|error| io::Error::other(error.clone()))?;
@@ -55,6 +58,7 @@ static PROCESS: Programs = LazyLock::new(|| compile(Kind::Process, SeccompAction
 static VCPU: Programs = LazyLock::new(|| compile(Kind::Vcpu, SeccompAction::KillProcess));
 static DEVICE: Programs = LazyLock::new(|| compile(Kind::Device, SeccompAction::KillProcess));
 static MIGRATION: Programs = LazyLock::new(|| compile(Kind::Migration, SeccompAction::KillProcess));
+static SNAPSHOT: Programs = LazyLock::new(|| compile(Kind::Snapshot, SeccompAction::KillProcess));
 static CONTROL: Programs = LazyLock::new(|| compile(Kind::Control, SeccompAction::KillProcess));
 
 /// A filter sees numbers only: what `clone3` is asked for lies behind a pointer. Told that the kernel does not know it, the C library
@@ -72,11 +76,12 @@ fn compile(kind: Kind, otherwise: SeccompAction) -> Result<Vec<BpfProgram>, Stri
         Kind::Vcpu => vec![calls::every_thread(), calls::vcpu()],
         Kind::Device => vec![calls::every_thread(), calls::device()],
         Kind::Migration => vec![calls::every_thread(), calls::migration()],
+        Kind::Snapshot => vec![calls::every_thread(), calls::snapshot()],
         Kind::Control => vec![calls::every_thread(), calls::control()],
     };
     let (refused, error) = match kind {
         Kind::Process => REFUSED_TO_ALL,
-        Kind::Migration => (&[][..], 0),
+        Kind::Migration | Kind::Snapshot => (&[][..], 0),
         Kind::Vcpu | Kind::Device | Kind::Control => REFUSED_TO_NARROW,
     };
     let mut programs = Vec::new();
@@ -165,14 +170,21 @@ mod tests {
 
     #[test]
     fn every_kind_has_its_programs() {
-        for programs in [&PROCESS, &VCPU, &DEVICE, &MIGRATION, &CONTROL] {
+        for programs in [&PROCESS, &VCPU, &DEVICE, &MIGRATION, &SNAPSHOT, &CONTROL] {
             assert!(programs.is_ok(), "{programs:?}");
         }
     }
 
     #[test]
     fn no_kind_opens_a_network_connection_or_starts_a_program() {
-        for kind in [Kind::Process, Kind::Vcpu, Kind::Device, Kind::Migration, Kind::Control] {
+        for kind in [
+            Kind::Process,
+            Kind::Vcpu,
+            Kind::Device,
+            Kind::Migration,
+            Kind::Snapshot,
+            Kind::Control,
+        ] {
             let tried = move || {
                 let bound = UdpSocket::bind("127.0.0.1:0").map(drop);
                 (bound, std::process::Command::new("/bin/true").status().map(drop))
@@ -188,6 +200,7 @@ mod tests {
         let open = || File::open("/dev/null").map(drop).map_err(|error| error.kind());
         assert_eq!(confined(Kind::Process, open), Ok(()));
         assert_eq!(confined(Kind::Migration, open), Ok(()));
+        assert_eq!(confined(Kind::Snapshot, open), Ok(()));
         for kind in [Kind::Vcpu, Kind::Device, Kind::Control] {
             assert_eq!(confined(kind, open), Err(ErrorKind::PermissionDenied), "{kind:?}");
         }
@@ -201,7 +214,7 @@ mod tests {
                 .map(|thread| thread.join().unwrap())
                 .ok()
         };
-        for kind in [Kind::Process, Kind::Migration, Kind::Control] {
+        for kind in [Kind::Process, Kind::Migration, Kind::Snapshot, Kind::Control] {
             assert_eq!(confined(kind, start), Some(7), "{kind:?}");
         }
         for kind in [Kind::Vcpu, Kind::Device] {
@@ -211,7 +224,14 @@ mod tests {
 
     #[test]
     fn a_descriptor_that_is_open_is_written_by_any() {
-        for kind in [Kind::Process, Kind::Vcpu, Kind::Device, Kind::Migration, Kind::Control] {
+        for kind in [
+            Kind::Process,
+            Kind::Vcpu,
+            Kind::Device,
+            Kind::Migration,
+            Kind::Snapshot,
+            Kind::Control,
+        ] {
             let mut file = tempfile::tempfile().unwrap();
             assert!(confined(kind, move || file.write_all(b"x").is_ok()), "{kind:?}");
         }
@@ -220,7 +240,14 @@ mod tests {
     /// Of a panic, the message and the backtrace: the C library and Rust's look for files, and do without.
     #[test]
     fn a_panic_is_told_by_every_kind() {
-        for kind in [Kind::Process, Kind::Vcpu, Kind::Device, Kind::Migration, Kind::Control] {
+        for kind in [
+            Kind::Process,
+            Kind::Vcpu,
+            Kind::Device,
+            Kind::Migration,
+            Kind::Snapshot,
+            Kind::Control,
+        ] {
             let programs = compile(kind, SeccompAction::KillThread).unwrap();
             let run = move || {
                 for program in &programs {

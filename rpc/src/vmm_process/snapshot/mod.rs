@@ -18,6 +18,7 @@ use self::files::Files;
 use self::restoring::Origin;
 use super::events::Event;
 use super::guest::LocalGuest;
+use super::jail;
 use super::vmm::{Holding, Vmm};
 
 /// A guest after its snapshot, and what became of the files.
@@ -36,6 +37,7 @@ impl Vmm {
         let events = self.events.clone();
         let (hand_in, guest) = std::sync::mpsc::sync_channel::<Box<LocalGuest>>(1);
         let run = move || {
+            jail::narrow(jail::Kind::Snapshot);
             let Ok(guest) = guest.recv() else { return };
             let _ = events.send(Event::SnapshotOutcome(taking::take(guest, &files)));
         };
@@ -79,6 +81,7 @@ impl Vmm {
         };
         let events = self.events.clone();
         let run = move || {
+            jail::narrow(jail::Kind::Snapshot);
             let restored = restoring::restore(*blank, &files, &origin);
             let _ = events.send(Event::RestoreOutcome(restored.map(Box::new)));
         };
