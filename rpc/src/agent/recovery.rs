@@ -8,6 +8,7 @@ use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report;
 use tokio::sync::mpsc::UnboundedReceiver;
 
+use super::backends::storage;
 use super::failure::Failure;
 use super::instances::{Agent, Instance, InstanceState};
 use super::journal::{InstanceRow, MigrationRow, Role, Status};
@@ -43,7 +44,11 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), Failure> {
     {
         // The instance left or was removed, and the agent ended before it wrote that the migration was over.
         orphan.over = true;
-        if orphan.role == Role::Source && orphan.said.as_deref() == Some("RUNNING") {
+        let arrived_elsewhere = orphan.role == Role::Source && orphan.said.as_deref() == Some("RUNNING");
+        if orphan.role == Role::Destination || arrived_elsewhere {
+            storage::remove(&orphan.info.copied_disks, orphan.instance, agent.host());
+        }
+        if arrived_elsewhere {
             orphan.info.status = "completed".to_owned();
             orphan.info.guest_location = Some(orphan.peer.clone());
         } else {

@@ -94,7 +94,7 @@ impl SourceGuest for LocalGuest {
         let times = self.machine.pause_until(deadline).map_err(GuestError::new)?;
         let began = Instant::now();
         let not_written = |error| GuestError::new(format!("a disk does not take what the guest wrote: {error}"));
-        self.disks.write_back().map_err(not_written)?;
+        self.disks.write_back_by(deadline).map_err(not_written)?;
         Ok(StopTimes {
             pause: times.vcpus,
             drain: times.drain + began.elapsed(),

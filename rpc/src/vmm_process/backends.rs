@@ -49,6 +49,7 @@ impl HostSide {
                 true => Some(File::from(next("a lock file")?)),
                 false => None,
             };
+            let lost = Arc::default();
             let image = file
                 .try_clone()
                 .with_context(|| format!("failed to keep disk {}", disk.path))?;
@@ -57,11 +58,13 @@ impl HostSide {
                 image: Arc::new(image),
                 lock_file,
                 access,
+                lost: Arc::clone(&lost),
             });
             backends.disks.push(DiskBackend {
                 file,
                 access,
                 serial: disk.serial.clone(),
+                lost,
             });
         }
         for nic in &spec.nics {

@@ -85,6 +85,12 @@ impl CopiedDisk {
             }
             let first = run.first.max(self.region.start_frame + data / FRAME_SIZE);
             let last = self.region.start_frame + hole.min(end).div_ceil(FRAME_SIZE);
+            at = hole;
+            // The guest may have discarded it between the two questions.
+            if hole <= data || last <= first {
+                at = at.max(data + 1);
+                continue;
+            }
             let extent = FrameRun {
                 first,
                 count: last - first,
@@ -93,7 +99,6 @@ impl CopiedDisk {
                 Some(before) if before.end() >= first => before.count = last.max(before.end()) - before.first,
                 _ => found.push(extent),
             }
-            at = hole;
         }
         Ok(found)
     }

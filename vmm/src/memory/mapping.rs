@@ -106,6 +106,7 @@ struct Inner {
     // Before `mappings`: it points into them and goes first.
     memory: TrackedMemory,
     mappings: Vec<Mapping>,
+    hugetlb: bool,
 }
 
 /// Guest memory in the form that devices and loaders use; writes through it are seen by `fetch_device_dirty`.
@@ -151,6 +152,7 @@ impl GuestMemory {
                 shape,
                 memory,
                 mappings,
+                hugetlb,
             }),
         })
     }
@@ -187,9 +189,13 @@ impl GuestMemory {
     ///
     /// # Errors
     ///
-    /// If the run is out of bounds, or is not of whole pages of the kind that backs it (hugetlbfs).
+    /// If the run is out of bounds, or the kernel refuses.
     pub(crate) fn release(&self, run: FrameRun) -> Result<(), MemoryError> {
         let address = self.host_address(run)?;
+        if self.inner.hugetlb {
+            // What was reserved would be anybody's, and a guest that touches it again would die of it.
+            return Ok(());
+        }
         // SAFETY: the range was checked to lie in our own mapping, to which no reference points; its contents are given up.
         let released = unsafe { madvise(address.cast(), run.bytes() as usize, Advice::LinuxDontNeed) };
         // After it, so that whoever takes the mark finds the zeroes.

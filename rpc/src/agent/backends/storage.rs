@@ -8,6 +8,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use ferry_proto::agent::v1::{DiskSize, InstanceSpec};
+use rustix::fs::OFlags;
 use uuid::Uuid;
 
 use crate::agent::failure::Failure;
@@ -44,7 +45,8 @@ impl Storage {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Coming<'a> {
     pub(crate) instance: Uuid,
-    /// Under which it runs at the source.
+    /// The source, and the epoch under which it runs there.
+    pub(crate) source: &'a str,
     pub(crate) epoch: u64,
     pub(crate) sizes: &'a [DiskSize],
 }
@@ -83,7 +85,8 @@ pub(crate) fn plan(
     Ok(copied)
 }
 
-/// Makes room for the disks that are to be copied: files of the right size, all hole, each with a lock file that says whose it is.
+/// Makes room for the disks that are to be copied: files of the right size, all hole, each with a lock file that says whose it is, under no epoch
+/// yet: until its VMM has the guest, nobody may take it for the guest's disk.
 ///
 /// # Errors
 /// Names the disk. What was made before it is still there, for [`remove`] to find.
@@ -103,8 +106,7 @@ pub(crate) fn make_room(
             .mode(0o600)
             .open(&disk.path)
             .and_then(|file| file.set_len(size.bytes))
-            .and_then(|()| File::create(lock_file::path_of(Path::new(&disk.path))))
-            .and_then(|file| lock_file::write(&file, holder));
+            .and_then(|()| make_lock_file(Path::new(&disk.path), holder));
         made.map_err(Failure::host(format!(
             "host {} failed to make room for disk {}",
             holder.host, disk.path
@@ -114,13 +116,14 @@ pub(crate) fn make_room(
 }
 
 /// Removes images that are not the guest's any more, with their lock files: the half copy of a migration that failed, or the source's
-/// after one that did not. Only those whose lock file says that they were this guest's: nothing else is ours to remove.
-pub(crate) fn remove(paths: &[String], instance: Uuid) {
+/// after one that did not. Only those whose lock file says that they were this guest's on this host: nothing else is ours to remove, least of all
+/// what another host's guest works on under the same path.
+pub(crate) fn remove(paths: &[String], instance: Uuid, host: &str) {
     for path in paths.iter().map(Path::new) {
         let lock_file = lock_file::path_of(path);
         let holder = File::open(&lock_file).ok().and_then(|file| lock_file::read(&file));
-        if holder.is_none_or(|holder| holder.instance != instance) {
-            tracing::info!(path = %path.display(), "not removed: it is not known as the guest's");
+        if holder.is_none_or(|holder| holder.instance != instance || holder.host != host) {
+            tracing::info!(path = %path.display(), "not removed: it is not known as the guest's on this host");
             continue;
         }
         for path in [path, &lock_file] {
@@ -131,6 +134,20 @@ pub(crate) fn remove(paths: &[String], instance: Uuid) {
             }
         }
     }
+}
+
+fn make_lock_file(image: &Path, holder: &Holder) -> io::Result<()> {
+    let file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o644)
+        // Whoever may write into the image's folder must not lead us elsewhere.
+        .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
+        .open(lock_file::path_of(image))?;
+    lock_file::write(&file, holder)?;
+    // The source removes its image once the guest runs here: until then the name of this one must be durable too.
+    File::open(image.parent().unwrap_or(image))?.sync_all()
 }
 
 /// The sizes of an instance's disks here; 0 of one that cannot be looked at.
@@ -160,10 +177,17 @@ fn is_copied(path: &Path, storage: Storage, coming: Coming<'_>) -> Result<bool, 
         ),
         (Storage::Auto, Some(metadata)) if !metadata.is_file() => Ok(false),
         (Storage::Auto, Some(_)) => {
-            // Whoever sees the lock file that the guest's own VMM has written sees the same disk.
+            // Whoever sees the lock file that the guest's own VMM has written, under the right that it has now, sees the same disk; what is
+            // left of an earlier copy says something else.
             let holder = File::open(lock_file::path_of(path)).ok().and_then(|file| lock_file::read(&file));
             match holder {
-                Some(holder) if holder.instance == coming.instance && holder.epoch == coming.epoch => Ok(false),
+                Some(holder)
+                    if holder.instance == coming.instance
+                        && holder.epoch == coming.epoch
+                        && holder.host == coming.source =>
+                {
+                    Ok(false)
+                }
                 _ => Err(format!(
                     "it is there, and its lock file does not say that it is the guest's ({}): say --storage shared if it is the same disk, \
                      or remove it",
@@ -223,6 +247,7 @@ mod tests {
         }];
         let coming = Coming {
             instance: INSTANCE,
+            source: "a",
             epoch: 3,
             sizes: &sizes,
         };
@@ -263,6 +288,9 @@ mod tests {
         holder.epoch = 3;
         lock_file::write(&file, &holder).unwrap();
         assert_eq!(planned(&path, Storage::Auto, 0), Ok(vec![]));
+        holder.host = "b".to_owned();
+        lock_file::write(&file, &holder).unwrap();
+        assert!(planned(&path, Storage::Auto, 0).is_err(), "a half copy");
     }
 
     #[test]
@@ -294,9 +322,10 @@ mod tests {
         assert!(fs::metadata(&path).unwrap().blocks() < 100);
         assert!(make_room(&spec(&path), &[0], &sizes, &holder).is_err());
         let paths = [path.to_str().unwrap().to_owned()];
-        remove(&paths, Uuid::from_u128(2));
+        remove(&paths, Uuid::from_u128(2), "b");
+        remove(&paths, INSTANCE, "a");
         assert!(path.exists());
-        remove(&paths, INSTANCE);
+        remove(&paths, INSTANCE, "b");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 }

@@ -444,10 +444,11 @@ impl Driver {
             self.row.info.status = "failed".to_owned();
             self.row.info.error.clone_from(&self.reason);
             self.kill_vmm().await;
+            // Before the instance is forgotten: an agent that ends in between does this again.
+            storage::remove(&self.row.info.copied_disks, self.row.instance, self.agent.host());
             while !self.forget().await {
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
-            storage::remove(&self.row.info.copied_disks, self.row.instance);
         }
         self.row.over = true;
         loop {

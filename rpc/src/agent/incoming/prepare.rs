@@ -167,7 +167,7 @@ impl Agent {
             host: self.host().to_owned(),
             instance: guest.instance,
             name: guest.spec.name.clone(),
-            epoch: guest.epoch,
+            epoch: 0,
             pid: std::process::id(),
         };
         storage::make_room(&guest.spec, &guest.copied_disks, &guest.disk_sizes, &holder)
@@ -176,10 +176,12 @@ impl Agent {
     async fn plan_storage(&self, guest: &Guest) -> Result<Vec<u32>, Failure> {
         let (spec, storage, sizes) = (guest.spec.clone(), guest.storage, guest.disk_sizes.clone());
         let (instance, epoch, host) = (guest.instance, guest.epoch, self.host().to_owned());
+        let source = guest.source.clone();
         let allowed = self.config.is_exposed().then(|| self.config.image_dirs.clone());
         let plan = move || {
             let coming = Coming {
                 instance,
+                source: &source,
                 epoch,
                 sizes: &sizes,
             };

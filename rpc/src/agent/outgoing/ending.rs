@@ -36,7 +36,7 @@ impl Script {
         self.agent.instances.remove(self.row.instance);
         self.agent.remove_folder(self.row.instance);
         // Their contents are the destination's now, and go on changing there.
-        storage::remove(&self.row.info.copied_disks, self.row.instance);
+        storage::remove(&self.row.info.copied_disks, self.row.instance, self.agent.host());
         Ok(())
     }
 

@@ -7,6 +7,8 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -26,8 +28,29 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// The disks that the guest writes through the page cache.
 #[derive(Debug, Default)]
 pub(super) struct PageCache {
-    files: Vec<Arc<File>>,
+    files: Vec<Cached>,
     settling: Option<JoinHandle<()>>,
+}
+
+/// A disk that is written through the page cache. The kernel tells of a failed writing back once per open file, and the guest's device has
+/// the same one: what is found out here is kept, for the guest's next flush and for every later writing back.
+#[derive(Debug, Clone)]
+struct Cached {
+    image: Arc<File>,
+    lost: Arc<AtomicBool>,
+}
+
+impl Cached {
+    fn write_back(&self) -> io::Result<()> {
+        if let Err(error) = self.image.sync_data() {
+            self.lost.store(true, Ordering::Release);
+            return Err(error);
+        }
+        if self.lost.load(Ordering::Acquire) {
+            return Err(io::Error::other("an earlier writing back failed"));
+        }
+        Ok(())
+    }
 }
 
 impl PageCache {
@@ -37,7 +60,10 @@ impl PageCache {
             let is_direct = fcntl_getfl(&*disk.image).is_ok_and(|flags| flags.contains(OFlags::DIRECT));
             disk.access == DiskAccess::ReadWrite && !is_direct
         };
-        let files = disks.iter().filter(is_cached).map(|disk| Arc::clone(&disk.image));
+        let files = disks.iter().filter(is_cached).map(|disk| Cached {
+            image: Arc::clone(&disk.image),
+            lost: Arc::clone(&disk.lost),
+        });
         Self {
             files: files.collect(),
             settling: None,
@@ -48,7 +74,6 @@ impl PageCache {
     pub(super) fn settle(&mut self) -> DiskCondition {
         match self.settling.take() {
             None if self.files.is_empty() => DiskCondition::Settled,
-            // What it found out, the last writing back finds out as well.
             Some(thread) if thread.is_finished() => DiskCondition::Settled,
             Some(thread) => {
                 self.settling = Some(thread);
@@ -78,17 +103,32 @@ impl PageCache {
         write_back(&self.files)
     }
 
+    /// The same of a guest that stands still: given up at the deadline.
+    pub(super) fn write_back_by(&self, deadline: Instant) -> io::Result<()> {
+        if self.files.is_empty() {
+            return Ok(());
+        }
+        let (tell, told) = mpsc::channel();
+        let files = self.files.clone();
+        thread::Builder::new()
+            .name("write-back".to_owned())
+            .spawn(move || drop(tell.send(write_back(&files))))?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        told.recv_timeout(left)
+            .unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut)))
+    }
+
     /// Drops what is cached and not dirty.
     pub(super) fn forget(&self) {
         for file in &self.files {
-            if let Err(error) = fadvise(&**file, 0, None, Advice::DontNeed) {
+            if let Err(error) = fadvise(&*file.image, 0, None, Advice::DontNeed) {
                 tracing::warn!(%error, "this host may hold old pages of a disk");
             }
         }
     }
 }
 
-fn until_little_is_left(files: &[Arc<File>]) {
+fn until_little_is_left(files: &[Cached]) {
     let began = Instant::now();
     while began.elapsed() < PATIENCE {
         let round = Instant::now();
@@ -102,8 +142,8 @@ fn until_little_is_left(files: &[Arc<File>]) {
     }
 }
 
-fn write_back(files: &[Arc<File>]) -> io::Result<()> {
-    files.iter().try_for_each(|file| file.sync_data())
+fn write_back(files: &[Cached]) -> io::Result<()> {
+    files.iter().try_for_each(Cached::write_back)
 }
 
 #[cfg(test)]
@@ -120,6 +160,7 @@ mod tests {
             image: Arc::new(image),
             lock_file: None,
             access,
+            lost: Default::default(),
         }])
     }
 

@@ -196,6 +196,7 @@ mod tests {
             image: Arc::new(open(path)),
             lock_file: Some(open(&lock_file::path_of(path))),
             access,
+            lost: Default::default(),
         }
     }
 

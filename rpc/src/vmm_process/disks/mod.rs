@@ -13,6 +13,7 @@ mod moments;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -44,6 +45,8 @@ pub(super) struct Disk {
     pub(super) image: Arc<File>,
     pub(super) lock_file: Option<File>,
     pub(super) access: DiskAccess,
+    /// Something that the guest wrote did not reach the disk, and it was not told.
+    pub(super) lost: Arc<AtomicBool>,
 }
 
 /// All disks of a guest.
@@ -150,6 +153,14 @@ impl Disks {
     /// A disk did not take it.
     pub(super) fn write_back(&self) -> io::Result<()> {
         self.cache.write_back()
+    }
+
+    /// The same of a guest that stands still, given up at the deadline.
+    ///
+    /// # Errors
+    /// A disk did not take it, or not in time.
+    pub(super) fn write_back_by(&self, deadline: Instant) -> io::Result<()> {
+        self.cache.write_back_by(deadline)
     }
 
     /// Forgets what this host read of the disks before: another host has written them since.

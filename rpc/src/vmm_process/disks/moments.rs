@@ -165,6 +165,7 @@ mod tests {
             image: Arc::new(open(path)),
             lock_file: Some(open(&lock_file::path_of(path))),
             access,
+            lost: Default::default(),
         }
     }
 
@@ -239,6 +240,7 @@ mod tests {
             image: Arc::new(std::fs::File::open("/dev/null").unwrap()),
             lock_file: None,
             access,
+            lost: Default::default(),
         };
         let then = [DiskMoment::default()];
         assert!(matches!(

@@ -42,6 +42,7 @@ fn device(schema: &str) -> Box<dyn Device> {
                     file,
                     access: DiskAccess::ReadWrite,
                     serial: "golden".to_owned(),
+                    lost: Default::default(),
                 })
                 .expect("disk"),
             )

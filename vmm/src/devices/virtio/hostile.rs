@@ -73,6 +73,7 @@ fn device(which: u8) -> Box<dyn Device> {
                 file: null(),
                 access: DiskAccess::ReadWrite,
                 serial: "fuzz".to_owned(),
+                lost: Default::default(),
             },
             64,
         )),

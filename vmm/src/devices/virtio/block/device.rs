@@ -4,6 +4,8 @@ use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{FallocateFlags, fallocate, fdatasync};
 use vm_memory::{Bytes, GuestAddress};
@@ -25,6 +27,7 @@ pub(crate) struct Block {
     written: WrittenBlocks,
     /// The last request failed, and that was said: a guest that asks again and again does not fill the log.
     fails: Cell<bool>,
+    lost: Arc<AtomicBool>,
 }
 
 /// Status of a request.
@@ -41,19 +44,24 @@ impl Block {
     /// # Errors
     /// The size cannot be told, or there is not a single sector.
     pub(crate) fn new(backend: DiskBackend) -> io::Result<Self> {
-        let DiskBackend { file, access, serial } = backend;
         // A block device has no length in its metadata.
-        let bytes = (&file).seek(SeekFrom::End(0))?;
+        let bytes = (&backend.file).seek(SeekFrom::End(0))?;
         if bytes < SECTOR {
             return Err(io::Error::other(format!("the disk has {bytes} bytes, not one sector")));
         }
-        Ok(Self::of_size(DiskBackend { file, access, serial }, bytes / SECTOR))
+        Ok(Self::of_size(backend, bytes / SECTOR))
     }
 
     /// A disk of so many sectors.
     pub(in super::super) fn of_size(backend: DiskBackend, sectors: u64) -> Self {
-        let DiskBackend { file, access, serial } = backend;
+        let DiskBackend {
+            file,
+            access,
+            serial,
+            lost,
+        } = backend;
         Self {
+            lost,
             file,
             access,
             serial,
@@ -81,7 +89,7 @@ impl Block {
             Request::Read { offset, data } => (self.read(*offset, memory, data), total(data)),
             Request::Write { offset, data } => (self.write(*offset, memory, data), 0),
             Request::Flush if self.access == DiskAccess::ReadOnly => (Ok(()), 0),
-            Request::Flush => (fdatasync(&self.file).map_err(Into::into), 0),
+            Request::Flush => (self.flush(), 0),
             Request::Serial { data } => (self.tell_serial(memory, data), total(data).min(SERIAL_BYTES as u64)),
             Request::Discard(extents) => (self.each(extents, FallocateFlags::PUNCH_HOLE), 0),
             Request::WriteZeroes(extents) => (self.write_zeroes(extents), 0),
@@ -126,6 +134,14 @@ impl Block {
             Err(error) if is_misaligned(&error) => bounce::write(&self.file, offset, memory, data),
             other => other,
         }
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        fdatasync(&self.file)?;
+        if self.lost.swap(false, Ordering::AcqRel) {
+            return Err(io::Error::other("what the guest wrote did not reach the disk"));
+        }
+        Ok(())
     }
 
     fn write_zeroes(&self, extents: &[Extent]) -> io::Result<()> {
@@ -224,7 +240,7 @@ impl Device for Block {
     }
 
     fn restore(&mut self, saved: &[u8]) -> Result<(), DeviceStateError> {
-        self.serial = state::check(saved, self.sectors, self.access)?;
+        (self.sectors, self.serial) = state::check(saved, self.sectors, self.access)?;
         Ok(())
     }
 }

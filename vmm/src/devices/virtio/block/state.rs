@@ -15,8 +15,9 @@ pub(super) fn to_saved(sectors: u64, access: DiskAccess, serial: &str) -> Vec<u8
     .encode_to_vec()
 }
 
-/// Whether the saved disk is like the one that is here; gives the serial number, which stays the guest's.
-pub(super) fn check(bytes: &[u8], sectors: u64, access: DiskAccess) -> Result<String, DeviceStateError> {
+/// Whether the saved disk fits the one that is here; gives its sectors and its serial number, which stay the guest's. An image that was made larger
+/// while its guest ran holds the disk that the guest knows.
+pub(super) fn check(bytes: &[u8], sectors: u64, access: DiskAccess) -> Result<(u64, String), DeviceStateError> {
     let Ok(saved::VirtioBlock {
         sectors: saved,
         readonly,
@@ -25,12 +26,8 @@ pub(super) fn check(bytes: &[u8], sectors: u64, access: DiskAccess) -> Result<St
     else {
         return Err(DeviceStateError::Undecodable("the disk"));
     };
-    if saved != sectors {
-        return Err(DeviceStateError::differs(
-            "number of the disk's sectors",
-            saved,
-            sectors,
-        ));
+    if saved == 0 || saved > sectors {
+        return Err(DeviceStateError::above("number of the disk's sectors", saved, sectors));
     }
     let writable = access == DiskAccess::ReadWrite;
     if readonly == writable {
@@ -40,5 +37,5 @@ pub(super) fn check(bytes: &[u8], sectors: u64, access: DiskAccess) -> Result<St
             writable,
         ));
     }
-    Ok(serial)
+    Ok((saved, serial))
 }

@@ -26,6 +26,7 @@ fn disk(file: &File, access: DiskAccess) -> Box<Block> {
         file: file.try_clone().expect("descriptor"),
         access,
         serial: "serial-of-a-disk-that-is-long".to_owned(),
+        lost: Default::default(),
     };
     Box::new(Block::new(backend).expect("disk"))
 }
@@ -192,12 +193,14 @@ fn resting_disk_leaves_requests_where_they_are_for_whoever_goes_on() {
 }
 
 #[test]
-fn disk_of_another_size_is_not_the_guests() {
-    let before = driver(&image(8));
+fn smaller_disk_is_not_the_guests() {
+    let before = driver(&image(10));
     assert!(before.rest());
     let other = Driver::new(disk(&image(9), DiskAccess::ReadWrite));
     let error = other.device.restore(&before.device.save()).expect_err("another disk");
     assert!(error.to_string().contains("sectors"), "{error}");
+    let larger = before.moved_to(disk(&image(11), DiskAccess::ReadWrite));
+    assert_eq!(larger.read(offset::CONFIG), 10);
 }
 
 #[test]

@@ -20,8 +20,8 @@ pub(super) enum Room {
     None,
 }
 
-/// The shortest frame that must fit where nothing is offloaded: an MTU of 1500, with a VLAN's tag.
-const USUAL_FRAME: u64 = 1518 + HEADER_BYTES;
+/// What a driver must have room for where it takes no large frames (virtio 1.2, 5.1.6.3.1).
+const USUAL_FRAME: u64 = 1514 + HEADER_BYTES;
 
 /// So many frames, and then it is somebody else's turn: the tap tells again that there is more.
 const MOST_FRAMES: u32 = 256;
@@ -46,14 +46,15 @@ pub(super) fn frames(
         if turn.is_to_end() {
             break;
         }
-        if !gather(queue, &mut taken, needed, mergeable, turn.memory)? {
-            // Asked to ring, and looked once more: a buffer may have come in between.
-            if queue.listen(turn.memory)? && gather(queue, &mut taken, needed, mergeable, turn.memory)? {
-                queue.ignore(turn.memory)?;
-            } else {
+        while !gather(queue, &mut taken, needed, mergeable, turn.memory)? {
+            // Asked to ring, and looked once more, as long as something comes in between.
+            if !queue.listen(turn.memory)? {
                 room = Room::None;
                 break;
             }
+        }
+        if room == Room::None {
+            break;
         }
         let spans: Vec<Span> = if mergeable {
             taken
@@ -69,7 +70,9 @@ pub(super) fn frames(
             Ok(len) => deliver(len as u64, queue, &mut taken, turn.memory)?,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
             Err(error) => {
-                tracing::debug!(%error, "the tap gives no frames any more");
+                tracing::debug!(%error, "the tap gives no frame");
+                // Looked at again when the guest has more buffers.
+                queue.listen(turn.memory)?;
                 room = Room::None;
                 break;
             }
