@@ -27,6 +27,8 @@ use super::vmm_user::{self, UserRange};
 
 /// The VMM's socket below an instance's folder.
 pub(crate) const SOCKET: &str = "vmm.sock";
+/// When a VMM gets its cgroup: by then its machine is built and its threads have begun.
+const CGROUP_LATER: Duration = Duration::from_millis(150);
 /// What a VMM's process calls itself.
 const VMM_NAME: &str = "ferry-vmm";
 /// What a VMM is told of its agent's environment: there may be secrets in it, and a VMM has no use for them.
@@ -231,11 +233,12 @@ fn told(status: ExitStatus) -> String {
 /// Gives the process its cgroup, and waits for it so that it does not stay a zombie; how it ended is told by its socket
 /// and its pidfd.
 ///
-/// Moving a process waits for a grace period of the kernel (`cgroup_attach_task`), 15 ms where the migration into here
-/// needs them for building the machine. In this order, because until the process is waited for its number is nobody
+/// Not at once: moving a process waits for a grace period of the kernel, and nobody starts a thread meanwhile
+/// (`cgroup_threadgroup_rwsem`), which is 10 to 20 ms that a migration into here would wait for its machine. In this order, because until the process is waited for its number is nobody
 /// else's.
 fn look_after(mut child: Child, instance: String, ended: Arc<OnceLock<ExitStatus>>) {
     let look = move || {
+        thread::sleep(CGROUP_LATER);
         if let Err(error) = give_cgroup(child.id(), &instance) {
             tracing::info!(%error, instance, "the VMM stays in the agent's cgroup");
         }
