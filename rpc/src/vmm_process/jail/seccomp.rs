@@ -168,6 +168,15 @@ mod tests {
         thread::spawn(run).join().unwrap()
     }
 
+    const EVERY_KIND: [Kind; 6] = [
+        Kind::Process,
+        Kind::Vcpu,
+        Kind::Device,
+        Kind::Migration,
+        Kind::Snapshot,
+        Kind::Control,
+    ];
+
     #[test]
     fn every_kind_has_its_programs() {
         for programs in [&PROCESS, &VCPU, &DEVICE, &MIGRATION, &SNAPSHOT, &CONTROL] {
@@ -177,14 +186,7 @@ mod tests {
 
     #[test]
     fn no_kind_opens_a_network_connection_or_starts_a_program() {
-        for kind in [
-            Kind::Process,
-            Kind::Vcpu,
-            Kind::Device,
-            Kind::Migration,
-            Kind::Snapshot,
-            Kind::Control,
-        ] {
+        for kind in EVERY_KIND {
             let tried = move || {
                 let bound = UdpSocket::bind("127.0.0.1:0").map(drop);
                 (bound, std::process::Command::new("/bin/true").status().map(drop))
@@ -224,14 +226,7 @@ mod tests {
 
     #[test]
     fn a_descriptor_that_is_open_is_written_by_any() {
-        for kind in [
-            Kind::Process,
-            Kind::Vcpu,
-            Kind::Device,
-            Kind::Migration,
-            Kind::Snapshot,
-            Kind::Control,
-        ] {
+        for kind in EVERY_KIND {
             let mut file = tempfile::tempfile().unwrap();
             assert!(confined(kind, move || file.write_all(b"x").is_ok()), "{kind:?}");
         }
@@ -240,14 +235,7 @@ mod tests {
     /// Of a panic, the message and the backtrace: the C library and Rust's look for files, and do without.
     #[test]
     fn a_panic_is_told_by_every_kind() {
-        for kind in [
-            Kind::Process,
-            Kind::Vcpu,
-            Kind::Device,
-            Kind::Migration,
-            Kind::Snapshot,
-            Kind::Control,
-        ] {
+        for kind in EVERY_KIND {
             let programs = compile(kind, SeccompAction::KillThread).unwrap();
             let run = move || {
                 for program in &programs {

@@ -65,7 +65,7 @@ fn table(signature: [u8; 4], revision: u8, contents: &[u8]) -> Vec<u8> {
     let mut bytes = [
         &signature[..],
         &length.to_le_bytes(),
-        // A checksum of 0, for now.
+        // The checksum counts as 0 while it is being made.
         &[revision, 0],
         &MAKER,
         &MACHINE,
