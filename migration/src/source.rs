@@ -305,6 +305,7 @@ fn with_threads<G: SourceGuest>(
             let Streams {
                 feed,
                 bandwidth,
+                placement,
                 totals,
             } = &streams;
             let totals = &totals[usize::from(stream)];
@@ -314,6 +315,7 @@ fn with_threads<G: SourceGuest>(
                 memory: &*memory,
                 feed,
                 bandwidth,
+                placement,
                 totals,
             };
             let events = events_in.clone();

@@ -7,11 +7,11 @@
 
 use rustix::process::setpriority_process;
 
-/// Two thirds of a vCPU's weight (`sched_prio_to_weight` in the kernel). Measured on two processors of which the guest
-/// keeps one busy, eleven moves each: the guest's largest gap is the same from nice 0 to nice 10 (2.6 to 2.8 ms), the move takes
-/// 475 ms at 0, 504 at 2 and 512 to 540 at 10; with guests on both processors a tenth of the weight made it four times
-/// slower, which is not what somebody wants who empties an overloaded host.
-const COPYING_NICE: i32 = 2;
+/// A third of a vCPU's weight (`sched_prio_to_weight` in the kernel). Measured on two processors of which the guest keeps one busy, eight
+/// moves each: at nice 2 the guest's largest gap is 9 to 12 ms, at 5 to 7 it is 4 to 6, at 10 it is 4; the move takes 450 ms at 2, 510 to 520 from
+/// 5 on. A tenth of the weight made moves four times slower where guests keep all processors busy, which is not what somebody wants who
+/// empties an overloaded host.
+const COPYING_NICE: i32 = 5;
 
 /// The calling thread's weight. Belongs to the thread that made it.
 #[derive(Debug, Default)]

@@ -10,5 +10,6 @@
 
 mod kick;
 mod thread;
+mod usage;
 
 pub(crate) use thread::{ANSWER_DEADLINE, Pending, VcpuError, VcpuHandle, VcpuSetup};

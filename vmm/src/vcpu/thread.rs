@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use super::kick::{KickTarget, Kicker};
+use super::usage::{Usage, Whereabouts};
 use crate::arch::x86_64::boot::{EntryPoint, enter};
 use crate::arch::x86_64::cpuid::CpuidEntry;
 use crate::arch::x86_64::vcpu_state::{SavePlan, TscTarget, VcpuState};
@@ -66,6 +67,7 @@ pub(crate) struct VcpuHandle {
     index: u8,
     commands: Sender<Command>,
     kicker: Kicker,
+    usage: Usage,
     thread: Option<JoinHandle<()>>,
     /// Closed when the thread has ended.
     ended: Receiver<()>,
@@ -85,6 +87,8 @@ impl VcpuHandle {
         let (commands, inbox) = channel();
         let (ending, ended) = channel();
         let (registered, registration) = channel();
+        let whereabouts = Whereabouts::default();
+        let own_whereabouts = whereabouts.clone();
         let thread = Builder::new().name(format!("vcpu{index}")).spawn(move || {
             let ending: Sender<()> = ending;
             let mut setup = setup;
@@ -92,7 +96,13 @@ impl VcpuHandle {
             match KickTarget::register(&mut setup.vcpu) {
                 Ok(kick) => {
                     let _ = registered.send(Ok(kick.kicker()));
-                    VcpuThread { kick, inbox, setup }.live();
+                    let thread = VcpuThread {
+                        kick,
+                        inbox,
+                        setup,
+                        whereabouts: own_whereabouts,
+                    };
+                    thread.live();
                 }
                 Err(error) => {
                     let _ = registered.send(Err(error));
@@ -105,9 +115,15 @@ impl VcpuHandle {
             index,
             commands,
             kicker,
+            usage: Usage::new(kicker.thread(), whereabouts),
             thread: Some(thread),
             ended,
         })
+    }
+
+    /// The host's processor that it keeps busy; `None` if it mostly waits.
+    pub(crate) fn busy_processor(&mut self) -> Option<usize> {
+        self.usage.busy_processor()
     }
 
     /// Lets it run. Answered when it is about to enter the guest.
@@ -222,6 +238,7 @@ struct VcpuThread {
     kick: KickTarget,
     inbox: Receiver<Command>,
     setup: VcpuSetup,
+    whereabouts: Whereabouts,
 }
 
 impl VcpuThread {
@@ -327,7 +344,9 @@ impl VcpuThread {
             ..
         } = &mut self.setup;
         let index = vcpu.index();
-        let event = match vcpu.run() {
+        let exit = vcpu.run();
+        self.whereabouts.note();
+        let event = match exit {
             Ok(Exit::Interrupted) => return After::Interrupted,
             Ok(Exit::PortIn { port, size, data }) => {
                 devices.read_port(port, size, data);
