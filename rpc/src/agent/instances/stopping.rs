@@ -4,6 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ferry_proto::agent::v1::InstanceInfo;
+use ferry_proto::vmm::v1::order::Order as Command;
+use ferry_proto::vmm::v1::report::Report as Body;
+use ferry_proto::vmm::v1::{self as wire};
 use uuid::Uuid;
 
 use super::instance::{Agent, Instance, InstanceState};
@@ -11,8 +14,10 @@ use crate::agent::failure::Failure;
 use crate::agent::journal::{InstanceRow, Status};
 
 impl Agent {
-    /// Stops an instance. Guests have no power button yet, so only `force` does; it aborts a migration before GO, and after
-    /// GO it waits for the decision.
+    /// Stops an instance: asks its guest to switch itself off and waits for that, `patience` at most; with `force` ends it as it is.
+    ///
+    /// # Errors
+    /// It runs on, unless the failure says that it is lost.
     pub(crate) async fn stop_instance(
         &self,
         name: &str,
@@ -20,22 +25,94 @@ impl Agent {
         patience: Duration,
     ) -> Result<InstanceInfo, Failure> {
         let instance = self.instance(name).await?;
-        if !force {
-            let state = instance.state.lock().await;
-            state.check_idle("stop")?;
-            if matches!(state.row.status, Status::Stopped | Status::Crashed) {
-                return Ok(state.info(self.host()));
-            }
-            return Err(Failure::Refused(format!(
-                "instance {name} has no power button that would ask its guest to stop: --force pulls the plug"
-            )));
+        if force {
+            return self.stop_by_force(&instance, patience).await;
         }
-        self.end_migration(&instance, patience).await?;
+        if let Some(off) = self.press_power_button(&instance).await? {
+            return Ok(off);
+        }
+        match tokio::time::timeout(patience, self.switched_off(&instance)).await {
+            Ok(ended) => ended,
+            Err(_) => {
+                let state = instance.state.lock().await;
+                Err(Failure::GuestIgnored(format!(
+                    "the guest of instance {} was asked to switch off and did not within {patience:?}: it is {}; ask again, or \
+                     --force pulls the plug",
+                    state.row.spec.name, state.row.status
+                )))
+            }
+        }
+    }
+
+    /// Asks the guest to switch itself off; one that is off already is given back.
+    async fn press_power_button(&self, instance: &Instance) -> Result<Option<InstanceInfo>, Failure> {
+        let state = instance.state.lock().await;
+        state.check_idle("stop")?;
+        let (name, status) = (&state.row.spec.name, state.row.status);
+        match status {
+            Status::Stopped | Status::Crashed => return Ok(Some(state.info(self.host()))),
+            Status::Running => {}
+            Status::Paused => {
+                return Err(Failure::Refused(format!(
+                    "instance {name} is paused, its guest cannot be asked to switch off: resume it first, or --force pulls the plug"
+                )));
+            }
+            Status::Indeterminate | Status::Incoming => {
+                return Err(Failure::Refused(format!("instance {name} is {status}")));
+            }
+        }
+        let press = wire::PressPowerButton { epoch: state.row.epoch };
+        let answer = state
+            .vmm()?
+            .order(Command::PressPowerButton(press))
+            .await
+            .map_err(Failure::vmm("failed to press the power button"))?;
+        match answer {
+            Body::Pressed(wire::Pressed { guest_listens: true }) => Ok(None),
+            _ => Err(Failure::Refused(format!(
+                "instance {name} has no power button that its guest listens to, or not yet: --force pulls the plug"
+            ))),
+        }
+    }
+
+    /// Waits until the instance has ended, for ever if it does not.
+    ///
+    /// # Errors
+    /// It ended by a crash, or is not here any more: a guest may move while it shuts down.
+    async fn switched_off(&self, instance: &Instance) -> Result<InstanceInfo, Failure> {
+        const LOOK_AGAIN: Duration = Duration::from_millis(50);
+        loop {
+            let state = instance.state.lock().await;
+            if self.instances.by_id(instance.id).is_none() {
+                return Err(self.not_here(&instance.id.to_string()).await);
+            }
+            match state.row.status {
+                Status::Stopped => return Ok(state.info(self.host())),
+                Status::Crashed => {
+                    return Err(Failure::GuestLost(format!(
+                        "instance {} crashed and did not switch off: {}",
+                        state.row.spec.name,
+                        state.row.reason.as_deref().unwrap_or("nobody knows why")
+                    )));
+                }
+                _ => {}
+            }
+            drop(state);
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    /// Pulls the plug. Aborts a migration before GO; after GO it waits for the decision.
+    async fn stop_by_force(&self, instance: &Arc<Instance>, patience: Duration) -> Result<InstanceInfo, Failure> {
+        self.end_migration(instance, patience).await?;
         let mut state = instance.state.lock().await;
         match state.row.status {
             Status::Stopped | Status::Crashed => {}
             Status::Indeterminate | Status::Incoming => {
-                return Err(Failure::Refused(format!("instance {name} is {}", state.row.status)));
+                return Err(Failure::Refused(format!(
+                    "instance {} is {}",
+                    state.row.spec.name, state.row.status
+                )));
             }
             Status::Running | Status::Paused => {
                 self.pull_plug(&mut state).await?;
