@@ -207,6 +207,9 @@ pub enum MachineError {
     /// It is only possible while the machine is paused.
     #[error("{0}: the machine runs")]
     Running(&'static str),
+    /// It is only possible while the machine runs.
+    #[error("{0}: the machine is paused")]
+    Paused(&'static str),
     /// A reset failed before; only another reset helps.
     #[error("run the machine: no kernel is loaded since its last reset failed")]
     NotLoaded,

@@ -2,7 +2,9 @@
 //!
 //!     ferry-guest records FILE PER_SECOND
 //!     ferry-guest echo PORT
+//!     ferry-guest button DEVICE
 
+mod button;
 mod chain;
 mod echo;
 mod records;
@@ -14,9 +16,10 @@ fn main() -> ExitCode {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let outcome = match words[..] {
         ["records", file, per_second] => records::run(file, per_second.parse().unwrap_or(20)),
+        ["button", device] => button::run(device),
         ["echo", port] => echo::run(port.parse().unwrap_or(7000)),
         _ => {
-            eprintln!("ferry-guest records FILE PER_SECOND | ferry-guest echo PORT");
+            eprintln!("ferry-guest records FILE PER_SECOND | ferry-guest echo PORT | ferry-guest button DEVICE");
             return ExitCode::from(2);
         }
     };

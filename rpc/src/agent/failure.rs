@@ -30,6 +30,12 @@ pub(crate) enum Failure {
     /// The journal failed: nothing is done without it.
     #[error("the journal does not take it")]
     Journal(#[from] JournalError),
+    /// The guest did not do what it was asked to, and runs on.
+    #[error("{0}")]
+    GuestIgnored(String),
+    /// The guest ended, and not as it was asked to.
+    #[error("{0}")]
+    GuestLost(String),
     /// The VMM failed.
     #[error("{what}")]
     Vmm {
@@ -76,6 +82,8 @@ impl From<Failure> for Status {
             Failure::Refused(_) => Code::FailedPrecondition,
             Failure::Invalid(_) => Code::InvalidArgument,
             Failure::Unavailable(_) => Code::Unavailable,
+            Failure::GuestIgnored(_) => Code::Aborted,
+            Failure::GuestLost(_) => Code::DataLoss,
             Failure::Vmm {
                 source: VmmError::Refused(_),
                 ..

@@ -63,11 +63,11 @@ pub(super) enum Verb {
     Resume(Named),
     /// Boot a running instance anew
     Reboot(Named),
-    /// End an instance and keep what it is made of
+    /// Ask an instance's guest to switch off, or end it; what it is made of is kept
     Stop {
         #[command(flatten)]
         named: Named,
-        /// Do not ask the guest
+        /// Do not ask the guest: pull the plug
         #[arg(long)]
         force: bool,
         /// How long the guest may take to power off

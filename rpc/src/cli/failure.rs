@@ -131,6 +131,7 @@ fn exit_of(status: &Status) -> Exit {
         | Code::InvalidArgument
         | Code::OutOfRange
         | Code::PermissionDenied => Exit::Refused,
+        Code::DataLoss => Exit::GuestEnded,
         _ if is_lost_connection(status) => Exit::NoAnswer,
         _ => Exit::Failed,
     }
@@ -156,6 +157,7 @@ mod tests {
             (Code::Internal, 1),
             (Code::Unknown, 1),
             (Code::Aborted, 1),
+            (Code::DataLoss, 7),
         ] {
             let failure = Failure::of_status("ask", &Status::new(code, "why"));
             assert_eq!(failure.exit.number(), exit, "{code:?}");

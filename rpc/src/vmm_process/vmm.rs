@@ -27,7 +27,7 @@ use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{self as wire, Order, Report};
 use ferry_proto::{VMM_PROTOCOL, required, wire_uuid};
-use ferry_vmm::{ConsoleInput, MachineEvent, RunState};
+use ferry_vmm::{ButtonPress, ConsoleInput, MachineEvent, RunState};
 use uuid::Uuid;
 
 use super::adapter::end_of;
@@ -151,6 +151,7 @@ impl Vmm {
             Command::Pause(pause) => self.pause(pause.epoch),
             Command::Resume(resume) => self.resume(resume.epoch),
             Command::Reboot(_) => self.reboot(),
+            Command::PressPowerButton(press) => self.press_power_button(press.epoch),
             Command::ConsoleInput(input) => self.console_input(&input.bytes),
             Command::Send(send) => self.send(&send, descriptors),
             Command::Receive(receive) => self.receive(&receive, descriptors),
@@ -327,6 +328,16 @@ impl Vmm {
             guest.reset()?;
         }
         Ok(Body::Done(wire::Done {}))
+    }
+
+    fn press_power_button(&mut self, epoch: u64) -> anyhow::Result<Body> {
+        self.check_user_order(epoch)?;
+        let guest_listens = match &self.holding {
+            Holding::Here(guest) => guest.machine.press_power_button()? == ButtonPress::Told,
+            _ => false,
+        };
+        tracing::info!(guest_listens, "the power button was pressed");
+        Ok(Body::Pressed(wire::Pressed { guest_listens }))
     }
 
     /// A user's order goes to a guest that is here, under the epoch that it has, while no grant binds it.

@@ -17,6 +17,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_paused_guest_is_silent_until_it_is_resumed,
         a_reboot_boots_the_guest_anew,
         a_stopped_instance_starts_again,
+        a_guest_without_an_ear_for_its_button_is_stopped_only_by_force,
         a_running_instance_is_deleted_only_by_force,
         a_guest_that_powers_off_is_stopped,
         a_guest_that_panics_is_crashed,
@@ -102,6 +103,23 @@ fn a_stopped_instance_starts_again(pair: &mut Pair) -> Result<()> {
         "a right to run is used once: {shown}"
     );
     pair.exists_only_at(&pair.a, "g")
+}
+
+fn a_guest_without_an_ear_for_its_button_is_stopped_only_by_force(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g"))?;
+
+    pair.a
+        .ferry(&["stop", "g"])?
+        .exit(4)?
+        .says("power button")?
+        .says("--force")?;
+    pair.runs_only_at(&pair.a, "g", &witness)?;
+    pair.a.ferry(&["pause", "g"])?.exit(0)?;
+    pair.a.ferry(&["stop", "g"])?.exit(4)?.says("paused")?.says("--force")?;
+    pair.a.ferry(&["stop", "g", "--force"])?.exit(0)?;
+
+    pair.a.wait_for_status("g", "stopped")?;
+    Ok(())
 }
 
 fn a_running_instance_is_deleted_only_by_force(pair: &mut Pair) -> Result<()> {

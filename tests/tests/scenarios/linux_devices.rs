@@ -10,7 +10,7 @@ use ferry_tests::linux::{BOOT, Console, Linux, wait_printed};
 use ferry_tests::{Host, Pair, waiting::CALL};
 use libtest_mimic::Trial;
 
-use crate::scenario::{command, in_a_network, ip};
+use crate::scenario::{command, in_a_network, ip, make_file_system};
 
 pub(crate) fn trials() -> Vec<Trial> {
     in_a_network![
@@ -26,12 +26,6 @@ fn make_bridge() -> Result<()> {
     ip(&["link", "add", "br0", "address", "02:00:00:00:00:01", "type", "bridge"])?;
     ip(&["address", "add", "10.9.0.1/24", "dev", "br0"])?;
     ip(&["link", "set", "br0", "up"])?;
-    Ok(())
-}
-
-fn make_file_system(path: &Path) -> Result<()> {
-    File::create(path)?.set_len(64 << 20)?;
-    command("mkfs.ext4", &["-q", "-F", &path.display().to_string()])?;
     Ok(())
 }
 

@@ -17,6 +17,7 @@ mod journal;
 mod lifecycle;
 mod linux;
 mod linux_devices;
+mod linux_stop;
 mod moves;
 mod networks;
 mod refusals;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         disks::trials(),
         storage::trials(),
         linux_devices::trials(),
+        linux_stop::trials(),
         networks::trials(),
         requests::trials(),
         aborts::trials(),

@@ -1,6 +1,6 @@
 //! What every scenario shares: a pair of agents before it, a look at the logs after it.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
 use std::process::Command;
 
@@ -89,6 +89,13 @@ pub(crate) fn command(program: &str, arguments: &[&str]) -> Result<String> {
         String::from_utf8_lossy(&output.stderr)
     );
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// A disk image of 64 MiB with an empty ext4.
+pub(crate) fn make_file_system(path: &Path) -> Result<()> {
+    File::create(path)?.set_len(64 << 20)?;
+    command("mkfs.ext4", &["-q", "-F", &path.display().to_string()])?;
+    Ok(())
 }
 
 /// One scenario whose agents do not run yet.

@@ -14,6 +14,7 @@ use std::time::Instant;
 use ferry_proto::state::v1 as saved;
 use thiserror::Error;
 
+pub use self::power::ButtonPress;
 pub(crate) use self::power::{PowerControl, PowerRequest};
 pub(crate) use self::serial::SerialPort;
 pub use self::virtio::WrittenBlocks;
@@ -21,8 +22,8 @@ pub use self::virtio::WrittenBlocks;
 pub(crate) use self::virtio::work_on_hostile_memory;
 pub(crate) use self::virtio::{Balloon, Block, Device, Entropy, InterruptFd, MmioDevice, Net, schema_of, set_macs};
 use crate::arch::x86_64::layout::{
-    KEYBOARD_COMMAND_PORT, PANIC_PORT, POWER_CONTROL_PORT, POWER_EVENT_PORT, RESET_CONTROL_PORT, SERIAL_PORT,
-    VIRTIO_SLOT_BYTES, virtio_slot,
+    KEYBOARD_COMMAND_PORT, PANIC_PORT, POWER_CONTROL_PORT, POWER_EVENT_PORT, POWER_EVENT_PORT_END, RESET_CONTROL_PORT,
+    SERIAL_PORT, VIRTIO_SLOT_BYTES, virtio_slot,
 };
 
 /// Where the guest's console output goes.
@@ -32,9 +33,28 @@ pub trait ConsoleOutput: Send {
 }
 
 /// An interrupt line that a device raises.
+///
+/// Both happen before they return: what follows may save the interrupt controller.
 pub(crate) trait InterruptLine: Send + Sync {
-    /// Raises and lowers the line, before it returns: what follows may save the interrupt controller.
-    fn pulse(&self);
+    /// Raises the line, if it is not raised.
+    fn raise(&self);
+
+    /// Lowers the line, if it is not low.
+    fn lower(&self);
+
+    /// One edge.
+    fn pulse(&self) {
+        self.raise();
+        self.lower();
+    }
+}
+
+/// The lines of those devices that are always there.
+pub(crate) struct Lines {
+    /// Edge-triggered.
+    pub(crate) serial: Arc<dyn InterruptLine>,
+    /// ACPI's, level-triggered.
+    pub(crate) power: Arc<dyn InterruptLine>,
 }
 
 /// Why saved state is not a device's.
@@ -93,7 +113,7 @@ pub(crate) struct Devices {
     /// The device of each slot, from the first on.
     virtio: Vec<MmioDevice>,
     output: SharedOutput,
-    line: Arc<dyn InterruptLine>,
+    lines: Lines,
     /// While set, nothing comes in from outside: the vCPUs stand still and state may be saved.
     quiet: AtomicBool,
     /// The state is of a machine that ran elsewhere, and this one has not run yet.
@@ -117,14 +137,14 @@ pub(crate) struct Restless(pub(crate) String);
 
 impl Devices {
     /// Devices as after power-on; quiet, for the machine does not run yet.
-    pub(crate) fn new(output: Box<dyn ConsoleOutput>, line: Arc<dyn InterruptLine>, virtio: Vec<MmioDevice>) -> Self {
+    pub(crate) fn new(output: Box<dyn ConsoleOutput>, lines: Lines, virtio: Vec<MmioDevice>) -> Self {
         let output: SharedOutput = Arc::new(Mutex::new(output));
         Self {
-            serial: Mutex::new(SerialPort::new(output.clone(), line.clone())),
+            serial: Mutex::new(SerialPort::new(output.clone(), lines.serial.clone())),
             power: Mutex::new(PowerControl::default()),
             virtio,
             output,
-            line,
+            lines,
             quiet: AtomicBool::new(true),
             arrived: AtomicBool::new(false),
             panic_told: AtomicBool::new(false),
@@ -160,7 +180,7 @@ impl Devices {
                 | POWER_CONTROL_PORT
                 | RESET_CONTROL_PORT
                 | KEYBOARD_COMMAND_PORT => {
-                    let request = lock(&self.power).write(port, value);
+                    let request = self.change_power(|power| power.write(port, value));
                     if let Some(request) = request.filter(|request| self.is_news(*request)) {
                         return Some(request);
                     }
@@ -205,6 +225,25 @@ impl Devices {
             return 0;
         }
         serial.push_input(bytes)
+    }
+
+    /// Presses the power button of a machine that runs: its owner asks, so it is not being paused meanwhile.
+    pub(crate) fn press_power_button(&self) -> ButtonPress {
+        self.change_power(PowerControl::press_button)
+    }
+
+    /// Changes the power registers, and the interrupt line as they say. All under their lock: of two changes, the later one has the
+    /// last word about the line.
+    fn change_power<T>(&self, change: impl FnOnce(&mut PowerControl) -> T) -> T {
+        let mut power = lock(&self.power);
+        let before = power.interrupts();
+        let result = change(&mut power);
+        match (before, power.interrupts()) {
+            (false, true) => self.lines.power.raise(),
+            (true, false) => self.lines.power.lower(),
+            _ => {}
+        }
+        result
     }
 
     /// Lets nothing in from outside any more and finishes what is in flight. When this returns, nothing is on its way.
@@ -265,10 +304,10 @@ impl Devices {
                 ours.join(", "),
             ));
         }
-        let serial = SerialPort::restore(serial, self.output.clone(), self.line.clone())?;
+        let serial = SerialPort::restore(serial, self.output.clone(), self.lines.serial.clone())?;
         let power = PowerControl::try_from(power)?;
         *lock(&self.serial) = serial;
-        *lock(&self.power) = power;
+        self.change_power(|current| *current = power);
         for (device, (_, state)) in self.virtio.iter().zip(virtio) {
             device.restore(state)?;
         }
@@ -278,8 +317,8 @@ impl Devices {
 
     /// Sets every device back to power-on.
     pub(crate) fn reset(&self) {
-        *lock(&self.serial) = SerialPort::new(self.output.clone(), self.line.clone());
-        *lock(&self.power) = PowerControl::default();
+        *lock(&self.serial) = SerialPort::new(self.output.clone(), self.lines.serial.clone());
+        self.change_power(|power| *power = PowerControl::default());
         self.virtio.iter().for_each(MmioDevice::reset);
         self.panic_told.store(false, Ordering::Relaxed);
     }
@@ -298,7 +337,6 @@ impl std::fmt::Debug for Devices {
 }
 
 const SERIAL_PORT_END: u16 = SERIAL_PORT + 7;
-const POWER_EVENT_PORT_END: u16 = POWER_EVENT_PORT + 3;
 
 /// A device is never left half changed by a panic: each access is one assignment after another of plain registers.
 fn lock<T>(device: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -318,11 +356,70 @@ mod tests {
     }
 
     impl InterruptLine for Silence {
-        fn pulse(&self) {}
+        fn raise(&self) {}
+
+        fn lower(&self) {}
+    }
+
+    /// A line that can be looked at.
+    #[derive(Default)]
+    struct Level(AtomicBool);
+
+    impl InterruptLine for Level {
+        fn raise(&self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+
+        fn lower(&self) {
+            self.0.store(false, Ordering::Relaxed);
+        }
     }
 
     fn devices() -> Devices {
-        Devices::new(Box::new(Silence), Arc::new(Silence), Vec::new())
+        devices_with(Arc::new(Silence))
+    }
+
+    fn devices_with(power: Arc<dyn InterruptLine>) -> Devices {
+        let serial = Arc::new(Silence);
+        Devices::new(Box::new(Silence), Lines { serial, power }, Vec::new())
+    }
+
+    const POWER_ENABLE_PORT: u16 = POWER_EVENT_PORT + 2;
+    const POWER_BUTTON: [u8; 2] = [0, 1];
+
+    #[test]
+    fn button_raises_the_line_until_the_guest_has_seen_to_it() {
+        let level = Arc::new(Level::default());
+        let devices = devices_with(level.clone());
+        let mut seen = Vec::new();
+        let mut look = || seen.push(level.0.load(Ordering::Relaxed));
+
+        devices.write_port(POWER_ENABLE_PORT, 2, &POWER_BUTTON);
+        look();
+        assert_eq!(devices.press_power_button(), ButtonPress::Told);
+        look();
+        devices.write_port(POWER_ENABLE_PORT, 2, &[0, 0]);
+        look();
+        devices.write_port(POWER_ENABLE_PORT, 2, &POWER_BUTTON);
+        look();
+        devices.write_port(POWER_EVENT_PORT, 2, &POWER_BUTTON);
+        look();
+
+        assert_eq!(seen, [false, true, false, true, false]);
+    }
+
+    #[test]
+    fn line_is_as_the_restored_state_says_and_low_after_a_reset() {
+        let pressed = devices();
+        pressed.write_port(POWER_ENABLE_PORT, 2, &POWER_BUTTON);
+        assert_eq!(pressed.press_power_button(), ButtonPress::Told);
+        let level = Arc::new(Level::default());
+        let devices = devices_with(level.clone());
+
+        devices.restore(&pressed.save()).expect("a machine's state");
+        assert!(level.0.load(Ordering::Relaxed));
+        devices.reset();
+        assert!(!level.0.load(Ordering::Relaxed));
     }
 
     #[test]
@@ -368,15 +465,19 @@ mod tests {
         /// The law of every device: save, restore, save again gives the same.
         #[test]
         fn saved_state_survives_a_restore(
-            writes in proptest::collection::vec((0usize..13, any::<u8>()), 0..40),
+            writes in proptest::collection::vec((0usize..14, any::<u8>()), 0..40),
+            presses in 0usize..2,
             input in proptest::collection::vec(any::<u8>(), 0..80),
         ) {
-            let ports: Vec<u16> = (SERIAL_PORT..=SERIAL_PORT_END).chain([PANIC_PORT, POWER_CONTROL_PORT, RESET_CONTROL_PORT, KEYBOARD_COMMAND_PORT, POWER_EVENT_PORT + 2]).collect();
+            let ports: Vec<u16> = (SERIAL_PORT..=SERIAL_PORT_END).chain([PANIC_PORT, POWER_CONTROL_PORT, RESET_CONTROL_PORT, KEYBOARD_COMMAND_PORT, POWER_EVENT_PORT, POWER_ENABLE_PORT]).collect();
             let devices = devices();
             devices.make_live();
             for (port, value) in writes {
-                let size = if ports[port] > POWER_EVENT_PORT { 2 } else { 1 };
+                let size = if (POWER_EVENT_PORT..=POWER_CONTROL_PORT).contains(&ports[port]) { 2 } else { 1 };
                 let _ = devices.write_port(ports[port], size, &[value; 2][..size]);
+            }
+            for _ in 0..presses {
+                let _ = devices.press_power_button();
             }
             let _ = devices.push_input(&input);
             devices.make_quiet(Instant::now()).expect("nothing in flight");

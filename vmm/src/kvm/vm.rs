@@ -114,12 +114,23 @@ impl Vm {
 
     /// Raises and lowers an interrupt line, in this call and not on some kernel thread: after it, the edge is in the saved state.
     pub(crate) fn pulse(&self, line: u32) -> Result<(), KvmError> {
-        for level in [true, false] {
-            self.fd
-                .set_irq_line(line, level)
-                .map_err(|error| KvmError::new("raise an interrupt", error))?;
-        }
-        Ok(())
+        self.raise(line)?;
+        self.lower(line)
+    }
+
+    /// Raises an interrupt line, which stays so. KVM's saved state does not hold the level: whoever restores a machine raises what
+    /// was raised.
+    pub(crate) fn raise(&self, line: u32) -> Result<(), KvmError> {
+        self.fd
+            .set_irq_line(line, true)
+            .map_err(|error| KvmError::new("raise an interrupt", error))
+    }
+
+    /// Lowers an interrupt line.
+    pub(crate) fn lower(&self, line: u32) -> Result<(), KvmError> {
+        self.fd
+            .set_irq_line(line, false)
+            .map_err(|error| KvmError::new("lower an interrupt", error))
     }
 
     /// Has KVM raise an edge on an interrupt line whenever `event` is signalled; a thread of the kernel's may do it a little later.

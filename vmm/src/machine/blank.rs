@@ -8,9 +8,9 @@ use super::virtio::{Connected, connect};
 use super::{Backends, DirtyMode, EventSink, Facts, Machine, MachineConfig, MachineError, Parts, Pristine};
 use crate::arch::x86_64::boot::{BootPayload, MemoryBefore, load};
 use crate::arch::x86_64::cpuid::{CpuidEntry, give, of_model, of_vcpu, tell_frequencies};
-use crate::arch::x86_64::layout::SERIAL_IRQ;
+use crate::arch::x86_64::layout::{ACPI_IRQ, SERIAL_IRQ};
 use crate::arch::x86_64::vcpu_state::{SavePlan, TscControl, TscTarget, VcpuState};
-use crate::devices::{ConsoleOutput, Devices, DevicesState, InterruptLine};
+use crate::devices::{ConsoleOutput, Devices, DevicesState, InterruptLine, Lines};
 use crate::host::{HostCapabilities, as_guests_see, offered_cpuid};
 use crate::host_files;
 use crate::kvm::{Host, KvmError, Vcpu, Vm, host_tsc};
@@ -57,15 +57,16 @@ impl BlankMachine {
             expect_incoming: config.expect_incoming,
         })?;
         let vm = Arc::new(Vm::new(&host, &memory, config.dirty)?);
-        let line = Arc::new(KvmLine {
-            vm: vm.clone(),
-            number: SERIAL_IRQ,
-        });
+        let line = |number| Arc::new(KvmLine { vm: vm.clone(), number });
+        let lines = Lines {
+            serial: line(SERIAL_IRQ),
+            power: line(ACPI_IRQ.into()),
+        };
         let Connected {
             devices: virtio,
             written,
         } = connect(&vm, &memory, backends, threads)?;
-        let devices = Arc::new(Devices::new(console, line, virtio));
+        let devices = Arc::new(Devices::new(console, lines, virtio));
 
         let cpus = (0..config.vcpus)
             .map(|index| vm.create_vcpu(index))
@@ -183,7 +184,8 @@ impl BlankMachine {
         let refused = restore_vcpus(&parts, &state.vcpus, |state, plan| {
             shift.target(plan.tsc, state.tsc_offset, state.tsc)
         })?;
-        // A device that is built anew may raise its interrupt; whether that is pending is for the controllers, set last, to say.
+        // A device that is built anew may raise its interrupt; whether that is pending is for the controllers, set last, to say. A line
+        // that a device keeps raised must be so before: their saved state does not hold it.
         restore_devices(&parts, &state.devices)?;
         restore_irqchip(&parts.vm, &state.irqchip)?;
         parts.vm.set_pit(&state.pit)?;
@@ -272,9 +274,15 @@ struct KvmLine {
 }
 
 impl InterruptLine for KvmLine {
-    fn pulse(&self) {
-        if let Err(error) = self.vm.pulse(self.number) {
+    fn raise(&self) {
+        if let Err(error) = self.vm.raise(self.number) {
             tracing::error!(line = self.number, %error, "interrupt lost");
+        }
+    }
+
+    fn lower(&self) {
+        if let Err(error) = self.vm.lower(self.number) {
+            tracing::error!(line = self.number, %error, "interrupt stuck");
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::arch::x86_64::boot::{BootPayload, MemoryBefore, load, renew_generatio
 use crate::arch::x86_64::layout::GENERATION_IRQ;
 use crate::arch::x86_64::time::ClockState;
 use crate::arch::x86_64::vcpu_state::TscTarget;
-use crate::devices::{Devices, Restless, WrittenBlocks};
+use crate::devices::{ButtonPress, Devices, Restless, WrittenBlocks};
 use crate::host::as_guests_see;
 use crate::kvm::{DirtyClearer, host_tsc};
 use crate::memory::{DirtyBitmap, GuestMemory, PAGE_SIZE};
@@ -189,6 +189,19 @@ impl Machine {
         renew_generation_id(&self.parts.memory)?;
         self.parts.devices.stay_silent();
         Ok(self.parts.vm.pulse(GENERATION_IRQ)?)
+    }
+
+    /// Presses the power button, which asks the guest to switch itself off; what it makes of that, and when, is its own. Pressed again
+    /// before the guest has seen to it, it is pressed once.
+    ///
+    /// # Errors
+    ///
+    /// If the machine is paused.
+    pub fn press_power_button(&self) -> Result<ButtonPress, MachineError> {
+        if self.run_state == RunState::Paused {
+            return Err(MachineError::Paused("press the power button"));
+        }
+        Ok(self.parts.devices.press_power_button())
     }
 
     /// Guest memory. Clone it to use it where the machine is not.

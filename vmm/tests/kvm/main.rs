@@ -6,6 +6,7 @@ mod boot;
 mod lifecycle;
 mod linux;
 mod micro;
+mod power_button;
 mod probe;
 mod saved_state;
 mod tracking;
@@ -27,6 +28,7 @@ fn main() {
         lifecycle::CASES,
         saved_state::CASES,
         tracking::CASES,
+        power_button::CASES,
         probe::CASES,
     ]
     .concat();

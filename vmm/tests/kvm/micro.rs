@@ -76,6 +76,20 @@ impl Code {
         self
     }
 
+    /// `mov dx, port; 1: in al, dx; test al, bits; jz 1b`: waits until one of the bits is set.
+    pub(crate) fn wait_set(mut self, port: u16, bits: u8) -> Self {
+        let [low, high] = port.to_le_bytes();
+        self.0.extend([0x66, 0xba, low, high, 0xec, 0xa8, bits, 0x74, 0xfb]);
+        self
+    }
+
+    /// `mov dx, port; 1: in al, dx; test al, bits; jnz 1b`: waits until none of the bits is set.
+    pub(crate) fn wait_clear(mut self, port: u16, bits: u8) -> Self {
+        let [low, high] = port.to_le_bytes();
+        self.0.extend([0x66, 0xba, low, high, 0xec, 0xa8, bits, 0x75, 0xfb]);
+        self
+    }
+
     /// `1: inc dword [address]; jmp 1b`: never ends.
     pub(crate) fn count(mut self, address: u32) -> Self {
         self.0.extend([0xff, 0x05]);

@@ -42,7 +42,7 @@ pub(crate) const CASES: &[Case] = &[
 const COUNTER: u32 = 0x20_0000;
 
 /// Moves the guest of a paused machine into a new one, also paused.
-fn move_to_new(rig: &Rig, config: &MachineConfig) -> Result<Rig> {
+pub(crate) fn move_to_new(rig: &Rig, config: &MachineConfig) -> Result<Rig> {
     let bytes = rig.machine.export()?.to_bytes();
     let incoming = MachineConfig {
         expect_incoming: true,

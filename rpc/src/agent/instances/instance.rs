@@ -306,18 +306,26 @@ impl Agent {
     /// # Errors
     /// It is not here; the failure tells where it went, if it was.
     pub(crate) async fn instance(&self, name_or_id: &str) -> Result<Arc<Instance>, Failure> {
-        if let Some(instance) = self.instances.find(name_or_id).await {
-            return Ok(instance);
+        match self.instances.find(name_or_id).await {
+            Some(instance) => Ok(instance),
+            None => Err(self.not_here(name_or_id).await),
         }
+    }
+
+    /// That there is no instance with this id or name here, and where it went, if it was.
+    pub(crate) async fn not_here(&self, name_or_id: &str) -> Failure {
         let wanted = name_or_id.to_owned();
-        let moved_to = self
+        let found = self
             .journal
             .read(move |connection| InstanceRow::moved_to(connection, &wanted))
-            .await?;
-        Err(Failure::NotFound {
-            what: format!("instance {name_or_id:?}"),
-            moved_to,
-        })
+            .await;
+        match found {
+            Ok(moved_to) => Failure::NotFound {
+                what: format!("instance {name_or_id:?}"),
+                moved_to,
+            },
+            Err(error) => error.into(),
+        }
     }
 
     /// Removes what is left of files of `folder` that belong to no instance. Called once, before anything runs.

@@ -3,6 +3,7 @@
 mod instance;
 mod lifecycle;
 mod spec;
+mod stopping;
 mod watch;
 
 pub(crate) use instance::{Agent, Instance, InstanceState, VmmNews};

@@ -28,7 +28,7 @@ pub(crate) const IO_APIC_LINES: u8 = 24;
 /// Interrupt line on which a guest hears that its generation id is another; where a second serial port would be.
 pub(crate) const GENERATION_IRQ: u32 = 3;
 
-/// ACPI's own interrupt line. Nothing raises it.
+/// ACPI's own interrupt line, level-triggered: raised for as long as an event waits that the guest has enabled.
 pub(crate) const ACPI_IRQ: u16 = 9;
 
 /// First port and interrupt line of the serial console.
@@ -43,6 +43,7 @@ pub(crate) const PANIC_PORT: u16 = 0x505;
 
 /// Power management events as QEMU's q35 has them: two bytes of status, two that enable.
 pub(crate) const POWER_EVENT_PORT: u16 = 0x600;
+pub(crate) const POWER_EVENT_PORT_END: u16 = POWER_EVENT_PORT + 3;
 
 /// Power management control as QEMU's q35 has it: sleep enable switches off.
 pub(crate) const POWER_CONTROL_PORT: u16 = 0x604;

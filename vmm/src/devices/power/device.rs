@@ -1,7 +1,7 @@
 //! The registers behind those ports.
 
 use crate::arch::x86_64::layout::{
-    KEYBOARD_COMMAND_PORT, PANIC_PORT, POWER_CONTROL_PORT, POWER_EVENT_PORT, RESET_CONTROL_PORT,
+    KEYBOARD_COMMAND_PORT, PANIC_PORT, POWER_CONTROL_PORT, POWER_EVENT_PORT, POWER_EVENT_PORT_END, RESET_CONTROL_PORT,
 };
 
 /// What the guest asked for.
@@ -15,11 +15,27 @@ pub(crate) enum PowerRequest {
     Panicked,
 }
 
-/// All ports that concern power. Two registers keep a value: the reset control, and which events are enabled.
+/// What became of a press of the power button.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use = "a guest may have no ear for it"]
+pub enum ButtonPress {
+    /// The guest is told.
+    Told,
+    /// The guest has not enabled the button's event, for it has no ACPI, no driver for the button, or none yet: nothing happens, now or
+    /// later.
+    NobodyListens,
+}
+
+/// All ports that concern power. Three registers keep a value: the reset control, which events have happened, and which are enabled.
+///
+/// Events (ACPI 6.5, 4.8.3.1): what has happened stays in the status register until the guest writes a one to its bit; while a bit is
+/// set in both registers, ACPI's interrupt line is raised.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct PowerControl {
     pub(super) reset_control: u8,
-    /// Nothing happens that could be told; a guest checks that what it enables stays enabled.
+    /// The power button or none: nothing else happens.
+    pub(super) pending_events: u16,
+    /// All events that there are: a guest checks that what it enables stays enabled.
     pub(super) enabled_events: u16,
 }
 
@@ -27,7 +43,10 @@ pub(crate) struct PowerControl {
 const EVENT_ENABLE_PORT: u16 = POWER_EVENT_PORT + 2;
 
 /// The events that ACPI knows: timer, global lock, power button, sleep button, clock.
-pub(super) const EVENTS: u16 = 1 << 0 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 10;
+pub(super) const EVENTS: u16 = 1 << 0 | 1 << 5 | POWER_BUTTON | 1 << 9 | 1 << 10;
+
+/// PWRBTN_STS and PWRBTN_EN, the only event that happens here.
+pub(super) const POWER_BUTTON: u16 = 1 << 8;
 
 /// Bit of the reset control register that carries out the reset; bits 1 and 3 say which kind and are only kept.
 const RESET_NOW: u8 = 1 << 2;
@@ -39,7 +58,7 @@ const PULSE_RESET: u8 = 0xfe;
 /// Sleep enable in the power management control register.
 const SLEEP_ENABLE: u16 = 1 << 13;
 
-/// In the same register: the machine is in ACPI mode, always.
+/// SCI_EN in the same register: the machine is in ACPI mode, always, so events raise ACPI's interrupt and no other.
 const ACPI_MODE: u16 = 1 << 0;
 
 /// The panic device's one event, offered and reported with the same bit.
@@ -53,11 +72,10 @@ impl PowerControl {
             (RESET_CONTROL_PORT, [first, ..]) => *first = self.reset_control,
             (PANIC_PORT, [first, ..]) => *first = PANICKED,
             (POWER_CONTROL_PORT, value) => copy(&ACPI_MODE.to_le_bytes(), value),
-            (POWER_EVENT_PORT, value) => {
-                let [low, high] = self.enabled_events.to_le_bytes();
-                copy(&[0, 0, low, high], value);
+            (POWER_EVENT_PORT..=POWER_EVENT_PORT_END, value) => {
+                let registers = [self.pending_events.to_le_bytes(), self.enabled_events.to_le_bytes()].concat();
+                copy(&registers[usize::from(port - POWER_EVENT_PORT)..], value);
             }
-            (EVENT_ENABLE_PORT, value) => copy(&self.enabled_events.to_le_bytes(), value),
             // Ready for a command: a guest that is to reset the machine by one waits for that.
             (KEYBOARD_COMMAND_PORT, [first, ..]) => *first = 0,
             _ => {}
@@ -77,12 +95,40 @@ impl PowerControl {
                 (value & SLEEP_ENABLE != 0).then_some(PowerRequest::PowerOff)
             }
             (PANIC_PORT, [value]) => (value & PANICKED != 0).then_some(PowerRequest::Panicked),
-            (EVENT_ENABLE_PORT, [low, high]) => {
-                self.enabled_events = u16::from_le_bytes([*low, *high]) & EVENTS;
+            (POWER_EVENT_PORT..=POWER_EVENT_PORT_END, value) => {
+                for (port, byte) in (port..=POWER_EVENT_PORT_END).zip(value) {
+                    self.write_event_byte(port, *byte);
+                }
                 None
             }
             _ => None,
         }
+    }
+
+    /// A guest may take the event registers in bytes, in words, or both at once.
+    fn write_event_byte(&mut self, port: u16, byte: u8) {
+        let shift = 8 * (port - POWER_EVENT_PORT) % 16;
+        let bits = u16::from(byte) << shift;
+        if port < EVENT_ENABLE_PORT {
+            self.pending_events &= !bits;
+        } else {
+            self.enabled_events = (self.enabled_events & !(0xff << shift) | bits) & EVENTS;
+        }
+    }
+
+    /// Presses the power button, if the guest listens. Left pending for one that does not, the press would be found whenever a guest
+    /// comes to listen, perhaps long after whoever pressed was told that nothing came of it.
+    pub(crate) fn press_button(&mut self) -> ButtonPress {
+        if self.enabled_events & POWER_BUTTON == 0 {
+            return ButtonPress::NobodyListens;
+        }
+        self.pending_events |= POWER_BUTTON;
+        ButtonPress::Told
+    }
+
+    /// Whether ACPI's interrupt line is to be raised.
+    pub(crate) fn interrupts(&self) -> bool {
+        self.pending_events & self.enabled_events != 0
     }
 }
 
@@ -125,6 +171,90 @@ mod tests {
         power.read(POWER_EVENT_PORT + 2, &mut word);
         power.read(POWER_EVENT_PORT, &mut both);
         assert_eq!((word, both), ([0x20, 0x07], [0, 0, 0x20, 0x07]));
+    }
+
+    /// Listens to the button, which is then pressed.
+    fn pressed() -> PowerControl {
+        let mut power = PowerControl::default();
+        power.write(EVENT_ENABLE_PORT, &POWER_BUTTON.to_le_bytes());
+        assert_eq!(power.press_button(), ButtonPress::Told);
+        power
+    }
+
+    fn read<const N: usize>(power: &PowerControl, port: u16) -> [u8; N] {
+        let mut value = [0xaa; N];
+        power.read(port, &mut value);
+        value
+    }
+
+    #[test]
+    fn button_is_pressed_only_for_a_guest_that_listens() {
+        let mut power = PowerControl::default();
+        power.write(EVENT_ENABLE_PORT, &(EVENTS & !POWER_BUTTON).to_le_bytes());
+        assert_eq!(power.press_button(), ButtonPress::NobodyListens);
+        power.write(EVENT_ENABLE_PORT, &EVENTS.to_le_bytes());
+        assert!(!power.interrupts(), "nothing of the press may be left");
+    }
+
+    #[test]
+    fn pressed_button_is_seen_in_every_width() {
+        let power = pressed();
+        assert_eq!(read(&power, 0x600), [0, 1]);
+        assert_eq!(read(&power, 0x601), [1]);
+        assert_eq!(read(&power, 0x603), [1]);
+        assert_eq!(read(&power, 0x600), [0, 1, 0, 1]);
+        assert_eq!(
+            read(&power, 0x602),
+            [0, 1, 0xff, 0xff],
+            "nothing is behind the registers"
+        );
+    }
+
+    #[test]
+    fn status_is_cleared_by_a_one_and_by_nothing_else() {
+        let mut power = pressed();
+        for zeroes in [&[0xff, 0xfe][..], &[0xff], &[0, 0]] {
+            power.write(POWER_EVENT_PORT, zeroes);
+            assert!(power.interrupts(), "{zeroes:?}");
+        }
+        power.write(POWER_EVENT_PORT, &[0, 1]);
+        assert!(!power.interrupts());
+        assert_eq!(read(&power, POWER_EVENT_PORT), [0, 0, 0, 1], "it stays enabled");
+    }
+
+    #[test]
+    fn bytes_of_the_registers_are_written_one_by_one() {
+        let mut power = pressed();
+        power.write(0x602, &[0x20]);
+        assert_eq!(read(&power, 0x602), [0x20, 1], "the other byte stays");
+        power.write(0x601, &[1]);
+        assert!(!power.interrupts());
+        power.write(0x603, &[0]);
+        assert_eq!(read(&power, 0x602), [0x20, 0]);
+    }
+
+    #[test]
+    fn both_registers_are_written_at_once() {
+        let mut power = pressed();
+        power.write(POWER_EVENT_PORT, &[0, 1, 0x21, 0]);
+        assert_eq!(read(&power, POWER_EVENT_PORT), [0, 0, 0x21, 0]);
+    }
+
+    #[test]
+    fn event_that_is_not_enabled_waits_without_an_interrupt() {
+        let mut power = pressed();
+        power.write(EVENT_ENABLE_PORT, &[0, 0]);
+        assert!(!power.interrupts());
+        assert_eq!(read(&power, POWER_EVENT_PORT), [0, 1]);
+        power.write(EVENT_ENABLE_PORT, &[0, 1]);
+        assert!(power.interrupts());
+    }
+
+    #[test]
+    fn machine_is_in_acpi_mode_whatever_the_guest_writes() {
+        let mut power = PowerControl::default();
+        assert_eq!(power.write(POWER_CONTROL_PORT, &[0, 0]), None);
+        assert_eq!(read(&power, POWER_CONTROL_PORT), [1, 0]);
     }
 
     #[test]

@@ -113,9 +113,11 @@ mod tests {
     struct Counter(AtomicUsize);
 
     impl InterruptLine for Counter {
-        fn pulse(&self) {
+        fn raise(&self) {
             self.0.fetch_add(1, Ordering::Relaxed);
         }
+
+        fn lower(&self) {}
     }
 
     fn port() -> (SerialPort, Recorder, Arc<Counter>) {

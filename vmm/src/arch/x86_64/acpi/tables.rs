@@ -128,8 +128,9 @@ fn fixed_description(facs: u64, dsdt: u64) -> Vec<u8> {
     const BYTES: usize = 276 - HEADER_BYTES;
     /// Not there: VGA, and a clock with battery. The bits for legacy devices and a keyboard controller stay zero.
     const ABSENT: u16 = 1 << 2 | 1 << 5;
-    /// WBINVD works, all processors have C1, neither button nor alarm is in fixed registers, there is a reset register.
-    const FLAGS: u32 = 1 << 0 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 10;
+    /// WBINVD works, all processors have C1, neither sleep button nor alarm is in fixed registers, there is a reset register. Bit 4 is
+    /// not set: the power button is in fixed registers.
+    const FLAGS: u32 = 1 << 0 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 10;
     /// Too slow to be used: the processor has neither C2 nor C3.
     const NO_C2: u16 = 0xfff;
     const NO_C3: u16 = 0xffff;
@@ -207,6 +208,24 @@ mod tests {
         let facs = u32::from_le_bytes(fadt[36..40].try_into().expect("four")).into();
         assert_eq!(&at(&tables, facs)[..4], b"FACS");
         assert_eq!(facs % 64, 0);
+    }
+
+    #[test]
+    fn power_button_is_in_the_fixed_registers_and_its_interrupt_is_level_triggered() {
+        let fadt = fixed_description(0, 0);
+        let flags = u32::from_le_bytes(fadt[112..116].try_into().expect("four"));
+        assert_eq!(
+            (flags & 1 << 4, flags & 1 << 5),
+            (0, 1 << 5),
+            "of buttons the power button only"
+        );
+        assert_eq!(fadt[46..48], ACPI_IRQ.to_le_bytes());
+        assert_eq!(fadt[56..60], u32::from(POWER_EVENT_PORT).to_le_bytes());
+        let line = ACPI_IRQ as u8;
+        // An override: bus, line, the same line of the I/O APIC, active high and level-triggered.
+        let madt = interrupt_controllers(1);
+        let described = [2, 10, 0, line, line, 0, 0, 0, 0b1101, 0];
+        assert!(madt.windows(10).any(|bytes| bytes == described), "{madt:?}");
     }
 
     #[test]
