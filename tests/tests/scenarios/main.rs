@@ -9,6 +9,7 @@ mod agents;
 mod alphabet;
 mod callers;
 mod data_port;
+mod device_work;
 mod disks;
 mod faults;
 mod hostile;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         disks::trials(),
         storage::trials(),
         linux_devices::trials(),
+        device_work::trials(),
         networks::trials(),
         requests::trials(),
         aborts::trials(),

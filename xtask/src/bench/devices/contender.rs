@@ -144,6 +144,8 @@ fn start_qemu(mode: Mode, row: &Row, image: &Image) -> Result<Process> {
     let folder = folder.context("failed to make a folder")?;
     let kernel = folder.path().join("probe.elf");
     fs::write(&kernel, ferry_probe::PROBE_ELF).context("failed to write the probe")?;
+    // QEMU makes it too, but later than it is looked for.
+    File::create(console_in(folder.path())).context("failed to make the console's file")?;
     let mut command = qemu::command(MEMORY_MIB, &kernel, &row.cmdline());
     command
         .args(["-serial", &format!("file:{}", console_in(folder.path()).display())])
