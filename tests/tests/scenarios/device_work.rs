@@ -53,21 +53,25 @@ fn with_disk(image: &Path, work: &str) -> Guest {
 
 /// Waits until the guest says at this host what came of its work.
 fn transfers(host: &Host) -> Result<Transfers> {
-    until(&format!("the guest is done with its work at {}", host.name), MOVE, || {
-        for instance in fs::read_dir(host.data_dir.join("instances"))? {
-            let console = fs::read(instance?.path().join("console.log"))?;
-            let text = String::from_utf8_lossy(&console);
-            let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-            for line in whole.lines().filter_map(parse) {
-                match line {
-                    Line::Transfers(transfers) => return Ok(Some(transfers)),
-                    Line::Error(text) => bail!("the guest says {text}"),
-                    _ => {}
+    until(
+        &format!("the guest is done with its work at {}", host.name),
+        MOVE,
+        || {
+            for instance in fs::read_dir(host.data_dir.join("instances"))? {
+                let console = fs::read(instance?.path().join("console.log"))?;
+                let text = String::from_utf8_lossy(&console);
+                let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+                for line in whole.lines().filter_map(parse) {
+                    match line {
+                        Line::Transfers(transfers) => return Ok(Some(transfers)),
+                        Line::Error(text) => bail!("the guest says {text}"),
+                        _ => {}
+                    }
                 }
             }
-        }
-        Ok(None)
-    })
+            Ok(None)
+        },
+    )
 }
 
 /// Runs the guest, moves it in the middle of its work, and gives what it says at the destination.
@@ -116,7 +120,10 @@ fn a_disk_that_holds_something_else_is_told(pair: &mut Pair) -> Result<()> {
     pair.run(&with_disk(&image, "io=seqread block_kib=64 depth=2 seconds=1"))?;
 
     let told = transfers(&pair.a)?;
-    ensure!(told.wrong > 0 && told.wrong == told.operations && told.failed == 0, "{told}");
+    ensure!(
+        told.wrong > 0 && told.wrong == told.operations && told.failed == 0,
+        "{told}"
+    );
     Ok(())
 }
 

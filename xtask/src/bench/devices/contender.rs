@@ -12,6 +12,16 @@ use super::network::{MAC, TAP};
 use super::row::{Device, MEMORY_MIB, Row};
 use crate::bench::{ferry, qemu};
 
+/// What all contenders are given.
+pub(super) struct Host {
+    /// The disk.
+    pub(super) image: Image,
+    /// The release build.
+    pub(super) ferry: ferry::Binary,
+    /// What the processor's clock runs at, in kHz; `None` until a guest was told.
+    pub(super) tsc_khz: Option<u64>,
+}
+
 /// A VMM, and how it is told to do a disk's work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Contender {
@@ -78,10 +88,10 @@ impl Running {
     ///
     /// # Errors
     /// If the VMM does not start.
-    pub(super) fn start(contender: Contender, row: &Row, image: &Image, ferry: &ferry::Binary) -> Result<Self> {
+    pub(super) fn start(contender: Contender, row: &Row, host: &Host) -> Result<Self> {
         match contender {
-            Contender::Ferry => start_ferry(row, image, ferry).map(|pair| Self::Ferry(Box::new(pair))),
-            Contender::Qemu(mode) => start_qemu(mode, row, image).map(Self::Qemu),
+            Contender::Ferry => start_ferry(row, host).map(|pair| Self::Ferry(Box::new(pair))),
+            Contender::Qemu(mode) => start_qemu(mode, row, host).map(Self::Qemu),
         }
     }
 
@@ -118,12 +128,12 @@ impl Running {
     }
 }
 
-fn start_ferry(row: &Row, image: &Image, ferry: &ferry::Binary) -> Result<Pair> {
-    let mut pair = Pair::prepare_with(ferry.file())?;
+fn start_ferry(row: &Row, host: &Host) -> Result<Pair> {
+    let mut pair = Pair::prepare_with(host.ferry.file())?;
     pair.a.start()?;
-    let guest = Guest::new("g").memory_mib(MEMORY_MIB).work(&row.cmdline());
+    let guest = Guest::new("g").memory_mib(MEMORY_MIB).work(&row.cmdline(host.tsc_khz));
     let guest = match row.device {
-        Device::Disk => guest.disk(&format!("path={}", image.path().display())),
+        Device::Disk => guest.disk(&format!("path={}", host.image.path().display())),
         Device::Sender | Device::Receiver(_) => guest.nic(&format!("tap={TAP},mac={MAC}")),
     };
     pair.a.ferry(&guest.arguments(&pair.kernel()))?.exit(0)?;
@@ -139,18 +149,18 @@ fn ferry_console(pair: &Pair) -> Result<PathBuf> {
     Ok(instance.path().join("console.log"))
 }
 
-fn start_qemu(mode: Mode, row: &Row, image: &Image) -> Result<Process> {
+fn start_qemu(mode: Mode, row: &Row, host: &Host) -> Result<Process> {
     let folder = tempfile::Builder::new().prefix("ferry-q").tempdir();
     let folder = folder.context("failed to make a folder")?;
     let kernel = folder.path().join("probe.elf");
     fs::write(&kernel, ferry_probe::PROBE_ELF).context("failed to write the probe")?;
     // QEMU makes it too, but later than it is looked for.
     File::create(console_in(folder.path())).context("failed to make the console's file")?;
-    let mut command = qemu::command(MEMORY_MIB, &kernel, &row.cmdline());
+    let mut command = qemu::command(MEMORY_MIB, &kernel, &row.cmdline(host.tsc_khz));
     command
         .args(["-serial", &format!("file:{}", console_in(folder.path()).display())])
         .args(["-global", "virtio-mmio.force-legacy=false"])
-        .args(device_arguments(mode, image))
+        .args(device_arguments(mode, &host.image))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(File::create(complaints_in(folder.path())).context("failed to make QEMU's log")?);

@@ -19,7 +19,7 @@ use ferry_probe::report::{Line, Transfers};
 use serde_json::json;
 
 use super::{Options, Peer, ferry, qemu, write_record};
-use contender::{Contender, Running};
+use contender::{Contender, Host, Running};
 use image::Image;
 use network::Sender;
 use row::{Device, Row, SECONDS};
@@ -39,12 +39,16 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
         qemu::check()?;
     }
     let ferry = ferry::build()?;
-    let image = Image::write()?;
+    let mut host = Host {
+        image: Image::write()?,
+        ferry,
+        tsc_khz: None,
+    };
     let mut record = Vec::new();
     let mut failed = false;
     network::with_network(|| {
         for row in &rows {
-            let all = measure(row, options, &image, &ferry);
+            let all = measure(row, options, &mut host);
             table::print(row, &all);
             failed |= all.iter().any(Runs::has_failed);
             record.push(json!({
@@ -58,7 +62,7 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn measure(row: &Row, options: &Options, image: &Image, ferry: &ferry::Binary) -> Vec<Runs> {
+fn measure(row: &Row, options: &Options, host: &mut Host) -> Vec<Runs> {
     let peers = match options.peer {
         Some(Peer::Qemu) => Contender::peers(row),
         None => &[],
@@ -68,16 +72,21 @@ fn measure(row: &Row, options: &Options, image: &Image, ferry: &ferry::Binary) -
     for round in 1..=options.runs {
         eprintln!("{}: run {round} of {}", row.name, options.runs);
         for (contender, runs) in contenders.iter().zip(&mut all) {
-            runs.add(run_once(*contender, row, image, ferry));
+            runs.add(run_once(*contender, row, host));
         }
     }
     all
 }
 
-fn run_once(contender: Contender, row: &Row, image: &Image, ferry: &ferry::Binary) -> Result<Sample> {
+fn run_once(contender: Contender, row: &Row, host: &mut Host) -> Result<Sample> {
     let frames_before = network::frames_from_guest()?;
-    let mut running = Running::start(contender, row, image, ferry)?;
-    wait_for(&mut running, |line| matches!(line, Line::Ready(_)).then_some(()))?;
+    let mut running = Running::start(contender, row, host)?;
+    let (tsc_khz, told) = wait_for(&mut running, |line| match line {
+        Line::Ready(ready) => Some((ready.tsc_khz, ready.tsc_from != "pit")),
+        _ => None,
+    })?;
+    ensure!(told, "the guest measured its clock: nobody told it");
+    host.tsc_khz = Some(tsc_khz);
     let sender = match row.device {
         Device::Receiver(bytes) => Some(Sender::start(bytes)?),
         Device::Disk | Device::Sender => None,

@@ -30,8 +30,11 @@ pub(super) const MEMORY_MIB: u64 = 256;
 
 impl Row {
     /// The probe's command line. No heartbeats: each character of one would be an exit in the middle of what is measured.
-    pub(super) fn cmdline(&self) -> String {
-        format!("{} seconds={SECONDS} heartbeat_ms=3600000", self.work)
+    ///
+    /// `tsc_khz` is what the clock is known to run at. Ferry tells its guest; QEMU's would measure it, which goes wrong where the host is busy.
+    pub(super) fn cmdline(&self, tsc_khz: Option<u64>) -> String {
+        let clock = tsc_khz.map(|khz| format!(" tsc_khz={khz}")).unwrap_or_default();
+        format!("{} seconds={SECONDS} heartbeat_ms=3600000{clock}", self.work)
     }
 }
 
@@ -88,9 +91,9 @@ mod tests {
     #[test]
     fn the_probe_understands_every_row() {
         for row in ALL {
-            let line = row.cmdline();
+            let line = row.cmdline(Some(2_000_000));
             let options = Options::parse(&line).unwrap();
-            assert_eq!(options.devices.seconds, SECONDS, "{line}");
+            assert_eq!((options.devices.seconds, options.tsc_khz), (SECONDS, Some(2_000_000)));
             if let Device::Receiver(bytes) = row.device {
                 assert_eq!(options.devices.packet as usize, bytes, "{line}");
             }
