@@ -13,7 +13,14 @@ fn main() {
     let out = PathBuf::from(variable("OUT_DIR"));
     let guest = root.join("src/guest");
     println!("cargo::rerun-if-changed={}", guest.display());
-    for shared in ["cmdline.rs", "pattern.rs", "report.rs", "rng.rs"] {
+    for shared in [
+        "cmdline.rs",
+        "device_work.rs",
+        "histogram.rs",
+        "pattern.rs",
+        "report.rs",
+        "rng.rs",
+    ] {
         println!("cargo::rerun-if-changed={}", root.join("src").join(shared).display());
     }
     println!("cargo::rerun-if-changed=build.rs");

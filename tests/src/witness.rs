@@ -283,7 +283,7 @@ impl Seen {
                 read_at,
             }),
             Some(Line::Fault(_) | Line::Error(_)) => self.complaints.push(format!("{} (at {host})", line.trim_end())),
-            Some(Line::Probe { .. } | Line::End(_)) | None => {}
+            Some(Line::Probe { .. } | Line::Transfers(_) | Line::End(_)) | None => {}
         }
     }
 }

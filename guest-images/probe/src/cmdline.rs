@@ -7,6 +7,8 @@
 use core::fmt;
 use core::str::FromStr;
 
+use crate::device_work::DeviceOptions;
+
 /// What the guest fills its memory with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fill {
@@ -29,6 +31,10 @@ pub enum Work {
     HotCold,
     /// Writes page after page, round and round.
     Sweep,
+    /// Writes no pages: keeps a virtio disk busy, and then says how fast it was.
+    Block,
+    /// Writes no pages: sends or receives frames on a virtio network card, and then says how fast it was.
+    Net,
 }
 
 /// How the guest ends itself, for tests of what the VMM makes of it.
@@ -53,7 +59,7 @@ pub struct Options {
     pub fill_mib: u64,
     /// The workload.
     pub work: Work,
-    /// Size of the work area in MiB; `None` is 64, or 0 for an idle guest.
+    /// Size of the work area in MiB; `None` is 64, or 0 for a guest that writes none.
     pub work_mib: Option<u64>,
     /// Page writes a second, all vCPUs together; `u64::MAX` (`rate=max`) is as fast as it goes.
     pub rate: u64,
@@ -73,6 +79,8 @@ pub struct Options {
     pub tsc_khz: Option<u64>,
     /// Memory size in MiB, used only if the VMM passes no memory map.
     pub mem_mib: Option<u64>,
+    /// What is done with a device, if the work is on one.
+    pub devices: DeviceOptions,
 }
 
 impl Default for Options {
@@ -91,6 +99,7 @@ impl Default for Options {
             end: None,
             tsc_khz: None,
             mem_mib: None,
+            devices: DeviceOptions::default(),
         }
     }
 }
@@ -138,16 +147,16 @@ impl Options {
     pub fn work_size_mib(&self) -> u64 {
         match (self.work_mib, self.work) {
             (Some(mib), _) => mib,
-            (None, Work::Idle) => 0,
-            (None, _) => 64,
+            (None, Work::Idle | Work::Block | Work::Net) => 0,
+            (None, Work::Uniform | Work::HotCold | Work::Sweep) => 64,
         }
     }
 
-    /// Page writes a second that the workload asks for: none when idle.
+    /// Page writes a second that the workload asks for: none when idle or on a device.
     pub fn write_rate(&self) -> u64 {
         match self.work {
-            Work::Idle => 0,
-            _ => self.rate,
+            Work::Idle | Work::Block | Work::Net => 0,
+            Work::Uniform | Work::HotCold | Work::Sweep => self.rate,
         }
     }
 
@@ -176,6 +185,7 @@ impl Options {
             "mem" => self.mem_mib = Some(size_mib(value).ok_or(bad)?),
             "console" => {}
             _ if key.starts_with("virtio_mmio.") => {}
+            _ if self.devices.set(key, value).map_err(|_| bad)? => {}
             _ => {
                 let end = key.strip_suffix("_after_ms").and_then(|end| named(ENDS, end));
                 let end = end.ok_or(BadOption::Unknown(word))?;
@@ -212,7 +222,10 @@ impl fmt::Display for Options {
         if let Some(mib) = self.mem_mib {
             write!(f, " mem={mib}M")?;
         }
-        Ok(())
+        match self.work {
+            Work::Block | Work::Net => self.devices.fmt(f),
+            Work::Idle | Work::Uniform | Work::HotCold | Work::Sweep => Ok(()),
+        }
     }
 }
 
@@ -238,6 +251,8 @@ const WORKS: &[(&str, Work)] = &[
     ("uniform", Work::Uniform),
     ("hotcold", Work::HotCold),
     ("sweep", Work::Sweep),
+    ("blk", Work::Block),
+    ("net", Work::Net),
 ];
 
 const ENDS: &[(&str, End)] = &[
@@ -297,6 +312,7 @@ mod tests {
             end: Some((End::Panic, 70)),
             tsc_khz: Some(2_000_000),
             mem_mib: Some(2048),
+            devices: DeviceOptions::default(),
         };
         assert_eq!(options, expected);
         assert_eq!(Options::parse(&options.to_string()).unwrap(), options);

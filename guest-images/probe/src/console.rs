@@ -4,7 +4,7 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use crate::cmdline::End;
-use crate::report::{Fault, Heartbeat, Line, Ready};
+use crate::report::{Fault, Heartbeat, Line, Ready, Transfers};
 
 /// Reads one line of the console, with or without its line end.
 ///
@@ -48,6 +48,14 @@ pub fn parse(line: &str) -> Option<Line<'_>> {
             holds: pairs.value("holds")?,
             gpa: pairs.value("gpa")?,
             cpu: pairs.value("cpu")?,
+        })),
+        "IO" => Some(Line::Transfers(Transfers {
+            operations: pairs.value("ops")?,
+            bytes: pairs.value("bytes")?,
+            nanoseconds: pairs.value("ns")?,
+            latency_ns: pairs.value("median_ns").zip(pairs.value("p99_ns")),
+            failed: pairs.value("failed")?,
+            wrong: pairs.value("wrong")?,
         })),
         "ERROR" => Some(Line::Error(rest)),
         "END" => Some(Line::End(rest.parse().ok()?)),
@@ -109,7 +117,7 @@ impl Tally {
                 self.error.get_or_insert_with(|| text.to_owned());
             }
             Some(Line::End(end)) => self.end = Some(end),
-            Some(Line::Probe { .. }) | None => {}
+            Some(Line::Probe { .. } | Line::Transfers(_)) | None => {}
         }
     }
 
@@ -206,6 +214,15 @@ mod tests {
                 gpa: 4096,
                 cpu: 1,
             }),
+            Line::Transfers(Transfers {
+                operations: 5,
+                bytes: 20_480,
+                nanoseconds: 7,
+                latency_ns: Some((8, 9)),
+                failed: 1,
+                wrong: 2,
+            }),
+            Line::Transfers(Transfers::default()),
             Line::Error("bad value in cpus=0"),
             Line::End(End::TripleFault),
         ];

@@ -22,6 +22,8 @@ pub enum Line<'a> {
     Heartbeat(Heartbeat),
     /// A page does not hold what was written to it.
     Fault(Fault<'a>),
+    /// The work on a device is done.
+    Transfers(Transfers),
     /// The guest cannot do what it was asked and does nothing more.
     Error(&'a str),
     /// The guest ends itself, as asked.
@@ -87,6 +89,24 @@ pub struct Fault<'a> {
     pub cpu: u32,
 }
 
+/// What came of the work on a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Transfers {
+    /// Requests or frames that were done within the time.
+    pub operations: u64,
+    /// Their bytes, without headers that only guest and device see.
+    pub bytes: u64,
+    /// The time, in ns.
+    pub nanoseconds: u64,
+    /// The time from offering a request or frame until it was seen to be done, in ns: median and 99th percentile. `None` where frames are
+    /// received, which are done when they come.
+    pub latency_ns: Option<(u64, u64)>,
+    /// Requests that the device failed.
+    pub failed: u64,
+    /// Blocks read that do not hold what the disk should hold.
+    pub wrong: u64,
+}
+
 impl fmt::Display for Line<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -94,6 +114,7 @@ impl fmt::Display for Line<'_> {
             Self::Ready(ready) => ready.fmt(f),
             Self::Heartbeat(heartbeat) => heartbeat.fmt(f),
             Self::Fault(fault) => fault.fmt(f),
+            Self::Transfers(transfers) => transfers.fmt(f),
             Self::Error(text) => write!(f, "ERROR {text}"),
             Self::End(end) => write!(f, "END {end}"),
         }
@@ -129,5 +150,19 @@ impl fmt::Display for Fault<'_> {
         write!(f, "FAULT page={} want={} got={}", self.page, self.want, self.got)?;
         write!(f, " kind={} area={} holds={}", self.kind, self.area, self.holds)?;
         write!(f, " gpa={} cpu={}", self.gpa, self.cpu)
+    }
+}
+
+impl fmt::Display for Transfers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "IO ops={} bytes={} ns={}",
+            self.operations, self.bytes, self.nanoseconds
+        )?;
+        if let Some((median, p99)) = self.latency_ns {
+            write!(f, " median_ns={median} p99_ns={p99}")?;
+        }
+        write!(f, " failed={} wrong={}", self.failed, self.wrong)
     }
 }

@@ -9,6 +9,7 @@ mod agents;
 mod alphabet;
 mod callers;
 mod data_port;
+mod device_work;
 mod disks;
 mod faults;
 mod hostile;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         storage::trials(),
         linux_devices::trials(),
         linux_stop::trials(),
+        device_work::trials(),
         networks::trials(),
         requests::trials(),
         aborts::trials(),

@@ -57,7 +57,7 @@ impl Console {
             }
             Some(Line::Heartbeat(heartbeat)) => told.beats.push(Beat { heartbeat, read_at }),
             Some(Line::Fault(_) | Line::Error(_)) => told.complaints.push(line.trim_end().to_owned()),
-            Some(Line::Probe { .. } | Line::End(_)) => {}
+            Some(Line::Probe { .. } | Line::Transfers(_) | Line::End(_)) => {}
             None => told.rest.push_str(line),
         }
     }

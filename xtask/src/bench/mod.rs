@@ -1,9 +1,11 @@
-//! `cargo xtask bench`: Ferry's benchmark, and the same guest and workload in a peer, in turn in one run.
+//! `cargo xtask bench`: Ferry's benchmark, and the same guest and workload in a peer, in turn in one run: migrations, or with `--devices`
+//! disks and network cards.
 //!
 //! One Ferry run, one run of each of the peer's modes, the next Ferry run: what disturbs the host then disturbs all alike.
 //! Two runs an hour apart compare nothing.
 
 mod console;
+mod devices;
 mod ferry;
 mod qemu;
 mod table;
@@ -16,7 +18,7 @@ use std::process::{Command, ExitCode, Stdio};
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use ferry_vmm::warm_host_memory;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use table::Contender;
 use workload::Workload;
@@ -27,6 +29,9 @@ pub(crate) struct Options {
     /// Also run this peer, in turn.
     #[arg(long)]
     peer: Option<Peer>,
+    /// Disks and network cards of a guest that stays, instead of migrations. Needs root, for a network of its own.
+    #[arg(long)]
+    devices: bool,
     /// Runs of each.
     #[arg(long, default_value_t = 5)]
     runs: u32,
@@ -63,6 +68,9 @@ struct Sample {
 
 /// Builds, warms the memory, runs in turn, prints the table.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    if options.devices {
+        return devices::run(options);
+    }
     let workloads: Vec<_> = workload::ALL
         .iter()
         .filter(|w| options.workload.as_deref().is_none_or(|text| w.name.contains(text)))
@@ -87,11 +95,15 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             "contenders": contenders.iter().map(Contender::to_json).collect::<Vec<_>>(),
         }));
     }
-    if let Some(file) = &options.json {
-        let text = format!("{:#}\n", serde_json::Value::from(record));
-        fs::write(file, text).with_context(|| format!("failed to write {}", file.display()))?;
-    }
+    write_record(options, record)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Writes the file that was asked for.
+fn write_record(options: &Options, record: Vec<Value>) -> Result<()> {
+    let Some(file) = &options.json else { return Ok(()) };
+    let text = format!("{:#}\n", Value::from(record));
+    fs::write(file, text).with_context(|| format!("failed to write {}", file.display()))
 }
 
 /// Without a peer, `ferry bench` says more about itself: CPU seconds, memory, parts of the blackout.

@@ -115,7 +115,8 @@ fn ratio(what: &str, ferry: &Contender, peers: &[Contender], of: fn(&Sample) -> 
     }
 }
 
-fn median(mut values: Vec<f64>) -> Option<f64> {
+/// The middle of the values; `None` without any.
+pub(super) fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
     match values.len() {

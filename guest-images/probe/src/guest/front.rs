@@ -1,4 +1,4 @@
-//! What only vCPU 0 does: heartbeats, the lines on the console, and the end.
+//! What only vCPU 0 does: heartbeats, the lines on the console, work on a device, and the end.
 
 use core::sync::atomic::Ordering;
 
@@ -9,6 +9,7 @@ use crate::plan::Plan;
 use crate::report::{Fault, Heartbeat, Line, Ready};
 use crate::serial::{Serial, Text};
 use crate::shared::{ACCOUNTS, Account, STARTED};
+use crate::transfers::Job;
 
 /// Room that the longest line needs: below it, lines wait rather than be cut.
 const LINE_ROOM: usize = 320;
@@ -24,10 +25,11 @@ pub struct Front {
     /// FAULT lines printed, by vCPU.
     printed: [u64; ACCOUNTS.len()],
     end: Option<(End, u64)>,
+    job: Option<Job>,
 }
 
 impl Front {
-    pub fn new(plan: &'static Plan, serial: Serial) -> Self {
+    pub fn new(plan: &'static Plan, serial: Serial, job: Option<Job>) -> Self {
         Self {
             plan,
             serial,
@@ -37,6 +39,7 @@ impl Front {
             max_gap: 0,
             printed: [0; ACCOUNTS.len()],
             end: None,
+            job,
         }
     }
 
@@ -72,6 +75,19 @@ impl Front {
         }
         if self.end.is_some_and(|(_, at)| now >= at) {
             self.finish();
+        }
+    }
+
+    /// One look at the device, if the work is on one. Not before the workload starts.
+    #[inline]
+    pub fn work_on_device(&mut self, now: u64) {
+        let Some(job) = &mut self.job else { return };
+        // What came of it must not be cut.
+        if self.serial.room() < LINE_ROOM {
+            return;
+        }
+        if let Some(transfers) = job.step(now, self.plan) {
+            self.serial.print(Line::Transfers(transfers));
         }
     }
 

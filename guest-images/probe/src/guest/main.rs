@@ -9,6 +9,10 @@
 
 #[path = "../cmdline.rs"]
 mod cmdline;
+#[path = "../device_work.rs"]
+mod device_work;
+#[path = "../histogram.rs"]
+mod histogram;
 #[path = "../pattern.rs"]
 mod pattern;
 #[path = "../report.rs"]
@@ -25,6 +29,8 @@ mod serial;
 mod shared;
 mod smp;
 mod start_info;
+mod transfers;
+mod virtio;
 mod work;
 
 use core::fmt;
@@ -36,6 +42,7 @@ use memory::Memory;
 use plan::Plan;
 use report::Line;
 use serial::{Serial, Text};
+use transfers::Job;
 use work::Worker;
 
 /// Where each vCPU arrives in ring 3, on a stack of its own.
@@ -52,8 +59,8 @@ extern "C" fn ring3_main(cpu: u32) -> ! {
     serial.flush();
     let mut text = [0; start_info::LONGEST_COMMAND_LINE];
     match prepare(&mut text) {
-        Ok(plan) => {
-            let front = Front::new(plan, serial);
+        Ok((plan, job)) => {
+            let front = Front::new(plan, serial, job);
             Worker::new(plan, 0, Some(front)).run()
         }
         Err(problem) => {
@@ -71,10 +78,11 @@ enum Problem<'a> {
     Size { asked_mib: u64, free_mib: u64 },
     NoClock,
     CpuSilent(u32),
+    Device(&'static str),
 }
 
 /// Everything up to the moment when all vCPUs may fill.
-fn prepare(text: &mut [u8; start_info::LONGEST_COMMAND_LINE]) -> Result<&'static Plan, Problem<'_>> {
+fn prepare(text: &mut [u8; start_info::LONGEST_COMMAND_LINE]) -> Result<(&'static Plan, Option<Job>), Problem<'_>> {
     let machine = start_info::read(text).map_err(Problem::StartInfo)?;
     let options = Options::parse(machine.command_line).map_err(Problem::Option)?;
     let mut memory = match (machine.memory, options.mem_mib) {
@@ -88,19 +96,20 @@ fn prepare(text: &mut [u8; start_info::LONGEST_COMMAND_LINE]) -> Result<&'static
     memory.map().map_err(Problem::StartInfo)?;
     let frequency = frequency::find(options.tsc_khz).ok_or(Problem::NoClock)?;
     let stacks = memory.take_stacks(options.cpus).map_err(Problem::StartInfo)?;
+    let job = Job::prepare(&options, &mut memory).map_err(Problem::Device)?;
     let plan = Plan::publish(options, &mut memory, frequency).map_err(|free_mib| Problem::Size {
         asked_mib: options.fill_mib + options.work_size_mib(),
         free_mib,
     })?;
     smp::wake(options.cpus, stacks, plan).map_err(Problem::CpuSilent)?;
-    Ok(plan)
+    Ok((plan, job))
 }
 
 impl fmt::Display for Problem<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Option(bad) => bad.fmt(f),
-            Self::StartInfo(text) => f.write_str(text),
+            Self::StartInfo(text) | Self::Device(text) => f.write_str(text),
             Self::Size { asked_mib, free_mib } => write!(
                 f,
                 "fill_mib and work_mib ask for {asked_mib} MiB, {free_mib} MiB are free"

@@ -111,6 +111,16 @@ impl Memory {
         self.map_large_page(APIC_LARGE_PAGE, DEVICE_FLAGS)
     }
 
+    /// Maps the registers of a device, not cached: the large page around them, which is the device's alone.
+    pub fn map_device(&mut self, address: u64) -> Result<(), &'static str> {
+        let page = address / LARGE_PAGE * LARGE_PAGE;
+        let is_memory = |extent: &Extent| extent.start < page + LARGE_PAGE && page < extent.end;
+        if page < GIB || self.extents[..self.used].iter().any(is_memory) {
+            return Err("memory lies where a device was looked for");
+        }
+        self.map_large_page(page, DEVICE_FLAGS)
+    }
+
     fn map_large_page(&mut self, address: u64, flags: u64) -> Result<(), &'static str> {
         unsafe extern "C" {
             static mut boot_pdpt: [u64; 512];
@@ -152,6 +162,14 @@ impl Memory {
         let extent = extents.find(|extent| extent.end - extent.start >= bytes)?;
         let start = extent.start;
         extent.start += bytes;
+        Some(start)
+    }
+
+    /// The same, zeroed.
+    pub fn take_zeroed(&mut self, bytes: u64) -> Option<u64> {
+        let start = self.take(bytes)?;
+        // SAFETY: this memory is mapped, and nobody else's.
+        unsafe { ptr::write_bytes(start as *mut u8, 0, bytes as usize) };
         Some(start)
     }
 

@@ -83,6 +83,9 @@ impl Worker {
             if checking.is_due(now) {
                 self.check_page();
             }
+            if let Some(front) = &mut self.front {
+                front.work_on_device(now);
+            }
         }
     }
 
@@ -148,7 +151,7 @@ impl Worker {
                 self.sweep = (self.sweep + 1) % count;
                 self.sweep
             }
-            Work::Uniform | Work::Idle => self.rng.below(count),
+            Work::Uniform | Work::Idle | Work::Block | Work::Net => self.rng.below(count),
         }
     }
 

@@ -168,7 +168,7 @@ impl Record {
             Line::Error(text) => {
                 self.error.get_or_insert_with(|| text.to_owned());
             }
-            Line::Probe { .. } | Line::End(_) => {}
+            Line::Probe { .. } | Line::Transfers(_) | Line::End(_) => {}
         }
         true
     }

@@ -38,27 +38,9 @@ impl Machine {
         let complaints = folder.join(format!("{name}.err"));
         let kernel = folder.join("probe.elf");
         fs::write(&kernel, ferry_probe::PROBE_ELF).context("failed to write the probe")?;
-        let mut command = Command::new(PROGRAM);
+        let mut command = command(workload.memory_mib, &kernel, &workload.full_cmdline());
         command
-            .args([
-                "-M",
-                "microvm,accel=kvm,acpi=off,rtc=off,pit=on",
-                "-cpu",
-                "host,-arch-capabilities",
-            ])
-            .args([
-                "-nodefaults",
-                "-no-user-config",
-                "-nographic",
-                "-monitor",
-                "none",
-                "-serial",
-                "stdio",
-            ])
-            .args(["-m", &workload.memory_mib.to_string(), "-smp", "1"])
-            .arg("-kernel")
-            .arg(&kernel)
-            .args(["-append", &workload.full_cmdline()])
+            .args(["-serial", "stdio"])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -91,6 +73,20 @@ impl Machine {
         listening.with_context(|| self.process.complaints())?;
         Ok(uri)
     }
+}
+
+/// QEMU with one vCPU, this kernel and nothing else.
+pub(in crate::bench) fn command(memory_mib: u64, kernel: &Path, cmdline: &str) -> Command {
+    let mut command = Command::new(PROGRAM);
+    command
+        .args(["-M", "microvm,accel=kvm,acpi=off,rtc=off,pit=on"])
+        .args(["-cpu", "host,-arch-capabilities"])
+        .args(["-nodefaults", "-no-user-config", "-nographic", "-monitor", "none"])
+        .args(["-m", &memory_mib.to_string(), "-smp", "1"])
+        .arg("-kernel")
+        .arg(kernel)
+        .args(["-append", cmdline]);
+    command
 }
 
 impl Running {

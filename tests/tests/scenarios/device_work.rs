@@ -1,0 +1,212 @@
+//! The probe keeps a disk or a network card busy: what it was given is what there is, also while it moves.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::UdpSocket;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use ferry_probe::console::parse;
+use ferry_probe::device_work::{STAMPED_BYTES, disk_stamp};
+use ferry_probe::report::{Line, Transfers};
+use ferry_tests::{Guest, Host, Pair, until, waiting::MOVE};
+use libtest_mimic::Trial;
+
+use crate::scenario::{in_a_network, ip, on_kvm};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    let disks = on_kvm![
+        a_guest_that_reads_its_disk_as_it_moves_reads_the_right_blocks,
+        a_guest_that_writes_its_disk_as_it_moves_leaves_it_whole,
+        a_disk_that_holds_something_else_is_told,
+        more_requests_than_the_queue_has_room_for_are_refused_by_the_guest,
+    ];
+    let networks = in_a_network![
+        frames_that_the_guest_sends_come_out_of_its_tap,
+        frames_for_the_guest_arrive,
+    ];
+    disks.into_iter().chain(networks).collect()
+}
+
+const PAGES: u64 = 16 << 8;
+
+/// An image with the stamps that the probe looks for.
+fn stamped_image(pair: &Pair) -> Result<PathBuf> {
+    let path = pair.folder().join("disk");
+    let mut file = File::create(&path)?;
+    for number in 0..PAGES {
+        let mut page = [0x5a; STAMPED_BYTES as usize];
+        page[..8].copy_from_slice(&disk_stamp(number).to_le_bytes());
+        file.write_all(&page)?;
+    }
+    Ok(path)
+}
+
+fn with_disk(image: &Path, work: &str) -> Guest {
+    Guest::new("g")
+        .disk(&format!("path={}", image.display()))
+        .work(&format!("heartbeat_ms=20 work=blk {work}"))
+}
+
+/// Waits until the guest says at this host what came of its work.
+fn transfers(host: &Host) -> Result<Transfers> {
+    until(
+        &format!("the guest is done with its work at {}", host.name),
+        MOVE,
+        || {
+            for instance in fs::read_dir(host.data_dir.join("instances"))? {
+                let console = fs::read(instance?.path().join("console.log"))?;
+                let text = String::from_utf8_lossy(&console);
+                let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+                for line in whole.lines().filter_map(parse) {
+                    match line {
+                        Line::Transfers(transfers) => return Ok(Some(transfers)),
+                        Line::Error(text) => bail!("the guest says {text}"),
+                        _ => {}
+                    }
+                }
+            }
+            Ok(None)
+        },
+    )
+}
+
+/// Runs the guest, moves it in the middle of its work, and gives what it says at the destination.
+fn moved_at_work(pair: &Pair, guest: &Guest) -> Result<Transfers> {
+    let witness = pair.run(guest)?;
+    pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
+    pair.runs_only_at(&pair.b, "g", &witness)?;
+    transfers(&pair.b)
+}
+
+fn a_guest_that_reads_its_disk_as_it_moves_reads_the_right_blocks(pair: &mut Pair) -> Result<()> {
+    let image = stamped_image(pair)?;
+
+    let told = moved_at_work(pair, &with_disk(&image, "io=randread depth=16 seconds=15"))?;
+
+    ensure!(told.operations > 0 && told.failed == 0 && told.wrong == 0, "{told}");
+    Ok(())
+}
+
+fn a_guest_that_writes_its_disk_as_it_moves_leaves_it_whole(pair: &mut Pair) -> Result<()> {
+    let image = stamped_image(pair)?;
+
+    let told = moved_at_work(pair, &with_disk(&image, "io=randwrite block_kib=8 depth=16 seconds=15"))?;
+
+    ensure!(told.operations > 0 && told.failed == 0, "{told}");
+    pair.b.ferry(&["stop", "g", "--force"])?.exit(0)?;
+    let mut file = File::open(&image)?;
+    let mut page = vec![0; STAMPED_BYTES as usize];
+    let mut written = 0;
+    for number in 0..PAGES {
+        file.read_exact(&mut page)?;
+        ensure!(
+            page[..8] == disk_stamp(number).to_le_bytes(),
+            "page {number} is not in its place"
+        );
+        written += u64::from(page[8..] != [0x5a; STAMPED_BYTES as usize - 8]);
+    }
+    ensure!(written > 0, "the guest wrote nothing");
+    Ok(())
+}
+
+fn a_disk_that_holds_something_else_is_told(pair: &mut Pair) -> Result<()> {
+    let image = pair.folder().join("disk");
+    File::create(&image)?.set_len(PAGES * STAMPED_BYTES)?;
+
+    pair.run(&with_disk(&image, "io=seqread block_kib=64 depth=2 seconds=1"))?;
+
+    let told = transfers(&pair.a)?;
+    ensure!(
+        told.wrong > 0 && told.wrong == told.operations && told.failed == 0,
+        "{told}"
+    );
+    Ok(())
+}
+
+fn more_requests_than_the_queue_has_room_for_are_refused_by_the_guest(pair: &mut Pair) -> Result<()> {
+    let image = stamped_image(pair)?;
+    let guest = with_disk(&image, "depth=86");
+
+    pair.a.ferry(&guest.arguments(&pair.kernel()))?.exit(0)?;
+
+    let told = transfers(&pair.a).err().context("the guest did not complain")?;
+    ensure!(told.to_string().contains("depth= is more"), "{told:#}");
+    Ok(())
+}
+
+const TAP: &str = "work0";
+const MAC: &str = "02:00:5e:10:00:03";
+const GUEST: &str = "198.51.100.2";
+
+fn with_card(work: &str) -> Guest {
+    Guest::new("g")
+        .nic(&format!("tap={TAP},mac={MAC}"))
+        .work(&format!("heartbeat_ms=20 work=net {work}"))
+}
+
+fn make_tap() -> Result<()> {
+    ip(&["tuntap", "add", TAP, "mode", "tap", "vnet_hdr"])?;
+    ip(&["link", "set", TAP, "up"])?;
+    Ok(())
+}
+
+/// Frames and bytes that came out of the tap.
+fn out_of_the_tap() -> Result<(u64, u64)> {
+    let shown: serde_json::Value = serde_json::from_str(&ip(&["-json", "-statistics", "link", "show", TAP])?)?;
+    let counts = &shown[0]["stats64"]["rx"];
+    counts["packets"]
+        .as_u64()
+        .zip(counts["bytes"].as_u64())
+        .with_context(|| format!("no counts in {shown}"))
+}
+
+fn frames_that_the_guest_sends_come_out_of_its_tap(pair: &mut Pair) -> Result<()> {
+    make_tap()?;
+
+    pair.run(&with_card("direction=send packet=64294 depth=16 seconds=1"))?;
+
+    let told = transfers(&pair.a)?;
+    let (frames, bytes) = out_of_the_tap()?;
+    ensure!(told.operations > 0 && told.bytes == told.operations * 64_294, "{told}");
+    ensure!(
+        frames >= told.operations && bytes >= told.bytes,
+        "{told}, and {frames} frames of {bytes} bytes came out"
+    );
+    Ok(())
+}
+
+fn frames_for_the_guest_arrive(pair: &mut Pair) -> Result<()> {
+    make_tap()?;
+    ip(&["address", "add", "198.51.100.1/24", "dev", TAP])?;
+    ip(&["neighbour", "add", GUEST, "lladdr", MAC, "dev", TAP, "nud", "permanent"])?;
+    let socket = UdpSocket::bind("198.51.100.1:0")?;
+    socket.connect((GUEST, 9))?;
+    socket.set_write_timeout(Some(Duration::from_millis(100)))?;
+    let over = AtomicBool::new(false);
+
+    let (told, sent) = thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let mut sent = 0;
+            while !over.load(Ordering::Relaxed) {
+                sent += u64::from(socket.send(&[0; 58]).is_ok());
+            }
+            sent
+        });
+        let told = pair
+            .run(&with_card("direction=receive packet=100 depth=64 seconds=1"))
+            .and_then(|_| transfers(&pair.a));
+        over.store(true, Ordering::Relaxed);
+        (told, sender.join().expect("sending does not panic"))
+    });
+
+    let told = told?;
+    ensure!(
+        told.operations > 0 && told.operations <= sent && told.bytes == told.operations * 100,
+        "{told}, of {sent} frames sent"
+    );
+    Ok(())
+}
