@@ -1,5 +1,5 @@
-//! `cargo xtask bench`: Ferry's benchmark, and the same guest and workload in a peer, in turn in one run: migrations, or with `--devices`
-//! disks and network cards.
+//! `cargo xtask bench`: Ferry's benchmark, and the same guest and workload in a peer, in turn in one run: migrations, with `--devices`
+//! disks and network cards, with `--linux` what a guest with an operating system costs.
 //!
 //! One Ferry run, one run of each of the peer's modes, the next Ferry run: what disturbs the host then disturbs all alike.
 //! Two runs an hour apart compare nothing.
@@ -7,6 +7,7 @@
 mod console;
 mod devices;
 mod ferry;
+mod linux;
 mod qemu;
 mod table;
 mod workload;
@@ -32,6 +33,9 @@ pub(crate) struct Options {
     /// Disks and network cards of a guest that stays, instead of migrations. Needs root, for a network of its own.
     #[arg(long)]
     devices: bool,
+    /// A Linux guest: its boot, what its devices add to a switchover, and its disk on the way. Needs root, for a network of its own.
+    #[arg(long, conflicts_with = "devices")]
+    linux: bool,
     /// Runs of each.
     #[arg(long, default_value_t = 5)]
     runs: u32,
@@ -70,6 +74,9 @@ struct Sample {
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     if options.devices {
         return devices::run(options);
+    }
+    if options.linux {
+        return linux::run(options);
     }
     let workloads: Vec<_> = workload::ALL
         .iter()

@@ -5,7 +5,7 @@
 
 mod contender;
 mod image;
-mod network;
+pub(super) mod network;
 mod row;
 mod table;
 

@@ -29,10 +29,23 @@ const HEADERS: usize = 14 + 20 + 8;
 /// # Errors
 /// If there can be none, or what `work` says.
 pub(super) fn with_network<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    in_network_of_its_own(|| {
+        set_up().context("failed to set up the network")?;
+        work()
+    })
+}
+
+/// The same with nothing in the network but `lo`.
+///
+/// # Errors
+/// If there can be none, or what `work` says.
+pub(in crate::bench) fn in_network_of_its_own<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     thread::scope(|scope| {
         let inside = scope.spawn(|| {
             unshare_network().context("failed to make a network namespace (this needs root)")?;
-            set_up().context("failed to set up the network")?;
+            // Nobody else's frames: the kernel looks for routers by IPv6 of its own accord. A kernel without IPv6 has no such file.
+            let _ = fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
+            ip("link set lo up").context("failed to set up the network")?;
             work()
         });
         inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -48,9 +61,6 @@ fn unshare_network() -> rustix::io::Result<()> {
 }
 
 fn set_up() -> Result<()> {
-    // Nobody else's frames: the kernel looks for routers by IPv6 of its own accord. A kernel without IPv6 has no such file.
-    let _ = fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
-    ip("link set lo up")?;
     ip(&format!("tuntap add {TAP} mode tap vnet_hdr"))?;
     ip(&format!("link set {TAP} up"))?;
     ip(&format!("address add {HOST}/24 dev {TAP}"))?;
@@ -58,7 +68,11 @@ fn set_up() -> Result<()> {
     ip(&format!("neighbour add {GUEST} lladdr {MAC} dev {TAP} nud permanent"))
 }
 
-fn ip(arguments: &str) -> Result<()> {
+/// Calls `ip`.
+///
+/// # Errors
+/// What it says.
+pub(in crate::bench) fn ip(arguments: &str) -> Result<()> {
     let output = Command::new("ip").args(arguments.split(' ')).output();
     let output = output.context("failed to call ip, of iproute2")?;
     let told = String::from_utf8_lossy(&output.stderr);
