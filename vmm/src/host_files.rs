@@ -10,6 +10,9 @@ use std::sync::OnceLock;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 
+use crate::arch::x86_64::layout::VIRTIO_SLOTS;
+use crate::memory::keep_rings;
+
 const KVM_PATH: &str = "/dev/kvm";
 
 /// Of this process for good: one that has given up its view cannot open them anew, and one that has not need not keep them.
@@ -25,9 +28,10 @@ struct HostFiles {
     is_pvm: bool,
 }
 
-/// Opens what machines of this process will need of the host, and keeps it. To be called before the process gives up its view of
+/// Opens what machines of this process will need of the host, and keeps it; a ring for each disk that a machine can have, too. To be called before the process gives up its view of
 /// `/dev`, `/proc` and `/sys`; without it each is opened when it is needed.
 pub fn keep_host_files() {
+    keep_rings(VIRTIO_SLOTS);
     KEPT.get_or_init(|| HostFiles {
         kvm: open_kvm(),
         pagemap: open_pagemap(),

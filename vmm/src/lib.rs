@@ -51,7 +51,7 @@ pub use machine::{
 };
 pub use memory::{
     DirtyBitmap, FrameRun, GuestMemory, HUGE_PAGE_SIZE, ImageError, MemoryError, MemoryRegion, MemoryShape, PAGE_SIZE,
-    PieceTable, Population, TableError, warm_host_memory,
+    PieceTable, Population, TableError, probe_rings, warm_host_memory,
 };
 pub use state::{MachineProfile, MachineState, StateError, UnitKind};
 pub use tap::{Tap, TapError, TapProblem, VNET_HEADER_SIZE};

@@ -30,6 +30,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_forbidden_call_of_a_device_kills_that_vmm_only,
         a_forbidden_call_of_who_listens_kills_that_vmm_only,
         a_forbidden_call_of_the_machines_owner_kills_that_vmm_only,
+        a_ring_made_in_the_jail_kills_that_vmm_only,
+        a_ring_changed_in_the_jail_kills_that_vmm_only,
         doctor_tells_how_far_the_jail_goes,
     ]
 }
@@ -192,6 +194,15 @@ fn a_forbidden_call_of_who_listens_kills_that_vmm_only(pair: &mut Pair) -> Resul
 
 fn a_forbidden_call_of_the_machines_owner_kills_that_vmm_only(pair: &mut Pair) -> Result<()> {
     dies_alone(pair, "main", libc::SYS_execve)
+}
+
+/// A ring that was not restricted would do what no filter sees.
+fn a_ring_made_in_the_jail_kills_that_vmm_only(pair: &mut Pair) -> Result<()> {
+    dies_alone(pair, "main", libc::SYS_io_uring_setup)
+}
+
+fn a_ring_changed_in_the_jail_kills_that_vmm_only(pair: &mut Pair) -> Result<()> {
+    dies_alone(pair, "rng0", libc::SYS_io_uring_register)
 }
 
 /// Somebody has taken over a thread of one of two guests on a host.

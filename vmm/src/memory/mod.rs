@@ -11,13 +11,14 @@
 //! | `population` | what the host has ever backed (PAGEMAP_SCAN, or pagemap) |
 //! | `transfer` | vectored copies between descriptors and guest memory |
 //! | `spans` | the same for any bytes, as a device's request names them |
+//! | `ring` | the same with many of them under way at once (io_uring) |
 //! | `contents` | zero pages, zeroing, digests |
 //! | `pieces`, `image` | all of it as a file, with a table that says what is in it |
 //! | `warm` | the host's own free memory, for those who measure |
 
 #![expect(
     unsafe_code,
-    reason = "guest memory is reached through raw pointers, mmap, madvise, readv and writev"
+    reason = "guest memory is reached through raw pointers, mmap, madvise, readv, writev and io_uring"
 )]
 
 mod contents;
@@ -26,6 +27,7 @@ mod image;
 mod mapping;
 mod pieces;
 mod population;
+mod ring;
 mod shape;
 mod spans;
 mod transfer;
@@ -38,6 +40,8 @@ pub(crate) use mapping::MemoryOptions;
 pub use mapping::{GuestMemory, MemoryError};
 pub use pieces::{PieceTable, TableError};
 pub use population::Population;
+pub use ring::probe_rings;
+pub(crate) use ring::{Ring, keep_rings};
 pub use shape::{FrameRun, HUGE_PAGE_SIZE, MemoryRegion, MemoryShape, PAGE_SIZE};
 pub(crate) use spans::{Span, total};
 pub use warm::warm_host_memory;

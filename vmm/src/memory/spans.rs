@@ -117,7 +117,12 @@ impl GuestMemory {
         frames_of(span).is_some_and(|run| self.shape().contains(run))
     }
 
-    fn span_buffers(&self, spans: &[Span]) -> io::Result<Vec<libc::iovec>> {
+    /// Where the spans lie in this process.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` if a span is not wholly inside one region of guest memory.
+    pub(super) fn span_buffers(&self, spans: &[Span]) -> io::Result<Vec<libc::iovec>> {
         let buffer = |span: &Span| {
             let run = frames_of(*span).ok_or(io::ErrorKind::InvalidInput)?;
             let start = self.host_address(run).map_err(invalid)?;
@@ -129,7 +134,8 @@ impl GuestMemory {
         spans.iter().map(buffer).collect()
     }
 
-    fn mark_spans(&self, spans: &[Span]) {
+    /// Marks what spans touch as written by the VMM.
+    pub(super) fn mark_spans(&self, spans: &[Span]) {
         spans
             .iter()
             .filter_map(|span| frames_of(*span))

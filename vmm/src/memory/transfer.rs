@@ -85,7 +85,7 @@ pub(super) fn transfer(buffers: &mut [libc::iovec], step: impl Fn(&[libc::iovec]
 }
 
 /// Drops `moved` bytes from the front.
-fn advance(buffers: &mut [libc::iovec], mut moved: usize) -> &mut [libc::iovec] {
+pub(super) fn advance(buffers: &mut [libc::iovec], mut moved: usize) -> &mut [libc::iovec] {
     let done = buffers
         .iter()
         .take_while(|buffer| {

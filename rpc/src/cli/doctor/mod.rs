@@ -3,6 +3,7 @@
 //! It changes nothing that stays: files, cgroups and taps that it makes to try something are removed at once.
 
 mod cgroups;
+mod disks;
 mod jail;
 mod kvm;
 mod memory;
@@ -95,6 +96,7 @@ pub(super) async fn run(arguments: DoctorArguments, agent: String, format: Forma
     let data_dir = arguments.data_dir.map_or_else(default_data_dir, Ok)?;
     let mut needs = kvm::needs();
     needs.extend(memory::needs());
+    needs.push(disks::rings());
     needs.extend(cgroups::needs());
     needs.extend(jail::needs());
     needs.extend(taps::needs());

@@ -118,7 +118,17 @@ pub(super) fn device() -> Calls {
         libc::SYS_fdatasync,
         libc::SYS_fsync,
         libc::SYS_fallocate,
+        libc::SYS_poll,
+        libc::SYS_ppoll,
     ]);
+    // On rings that were made and restricted before the jail (`ferry_vmm::keep_host_files`): nobody in here makes one, or registers
+    // anything with one. To hand requests over, and nothing else.
+    let hand_over = Condition(vec![Test {
+        argument: 3,
+        mask: Some(u64::from(!IORING_ENTER_GETEVENTS)),
+        value: 0,
+    }]);
+    calls.push((libc::SYS_io_uring_enter, vec![hand_over]));
     calls.push((libc::SYS_ioctl, equal(1, &[TUN_SET_OFFLOAD])));
     calls
 }
@@ -356,6 +366,8 @@ const FIONBIO: u64 = 0x5421;
 const FIOCLEX: u64 = 0x5451;
 const TUN_SET_OFFLOAD: u64 = 0x4004_54d0;
 const PAGEMAP_SCAN: u64 = 0xc060_6610;
+/// Of the flags of `io_uring_enter`: to wait, and to have the kernel catch up.
+const IORING_ENTER_GETEVENTS: u32 = 1;
 
 /// Names memory for those who look into `/proc`: some C libraries do.
 const PR_SET_VMA: u64 = 0x5356_4d41;

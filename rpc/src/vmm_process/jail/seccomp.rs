@@ -208,6 +208,30 @@ mod tests {
         }
     }
 
+    /// What a ring is asked for, no filter sees: there are those that were made and restricted before the jail, and no others.
+    #[test]
+    fn nobody_makes_a_ring() {
+        for kind in EVERY_KIND {
+            let made = confined(kind, ferry_vmm::probe_rings).map_err(|error| error.raw_os_error());
+            assert_eq!(made, Err(Some(libc::ENOSYS)), "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn only_devices_and_who_starts_them_use_a_ring() {
+        let use_one = |calls: Calls| calls.iter().any(|(call, _)| *call == libc::SYS_io_uring_enter);
+        assert!(use_one(calls::device()) && use_one(calls::process()));
+        for calls in [
+            calls::every_thread(),
+            calls::vcpu(),
+            calls::migration(),
+            calls::snapshot(),
+            calls::control(),
+        ] {
+            assert!(!use_one(calls));
+        }
+    }
+
     #[test]
     fn threads_are_started_by_those_who_have_some() {
         let start = || {

@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::super::DeviceStateError;
+use super::interrupt::{Interrupt, USED_BUFFERS};
 use super::queue::DeviceQueue;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, Ring};
 
 /// The guest broke a rule of a queue or a request: the device stops until it is reset. In words, for the log.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -34,12 +35,36 @@ pub(crate) enum Wake {
 pub(crate) struct Turn<'a> {
     pub(crate) memory: &'a GuestMemory,
     pub(super) rest: &'a AtomicBool,
+    pub(super) interrupt: &'a Interrupt,
+    pub(super) doorbells: &'a Doorbells,
 }
 
 impl Turn<'_> {
     /// Whether the machine is to stand still: no further chain is begun.
     pub(crate) fn is_to_end(&self) -> bool {
         self.rest.load(Ordering::Relaxed)
+    }
+
+    /// Interrupts the guest for what was pushed, if it wants that. At the end of a turn this is done anyway: it is for a turn that
+    /// goes on.
+    ///
+    /// # Errors
+    /// A ring is not in guest memory.
+    pub(crate) fn tell(&self, queue: &mut DeviceQueue) -> Result<(), Broken> {
+        if queue.wants_interrupt(self.memory)? {
+            self.interrupt.raise(USED_BUFFERS);
+        }
+        Ok(())
+    }
+
+    /// Waits until something has landed in the ring, or, where a queue is named, until the guest rings for it: look into it then, for
+    /// that ring was heard here. May return early.
+    pub(crate) fn wait<T>(&self, transfers: &Ring<T>, queue: Option<usize>) {
+        let bell = queue.and_then(|queue| self.doorbells.0.get(queue));
+        transfers.wait(bell);
+        if let Some(bell) = bell {
+            let _ = bell.read();
+        }
     }
 }
 
@@ -75,7 +100,7 @@ pub(crate) trait Device: Send {
     fn reset(&mut self);
 
     /// Works on what there is until nothing is left, the backend has no room, or the turn is to end, and fills used rings; whether to interrupt is asked of each
-    /// queue afterwards. When it returns nothing is in flight: a request is done, or still in the available ring.
+    /// queue afterwards, and where the turn goes on for long, in between ([`Turn::tell`]). When it returns nothing is in flight: a request is done, or still in the available ring.
     ///
     /// # Errors
     /// The guest broke a rule.

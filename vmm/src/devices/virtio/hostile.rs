@@ -9,7 +9,8 @@ use std::sync::atomic::AtomicBool;
 use virtio_queue::QueueState;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::device::{Device, Turn, Wake};
+use super::device::{Device, Doorbells, Turn, Wake};
+use super::interrupt::{Interrupt, InterruptFd};
 use super::queue::DeviceQueue;
 use super::{Balloon, Block, Entropy, Net};
 use crate::machine::{DiskAccess, DiskBackend, NicBackend};
@@ -51,7 +52,14 @@ pub(crate) fn work_on(bytes: &[u8]) {
     let mut queues: Vec<DeviceQueue> = device.queue_sizes().iter().enumerate().map(queue).collect();
     queues.iter_mut().for_each(DeviceQueue::begin_turn);
     let rest = AtomicBool::new(false);
-    let turn = Turn { memory, rest: &rest };
+    let interrupt = Interrupt::new(InterruptFd::new(libc::EFD_NONBLOCK).expect("descriptor"));
+    let doorbells = Doorbells::new(queues.len()).expect("descriptors");
+    let turn = Turn {
+        memory,
+        rest: &rest,
+        interrupt: &interrupt,
+        doorbells: &doorbells,
+    };
     for wake in (0..queues.len()).map(Wake::Queue).chain([Wake::Backend]) {
         if device.wake(wake, &mut queues, &turn).is_err() {
             return;

@@ -1,5 +1,7 @@
 //! A queue as a device sees it: chains of spans that were checked, and used buffers.
 
+use std::sync::atomic::Ordering;
+
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 
 use super::device::{Broken, Turn};
@@ -126,6 +128,15 @@ impl DeviceQueue {
                 return Ok(());
             }
         }
+    }
+
+    /// Whether another chain seems to be there. What it is [`pop`](Self::pop) tells.
+    ///
+    /// # Errors
+    /// The available ring is not in guest memory.
+    pub(crate) fn has_more(&self, memory: &GuestMemory) -> Result<bool, Broken> {
+        let available = self.queue.avail_idx(memory.tracked(), Ordering::Acquire);
+        Ok(available.map_err(Broken::new)?.0 != self.queue.next_avail())
     }
 
     /// Puts the last popped chain back: it is in the available ring again.

@@ -204,6 +204,11 @@ impl Driver {
         index != self.rings[queue].next_used
     }
 
+    /// Whether the device interrupts for used buffers.
+    pub(super) fn is_interrupted(&self) -> bool {
+        wait(|| self.read(offset::INTERRUPT_STATUS) & 1 != 0)
+    }
+
     /// Whether the device says that it must be reset.
     pub(super) fn breaks(&self) -> bool {
         wait(|| self.read(offset::STATUS) & status::NEEDS_RESET != 0)

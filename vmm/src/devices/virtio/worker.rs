@@ -186,6 +186,8 @@ impl Shared {
         let turn = Turn {
             memory: &self.memory,
             rest: &self.rest,
+            interrupt: &self.interrupt,
+            doorbells: &self.doorbells,
         };
         let mut done = wakes.iter().try_for_each(|&wake| device.wake(wake, queues, &turn));
         let mut interrupt = false;

@@ -1,42 +1,35 @@
-//! The disk: what it offers, and what it does with requests.
+//! The disk: what it is made on, and what it offers.
 
 use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use rustix::fs::{FallocateFlags, fallocate, fdatasync};
-use vm_memory::{Bytes, GuestAddress};
+use std::sync::atomic::AtomicBool;
 
 use super::super::super::DeviceStateError;
 use super::super::device::{Broken, Device, Turn, Wake};
-use super::super::queue::{Chain, DeviceQueue};
-use super::request::{Extent, MOST_EXTENTS, Request, split};
-use super::{QUEUE_SIZE, SECTOR, WrittenBlocks, bounce, feature, state};
+use super::super::queue::DeviceQueue;
+use super::request::MOST_EXTENTS;
+use super::service::Job;
+use super::{QUEUE_SIZE, SECTOR, WrittenBlocks, feature, state};
 use crate::machine::{DiskAccess, DiskBackend};
-use crate::memory::{GuestMemory, total};
+use crate::memory::Ring;
 
 /// A disk on a file.
 pub(crate) struct Block {
-    file: File,
-    access: DiskAccess,
-    serial: String,
-    sectors: u64,
-    written: WrittenBlocks,
+    pub(super) file: Arc<File>,
+    /// Where the kernel has such: requests that come together go to it together.
+    pub(super) ring: Option<Ring<Job>>,
+    /// Requests came while another was carried out: the guest has several at a time.
+    pub(super) is_crowded: Cell<bool>,
+    pub(super) access: DiskAccess,
+    pub(super) serial: String,
+    pub(super) sectors: u64,
+    pub(super) written: WrittenBlocks,
     /// The last request failed, and that was said: a guest that asks again and again does not fill the log.
-    fails: Cell<bool>,
-    lost: Arc<AtomicBool>,
+    pub(super) fails: Cell<bool>,
+    pub(super) lost: Arc<AtomicBool>,
 }
-
-/// Status of a request.
-const OK: u8 = 0;
-const IO_ERROR: u8 = 1;
-const UNSUPPORTED: u8 = 2;
-
-/// Bytes of the serial number.
-const SERIAL_BYTES: usize = 20;
 
 impl Block {
     /// A disk on what was opened; its size is that of now. Nothing is read.
@@ -60,7 +53,14 @@ impl Block {
             serial,
             lost,
         } = backend;
+        let file = Arc::new(file);
+        let ring = Ring::new(Arc::clone(&file));
+        if let Err(error) = &ring {
+            tracing::info!(%error, "no io_uring here: requests to a disk go to the kernel one after the other");
+        }
         Self {
+            ring: ring.ok(),
+            is_crowded: Cell::new(false),
             lost,
             file,
             access,
@@ -74,118 +74,6 @@ impl Block {
     /// Which blocks the guest writes.
     pub(crate) fn written(&self) -> WrittenBlocks {
         self.written.clone()
-    }
-
-    /// Carries a request out; returns its status and how many bytes of data were written to the guest.
-    fn carry_out(&self, request: &Request, memory: &GuestMemory) -> (u8, u32) {
-        let writes = matches!(
-            request,
-            Request::Write { .. } | Request::Discard(_) | Request::WriteZeroes(_)
-        );
-        if writes && self.access == DiskAccess::ReadOnly {
-            return (IO_ERROR, 0);
-        }
-        let (done, written) = match request {
-            Request::Read { offset, data } => (self.read(*offset, memory, data), total(data)),
-            Request::Write { offset, data } => (self.write(*offset, memory, data), 0),
-            Request::Flush if self.access == DiskAccess::ReadOnly => (Ok(()), 0),
-            Request::Flush => (self.flush(), 0),
-            Request::Serial { data } => (self.tell_serial(memory, data), total(data).min(SERIAL_BYTES as u64)),
-            Request::Discard(extents) => (self.each(extents, FallocateFlags::PUNCH_HOLE), 0),
-            Request::WriteZeroes(extents) => (self.write_zeroes(extents), 0),
-            Request::Unsupported => return (UNSUPPORTED, 0),
-            Request::Impossible => return (IO_ERROR, 0),
-        };
-        // Also of one that failed: part of it may be on the disk.
-        match request {
-            Request::Write { offset, data } => self.written.mark(*offset, total(data)),
-            Request::Discard(extents) | Request::WriteZeroes(extents) => {
-                extents
-                    .iter()
-                    .for_each(|extent| self.written.mark(extent.offset, extent.len));
-            }
-            _ => {}
-        }
-        match done {
-            // A chain has at most 4 GiB, its status byte included.
-            Ok(()) => {
-                self.fails.set(false);
-                (OK, written as u32)
-            }
-            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => (UNSUPPORTED, 0),
-            Err(error) => {
-                if !self.fails.replace(true) {
-                    tracing::warn!(?request, %error, "a disk request failed: the guest is told of an I/O error");
-                }
-                (IO_ERROR, 0)
-            }
-        }
-    }
-
-    fn read(&self, offset: u64, memory: &GuestMemory, data: &[crate::memory::Span]) -> io::Result<()> {
-        match memory.read_file_at(self.file.as_fd(), offset, data) {
-            Err(error) if is_misaligned(&error) => bounce::read(&self.file, offset, memory, data),
-            other => other,
-        }
-    }
-
-    fn write(&self, offset: u64, memory: &GuestMemory, data: &[crate::memory::Span]) -> io::Result<()> {
-        match memory.write_file_at(self.file.as_fd(), offset, data) {
-            Err(error) if is_misaligned(&error) => bounce::write(&self.file, offset, memory, data),
-            other => other,
-        }
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        fdatasync(&self.file)?;
-        if self.lost.swap(false, Ordering::AcqRel) {
-            return Err(io::Error::other("what the guest wrote did not reach the disk"));
-        }
-        Ok(())
-    }
-
-    fn write_zeroes(&self, extents: &[Extent]) -> io::Result<()> {
-        extents.iter().try_for_each(|extent| {
-            let how = if extent.unmap {
-                FallocateFlags::PUNCH_HOLE
-            } else {
-                FallocateFlags::ZERO_RANGE
-            };
-            self.each(std::slice::from_ref(extent), how)
-        })
-    }
-
-    fn each(&self, extents: &[Extent], how: FallocateFlags) -> io::Result<()> {
-        let parts = extents.iter().filter(|extent| extent.len > 0);
-        for Extent { offset, len, .. } in parts {
-            fallocate(&self.file, how | FallocateFlags::KEEP_SIZE, *offset, *len)?;
-        }
-        Ok(())
-    }
-
-    fn tell_serial(&self, memory: &GuestMemory, data: &[crate::memory::Span]) -> io::Result<()> {
-        let mut serial = [0; SERIAL_BYTES];
-        let len = self.serial.len().min(SERIAL_BYTES);
-        serial[..len].copy_from_slice(&self.serial.as_bytes()[..len]);
-        let (room, _) = split(data, SERIAL_BYTES as u64);
-        let mut rest = &serial[..];
-        for span in room {
-            let (part, after) = rest.split_at(span.len as usize);
-            let told = memory.tracked().write_slice(part, GuestAddress(span.address));
-            told.map_err(io::Error::other)?;
-            rest = after;
-        }
-        Ok(())
-    }
-
-    fn serve(&self, chain: &Chain, memory: &GuestMemory) -> Result<u32, Broken> {
-        let (request, status) = Request::parse(chain, memory, self.sectors)?;
-        let (code, written) = self.carry_out(&request, memory);
-        memory
-            .tracked()
-            .write_obj(code, GuestAddress(status.address))
-            .map_err(Broken::new)?;
-        Ok(written.saturating_add(1))
     }
 }
 
@@ -232,7 +120,7 @@ impl Device for Block {
 
     fn wake(&mut self, wake: Wake, queues: &mut [DeviceQueue], turn: &Turn<'_>) -> Result<(), Broken> {
         let Wake::Queue(index) = wake else { return Ok(()) };
-        queues[index].serve(turn, |chain| self.serve(chain, turn.memory))
+        self.serve(&mut queues[index], turn)
     }
 
     fn save(&self) -> Vec<u8> {
@@ -243,9 +131,4 @@ impl Device for Block {
         (self.sectors, self.serial) = state::check(saved, self.sectors, self.access)?;
         Ok(())
     }
-}
-
-/// Direct I/O says so of buffers that do not lie as it wants them; spans outside memory never get here.
-fn is_misaligned(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::EINVAL)
 }

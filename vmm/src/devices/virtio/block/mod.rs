@@ -1,8 +1,13 @@
-//! The block device (virtio 1.2, 5.2): a file or a block device of the host as a disk, one queue, requests one after the other.
+//! The block device (virtio 1.2, 5.2): a file or a block device of the host as a disk, one queue. Requests that come together are under way
+//! together where the kernel has io_uring, and else carried out one after the other.
 
 mod bounce;
+#[cfg(test)]
+mod bursts;
+mod carrying_out;
 mod device;
 mod request;
+mod service;
 mod state;
 #[cfg(test)]
 mod tests;

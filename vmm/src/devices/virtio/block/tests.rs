@@ -15,13 +15,13 @@ const HEADER: u64 = 0x1000;
 const DATA: u64 = 0x2000;
 const STATUS: u64 = 0x9000;
 
-fn image(sectors: u64) -> File {
+pub(super) fn image(sectors: u64) -> File {
     let file = tempfile::tempfile().expect("file");
     file.set_len(sectors * 512).expect("size");
     file
 }
 
-fn disk(file: &File, access: DiskAccess) -> Box<Block> {
+pub(super) fn disk(file: &File, access: DiskAccess) -> Box<Block> {
     let backend = DiskBackend {
         file: file.try_clone().expect("descriptor"),
         access,
@@ -37,7 +37,7 @@ fn driver(file: &File) -> Driver {
     driver
 }
 
-fn span(address: u64, len: u32) -> Span {
+pub(super) fn span(address: u64, len: u32) -> Span {
     Span { address, len }
 }
 
