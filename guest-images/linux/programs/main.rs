@@ -2,9 +2,11 @@
 //!
 //!     ferry-guest records FILE PER_SECOND
 //!     ferry-guest echo PORT
+//!     ferry-guest flood ADDRESS:PORT
 
 mod chain;
 mod echo;
+mod flood;
 mod records;
 
 use std::process::ExitCode;
@@ -15,8 +17,9 @@ fn main() -> ExitCode {
     let outcome = match words[..] {
         ["records", file, per_second] => records::run(file, per_second.parse().unwrap_or(20)),
         ["echo", port] => echo::run(port.parse().unwrap_or(7000)),
+        ["flood", server] => flood::run(server),
         _ => {
-            eprintln!("ferry-guest records FILE PER_SECOND | ferry-guest echo PORT");
+            eprintln!("ferry-guest records FILE PER_SECOND | echo PORT | flood ADDRESS:PORT");
             return ExitCode::from(2);
         }
     };

@@ -15,6 +15,7 @@ mod hostile;
 mod jail;
 mod journal;
 mod lifecycle;
+mod limits;
 mod linux;
 mod linux_devices;
 mod moves;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         storage::trials(),
         linux_devices::trials(),
         networks::trials(),
+        limits::trials(),
         requests::trials(),
         aborts::trials(),
         agents::trials(),
