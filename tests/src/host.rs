@@ -1,7 +1,7 @@
 //! One agent as a process of its own, and the command line that asks it.
 
 use std::fs::{File, OpenOptions};
-use std::io::Read;
+use std::io::{Read, Seek, Write};
 use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -227,6 +227,26 @@ impl Host {
         Call::start(command, format!("ferry {} (at {})", words.join(" "), self.name))
     }
 
+    /// Types into an instance's console, which is attached to until the call is dropped.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn type_into(&self, instance: &str, text: &str) -> Result<Call> {
+        let mut command = Command::new(&self.ferry);
+        command
+            .args(["console", instance, "--attach"])
+            .env("FERRY_AGENT", self.url())
+            .env("NO_COLOR", "1");
+        let mut typed = tempfile::tempfile().context("failed to make a file for what is typed")?;
+        typed.write_all(text.as_bytes())?;
+        typed.rewind()?;
+        Call::start_reading(
+            command,
+            format!("ferry console {instance} --attach"),
+            Stdio::from(typed),
+        )
+    }
+
     /// The instance as this host shows it.
     ///
     /// # Errors
@@ -300,11 +320,12 @@ pub struct Call {
 }
 
 impl Call {
-    fn start(mut command: Command, name: String) -> Result<Self> {
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+    fn start(command: Command, name: String) -> Result<Self> {
+        Self::start_reading(command, name, Stdio::null())
+    }
+
+    fn start_reading(mut command: Command, name: String, stdin: Stdio) -> Result<Self> {
+        command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().with_context(|| format!("failed to start {name}"))?;
         let stdout = read_all(child.stdout.take().expect("stdout was piped"));
         let stderr = read_all(child.stderr.take().expect("stderr was piped"));

@@ -14,6 +14,7 @@ use crate::waiting::until;
 #[derive(Clone, Debug)]
 pub struct Linux {
     name: String,
+    memory: String,
     vcpus: u32,
     cmdline: String,
     image: Image,
@@ -28,11 +29,19 @@ impl Linux {
     pub fn new(name: &str) -> Result<Self> {
         Ok(Self {
             name: name.to_owned(),
+            memory: "256M".to_owned(),
             vcpus: 2,
             cmdline: CMDLINE.to_owned(),
             image: ferry_linux_guest::image().context("failed to get the Linux guest (cargo xtask linux --install)")?,
             devices: Vec::new(),
         })
+    }
+
+    /// The same with so much memory, as `ferry run --memory` takes it.
+    #[must_use]
+    pub fn memory(mut self, size: &str) -> Self {
+        size.clone_into(&mut self.memory);
+        self
     }
 
     /// The same with so many vCPUs.
@@ -77,7 +86,7 @@ impl Linux {
             "run",
             &self.name,
             "--memory",
-            "256M",
+            &self.memory,
             "--vcpus",
             &vcpus,
             "--kernel",
@@ -158,6 +167,18 @@ pub fn wait_printed(host: &Host, words: &str, times: usize, deadline: Duration) 
         let lines: Vec<&str> = text.lines().collect();
         format!("it printed:\n{}", lines[lines.len().saturating_sub(30)..].join("\n"))
     })
+}
+
+/// Has the guest's shell carry a line out, 60 bytes at most, and waits until it says that it did. No line twice: the first one's word
+/// would be taken for the second's.
+///
+/// # Errors
+/// If it does not.
+pub fn carry_out(host: &Host, name: &str, line: &str, deadline: Duration) -> Result<()> {
+    // Dropped, and so ended, once the guest has carried it out.
+    let _typing = host.type_into(name, &format!("{line}\n"))?;
+    wait_printed(host, &format!("DID {line}\n"), 1, deadline)?;
+    Ok(())
 }
 
 /// The numbers of the whole `TICK` lines in what a guest printed, of which none says that its data is damaged.

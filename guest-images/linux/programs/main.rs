@@ -3,10 +3,12 @@
 //!     ferry-guest records FILE PER_SECOND
 //!     ferry-guest echo PORT
 //!     ferry-guest button DEVICE
+//!     ferry-guest flood ADDRESS:PORT
 
 mod button;
 mod chain;
 mod echo;
+mod flood;
 mod records;
 
 use std::process::ExitCode;
@@ -18,8 +20,9 @@ fn main() -> ExitCode {
         ["records", file, per_second] => records::run(file, per_second.parse().unwrap_or(20)),
         ["button", device] => button::run(device),
         ["echo", port] => echo::run(port.parse().unwrap_or(7000)),
+        ["flood", server] => flood::run(server),
         _ => {
-            eprintln!("ferry-guest records FILE PER_SECOND | ferry-guest echo PORT | ferry-guest button DEVICE");
+            eprintln!("ferry-guest records FILE PER_SECOND | echo PORT | flood ADDRESS:PORT | button DEVICE");
             return ExitCode::from(2);
         }
     };

@@ -35,7 +35,7 @@ mod spawn;
 mod vmm_client;
 pub(crate) mod vmm_user;
 
-pub(crate) use backends::is_interface_name;
+pub(crate) use backends::{NIC_RATES, is_interface_name};
 pub use config::AgentConfig;
 pub(crate) use host::remove_leftovers;
 pub use serve::serve;

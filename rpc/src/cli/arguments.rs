@@ -196,8 +196,8 @@ pub(super) struct RunArguments {
     /// A raw image or a block device, opened by the agent; may be given again
     #[arg(long = "disk", value_name = "path=FILE[,readonly=on][,serial=TEXT]", value_parser = devices::disk)]
     pub(super) disks: Vec<DiskArgument>,
-    /// A network card on a tap, or on a bridge by a tap of its own; may be given again
-    #[arg(long = "net", value_name = "tap=NAME|bridge=NAME[,mac=ADDRESS]", value_parser = devices::nic)]
+    /// A network card on a tap, or on a bridge by a tap of its own, sending and receiving at RATE each at most; may be given again
+    #[arg(long = "net", value_name = "tap=NAME|bridge=NAME[,mac=ADDRESS][,rate=RATE]", value_parser = devices::nic)]
     pub(super) nics: Vec<NicArgument>,
 }
 

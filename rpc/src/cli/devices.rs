@@ -4,7 +4,8 @@
 
 use std::path::PathBuf;
 
-use crate::agent::is_interface_name;
+use super::quantities;
+use crate::agent::{NIC_RATES, is_interface_name};
 use crate::mac::MacAddress;
 
 /// What `--disk` says.
@@ -25,6 +26,8 @@ pub(super) struct NicArgument {
     pub(super) end: NicEnd,
     /// Its address; the agent makes one where there is none.
     pub(super) mac: Option<MacAddress>,
+    /// What the guest may send, and as much receive, at most: bytes a second.
+    pub(super) rate: Option<u64>,
 }
 
 /// A network card's other end.
@@ -52,9 +55,9 @@ pub(super) fn disk(text: &str) -> Result<DiskArgument, String> {
     })
 }
 
-/// A network card: `tap=T[,mac=M]` or `bridge=B[,mac=M]`.
+/// A network card: `tap=T` or `bridge=B`, and then `[,mac=M][,rate=R]`.
 pub(super) fn nic(text: &str) -> Result<NicArgument, String> {
-    let [tap, bridge, mac] = values(text, ["tap", "bridge", "mac"])?;
+    let [tap, bridge, mac, rate] = values(text, ["tap", "bridge", "mac", "rate"])?;
     let end = match (tap, bridge) {
         (Some(tap), None) => NicEnd::Tap(interface(tap)?),
         (None, Some(bridge)) => NicEnd::Bridge(interface(bridge)?),
@@ -64,7 +67,17 @@ pub(super) fn nic(text: &str) -> Result<NicArgument, String> {
     Ok(NicArgument {
         end,
         mac: mac.map(str::parse).transpose()?,
+        rate: rate.map(nic_rate).transpose()?,
     })
+}
+
+fn nic_rate(text: &str) -> Result<u64, String> {
+    let rate = quantities::bandwidth(text).map_err(|problem| format!("rate={text}: {problem}"))?;
+    if NIC_RATES.contains(&rate) {
+        Ok(rate)
+    } else {
+        Err(format!("rate={text}: must be between 64Kbit and 1Tbit"))
+    }
 }
 
 fn interface(name: &str) -> Result<String, String> {
@@ -136,6 +149,22 @@ mod tests {
         assert!(end("tap=a,bridge=b").unwrap_err().contains("both"));
         assert!(end("bridge=a-name-too-long-by-far").unwrap_err().contains("15 bytes"));
         assert!(end("tap=fry%d").unwrap_err().contains("'%'"));
+    }
+
+    #[test]
+    fn a_card_may_be_limited() {
+        let rate = |text: &str| nic(text).map(|nic| nic.rate);
+        assert_eq!(rate("tap=tap0"), Ok(None));
+        assert_eq!(rate("tap=tap0,rate=100Mbit"), Ok(Some(12_500_000)));
+        assert_eq!(rate("bridge=br0,rate=64Kbit/s"), Ok(Some(8_000)));
+        assert_eq!(rate("bridge=br0,rate=1Tbit"), Ok(Some(125_000_000_000)));
+        for odd in [
+            "63Kbit", "2Tbit", "0Mbit", "100", "100MB", "-1Mbit", "NaNMbit", "Mbit", "1e3Mbit",
+        ] {
+            let told = rate(&format!("tap=tap0,rate={odd}")).unwrap_err();
+            assert!(told.contains(&format!("rate={odd}")), "{told}");
+        }
+        assert!(rate("tap=tap0,rate=").unwrap_err().contains("rate has no value"));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::arguments::{Named, RunArguments};
 use super::client::{Agent, LONG_PATIENCE, PATIENCE, within};
 use super::devices::{DiskArgument, NicArgument, NicEnd};
 use super::failure::{Exit, Failure, Outcome};
-use super::output::{self, Format, Table, human_bytes, or_dash};
+use super::output::{self, Format, Table, human_bandwidth, human_bytes, or_dash};
 
 /// A change of an instance that takes its name and gives back what it is now.
 #[derive(Debug, Clone, Copy)]
@@ -170,6 +170,7 @@ fn nic(argument: NicArgument) -> NicSpec {
         tap,
         bridge,
         mac: argument.mac.map(|mac| mac.to_string()).unwrap_or_default(),
+        rate_bytes_per_s: argument.rate,
     }
 }
 
@@ -252,9 +253,13 @@ fn disk_line(disk: &DiskSpec) -> String {
 }
 
 fn nic_line(nic: &NicSpec) -> String {
+    let rate = nic
+        .rate_bytes_per_s
+        .map(|rate| format!(", at most {} each way", human_bandwidth(rate)));
+    let rate = rate.unwrap_or_default();
     match (&nic.tap, &nic.bridge) {
-        (Some(tap), _) => format!("{} on tap {tap}", nic.mac),
-        (None, bridge) => format!("{} on bridge {}", nic.mac, or_dash(bridge.as_ref())),
+        (Some(tap), _) => format!("{} on tap {tap}{rate}", nic.mac),
+        (None, bridge) => format!("{} on bridge {}{rate}", nic.mac, or_dash(bridge.as_ref())),
     }
 }
 
@@ -288,6 +293,7 @@ mod tests {
             nics: vec![NicSpec {
                 bridge: Some("br0".into()),
                 mac: "02:00:00:00:00:01".into(),
+                rate_bytes_per_s: Some(12_500_000),
                 ..Default::default()
             }],
             ..Default::default()
@@ -299,11 +305,12 @@ mod tests {
         );
         assert_eq!(
             object["nics"],
-            json!([{ "tap": null, "bridge": "br0", "mac": "02:00:00:00:00:01" }])
+            json!([{ "tap": null, "bridge": "br0", "mac": "02:00:00:00:00:01", "rate_bytes_per_s": 12_500_000 }])
         );
         let shown = details(&info);
         assert!(shown.contains("disk       /srv/web.img, read-only"), "{shown}");
-        assert!(shown.contains("net        02:00:00:00:00:01 on bridge br0"), "{shown}");
+        let card = "net        02:00:00:00:00:01 on bridge br0, at most 100Mbit each way";
+        assert!(shown.contains(card), "{shown}");
     }
 
     #[test]

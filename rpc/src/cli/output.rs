@@ -135,6 +135,17 @@ pub(super) fn human_rate(bytes_per_s: f64) -> String {
     format!("{}/s", human_bytes(bytes_per_s.max(0.0) as u64))
 }
 
+/// Bytes a second as `--net` and `--bandwidth` take them: `100Mbit`.
+pub(super) fn human_bandwidth(bytes_per_s: u64) -> String {
+    let bits = bytes_per_s as f64 * 8.0;
+    let units = [(1e12, "Tbit"), (1e9, "Gbit"), (1e6, "Mbit")];
+    let (unit, name) = units
+        .into_iter()
+        .find(|(unit, _)| bits >= *unit)
+        .unwrap_or((1e3, "Kbit"));
+    format!("{}{name}", bits / unit)
+}
+
 /// Milliseconds as people read them: `0.41 ms`, `12.3 ms`, `1.52 s`.
 pub(super) fn human_ms(ms: f64) -> String {
     match ms.abs() {
@@ -183,6 +194,9 @@ mod tests {
         assert_eq!(human_bytes(512 << 20), "512 MiB");
         assert_eq!(human_bytes(3 << 29), "1.50 GiB");
         assert_eq!(human_rate(1024.0 * 1024.0), "1 MiB/s");
+        assert_eq!(human_bandwidth(12_500_000), "100Mbit");
+        assert_eq!(human_bandwidth(312_500_000), "2.5Gbit");
+        assert_eq!(human_bandwidth(8_000), "64Kbit");
         assert_eq!(human_ms(0.414), "0.41 ms");
         assert_eq!(human_ms(12.34), "12.3 ms");
         assert_eq!(human_ms(1520.0), "1.52 s");

@@ -1,6 +1,7 @@
 //! The descriptors that came with the order to build a machine: what the machine gets of them, and what this process keeps.
 
 use std::fs::File;
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -75,7 +76,11 @@ impl HostSide {
                 mac,
             });
             let mac = mac.octets();
-            backends.nics.push(NicBackend { tap, mac });
+            backends.nics.push(NicBackend {
+                tap,
+                mac,
+                rate: NonZeroU64::new(nic.rate_bytes_per_s),
+            });
         }
         ensure!(
             descriptors.next().is_none(),
@@ -120,6 +125,7 @@ mod tests {
             ],
             nics: vec![wire::Nic {
                 mac: "02:00:00:00:00:01".to_owned(),
+                rate_bytes_per_s: 8_000,
             }],
             ..MachineSpec::default()
         }
@@ -138,6 +144,7 @@ mod tests {
         assert_eq!((a.access, b.access), (DiskAccess::ReadWrite, DiskAccess::ReadOnly));
         assert_eq!(b.serial, "b");
         assert_eq!(host.backends.nics[0].mac, [2, 0, 0, 0, 0, 1]);
+        assert_eq!(host.backends.nics[0].rate, NonZeroU64::new(8_000));
     }
 
     #[test]

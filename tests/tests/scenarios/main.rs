@@ -16,6 +16,7 @@ mod hostile;
 mod jail;
 mod journal;
 mod lifecycle;
+mod limits;
 mod linux;
 mod linux_devices;
 mod linux_stop;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         linux_stop::trials(),
         device_work::trials(),
         networks::trials(),
+        limits::trials(),
         requests::trials(),
         aborts::trials(),
         agents::trials(),

@@ -2,6 +2,7 @@
 //! makes no interface.
 
 use std::fs::File;
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -45,4 +46,6 @@ pub struct NicBackend {
     pub tap: OwnedFd,
     /// The card's address.
     pub mac: [u8; 6],
+    /// How many bytes a second the guest may send, and as many receive, at most.
+    pub rate: Option<NonZeroU64>,
 }

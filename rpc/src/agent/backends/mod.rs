@@ -16,7 +16,7 @@ use ferry_proto::vmm::v1 as wire;
 use uuid::Uuid;
 
 pub(crate) use self::nics::is_interface_name;
-pub(crate) use self::spec::{check, complete};
+pub(crate) use self::spec::{NIC_RATES, check, complete};
 use super::failure::Failure;
 use super::instances::Agent;
 
@@ -87,7 +87,10 @@ fn open(spec: &InstanceSpec, whose: Whose, host: &str, allowed: Option<&[PathBuf
     for nic in &spec.nics {
         let refused = |error| Failure::Refused(format!("host {host} failed to {}", crate::error_chain(&error)));
         let tap = nics::open(nic).map_err(refused)?;
-        opened.nics.push(wire::Nic { mac: nic.mac.clone() });
+        opened.nics.push(wire::Nic {
+            mac: nic.mac.clone(),
+            rate_bytes_per_s: nic.rate_bytes_per_s.unwrap_or_default(),
+        });
         opened.descriptors.push(tap);
     }
     Ok(opened)

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use ferry_proto::InvalidField;
@@ -15,6 +16,8 @@ use crate::mac::MacAddress;
 /// is kept for what needs no backend.
 const MOST_DISKS: usize = 8;
 const MOST_NICS: usize = 6;
+/// The rates that a network card can be limited to, bytes a second: 64 Kbit/s, at which the longest frame takes 8 seconds, to 1 Tbit/s.
+pub(crate) const NIC_RATES: RangeInclusive<u64> = 8_000..=125_000_000_000;
 /// The longest serial number that a guest can be told (virtio 1.2, 5.2.6.1).
 const LONGEST_SERIAL: usize = 20;
 
@@ -82,7 +85,13 @@ fn check_nics(nics: &[NicSpec]) -> Result<(), String> {
         return Err(format!("{} are more than {MOST_NICS}", nics.len()));
     }
     let (mut macs, mut taps) = (HashSet::new(), HashSet::new());
-    for NicSpec { tap, bridge, mac } in nics {
+    for nic in nics {
+        let NicSpec {
+            tap,
+            bridge,
+            mac,
+            rate_bytes_per_s,
+        } = nic;
         let ((Some(name), None) | (None, Some(name))) = (tap, bridge) else {
             return Err("a card is on a tap or on a bridge".to_owned());
         };
@@ -94,6 +103,13 @@ fn check_nics(nics: &[NicSpec]) -> Result<(), String> {
         }
         if !macs.insert(mac.parse::<MacAddress>()?) {
             return Err(format!("MAC address {mac} is there twice"));
+        }
+        if let Some(rate) = rate_bytes_per_s.filter(|rate| !NIC_RATES.contains(rate)) {
+            return Err(format!(
+                "a card's rate of {rate} bytes a second is not between {} and {}",
+                NIC_RATES.start(),
+                NIC_RATES.end()
+            ));
         }
     }
     Ok(())
@@ -115,6 +131,7 @@ mod tests {
             tap: Some(tap.to_owned()),
             bridge: None,
             mac: mac.to_owned(),
+            rate_bytes_per_s: None,
         }
     }
 
@@ -160,6 +177,13 @@ mod tests {
         };
         assert!(check_nics(&[both]).unwrap_err().contains("tap or on a bridge"));
         assert!(check_nics(&[NicSpec::default()]).is_err());
+        for rate in [0, 7_999, 125_000_000_001, u64::MAX] {
+            let odd = NicSpec {
+                rate_bytes_per_s: Some(rate),
+                ..nic("tap0", mac)
+            };
+            assert!(check_nics(&[odd]).unwrap_err().contains(&format!("rate of {rate} ")));
+        }
         let same_tap = [nic("tap0", mac), nic("tap0", "02:00:00:00:00:02")];
         assert!(check_nics(&same_tap).unwrap_err().contains("tap tap0 is there twice"));
         assert!(

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -29,6 +30,8 @@ pub(crate) enum Wake {
     Queue(usize),
     /// The backend has something to say, or took what it had no room for.
     Backend,
+    /// It is as late as the device said ([`Device::due`]).
+    Timer,
 }
 
 /// What a device has for one turn of work.
@@ -114,6 +117,12 @@ pub(crate) trait Device: Send {
     /// What the backend is waited for.
     fn interest(&self) -> Interest {
         Interest::default()
+    }
+
+    /// When the device wants to be woken although nothing happens: at this instant or soon after. A time that has passed must not be
+    /// given again and again: the worker would not rest between.
+    fn due(&self) -> Option<Instant> {
+        None
     }
 
     /// Whether the configuration has changed since the last call, which the driver is then told.

@@ -52,6 +52,7 @@ fn device(schema: &str) -> Box<dyn Device> {
             Box::new(Net::new(NicBackend {
                 tap: OwnedFd::from(tap),
                 mac: [2, 0, 0, 0, 0, 9],
+                rate: None,
             }))
         }
         "ferry.virtio-rng" => Box::new(Entropy),

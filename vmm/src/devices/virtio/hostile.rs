@@ -60,7 +60,7 @@ pub(crate) fn work_on(bytes: &[u8]) {
         interrupt: &interrupt,
         doorbells: &doorbells,
     };
-    for wake in (0..queues.len()).map(Wake::Queue).chain([Wake::Backend]) {
+    for wake in (0..queues.len()).map(Wake::Queue).chain([Wake::Backend, Wake::Timer]) {
         if device.wake(wake, &mut queues, &turn).is_err() {
             return;
         }
@@ -92,6 +92,7 @@ fn device(which: u8) -> Box<dyn Device> {
             Box::new(Net::new(NicBackend {
                 tap: OwnedFd::from(tap),
                 mac: [2; 6],
+                rate: None,
             }))
         }
         2 => Box::<Balloon>::default(),

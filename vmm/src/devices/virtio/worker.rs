@@ -2,9 +2,9 @@
 //! while the machine stands still.
 //!
 //! ```text
-//!   resting ──go on──► waiting ──event──► busy ──nothing left──► waiting
-//!      ▲                  │                 │
-//!      └──────rest────────┴──once it ends───┘
+//!   resting ──go on──► waiting ──event, or late enough──► busy ──nothing left──► waiting
+//!      ▲                  │                                    │
+//!      └──────rest────────┴──────────once it ends──────────────┘
 //! ```
 //!
 //! Who asks for rest waits until the device is not busy: then nothing is in flight, and queues and device stay as they are.
@@ -176,10 +176,10 @@ impl Shared {
     }
 
     /// Lets the device work, and tells the guest what came of it.
-    fn turn(&self, wakes: &[Wake]) -> Interest {
+    fn turn(&self, wakes: &[Wake]) -> Next {
         let mut work = self.work();
         if work.queues.is_empty() {
-            return Interest::default();
+            return Next::default();
         }
         let Work { device, queues } = &mut *work;
         queues.iter_mut().for_each(DeviceQueue::begin_turn);
@@ -212,13 +212,23 @@ impl Shared {
             self.broken.store(true, Ordering::Release);
             work.queues.clear();
             self.interrupt.raise(CONFIG_CHANGED);
-            return Interest::default();
+            return Next::default();
         }
         if work.device.take_config_change() {
             self.publish_config(&work);
         }
-        work.device.interest()
+        Next {
+            interest: work.device.interest(),
+            due: work.device.due(),
+        }
     }
+}
+
+/// What the worker waits for after a turn, besides doorbells.
+#[derive(Debug, Clone, Copy, Default)]
+struct Next {
+    interest: Interest,
+    due: Option<Instant>,
 }
 
 /// The thread. Dropping it ends it.
@@ -286,8 +296,9 @@ fn serve(shared: &Shared, epoll: &Epoll) -> io::Result<()> {
     let mut events = [EpollEvent::default(); 16];
     let mut wakes = Vec::new();
     let mut waiting_for = Interest::default();
+    let mut due = None;
     loop {
-        let count = match epoll.wait(-1, &mut events) {
+        let count = match epoll.wait(milliseconds_until(due), &mut events) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(error),
@@ -305,18 +316,30 @@ fn serve(shared: &Shared, epoll: &Epoll) -> io::Result<()> {
                 }
             }
         }
+        if due.is_some_and(|due| due <= Instant::now()) {
+            wakes.push(Wake::Timer);
+        }
         let Some(look) = shared.begin() else { return Ok(()) };
         if look {
             wakes = (0..shared.doorbells.0.len()).map(Wake::Queue).collect();
             wakes.push(Wake::Backend);
         }
-        let interest = shared.turn(&wakes);
+        let next = shared.turn(&wakes);
         shared.end();
+        due = next.due;
+        let interest = next.interest;
         if interest != waiting_for {
             wait_for(shared, epoll, waiting_for, interest)?;
             waiting_for = interest;
         }
     }
+}
+
+/// How long to wait, as `epoll_wait` takes it; rounded up, or the last part of a millisecond would be waited for by looking.
+fn milliseconds_until(due: Option<Instant>) -> i32 {
+    let Some(due) = due else { return -1 };
+    let left = due.saturating_duration_since(Instant::now());
+    i32::try_from(left.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
 }
 
 /// Changes what the backend's descriptor is waited for.

@@ -1,11 +1,13 @@
 //! The card: what it offers, and who does the work.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
 
 use super::super::super::DeviceStateError;
 use super::super::device::{Broken, Device, Interest, Turn, Wake};
 use super::super::queue::DeviceQueue;
 use super::control::{self, Answer};
+use super::limit::Bucket;
 use super::receive::{self, Room};
 use super::transmit::{self, Sent};
 use super::{CONTROL, RECEIVE, TRANSMIT, feature, state};
@@ -20,12 +22,19 @@ pub(crate) struct Net {
     announce: bool,
     config_changed: bool,
     interest: Interest,
+    /// What bounds the sending, and what the receiving. They know nothing of the driver: a guest that resets its card gains nothing.
+    transmit_limit: Option<Bucket>,
+    receive_limit: Option<Bucket>,
+    /// Whether frames of the guest's, or of the tap's, wait for their bucket to open.
+    transmit_waits: bool,
+    receive_waits: bool,
 }
 
 impl Net {
     /// A card on what was opened.
     pub(crate) fn new(backend: NicBackend) -> Self {
-        let NicBackend { tap, mac } = backend;
+        let NicBackend { tap, mac, rate } = backend;
+        let limit = || rate.map(|rate| Bucket::new(rate, Instant::now()));
         Self {
             tap,
             mac,
@@ -33,18 +42,26 @@ impl Net {
             announce: false,
             config_changed: false,
             interest: Interest::default(),
+            transmit_limit: limit(),
+            receive_limit: limit(),
+            transmit_waits: false,
+            receive_waits: false,
         }
     }
 
     fn receive(&mut self, queues: &mut [DeviceQueue], turn: &Turn<'_>) -> Result<(), Broken> {
-        let room = receive::frames(self.tap.as_fd(), &mut queues[RECEIVE], self.features, turn)?;
+        let limit = &mut self.receive_limit;
+        let room = receive::frames(self.tap.as_fd(), &mut queues[RECEIVE], self.features, limit, turn)?;
+        self.receive_waits = room == Room::Limited;
         // Without room, frames wait in the tap until the guest rings.
         self.interest.readable = room == Room::Left;
         Ok(())
     }
 
     fn transmit(&mut self, queues: &mut [DeviceQueue], turn: &Turn<'_>) -> Result<(), Broken> {
-        let sent = transmit::frames(self.tap.as_fd(), &mut queues[TRANSMIT], turn)?;
+        let limit = &mut self.transmit_limit;
+        let sent = transmit::frames(self.tap.as_fd(), &mut queues[TRANSMIT], limit, turn)?;
+        self.transmit_waits = sent == Sent::Limited;
         self.interest.writable = sent == Sent::TapIsFull;
         Ok(())
     }
@@ -106,6 +123,7 @@ impl Device for Net {
         self.features = 0;
         self.announce = false;
         self.interest = Interest::default();
+        (self.transmit_waits, self.receive_waits) = (false, false);
     }
 
     fn wake(&mut self, wake: Wake, queues: &mut [DeviceQueue], turn: &Turn<'_>) -> Result<(), Broken> {
@@ -126,6 +144,15 @@ impl Device for Net {
                 }
                 self.receive(queues, turn)
             }
+            Wake::Timer => {
+                if self.transmit_waits {
+                    self.transmit(queues, turn)?;
+                }
+                if self.receive_waits {
+                    self.receive(queues, turn)?;
+                }
+                Ok(())
+            }
         }
     }
 
@@ -135,6 +162,15 @@ impl Device for Net {
 
     fn interest(&self) -> Interest {
         self.interest
+    }
+
+    fn due(&self) -> Option<Instant> {
+        let opens = |waits: bool, limit: &Option<Bucket>| limit.as_ref().filter(|_| waits)?.opens();
+        let (transmit, receive) = (
+            opens(self.transmit_waits, &self.transmit_limit),
+            opens(self.receive_waits, &self.receive_limit),
+        );
+        transmit.into_iter().chain(receive).min()
     }
 
     fn take_config_change(&mut self) -> bool {

@@ -2,6 +2,7 @@
 
 mod control;
 mod device;
+mod limit;
 mod receive;
 mod state;
 #[cfg(test)]

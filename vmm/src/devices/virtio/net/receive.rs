@@ -3,21 +3,25 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::time::Instant;
 
 use vm_memory::{Bytes, GuestAddress};
 
 use super::super::device::{Broken, Turn};
 use super::super::queue::{Chain, DeviceQueue};
+use super::limit::Bucket;
 use super::{BUFFER_COUNT, HEADER_BYTES, LONGEST_FRAME, feature};
 use crate::memory::{GuestMemory, Span, total};
 
-/// Whether the guest has buffers left.
+/// Whether the guest can take more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Room {
     /// It has.
     Left,
     /// It has too few for a frame: it rings when there are more.
     None,
+    /// The card may not receive faster.
+    Limited,
 }
 
 /// What a driver must have room for where it takes no large frames (virtio 1.2, 5.1.6.3.1).
@@ -34,6 +38,7 @@ pub(super) fn frames(
     tap: BorrowedFd<'_>,
     queue: &mut DeviceQueue,
     features: u64,
+    limit: &mut Option<Bucket>,
     turn: &Turn<'_>,
 ) -> Result<Room, Broken> {
     let mergeable = features & feature::MRG_RXBUF != 0;
@@ -44,6 +49,10 @@ pub(super) fn frames(
     queue.ignore(turn.memory)?;
     for _ in 0..MOST_FRAMES {
         if turn.is_to_end() {
+            break;
+        }
+        if limit.as_mut().is_some_and(|limit| !limit.is_open(Instant::now())) {
+            room = Room::Limited;
             break;
         }
         while !gather(queue, &mut taken, needed, mergeable, turn.memory)? {
@@ -67,7 +76,12 @@ pub(super) fn frames(
         };
         match turn.memory.read_packet(tap, &spans) {
             Ok(len) if (len as u64) < HEADER_BYTES => {}
-            Ok(len) => deliver(len as u64, queue, &mut taken, turn.memory)?,
+            Ok(len) => {
+                if let Some(limit) = limit {
+                    limit.take(len as u64);
+                }
+                deliver(len as u64, queue, &mut taken, turn.memory)?;
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
             Err(error) => {
                 tracing::debug!(%error, "the tap gives no frame");

@@ -1,5 +1,6 @@
 //! The card behind its registers and queues; a pair of datagram sockets keeps frames apart as a tap does.
 
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 
@@ -14,13 +15,17 @@ const MAC: [u8; 6] = [2, 1, 2, 3, 4, 5];
 const BUFFERS: u64 = 0x1_0000;
 
 fn card() -> (Box<Net>, UnixDatagram) {
+    limited_card(None)
+}
+
+fn limited_card(rate: Option<NonZeroU64>) -> (Box<Net>, UnixDatagram) {
     let (ours, theirs) = UnixDatagram::pair().expect("pair");
     ours.set_nonblocking(true).expect("socket");
     theirs
         .set_read_timeout(Some(std::time::Duration::from_secs(20)))
         .expect("socket");
     let tap = OwnedFd::from(ours);
-    (Box::new(Net::new(NicBackend { tap, mac: MAC })), theirs)
+    (Box::new(Net::new(NicBackend { tap, mac: MAC, rate })), theirs)
 }
 
 fn driver(features: u64) -> (Driver, UnixDatagram) {
@@ -138,6 +143,7 @@ fn address_is_the_guests_wherever_it_goes() {
     let backend = NicBackend {
         tap: ours.into(),
         mac: [9; 6],
+        rate: None,
     };
     let after = driver.moved_to(Box::new(Net::new(backend)));
     assert_eq!(after.read(offset::CONFIG).to_le_bytes(), MAC[..4]);
@@ -156,10 +162,113 @@ fn saved_card_of_another_kind_is_refused() {
     assert!(
         Net::new(NicBackend {
             tap: tempfile::tempfile().expect("file").into(),
-            mac: MAC
+            mac: MAC,
+            rate: None,
         })
         .restore(&[0x0a, 1, 7])
         .is_err()
     );
     assert!(!card.save().is_empty());
+}
+
+/// A card of so many bytes a second, set up.
+fn limited(rate: u64) -> (Driver, UnixDatagram) {
+    let (card, wire) = limited_card(NonZeroU64::new(rate));
+    let mut driver = Driver::new(card);
+    driver.set_up(feature::MRG_RXBUF);
+    (driver, wire)
+}
+
+const LONG: usize = 40_000;
+
+fn give_long_frame(driver: &mut Driver) {
+    driver.put(BUFFERS, &frame(LONG));
+    driver.give(TRANSMIT, &[(span(BUFFERS, 12 + LONG as u32), false)]);
+}
+
+fn arrives(wire: &UnixDatagram) -> bool {
+    let mut found = vec![0; 2 * LONG];
+    wire.recv(&mut found).is_ok_and(|len| found[..len] == frame(LONG))
+}
+
+#[test]
+fn limited_card_comes_to_rest_and_what_it_did_not_send_moves() {
+    // After a burst of one longest frame, years.
+    let (mut driver, wire) = limited(1);
+    (0..3).for_each(|_| give_long_frame(&mut driver));
+    assert!(arrives(&wire) && arrives(&wire));
+    assert_eq!([driver.used(TRANSMIT), driver.used(TRANSMIT)], [Some(0), Some(0)]);
+    assert!(driver.rest());
+    assert!(!driver.has_used(TRANSMIT));
+
+    let (card, other_wire) = card();
+    let mut after = driver.moved_to(card);
+    after.device.go_on();
+    assert!(arrives(&other_wire));
+    assert_eq!(after.used(TRANSMIT), Some(0));
+}
+
+#[test]
+fn limited_card_sends_on_as_soon_as_it_may_without_being_rung() {
+    let (mut driver, wire) = limited(1_000_000);
+    (0..8).for_each(|_| give_long_frame(&mut driver));
+    assert!((0..8).all(|_| arrives(&wire)));
+    assert!((0..8).all(|_| driver.used(TRANSMIT) == Some(0)));
+}
+
+#[test]
+fn limited_card_receives_on_as_soon_as_it_may() {
+    let (mut driver, wire) = limited(1_000_000);
+    for index in 0..16 {
+        driver.give(RECEIVE, &[(span(BUFFERS + index * 0x1_0000, 0x1_0000), true)]);
+    }
+    for _ in 0..8 {
+        wire.send(&frame(LONG)).expect("frame");
+        assert_eq!(driver.used(RECEIVE), Some(12 + LONG as u32));
+    }
+}
+
+#[test]
+fn limited_card_leaves_in_the_tap_what_is_too_much() {
+    let (mut driver, wire) = limited(1);
+    for index in 0..16 {
+        driver.give(RECEIVE, &[(span(BUFFERS + index * 0x1_0000, 0x1_0000), true)]);
+    }
+    for _ in 0..3 {
+        wire.send(&frame(LONG)).expect("frame");
+    }
+    assert_eq!(
+        [driver.used(RECEIVE), driver.used(RECEIVE)],
+        [Some(12 + LONG as u32); 2]
+    );
+    // Each of these has the card look at its tap once more.
+    for _ in 0..3 {
+        assert!(driver.rest());
+        driver.device.go_on();
+    }
+    assert!(driver.rest());
+    assert!(!driver.has_used(RECEIVE));
+}
+
+#[test]
+fn resetting_a_limited_card_gains_nothing() {
+    let (mut driver, wire) = limited(1);
+    (0..2).for_each(|_| give_long_frame(&mut driver));
+    assert!(arrives(&wire) && arrives(&wire));
+    assert_eq!([driver.used(TRANSMIT), driver.used(TRANSMIT)], [Some(0), Some(0)]);
+    driver.set_up(feature::MRG_RXBUF);
+
+    give_long_frame(&mut driver);
+    // A turn that ended has looked at the ring.
+    driver.put(BUFFERS + LONG as u64 * 2, &[0, 0, 0xff]);
+    driver.give(
+        CONTROL,
+        &[
+            (span(BUFFERS + LONG as u64 * 2, 2), false),
+            (span(BUFFERS + LONG as u64 * 2 + 2, 1), true),
+        ],
+    );
+    assert_eq!(driver.used(CONTROL), Some(1));
+    assert!(driver.rest());
+    assert!(!driver.has_used(TRANSMIT));
 }
