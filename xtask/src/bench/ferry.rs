@@ -52,7 +52,7 @@ impl Binary {
         pair.b.start()?;
         let guest = Guest::new("g")
             .memory_mib(workload.memory_mib)
-            .work(&workload.full_cmdline());
+            .work(&workload.full_cmdline(None));
         let witness = pair.run(&guest)?;
         let before = beats(&witness, "a").len();
         wait_for_beats(&witness, "a", before + BEATS_BEFORE)?;
@@ -65,6 +65,7 @@ impl Binary {
 
         let seen = compare(&beats(&witness, "a"), &beats(&witness, "b"), witness.tsc_khz(), began)?;
         Ok(Sample {
+            tsc_khz: witness.tsc_khz(),
             total_ms: moved.number("total_ms")?,
             gap_ms: seen.gap_ms,
             reported_downtime_ms: moved.number("downtime_ms.total").ok(),

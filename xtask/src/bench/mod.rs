@@ -66,6 +66,8 @@ struct Sample {
     reader_gap_ms: Option<f64>,
     /// Bytes sent.
     bytes: Option<f64>,
+    /// What the guest took its clock to run at.
+    tsc_khz: u64,
     /// How much the guest's clock lost over the move.
     clock_lost_ms: Option<f64>,
 }
@@ -142,11 +144,14 @@ fn measure(workload: &Workload, options: &Options, ferry: &ferry::Binary) -> Res
     };
     let mut contenders = vec![Contender::new("ferry")];
     contenders.extend(modes.iter().map(|mode| Contender::new(mode.name())));
+    let mut tsc_khz = None;
     for round in 1..=options.runs {
         eprintln!("{}: run {round} of {}", workload.name, options.runs);
-        contenders[0].add(ferry.run(workload));
+        let moved = ferry.run(workload);
+        tsc_khz = moved.as_ref().map_or(tsc_khz, |sample| Some(sample.tsc_khz));
+        contenders[0].add(moved);
         for (mode, contender) in modes.iter().zip(&mut contenders[1..]) {
-            contender.add(qemu::run(*mode, workload));
+            contender.add(qemu::run(*mode, workload, tsc_khz));
         }
     }
     Ok(contenders)

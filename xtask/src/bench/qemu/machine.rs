@@ -33,12 +33,18 @@ impl Machine {
     ///
     /// # Errors
     /// What QEMU said on its standard error if it ended at once.
-    pub(super) fn start(folder: &Path, name: &str, workload: &Workload, incoming: bool) -> Result<Self> {
+    pub(super) fn start(
+        folder: &Path,
+        name: &str,
+        workload: &Workload,
+        tsc_khz: Option<u64>,
+        incoming: bool,
+    ) -> Result<Self> {
         let socket = folder.join(name);
         let complaints = folder.join(format!("{name}.err"));
         let kernel = folder.join("probe.elf");
         fs::write(&kernel, ferry_probe::PROBE_ELF).context("failed to write the probe")?;
-        let mut command = command(workload.memory_mib, &kernel, &workload.full_cmdline());
+        let mut command = command(workload.memory_mib, &kernel, &workload.full_cmdline(tsc_khz));
         command
             .args(["-serial", "stdio"])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])

@@ -77,17 +77,17 @@ const INSTALL: &str =
     "    echo 'deb http://deb.debian.org/debian bookworm-backports main' > /etc/apt/sources.list.d/backports.list
     apt-get update && apt-get install -y -t bookworm-backports qemu-system-x86";
 
-/// Moves the guest once and measures.
+/// Moves the guest once and measures; `tsc_khz` is what its clock is known to run at.
 ///
 /// # Errors
 /// If QEMU does not start, does not migrate, or the guest does not live through it.
-pub(super) fn run(mode: Mode, workload: &Workload) -> Result<Sample> {
+pub(super) fn run(mode: Mode, workload: &Workload, tsc_khz: Option<u64>) -> Result<Sample> {
     let folder = tempfile::Builder::new()
         .prefix("ferry-q")
         .tempdir()
         .context("failed to make a folder")?;
-    let mut destination = Machine::start(folder.path(), "d", workload, true).context("destination")?;
-    let mut source = Machine::start(folder.path(), "s", workload, false).context("source")?;
+    let mut destination = Machine::start(folder.path(), "d", workload, tsc_khz, true).context("destination")?;
+    let mut source = Machine::start(folder.path(), "s", workload, tsc_khz, false).context("source")?;
     source.console.wait_ready(Duration::from_secs(120)).context("source")?;
     source
         .console
@@ -118,6 +118,7 @@ pub(super) fn run(mode: Mode, workload: &Workload) -> Result<Sample> {
         began,
     )?;
     Ok(Sample {
+        tsc_khz: source.console.tsc_khz(),
         total_ms: total.as_secs_f64() * 1e3,
         gap_ms: seen.gap_ms,
         reported_downtime_ms: report["downtime"].as_f64(),
