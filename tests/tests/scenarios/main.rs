@@ -18,6 +18,7 @@ mod lifecycle;
 mod limits;
 mod linux;
 mod linux_devices;
+mod memory;
 mod moves;
 mod networks;
 mod refusals;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         linux_devices::trials(),
         networks::trials(),
         limits::trials(),
+        memory::trials(),
         requests::trials(),
         aborts::trials(),
         agents::trials(),

@@ -64,6 +64,7 @@ impl BlankMachine {
         let Connected {
             devices: virtio,
             written,
+            balloon,
         } = connect(&vm, &memory, backends, threads)?;
         let devices = Arc::new(Devices::new(console, line, virtio));
 
@@ -121,6 +122,7 @@ impl BlankMachine {
                 memory,
                 devices,
                 written,
+                balloon,
                 plan,
                 facts,
                 pristine,
