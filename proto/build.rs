@@ -20,6 +20,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "DiskSpec",
             "NicSpec",
             "InstanceInfo",
+            "Balloon",
             "SnapshotInfo",
             "MigrationInfo",
             "MigrationOptions",

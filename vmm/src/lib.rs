@@ -41,7 +41,7 @@ pub mod fuzz {
 
 pub use arch::x86_64::boot::{BootPayload, KernelError, LoadError};
 pub use arch::x86_64::cpuid::CpuidEntry;
-pub use devices::{ButtonPress, ConsoleOutput, WrittenBlocks};
+pub use devices::{BalloonLevel, ButtonPress, ConsoleOutput, WrittenBlocks};
 pub use host::{HostCapabilities, Incompatibility, host};
 pub use host_files::keep_host_files;
 pub use kvm::{DirtyClearer, HostError, KvmError};

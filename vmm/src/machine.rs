@@ -28,7 +28,7 @@ use crate::arch::x86_64::board::Board;
 use crate::arch::x86_64::boot::LoadError;
 use crate::arch::x86_64::cpuid::CpuidEntry;
 use crate::arch::x86_64::vcpu_state::{SavePlan, VcpuState};
-use crate::devices::{Devices, WrittenBlocks};
+use crate::devices::{BalloonLevel, Devices, WrittenBlocks};
 use crate::kvm::{HostError, KvmError, Vm};
 use crate::memory::{GuestMemory, MemoryError};
 use crate::state::IrqchipState;
@@ -235,6 +235,7 @@ struct Parts {
     devices: Arc<Devices>,
     /// Of each disk.
     written: Vec<WrittenBlocks>,
+    balloon: BalloonLevel,
     plan: Arc<SavePlan>,
     facts: Facts,
     /// What a reset goes back to: read before the first kernel was loaded.

@@ -8,12 +8,12 @@ use std::time::Duration;
 use ferry_migration::handover::Decision;
 use ferry_proto::agent::v1::compute_server::Compute;
 use ferry_proto::agent::v1::{
-    AttemptRequest, ConsoleInputReply, ConsoleInputRequest, ConsoleOutput, ConsoleRequest, DecisionReply,
-    DeleteInstanceReply, DeleteInstanceRequest, HeartbeatReply, HeartbeatRequest, HostInfo, HostRequest, ImageChunk,
-    InstanceInfo, InstanceRequest, ListInstancesReply, ListInstancesRequest, LiveMigrationCast, PostLiveMigrationReply,
-    PostLiveMigrationRequest, PreLiveMigrationReply, PreLiveMigrationRequest, PutImageReply, Receipt,
-    RestoreInstanceRequest, RollbackReply, RollbackRequest, RunInstanceRequest, SnapshotInfo, SnapshotInstanceRequest,
-    StopInstanceRequest,
+    AttemptRequest, BalloonInstanceRequest, ConsoleInputReply, ConsoleInputRequest, ConsoleOutput, ConsoleRequest,
+    DecisionReply, DeleteInstanceReply, DeleteInstanceRequest, HeartbeatReply, HeartbeatRequest, HostInfo, HostRequest,
+    ImageChunk, InstanceInfo, InstanceRequest, ListInstancesReply, ListInstancesRequest, LiveMigrationCast,
+    PostLiveMigrationReply, PostLiveMigrationRequest, PreLiveMigrationReply, PreLiveMigrationRequest, PutImageReply,
+    Receipt, RestoreInstanceRequest, RollbackReply, RollbackRequest, RunInstanceRequest, SnapshotInfo,
+    SnapshotInstanceRequest, StopInstanceRequest,
 };
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
@@ -150,9 +150,12 @@ impl Compute for ComputeService {
     }
 
     async fn show_instance(&self, request: Request<InstanceRequest>) -> Answer<InstanceInfo> {
-        let instance = self.0.instance(&request.into_inner().instance).await?;
-        let state = instance.state.lock().await;
-        Ok(Response::new(state.info(self.0.host())))
+        answer(self.0.show_instance(&request.into_inner().instance).await)
+    }
+
+    async fn balloon_instance(&self, request: Request<BalloonInstanceRequest>) -> Answer<InstanceInfo> {
+        let (agent, request) = (Arc::clone(&self.0), request.into_inner());
+        answer(whole(async move { agent.balloon_instance(&request.instance, request.memory_bytes).await }).await)
     }
 
     async fn start_instance(&self, request: Request<InstanceRequest>) -> Answer<InstanceInfo> {

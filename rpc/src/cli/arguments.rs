@@ -63,6 +63,8 @@ pub(super) enum Verb {
     Resume(Named),
     /// Boot a running instance anew
     Reboot(Named),
+    /// Ask a running guest to have this much of its memory, and wait until it has given the rest back
+    Balloon(BalloonArguments),
     /// Ask an instance's guest to switch off, or end it; what it is made of is kept
     Stop {
         #[command(flatten)]
@@ -199,6 +201,18 @@ pub(super) struct RunArguments {
     /// A network card on a tap, or on a bridge by a tap of its own, sending and receiving at RATE each at most; may be given again
     #[arg(long = "net", value_name = "tap=NAME|bridge=NAME[,mac=ADDRESS][,rate=RATE]", value_parser = devices::nic)]
     pub(super) nics: Vec<NicArgument>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct BalloonArguments {
+    #[command(flatten)]
+    pub(super) named: Named,
+    /// What the guest is to have, up to what the instance was given
+    #[arg(long, value_name = "SIZE", value_parser = parse::memory_size)]
+    pub(super) size: u64,
+    /// How long the guest may take; it stays asked
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = parse::duration)]
+    pub(super) timeout: Duration,
 }
 
 #[derive(Debug, Args)]

@@ -230,7 +230,7 @@ fn details(info: &InstanceInfo) -> String {
         ("task", or_dash(info.task.as_ref())),
         ("epoch", info.epoch.to_string()),
         ("migration", or_dash(info.migration.as_ref())),
-        ("memory", human_bytes(info.memory_bytes)),
+        ("memory", memory_line(info)),
         ("vcpus", info.vcpus.to_string()),
         ("cpu", info.cpu.clone()),
         ("dirty", info.dirty.clone()),
@@ -244,6 +244,20 @@ fn details(info: &InstanceInfo) -> String {
         .map(|(key, value)| format!("{key:<10} {value}"))
         .collect();
     lines.join("\n")
+}
+
+fn memory_line(info: &InstanceInfo) -> String {
+    let all = human_bytes(info.memory_bytes);
+    match info.balloon {
+        Some(balloon) if balloon.target_bytes != info.memory_bytes || balloon.actual_bytes != info.memory_bytes => {
+            format!(
+                "{all}, the guest is asked to have {} and has {}",
+                human_bytes(balloon.target_bytes),
+                human_bytes(balloon.actual_bytes)
+            )
+        }
+        _ => all,
+    }
 }
 
 fn disk_line(disk: &DiskSpec) -> String {

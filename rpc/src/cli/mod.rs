@@ -5,6 +5,7 @@
 
 mod agent;
 mod arguments;
+mod balloon;
 mod bench;
 mod client;
 mod console;
@@ -97,6 +98,7 @@ async fn ask(verb: Verb, agent: Agent, format: Format) -> Outcome {
         Verb::Pause(named) => instances::change(&agent, instances::Change::Pause, named, format).await,
         Verb::Resume(named) => instances::change(&agent, instances::Change::Resume, named, format).await,
         Verb::Reboot(named) => instances::change(&agent, instances::Change::Reboot, named, format).await,
+        Verb::Balloon(arguments) => balloon::balloon(&agent, arguments, format).await,
         Verb::Stop { named, force, timeout } => instances::stop(&agent, named, force, timeout, format).await,
         Verb::Delete { named, force } => instances::delete(&agent, named, force, format).await,
         Verb::Snapshot(arguments) => snapshots::snapshot(&agent, arguments, format).await,

@@ -27,7 +27,7 @@ use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{self as wire, Order, Report};
 use ferry_proto::{VMM_PROTOCOL, required, wire_uuid};
-use ferry_vmm::{ButtonPress, ConsoleInput, MachineEvent, RunState};
+use ferry_vmm::{BalloonLevel, ButtonPress, ConsoleInput, MachineEvent, RunState};
 use uuid::Uuid;
 
 use super::adapter::end_of;
@@ -64,6 +64,7 @@ pub(super) struct Vmm {
     pub(super) user_paused: bool,
     started_mark: PathBuf,
     console: Option<ConsoleInput>,
+    balloon: Option<BalloonLevel>,
     agent: Option<(UnixStream, Connection)>,
     newest_connection: Option<Connection>,
     /// What an agent that connects later has to know.
@@ -84,6 +85,7 @@ impl Vmm {
             user_paused: false,
             started_mark: PathBuf::new(),
             console: None,
+            balloon: None,
             agent: None,
             newest_connection: None,
             standing: wire::Standing {
@@ -153,6 +155,7 @@ impl Vmm {
             Command::Reboot(_) => self.reboot(),
             Command::PressPowerButton(press) => self.press_power_button(press.epoch),
             Command::ConsoleInput(input) => self.console_input(&input.bytes),
+            Command::SetBalloon(order) => self.set_balloon(order),
             Command::Send(send) => self.send(&send, descriptors),
             Command::Receive(receive) => self.receive(&receive, descriptors),
             Command::Snapshot(snapshot) => self.snapshot(&snapshot, descriptors),
@@ -280,6 +283,7 @@ impl Vmm {
 
     fn start(&mut self, mut guest: Box<LocalGuest>, permit: Permit) -> anyhow::Result<Body> {
         self.console = Some(guest.console_input());
+        self.balloon = Some(guest.machine.balloon());
         if !permit.paused
             && let Err(error) = guest.machine.run()
         {
@@ -340,6 +344,14 @@ impl Vmm {
         Ok(Body::Pressed(wire::Pressed { guest_listens }))
     }
 
+    fn set_balloon(&mut self, order: wire::SetBalloon) -> anyhow::Result<Body> {
+        self.check_user_order(order.epoch)?;
+        if let Holding::Here(guest) = &mut self.holding {
+            guest.machine.want_balloon(order.wanted_pages);
+        }
+        Ok(Body::Done(wire::Done {}))
+    }
+
     /// A user's order goes to a guest that is here, under the epoch that it has, while no grant binds it.
     pub(super) fn check_user_order(&self, epoch: u64) -> anyhow::Result<()> {
         anyhow::ensure!(
@@ -389,6 +401,7 @@ impl Vmm {
     pub(super) fn ended(&mut self, end: GuestEnd) {
         tracing::info!(?end, "the guest ended");
         self.console = None;
+        self.balloon = None;
         let ended = guest_ended(&end);
         self.standing.ended = Some(ended.clone());
         self.holding = Holding::Ended;
@@ -405,6 +418,11 @@ impl Vmm {
             held: self.grants.held().map(to_wire),
             go_sent: self.grants.go_sent().map(to_wire),
             cancelled: self.grants.cancelled().map(to_wire),
+            balloon: self.balloon.as_ref().map(|level| wire::Balloon {
+                wanted_pages: level.wanted_pages(),
+                actual_pages: level.actual_pages(),
+                driver: level.has_driver(),
+            }),
             ..self.standing.clone()
         }
     }

@@ -20,6 +20,7 @@ mod limits;
 mod linux;
 mod linux_devices;
 mod linux_stop;
+mod memory;
 mod moves;
 mod networks;
 mod refusals;
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         device_work::trials(),
         networks::trials(),
         limits::trials(),
+        memory::trials(),
         requests::trials(),
         aborts::trials(),
         agents::trials(),

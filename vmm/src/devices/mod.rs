@@ -17,10 +17,10 @@ use thiserror::Error;
 pub use self::power::ButtonPress;
 pub(crate) use self::power::{PowerControl, PowerRequest};
 pub(crate) use self::serial::SerialPort;
-pub use self::virtio::WrittenBlocks;
 #[cfg(fuzzing)]
 pub(crate) use self::virtio::work_on_hostile_memory;
 pub(crate) use self::virtio::{Balloon, Block, Device, Entropy, InterruptFd, MmioDevice, Net, schema_of, set_macs};
+pub use self::virtio::{BalloonLevel, WrittenBlocks};
 use crate::arch::x86_64::layout::{
     KEYBOARD_COMMAND_PORT, PANIC_PORT, POWER_CONTROL_PORT, POWER_EVENT_PORT, POWER_EVENT_PORT_END, RESET_CONTROL_PORT,
     SERIAL_PORT, VIRTIO_SLOT_BYTES, virtio_slot,
@@ -244,6 +244,14 @@ impl Devices {
             _ => {}
         }
         result
+    }
+
+    /// Tells the driver of the device with this name that its configuration is another one now.
+    pub(crate) fn tell_config(&self, name: &str) {
+        self.virtio
+            .iter()
+            .filter(|device| device.name() == name)
+            .for_each(MmioDevice::tell_config);
     }
 
     /// Lets nothing in from outside any more and finishes what is in flight. When this returns, nothing is on its way.

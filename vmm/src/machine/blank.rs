@@ -65,6 +65,7 @@ impl BlankMachine {
         let Connected {
             devices: virtio,
             written,
+            balloon,
         } = connect(&vm, &memory, backends, threads)?;
         let devices = Arc::new(Devices::new(console, lines, virtio));
 
@@ -122,6 +123,7 @@ impl BlankMachine {
                 memory,
                 devices,
                 written,
+                balloon,
                 plan,
                 facts,
                 pristine,

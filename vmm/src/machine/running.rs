@@ -4,12 +4,13 @@ use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use super::blank::{restore_irqchip, restore_vcpus, save_irqchip};
+use super::virtio::BALLOON;
 use super::{MachineError, Parts, PauseTimes, RunState};
 use crate::arch::x86_64::boot::{BootPayload, MemoryBefore, load, renew_generation_id};
 use crate::arch::x86_64::layout::GENERATION_IRQ;
 use crate::arch::x86_64::time::ClockState;
 use crate::arch::x86_64::vcpu_state::TscTarget;
-use crate::devices::{ButtonPress, Devices, Restless, WrittenBlocks};
+use crate::devices::{BalloonLevel, ButtonPress, Devices, Restless, WrittenBlocks};
 use crate::host::as_guests_see;
 use crate::kvm::{DirtyClearer, host_tsc};
 use crate::memory::{DirtyBitmap, GuestMemory, PAGE_SIZE};
@@ -225,6 +226,19 @@ impl Machine {
         ConsoleInput {
             devices: Arc::downgrade(&self.parts.devices),
         }
+    }
+
+    /// How much memory the guest has given up, to be looked at wherever the machine is.
+    #[must_use]
+    pub fn balloon(&self) -> BalloonLevel {
+        self.parts.balloon.clone()
+    }
+
+    /// Asks the guest to give up so many pages of 4 KiB, or to take back what it has given up beyond them. It does so in its own time, or
+    /// not at all: [`BalloonLevel`] tells. The wish is part of the state, and survives a reset.
+    pub fn want_balloon(&mut self, pages: u32) {
+        self.parts.balloon.set_wanted(pages);
+        self.parts.devices.tell_config(BALLOON);
     }
 
     /// Which blocks of the disk with this number the guest writes; `None` if there is no such disk.

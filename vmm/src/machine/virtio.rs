@@ -4,7 +4,7 @@ use std::io;
 
 use super::{Backends, MachineError};
 use crate::arch::x86_64::layout::{VIRTIO_SLOTS, virtio_slot};
-use crate::devices::{Balloon, Block, Device, Entropy, InterruptFd, MmioDevice, Net, WrittenBlocks};
+use crate::devices::{Balloon, BalloonLevel, Block, Device, Entropy, InterruptFd, MmioDevice, Net, WrittenBlocks};
 use crate::kvm::Vm;
 use crate::memory::GuestMemory;
 use crate::threads::ThreadHook;
@@ -15,7 +15,12 @@ pub(super) struct Connected {
     pub(super) devices: Vec<MmioDevice>,
     /// Which blocks of each disk its guest writes.
     pub(super) written: Vec<WrittenBlocks>,
+    /// How much memory the guest has given up.
+    pub(super) balloon: BalloonLevel,
 }
+
+/// What the balloon is called.
+pub(super) const BALLOON: &str = "balloon0";
 
 /// Makes the disks, the network cards, and what every machine has: an entropy source and a balloon.
 ///
@@ -46,11 +51,14 @@ pub(super) fn connect(
         devices.push((format!("nic{index}"), Box::new(Net::new(nic))));
     }
     devices.push(("rng0".to_owned(), Box::new(Entropy)));
-    devices.push(("balloon0".to_owned(), Box::<Balloon>::default()));
+    let device = Balloon::default();
+    let balloon = device.level();
+    devices.push((BALLOON.to_owned(), Box::new(device)));
     let place = |(number, (name, device))| connect_one(vm, memory, threads, number, name, device);
     Ok(Connected {
         devices: devices.into_iter().enumerate().map(place).collect::<Result<_, _>>()?,
         written,
+        balloon,
     })
 }
 

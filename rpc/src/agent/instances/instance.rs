@@ -217,6 +217,7 @@ impl InstanceState {
             reason: row.reason.clone(),
             disks: row.spec.disks.clone(),
             nics: row.spec.nics.clone(),
+            balloon: None,
         }
     }
 

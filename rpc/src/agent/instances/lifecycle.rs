@@ -290,7 +290,7 @@ impl Agent {
         true
     }
 
-    fn expect_status(&self, state: &InstanceState, wanted: Status) -> Result<(), Failure> {
+    pub(super) fn expect_status(&self, state: &InstanceState, wanted: Status) -> Result<(), Failure> {
         if state.row.status == wanted {
             Ok(())
         } else {

@@ -1,5 +1,6 @@
 //! The instances of this host: one owner of each one's row, VMM and task.
 
+mod balloon;
 mod instance;
 mod lifecycle;
 mod spec;

@@ -15,7 +15,7 @@ const LONGEST_CMDLINE: usize = 4096;
 /// The most vCPUs of one instance.
 const MOST_VCPUS: u32 = 64;
 /// The least memory of one instance: room for a boot record, page tables and a kernel.
-const LEAST_MEMORY: u64 = 4 << 20;
+pub(super) const LEAST_MEMORY: u64 = 4 << 20;
 
 /// Checks what was asked for, before anything is made.
 ///

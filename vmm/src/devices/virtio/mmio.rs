@@ -107,6 +107,16 @@ impl MmioDevice {
         }
     }
 
+    /// Its configuration was changed from outside: the driver, if there is one, is told.
+    pub(crate) fn tell_config(&self) {
+        let work = self.shared.work();
+        if work.queues.is_empty() {
+            self.shared.config.lock().unwrap_or_else(PoisonError::into_inner).0 = work.device.config();
+        } else {
+            self.shared.publish_config(&work);
+        }
+    }
+
     /// Has the device begin no more work.
     pub(crate) fn ask_to_rest(&self) {
         self.shared.ask_to_rest();

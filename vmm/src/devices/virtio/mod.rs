@@ -33,6 +33,7 @@ mod testing;
 mod worker;
 
 pub(crate) use self::balloon::Balloon;
+pub use self::balloon::BalloonLevel;
 pub(crate) use self::block::Block;
 pub use self::block::WrittenBlocks;
 pub(crate) use self::device::Device;

@@ -5,19 +5,21 @@ use vm_memory::{Bytes, GuestAddress};
 use super::super::super::DeviceStateError;
 use super::super::device::{Broken, Device, Turn, Wake};
 use super::super::queue::{Chain, DeviceQueue};
-use super::{INFLATE, MOST_PAGES, REPORTING, feature, state};
+use super::{BalloonLevel, INFLATE, MOST_PAGES, REPORTING, feature, state};
 use crate::memory::{FrameRun, GuestMemory, PAGE_SIZE, Span, total};
 
 /// A balloon.
 #[derive(Debug, Default)]
 pub(crate) struct Balloon {
-    /// Pages that the guest is to give up.
-    wanted: u32,
-    /// Pages that it says it has given up.
-    actual: u32,
+    level: BalloonLevel,
 }
 
 impl Balloon {
+    /// How full it is, now and later.
+    pub(crate) fn level(&self) -> BalloonLevel {
+        self.level.clone()
+    }
+
     /// The guest gives these pages up: page numbers of 32 bits, in any order.
     fn inflate(chain: &Chain, memory: &GuestMemory) -> Result<(), Broken> {
         if total(&chain.readable) > MOST_PAGES * 4 {
@@ -86,20 +88,28 @@ impl Device for Balloon {
 
     /// `struct virtio_balloon_config` (virtio 1.2, 5.5.4) as far as the features go.
     fn config(&self) -> Vec<u8> {
-        [self.wanted.to_le_bytes(), self.actual.to_le_bytes()].concat()
+        [
+            self.level.wanted_pages().to_le_bytes(),
+            self.level.actual_pages().to_le_bytes(),
+        ]
+        .concat()
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         const ACTUAL: u64 = 4;
         if let (ACTUAL, Ok(value)) = (offset, <[u8; 4]>::try_from(data)) {
-            self.actual = u32::from_le_bytes(value);
+            self.level.set_actual(u32::from_le_bytes(value));
         }
     }
 
-    fn activate(&mut self, _features: u64) {}
+    fn activate(&mut self, _features: u64) {
+        self.level.set_driver(true);
+    }
 
+    /// What is wanted stays: the next driver, after a reboot too, finds it.
     fn reset(&mut self) {
-        self.actual = 0;
+        self.level.set_driver(false);
+        self.level.set_actual(0);
     }
 
     fn wake(&mut self, wake: Wake, queues: &mut [DeviceQueue], turn: &Turn<'_>) -> Result<(), Broken> {
@@ -116,11 +126,13 @@ impl Device for Balloon {
     }
 
     fn save(&self) -> Vec<u8> {
-        state::to_saved(self.wanted, self.actual)
+        state::to_saved(self.level.wanted_pages(), self.level.actual_pages())
     }
 
     fn restore(&mut self, saved: &[u8]) -> Result<(), DeviceStateError> {
-        (self.wanted, self.actual) = state::from_saved(saved)?;
+        let (wanted, actual) = state::from_saved(saved)?;
+        self.level.set_wanted(wanted);
+        self.level.set_actual(actual);
         Ok(())
     }
 }

@@ -4,11 +4,13 @@
 //! host has backed. Free pages are reported by the guest itself (VIRTIO_BALLOON_F_REPORTING), a few seconds after they became free.
 
 mod device;
+mod level;
 mod state;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use self::device::Balloon;
+pub use self::level::BalloonLevel;
 
 /// The queues that matter with the features that are offered; that of deflating, between them, asks for nothing.
 const INFLATE: usize = 0;

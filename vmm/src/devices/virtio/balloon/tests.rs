@@ -75,3 +75,51 @@ fn guest_says_how_much_it_gave_up() {
     let after = driver.moved_to(Box::<Balloon>::default());
     assert_eq!(after.read(offset::CONFIG + 4), 77);
 }
+
+#[test]
+fn guest_is_told_how_much_it_is_to_give_up() {
+    let balloon = Box::<Balloon>::default();
+    let level = balloon.level();
+    let mut driver = Driver::new(balloon);
+    level.set_wanted(3);
+    driver.device.tell_config();
+    assert!(!level.has_driver());
+    driver.set_up(0);
+    assert!(level.has_driver());
+    assert_eq!(driver.read(offset::CONFIG), 3);
+
+    let generation = driver.read(offset::CONFIG_GENERATION);
+    level.set_wanted(9);
+    driver.device.tell_config();
+
+    assert_eq!(driver.read(offset::CONFIG), 9);
+    assert_ne!(driver.read(offset::CONFIG_GENERATION), generation);
+    assert_eq!(driver.read(offset::INTERRUPT_STATUS) & 2, 2);
+}
+
+#[test]
+fn what_is_wanted_survives_a_move_and_a_reset() {
+    let balloon = Box::<Balloon>::default();
+    let level = balloon.level();
+    let mut driver = Driver::new(balloon);
+    driver.set_up(0);
+    level.set_wanted(9);
+    driver.device.tell_config();
+    driver.write(offset::CONFIG + 4, 7);
+    assert!(driver.rest());
+
+    let other = Box::<Balloon>::default();
+    let there = other.level();
+    let after = driver.moved_to(other);
+    assert_eq!(
+        (there.wanted_pages(), there.actual_pages(), there.has_driver()),
+        (9, 7, true)
+    );
+
+    after.device.reset();
+    assert_eq!(
+        (there.wanted_pages(), there.actual_pages(), there.has_driver()),
+        (9, 0, false)
+    );
+    assert_eq!(after.read(offset::CONFIG), 9);
+}
