@@ -21,7 +21,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::mapping::GuestMemory;
-use super::spans::Span;
+use super::spans::{Span, total};
 use super::transfer::{MAX_BUFFERS, advance};
 
 /// Transfers that are under way at once at most: as many as keep a fast disk busy. The kernel holds 64 bytes for each.
@@ -29,6 +29,9 @@ const DEPTH: usize = 64;
 
 /// A further transfer is begun while those under way have fewer buffers than this altogether: what a guest can have the host hold for it.
 const MOST_BUFFERS: usize = DEPTH * 128;
+
+/// The same for bytes: what a machine that is to stand still may have to wait for. Much more than a fast disk needs to be kept busy.
+const MOST_BYTES: u64 = 8 << 20;
 
 /// A ring on one file. `T` is what a transfer is for; it comes back with the outcome.
 ///
@@ -41,6 +44,7 @@ pub(crate) struct Ring<T> {
     flights: Vec<Option<Flight<T>>>,
     free: Vec<usize>,
     buffers: usize,
+    bytes: u64,
     /// Begun and not with the kernel yet, oldest first.
     begun: VecDeque<usize>,
     /// The kernel takes nothing more.
@@ -51,6 +55,8 @@ struct Flight<T> {
     work: T,
     kind: Kind,
     memory: GuestMemory,
+    /// Of all its buffers.
+    bytes: u64,
     offset: u64,
     buffers: Buffers,
     /// Buffers before this one are done.
@@ -82,6 +88,7 @@ impl<T> Ring<T> {
             flights: (0..DEPTH).map(|_| None).collect(),
             free: (0..DEPTH).rev().collect(),
             buffers: 0,
+            bytes: 0,
             begun: VecDeque::with_capacity(DEPTH),
             is_dead: false,
         })
@@ -94,7 +101,7 @@ impl<T> Ring<T> {
 
     /// Whether another one can be begun.
     pub(crate) fn has_room(&self) -> bool {
-        !self.free.is_empty() && self.buffers < MOST_BUFFERS && !self.is_dead
+        !self.free.is_empty() && self.buffers < MOST_BUFFERS && self.bytes < MOST_BYTES && !self.is_dead
     }
 
     /// Whether the kernel takes nothing more: once nothing is in flight, the ring is of no more use.
@@ -154,10 +161,12 @@ impl<T> Ring<T> {
             return Err((work, io::ErrorKind::WouldBlock.into()));
         };
         self.buffers += spans.len();
+        self.bytes += total(spans);
         self.flights[number] = Some(Flight {
             work,
             kind,
             memory: memory.clone(),
+            bytes: total(spans),
             offset,
             buffers,
             next: 0,
@@ -219,6 +228,7 @@ impl<T> Ring<T> {
             let flight = self.flights[number].take()?;
             self.free.push(number);
             self.buffers -= flight.buffers.0.len();
+            self.bytes -= flight.bytes;
             if let Kind::Read(spans) = &flight.kind {
                 // Also of one that failed: part of it may be there.
                 flight.memory.mark_spans(spans);

@@ -69,11 +69,11 @@ impl DeviceQueue {
             self.exhausted = true;
             return Ok(None);
         }
-        self.budget -= 1;
         let mut available = self.queue.iter(memory.tracked()).map_err(Broken::new)?;
         let Some(descriptors) = available.next() else {
             return Ok(None);
         };
+        self.budget -= 1;
         let mut chain = Chain {
             head: descriptors.head_index(),
             readable: Vec::new(),

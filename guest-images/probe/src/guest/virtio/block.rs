@@ -11,6 +11,9 @@ use crate::memory::Memory;
 use crate::rng::Rng;
 
 const KIND: u32 = 2;
+/// VIRTIO_BLK_F_FLUSH, taken so that a VMM need not make each write last before it answers: some do for drivers that do not flush, some did not.
+const FLUSH: u64 = 1 << 9;
+
 const SECTOR: u64 = 512;
 
 /// Request types, and the status of one that was carried out.
@@ -51,7 +54,7 @@ impl Block {
     pub fn start(options: &Options, memory: &mut Memory) -> Result<Self, &'static str> {
         let devices = &options.devices;
         let transport = Transport::find(KIND, devices.device, memory)?;
-        transport.negotiate(0)?;
+        transport.negotiate(FLUSH)?;
         let queue = transport.set_up_queue(0, MAX_DEPTH, memory)?;
         if queue.size() / DISK_DESCRIPTORS < devices.depth {
             return Err("depth= is more than the disk's queue has room for");

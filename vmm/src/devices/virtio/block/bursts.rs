@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::super::registers::{offset, status as device_status};
 use super::super::testing::Driver;
 use super::Block;
-use super::tests::{disk, image, span};
+use super::tests::{FLUSHES, disk, image, span};
 use crate::machine::{DiskAccess, DiskBackend};
 
 const READ: u32 = 0;
@@ -73,7 +73,7 @@ fn at_once(driver: &mut Driver, give: impl FnOnce(&mut Driver)) {
 
 fn on(disk: Box<Block>) -> Driver {
     let mut driver = Driver::new(disk);
-    driver.set_up(0);
+    driver.set_up(FLUSHES);
     driver
 }
 
@@ -258,7 +258,7 @@ fn broken_chain_among_others_breaks_the_device_once_those_are_answered() {
     theirs.write_all(&[1; 512]).expect("what is awaited");
     assert!(driver.breaks());
     assert_eq!([0, 1, 2].map(|number| status(&driver, number)), [0, 0, OPEN]);
-    driver.set_up(0);
+    driver.set_up(FLUSHES);
     give(&mut driver, 3, 99, 0);
     answers(&mut driver, 1);
     assert_eq!(status(&driver, 3), 2);

@@ -31,12 +31,12 @@ impl Block {
         }
         let done = match request {
             Request::Read { offset, data } => self.read(*offset, memory, data),
-            Request::Write { offset, data } => self.write(*offset, memory, data),
+            Request::Write { offset, data } => self.write(*offset, memory, data).and_then(|()| self.write_through()),
             Request::Flush if self.access == DiskAccess::ReadOnly => Ok(()),
             Request::Flush => fdatasync(&self.file).map_err(io::Error::from),
             Request::Serial { data } => self.tell_serial(memory, data),
             Request::Discard(extents) => self.each(extents, FallocateFlags::PUNCH_HOLE),
-            Request::WriteZeroes(extents) => self.write_zeroes(extents),
+            Request::WriteZeroes(extents) => self.write_zeroes(extents).and_then(|()| self.write_through()),
             Request::Unsupported | Request::Impossible => Ok(()),
         };
         self.conclude(request, done)
@@ -102,6 +102,15 @@ impl Block {
             Err(error) if is_misaligned(&error) => bounce::write(&self.file, offset, memory, data),
             other => other,
         }
+    }
+
+    /// What was written is to last, for a driver that will not ask for it.
+    fn write_through(&self) -> io::Result<()> {
+        if !self.writes_through {
+            return Ok(());
+        }
+        fdatasync(&self.file)?;
+        self.look_for_losses()
     }
 
     /// What was written is durable as far as this process knows; somebody else may have lost some.

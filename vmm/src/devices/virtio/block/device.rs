@@ -26,6 +26,8 @@ pub(crate) struct Block {
     pub(super) serial: String,
     pub(super) sectors: u64,
     pub(super) written: WrittenBlocks,
+    /// The driver did not take FLUSH: it counts on every write to last once it is told of it (virtio 1.2, 5.2.6.2).
+    pub(super) writes_through: bool,
     /// The last request failed, and that was said: a guest that asks again and again does not fill the log.
     pub(super) fails: Cell<bool>,
     pub(super) lost: Arc<AtomicBool>,
@@ -67,6 +69,7 @@ impl Block {
             serial,
             sectors,
             written: WrittenBlocks::new(sectors * SECTOR),
+            writes_through: false,
             fails: Cell::new(false),
         }
     }
@@ -114,7 +117,9 @@ impl Device for Block {
         config
     }
 
-    fn activate(&mut self, _features: u64) {}
+    fn activate(&mut self, features: u64) {
+        self.writes_through = features & feature::FLUSH == 0;
+    }
 
     fn reset(&mut self) {}
 

@@ -90,6 +90,8 @@ impl Block {
             Request::Read { data, .. } | Request::Write { data, .. } if data.is_empty() => Way::AtOnce,
             Request::Serial { .. } => Way::AtOnce,
             Request::Flush if self.access == DiskAccess::ReadOnly => Way::AtOnce,
+            // Of a driver that does not flush: each is written and made to last, in two steps.
+            Request::Write { .. } if self.writes_through => Way::Alone,
             Request::Read { .. } | Request::Write { .. } | Request::Flush => Way::Ring,
             _ => Way::Alone,
         }

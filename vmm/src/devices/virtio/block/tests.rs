@@ -7,13 +7,16 @@ use proptest::prelude::*;
 
 use super::super::registers::offset;
 use super::super::testing::{Driver, NEXT, Raw, WRITE};
-use super::Block;
+use super::{Block, feature};
 use crate::machine::{DiskAccess, DiskBackend};
 use crate::memory::Span;
 
 const HEADER: u64 = 0x1000;
 const DATA: u64 = 0x2000;
 const STATUS: u64 = 0x9000;
+
+/// What a driver takes that flushes.
+pub(super) const FLUSHES: u64 = feature::FLUSH;
 
 pub(super) fn image(sectors: u64) -> File {
     let file = tempfile::tempfile().expect("file");
@@ -33,7 +36,7 @@ pub(super) fn disk(file: &File, access: DiskAccess) -> Box<Block> {
 
 fn driver(file: &File) -> Driver {
     let mut driver = Driver::new(disk(file, DiskAccess::ReadWrite));
-    driver.set_up(0);
+    driver.set_up(FLUSHES);
     driver
 }
 
@@ -76,6 +79,24 @@ fn what_is_written_is_in_the_file_and_read_back() {
     assert_eq!(driver.look(DATA + 4096, 1024), [7; 1024]);
 }
 
+/// The null device takes every write and cannot make one last.
+#[test]
+fn a_driver_that_does_not_flush_has_each_write_made_to_last() {
+    let null = File::options().read(true).write(true).open("/dev/null").expect("null");
+    for (features, status) in [(FLUSHES, 0), (0, 1)] {
+        let backend = DiskBackend {
+            file: null.try_clone().expect("descriptor"),
+            access: DiskAccess::ReadWrite,
+            serial: String::new(),
+            lost: Default::default(),
+        };
+        let mut driver = Driver::new(Box::new(Block::of_size(backend, 8)));
+        driver.set_up(features);
+        driver.put(DATA, &[7; 512]);
+        assert_eq!(ask(&mut driver, 1, 0, &[(span(DATA, 512), false)]).0, status);
+    }
+}
+
 #[test]
 fn what_is_not_on_the_disk_is_an_io_error() {
     let mut driver = driver(&image(8));
@@ -98,7 +119,7 @@ fn image_that_shrank_is_an_io_error_and_nothing_more() {
 fn read_only_disk_is_not_written() {
     let file = image(8);
     let mut driver = Driver::new(disk(&file, DiskAccess::ReadOnly));
-    driver.set_up(0);
+    driver.set_up(FLUSHES);
     driver.put(DATA, &[7; 512]);
     assert_eq!(ask(&mut driver, 1, 0, &[(span(DATA, 512), false)]).0, 1);
     assert_eq!(ask(&mut driver, 4, 0, &[]).0, 0);
@@ -147,7 +168,7 @@ fn chain_in_circles_breaks_the_device_until_it_is_reset() {
     };
     driver.give_raw(0, &[to_itself]);
     assert!(driver.breaks());
-    driver.set_up(0);
+    driver.set_up(FLUSHES);
     assert_eq!(ask(&mut driver, 4, 0, &[]), (0, 1));
 }
 
@@ -234,7 +255,7 @@ proptest! {
             .collect();
         driver.give_raw(0, &descriptors);
         prop_assert!(driver.rest());
-        driver.set_up(0);
+        driver.set_up(FLUSHES);
         prop_assert_eq!(driver.read(offset::STATUS) & 64, 0);
     }
 }
