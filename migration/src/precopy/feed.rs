@@ -111,11 +111,16 @@ impl<C: DirtyClearer> Feed<C> {
         self.work.notify_all();
     }
 
-    /// Waits for pages to send and puts their runs into `runs`. `None` once the feed is closed.
+    /// Waits for pages to send and puts their runs into `runs`. `None` once the feed is closed. `before_waiting` is called if there are none yet.
     ///
     /// # Errors
     /// If the range cannot be re-armed.
-    pub(crate) fn next(&self, runs: &mut Vec<FrameRun>) -> Result<Option<Chunk>, GuestError> {
+    pub(crate) fn next(
+        &self,
+        runs: &mut Vec<FrameRun>,
+        before_waiting: impl FnOnce(),
+    ) -> Result<Option<Chunk>, GuestError> {
+        let mut before_waiting = Some(before_waiting);
         let mut state = self.lock();
         loop {
             if state.closed {
@@ -127,6 +132,12 @@ impl<C: DirtyClearer> Feed<C> {
                     round: open.round.number,
                     pace: open.round.pace,
                 }));
+            }
+            if let Some(before_waiting) = before_waiting.take() {
+                drop(state);
+                before_waiting();
+                state = self.lock();
+                continue;
             }
             state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
@@ -298,7 +309,7 @@ mod tests {
         let mut chunks = Vec::new();
         loop {
             let mut runs = Vec::new();
-            feed.next(&mut runs).unwrap().unwrap();
+            feed.next(&mut runs, || ()).unwrap().unwrap();
             chunks.push(runs);
             if feed.sent() == Standing::Done {
                 return chunks;
@@ -337,7 +348,7 @@ mod tests {
     fn a_cut_round_is_done_once_what_is_under_way_was_sent() {
         let feed = Feed::new(1);
         feed.start(round(set(&[FrameRun { first: 7, count: 5000 }]), None));
-        feed.next(&mut Vec::new()).unwrap();
+        feed.next(&mut Vec::new(), || ()).unwrap();
         assert_eq!(feed.cut(), Standing::Open);
         assert_eq!(feed.sent(), Standing::Done);
         assert_eq!(feed.finish().unwrap().count(), 5000);
@@ -355,6 +366,6 @@ mod tests {
         let feed = Feed::new(1);
         feed.start(round(set(&[FrameRun { first: 7, count: 5 }]), None));
         feed.close();
-        assert!(feed.next(&mut Vec::new()).unwrap().is_none());
+        assert!(feed.next(&mut Vec::new(), || ()).unwrap().is_none());
     }
 }

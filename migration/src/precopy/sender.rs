@@ -53,7 +53,14 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
         socket.write_all(frames.open(identity)).map_err(SendError::Connection)?;
         let (mut runs, mut contents) = (Vec::new(), Contents::default());
         let (mut yielding, mut place) = (Yielding::default(), Place::new(self.placement));
-        while let Some(chunk) = self.feed.next(&mut runs).map_err(SendError::Guest)? {
+        loop {
+            // Whoever waits may be woken for the last pages, and must not be kept from a processor then.
+            let before_waiting = || {
+                yielding.set(false);
+                place.set(false);
+            };
+            let chunk = self.feed.next(&mut runs, before_waiting).map_err(SendError::Guest)?;
+            let Some(chunk) = chunk else { return Ok(()) };
             let guest_runs = chunk.pace == Pace::Capped;
             yielding.set(guest_runs);
             place.set(guest_runs);
@@ -73,7 +80,6 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
                 round_done();
             }
         }
-        Ok(())
     }
 }
 

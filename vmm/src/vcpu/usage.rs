@@ -10,12 +10,21 @@ use rustix::thread::sched_getcpu;
 /// Looks that are closer together than this say what the last one said: the kernel counts in steps.
 const APART: Duration = Duration::from_millis(5);
 
-/// Above this share of a processor a vCPU counts as busy.
-const BUSY: f64 = 0.1;
+/// Above this share of a processor a vCPU counts as busy: below it, somebody else can use more of the processor than is lost by keeping off.
+const BUSY: f64 = 0.5;
 
 /// Where a vCPU's thread notes its processor whenever it leaves the guest.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(super) struct Whereabouts(Arc<AtomicUsize>);
+
+/// No processor: the vCPU has not left the guest yet.
+const UNKNOWN: usize = usize::MAX;
+
+impl Default for Whereabouts {
+    fn default() -> Self {
+        Self(Arc::new(AtomicUsize::new(UNKNOWN)))
+    }
+}
 
 impl Whereabouts {
     /// The calling thread, a vCPU's, is here.
@@ -46,7 +55,8 @@ impl Usage {
         }
     }
 
-    /// The processor that the vCPU keeps busy; `None` if it mostly waits. The processor is that of its last exit, and may be out of date.
+    /// The processor that the vCPU keeps busy; `None` if it mostly waits, or was never seen. The processor is that of its last exit, and may be
+    /// out of date: then the one that is kept free for it is idle, and the scheduler moves it there.
     pub(super) fn busy_processor(&mut self) -> Option<usize> {
         let now = Instant::now();
         let passed = now - self.looked;
@@ -56,7 +66,8 @@ impl Usage {
             self.busy = used.saturating_sub(self.used) > passed.mul_f64(BUSY);
             (self.looked, self.used) = (now, used);
         }
-        self.busy.then(|| self.whereabouts.0.load(Ordering::Relaxed))
+        let processor = self.whereabouts.0.load(Ordering::Relaxed);
+        (self.busy && processor != UNKNOWN).then_some(processor)
     }
 }
 
@@ -87,7 +98,7 @@ mod tests {
             });
             let mut spins = Usage::new(ids.recv().unwrap(), whereabouts.clone());
             let mut sleeps = Usage::new(id(), Whereabouts::default());
-            // However loaded the host is, the one gets a tenth of a processor in some half second, and the other asks for none.
+            // However loaded the host is, the one gets most of a processor in some half second, and the other asks for none.
             let told_apart = (0..100).any(|_| {
                 std::thread::sleep(Duration::from_millis(500));
                 spins.busy_processor().is_some() && sleeps.busy_processor().is_none()
