@@ -27,7 +27,7 @@ use super::console::{self, Follow};
 use super::failure::Failure;
 use super::host;
 use super::images::{self, Upload};
-use super::instances::Agent;
+use super::instances::{Agent, Press};
 use super::journal::{MigrationRow, Role};
 use super::outgoing::PeerNews;
 use super::peers::CALL_TIME;
@@ -181,7 +181,18 @@ impl Compute for ComputeService {
     async fn stop_instance(&self, request: Request<StopInstanceRequest>) -> Answer<InstanceInfo> {
         let (agent, request) = (Arc::clone(&self.0), request.into_inner());
         let patience = Duration::from_millis(request.timeout_ms);
-        answer(whole(async move { agent.stop_instance(&request.instance, request.force, patience).await }).await)
+        let name = request.instance;
+        if request.force {
+            return answer(whole(async move { agent.stop_by_force(&name, patience).await }).await);
+        }
+        let asking = Arc::clone(&agent);
+        // Asking is done whole; waiting is for a caller that is there.
+        let stopped = match whole(async move { asking.press_power_button(&name).await }).await {
+            Ok(Press::IsOff(info)) => Ok(*info),
+            Ok(Press::Asked(asked)) => agent.switched_off(&asked, patience).await,
+            Err(failure) => Err(failure),
+        };
+        answer(stopped)
     }
 
     async fn delete_instance(&self, request: Request<DeleteInstanceRequest>) -> Answer<DeleteInstanceReply> {

@@ -110,6 +110,9 @@ async fn found_again(
         return;
     }
     tracing::info!(instance = %instance.id, name = state.row.spec.name, pid = vmm.pid(), "found again");
+    let (pid, id) = (vmm.pid(), instance.id.to_string());
+    // The agent before this one may have ended before it came to that. Not waited for: a guest does not need it to run.
+    tokio::task::spawn_blocking(move || spawn::see_to_cgroup(pid, &id));
     agent.attach(instance, &mut state, vmm.clone(), events);
     let is_permitted = standing.epoch >= state.row.epoch;
     if is_permitted {

@@ -255,6 +255,23 @@ fn look_after(mut child: Child, instance: String, ended: Arc<OnceLock<ExitStatus
     }
 }
 
+/// Gives a VMM that was found again its cgroup, unless it has it.
+pub(crate) fn see_to_cgroup(pid: i32, instance: &str) {
+    let Ok(groups) = fs::read_to_string(format!("/proc/{pid}/cgroup")) else {
+        return;
+    };
+    let own = format!("/ferry/{instance}");
+    if groups
+        .lines()
+        .any(|line| line.starts_with("0::") && line.ends_with(&own))
+    {
+        return;
+    }
+    if let Err(error) = give_cgroup(pid.unsigned_abs(), instance) {
+        tracing::info!(%error, instance, "the VMM stays in the agent's cgroup");
+    }
+}
+
 /// Moves the process into a cgroup of its own at the root of the unified hierarchy, beside any service's.
 fn give_cgroup(pid: u32, instance: &str) -> io::Result<()> {
     let group = cgroup_root()?.join("ferry").join(instance);

@@ -68,6 +68,8 @@ struct Shared {
     number: AtomicU64,
     process: Process,
     socket: UnixStream,
+    /// Whose turn it is to glance.
+    glance: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Drop for Shared {
@@ -146,6 +148,7 @@ impl Vmm {
             waiting,
             number: AtomicU64::new(1),
             process,
+            glance: Arc::default(),
             socket,
         };
         Ok((
@@ -177,6 +180,26 @@ impl Vmm {
                 }
             }
             tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    }
+
+    /// What the VMM says of itself, if it does within `patience`. One that is silent is asked one thing at a time: questions must not fill its
+    /// connection.
+    pub(crate) async fn glance(&self, patience: Duration) -> Option<Standing> {
+        let vmm = self.clone();
+        let asking = async move {
+            let turn = Arc::clone(&vmm.shared.glance).lock_owned().await;
+            // Goes on when nobody waits any more, and keeps its turn.
+            let asked = tokio::spawn(async move {
+                let answer = vmm.order(Command::Ping(ferry_proto::vmm::v1::Ping {})).await;
+                drop(turn);
+                answer
+            });
+            asked.await.ok()?.ok()
+        };
+        match tokio::time::timeout(patience, asking).await {
+            Ok(Some(Body::Standing(standing))) => Some(standing),
+            _ => None,
         }
     }
 

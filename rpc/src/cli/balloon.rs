@@ -35,8 +35,13 @@ pub(super) async fn balloon(agent: &Agent, arguments: BalloonArguments, format: 
         };
         info = answer(&what, client.show_instance(within(PATIENCE, request)).await)?;
         if !matches!(info.status.as_str(), "running" | "paused") {
+            let exit = match info.status.as_str() {
+                "stopped" | "crashed" => Exit::GuestEnded,
+                "indeterminate" => Exit::Indeterminate,
+                _ => Exit::Failed,
+            };
             let told = format!("{what}: the instance is {} now", info.status);
-            return Err(Failure::new(Exit::Failed, told));
+            return Err(Failure::new(exit, told));
         }
     }
     format.one(&info, |info| {

@@ -335,6 +335,10 @@ impl Vmm {
     }
 
     fn press_power_button(&mut self, epoch: u64) -> anyhow::Result<Body> {
+        if let Holding::Ended = self.holding {
+            // What was asked for has come, or worse: the word of it is on its way.
+            return Ok(Body::Pressed(wire::Pressed { guest_listens: true }));
+        }
         self.check_user_order(epoch)?;
         let guest_listens = match &self.holding {
             Holding::Here(guest) => guest.machine.press_power_button()? == ButtonPress::Told,
@@ -347,7 +351,7 @@ impl Vmm {
     fn set_balloon(&mut self, order: wire::SetBalloon) -> anyhow::Result<Body> {
         self.check_user_order(order.epoch)?;
         if let Holding::Here(guest) = &mut self.holding {
-            guest.machine.want_balloon(order.wanted_pages);
+            guest.machine.want_balloon(order.wanted_pages)?;
         }
         Ok(Body::Done(wire::Done {}))
     }

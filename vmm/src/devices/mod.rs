@@ -246,12 +246,9 @@ impl Devices {
         result
     }
 
-    /// Tells the driver of the device with this name that its configuration is another one now.
-    pub(crate) fn tell_config(&self, name: &str) {
-        self.virtio
-            .iter()
-            .filter(|device| device.name() == name)
-            .for_each(MmioDevice::tell_config);
+    /// The device with this name.
+    pub(crate) fn virtio(&self, name: &str) -> Option<&MmioDevice> {
+        self.virtio.iter().find(|device| device.name() == name)
     }
 
     /// Lets nothing in from outside any more and finishes what is in flight. When this returns, nothing is on its way.

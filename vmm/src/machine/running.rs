@@ -1,7 +1,7 @@
 //! A machine with a guest in it.
 
 use std::sync::{Arc, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::blank::{restore_irqchip, restore_vcpus, save_irqchip};
 use super::virtio::BALLOON;
@@ -36,6 +36,9 @@ enum Kernel {
     /// A reset failed half way.
     Missing,
 }
+
+/// How long the balloon may take to rest: one request of its queue, each of which gives some thousand pages back at most.
+const BALLOON_PATIENCE: Duration = Duration::from_secs(1);
 
 impl Machine {
     pub(super) fn new(parts: Parts, tsc_offset: u64, refused_msrs: Vec<(u32, u64)>) -> Self {
@@ -236,9 +239,22 @@ impl Machine {
 
     /// Asks the guest to give up so many pages of 4 KiB, or to take back what it has given up beyond them. It does so in its own time, or
     /// not at all: [`BalloonLevel`] tells. The wish is part of the state, and survives a reset.
-    pub fn want_balloon(&mut self, pages: u32) {
-        self.parts.balloon.set_wanted(pages);
-        self.parts.devices.tell_config(BALLOON);
+    ///
+    /// # Errors
+    ///
+    /// If the guest keeps the device busy: nothing has changed then.
+    pub fn want_balloon(&mut self, pages: u32) -> Result<(), MachineError> {
+        let busy = || MachineError::DeviceBusy(BALLOON.to_owned());
+        let device = self.parts.devices.virtio(BALLOON).ok_or_else(busy)?;
+        let wish = || self.parts.balloon.set_wanted(pages);
+        match self.run_state {
+            RunState::Running if !device.change_by(Instant::now() + BALLOON_PATIENCE, wish) => Err(busy()),
+            RunState::Running => Ok(()),
+            RunState::Paused => {
+                device.change(wish);
+                Ok(())
+            }
+        }
     }
 
     /// Which blocks of the disk with this number the guest writes; `None` if there is no such disk.

@@ -5,7 +5,6 @@ use std::time::Duration;
 use ferry_proto::InvalidField;
 use ferry_proto::agent::v1::{Balloon, InstanceInfo, InstanceSpec};
 use ferry_proto::vmm::v1::order::Order as Command;
-use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{self as wire};
 
 use super::instance::Agent;
@@ -36,6 +35,8 @@ impl Agent {
             .await
             .map_err(Failure::vmm("failed to ask the guest for memory"))?;
         let mut info = state.info(self.host());
+        // Others are not to wait for what is only told.
+        drop(state);
         info.balloon = balloon_of(&vmm, info.memory_bytes).await;
         Ok(info)
     }
@@ -84,11 +85,8 @@ fn pages_to_give_up(spec: &InstanceSpec, memory_bytes: u64) -> Result<u32, Failu
 }
 
 async fn balloon_of(vmm: &Vmm, memory_bytes: u64) -> Option<Balloon> {
-    let asked = tokio::time::timeout(ANSWER_TIME, vmm.order(Command::Ping(wire::Ping {}))).await;
-    let Ok(Ok(Body::Standing(standing))) = asked else {
-        return None;
-    };
-    Some(in_bytes(standing.balloon?, memory_bytes))
+    let balloon = vmm.glance(ANSWER_TIME).await?.balloon?;
+    Some(in_bytes(balloon, memory_bytes))
 }
 
 /// Guests and their state may say any number: nobody gives up more than there is.

@@ -9,3 +9,4 @@ mod watch;
 
 pub(crate) use instance::{Agent, Instance, InstanceState, VmmNews};
 pub(crate) use lifecycle::{NewRight, check_incoming};
+pub(crate) use stopping::Press;

@@ -12,45 +12,35 @@ use uuid::Uuid;
 use super::instance::{Agent, Instance, InstanceState};
 use crate::agent::failure::Failure;
 use crate::agent::journal::{InstanceRow, Status};
+use crate::agent::vmm_client::VmmError;
+
+/// What came of pressing a power button.
+pub(crate) enum Press {
+    /// The guest was off already.
+    IsOff(Box<InstanceInfo>),
+    /// The guest is asked.
+    Asked(Asked),
+}
+
+/// An instance whose guest was asked to switch itself off.
+pub(crate) struct Asked {
+    instance: Arc<Instance>,
+    /// Of the VMM that was asked.
+    pid: i32,
+}
 
 impl Agent {
-    /// Stops an instance: asks its guest to switch itself off and waits for that, `patience` at most; with `force` ends it as it is.
+    /// Asks the guest to switch itself off. [`switched_off`](Self::switched_off) waits for that.
     ///
     /// # Errors
     /// It runs on, unless the failure says that it is lost.
-    pub(crate) async fn stop_instance(
-        &self,
-        name: &str,
-        force: bool,
-        patience: Duration,
-    ) -> Result<InstanceInfo, Failure> {
+    pub(crate) async fn press_power_button(&self, name: &str) -> Result<Press, Failure> {
         let instance = self.instance(name).await?;
-        if force {
-            return self.stop_by_force(&instance, patience).await;
-        }
-        if let Some(off) = self.press_power_button(&instance).await? {
-            return Ok(off);
-        }
-        match tokio::time::timeout(patience, self.switched_off(&instance)).await {
-            Ok(ended) => ended,
-            Err(_) => {
-                let state = instance.state.lock().await;
-                Err(Failure::GuestIgnored(format!(
-                    "the guest of instance {} was asked to switch off and did not within {patience:?}: it is {}; ask again, or \
-                     --force pulls the plug",
-                    state.row.spec.name, state.row.status
-                )))
-            }
-        }
-    }
-
-    /// Asks the guest to switch itself off; one that is off already is given back.
-    async fn press_power_button(&self, instance: &Instance) -> Result<Option<InstanceInfo>, Failure> {
         let state = instance.state.lock().await;
         state.check_idle("stop")?;
         let (name, status) = (&state.row.spec.name, state.row.status);
         match status {
-            Status::Stopped | Status::Crashed => return Ok(Some(state.info(self.host()))),
+            Status::Stopped | Status::Crashed => return Ok(Press::IsOff(Box::new(state.info(self.host())))),
             Status::Running => {}
             Status::Paused => {
                 return Err(Failure::Refused(format!(
@@ -62,49 +52,87 @@ impl Agent {
             }
         }
         let press = wire::PressPowerButton { epoch: state.row.epoch };
-        let answer = state
-            .vmm()?
-            .order(Command::PressPowerButton(press))
-            .await
-            .map_err(Failure::vmm("failed to press the power button"))?;
-        match answer {
-            Body::Pressed(wire::Pressed { guest_listens: true }) => Ok(None),
-            _ => Err(Failure::Refused(format!(
-                "instance {name} has no power button that its guest listens to, or not yet: --force pulls the plug"
-            ))),
+        let vmm = state.vmm()?;
+        match vmm.order(Command::PressPowerButton(press)).await {
+            Ok(Body::Pressed(wire::Pressed { guest_listens: true }))
+            // How it ended is about to be known.
+            | Err(VmmError::Gone) => {}
+            Ok(_) => {
+                return Err(Failure::Refused(format!(
+                    "instance {name} has no power button that its guest listens to, or not yet: --force pulls the plug"
+                )));
+            }
+            Err(error) => {
+                let what = format!("failed to press the power button of instance {name}");
+                return Err(Failure::vmm(what)(error));
+            }
         }
+        let pid = vmm.pid();
+        drop(state);
+        Ok(Press::Asked(Asked { instance, pid }))
     }
 
-    /// Waits until the instance has ended, for ever if it does not.
+    /// Waits until a guest that was asked to switch off has, `patience` at most.
     ///
     /// # Errors
-    /// It ended by a crash, or is not here any more: a guest may move while it shuts down.
-    async fn switched_off(&self, instance: &Instance) -> Result<InstanceInfo, Failure> {
+    /// It did not, it ended by a crash, or it is not here any more: a guest may move while it shuts down.
+    pub(crate) async fn switched_off(&self, asked: &Asked, patience: Duration) -> Result<InstanceInfo, Failure> {
         const LOOK_AGAIN: Duration = Duration::from_millis(50);
-        loop {
-            let state = instance.state.lock().await;
-            if self.instances.by_id(instance.id).is_none() {
-                return Err(self.not_here(&instance.id.to_string()).await);
-            }
-            match state.row.status {
-                Status::Stopped => return Ok(state.info(self.host())),
-                Status::Crashed => {
-                    return Err(Failure::GuestLost(format!(
-                        "instance {} crashed and did not switch off: {}",
-                        state.row.spec.name,
-                        state.row.reason.as_deref().unwrap_or("nobody knows why")
-                    )));
+        let looking = async {
+            loop {
+                match self.look_whether_off(asked).await {
+                    Ok(None) => tokio::time::sleep(LOOK_AGAIN).await,
+                    Ok(Some(off)) => return Ok(off),
+                    Err(failure) => return Err(failure),
                 }
-                _ => {}
             }
-            drop(state);
-            tokio::time::sleep(LOOK_AGAIN).await;
+        };
+        if let Ok(ended) = tokio::time::timeout(patience, looking).await {
+            return ended;
         }
+        // The end may have been written down while the time ran out.
+        if let Some(off) = self.look_whether_off(asked).await? {
+            return Ok(off);
+        }
+        let state = asked.instance.state.lock().await;
+        let (name, status) = (&state.row.spec.name, state.row.status);
+        let remedy = match status {
+            Status::Running | Status::Paused => "; ask again, or --force pulls the plug",
+            _ => "",
+        };
+        Err(Failure::GuestIgnored(format!(
+            "the guest of instance {name} was asked to switch off and did not within {patience:?}: it is {status}{remedy}"
+        )))
+    }
+
+    async fn look_whether_off(&self, Asked { instance, pid }: &Asked) -> Result<Option<InstanceInfo>, Failure> {
+        let state = instance.state.lock().await;
+        let name = &state.row.spec.name;
+        match state.row.status {
+            // Also of one that was deleted since.
+            Status::Stopped => return Ok(Some(state.info(self.host()))),
+            Status::Crashed => {
+                let reason = state.row.reason.as_deref().unwrap_or("nobody knows why");
+                let told = format!("instance {name} crashed and did not switch off: {reason}");
+                return Err(Failure::GuestLost(told));
+            }
+            _ => {}
+        }
+        if self.instances.by_id(instance.id).is_none() {
+            return Err(self.not_here(name).await);
+        }
+        // It was off, and somebody has started it again.
+        let is_another = state.vmm.as_ref().is_some_and(|vmm| vmm.pid() != *pid);
+        Ok(is_another.then(|| state.info(self.host())))
     }
 
     /// Pulls the plug. Aborts a migration before GO; after GO it waits for the decision.
-    async fn stop_by_force(&self, instance: &Arc<Instance>, patience: Duration) -> Result<InstanceInfo, Failure> {
-        self.end_migration(instance, patience).await?;
+    ///
+    /// # Errors
+    /// It runs on, or the migration is not decided within `patience`.
+    pub(crate) async fn stop_by_force(&self, name: &str, patience: Duration) -> Result<InstanceInfo, Failure> {
+        let instance = self.instance(name).await?;
+        self.end_migration(&instance, patience).await?;
         let mut state = instance.state.lock().await;
         match state.row.status {
             Status::Stopped | Status::Crashed => {}
@@ -180,8 +208,7 @@ impl Agent {
         }
         // It may have gone meanwhile: then it is not this host's to stop.
         if self.instances.by_id(instance.id).is_none() {
-            let what = format!("instance {}", instance.id);
-            return Err(Failure::NotFound { what, moved_to: None });
+            return Err(self.not_here(&row.spec.name).await);
         }
         Ok(())
     }

@@ -270,8 +270,8 @@ impl Script {
     }
 
     /// How many page streams: as asked, else one for each CPU, up to four. Measured on two CPUs of which the guest keeps one busy,
-    /// eight moves each: with two streams the first pass takes 383 ms and the guest's largest gap is 2.8 ms, with one 416 and
-    /// 2.7, with three 322 and 12, with four 284 and 20.
+    /// eight moves each: with two streams a move takes 521 ms and the guest's largest gap is 4.6 ms, with one 548 and 3.4, with three
+    /// 580 and 5.2.
     fn streams(&self) -> u16 {
         match u16::try_from(self.row.options.streams).unwrap_or(0) {
             0 => std::thread::available_parallelism().map_or(1, |cpus| cpus.get().clamp(1, 4) as u16),

@@ -107,8 +107,25 @@ impl MmioDevice {
         }
     }
 
-    /// Its configuration was changed from outside: the driver, if there is one, is told.
-    pub(crate) fn tell_config(&self) {
+    /// Makes a change from outside that its configuration shows, while it rests: a guest can keep it busy for as long as it likes otherwise.
+    /// The driver, if there is one, is told. False, and no change, if it does not rest by the deadline.
+    pub(crate) fn change_by(&self, deadline: Instant, change: impl FnOnce()) -> bool {
+        let rests = self.rest(deadline);
+        if rests {
+            change();
+            self.tell_config();
+        }
+        self.shared.go_on();
+        rests
+    }
+
+    /// The same in a machine that is paused: it rests.
+    pub(crate) fn change(&self, change: impl FnOnce()) {
+        change();
+        self.tell_config();
+    }
+
+    fn tell_config(&self) {
         let work = self.shared.work();
         if work.queues.is_empty() {
             self.shared.config.lock().unwrap_or_else(PoisonError::into_inner).0 = work.device.config();

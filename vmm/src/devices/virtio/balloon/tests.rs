@@ -1,8 +1,10 @@
 //! The balloon behind its registers and queues.
 
+use std::time::{Duration, Instant};
+
 use super::super::registers::offset;
 use super::super::testing::Driver;
-use super::{Balloon, INFLATE, REPORTING};
+use super::{Balloon, BalloonLevel, INFLATE, REPORTING};
 use crate::memory::{FrameRun, Span};
 
 const PAGES: u64 = 0x10_0000;
@@ -76,21 +78,25 @@ fn guest_says_how_much_it_gave_up() {
     assert_eq!(after.read(offset::CONFIG + 4), 77);
 }
 
+/// Asks a machine that runs.
+fn wish(driver: &Driver, level: &BalloonLevel, pages: u32) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    assert!(driver.device.change_by(deadline, || level.set_wanted(pages)));
+}
+
 #[test]
 fn guest_is_told_how_much_it_is_to_give_up() {
     let balloon = Box::<Balloon>::default();
     let level = balloon.level();
     let mut driver = Driver::new(balloon);
-    level.set_wanted(3);
-    driver.device.tell_config();
+    wish(&driver, &level, 3);
     assert!(!level.has_driver());
     driver.set_up(0);
     assert!(level.has_driver());
     assert_eq!(driver.read(offset::CONFIG), 3);
 
     let generation = driver.read(offset::CONFIG_GENERATION);
-    level.set_wanted(9);
-    driver.device.tell_config();
+    wish(&driver, &level, 9);
 
     assert_eq!(driver.read(offset::CONFIG), 9);
     assert_ne!(driver.read(offset::CONFIG_GENERATION), generation);
@@ -103,8 +109,7 @@ fn what_is_wanted_survives_a_move_and_a_reset() {
     let level = balloon.level();
     let mut driver = Driver::new(balloon);
     driver.set_up(0);
-    level.set_wanted(9);
-    driver.device.tell_config();
+    wish(&driver, &level, 9);
     driver.write(offset::CONFIG + 4, 7);
     assert!(driver.rest());
 
