@@ -173,12 +173,18 @@ pub fn wait_printed(host: &Host, words: &str, times: usize, deadline: Duration) 
 /// would be taken for the second's.
 ///
 /// # Errors
-/// If it does not.
+/// If it does not, or could not.
 pub fn carry_out(host: &Host, name: &str, line: &str, deadline: Duration) -> Result<()> {
     // Dropped, and so ended, once the guest has carried it out.
     let _typing = host.type_into(name, &format!("{line}\n"))?;
-    wait_printed(host, &format!("DID {line}\n"), 1, deadline)?;
-    Ok(())
+    let what = format!("the guest carries out {line:?}");
+    until(&what, deadline, || {
+        let text = printed(host);
+        if text.contains(&format!("FAILED {line}\n")) {
+            bail!("the guest could not carry out {line:?}");
+        }
+        Ok(text.contains(&format!("DID {line}\n")).then_some(()))
+    })
 }
 
 /// The numbers of the whole `TICK` lines in what a guest printed, of which none says that its data is damaged.

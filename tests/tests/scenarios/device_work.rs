@@ -85,7 +85,7 @@ fn moved_at_work(pair: &Pair, guest: &Guest) -> Result<Transfers> {
 fn a_guest_that_reads_its_disk_as_it_moves_reads_the_right_blocks(pair: &mut Pair) -> Result<()> {
     let image = stamped_image(pair)?;
 
-    let told = moved_at_work(pair, &with_disk(&image, "io=randread depth=16 seconds=15"))?;
+    let told = moved_at_work(pair, &with_disk(&image, "io=randread depth=16 seconds=30"))?;
 
     ensure!(told.operations > 0 && told.failed == 0 && told.wrong == 0, "{told}");
     Ok(())
@@ -94,7 +94,7 @@ fn a_guest_that_reads_its_disk_as_it_moves_reads_the_right_blocks(pair: &mut Pai
 fn a_guest_that_writes_its_disk_as_it_moves_leaves_it_whole(pair: &mut Pair) -> Result<()> {
     let image = stamped_image(pair)?;
 
-    let told = moved_at_work(pair, &with_disk(&image, "io=randwrite block_kib=8 depth=16 seconds=15"))?;
+    let told = moved_at_work(pair, &with_disk(&image, "io=randwrite block_kib=8 depth=16 seconds=30"))?;
 
     ensure!(told.operations > 0 && told.failed == 0, "{told}");
     pair.b.ferry(&["stop", "g", "--force"])?.exit(0)?;

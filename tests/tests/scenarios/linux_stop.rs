@@ -9,6 +9,7 @@ use ferry_tests::linux::{BOOT, Linux, ticks, wait_printed};
 use ferry_tests::{Host, Pair, process, until, waiting::CALL};
 use libtest_mimic::Trial;
 use rustix::process::Signal;
+use serde_json::Value;
 
 use crate::scenario::{command, make_file_system, on_kvm};
 
@@ -31,7 +32,7 @@ fn a_guest_that_is_asked_to_stop_leaves_a_clean_disk(pair: &mut Pair) -> Result<
     wait_printed(&pair.a, "BUTTON ready", 1, BOOT)?;
     wait_printed(&pair.a, "RECORDS", 1, BOOT)?;
 
-    let stopped = pair.a.ferry(&["stop", "g"])?.exit(0)?.json()?;
+    let stopped = stopped(&pair.a)?;
 
     ensure!(
         stopped["status"] == "stopped" && stopped["reason"] == "the guest powered off",
@@ -62,7 +63,7 @@ fn a_guest_hears_its_button_after_a_move(pair: &mut Pair) -> Result<()> {
         .is("completed", "b")?;
     wait_printed(&pair.b, "TICK", 1, CALL)?;
 
-    let stopped = pair.b.ferry(&["stop", "g"])?.exit(0)?.json()?;
+    let stopped = stopped(&pair.b)?;
 
     ensure!(
         stopped["status"] == "stopped" && stopped["host"] == "b" && stopped["reason"] == "the guest powered off",
@@ -97,6 +98,12 @@ fn a_stop_tells_what_became_of_a_guest_that_does_not_listen(pair: &mut Pair) -> 
     stop.wait()?.exit(7)?.says("crashed")?;
     pair.b.wait_for_status("g", "crashed")?;
     Ok(())
+}
+
+/// Asks the guest to stop, and waits as long as for a boot.
+fn stopped(host: &Host) -> Result<Value> {
+    let stop = host.begin(&["stop", "g", "--timeout", "5m"])?;
+    stop.wait_for(BOOT + CALL)?.exit(0)?.json()
 }
 
 /// Waits until the guest's VMM has told so many times that its button was pressed.

@@ -33,11 +33,12 @@ pub(crate) struct Options {
     /// Disks and network cards of a guest that stays, instead of migrations. Needs root, for a network of its own.
     #[arg(long)]
     devices: bool,
-    /// A Linux guest: its boot, what its devices add to a switchover, and its disk on the way. Needs root, for a network of its own.
+    /// What comes with a real guest: the boot of Linux (with a peer, also in that), what an idle disk and card add to a switchover, and a disk that
+    /// moves along. Needs root, for networks and mounts of its own.
     #[arg(long, conflicts_with = "devices")]
     linux: bool,
     /// Runs of each.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
     /// Only workloads with this in their name.
     #[arg(long, value_name = "TEXT")]
@@ -96,16 +97,18 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         return own_bench(options, &ferry);
     }
     let mut record = Vec::new();
+    let mut failed = false;
     for workload in workloads {
         let contenders = measure(workload, options, &ferry)?;
         table::print(workload, &contenders);
+        failed |= contenders.iter().any(Contender::has_failed);
         record.push(json!({
             "workload": workload.name,
             "contenders": contenders.iter().map(Contender::to_json).collect::<Vec<_>>(),
         }));
     }
     write_record(options, record)?;
-    Ok(ExitCode::SUCCESS)
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 /// Writes the file that was asked for.

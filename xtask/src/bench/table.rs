@@ -41,6 +41,11 @@ impl Contender {
         }
     }
 
+    /// Whether a run failed.
+    pub(super) fn has_failed(&self) -> bool {
+        !self.failures.is_empty()
+    }
+
     /// Every sample and every failure.
     pub(super) fn to_json(&self) -> Value {
         let samples = self.samples.iter().map(|sample| {

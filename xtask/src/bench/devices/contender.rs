@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
 use ferry_tests::{Guest, Pair};
@@ -79,7 +79,7 @@ pub(super) enum Running {
 
 /// A QEMU, and the folder of its files.
 pub(super) struct Process {
-    child: Child,
+    child: qemu::Ended,
     folder: tempfile::TempDir,
 }
 
@@ -103,7 +103,7 @@ impl Running {
         let file = match self {
             Self::Ferry(pair) => ferry_console(pair)?,
             Self::Qemu(process) => {
-                if let Some(status) = process.child.try_wait().context("failed to look after QEMU")? {
+                if let Some(status) = process.child.0.try_wait().context("failed to look after QEMU")? {
                     bail!("QEMU ended ({status}): {}", process.complaints());
                 }
                 process.console()
@@ -164,7 +164,7 @@ fn start_qemu(mode: Mode, row: &Row, host: &Host) -> Result<Process> {
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(File::create(complaints_in(folder.path())).context("failed to make QEMU's log")?);
-    let child = command.spawn().context("failed to start QEMU")?;
+    let child = qemu::Ended(command.spawn().context("failed to start QEMU")?);
     Ok(Process { child, folder })
 }
 
@@ -207,11 +207,4 @@ fn console_in(folder: &Path) -> PathBuf {
 
 fn complaints_in(folder: &Path) -> PathBuf {
     folder.join("complaints")
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }

@@ -1,7 +1,7 @@
 //! From the order to run to the guest's first process: the same kernel and initramfs, one vCPU.
 
 use std::fs;
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -53,16 +53,6 @@ fn ferry_boots(ferry: &ferry::Binary) -> Result<Duration> {
     Ok(took)
 }
 
-/// A process that ends with its owner.
-struct Ended(Child);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 fn qemu_boots(_: &ferry::Binary) -> Result<Duration> {
     let image = ferry_linux_guest::image()?;
     let folder = tempfile::Builder::new().prefix("ferry-q").tempdir();
@@ -77,7 +67,7 @@ fn qemu_boots(_: &ferry::Binary) -> Result<Duration> {
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     let began = Instant::now();
-    let mut process = Ended(command.spawn().context("failed to start QEMU")?);
+    let mut process = qemu::Ended(command.spawn().context("failed to start QEMU")?);
     loop {
         // Not there yet, at first.
         let printed = fs::read(&console).unwrap_or_default();
@@ -90,6 +80,7 @@ fn qemu_boots(_: &ferry::Binary) -> Result<Duration> {
         if began.elapsed() > BOOT {
             bail!("QEMU's guest printed {:?}", String::from_utf8_lossy(&printed));
         }
-        thread::sleep(Duration::from_millis(5));
+        // As often as Ferry's guest is looked at.
+        thread::sleep(Duration::from_millis(10));
     }
 }

@@ -1,4 +1,4 @@
-//! `cargo xtask bench --linux`: what a guest with an operating system costs: its boot, its devices in a switchover, its disk on the way.
+//! `cargo xtask bench --linux`: what comes with a real guest: the boot of Linux, idle devices in a switchover, a disk that moves along.
 
 mod boot;
 mod disk_copy;
@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
+use super::table::median;
 use super::{Options, Peer, ferry, qemu, write_record};
 
 /// One comparison: runs in turn, prints what came of it, and gives it for the record.
@@ -35,14 +36,24 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
     }
     let ferry = ferry::build()?;
     let mut record = Vec::new();
+    let mut failed = false;
     for (name, measure) in rows {
         println!("\n{name}");
-        let all = measure(options, &ferry)?;
-        let contenders: Vec<_> = all.iter().map(Samples::to_json).collect();
-        record.push(json!({ "workload": name, "contenders": contenders }));
+        match measure(options, &ferry) {
+            Ok(all) => {
+                let contenders: Vec<_> = all.iter().map(Samples::to_json).collect();
+                record.push(json!({ "workload": name, "contenders": contenders }));
+            }
+            // What was measured of other rows is not lost with it.
+            Err(error) => {
+                println!("{name}: failed: {error:#}");
+                record.push(json!({ "workload": name, "failure": format!("{error:#}") }));
+                failed = true;
+            }
+        }
     }
     write_record(options, record)?;
-    Ok(ExitCode::SUCCESS)
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 /// What was measured of one contender, in one unit.
@@ -67,16 +78,8 @@ impl Samples {
         self.values.push(value);
     }
 
-    /// The middle one, or the mean of the two in the middle.
     fn median(&self) -> f64 {
-        let mut sorted = self.values.clone();
-        sorted.sort_by(f64::total_cmp);
-        let middle = sorted.len() / 2;
-        match sorted.len() {
-            0 => f64::NAN,
-            odd if odd % 2 == 1 => sorted[middle],
-            _ => f64::midpoint(sorted[middle - 1], sorted[middle]),
-        }
+        median(self.values.clone()).unwrap_or(f64::NAN)
     }
 
     fn print(&self) {
@@ -91,19 +94,5 @@ impl Samples {
 
     fn to_json(&self) -> Value {
         json!({ "name": self.name, "unit": self.unit, "median": self.median(), "samples": self.values })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_median_is_in_the_middle() {
-        let mut samples = Samples::of("one", "ms");
-        [3.0, 1.0, 9.0].into_iter().for_each(|value| samples.add(value));
-        assert_eq!(samples.median(), 3.0);
-        samples.add(5.0);
-        assert_eq!(samples.median(), 4.0);
     }
 }

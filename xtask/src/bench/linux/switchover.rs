@@ -1,10 +1,11 @@
-//! What devices add to a blackout: Linux with two vCPUs, bare, and with a disk and a network card, moved to and fro in turn.
+//! What devices add to a blackout: Linux with two vCPUs, bare, and with a disk and a network card that are idle, moved to and fro in turn.
 
 use std::fs::File;
 
 use anyhow::{Context, Result};
 use ferry_tests::Pair;
 use ferry_tests::linux::{BOOT, Linux, wait_printed};
+use ferry_vmm::warm_host_memory;
 
 use super::Samples;
 use crate::bench::devices::network;
@@ -12,6 +13,12 @@ use crate::bench::{Options, ferry};
 
 const BRIDGE: &str = "bench1";
 const DISK_BYTES: u64 = 64 << 20;
+
+/// More than a guest has, which is what a destination touches.
+const WARM_BYTES: u64 = 512 << 20;
+
+/// The guests; the second has devices.
+const GUESTS: [&str; 2] = ["bare", "disk and card"];
 
 pub(super) fn measure(options: &Options, ferry: &ferry::Binary) -> Result<Vec<Samples>> {
     network::in_network_of_its_own(|| {
@@ -22,33 +29,47 @@ pub(super) fn measure(options: &Options, ferry: &ferry::Binary) -> Result<Vec<Sa
 }
 
 fn moves(options: &Options, ferry: &ferry::Binary) -> Result<Vec<Samples>> {
-    let mut pair = Pair::prepare_with(ferry.file())?;
-    pair.a.start()?;
-    pair.b.start()?;
-    let disk = pair.folder().join("disk.img");
-    let file = File::create(&disk).context("failed to make a disk")?;
-    file.set_len(DISK_BYTES).context("failed to make a disk")?;
-    let with_devices = Linux::new("devices")?
-        .disk(&format!("path={}", disk.display()))
-        .nic(&format!("bridge={BRIDGE}"));
-    let mut all = [Samples::of("bare", "ms"), Samples::of("disk and card", "ms")];
-    // One after the other: each has the host's two processors for itself, and a console that can be told from the other's.
-    for (guest, name, samples) in [(Linux::new("bare")?, "bare", 0), (with_devices, "devices", 1)] {
-        guest.run(&pair.a)?;
-        wait_printed(&pair.a, "TICK 3", 1, BOOT)?;
-        for run in 1..=options.runs {
-            eprintln!("switchover-devices: run {run} of {}", options.runs);
-            for to in ["b", "a"] {
-                let moved = pair.a.ferry(&["migrate", name, "--to", to])?;
+    // Hosts of its own for each: a guest is told by its console, of which a host has one here.
+    let pairs = GUESTS.map(|_| Pair::prepare_with(ferry.file()));
+    let mut all = GUESTS.map(|name| Samples::of(name, "ms"));
+    let mut running = Vec::new();
+    for (has_devices, pair) in [false, true].into_iter().zip(pairs) {
+        running.push(booted(pair?, has_devices)?);
+    }
+    for run in 1..=options.runs {
+        eprintln!("switchover-devices: run {run} of {}", options.runs);
+        for to in ["b", "a"] {
+            for (pair, samples) in running.iter().zip(&mut all) {
+                warm_host_memory(WARM_BYTES).context("failed to touch memory first")?;
+                let moved = pair.a.ferry(&["migrate", "g", "--to", to])?;
                 let moved = moved.exit(0)?.migration()?.is("completed", to)?;
-                all[samples].add(moved.number("downtime_ms.total")?);
+                samples.add(moved.number("downtime_ms.total")?);
             }
         }
-        pair.a.ferry(&["delete", name, "--force"])?.exit(0)?;
     }
-    pair.close()?;
+    for pair in &running {
+        pair.a.ferry(&["stop", "g", "--force"])?.exit(0)?;
+        pair.close()?;
+    }
     all.iter().for_each(Samples::print);
     let [bare, devices] = &all;
-    println!("a disk and a card add {:.1} ms", devices.median() - bare.median());
+    println!("an idle disk and card add {:.1} ms", devices.median() - bare.median());
     Ok(all.into())
+}
+
+fn booted(mut pair: Pair, has_devices: bool) -> Result<Pair> {
+    pair.a.start()?;
+    pair.b.start()?;
+    let mut guest = Linux::new("g")?;
+    if has_devices {
+        let disk = pair.folder().join("disk.img");
+        let file = File::create(&disk).context("failed to make a disk")?;
+        file.set_len(DISK_BYTES).context("failed to make a disk")?;
+        guest = guest
+            .disk(&format!("path={}", disk.display()))
+            .nic(&format!("bridge={BRIDGE}"));
+    }
+    guest.run(&pair.a)?;
+    wait_printed(&pair.a, "TICK 3", 1, BOOT)?;
+    Ok(pair)
 }

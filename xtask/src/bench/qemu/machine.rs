@@ -24,8 +24,18 @@ pub(super) struct Machine {
 }
 
 struct Running {
-    child: Child,
+    child: Ended,
     complaints: PathBuf,
+}
+
+/// A process that is ended with its owner.
+pub(in crate::bench) struct Ended(pub(in crate::bench) Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 impl Machine {
@@ -56,7 +66,10 @@ impl Machine {
         }
         let mut child = command.spawn().with_context(|| format!("failed to start {PROGRAM}"))?;
         let stdout = child.stdout.take().expect("stdout was piped");
-        let process = Running { child, complaints };
+        let process = Running {
+            child: Ended(child),
+            complaints,
+        };
         let qmp = Qmp::connect(&socket, Duration::from_secs(20)).with_context(|| process.complaints())?;
         Ok(Self {
             qmp,
@@ -98,13 +111,6 @@ pub(in crate::bench) fn command(memory_mib: u64, kernel: &Path, cmdline: &str) -
 impl Running {
     fn complaints(&self) -> String {
         let text = fs::read_to_string(&self.complaints).unwrap_or_default();
-        format!("QEMU (pid {}) says: {}", self.child.id(), text.trim())
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        format!("QEMU (pid {}) says: {}", self.child.0.id(), text.trim())
     }
 }

@@ -14,7 +14,7 @@ use super::console::compare;
 use super::workload::Workload;
 use super::{BEATS_AFTER, BEATS_BEFORE, Sample, warm};
 use machine::Machine;
-pub(super) use machine::command;
+pub(super) use machine::{Ended, command};
 
 /// How QEMU moves the guest.
 #[derive(Clone, Copy, Debug)]
