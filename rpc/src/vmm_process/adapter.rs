@@ -11,7 +11,7 @@ use ferry_migration::guest::{
 use ferry_vmm::{MachineEvent, MachineProfile, MachineState};
 
 use super::copied::CopiedDisk;
-use super::guest::{BlankGuest, LocalGuest, RestoredMachine};
+use super::guest::{BlankGuest, LocalGuest, Reset, RestoredMachine};
 use super::memory::{SharedMemory, to_vmm};
 
 /// Re-arms KVM's dirty tracking.
@@ -79,11 +79,12 @@ impl SourceGuest for LocalGuest {
     fn poll(&mut self) -> GuestCondition {
         while let Some(event) = self.inbox.take() {
             match event {
-                MachineEvent::ResetRequested => {
-                    if let Err(error) = self.reset() {
-                        return GuestCondition::Ended(GuestEnd::Crashed(format!("{error:#}")));
-                    }
-                }
+                MachineEvent::ResetRequested => match self.reset_asked() {
+                    Ok(Reset::Done) => {}
+                    // The next look tries again.
+                    Ok(Reset::NotYet(_)) => return GuestCondition::Alive,
+                    Err(error) => return GuestCondition::Ended(GuestEnd::Crashed(format!("{error:#}"))),
+                },
                 ended => return GuestCondition::Ended(end_of(ended)),
             }
         }

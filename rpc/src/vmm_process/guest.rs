@@ -6,13 +6,14 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use ferry_migration::handover::Epoch;
 use ferry_proto::vmm::v1::MachineSpec;
 use ferry_vmm::{
     BlankMachine, BootPayload, ConsoleInput, CpuModel, DirtyMode, EventSink, Machine, MachineConfig, MachineEvent,
-    RunState, ThreadHook, ThreadKind, WrittenBlocks,
+    MachineError, RunState, ThreadHook, ThreadKind, WrittenBlocks,
 };
 
 use super::announce::Announcer;
@@ -49,6 +50,22 @@ impl Inbox {
             .push_back(event);
         // Without an owner the process is ending.
         let _ = self.bell.send(Event::Guest);
+    }
+
+    /// Puts back what was taken out and cannot be carried out yet: it stays the oldest. Nobody is woken.
+    pub(super) fn put_back(&self, event: MachineEvent) {
+        self.waiting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push_front(event);
+    }
+
+    /// Forgets what asks for a reset: one was carried out, and the guest that asked again before it is no more.
+    fn forget_resets(&self) {
+        self.waiting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|event| !matches!(event, MachineEvent::ResetRequested));
     }
 
     /// Whether nothing waits.
@@ -106,6 +123,18 @@ pub(super) struct LocalGuest {
     pub(super) copied: Vec<(CopiedDisk, WrittenBlocks)>,
 }
 
+/// How long one try to reset a guest waits for its devices. The owner of the machine obeys no order meanwhile.
+const RESET_TRY: Duration = Duration::from_secs(1);
+
+/// What came of a reset.
+pub(super) enum Reset {
+    /// The guest boots again.
+    Done,
+    /// A device has not finished what it has in flight, or a vCPU does not answer: nothing was changed, the guest runs
+    /// on. A disk that hangs is no crash, so it is to be tried again.
+    NotYet(MachineError),
+}
+
 /// A guest that moved in and waits for its permit.
 pub(super) struct RestoredMachine(pub(super) LocalGuest);
 
@@ -114,15 +143,35 @@ impl LocalGuest {
     ///
     /// # Errors
     /// The kernel cannot be read or loaded any more: the guest has crashed.
-    pub(super) fn reset(&mut self) -> anyhow::Result<()> {
+    pub(super) fn reset(&mut self) -> anyhow::Result<Reset> {
         let was = self.machine.run_state();
+        if let Err(error) = self.machine.pause_until(Instant::now() + RESET_TRY) {
+            return match error {
+                MachineError::DeviceBusy(_) | MachineError::VcpuSilent(_) => Ok(Reset::NotYet(error)),
+                error => Err(error).context("failed to stop the guest for a reset"),
+            };
+        }
         self.machine
             .reset(self.payload.open()?)
             .context("failed to reset the machine")?;
+        self.inbox.forget_resets();
         if was == RunState::Running {
             self.machine.run().context("failed to run the guest again")?;
         }
-        Ok(())
+        Ok(Reset::Done)
+    }
+
+    /// Carries out the reset that the guest asked for, now or later: while it cannot be, it stays in the inbox.
+    ///
+    /// # Errors
+    /// The kernel cannot be read or loaded any more: the guest has crashed.
+    pub(super) fn reset_asked(&mut self) -> anyhow::Result<Reset> {
+        let reset = self.reset()?;
+        if let Reset::NotYet(why) = &reset {
+            tracing::info!(%why, "the guest is reset later");
+            self.inbox.put_back(MachineEvent::ResetRequested);
+        }
+        Ok(reset)
     }
 
     /// Chooses the disks whose contents move with the guest from now on.
@@ -274,5 +323,27 @@ impl BlankGuest {
             announcer: self.announcer,
             copied: Vec::new(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    #[test]
+    fn a_reset_that_waits_stays_the_oldest_and_is_carried_out_once() {
+        let (bell, _rung) = channel();
+        let inbox = Inbox::new(bell);
+        inbox.put(MachineEvent::ResetRequested);
+        inbox.put(MachineEvent::PoweredOff);
+        let reset = inbox.take().unwrap();
+        inbox.put_back(reset);
+        inbox.put(MachineEvent::ResetRequested);
+        assert!(matches!(inbox.take(), Some(MachineEvent::ResetRequested)));
+        inbox.forget_resets();
+        assert!(matches!(inbox.take(), Some(MachineEvent::PoweredOff)));
+        assert!(inbox.is_empty());
     }
 }

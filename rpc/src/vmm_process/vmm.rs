@@ -18,7 +18,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::Duration;
 
 use ferry_migration::guest::GuestEnd;
 use ferry_migration::handover::{Epoch, Grants, Permit, Permits, Traded};
@@ -34,9 +35,12 @@ use super::adapter::end_of;
 use super::console::ConsoleLog;
 use super::convert::{attempt_from_wire, guest_ended, monotonic_ns};
 use super::events::{Connection, Event};
-use super::guest::{BlankGuest, Blueprint, LocalGuest, Purpose};
+use super::guest::{BlankGuest, Blueprint, LocalGuest, Purpose, Reset};
 use super::migrating::{ReadyGuest, Sending};
 use crate::vmm_channel;
+
+/// The pause between two tries of what a guest asked for and cannot have yet.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
 /// What this process holds.
 pub(super) enum Holding {
@@ -98,8 +102,20 @@ impl Vmm {
 
     /// Serves until no event can come any more.
     pub(super) fn serve(mut self, events: &Receiver<Event>) {
-        while let Ok(event) = events.recv() {
+        while let Some(event) = self.next(events) {
             self.take(event);
+        }
+    }
+
+    /// Waits for what happens next; a reset that could not be carried out yet comes again by itself. None: nothing can happen any more.
+    fn next(&self, events: &Receiver<Event>) -> Option<Event> {
+        match &self.holding {
+            Holding::Here(guest) if !guest.inbox.is_empty() => match events.recv_timeout(LOOK_AGAIN) {
+                Ok(event) => Some(event),
+                Err(RecvTimeoutError::Timeout) => Some(Event::Guest),
+                Err(RecvTimeoutError::Disconnected) => None,
+            },
+            _ => events.recv().ok(),
         }
     }
 
@@ -328,8 +344,10 @@ impl Vmm {
 
     fn reboot(&mut self) -> anyhow::Result<Body> {
         self.check_user_order(self.permits.had().0)?;
-        if let Holding::Here(guest) = &mut self.holding {
-            guest.reset()?;
+        if let Holding::Here(guest) = &mut self.holding
+            && let Reset::NotYet(why) = guest.reset()?
+        {
+            return Err(anyhow::Error::new(why).context("the guest cannot be reset now, ask again"));
         }
         Ok(Body::Done(wire::Done {}))
     }
@@ -392,8 +410,8 @@ impl Vmm {
         };
         let ended = match guest.inbox.take() {
             None => return,
-            Some(MachineEvent::ResetRequested) => match guest.reset() {
-                Ok(()) => return,
+            Some(MachineEvent::ResetRequested) => match guest.reset_asked() {
+                Ok(_) => return,
                 Err(error) => GuestEnd::Crashed(format!("failed to reset: {error:#}")),
             },
             Some(event) => end_of(event),
