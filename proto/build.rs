@@ -27,6 +27,9 @@ fn main() -> Result<(), Box<dyn Error>> {
             "DowntimeMs",
             "Round",
             "HostInfo",
+            "HostVerdict",
+            "Check",
+            "LiveMigrateReply",
         ] {
             builder = builder.type_attribute(
                 format!(".ferry.agent.v1.{message}"),

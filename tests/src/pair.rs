@@ -93,6 +93,24 @@ impl Pair {
         Ok(third)
     }
 
+    /// Adds host `c`; all three know each other. The agents of `a` and `b` start anew.
+    ///
+    /// # Errors
+    /// If an agent does not come up.
+    pub fn start_three(&mut self, third_arguments: &[&str]) -> Result<()> {
+        let mut third = Host::new("c", self.folder.path(), &binary::ferry()?)?;
+        third
+            .arguments
+            .extend(third_arguments.iter().map(|&word| word.to_owned()));
+        for host in [&mut self.a, &mut self.b] {
+            third.set_peer(host.name, &host.url());
+            host.set_peer(third.name, &third.url());
+            host.terminate()?;
+            host.start()?;
+        }
+        self.c.insert(third).start()
+    }
+
     fn hosts(&self) -> impl Iterator<Item = &Host> {
         [&self.a, &self.b].into_iter().chain(&self.c)
     }

@@ -8,12 +8,13 @@ use std::time::Duration;
 use ferry_migration::handover::Decision;
 use ferry_proto::agent::v1::compute_server::Compute;
 use ferry_proto::agent::v1::{
-    AttemptRequest, BalloonInstanceRequest, ConsoleInputReply, ConsoleInputRequest, ConsoleOutput, ConsoleRequest,
-    DecisionReply, DeleteInstanceReply, DeleteInstanceRequest, HeartbeatReply, HeartbeatRequest, HostInfo, HostRequest,
-    ImageChunk, InstanceInfo, InstanceRequest, ListInstancesReply, ListInstancesRequest, LiveMigrationCast,
-    PostLiveMigrationReply, PostLiveMigrationRequest, PreLiveMigrationReply, PreLiveMigrationRequest, PutImageReply,
-    Receipt, RestoreInstanceRequest, RollbackReply, RollbackRequest, RunInstanceRequest, SnapshotInfo,
-    SnapshotInstanceRequest, StopInstanceRequest,
+    AttemptRequest, BalloonInstanceRequest, CheckDestinationReply, CheckDestinationRequest, CheckSourceReply,
+    CheckSourceRequest, ConsoleInputReply, ConsoleInputRequest, ConsoleOutput, ConsoleRequest, DecisionReply,
+    DeleteInstanceReply, DeleteInstanceRequest, HeartbeatReply, HeartbeatRequest, HostInfo, HostRequest, ImageChunk,
+    InstanceInfo, InstanceRequest, ListInstancesReply, ListInstancesRequest, LiveMigrationCast, PostLiveMigrationReply,
+    PostLiveMigrationRequest, PreLiveMigrationReply, PreLiveMigrationRequest, PutImageReply, Receipt,
+    RestoreInstanceRequest, RollbackReply, RollbackRequest, RunInstanceRequest, SnapshotInfo, SnapshotInstanceRequest,
+    StopInstanceRequest,
 };
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
@@ -25,7 +26,6 @@ use uuid::Uuid;
 
 use super::console::{self, Follow};
 use super::failure::Failure;
-use super::host;
 use super::images::{self, Upload};
 use super::instances::{Agent, Press};
 use super::journal::{MigrationRow, Role};
@@ -114,24 +114,7 @@ impl ComputeService {
 #[tonic::async_trait]
 impl Compute for ComputeService {
     async fn host(&self, _: Request<HostRequest>) -> Answer<HostInfo> {
-        let agent = &self.0;
-        Ok(Response::new(HostInfo {
-            host: agent.host().to_owned(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            rpc_version: ferry_proto::RPC_VERSION.to_owned(),
-            advertise: agent.url.clone(),
-            data_address: agent.data_address.clone(),
-            memory_total_bytes: host::meminfo("MemTotal"),
-            memory_available_bytes: host::meminfo("MemAvailable"),
-            cpus: std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32),
-            instances: agent.instances.all().len() as u32,
-            peers: agent
-                .peers
-                .all()
-                .map(|peer| format!("{}={}", peer.host, peer.url))
-                .collect(),
-            boot_id: agent.boot_id.clone(),
-        }))
+        Ok(Response::new(self.0.host_info().await))
     }
 
     async fn run_instance(&self, request: Request<RunInstanceRequest>) -> Answer<InstanceInfo> {
@@ -253,6 +236,22 @@ impl Compute for ComputeService {
 
     async fn logs(&self, request: Request<ConsoleRequest>) -> Answer<Output> {
         self.output(request.into_inner(), VMM_LOG).await
+    }
+
+    async fn check_can_live_migrate_destination(
+        &self,
+        request: Request<CheckDestinationRequest>,
+    ) -> Answer<CheckDestinationReply> {
+        answer(self.0.check_can_live_migrate_destination(request.into_inner()).await)
+    }
+
+    async fn check_can_live_migrate_source(&self, request: Request<CheckSourceRequest>) -> Answer<CheckSourceReply> {
+        answer(self.0.check_can_live_migrate_source(request.into_inner()).await)
+    }
+
+    async fn create_migration(&self, request: Request<LiveMigrationCast>) -> Answer<Receipt> {
+        let (agent, record) = (Arc::clone(&self.0), request.into_inner());
+        answer(whole(async move { agent.create_migration(record).await }).await)
     }
 
     async fn live_migration(&self, request: Request<LiveMigrationCast>) -> Answer<Receipt> {

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use anyhow::bail;
 
+use super::claims::AllocationRatios;
+use super::versions::RpcVersion;
 use super::vmm_user::UserRange;
 
 /// The configuration of one agent.
@@ -28,6 +30,14 @@ pub struct AgentConfig {
     pub insecure_network: bool,
     /// The users that VMMs become, where the agent is root.
     pub vmm_users: UserRange,
+    /// The newest version of the RPCs that it speaks and understands: Nova's upgrade_levels.
+    pub rpc_cap: RpcVersion,
+    /// How much of this host its guests may claim.
+    pub allocation: AllocationRatios,
+    /// Migrations out of here at the same time; the others are queued.
+    pub max_outgoing: usize,
+    /// Migrations into here at the same time; the others wait at their sources.
+    pub max_incoming: usize,
 }
 
 impl AgentConfig {
@@ -49,6 +59,14 @@ impl AgentConfig {
                      reaches it owns this host's guests; add --insecure-network to accept that"
                 );
             }
+        }
+        if self.rpc_cap < RpcVersion::OLDEST || self.rpc_cap > RpcVersion::NEWEST {
+            bail!(
+                "--rpc-cap {}: this agent speaks RPC versions {} to {}",
+                self.rpc_cap,
+                RpcVersion::OLDEST,
+                RpcVersion::NEWEST
+            );
         }
         if let Some((peer, _)) = self.peers.iter().find(|(peer, _)| *peer == self.host_id) {
             bail!("peer {peer:?} has this agent's own host id");
@@ -85,6 +103,10 @@ mod tests {
             image_dirs: Vec::new(),
             insecure_network: false,
             vmm_users: UserRange::default(),
+            rpc_cap: RpcVersion::NEWEST,
+            allocation: AllocationRatios::default(),
+            max_outgoing: 1,
+            max_incoming: 4,
         }
     }
 

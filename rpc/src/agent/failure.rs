@@ -3,8 +3,10 @@
 use ferry_proto::InvalidField;
 use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
 
 use super::journal::JournalError;
+use super::reason::{DOMAIN, Reason};
 use super::vmm_client::VmmError;
 
 /// Why something was not done.
@@ -21,6 +23,14 @@ pub(crate) enum Failure {
     /// A check says no; nothing was changed.
     #[error("{0}")]
     Refused(String),
+    /// A check says no, for one of the closed list of reasons; nothing was changed.
+    #[error("{text}")]
+    Denied {
+        /// The reason.
+        reason: Reason,
+        /// The things and numbers, for people.
+        text: String,
+    },
     /// A field of the request cannot be used.
     #[error("the request is invalid")]
     Invalid(#[from] InvalidField),
@@ -69,6 +79,49 @@ impl Failure {
         move |source| Self::Vmm { what, source }
     }
 
+    /// A refusal with its reason from the closed list.
+    pub(crate) fn denied(reason: Reason, text: impl Into<String>) -> Self {
+        Self::Denied {
+            reason,
+            text: text.into(),
+        }
+    }
+
+    /// The same refusal under this reason, unless it has one of its own. What is no refusal stays what it is.
+    #[must_use]
+    pub(crate) fn because(self, reason: Reason) -> Self {
+        match self {
+            Self::Refused(text) => Self::Denied { reason, text },
+            other => other,
+        }
+    }
+
+    /// Its reason from the closed list, if it is a refusal.
+    pub(crate) fn reason(&self) -> Option<Reason> {
+        match self {
+            Self::Denied { reason, .. } => Some(*reason),
+            Self::Refused(_) => Some(Reason::Other),
+            _ => None,
+        }
+    }
+
+    /// The word for scripts in `google.rpc.ErrorInfo`.
+    fn word(&self) -> &'static str {
+        match self {
+            Self::Denied { reason, .. } => reason.code(),
+            Self::Refused(_) => Reason::Other.code(),
+            Self::NotFound { moved_to: Some(_), .. } => "MOVED",
+            Self::NotFound { .. } => "NOT_FOUND",
+            Self::Invalid(_) => "INVALID_FIELD",
+            Self::Unavailable(_) => "OUTCOME_UNKNOWN",
+            Self::Journal(_) => "JOURNAL",
+            Self::GuestIgnored(_) => "GUEST_IGNORED",
+            Self::GuestLost(_) => "GUEST_LOST",
+            Self::Vmm { .. } => "VMM",
+            Self::Host { .. } => "HOST",
+        }
+    }
+
     /// The failure with all its causes, in one line.
     pub(crate) fn chain(&self) -> String {
         crate::error_chain(self)
@@ -79,7 +132,7 @@ impl From<Failure> for Status {
     fn from(failure: Failure) -> Self {
         let code = match &failure {
             Failure::NotFound { .. } => Code::NotFound,
-            Failure::Refused(_) => Code::FailedPrecondition,
+            Failure::Refused(_) | Failure::Denied { .. } => Code::FailedPrecondition,
             Failure::Invalid(_) => Code::InvalidArgument,
             Failure::Unavailable(_) => Code::Unavailable,
             Failure::GuestIgnored(_) => Code::Aborted,
@@ -90,7 +143,14 @@ impl From<Failure> for Status {
             } => Code::FailedPrecondition,
             Failure::Journal(_) | Failure::Vmm { .. } | Failure::Host { .. } => Code::Internal,
         };
-        let mut status = Self::new(code, failure.chain());
+        let mut details = ErrorDetails::with_error_info(failure.word(), DOMAIN, [] as [(String, String); 0]);
+        if let Failure::Denied { reason, .. } = &failure {
+            details.add_help_link(reason.remedy(), "");
+        }
+        if let Failure::Invalid(invalid) = &failure {
+            details.add_bad_request_violation(invalid.field, invalid.problem.clone());
+        }
+        let mut status = Self::with_error_details(code, failure.chain(), details);
         if let Failure::NotFound {
             moved_to: Some(host), ..
         } = &failure

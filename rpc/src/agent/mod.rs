@@ -10,12 +10,16 @@
 //! | `backends` | what their disks and network cards work on |
 //! | `outgoing` | one task per migration out of here: a script, then the switchover by `handover::SourceAgent` |
 //! | `incoming`, `data_port` | one task per migration into here: `handover::DestinationAgent` |
-//! | `peers` | other agents |
-//! | `compute`, `conductor` | the gRPC services: convert, call, map the error |
+//! | `peers`, `compute_rpcapi`, `versions` | other agents, and what they are told at which version |
+//! | `compute`, `conductor` | the gRPC services: convert, call, map the error; the conductor's task checks, chooses and casts |
+//! | `checks`, `claims`, `reason` | whether this host can have an instance, and why not |
 //! | `journal`, `spawn`, `vmm_client` | SQLite, VMM processes, their sockets |
 
 mod backends;
+mod checks;
+mod claims;
 mod compute;
+mod compute_rpcapi;
 mod conductor;
 mod config;
 mod console;
@@ -28,16 +32,20 @@ mod instances;
 mod journal;
 mod outgoing;
 mod peers;
+mod reason;
 mod recovery;
 mod serve;
 mod snapshots;
 mod spawn;
+mod versions;
 mod vmm_client;
 pub(crate) mod vmm_user;
 
 pub(crate) use backends::{NIC_RATES, is_interface_name};
+pub use claims::AllocationRatios;
 pub use config::AgentConfig;
 pub(crate) use host::remove_leftovers;
 pub use serve::serve;
 pub use spawn::cgroup_root;
+pub use versions::RpcVersion;
 pub use vmm_user::UserRange;

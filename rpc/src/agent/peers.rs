@@ -2,19 +2,30 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use ferry_proto::agent::v1::compute_client::ComputeClient;
 use ferry_proto::agent::v1::conductor_client::ConductorClient;
+use ferry_proto::agent::v1::{HostInfo, HostRequest};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
+use tonic_types::StatusExt;
 
 use super::failure::Failure;
+use super::reason::{DOMAIN, Reason};
 
 /// How long a peer may take to answer a call that only looks or decides.
 pub(crate) const CALL_TIME: Duration = Duration::from_secs(5);
 /// How long a peer may take to prepare a guest: it starts a process and maps its memory.
 pub(crate) const PREPARE_TIME: Duration = Duration::from_secs(30);
+
+/// How often each peer is asked how it is: Nova's report_interval.
+pub(crate) const ASK_EACH: Duration = Duration::from_secs(5);
+/// A host whose agent was not heard for so long is down: Nova's service_down_time.
+pub(crate) const DOWN_AFTER: Duration = Duration::from_secs(15);
+/// How long a peer may take to say what its host is like.
+const HOST_TIME: Duration = Duration::from_secs(2);
 
 /// One other agent.
 #[derive(Clone)]
@@ -22,6 +33,29 @@ pub(crate) struct Peer {
     pub(crate) host: String,
     pub(crate) url: String,
     channel: Channel,
+    heard: Arc<Mutex<Heard>>,
+}
+
+/// When an agent was last heard, and what it said of its host then: Nova's servicegroup, as this agent sees it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Heard {
+    last: Option<(Instant, SystemTime)>,
+    /// What it said last.
+    pub(crate) info: Option<HostInfo>,
+    /// Why the last question had no answer; none if it had.
+    pub(crate) silence: Option<String>,
+}
+
+impl Heard {
+    /// A host is up when its agent was heard within [`DOWN_AFTER`].
+    pub(crate) fn is_up(&self) -> bool {
+        self.last.is_some_and(|(at, _)| at.elapsed() < DOWN_AFTER)
+    }
+
+    /// By this host's clock.
+    pub(crate) fn last_heard(&self) -> Option<SystemTime> {
+        self.last.map(|(_, at)| at)
+    }
 }
 
 impl Peer {
@@ -52,7 +86,10 @@ impl Peer {
                 self.url,
                 reason(&status)
             ))),
-            Ok(Err(status)) => Err(PeerError::Refused(format!("host {}: {}", self.host, status.message()))),
+            Ok(Err(status)) => Err(PeerError::Refused {
+                reason: reason_of(&status),
+                text: format!("host {}: {}", self.host, status.message()),
+            }),
             Err(_) => Err(PeerError::NoAnswer(format!(
                 "host {} at {} did not answer within {}",
                 self.host,
@@ -61,14 +98,45 @@ impl Peer {
             ))),
         }
     }
+
+    /// Asks what the host is like, and remembers that it was heard.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub(crate) async fn host_info(&self) -> Result<HostInfo, PeerError> {
+        let mut client = self.compute();
+        let answer = self.answer(HOST_TIME, client.host(HostRequest {})).await;
+        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        match &answer {
+            Ok(info) => {
+                *heard = Heard {
+                    last: Some((Instant::now(), SystemTime::now())),
+                    info: Some(info.clone()),
+                    silence: None,
+                };
+            }
+            Err(error) => heard.silence = Some(error.to_string()),
+        }
+        answer
+    }
+
+    /// When it was last heard.
+    pub(crate) fn heard(&self) -> Heard {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 /// What came of a call.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PeerError {
     /// The peer said no.
-    #[error("{0}")]
-    Refused(String),
+    #[error("{text}")]
+    Refused {
+        /// Its reason from the closed list; none for what is no refusal, such as a failing disk.
+        reason: Option<Reason>,
+        /// What it said.
+        text: String,
+    },
     /// Nobody knows what it did.
     #[error("{0}")]
     NoAnswer(String),
@@ -77,7 +145,11 @@ pub(crate) enum PeerError {
 impl From<PeerError> for Failure {
     fn from(error: PeerError) -> Self {
         match error {
-            PeerError::Refused(reason) => Self::Refused(reason),
+            PeerError::Refused {
+                reason: Some(reason),
+                text,
+            } => Self::Denied { reason, text },
+            PeerError::Refused { reason: None, text } => Self::Refused(text),
             PeerError::NoAnswer(reason) => Self::Unavailable(reason),
         }
     }
@@ -86,6 +158,12 @@ impl From<PeerError> for Failure {
 fn is_unanswered(status: &Status) -> bool {
     use tonic::Code::{Cancelled, DeadlineExceeded, Unavailable, Unknown};
     matches!(status.code(), Unavailable | DeadlineExceeded | Cancelled | Unknown)
+}
+
+/// The reason from the closed list that a status carries.
+fn reason_of(status: &Status) -> Option<Reason> {
+    let info = status.get_details_error_info()?;
+    (info.domain == DOMAIN).then(|| Reason::parse(&info.reason)).flatten()
 }
 
 fn reason(status: &Status) -> String {
@@ -119,6 +197,7 @@ impl Peers {
                 host: host.clone(),
                 url: url.clone(),
                 channel: endpoint.connect_lazy(),
+                heard: Arc::default(),
             };
             known.insert(host.clone(), peer);
         }
@@ -134,6 +213,25 @@ impl Peers {
             what: format!("host {host:?} (known peers: {})", self.names()),
             moved_to: None,
         })
+    }
+
+    /// Asks every peer how it is, from now on and for ever.
+    pub(crate) async fn listen(peers: Vec<Peer>) {
+        let mut turn = tokio::time::interval(ASK_EACH);
+        turn.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            turn.tick().await;
+            // All at once: one that is silent holds nobody up.
+            let asked: Vec<_> = peers
+                .iter()
+                .cloned()
+                .map(|peer| tokio::spawn(async move { peer.host_info().await.is_ok() }))
+                .collect();
+            for answer in asked {
+                // What came of it is remembered with the peer.
+                let _ = answer.await;
+            }
+        }
     }
 
     /// All of them.

@@ -17,15 +17,13 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
 
 use super::compute::ComputeService;
+use super::compute_rpcapi::check_version;
 use super::conductor::ConductorService;
 use super::config::AgentConfig;
 use super::instances::Agent;
 use super::journal::Journal;
 use super::peers::Peers;
 use super::{data_port, host, recovery};
-
-/// Nova's default of max_concurrent_live_migrations.
-const CONCURRENT_MIGRATIONS: usize = 1;
 
 /// How long calls in flight may take when the agent is asked to end.
 const LAST_CALLS: Duration = Duration::from_secs(1);
@@ -51,6 +49,7 @@ pub async fn serve(config: AgentConfig) -> anyhow::Result<()> {
     recovery::recover(&agent)
         .await
         .context("failed to find the instances of this host again")?;
+    let listening = tokio::spawn(Peers::listen(agent.peers.all().cloned().collect()));
     let data_port = tokio::spawn(data_port::serve(Arc::clone(&agent), data));
     tracing::info!(
         host = agent.host(),
@@ -59,12 +58,16 @@ pub async fn serve(config: AgentConfig) -> anyhow::Result<()> {
         "agent ready"
     );
 
+    let rpc_cap = agent.config.rpc_cap;
     let ending = Arc::new(Notify::new());
     let asked = Arc::clone(&ending);
     let serving = Server::builder()
         .tcp_nodelay(true)
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
-        .add_service(ComputeServer::new(ComputeService(Arc::clone(&agent))))
+        .add_service(ComputeServer::with_interceptor(
+            ComputeService(Arc::clone(&agent)),
+            move |request| check_version(rpc_cap, request),
+        ))
         .add_service(ConductorServer::new(ConductorService(Arc::clone(&agent))))
         .serve_with_incoming_shutdown(TcpListenerStream::new(grpc), async move {
             ended().await;
@@ -80,6 +83,7 @@ pub async fn serve(config: AgentConfig) -> anyhow::Result<()> {
         () = patience => {}
     }
     data_port.abort();
+    listening.abort();
     tracing::info!("agent ends, guests go on");
     Ok(())
 }
@@ -105,7 +109,7 @@ async fn build(config: AgentConfig, grpc: &TcpListener, data: &TcpListener) -> a
         outgoing: Default::default(),
         incoming: Default::default(),
         peers,
-        slots: Arc::new(Semaphore::new(CONCURRENT_MIGRATIONS)),
+        slots: Arc::new(Semaphore::new(config.max_outgoing)),
         config,
     })
 }

@@ -8,7 +8,7 @@ use tracing_subscriber::EnvFilter;
 use super::arguments::{AgentArguments, VmmArguments};
 use super::failure::{Exit, Failure, Outcome};
 use super::output;
-use crate::agent::AgentConfig;
+use crate::agent::{AgentConfig, AllocationRatios};
 use crate::vmm_process;
 
 /// Serves until SIGTERM or SIGINT. The instances go on.
@@ -83,6 +83,13 @@ fn configuration(arguments: AgentArguments) -> Result<AgentConfig, Failure> {
         image_dirs: arguments.image_dirs,
         insecure_network: arguments.insecure_network,
         vmm_users: arguments.vmm_users.unwrap_or_default(),
+        rpc_cap: arguments.rpc_cap,
+        allocation: AllocationRatios {
+            ram: arguments.ram_allocation_ratio,
+            cpu: arguments.cpu_allocation_ratio,
+        },
+        max_outgoing: arguments.max_concurrent_live_migrations,
+        max_incoming: arguments.max_concurrent_incoming,
     };
     config
         .check()

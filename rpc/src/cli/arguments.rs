@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use super::devices::{self, DiskArgument, NicArgument};
 use super::output::Format;
 use super::quantities as parse;
-use crate::agent::UserRange;
+use crate::agent::{AllocationRatios, RpcVersion, UserRange};
 
 /// Runs virtual machines on KVM and moves them, running, from one host to another.
 #[derive(Debug, Parser)]
@@ -158,6 +158,21 @@ pub(super) struct AgentArguments {
     /// The numbers of users that VMMs become, where the agent is root [default: 1879048192-2147483647]
     #[arg(long, value_name = "FIRST-LAST", value_parser = parse::user_range)]
     pub(super) vmm_users: Option<UserRange>,
+    /// How many times the host's memory its guests may claim when one migrates here
+    #[arg(long, value_name = "X", default_value_t = AllocationRatios::default().ram, value_parser = parse::ratio)]
+    pub(super) ram_allocation_ratio: f64,
+    /// How many times the host's processors its guests may claim when one migrates here
+    #[arg(long, value_name = "X", default_value_t = AllocationRatios::default().cpu, value_parser = parse::ratio)]
+    pub(super) cpu_allocation_ratio: f64,
+    /// Migrations out of here at the same time; others are queued
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = parse::migrations)]
+    pub(super) max_concurrent_live_migrations: usize,
+    /// Migrations into here at the same time; others wait at their sources
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = parse::migrations)]
+    pub(super) max_concurrent_incoming: usize,
+    /// Speak this version of the RPCs at most, for a fleet whose other agents are older
+    #[arg(long, value_name = "VERSION", default_value_t = RpcVersion::NEWEST)]
+    pub(super) rpc_cap: RpcVersion,
 }
 
 #[derive(Debug, Args)]
@@ -253,7 +268,7 @@ pub(super) struct ConsoleArguments {
 pub(super) struct MigrateArguments {
     #[command(flatten)]
     pub(super) named: Named,
-    /// The destination [default: the peer, if there is only one]
+    /// The destination [default: the host that is best for it]
     #[arg(long, value_name = "HOST")]
     pub(super) to: Option<String>,
     /// How long the guest may stand still, everything counted
@@ -278,6 +293,9 @@ pub(super) struct MigrateArguments {
     /// takes each as the destination has it
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = ["auto", "shared", "copy"])]
     pub(super) storage: String,
+    /// Check and choose only: tell of each host why it would be taken or left
+    #[arg(long, conflicts_with_all = ["detach", "wait"])]
+    pub(super) dry_run: bool,
     /// Print the migration's id and leave
     #[arg(long, conflicts_with = "wait")]
     pub(super) detach: bool,

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::process::ExitCode;
 
 use tonic::{Code, Status};
+use tonic_types::StatusExt;
 
 use crate::error_chain;
 
@@ -54,6 +55,8 @@ pub(super) struct Failure {
     pub(super) message: String,
     /// The host that the guest left for, where the agent knew.
     pub(super) moved_to: Option<String>,
+    /// The word for the reason, where the agent gave one: `docs/control-plane.md` lists them.
+    pub(super) reason: Option<String>,
 }
 
 /// What each verb returns.
@@ -65,6 +68,7 @@ impl Failure {
             exit,
             message: message.into(),
             moved_to: None,
+            reason: None,
         }
     }
 
@@ -91,10 +95,17 @@ impl Failure {
         {
             let _ = write!(message, " (it moved to {host})");
         }
+        let info = status.get_details_error_info();
+        // What is to be done about it comes as the description of a link.
+        let help = status.get_details_help().and_then(|mut help| help.links.pop());
+        if let Some(remedy) = help {
+            let _ = write!(message, " ({})", remedy.description);
+        }
         Self {
             exit: exit_of(status),
             message,
             moved_to,
+            reason: info.map(|info| info.reason),
         }
     }
 

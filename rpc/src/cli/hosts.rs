@@ -1,111 +1,95 @@
 //! `host list` and `host show`.
 
-use ferry_proto::agent::v1::HostInfo;
+use ferry_proto::agent::v1::{HostStatus, ListHostsRequest};
 use serde::ser::Error as _;
 use serde::{Serialize, Serializer};
 use serde_json::json;
 
 use super::arguments::HostVerb;
-use super::client::{Agent, peers_of};
+use super::client::{Agent, LONG_PATIENCE, within};
 use super::failure::{Exit, Failure, Outcome};
 use super::output::{Format, Table, human_bytes, or_dash};
 
-/// A host, and what its agent answered.
+/// A host as the asked one sees it: what it said of itself last, and `url`, `reachable`, `last_heard` and `error` besides.
 #[derive(Debug)]
-struct Host {
-    /// Its id, as it calls itself, or as the asked host calls it where it does not answer.
-    name: String,
-    url: String,
-    answer: Result<HostInfo, Failure>,
-}
+struct Host(HostStatus);
 
-/// What the host said, and `url`, `reachable` and `error` besides.
 impl Serialize for Host {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut object = match &self.answer {
-            Ok(info) => serde_json::to_value(info).map_err(S::Error::custom)?,
-            Err(_) => json!({ "host": self.name }),
+        let status = &self.0;
+        let mut object = match &status.info {
+            Some(info) => serde_json::to_value(info).map_err(S::Error::custom)?,
+            None => json!({ "host": status.host }),
         };
-        object["url"] = json!(self.url);
-        object["reachable"] = json!(self.answer.is_ok());
-        object["error"] = json!(self.answer.as_ref().err().map(|failure| &failure.message));
+        object["url"] = json!(status.url);
+        object["reachable"] = json!(status.up);
+        object["last_heard"] = json!(status.last_heard);
+        object["error"] = json!(status.error);
         object.serialize(serializer)
     }
 }
 
 pub(super) async fn run(agent: &Agent, verb: HostVerb, format: Format) -> Outcome {
-    let own = agent.host().await?;
-    let mut known = vec![(own.host.clone(), agent.clone())];
-    known.extend(peers_of(&own)?);
+    let mut client = agent.conductor().await?;
+    let answer = client.list_hosts(within(LONG_PATIENCE, ListHostsRequest {})).await;
+    let reply = answer.map_err(|status| Failure::of_status("list the hosts", &status))?;
+    let mut hosts: Vec<_> = reply.into_inner().hosts.into_iter().map(Host).collect();
     match verb {
-        HostVerb::List => {
-            let mut hosts = vec![Host::of(own, agent)];
-            for (name, peer) in known.into_iter().skip(1) {
-                hosts.push(Host::ask(name, &peer).await);
-            }
-            format.many(&hosts, table)?;
-        }
+        HostVerb::List => format.many(&hosts, table)?,
         HostVerb::Show { host } => {
-            let names: Vec<&str> = known.iter().map(|(name, _)| name.as_str()).collect();
-            let unknown = format!("show host {host}: {} knows only {}", own.host, names.join(", "));
-            let asked = known.into_iter().find(|(name, _)| *name == host);
-            let (_, asked) = asked.ok_or_else(|| Failure::new(Exit::NotFound, unknown))?;
-            format.one(&Host::of(asked.host().await?, &asked), details)?;
+            let names: Vec<_> = hosts.iter().map(|known| known.0.host.clone()).collect();
+            let unknown = || {
+                let known = names.join(", ");
+                Failure::new(Exit::NotFound, format!("show host {host}: known are only {known}"))
+            };
+            let at = names.iter().position(|name| *name == host).ok_or_else(unknown)?;
+            format.one(&hosts.swap_remove(at), details)?;
         }
     }
     Ok(Exit::Done)
-}
-
-impl Host {
-    fn of(info: HostInfo, agent: &Agent) -> Self {
-        Self {
-            name: info.host.clone(),
-            url: agent.url.clone(),
-            answer: Ok(info),
-        }
-    }
-
-    async fn ask(name: String, agent: &Agent) -> Self {
-        Self {
-            name,
-            url: agent.url.clone(),
-            answer: agent.host().await,
-        }
-    }
 }
 
 fn table(hosts: &[Host]) -> Table {
     let mut table = Table::new(&[
         "HOST",
         "AGENT",
-        "ANSWERS",
+        "UP",
+        "LAST HEARD",
         ">INSTANCES",
-        ">CPUS",
+        ">OUT",
+        ">IN",
         ">MEMORY",
-        ">AVAILABLE",
+        ">CLAIMED",
+        ">VCPUS",
         "VERSION",
     ]);
-    for host in hosts {
-        let info = host.answer.as_ref().ok();
+    for Host(status) in hosts {
+        let info = status.info.as_ref();
         table.row([
-            host.name.clone(),
-            host.url.clone(),
-            if info.is_some() { "yes" } else { "no" }.to_owned(),
+            status.host.clone(),
+            status.url.clone(),
+            if status.up { "yes" } else { "no" }.to_owned(),
+            or_dash(status.last_heard.as_ref()),
             or_dash(info.map(|info| info.instances)),
-            or_dash(info.map(|info| info.cpus)),
-            or_dash(info.map(|info| human_bytes(info.memory_total_bytes))),
-            or_dash(info.map(|info| human_bytes(info.memory_available_bytes))),
+            or_dash(info.map(|info| info.migrations_out)),
+            or_dash(info.map(|info| info.migrations_in)),
+            or_dash(info.map(|info| human_bytes(info.memory_limit_bytes))),
+            or_dash(info.map(|info| human_bytes(info.memory_claimed_bytes))),
+            or_dash(info.map(|info| format!("{}/{}", info.vcpus_claimed, info.vcpus_limit))),
             or_dash(info.map(|info| info.version.as_str())),
         ]);
     }
     table
 }
 
-fn details(host: &Host) -> String {
-    let info = host.answer.as_ref().ok().cloned().unwrap_or_default();
+fn details(Host(status): &Host) -> String {
+    let info = status.info.clone().unwrap_or_default();
     let rows = [
-        ("host", host.name.clone()),
-        ("agent", host.url.clone()),
+        ("host", status.host.clone()),
+        ("agent", status.url.clone()),
+        ("up", if status.up { "yes" } else { "no" }.to_owned()),
+        ("last heard", or_dash(status.last_heard.as_ref())),
+        ("error", or_dash(status.error.as_ref())),
         ("version", info.version),
         ("rpc version", info.rpc_version),
         ("advertise", info.advertise),
@@ -118,8 +102,22 @@ fn details(host: &Host) -> String {
                 human_bytes(info.memory_available_bytes)
             ),
         ),
+        (
+            "for guests",
+            format!(
+                "{} of memory, {} claimed; {} vCPUs, {} claimed",
+                human_bytes(info.memory_limit_bytes),
+                human_bytes(info.memory_claimed_bytes),
+                info.vcpus_limit,
+                info.vcpus_claimed
+            ),
+        ),
         ("cpus", info.cpus.to_string()),
         ("instances", info.instances.to_string()),
+        (
+            "migrations",
+            format!("{} out, {} in", info.migrations_out, info.migrations_in),
+        ),
         (
             "peers",
             or_dash(Some(info.peers.join(" ")).filter(|peers| !peers.is_empty())),
@@ -135,17 +133,18 @@ mod tests {
 
     #[test]
     fn a_silent_host_is_told_with_its_reason() {
-        let answer = Err(Failure::new(Exit::NoAnswer, "refused"));
-        let host = Host {
-            name: "b".to_owned(),
+        let host = Host(HostStatus {
+            host: "b".to_owned(),
             url: "http://127.0.0.1:1".to_owned(),
-            answer,
-        };
+            error: Some("refused".to_owned()),
+            ..HostStatus::default()
+        });
         let object = serde_json::to_value(&host).unwrap();
         assert_eq!(
             (object["host"].as_str(), object["reachable"].as_bool()),
             (Some("b"), Some(false))
         );
         assert_eq!(object["error"].as_str(), Some("refused"));
+        assert!(object["last_heard"].is_null());
     }
 }

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use ferry_proto::agent::v1::{LiveMigrateReply, LiveMigrateRequest, MigrationInfo, MigrationOptions};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::sleep;
 
 use super::arguments::MigrateArguments;
@@ -10,11 +11,33 @@ use super::client::{Agent, LONG_PATIENCE, within};
 use super::failure::{Exit, Failure, Outcome, is_lost_connection};
 use super::output::{self, Format, note};
 use super::progress::{Progress, account, whereabouts};
-use super::{migrations, watch};
+use super::{migrations, placement, watch};
 
 pub(super) async fn run(agent: &Agent, arguments: MigrateArguments, format: Format) -> Outcome {
     let request = request(&arguments);
-    let accepted = cast(agent, request).await?;
+    if arguments.dry_run {
+        return placement::dry_run(agent, request, format).await;
+    }
+    let chooses = arguments.to.is_none();
+    // From here on Ctrl-C leaves a migration that may have been accepted, and says which.
+    let mut interrupt = interrupts()?;
+    let id = request.request_id.clone();
+    let accepted = tokio::select! {
+        accepted = cast(agent, request) => accepted?,
+        _ = interrupt.recv() => {
+            note(&format!(
+                "interrupted before the agent answered: if migration {id} was accepted, it goes on (ferry migration watch {id})"
+            ));
+            match format {
+                Format::Human => output::text(&id)?,
+                Format::Json => output::json_line(&unseen(&id, ""))?,
+            }
+            return Ok(Exit::Interrupted);
+        }
+    };
+    if chooses && let Some(why) = placement::choice(&accepted) {
+        note(&why);
+    }
     if arguments.detach {
         return detach(agent, &accepted, format).await;
     }
@@ -22,7 +45,19 @@ pub(super) async fn run(agent: &Agent, arguments: MigrateArguments, format: Form
         "migration {} accepted by {}",
         accepted.migration, accepted.source
     ));
-    wait(agent, &accepted.migration, arguments.wait, Show::Last(format)).await
+    wait(
+        agent,
+        &accepted.migration,
+        arguments.wait,
+        Show::Last(format),
+        &mut interrupt,
+    )
+    .await
+}
+
+/// Every Ctrl-C from now on: none ends the process by itself any more.
+pub(super) fn interrupts() -> Result<Signal, Failure> {
+    signal(SignalKind::interrupt()).map_err(|error| Failure::new(Exit::Failed, format!("listen for Ctrl-C: {error}")))
 }
 
 /// What is printed of a migration that is waited for.
@@ -35,7 +70,13 @@ pub(super) enum Show {
 }
 
 /// Waits for the end of a migration, at most as long as `limit`, and says what came of it.
-pub(super) async fn wait(agent: &Agent, id: &str, limit: Option<Duration>, show: Show) -> Outcome {
+pub(super) async fn wait(
+    agent: &Agent,
+    id: &str,
+    limit: Option<Duration>,
+    show: Show,
+    interrupt: &mut Signal,
+) -> Outcome {
     let mut progress = Progress::new();
     let mut last: Option<MigrationInfo> = None;
     let mut printed = Ok(());
@@ -52,7 +93,7 @@ pub(super) async fn wait(agent: &Agent, id: &str, limit: Option<Duration>, show:
         tokio::select! {
             ended = watch::follow(agent, id, observe) => Ok(ended),
             () = after(limit) => Err(("--wait ran out", Exit::WaitRanOut)),
-            _ = tokio::signal::ctrl_c() => Err(("interrupted", Exit::Interrupted)),
+            _ = interrupt.recv() => Err(("interrupted", Exit::Interrupted)),
         }
     };
     progress.end();
@@ -148,6 +189,7 @@ fn request(arguments: &MigrateArguments) -> LiveMigrateRequest {
             storage: arguments.storage.clone(),
         }),
         request_id: uuid::Uuid::new_v4().to_string(),
+        dry_run: arguments.dry_run,
     }
 }
 

@@ -20,13 +20,14 @@ pub(super) async fn run(agent: &Agent, verb: MigrationVerb, format: Format) -> O
             Ok(Exit::Done)
         }
         MigrationVerb::Watch(identified) => {
+            let mut interrupt = migrate::interrupts()?;
             // Asked first, so that an unknown id is not found instead of being watched for.
             let info = show(agent, &identified.id).await?;
             let each = match format {
                 Format::Json => Show::EachAsJson,
                 Format::Human => Show::Last(Format::Human),
             };
-            migrate::wait(agent, &info.id, None, each).await
+            migrate::wait(agent, &info.id, None, each, &mut interrupt).await
         }
         MigrationVerb::Abort(identified) => {
             format.one(&abort(agent, &identified.id).await?, in_full)?;

@@ -19,6 +19,7 @@ mod lab;
 mod migrate;
 mod migrations;
 mod output;
+mod placement;
 mod progress;
 mod quantities;
 mod snapshots;
@@ -135,6 +136,9 @@ fn tell(failure: &Failure, format: Format) -> Exit {
             if let Some(host) = &failure.moved_to {
                 object["moved_to"] = host.as_str().into();
             }
+            if let Some(reason) = &failure.reason {
+                object["reason"] = reason.as_str().into();
+            }
             // Nothing is left to tell a closed stdout.
             let _ = output::json_line(&object);
         } else if let Some(host) = &failure.moved_to {
@@ -212,7 +216,7 @@ mod tests {
                 "{flag}"
             );
         }
-        for flag in ["--cold", "--dry-run", "--verify", "--auto-converge", "--storage"] {
+        for flag in ["--cold", "--verify", "--auto-converge", "--storage"] {
             let error = line(&format!("ferry migrate web {flag}")).unwrap_err();
             assert_eq!(
                 (error.exit_code(), error.to_string().contains(flag)),

@@ -73,6 +73,22 @@ pub(super) fn streams(text: &str) -> Result<u32, String> {
     }
 }
 
+/// How many times what a host has may be claimed of it.
+pub(super) fn ratio(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(ratio) if (0.01..=1000.0).contains(&ratio) => Ok(ratio),
+        _ => Err("must be a number from 0.01 to 1000".to_owned()),
+    }
+}
+
+/// A number of migrations at the same time.
+pub(super) fn migrations(text: &str) -> Result<usize, String> {
+    match whole(text) {
+        Ok(count @ 1..=1000) => Ok(count as usize),
+        _ => Err("must be a number from 1 to 1000".to_owned()),
+    }
+}
+
 /// The name of a new instance: it becomes part of messages and file names, and must not look like an id.
 pub(super) fn instance_name(text: &str) -> Result<String, String> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');

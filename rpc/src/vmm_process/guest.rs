@@ -12,8 +12,8 @@ use anyhow::{Context, bail};
 use ferry_migration::handover::Epoch;
 use ferry_proto::vmm::v1::MachineSpec;
 use ferry_vmm::{
-    BlankMachine, BootPayload, ConsoleInput, CpuModel, DirtyMode, EventSink, Machine, MachineConfig, MachineEvent,
-    MachineError, RunState, ThreadHook, ThreadKind, WrittenBlocks,
+    BlankMachine, BootPayload, ConsoleInput, CpuModel, DirtyMode, EventSink, Machine, MachineConfig, MachineError,
+    MachineEvent, RunState, ThreadHook, ThreadKind, WrittenBlocks,
 };
 
 use super::announce::Announcer;

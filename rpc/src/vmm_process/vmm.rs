@@ -172,6 +172,7 @@ impl Vmm {
             Command::PressPowerButton(press) => self.press_power_button(press.epoch),
             Command::ConsoleInput(input) => self.console_input(&input.bytes),
             Command::SetBalloon(order) => self.set_balloon(order),
+            Command::Profile(_) => self.profile(),
             Command::Send(send) => self.send(&send, descriptors),
             Command::Receive(receive) => self.receive(&receive, descriptors),
             Command::Snapshot(snapshot) => self.snapshot(&snapshot, descriptors),
@@ -364,6 +365,15 @@ impl Vmm {
         };
         tracing::info!(guest_listens, "the power button was pressed");
         Ok(Body::Pressed(wire::Pressed { guest_listens }))
+    }
+
+    fn profile(&self) -> anyhow::Result<Body> {
+        match &self.holding {
+            Holding::Here(guest) => Ok(Body::Profiled(wire::Profiled {
+                profile: guest.machine.profile().to_bytes(),
+            })),
+            _ => anyhow::bail!("the guest is {}", self.machine_word()),
+        }
     }
 
     fn set_balloon(&mut self, order: wire::SetBalloon) -> anyhow::Result<Body> {

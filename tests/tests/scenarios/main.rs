@@ -23,6 +23,7 @@ mod linux_stop;
 mod memory;
 mod moves;
 mod networks;
+mod placement;
 mod refusals;
 mod requests;
 mod scenario;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         lifecycle::trials(),
         linux::trials(),
         refusals::trials(),
+        placement::trials(),
         moves::trials(),
         disks::trials(),
         storage::trials(),

@@ -167,7 +167,6 @@ fn what_does_not_work_yet_is_a_usage_error_that_names_itself(pair: &mut Pair) ->
         "--auto-converge",
         "--verify",
         "--cold",
-        "--dry-run",
         "--storage=move",
         "--no-such-flag",
     ] {

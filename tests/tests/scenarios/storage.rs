@@ -114,7 +114,7 @@ fn a_disk_that_is_there_already_is_not_written_over(pair: &mut Pair) -> Result<(
     fs::write(folders.b.join("g.img"), b"somebody else's")?;
 
     for storage in ["auto", "copy"] {
-        let told = pair.migrate("g", &["--storage", storage])?.exit(1)?;
+        let told = pair.migrate("g", &["--storage", storage])?.exit(4)?;
         told.says("host b")?.says("g.img")?.says("it is there")?;
     }
 
@@ -149,9 +149,8 @@ fn a_disk_without_room_at_the_destination_is_refused_before_anything_moves(pair:
     let pid = pair.b.pid().unwrap_or_default().to_string();
     command("nsenter", &["--mount", "--target", &pid, "sh", "-c", &small])?;
 
-    let told = pair.migrate("g", &[])?.exit(1)?.says("host b")?.says("are free")?;
+    pair.migrate("g", &[])?.exit(4)?.says("host b")?.says("are free")?;
 
-    ensure!(told.migration()?.is("failed", "a")?.rounds() == 0);
     is_whole(folders.a.join("g.img"))?;
     pair.runs_only_at(&pair.a, "g", &witness)
 }
@@ -161,7 +160,7 @@ fn a_shared_disk_is_not_copied(pair: &mut Pair) -> Result<()> {
     File::create(&path)?.set_len(SIZE)?;
     let witness = pair.run(&Guest::new("g").disk(&format!("path={}", path.display())))?;
 
-    let told = pair.migrate("g", &["--storage", "copy"])?.exit(1)?;
+    let told = pair.migrate("g", &["--storage", "copy"])?.exit(4)?;
     told.says("nothing is written over")?;
     let moved = pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
 

@@ -42,13 +42,13 @@ impl Storage {
 }
 
 /// Whose disks come, and from where.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Coming<'a> {
+#[derive(Clone, Debug)]
+pub(crate) struct Coming {
     pub(crate) instance: Uuid,
     /// The source, and the epoch under which it runs there.
-    pub(crate) source: &'a str,
+    pub(crate) source: String,
     pub(crate) epoch: u64,
-    pub(crate) sizes: &'a [DiskSize],
+    pub(crate) sizes: Vec<DiskSize>,
 }
 
 /// Numbers of the disks that are to be copied here, ascending. Looks only, and changes nothing.
@@ -58,7 +58,7 @@ pub(crate) struct Coming<'a> {
 pub(crate) fn plan(
     spec: &InstanceSpec,
     storage: Storage,
-    coming: Coming<'_>,
+    coming: &Coming,
     host: &str,
     allowed: Option<&[PathBuf]>,
 ) -> Result<Vec<u32>, Failure> {
@@ -163,7 +163,7 @@ pub(crate) fn sizes(spec: &InstanceSpec) -> Vec<DiskSize> {
     spec.disks.iter().map(|disk| size(&disk.path)).collect()
 }
 
-fn is_copied(path: &Path, storage: Storage, coming: Coming<'_>) -> Result<bool, String> {
+fn is_copied(path: &Path, storage: Storage, coming: &Coming) -> Result<bool, String> {
     let found = match fs::metadata(path) {
         Ok(metadata) => Some(metadata),
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
@@ -247,11 +247,11 @@ mod tests {
         }];
         let coming = Coming {
             instance: INSTANCE,
-            source: "a",
+            source: "a".to_owned(),
             epoch: 3,
-            sizes: &sizes,
+            sizes: sizes.to_vec(),
         };
-        plan(&spec(path), storage, coming, "b", None).map_err(|failure| failure.to_string())
+        plan(&spec(path), storage, &coming, "b", None).map_err(|failure| failure.to_string())
     }
 
     #[test]

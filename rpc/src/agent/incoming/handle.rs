@@ -125,6 +125,11 @@ impl IncomingMigrations {
         buried.find(|(found, _)| *found == id).map(|(_, reason)| reason.clone())
     }
 
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.lock().live.len()
+    }
+
     pub(super) fn add(&self, incoming: Arc<Incoming>) {
         self.lock().live.insert(incoming.id, incoming);
     }

@@ -9,3 +9,4 @@ mod prepare;
 
 pub(crate) use driver::recover;
 pub(crate) use handle::IncomingMigrations;
+pub(crate) use prepare::without_disks;

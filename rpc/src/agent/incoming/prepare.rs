@@ -19,6 +19,8 @@ use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, check_incoming};
 use crate::agent::journal::{InstanceRow, MigrationRow, Role, Status};
 use crate::agent::outgoing::{MOST_STREAMS, now_ms, now_text};
+use crate::agent::reason::Reason;
+use crate::agent::versions::RpcVersion;
 use crate::agent::{data_port, images};
 use crate::lock_file::Holder;
 
@@ -39,14 +41,17 @@ struct Guest {
 
 impl Guest {
     fn check(request: PreLiveMigrationRequest, agent: &Agent) -> Result<Self, Failure> {
-        let major = |version: &str| version.split('.').next().map(str::to_owned);
-        if major(&request.rpc_version) != major(ferry_proto::RPC_VERSION) {
-            return Err(Failure::Refused(format!(
-                "host {} speaks RPC version {}, the source {:?}",
-                agent.host(),
-                ferry_proto::RPC_VERSION,
-                request.rpc_version
-            )));
+        let cap = agent.config.rpc_cap;
+        let version = request.rpc_version.parse::<RpcVersion>();
+        if !version.is_ok_and(|version| cap.understands(version)) {
+            return Err(Failure::denied(
+                Reason::RpcVersion,
+                format!(
+                    "host {} speaks RPC version {cap}, the source {:?}",
+                    agent.host(),
+                    request.rpc_version
+                ),
+            ));
         }
         let streams = u16::try_from(request.streams)
             .ok()
@@ -94,13 +99,13 @@ impl Guest {
         }
     }
 
-    /// What must be here already.
-    fn without_copied_disks(&self) -> InstanceSpec {
-        let mut spec = self.spec.clone();
-        let mut number = 0u32..;
-        spec.disks
-            .retain(|_| number.next().is_none_or(|number| !self.copied_disks.contains(&number)));
-        spec
+    fn coming(&self) -> Coming {
+        Coming {
+            instance: self.instance,
+            source: self.source.clone(),
+            epoch: self.epoch,
+            sizes: self.disk_sizes.clone(),
+        }
     }
 
     /// Paths of the disks that come along.
@@ -150,14 +155,33 @@ impl Agent {
                 self.host()
             )));
         }
+        if self.incoming.count() >= self.config.max_incoming {
+            return Err(Failure::denied(
+                Reason::HostBusy,
+                format!(
+                    "host {} takes {} migrations at the same time",
+                    self.host(),
+                    self.config.max_incoming
+                ),
+            ));
+        }
         check_incoming(self, guest.instance, &guest.spec).await?;
-        guest.copied_disks = self.plan_storage(&guest).await?;
+        self.check_claim(&guest.spec).await?;
+        guest.copied_disks = self.plan_storage(&guest.spec, guest.storage, guest.coming()).await?;
         // Before anything is sent here: a disk or a bridge that is missing is the more likely reason to say no.
-        drop(self.open_backends(&guest.without_copied_disks(), guest.whose()).await?);
+        drop(
+            self.open_backends(&without_disks(&guest.spec, &guest.copied_disks), guest.whose())
+                .await?,
+        );
         reply.missing_images = self.missing_images(&guest.spec);
         if reply.missing_images.is_empty() {
             reply.copied_disks.clone_from(&guest.copied_disks);
-            reply.secret = self.prepare(guest).await?.secret.to_vec();
+            let hashes = [guest.spec.kernel.clone(), guest.spec.initrd.clone()];
+            match self.prepare(guest).await? {
+                Some(incoming) => reply.secret = incoming.secret.to_vec(),
+                // Another migration of the same kernel was faster to take it.
+                None => reply.missing_images = hashes.into_iter().filter(|hash| !hash.is_empty()).collect(),
+            }
         }
         Ok(reply)
     }
@@ -173,20 +197,19 @@ impl Agent {
         storage::make_room(&guest.spec, &guest.copied_disks, &guest.disk_sizes, &holder)
     }
 
-    async fn plan_storage(&self, guest: &Guest) -> Result<Vec<u32>, Failure> {
-        let (spec, storage, sizes) = (guest.spec.clone(), guest.storage, guest.disk_sizes.clone());
-        let (instance, epoch, host) = (guest.instance, guest.epoch, self.host().to_owned());
-        let source = guest.source.clone();
+    /// Numbers of the disks that are to be copied here, ascending. Looks only, and changes nothing.
+    ///
+    /// # Errors
+    /// Names the disk and why it can neither be shared nor copied.
+    pub(crate) async fn plan_storage(
+        &self,
+        spec: &InstanceSpec,
+        storage: Storage,
+        coming: Coming,
+    ) -> Result<Vec<u32>, Failure> {
+        let (spec, host) = (spec.clone(), self.host().to_owned());
         let allowed = self.config.is_exposed().then(|| self.config.image_dirs.clone());
-        let plan = move || {
-            let coming = Coming {
-                instance,
-                source: &source,
-                epoch,
-                sizes: &sizes,
-            };
-            storage::plan(&spec, storage, coming, &host, allowed.as_deref())
-        };
+        let plan = move || storage::plan(&spec, storage, &coming, &host, allowed.as_deref());
         // A network file system may take its time.
         tokio::task::spawn_blocking(plan)
             .await
@@ -208,16 +231,22 @@ impl Agent {
             .collect()
     }
 
-    fn take_images(&self, spec: &InstanceSpec, folder: &Path) -> Result<(), Failure> {
+    /// Images wait by their content's hash, and one may be another migration's just as well: who renames it first has it. False:
+    /// one of them is not there any more.
+    fn take_images(&self, spec: &InstanceSpec, folder: &Path) -> Result<bool, Failure> {
         for hash in [&spec.kernel, &spec.initrd].into_iter().filter(|hash| !hash.is_empty()) {
             let name = images::file_name(hash);
-            std::fs::rename(self.image_folder().join(&name), folder.join(&name))
-                .map_err(Failure::host(format!("failed to take over the image {hash}")))?;
+            match std::fs::rename(self.image_folder().join(&name), folder.join(&name)) {
+                Ok(()) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+                Err(error) => return Err(Failure::host(format!("failed to take over the image {hash}"))(error)),
+            }
         }
-        Ok(())
+        Ok(true)
     }
 
-    async fn prepare(self: &Arc<Self>, guest: Guest) -> Result<Arc<Incoming>, Failure> {
+    /// None: the images are another migration's by now, and nothing was made.
+    async fn prepare(self: &Arc<Self>, guest: Guest) -> Result<Option<Arc<Incoming>>, Failure> {
         let secret = data_port::random().map_err(Failure::host("failed to make a secret"))?;
         let instance_row = InstanceRow {
             id: guest.instance,
@@ -246,9 +275,13 @@ impl Agent {
         };
         let folder = self.make_folder(guest.instance)?;
         let prepared = self.take_images(&guest.spec, &folder);
+        if let Ok(false) = prepared {
+            self.remove_folder(guest.instance);
+            return Ok(None);
+        }
         let (both, saved) = ((instance_row.clone(), row.clone()), prepared.is_ok());
         let journalled = match prepared {
-            Ok(()) => self
+            Ok(_) => self
                 .journal
                 .write(move |transaction| {
                     both.0.save(transaction)?;
@@ -303,7 +336,7 @@ impl Agent {
         };
         let failed = built.as_ref().err().map(Failure::chain);
         tokio::spawn(driver.run(request_receiver, news_receiver, failed));
-        built.map(|()| incoming)
+        built.map(|()| Some(incoming))
     }
 
     async fn build_incoming(
@@ -331,6 +364,15 @@ impl Agent {
             .map_err(Failure::vmm("failed to build the machine"))?;
         Ok(())
     }
+}
+
+/// What must be here already: the instance without the disks that come along.
+pub(crate) fn without_disks(spec: &InstanceSpec, numbers: &[u32]) -> InstanceSpec {
+    let mut spec = spec.clone();
+    let mut number = 0u32..;
+    spec.disks
+        .retain(|_| number.next().is_none_or(|number| !numbers.contains(&number)));
+    spec
 }
 
 fn first_info(guest: &Guest, host: &str) -> MigrationInfo {

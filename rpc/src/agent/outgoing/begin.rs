@@ -16,6 +16,7 @@ use crate::agent::backends::storage::Storage;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance};
 use crate::agent::journal::{MigrationRow, Role, Status};
+use crate::agent::reason::Reason;
 use crate::agent::spawn;
 use crate::agent::vmm_client::Vmm;
 use crate::vmm_process::monotonic_ns;
@@ -23,31 +24,83 @@ use crate::vmm_process::monotonic_ns;
 impl Agent {
     /// Nova's live_migration cast: answered once the journal has it, before the work. The same id twice is one migration.
     ///
+    /// At 4.0 the cast has no record: it is the one that [`Self::create_migration`] made for the instance.
+    ///
     /// # Errors
     /// The instance is not here, cannot migrate now, or the journal does not take it.
     pub(crate) async fn live_migration(self: &Arc<Self>, cast: LiveMigrationCast) -> Result<Receipt, Failure> {
+        if cast.migration.is_empty() {
+            return self.begin_accepted(&cast.instance).await;
+        }
+        let receipt = self.accept(cast).await?;
+        if let Some(outgoing) = wire_uuid("migration", &receipt.migration)
+            .ok()
+            .and_then(|id| self.outgoing.find(id))
+        {
+            outgoing.begin();
+        }
+        Ok(receipt)
+    }
+
+    /// The first half of a cast at 4.0: the migration is accepted and journalled, and waits for the cast a minute at most.
+    ///
+    /// # Errors
+    /// As [`Self::live_migration`].
+    pub(crate) async fn create_migration(self: &Arc<Self>, record: LiveMigrationCast) -> Result<Receipt, Failure> {
+        self.accept(record).await
+    }
+
+    async fn begin_accepted(&self, instance: &str) -> Result<Receipt, Failure> {
+        let instance = self.instance(instance).await?;
+        let waiting = self
+            .outgoing
+            .accepted(instance.id)
+            .ok_or_else(|| Failure::Refused(format!("no migration of instance {} waits for a cast", instance.id)))?;
+        let replay = !waiting.begin();
+        Ok(Receipt {
+            migration: waiting.id.to_string(),
+            replay,
+            generation: waiting.epoch,
+        })
+    }
+
+    async fn accept(self: &Arc<Self>, cast: LiveMigrationCast) -> Result<Receipt, Failure> {
         let id = wire_uuid("migration", &cast.migration)?;
-        let receipt = |replay| Receipt {
+        let receipt = |replay, generation| Receipt {
             migration: id.to_string(),
             replay,
+            generation,
         };
-        if self
+        let known = self
             .journal
             .read(move |connection| MigrationRow::find(connection, id))
-            .await?
-            .is_some()
-        {
-            return Ok(receipt(true));
+            .await?;
+        if let Some(known) = known {
+            return Ok(receipt(true, known.epoch));
         }
         let options = check_options(required("options", cast.options)?)?;
         let instance = self.instance(&cast.instance).await?;
         let mut state = instance.state.lock().await;
-        state.check_idle("migrate")?;
+        state
+            .check_idle("migrate")
+            .map_err(|failure| failure.because(Reason::InstanceBusy))?;
         if !matches!(state.row.status, Status::Running | Status::Paused) {
-            return Err(Failure::Refused(format!(
-                "instance {} is {}: only one that is running or paused can migrate",
-                state.row.spec.name, state.row.status
-            )));
+            return Err(Failure::denied(
+                Reason::InstanceState,
+                format!(
+                    "instance {} is {}: only one that is running or paused can migrate",
+                    state.row.spec.name, state.row.status
+                ),
+            ));
+        }
+        if cast.expected_epoch != 0 && cast.expected_epoch != state.row.epoch {
+            return Err(Failure::denied(
+                Reason::InstanceChanged,
+                format!(
+                    "instance {} runs under epoch {}, epoch {} was checked",
+                    state.row.spec.name, state.row.epoch, cast.expected_epoch
+                ),
+            ));
         }
         self.check_destination(&cast.destination)?;
 
@@ -88,9 +141,10 @@ impl Agent {
         state.migrating = Some(id);
         drop(state);
         tracing::info!(migration = %id, instance = %instance.id, destination = row.peer, "migration accepted");
+        let generation = row.epoch;
         let script = Script::new(self, row, instance, Some(monotonic_ns()));
         tokio::spawn(script.run());
-        Ok(receipt(false))
+        Ok(receipt(false, generation))
     }
 
     /// The destination is named, known, and another host.
@@ -99,15 +153,20 @@ impl Agent {
     /// It is not.
     pub(crate) fn check_destination(&self, destination: &str) -> Result<(), Failure> {
         if destination == self.host() {
-            return Err(Failure::Refused(format!(
-                "the instance is on host {destination} already"
-            )));
+            return Err(Failure::denied(
+                Reason::DestinationIsSource,
+                format!("the instance is on host {destination} already"),
+            ));
         }
         self.peers.named(destination).map(drop)
     }
 }
 
-fn check_options(options: MigrationOptions) -> Result<MigrationOptions, InvalidField> {
+/// Checks what a caller chose.
+///
+/// # Errors
+/// Names the field.
+pub(crate) fn check_options(options: MigrationOptions) -> Result<MigrationOptions, InvalidField> {
     let invalid = |field, problem: String| Err(InvalidField { field, problem });
     if options.streams > u32::from(MOST_STREAMS) {
         return invalid("options.streams", format!("{} is over {MOST_STREAMS}", options.streams));
@@ -139,6 +198,9 @@ impl Script {
         let (abort, _) = watch::channel(None);
         let outgoing = Arc::new(Outgoing {
             id: row.id,
+            instance: row.instance,
+            epoch: row.epoch,
+            begun: watch::channel(false).0,
             destination: row.peer.clone(),
             info: watch::channel(row.info.clone()).0,
             abort,

@@ -82,7 +82,7 @@ impl Script {
         info.guest_location = Some(self.agent.host().to_owned());
         let (status, error) = match self.stop.take() {
             Some(Stop::Aborted(reason)) => ("cancelled", reason),
-            Some(Stop::Failed(reason)) => ("failed", reason),
+            Some(Stop::Failed(reason) | Stop::Busy(reason)) => ("failed", reason),
             None => ("failed", format!("host {} did not take the guest", self.row.peer)),
         };
         info.status = status.to_owned();

@@ -37,6 +37,11 @@ pub(crate) struct PeerNews {
 /// A handle on one outgoing migration; its task has the rest.
 pub(crate) struct Outgoing {
     pub(crate) id: Uuid,
+    pub(super) instance: Uuid,
+    /// The epoch under which the instance was accepted.
+    pub(super) epoch: u64,
+    /// Whether the cast has come.
+    pub(super) begun: watch::Sender<bool>,
     pub(crate) destination: String,
     pub(super) info: watch::Sender<MigrationInfo>,
     pub(super) abort: watch::Sender<Option<String>>,
@@ -45,6 +50,11 @@ pub(crate) struct Outgoing {
 }
 
 impl Outgoing {
+    /// The cast has come. False: it had come before.
+    pub(super) fn begin(&self) -> bool {
+        !self.begun.send_replace(true)
+    }
+
     /// Asks the migration to end. Too late once GO was sent.
     pub(crate) fn abort(&self, reason: &str) {
         self.abort.send_if_modified(|asked| {
@@ -83,6 +93,19 @@ impl OutgoingMigrations {
     /// The one with this id.
     pub(crate) fn find(&self, id: Uuid) -> Option<Arc<Outgoing>> {
         self.lock().get(&id).cloned()
+    }
+
+    /// The one of an instance that waits for its cast, or whose cast has come.
+    pub(super) fn accepted(&self, instance: Uuid) -> Option<Arc<Outgoing>> {
+        self.lock()
+            .values()
+            .find(|outgoing| outgoing.instance == instance)
+            .cloned()
+    }
+
+    /// How many there are, the queued ones among them.
+    pub(crate) fn count(&self) -> usize {
+        self.lock().len()
     }
 
     pub(super) fn add(&self, outgoing: Arc<Outgoing>) {

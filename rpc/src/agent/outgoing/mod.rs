@@ -10,5 +10,5 @@ mod handle;
 mod script;
 mod switchover;
 
-pub(crate) use begin::{recover, request_id};
+pub(crate) use begin::{check_options, recover, request_id};
 pub(crate) use handle::{MOST_STREAMS, OutgoingMigrations, PeerNews, now_ms, now_text};

@@ -21,12 +21,19 @@ use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{InstanceRow, MigrationRow};
 use crate::agent::peers::{CALL_TIME, PREPARE_TIME, Peer, PeerError};
+use crate::agent::reason::Reason;
 use crate::agent::{data_port, images};
 
 /// How often agent B is asked whether it still takes part.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// After this long without an answer agent B counts as dead or hung.
 const SILENCE: Duration = Duration::from_secs(5);
+/// The pause between two questions to a destination that has its hands full.
+const BUSY_PAUSE: Duration = Duration::from_millis(500);
+/// How long a migration that was accepted waits for its cast.
+const CAST_PATIENCE: Duration = Duration::from_secs(60);
+/// How often images are sent that others take away.
+const IMAGE_TRIES: usize = 10;
 /// Images are sent in pieces of this size.
 const PIECE: usize = 1 << 20;
 
@@ -37,17 +44,22 @@ pub(super) enum Stop {
     Aborted(String),
     /// It could not go on.
     Failed(String),
+    /// The destination takes no further migration now.
+    Busy(String),
 }
 
 impl From<Failure> for Stop {
     fn from(failure: Failure) -> Self {
-        Self::Failed(failure.chain())
+        match failure.reason() {
+            Some(Reason::HostBusy) => Self::Busy(failure.chain()),
+            _ => Self::Failed(failure.chain()),
+        }
     }
 }
 
 impl From<PeerError> for Stop {
     fn from(error: PeerError) -> Self {
-        Self::Failed(error.to_string())
+        Self::from(Failure::from(error))
     }
 }
 
@@ -139,6 +151,7 @@ impl Script {
 
     /// Queue, prepare, connect, and give the VMM its order. On an error nothing has been sent.
     async fn until_sending(&mut self) -> Result<(), Stop> {
+        self.wait_for_cast().await?;
         self.say_status("queued").await;
         let agent = Arc::clone(&self.agent);
         let slot = self.unless_aborted(Arc::clone(&agent.slots).acquire_owned()).await?;
@@ -147,7 +160,7 @@ impl Script {
 
         self.say_status("preparing").await;
         let peer = agent.peers.named(&self.row.peer)?.clone();
-        let prepared = self.unless_aborted(self.pre_live_migration(&peer)).await??;
+        let prepared = self.prepared(&peer).await?;
         self.hold("preparing").await?;
 
         let streams = self.streams();
@@ -173,6 +186,37 @@ impl Script {
         Ok(())
     }
 
+    /// A migration that was accepted at RPC version 4.0 begins with a cast of its own.
+    async fn wait_for_cast(&self) -> Result<(), Stop> {
+        let mut begun = self.outgoing.begun.subscribe();
+        let cast = tokio::time::timeout(CAST_PATIENCE, begun.wait_for(|&begun| begun));
+        match self.unless_aborted(cast).await? {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Stop::Failed(format!(
+                "it was accepted, and its cast did not come within {}",
+                humantime::format_duration(CAST_PATIENCE)
+            ))),
+        }
+    }
+
+    /// PREPARE. While the destination has its hands full, the migration stays queued, as long as its user gives it.
+    async fn prepared(&mut self, peer: &Peer) -> Result<PreLiveMigrationReply, Stop> {
+        let patience = Duration::from_millis(self.row.options.timeout_ms);
+        let began = Instant::now();
+        loop {
+            match self.unless_aborted(self.pre_live_migration(peer)).await? {
+                Err(Stop::Busy(why)) if began.elapsed() < patience => {
+                    if self.row.info.status != "queued" {
+                        self.row.info.decision = Some(why);
+                        self.say_status("queued").await;
+                    }
+                    self.unless_aborted(tokio::time::sleep(BUSY_PAUSE)).await?;
+                }
+                prepared => return prepared,
+            }
+        }
+    }
+
     /// Nova's pre_live_migration, with the kernel and initrd sent along where they are missing.
     async fn pre_live_migration(&self, peer: &Peer) -> Result<PreLiveMigrationReply, Stop> {
         let spec = self.instance.state.lock().await.row.spec.clone();
@@ -187,16 +231,14 @@ impl Script {
             streams: self.streams().into(),
             verify: self.row.options.verify,
             user_paused: self.row.user_paused,
-            rpc_version: ferry_proto::RPC_VERSION.to_owned(),
+            rpc_version: String::new(),
             storage: self.row.options.storage.clone(),
             disk_sizes,
         };
+        let compute = self.agent.compute_rpcapi(&peer.host)?;
         // Another migration may take an image between our sending it and our asking again.
-        for _ in 0..3 {
-            let mut client = peer.compute();
-            let reply = peer
-                .answer(PREPARE_TIME, client.pre_live_migration(request.clone()))
-                .await?;
+        for _ in 0..IMAGE_TRIES {
+            let reply = compute.pre_live_migration(&request).await?;
             if reply.missing_images.is_empty() {
                 return Ok(reply);
             }
@@ -365,7 +407,7 @@ impl Script {
                 {
                     Ok(reply) if reply.taking_part => answered = Instant::now(),
                     Ok(reply) => return format!("host {} does not take part any more: {}", peer.host, reply.reason),
-                    Err(PeerError::Refused(reason)) => return reason,
+                    Err(PeerError::Refused { text, .. }) => return text,
                     Err(PeerError::NoAnswer(reason)) if answered.elapsed() >= SILENCE => return reason,
                     Err(PeerError::NoAnswer(_)) => {}
                 }

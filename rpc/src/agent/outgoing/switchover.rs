@@ -371,7 +371,7 @@ impl Script {
 
     fn ask_trade(&self, attempt: u32, end: bool, calls: &Calls) {
         let reason = match &self.stop {
-            Some(Stop::Aborted(reason) | Stop::Failed(reason)) => reason.clone(),
+            Some(Stop::Aborted(reason) | Stop::Failed(reason) | Stop::Busy(reason)) => reason.clone(),
             None => "called off by the agent".to_owned(),
         };
         let order = Command::CallOff(call_off(&self.row, attempt, end, &reason));
@@ -467,7 +467,7 @@ impl Script {
             return;
         };
         let reason = match &self.stop {
-            Some(Stop::Aborted(reason) | Stop::Failed(reason)) => reason.clone(),
+            Some(Stop::Aborted(reason) | Stop::Failed(reason) | Stop::Busy(reason)) => reason.clone(),
             None => "the migration ended at the source".to_owned(),
         };
         let request = RollbackRequest {

@@ -156,6 +156,7 @@ impl Lab {
                 streams: order.streams,
                 ..Default::default()
             }),
+            dry_run: false,
             request_id: uuid::Uuid::new_v4().to_string(),
         };
         let source = self.agent(order.source);

@@ -5,21 +5,20 @@ use std::sync::Arc;
 
 use ferry_proto::agent::v1::conductor_server::Conductor;
 use ferry_proto::agent::v1::{
-    HostRequest, InstanceRequest, ListMigrationsReply, ListMigrationsRequest, LiveMigrateReply, LiveMigrateRequest,
-    LiveMigrationCast, MigrationInfo, MigrationRequest,
+    ListHostsReply, ListHostsRequest, ListMigrationsReply, ListMigrationsRequest, LiveMigrateReply, LiveMigrateRequest,
+    MigrationInfo, MigrationRequest,
 };
-use ferry_proto::{required, wire_uuid};
+use ferry_proto::wire_uuid;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::WatchStream;
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
-use super::compute::whole;
-use super::failure::Failure;
-use super::instances::Agent;
-use super::journal::{MigrationRow, Role};
-use super::outgoing::request_id;
-use super::peers::{CALL_TIME, Peer, PeerError};
+use crate::agent::compute::whole;
+use crate::agent::failure::Failure;
+use crate::agent::instances::Agent;
+use crate::agent::journal::{MigrationRow, Role};
+use crate::agent::peers::{CALL_TIME, Peer};
 
 /// The service over one agent.
 pub(crate) struct ConductorService(pub(crate) Arc<Agent>);
@@ -28,7 +27,7 @@ type Answer<T> = Result<Response<T>, Status>;
 type Snapshots = Pin<Box<dyn Stream<Item = Result<MigrationInfo, Status>> + Send>>;
 
 /// Where a migration is looked up.
-enum Place {
+pub(super) enum Place {
     /// Here: the record is this agent's.
     Here(Box<MigrationRow>),
     /// At this peer, which is its source.
@@ -38,22 +37,16 @@ enum Place {
 #[tonic::async_trait]
 impl Conductor for ConductorService {
     async fn live_migrate(&self, request: Request<LiveMigrateRequest>) -> Answer<LiveMigrateReply> {
-        let request = request.into_inner();
-        let agent = &self.0;
-        match agent.instance(&request.instance).await {
-            Ok(_) => {
-                let agent = Arc::clone(agent);
-                Ok(Response::new(
-                    whole(async move { agent.live_migrate(request).await }).await?,
-                ))
-            }
-            Err(not_here) => {
-                let Some(peer) = agent.peer_with(&request.instance).await else {
-                    return Err(not_here.into());
-                };
-                peer.conductor().live_migrate(request).await
-            }
-        }
+        let (agent, request) = (Arc::clone(&self.0), request.into_inner());
+        Ok(Response::new(
+            whole(async move { agent.live_migrate(request).await }).await?,
+        ))
+    }
+
+    async fn list_hosts(&self, _: Request<ListHostsRequest>) -> Answer<ListHostsReply> {
+        Ok(Response::new(ListHostsReply {
+            hosts: self.0.hosts().await,
+        }))
     }
 
     async fn list_migrations(&self, request: Request<ListMigrationsRequest>) -> Answer<ListMigrationsReply> {
@@ -106,81 +99,8 @@ fn forwarded(request: MigrationRequest) -> MigrationRequest {
 }
 
 impl Agent {
-    /// Nova's LiveMigrationTask: checks, chooses, casts. The instance is on this host.
-    async fn live_migrate(self: &Arc<Self>, request: LiveMigrateRequest) -> Result<LiveMigrateReply, Failure> {
-        let instance = self.instance(&request.instance).await?;
-        let destination = self.choose(&request.destination)?;
-        self.check_destination(&destination)?;
-        let peer = self.peers.named(&destination)?;
-        let mut client = peer.compute();
-        let host = peer
-            .answer(CALL_TIME, client.host(HostRequest {}))
-            .await
-            .map_err(|error| match error {
-                PeerError::NoAnswer(reason) => Failure::Refused(format!("the destination is down: {reason}")),
-                PeerError::Refused(reason) => Failure::Refused(reason),
-            })?;
-        if host.host != destination {
-            return Err(Failure::Refused(format!(
-                "the agent at {} is host {:?}, not {destination:?}: correct --peer",
-                peer.url, host.host
-            )));
-        }
-        let memory = instance.state.lock().await.row.spec.memory_bytes;
-        if memory > host.memory_total_bytes {
-            return Err(Failure::Refused(format!(
-                "host {destination} has {} bytes of memory, the instance {memory}",
-                host.memory_total_bytes
-            )));
-        }
-        let migration = request_id(&request.request_id);
-        let cast = LiveMigrationCast {
-            migration: migration.to_string(),
-            instance: instance.id.to_string(),
-            destination,
-            options: Some(required("options", request.options)?),
-            rpc_version: ferry_proto::RPC_VERSION.to_owned(),
-        };
-        self.live_migration(cast).await?;
-        Ok(LiveMigrateReply {
-            migration: migration.to_string(),
-            source: self.host().to_owned(),
-        })
-    }
-
-    /// The destination as named, or the only other host.
-    fn choose(&self, named: &str) -> Result<String, Failure> {
-        if !named.is_empty() {
-            return Ok(named.to_owned());
-        }
-        let mut others = self.peers.all();
-        match (others.next(), others.next()) {
-            (Some(only), None) => Ok(only.host.clone()),
-            (None, _) => Err(Failure::Refused(
-                "this agent knows no other host: start it with --peer".to_owned(),
-            )),
-            _ => Err(Failure::Refused(
-                "there is more than one other host: name one with --to".to_owned(),
-            )),
-        }
-    }
-
-    /// The peer that has an instance.
-    async fn peer_with(&self, instance: &str) -> Option<Peer> {
-        for peer in self.peers.all() {
-            let mut client = peer.compute();
-            let request = InstanceRequest {
-                instance: instance.to_owned(),
-            };
-            if peer.answer(CALL_TIME, client.show_instance(request)).await.is_ok() {
-                return Some(peer.clone());
-            }
-        }
-        None
-    }
-
     /// Where a migration is to be asked for: at its source while that answers, else here.
-    async fn place(&self, request: &MigrationRequest) -> Result<Place, Failure> {
+    pub(super) async fn place(&self, request: &MigrationRequest) -> Result<Place, Failure> {
         let id = wire_uuid("migration", &request.migration)?;
         let row = self
             .journal

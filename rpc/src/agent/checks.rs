@@ -1,0 +1,183 @@
+//! Nova's pair of checks: whether a destination can have an instance of a source. It looks only, and changes nothing;
+//! PREPARE checks all of it again, and holds what it then has.
+
+use std::sync::Arc;
+
+use ferry_proto::agent::v1::{
+    Check, CheckDestinationReply, CheckDestinationRequest, CheckSourceReply, CheckSourceRequest, InstanceSpec,
+};
+use ferry_proto::vmm::v1 as wire;
+use ferry_proto::vmm::v1::order::Order as Command;
+use ferry_proto::vmm::v1::report::Report as Body;
+use ferry_proto::{InvalidField, required, wire_uuid};
+use ferry_vmm::MachineProfile;
+
+use super::backends::storage::{self, Coming, Storage};
+use super::backends::{Occasion, Whose};
+use super::failure::Failure;
+use super::incoming::without_disks;
+use super::instances::{Agent, check_incoming};
+use super::journal::Status;
+use super::reason::Reason;
+
+impl Agent {
+    /// Nova's check_can_live_migrate_source: the destination asks what it is to have.
+    ///
+    /// # Errors
+    /// The instance is not here, or cannot migrate now.
+    pub(crate) async fn check_can_live_migrate_source(
+        &self,
+        request: CheckSourceRequest,
+    ) -> Result<CheckSourceReply, Failure> {
+        self.check_destination(&request.destination)?;
+        let instance = self.instance(&request.instance).await?;
+        let state = instance.state.lock().await;
+        state
+            .check_idle("migrate")
+            .map_err(|failure| failure.because(Reason::InstanceBusy))?;
+        if !matches!(state.row.status, Status::Running | Status::Paused) {
+            return Err(Failure::denied(
+                Reason::InstanceState,
+                format!(
+                    "instance {} is {}: only one that is running or paused can migrate",
+                    state.row.spec.name, state.row.status
+                ),
+            ));
+        }
+        let vmm = state.vmm()?.clone();
+        let (spec, epoch) = (state.row.spec.clone(), state.row.epoch);
+        drop(state);
+        // A VMM of an earlier build does not know the question.
+        let machine_profile = match vmm.order(Command::Profile(wire::Profile {})).await {
+            Ok(Body::Profiled(profiled)) => profiled.profile,
+            _ => Vec::new(),
+        };
+        Ok(CheckSourceReply {
+            disk_sizes: storage::sizes(&spec),
+            spec: Some(spec),
+            epoch,
+            machine_profile,
+        })
+    }
+
+    /// Nova's check_can_live_migrate_destination: all checks, also those after one that says no.
+    ///
+    /// # Errors
+    /// The source does not tell what it has, or refuses to give it.
+    pub(crate) async fn check_can_live_migrate_destination(
+        self: &Arc<Self>,
+        request: CheckDestinationRequest,
+    ) -> Result<CheckDestinationReply, Failure> {
+        let storage = Storage::parse(&request.storage).map_err(|problem| InvalidField {
+            field: "storage",
+            problem,
+        })?;
+        let id = wire_uuid("instance", &request.instance)?;
+        let asked = CheckSourceRequest {
+            instance: request.instance,
+            destination: self.host().to_owned(),
+        };
+        let source = self.compute_rpcapi(&request.source)?;
+        let told = source.check_can_live_migrate_source(asked).await?;
+        let spec = required("spec", told.spec)?;
+
+        let mut checks = Vec::new();
+        let mut note = |name: &str, reason: Reason, outcome: Result<String, Failure>| {
+            checks.push(match outcome {
+                Ok(found) => check(name, found, None),
+                Err(failure) => {
+                    let failure = failure.because(reason);
+                    check(name, failure.chain(), Some(failure.reason().unwrap_or(Reason::Other)))
+                }
+            });
+        };
+        let free = check_incoming(self, id, &spec).await;
+        note(
+            "instance",
+            Reason::AlreadyThere,
+            free.map(|()| "neither it nor its name is there".to_owned()),
+        );
+        let claim = self.check_claim(&spec).await;
+        note(
+            "claim",
+            Reason::Memory,
+            claim.map(|()| "memory and vCPUs are there".to_owned()),
+        );
+        note("machine", Reason::Machine, check_machine(told.machine_profile).await);
+        let coming = Coming {
+            instance: id,
+            source: request.source,
+            epoch: told.epoch,
+            sizes: told.disk_sizes,
+        };
+        let planned = self.plan_storage(&spec, storage, coming).await;
+        let copied = planned.as_ref().cloned().unwrap_or_default();
+        note(
+            "disks",
+            Reason::Disks,
+            planned.map(|copied| storage_words(spec.disks.len(), copied.len())),
+        );
+        let whose = Whose {
+            instance: id,
+            known_epoch: told.epoch,
+            occasion: Occasion::Prepare,
+        };
+        // Opened and closed again: a tap that it makes goes with it. Disks of which room is still to be made are not there.
+        let mut without = without_disks(&spec, &copied);
+        let cards = InstanceSpec {
+            disks: Vec::new(),
+            ..without.clone()
+        };
+        let opened = self.open_backends(&cards, whose).await.map(drop);
+        note(
+            "network",
+            Reason::Network,
+            opened.map(|()| format!("{} cards can be had", cards.nics.len())),
+        );
+        without.nics.clear();
+        let opened = self.open_backends(&without, whose).await.map(drop);
+        note(
+            "images",
+            Reason::Disks,
+            opened.map(|()| format!("{} disks can be opened", without.disks.len())),
+        );
+        Ok(CheckDestinationReply {
+            checks,
+            destination: self.host().to_owned(),
+        })
+    }
+}
+
+fn check(name: &str, found: String, reason: Option<Reason>) -> Check {
+    Check {
+        name: name.to_owned(),
+        ok: reason.is_none(),
+        found,
+        reason: reason.map(|reason| reason.code().to_owned()),
+    }
+}
+
+fn storage_words(disks: usize, copied: usize) -> String {
+    format!("{} to be shared, {copied} to be copied", disks - copied.min(disks))
+}
+
+/// Whether this host can run such a machine: processor, time stamp counter, memory, devices.
+async fn check_machine(profile: Vec<u8>) -> Result<String, Failure> {
+    if profile.is_empty() {
+        return Ok("the VMM is of a version that does not tell; compared before anything is sent".to_owned());
+    }
+    let unreadable = |error| Failure::Refused(format!("the source's machine profile does not parse: {error}"));
+    let profile = MachineProfile::from_bytes(&profile).map_err(unreadable)?;
+    // A VM is made for a moment: that may wait for the kernel.
+    let looked = tokio::task::spawn_blocking(move || {
+        let host = ferry_vmm::host().map_err(|error| crate::error_chain(&error))?;
+        Ok(host.check(&profile).iter().map(ToString::to_string).collect::<Vec<_>>())
+    });
+    let found: Result<Vec<String>, String> = looked
+        .await
+        .map_err(|error| Failure::host("failed to look at this host's KVM")(std::io::Error::other(error)))?;
+    match found.map_err(Failure::Refused)? {
+        lacks if lacks.is_empty() => Ok("processor, clock and devices fit".to_owned()),
+        lacks => Err(Failure::Refused(lacks.join("; "))),
+    }
+}

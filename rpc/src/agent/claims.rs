@@ -1,0 +1,133 @@
+//! What guests claim of this host, and what may be claimed: Nova's claims and allocation ratios.
+//!
+//! An instance claims its memory and vCPUs while a VMM runs for it, or while one may come to: running, paused, on its way
+//! here, or indeterminate. A migration into here holds its claim from PREPARE on, and gives it back when it is forgotten.
+
+use ferry_proto::agent::v1::InstanceSpec;
+
+use super::failure::Failure;
+use super::host;
+use super::instances::Agent;
+use super::journal::Status;
+use super::reason::Reason;
+
+/// Memory and processors, of what is claimed or of what may be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Claims {
+    pub(crate) memory_bytes: u64,
+    pub(crate) vcpus: u32,
+}
+
+/// How many times what is there may be claimed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AllocationRatios {
+    /// Of the host's memory; Nova's default is 1.5.
+    pub ram: f64,
+    /// Of its processors; Nova's default is 16.
+    pub cpu: f64,
+}
+
+impl Default for AllocationRatios {
+    fn default() -> Self {
+        Self { ram: 1.5, cpu: 16.0 }
+    }
+}
+
+impl AllocationRatios {
+    fn of(self, memory_bytes: u64, cpus: usize) -> Claims {
+        Claims {
+            memory_bytes: (memory_bytes as f64 * self.ram) as u64,
+            vcpus: (cpus as f64 * self.cpu) as u32,
+        }
+    }
+}
+
+impl Claims {
+    fn and(self, spec: &InstanceSpec) -> Self {
+        Self {
+            memory_bytes: self.memory_bytes.saturating_add(spec.memory_bytes),
+            vcpus: self.vcpus.saturating_add(spec.vcpus),
+        }
+    }
+
+    /// Whether an instance fits beside what is claimed.
+    ///
+    /// # Errors
+    /// Says what is short, and how much of it is there.
+    fn check(self, limit: Self, spec: &InstanceSpec, host: &str) -> Result<(), Failure> {
+        let with = self.and(spec);
+        if with.memory_bytes > limit.memory_bytes {
+            return Err(Failure::denied(
+                Reason::Memory,
+                format!(
+                    "host {host} has {} MiB of memory for guests, {} MiB of it claimed: the instance wants {} MiB",
+                    limit.memory_bytes >> 20,
+                    self.memory_bytes >> 20,
+                    spec.memory_bytes >> 20
+                ),
+            ));
+        }
+        if with.vcpus > limit.vcpus {
+            return Err(Failure::denied(
+                Reason::Vcpus,
+                format!(
+                    "host {host} has {} vCPUs for guests, {} of them claimed: the instance wants {}",
+                    limit.vcpus, self.vcpus, spec.vcpus
+                ),
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl Agent {
+    /// What may be claimed here.
+    pub(crate) fn claims_limit(&self) -> Claims {
+        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        self.config.allocation.of(host::meminfo("MemTotal"), cpus)
+    }
+
+    /// What is claimed here.
+    pub(crate) async fn claimed(&self) -> Claims {
+        let mut claims = Claims::default();
+        for instance in self.instances.all() {
+            let state = instance.state.lock().await;
+            if !matches!(state.row.status, Status::Stopped | Status::Crashed) {
+                claims = claims.and(&state.row.spec);
+            }
+        }
+        claims
+    }
+
+    /// Whether an instance that comes here may claim what it needs.
+    ///
+    /// # Errors
+    /// Says what is short.
+    pub(crate) async fn check_claim(&self, spec: &InstanceSpec) -> Result<(), Failure> {
+        self.claimed().await.check(self.claims_limit(), spec, self.host())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(memory_bytes: u64, vcpus: u32) -> InstanceSpec {
+        InstanceSpec {
+            memory_bytes,
+            vcpus,
+            ..InstanceSpec::default()
+        }
+    }
+
+    #[test]
+    fn what_is_short_is_said() {
+        let limit = AllocationRatios::default().of(8 << 30, 1);
+        let claimed = Claims::default().and(&spec(10 << 30, 8));
+        assert!(claimed.check(limit, &spec(2 << 30, 8), "b").is_ok());
+        let memory = claimed.check(limit, &spec((2 << 30) + 1, 8), "b").unwrap_err();
+        assert_eq!(memory.reason(), Some(Reason::Memory));
+        let vcpus = claimed.check(limit, &spec(1 << 30, 9), "b").unwrap_err();
+        assert_eq!(vcpus.reason(), Some(Reason::Vcpus));
+    }
+}

@@ -1,0 +1,293 @@
+//! A typed client of one host's `Compute` service at a version: Nova's compute_rpcapi.
+//!
+//! `prepare(server, version)` is [`Agent::compute_rpcapi`]. Each message goes out at the lowest version of the agents
+//! that are up, so that no fleet needs all its agents upgraded at once; a server that does not know the version says so
+//! by name, is asked once more what it speaks, and then gets the message at that version. The agent's own host is
+//! called directly.
+
+use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use ferry_proto::agent::v1::{
+    CheckDestinationReply, CheckDestinationRequest, CheckSourceReply, CheckSourceRequest, HostInfo, LiveMigrationCast,
+    PreLiveMigrationReply, PreLiveMigrationRequest, Receipt,
+};
+use tonic::{Request, Status};
+
+use super::failure::Failure;
+use super::instances::Agent;
+use super::peers::{CALL_TIME, PREPARE_TIME, Peer, PeerError};
+use super::reason::Reason;
+use super::versions::RpcVersion;
+
+/// The metadata in which a call says at which version its message is.
+pub(crate) const VERSION_KEY: &str = "ferry-rpc-version";
+
+/// A destination opens disks and a KVM machine to say whether it could take an instance, and asks the source meanwhile.
+const CHECK_TIME: Duration = Duration::from_secs(20);
+
+/// The `Compute` service of one host.
+pub(crate) struct ComputeRpcApi {
+    to: To,
+    version: Mutex<RpcVersion>,
+}
+
+enum To {
+    Here(Arc<Agent>),
+    There(Peer),
+}
+
+impl Agent {
+    /// A client of a host's service, at the version that all agents understand which are up.
+    ///
+    /// # Errors
+    /// The host is not known.
+    pub(crate) fn compute_rpcapi(self: &Arc<Self>, host: &str) -> Result<ComputeRpcApi, Failure> {
+        let to = match host == self.host() {
+            true => To::Here(Arc::clone(self)),
+            false => To::There(self.peers.named(host)?.clone()),
+        };
+        Ok(ComputeRpcApi {
+            to,
+            version: Mutex::new(self.rpc_cap()),
+        })
+    }
+
+    /// The lowest version of the agents that are up, this one among them. Of another language none is thought of: its
+    /// host is refused by name when it is asked.
+    pub(crate) fn rpc_cap(&self) -> RpcVersion {
+        let peers = self.peers.all().map(Peer::heard).filter(super::peers::Heard::is_up);
+        let theirs = peers.filter_map(|heard| heard.info?.rpc_version.parse::<RpcVersion>().ok());
+        theirs.fold(self.config.rpc_cap, |cap, version| cap.common(version).unwrap_or(cap))
+    }
+}
+
+impl ComputeRpcApi {
+    /// Whether a message that this version brought may be sent.
+    pub(crate) fn can_send_version(&self, version: RpcVersion) -> bool {
+        self.version().understands(version)
+    }
+
+    fn version(&self) -> RpcVersion {
+        *self.version.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether this host can take an instance of another: every check, with what came of it.
+    ///
+    /// # Errors
+    /// It does not answer, or cannot ask the source.
+    pub(crate) async fn check_can_live_migrate_destination(
+        &self,
+        request: CheckDestinationRequest,
+    ) -> Result<CheckDestinationReply, Failure> {
+        match &self.to {
+            To::Here(agent) => agent.check_can_live_migrate_destination(request).await,
+            To::There(peer) => {
+                self.call(peer, CHECK_TIME, |version| {
+                    let (mut client, request) = (peer.compute(), at(version, request.clone()));
+                    async move { client.check_can_live_migrate_destination(request).await }
+                })
+                .await
+            }
+        }
+    }
+
+    /// What a destination must know of an instance of this host.
+    ///
+    /// # Errors
+    /// The instance cannot migrate now, or the host does not answer.
+    pub(crate) async fn check_can_live_migrate_source(
+        &self,
+        request: CheckSourceRequest,
+    ) -> Result<CheckSourceReply, Failure> {
+        match &self.to {
+            To::Here(agent) => agent.check_can_live_migrate_source(request).await,
+            To::There(peer) => {
+                self.call(peer, CALL_TIME, |version| {
+                    let (mut client, request) = (peer.compute(), at(version, request.clone()));
+                    async move { client.check_can_live_migrate_source(request).await }
+                })
+                .await
+            }
+        }
+    }
+
+    /// Nova's pre_live_migration: the destination prepares, or says which images it lacks.
+    ///
+    /// # Errors
+    /// The host refuses the guest, or does not answer: then it may have prepared.
+    pub(crate) async fn pre_live_migration(
+        &self,
+        request: &PreLiveMigrationRequest,
+    ) -> Result<PreLiveMigrationReply, Failure> {
+        match &self.to {
+            To::Here(agent) => agent.pre_live_migration(request.clone()).await,
+            To::There(peer) => {
+                self.call(peer, PREPARE_TIME, |version| {
+                    let request = PreLiveMigrationRequest {
+                        rpc_version: version.to_string(),
+                        ..request.clone()
+                    };
+                    let (mut client, request) = (peer.compute(), at(version, request));
+                    async move { client.pre_live_migration(request).await }
+                })
+                .await
+            }
+        }
+    }
+
+    /// Casts a migration: the receipt says that this host's journal has it. The same id again is the same migration.
+    ///
+    /// At 4.2 the cast carries the record. Before, the record is made by a call, and the cast finds it by its instance.
+    ///
+    /// # Errors
+    /// The host refuses it, or does not answer: then it may have it.
+    pub(crate) async fn live_migration(&self, record: &LiveMigrationCast) -> Result<Receipt, Failure> {
+        match &self.to {
+            To::Here(agent) => agent.live_migration(record.clone()).await,
+            To::There(peer) if self.can_send_version(RpcVersion::V4_2) => match self.cast(peer, record).await {
+                // The host speaks an older version than was thought, and that is known now.
+                Err(failure)
+                    if failure.reason() == Some(Reason::RpcVersion) && !self.can_send_version(RpcVersion::V4_2) =>
+                {
+                    self.create_and_cast(peer, record).await
+                }
+                receipt => receipt,
+            },
+            To::There(peer) => self.create_and_cast(peer, record).await,
+        }
+    }
+
+    async fn create_and_cast(&self, peer: &Peer, record: &LiveMigrationCast) -> Result<Receipt, Failure> {
+        let created = self
+            .call(peer, CALL_TIME, |version| {
+                let (mut client, request) = (peer.compute(), at(version, record.clone()));
+                async move { client.create_migration(request).await }
+            })
+            .await?;
+        let by_instance = LiveMigrationCast {
+            instance: record.instance.clone(),
+            ..LiveMigrationCast::default()
+        };
+        match self.cast(peer, &by_instance).await {
+            // The record was there before, and so was the cast: it is not waiting any more.
+            Err(Failure::Refused(_) | Failure::Denied { .. }) if created.replay => Ok(created),
+            receipt => receipt,
+        }
+    }
+
+    async fn cast(&self, peer: &Peer, record: &LiveMigrationCast) -> Result<Receipt, Failure> {
+        let record = LiveMigrationCast {
+            rpc_version: self.version().to_string(),
+            ..record.clone()
+        };
+        let (mut client, request) = (peer.compute(), at(self.version(), record));
+        match peer.answer(CALL_TIME, client.live_migration(request)).await {
+            Err(error) if is_other_version(&error) => {
+                self.refresh(peer).await?;
+                Err(error.into())
+            }
+            answer => Ok(answer?),
+        }
+    }
+
+    /// A call at the version that is thought right; where that is refused, once more at the one that the host speaks.
+    async fn call<T, F>(&self, peer: &Peer, patience: Duration, send: impl Fn(RpcVersion) -> F) -> Result<T, Failure>
+    where
+        F: Future<Output = Result<tonic::Response<T>, Status>>,
+    {
+        match peer.answer(patience, send(self.version())).await {
+            Err(error) if is_other_version(&error) => {
+                self.refresh(peer).await?;
+                Ok(peer.answer(patience, send(self.version())).await?)
+            }
+            answer => Ok(answer?),
+        }
+    }
+
+    /// Asks the host which version it speaks, and keeps to that.
+    async fn refresh(&self, peer: &Peer) -> Result<(), Failure> {
+        let info = peer.host_info().await?;
+        let mut version = self.version.lock().unwrap_or_else(PoisonError::into_inner);
+        let theirs: RpcVersion = info.rpc_version.parse().map_err(|_| other_language(peer, &info))?;
+        *version = version.common(theirs).ok_or_else(|| other_language(peer, &info))?;
+        Ok(())
+    }
+}
+
+fn other_language(peer: &Peer, info: &HostInfo) -> Failure {
+    Failure::denied(
+        Reason::RpcVersion,
+        format!(
+            "host {} speaks RPC version {}, this agent {} to {}",
+            peer.host,
+            info.rpc_version,
+            RpcVersion::OLDEST,
+            RpcVersion::NEWEST
+        ),
+    )
+}
+
+fn is_other_version(error: &PeerError) -> bool {
+    matches!(
+        error,
+        PeerError::Refused {
+            reason: Some(Reason::RpcVersion),
+            ..
+        }
+    )
+}
+
+/// A request that says at which version its message is.
+fn at<T>(version: RpcVersion, message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    // Digits and a dot.
+    if let Ok(value) = version.to_string().parse() {
+        request.metadata_mut().insert(VERSION_KEY, value);
+    }
+    request
+}
+
+/// Refuses a call whose message is of a version that an agent with this cap does not understand. One that says nothing
+/// is a user's, or an agent's of before versions were told.
+///
+/// # Errors
+/// By name, both versions told.
+pub(crate) fn check_version(cap: RpcVersion, request: Request<()>) -> Result<Request<()>, Status> {
+    let Some(told) = request.metadata().get(VERSION_KEY) else {
+        return Ok(request);
+    };
+    let told = told.to_str().unwrap_or("unreadable");
+    match told.parse::<RpcVersion>() {
+        Ok(version) if cap.understands(version) => Ok(request),
+        _ => Err(Failure::denied(
+            Reason::RpcVersion,
+            format!(
+                "the message is of RPC version {told:?}, this agent understands {} to {cap}",
+                RpcVersion::OLDEST
+            ),
+        )
+        .into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_of_a_newer_version_is_refused_by_name() {
+        assert!(check_version(RpcVersion::V4_0, at(RpcVersion::V4_0, ())).is_ok());
+        let status = check_version(RpcVersion::V4_0, at(RpcVersion::V4_2, ())).unwrap_err();
+        assert!(
+            status.message().contains("\"4.2\"") && status.message().contains("4.0"),
+            "{status}"
+        );
+    }
+
+    #[test]
+    fn a_message_that_says_nothing_is_taken() {
+        assert!(check_version(RpcVersion::V4_0, Request::new(())).is_ok());
+    }
+}

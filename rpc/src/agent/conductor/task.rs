@@ -1,0 +1,320 @@
+//! Nova's LiveMigrationTask: find the source, choose the destination, have both check, cast until there is a receipt.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ferry_proto::agent::v1::{
+    Check, CheckDestinationRequest, HostInfo, HostVerdict, InstanceInfo, InstanceRequest, LiveMigrateReply,
+    LiveMigrateRequest, LiveMigrationCast, MigrationRequest,
+};
+use ferry_proto::required;
+
+use super::scheduler::{self, Candidate, Verdict, Wanted};
+use super::service::Place;
+use crate::agent::failure::Failure;
+use crate::agent::instances::Agent;
+use crate::agent::outgoing::{check_options, request_id};
+use crate::agent::peers::CALL_TIME;
+use crate::agent::reason::Reason;
+
+/// How many hosts are asked to check before the task gives up: Nova's migrate_max_retries, and the first.
+const MOST_TRIES: usize = 5;
+/// How long a cast is sent again while it has no receipt.
+const CAST_TIME: Duration = Duration::from_secs(20);
+/// The first pause between two casts; each is twice the one before.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+
+impl Agent {
+    /// The whole task. The same request id again is the same migration.
+    ///
+    /// # Errors
+    /// One of the closed list of reasons, or a cast without a receipt: then the source may have it.
+    pub(super) async fn live_migrate(
+        self: &Arc<Self>,
+        request: LiveMigrateRequest,
+    ) -> Result<LiveMigrateReply, Failure> {
+        let migration = request_id(&request.request_id);
+        if let Some(reply) = self.received_before(&migration.to_string()).await? {
+            return Ok(reply);
+        }
+        let options = check_options(required("options", request.options)?)?;
+        let (source, instance) = self.find(&request.instance).await?;
+        let candidates = self.candidates().await;
+        let named = Some(request.destination).filter(|named| !named.is_empty());
+        let wanted = Wanted {
+            source: &source_info(&candidates, &source)?,
+            memory_bytes: instance.memory_bytes,
+            vcpus: instance.vcpus,
+        };
+        let considered = considered(&wanted, candidates, named.as_deref())?;
+        let verdicts = scheduler::judge(&wanted, &considered);
+
+        let check = CheckDestinationRequest {
+            instance: instance.id.clone(),
+            source: source.clone(),
+            storage: options.storage.clone(),
+        };
+        let tries = if request.dry_run { usize::MAX } else { MOST_TRIES };
+        let hosts = self.check_in_turn(verdicts, &check, tries, request.dry_run).await?;
+        let destination = hosts.iter().find(|host| host.taken).map(|host| host.host.clone());
+        let reply = LiveMigrateReply {
+            migration: String::new(),
+            source: source.clone(),
+            destination: destination.clone().unwrap_or_default(),
+            hosts,
+        };
+        if request.dry_run {
+            return Ok(reply);
+        }
+        let Some(destination) = destination else {
+            return Err(nobody(&instance, named.as_deref(), &reply.hosts));
+        };
+        let record = LiveMigrationCast {
+            migration: migration.to_string(),
+            instance: instance.id,
+            destination,
+            options: Some(options),
+            rpc_version: String::new(),
+            expected_epoch: instance.epoch,
+        };
+        self.cast(&source, record).await?;
+        Ok(LiveMigrateReply {
+            migration: migration.to_string(),
+            ..reply
+        })
+    }
+
+    /// What was answered to this request before, if it was received.
+    async fn received_before(&self, migration: &str) -> Result<Option<LiveMigrateReply>, Failure> {
+        let request = MigrationRequest {
+            migration: migration.to_owned(),
+            forwarded: false,
+        };
+        let info = match self.place(&request).await {
+            Ok(Place::Here(row)) => row.info,
+            Ok(Place::There(peer)) => {
+                let mut client = peer.conductor();
+                let forwarded = MigrationRequest {
+                    forwarded: true,
+                    ..request
+                };
+                peer.answer(CALL_TIME, client.show_migration(forwarded)).await?
+            }
+            Err(Failure::NotFound { .. }) => return Ok(None),
+            Err(failure) => return Err(failure),
+        };
+        Ok(Some(LiveMigrateReply {
+            migration: info.id,
+            source: info.source,
+            destination: info.destination,
+            hosts: Vec::new(),
+        }))
+    }
+
+    /// The instance and the host that has it: this one, else the first peer that says so.
+    async fn find(&self, name_or_id: &str) -> Result<(String, InstanceInfo), Failure> {
+        let not_here = match self.instance(name_or_id).await {
+            Ok(instance) => {
+                let info = instance.state.lock().await.info(self.host());
+                return Ok((self.host().to_owned(), info));
+            }
+            Err(not_here) => not_here,
+        };
+        for peer in self.peers.all() {
+            let mut client = peer.compute();
+            let request = InstanceRequest {
+                instance: name_or_id.to_owned(),
+            };
+            match peer.answer(CALL_TIME, client.show_instance(request)).await {
+                // One that is on its way there is its source's still.
+                Ok(info) if info.status != "incoming" => return Ok((peer.host.clone(), info)),
+                _ => {}
+            }
+        }
+        Err(not_here)
+    }
+
+    /// Has the hosts that passed the filters check, the best first, until one can have the instance. In a dry run each is
+    /// asked, and told of.
+    async fn check_in_turn(
+        self: &Arc<Self>,
+        verdicts: Vec<Verdict>,
+        request: &CheckDestinationRequest,
+        mut tries: usize,
+        dry_run: bool,
+    ) -> Result<Vec<HostVerdict>, Failure> {
+        let mut hosts: Vec<HostVerdict> = Vec::new();
+        for verdict in verdicts {
+            let is_decided = hosts.iter().any(|host| host.taken);
+            let mut host = told(verdict);
+            if host.reason.is_none() && tries > 0 && (dry_run || !is_decided) {
+                tries -= 1;
+                let api = self.compute_rpcapi(&host.host)?;
+                match api.check_can_live_migrate_destination(request.clone()).await {
+                    Ok(reply) => take(&mut host, reply.checks, !is_decided),
+                    // What keeps the source from giving it keeps it from giving it to anyone.
+                    Err(failure) if is_the_sources(&failure) => return Err(failure),
+                    Err(failure) => leave(&mut host, &failure),
+                }
+            }
+            hosts.push(host);
+        }
+        Ok(hosts)
+    }
+
+    /// Casts until there is a receipt: a cast that was lost is sent again, one that was not is the same migration.
+    async fn cast(self: &Arc<Self>, source: &str, record: LiveMigrationCast) -> Result<(), Failure> {
+        let api = self.compute_rpcapi(source)?;
+        let (began, mut pause) = (Instant::now(), FIRST_PAUSE);
+        loop {
+            match api.live_migration(&record).await {
+                Ok(receipt) => {
+                    tracing::info!(migration = %record.migration, source, replay = receipt.replay, "cast");
+                    return Ok(());
+                }
+                Err(Failure::Unavailable(silence)) if began.elapsed() < CAST_TIME => {
+                    tracing::info!(migration = %record.migration, silence, "no receipt, casting again");
+                }
+                Err(Failure::Unavailable(silence)) => {
+                    return Err(Failure::Unavailable(format!(
+                        "whether migration {} was accepted is unknown, there is no receipt: {silence}",
+                        record.migration
+                    )));
+                }
+                Err(failure) => return Err(failure),
+            }
+            tokio::time::sleep(pause).await;
+            pause *= 2;
+        }
+    }
+}
+
+/// What the source says of itself.
+fn source_info(candidates: &[Candidate], source: &str) -> Result<HostInfo, Failure> {
+    let found = candidates.iter().find(|candidate| candidate.host == source);
+    match found.map(|candidate| &candidate.answer) {
+        Some(Ok(info)) => Ok(info.clone()),
+        Some(Err(silence)) => Err(Failure::denied(
+            Reason::SourceDown,
+            format!("host {source} is down: {silence}"),
+        )),
+        None => Err(Failure::denied(
+            Reason::SourceDown,
+            format!("host {source}, which has the instance, is not known here"),
+        )),
+    }
+}
+
+/// The hosts that are looked at: the named one, else all but the source.
+fn considered(wanted: &Wanted<'_>, candidates: Vec<Candidate>, named: Option<&str>) -> Result<Vec<Candidate>, Failure> {
+    let source = &wanted.source.host;
+    let Some(named) = named else {
+        let others: Vec<_> = candidates
+            .into_iter()
+            .filter(|candidate| candidate.host != *source)
+            .collect();
+        return match others.is_empty() {
+            true => Err(Failure::denied(
+                Reason::NoValidHost,
+                "this agent knows no other host: start it with --peer",
+            )),
+            false => Ok(others),
+        };
+    };
+    if named == source {
+        return Err(Failure::denied(
+            Reason::DestinationIsSource,
+            format!("the instance is on host {named} already"),
+        ));
+    }
+    let known: Vec<_> = candidates.iter().map(|candidate| candidate.host.clone()).collect();
+    let found: Vec<_> = candidates
+        .into_iter()
+        .filter(|candidate| candidate.host == named)
+        .collect();
+    match found.is_empty() {
+        true => Err(Failure::NotFound {
+            what: format!("host {named:?} (known hosts: {})", known.join(", ")),
+            moved_to: None,
+        }),
+        false => Ok(found),
+    }
+}
+
+/// What the scheduler said, for people and scripts.
+fn told(verdict: Verdict) -> HostVerdict {
+    let (reason, why, weight) = match verdict.outcome {
+        Ok(weight) => (None, verdict.facts, Some(weight)),
+        Err(left) => (Some(left.reason), left.text, None),
+    };
+    HostVerdict {
+        host: verdict.host,
+        taken: false,
+        reason: reason.map(|reason| reason.code().to_owned()),
+        why,
+        remedy: reason.map(|reason| reason.remedy().to_owned()),
+        weight,
+        checks: Vec::new(),
+    }
+}
+
+/// What the host's own checks came to: the first that is not ok is why it is left.
+fn take(host: &mut HostVerdict, checks: Vec<Check>, is_first: bool) {
+    match checks.iter().find(|check| !check.ok) {
+        None => host.taken = is_first,
+        Some(failed) => {
+            let reason = failed
+                .reason
+                .as_deref()
+                .and_then(Reason::parse)
+                .unwrap_or(Reason::Other);
+            host.reason = Some(reason.code().to_owned());
+            host.remedy = Some(reason.remedy().to_owned());
+            host.why.clone_from(&failed.found);
+        }
+    }
+    host.checks = checks;
+}
+
+fn leave(host: &mut HostVerdict, failure: &Failure) {
+    let reason = match failure {
+        Failure::Unavailable(_) => Reason::DestinationDown,
+        _ => failure.reason().unwrap_or(Reason::Other),
+    };
+    host.reason = Some(reason.code().to_owned());
+    host.remedy = Some(reason.remedy().to_owned());
+    host.why = failure.chain();
+}
+
+/// Whether it is the source that says no.
+fn is_the_sources(failure: &Failure) -> bool {
+    matches!(
+        failure.reason(),
+        Some(Reason::InstanceState | Reason::InstanceBusy | Reason::InstanceChanged | Reason::SourceDown)
+    )
+}
+
+/// Nobody can have the instance: of a named host the reason is its own.
+fn nobody(instance: &InstanceInfo, named: Option<&str>, hosts: &[HostVerdict]) -> Failure {
+    let why = |host: &HostVerdict| {
+        format!(
+            "host {}: {}",
+            host.host,
+            host.why.trim_start_matches(&format!("host {}: ", host.host))
+        )
+    };
+    match (named, hosts) {
+        (Some(_), [only]) => {
+            let reason = only.reason.as_deref().and_then(Reason::parse).unwrap_or(Reason::Other);
+            Failure::denied(reason, why(only))
+        }
+        _ => Failure::denied(
+            Reason::NoValidHost,
+            format!(
+                "no host can have instance {}: {}",
+                instance.name,
+                hosts.iter().map(why).collect::<Vec<_>>().join("; ")
+            ),
+        ),
+    }
+}
