@@ -1,4 +1,5 @@
-//! The copy keeps off the processors that the guest's vCPUs keep busy, as long as half of them are left.
+//! Threads of the copy keep off processors that others are on, as long as half of them are left: sending ones off those that the guest's vCPUs keep
+//! busy, those that back memory off those that receive.
 //!
 //! Less weight alone does not spare a vCPU: the scheduler looks at who is owed what once a tick (4 ms at 250 Hz), so a vCPU that shares its
 //! processor with a sending and a receiving thread runs for a tick and then waits until they have caught up, again and again. What the
@@ -9,19 +10,19 @@ use std::sync::{Mutex, PoisonError};
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
-/// Which processors are the vCPUs', as the script last saw it.
+/// Which processors are taken: the vCPUs', or the receiving threads', as somebody last saw them.
 #[derive(Debug, Default)]
 pub(crate) struct Placement {
-    vcpus: Mutex<Vec<usize>>,
+    taken: Mutex<Vec<usize>>,
     changes: AtomicU64,
 }
 
 impl Placement {
-    /// The guest's vCPUs run on these processors now.
-    pub(crate) fn vcpus_run_on(&self, processors: Vec<usize>) {
-        let mut vcpus = self.vcpus.lock().unwrap_or_else(PoisonError::into_inner);
-        if *vcpus != processors {
-            *vcpus = processors;
+    /// These processors are taken now.
+    pub(crate) fn taken(&self, processors: Vec<usize>) {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        if *taken != processors {
+            *taken = processors;
             self.changes.fetch_add(1, Ordering::Release);
         }
     }
@@ -45,7 +46,7 @@ impl<'a> Place<'a> {
         }
     }
 
-    /// Keeps the thread off the vCPUs' processors from now on, or lets it run anywhere again.
+    /// Keeps the thread off the taken processors from now on, or lets it run anywhere again.
     pub(crate) fn set(&mut self, keeps_off: bool) {
         let Some(allowed) = self.allowed else { return };
         let wanted = keeps_off.then(|| self.placement.changes.load(Ordering::Acquire));
@@ -53,12 +54,12 @@ impl<'a> Place<'a> {
             return;
         }
         self.followed = wanted;
-        let vcpus = self.placement.vcpus.lock().unwrap_or_else(PoisonError::into_inner);
+        let taken = self.placement.taken.lock().unwrap_or_else(PoisonError::into_inner);
         let place = match keeps_off {
-            true => without(allowed, &vcpus),
+            true => without(allowed, &taken),
             false => allowed,
         };
-        drop(vcpus);
+        drop(taken);
         // A processor may have been taken from the process meanwhile. Then it stays where it is, and only its weight yields.
         if let Err(error) = sched_setaffinity(None, &place) {
             tracing::debug!(%error, "a copying thread stays where it is");
@@ -110,13 +111,13 @@ mod tests {
                     .unwrap();
                 let placement = Placement::default();
                 let mut place = Place::new(&placement);
-                placement.vcpus_run_on(vec![first]);
+                placement.taken(vec![first]);
                 place.set(true);
                 assert_eq!(sched_getaffinity(None).unwrap(), without(before, &[first]));
-                placement.vcpus_run_on(Vec::new());
+                placement.taken(Vec::new());
                 place.set(true);
                 assert_eq!(sched_getaffinity(None).unwrap(), before);
-                placement.vcpus_run_on(vec![first]);
+                placement.taken(vec![first]);
                 place.set(true);
                 place.set(false);
                 assert_eq!(sched_getaffinity(None).unwrap(), before);

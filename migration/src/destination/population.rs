@@ -2,23 +2,28 @@
 //!
 //! Advising everything would turn scattered pages into gigabytes; backing page by page is what makes receiving slow. So
 //! a huge page is wanted only where the source has one or at least half of it is populated, and those are populated in
-//! large pieces by a thread or two that keep a bounded way ahead of what arrives.
+//! large pieces by a thread or two that keep a bounded way ahead of what arrives, on other processors than the threads that receive it.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use rustix::thread::sched_getcpu;
+
 use crate::PageSet;
 use crate::guest::{FRAMES_PER_HUGE_PAGE, FrameRun, GuestError, GuestMemory, MemoryShape, Population};
-use crate::yielding::Yielding;
+use crate::placement::{Place, Placement};
 
 /// Frames backed by one call: 2 MiB.
 const PIECE_FRAMES: u64 = FRAMES_PER_HUGE_PAGE;
 
-/// A rest after each piece: filling huge pages with zeroes never waits for anything, so a vCPU on the same processor would get it back at the
-/// scheduler's next tick only, 4 ms later.
-const BETWEEN_PIECES: Duration = Duration::from_micros(20);
+/// A rest after each piece, of which one takes 250 to 500 us: filling huge pages with zeroes never waits for anything, so a vCPU on the same processor
+/// would get it back at the scheduler's next tick only, 4 ms later. Measured on two processors of which a guest keeps one busy, moves of 1 GiB
+/// in 7 or 8 runs each. Wherever the scheduler put it, this thread stayed beside the receiving ones: 530 to 545 ms, and the guest's largest gap 5.9 to
+/// 6.5 ms. Kept off their processors with a rest of 20 us: 481 ms and 5.7 ms; with this rest: 452 ms and 3.5 ms; with a rest of 500 us after each 8 MiB:
+/// 515 ms and 3.4 ms.
+const BETWEEN_PIECES: Duration = Duration::from_micros(200);
 
 /// How far ahead of the data memory is backed, in frames: 256 MiB.
 const LEAD_FRAMES: u64 = 64 << 10;
@@ -70,6 +75,8 @@ struct State {
     ahead: VecDeque<FrameRun>,
     /// The data has reached this frame.
     reached: u64,
+    /// The processor on which each stream was received last.
+    receivers: BTreeMap<u16, usize>,
     closed: bool,
 }
 
@@ -109,9 +116,10 @@ impl Ahead {
         self.changed.notify_all();
     }
 
-    /// Notes that data up to `frame` arrived.
-    pub(super) fn reached(&self, frame: u64) {
+    /// Notes that data up to `frame` arrived on this stream. Called by the thread that receives it.
+    pub(super) fn reached(&self, frame: u64, stream: u16) {
         let mut state = self.lock();
+        state.receivers.insert(stream, sched_getcpu());
         if frame > state.reached {
             state.reached = frame;
             if !state.pieces.is_empty() {
@@ -132,23 +140,30 @@ impl Ahead {
     /// # Errors
     /// If the host has no memory; the receiving threads would learn the same by faulting.
     pub(super) fn populate(&self, memory: &impl GuestMemory) -> Result<(), GuestError> {
-        Yielding::default().set(true);
-        while let Some(piece) = self.next() {
+        // Receiving and filling are two halves of the same work: on one processor neither is ahead of the other.
+        let receivers = Placement::default();
+        let mut place = Place::new(&receivers);
+        while let Some((piece, processors)) = self.next() {
+            receivers.taken(processors);
+            place.set(true);
             memory.populate(piece)?;
             thread::sleep(BETWEEN_PIECES);
         }
         Ok(())
     }
 
-    /// Waits for the next piece within the lead; what the data has passed already backs itself.
-    fn next(&self) -> Option<FrameRun> {
+    /// Waits for the next piece within the lead, and says where the receiving threads are; what the data has passed already backs itself.
+    fn next(&self) -> Option<(FrameRun, Vec<usize>)> {
         let mut state = self.lock();
         loop {
             if state.closed {
                 return None;
             }
             if let Some(piece) = state.next() {
-                return Some(piece);
+                let mut processors: Vec<usize> = state.receivers.values().copied().collect();
+                processors.sort_unstable();
+                processors.dedup();
+                return Some((piece, processors));
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
@@ -224,7 +239,7 @@ mod tests {
             .sum::<u64>();
         assert_eq!(lead, LEAD_FRAMES);
         drop(state);
-        ahead.reached(PIECE_FRAMES);
+        ahead.reached(PIECE_FRAMES, 0);
         assert_eq!(ahead.lock().next(), Some(run(1 << 21, PIECE_FRAMES)));
         assert_eq!(ahead.lock().next(), None);
     }
@@ -233,9 +248,27 @@ mod tests {
     fn what_the_data_has_passed_is_not_backed_any_more() {
         let ahead = Ahead::default();
         ahead.plan(&[run(0, 4 * PIECE_FRAMES)]);
-        ahead.reached(3 * PIECE_FRAMES);
-        assert_eq!(ahead.next(), Some(run(3 * PIECE_FRAMES, PIECE_FRAMES)));
+        ahead.reached(3 * PIECE_FRAMES, 0);
+        let (piece, _) = ahead.next().unwrap();
+        assert_eq!(piece, run(3 * PIECE_FRAMES, PIECE_FRAMES));
         ahead.close();
         assert_eq!(ahead.next(), None);
+    }
+
+    #[test]
+    fn where_the_data_is_received_is_known_with_each_piece() {
+        let ahead = Ahead::default();
+        ahead.plan(&[run(0, 4 * PIECE_FRAMES)]);
+        assert_eq!(ahead.next().unwrap().1, []);
+        ahead.reached(1, 0);
+        ahead.reached(1, 1);
+        let allowed = rustix::thread::sched_getaffinity(None).unwrap();
+        let processors = ahead.next().unwrap().1;
+        // This thread may have been moved between the two.
+        assert!((1..=2).contains(&processors.len()), "{processors:?}");
+        assert!(
+            processors.iter().all(|&processor| allowed.is_set(processor)),
+            "{processors:?}"
+        );
     }
 }

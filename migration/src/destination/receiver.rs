@@ -137,7 +137,7 @@ impl<M: GuestMemory> Receiver<'_, M> {
             zeroed.map_err(ReceiveError::Guest)?;
         }
         if let Some(last) = data.last() {
-            self.ahead.reached(last.end());
+            self.ahead.reached(last.end(), self.stream);
         }
         let count = |runs: &[FrameRun]| runs.iter().map(|run| run.count).sum::<u64>();
         let pages = count(data);

@@ -119,7 +119,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         let (began, before, pages) = (Instant::now(), self.streams.sum(), self.pending.count());
         let number = self.round;
         if pages > 0 {
-            self.streams.placement.vcpus_run_on(self.guest.busy_processors());
+            self.streams.placement.taken(self.guest.busy_processors());
             let clearer = Some(self.guest.clearer());
             let set = self.take_pending();
             self.streams.feed.start(Round {
@@ -169,7 +169,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
     pub(super) fn wait(&mut self, wanted: impl Fn(&Heard) -> bool) -> Result<(), Stop> {
         loop {
             self.conversation.look_after(self.guest)?;
-            self.streams.placement.vcpus_run_on(self.guest.busy_processors());
+            self.streams.placement.taken(self.guest.busy_processors());
             self.tell_progress();
             match self.conversation.next(TICK)? {
                 Some(heard) if wanted(&heard) => return Ok(()),
