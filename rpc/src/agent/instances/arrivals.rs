@@ -88,7 +88,7 @@ impl Agent {
         };
         let mut state = instance.state.lock().await;
         if state.arrival.as_ref() != Some(arrival) {
-            // Settled by somebody else, or it came again since.
+            // Settled or destroyed by somebody else, or it came again since.
             return true;
         }
         match heard(Epoch(state.row.epoch), copy) {
@@ -204,6 +204,7 @@ impl Agent {
             return;
         }
         state.row.restarts.due = None;
+        state.arrival = None;
         self.instances.remove(id);
         self.remove_folder(id);
     }

@@ -112,6 +112,10 @@ impl Agent {
         let instance = self.instance(name).await?;
         let mut state = instance.state.lock().await;
         state.check_idle("start")?;
+        if self.instances.by_id(instance.id).is_none() {
+            // It was deleted while it was waited for.
+            return Err(self.not_here(name).await);
+        }
         if !matches!(state.row.status, Status::Stopped | Status::Crashed) {
             return Err(Failure::Refused(format!("instance {name} is {}", state.row.status)));
         }
