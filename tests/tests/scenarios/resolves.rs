@@ -11,6 +11,7 @@ use crate::scenario::{expect_a_lost_peer_and, has_nothing, on_kvm};
 pub(crate) fn trials() -> Vec<Trial> {
     on_kvm![
         a_guest_resolved_at_the_source_boots_anew_and_the_stale_copy_is_destroyed,
+        a_guest_that_runs_twice_by_its_users_mistake_runs_once_when_the_hosts_meet,
         a_copy_that_is_discarded_at_the_source_leaves_the_guest_to_the_destination,
         a_destination_that_went_down_asks_the_source_before_it_starts_the_guest,
         a_guest_resolved_at_the_destination_boots_anew_and_the_source_destroys_its_copy,
@@ -44,6 +45,23 @@ fn a_guest_resolved_at_the_source_boots_anew_and_the_stale_copy_is_destroyed(pai
     has_nothing(&pair.b)?;
     pair.b.ferry(&["show", "g"])?.exit(3)?.says("moved_to")?;
     ensure!(journal::of(&pair.b)?.audited("destroy-stale", "host a has it under epoch 3")? == 1);
+    witness.wait_for_beats_at("a", 5)?;
+    pair.exists_only_at(&pair.a, "g")
+}
+
+fn a_guest_that_runs_twice_by_its_users_mistake_runs_once_when_the_hosts_meet(pair: &mut Pair) -> Result<()> {
+    let (witness, id) = arrive_unheard(pair)?;
+    // Only its agent is gone; its guest runs.
+    pair.b.kill();
+    pair.a.wait_for_indeterminate("g")?;
+    let resolve = ["migration", "resolve", id.as_str(), "--run-here", "--confirm", "g"];
+    pair.a.ferry(&resolve)?.exit(0)?;
+    witness.wait_ready_times(2)?;
+    ensure!(pair.b.vmms().len() == 1, "nobody told b anything");
+
+    b_is_back(pair)?;
+
+    has_nothing(&pair.b)?;
     witness.wait_for_beats_at("a", 5)?;
     pair.exists_only_at(&pair.a, "g")
 }

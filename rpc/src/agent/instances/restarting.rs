@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use ferry_migration::handover::{BackOff, Ended, Epoch, Fallen, Leaving, RestartPolicy, Verdict, Wanted};
+use ferry_migration::handover::{BackOff, Ended, Epoch, Fallen, Leaving, Origin, RestartPolicy, Verdict, Wanted};
 use ferry_proto::agent::v1::InstanceSpec;
 use tokio::sync::mpsc::UnboundedReceiver;
 use uuid::Uuid;
@@ -22,6 +22,9 @@ use crate::agent::who::Who;
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
 /// The pauses between two questions to a host that does not answer grow from the one to the other.
 const ASK_AGAIN: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(30)];
+
+/// How a reason goes on while a start is waited for.
+const STARTED_AGAIN: &str = "; it is started again";
 
 /// The policy in a spec that was checked; a word that is none counts as never.
 pub(crate) fn policy_of(spec: &InstanceSpec) -> RestartPolicy {
@@ -51,15 +54,15 @@ pub(super) fn plan(row: &mut InstanceRow, ended: Ended, now_ms: i64) {
     row.restarts.count = back_off.restarts;
     row.restarts.due = Some(now_ms.saturating_add(i64::try_from(pause.as_millis()).unwrap_or(i64::MAX)));
     let when = match pause {
-        Duration::ZERO => "it is started again".to_owned(),
+        Duration::ZERO => String::new(),
         pause => format!(
-            "it is started again in {}, start {} in a row",
+            " in {}, start {} in a row",
             humantime::format_duration(pause),
             back_off.restarts
         ),
     };
     let reason = row.reason.take().unwrap_or_default();
-    row.reason = Some(format!("{reason}; {when}"));
+    row.reason = Some(format!("{reason}{STARTED_AGAIN}{when}"));
 }
 
 /// What may be said and done about an instance that is to be started.
@@ -73,6 +76,10 @@ pub(super) enum Clearance {
 impl Agent {
     /// Whether a guest without a VMM may be started, the host that it came from having been asked if need be.
     pub(super) async fn verdict(&self, state: &mut InstanceState, wanted: Wanted) -> Verdict {
+        if state.arrival.is_some() {
+            // Whatever it said before, it is asked now.
+            state.origin = Origin::Unasked;
+        }
         let fallen = |state: &InstanceState| Fallen {
             wanted,
             had: Epoch(state.row.epoch),
@@ -216,7 +223,9 @@ impl Agent {
         if state.row.restarts.due.take().is_none() {
             return Ok(());
         }
-        state.row.reason = Some("stopped by its user".to_owned());
+        let reason = state.row.reason.take().unwrap_or_default();
+        let why = reason.split(STARTED_AGAIN).next().unwrap_or_default();
+        state.row.reason = Some(format!("{why}; its user does not want it started again"));
         self.save(&state.row).await
     }
 }

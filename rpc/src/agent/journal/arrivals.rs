@@ -16,8 +16,9 @@ pub(crate) struct Arrival {
 }
 
 impl Arrival {
-    /// Writes the row.
+    /// Writes the row. A guest comes from one host: from an earlier one it came before it left.
     pub(crate) fn save(&self, transaction: &Transaction<'_>) -> rusqlite::Result<()> {
+        transaction.execute("DELETE FROM arrivals WHERE instance=?1", [self.instance.to_string()])?;
         transaction
             .execute(
                 "INSERT OR REPLACE INTO arrivals VALUES(?1,?2,?3,?4)",
