@@ -150,6 +150,7 @@ impl Agent {
                 self.host()
             )));
         }
+        self.clear_the_way(guest.instance).await;
         check_incoming(self, guest.instance, &guest.spec).await?;
         guest.copied_disks = self.plan_storage(&guest).await?;
         // Before anything is sent here: a disk or a bridge that is missing is the more likely reason to say no.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use ferry_migration::handover::{Decision, Epoch, Heard, Origin, PeerCopy, heard};
 use ferry_proto::agent::v1::{PostLiveMigrationReply, PostLiveMigrationRequest};
+use uuid::Uuid;
 
 use super::instance::{Agent, InstanceState};
 use crate::agent::failure::Failure;
@@ -121,6 +122,23 @@ impl Agent {
                 "host {}, from which instance {} came, has not acknowledged that yet: it moves on once that host did",
                 arrival.source, state.row.spec.name
             ))),
+        }
+    }
+
+    /// An instance that is to come here may be here already: a stale copy of it, of which this host has not learned yet.
+    pub(crate) async fn clear_the_way(&self, id: Uuid) {
+        let Some(instance) = self.instances.by_id(id) else {
+            return;
+        };
+        let mut state = instance.state.lock().await;
+        if state.arrival.is_none() {
+            return;
+        }
+        self.ask_origin(&mut state).await;
+        if let Origin::Says(copy) = state.origin
+            && let Heard::Superseded(epoch) = heard(Epoch(state.row.epoch), copy)
+        {
+            self.destroy_stale(&mut state, epoch).await;
         }
     }
 
