@@ -59,7 +59,8 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), Failure> {
         if arrived_elsewhere {
             orphan.info.status = "completed".to_owned();
             orphan.info.guest_location = Some(orphan.peer.clone());
-        } else {
+        } else if orphan.info.ended.is_none() {
+            // Not of one that a person ended: its record says all.
             orphan.info.status = "failed".to_owned();
             orphan
                 .info

@@ -10,8 +10,22 @@ use super::script::{Script, Stop};
 use crate::agent::backends::storage;
 use crate::agent::failure::Failure;
 use crate::agent::instances::InstanceState;
-use crate::agent::journal::{InstanceRow, Status};
+use crate::agent::journal::{InstanceRow, MigrationRow, Status};
 use crate::agent::vmm_client::Vmm;
+
+/// What the record says once a person ended the migration, on this host.
+pub(super) fn note_resolved(row: &mut MigrationRow, host: &str, wish: Wish) {
+    let (status, location) = match wish {
+        Wish::RunHere => ("failed", host),
+        // Nobody but its user says so.
+        Wish::DiscardHere => ("error", row.peer.as_str()),
+    };
+    row.info.status = status.to_owned();
+    row.info.guest_location = Some(location.to_owned());
+    row.info.error = Some(format!("resolved by its user: {}", wish.as_str()));
+    row.info.ended = Some(now_text());
+    row.said = Some(wish.as_str().to_owned());
+}
 
 /// How long the VMM may take to give the machine back after it answered CANCELLED.
 const WIND_UP: Duration = Duration::from_secs(5);
@@ -23,11 +37,13 @@ impl Script {
     /// The guest is the destination's: the copy is killed and removed. D was journalled before.
     pub(super) async fn destroy_copy(&mut self) -> Result<(), Failure> {
         let mut state = self.instance.state.lock().await;
-        if let Some(vmm) = state.vmm.take() {
+        if let Some(vmm) = &state.vmm {
+            // One that does not die is tried again, and known until then.
             vmm.kill()
                 .await
                 .map_err(Failure::host("failed to end the VMM of a guest that has moved"))?;
         }
+        state.vmm = None;
         let (row, host, migration) = (state.row.clone(), self.row.peer.clone(), self.row.id);
         self.agent
             .journal
@@ -79,7 +95,6 @@ impl Script {
 
     /// A person ended it. The copy that GO stopped is killed; a guest that is to run here is booted anew by whoever asked.
     async fn resolved(&mut self, wish: Wish) {
-        self.note_resolved(wish);
         if wish == Wish::DiscardHere {
             return;
         }
@@ -94,18 +109,6 @@ impl Script {
             tracing::error!(migration = %self.row.id, %error, "the VMM of a stale copy does not die");
             state.vmm = Some(vmm);
         }
-    }
-
-    pub(super) fn note_resolved(&mut self, wish: Wish) {
-        let info = &mut self.row.info;
-        let (status, location) = match wish {
-            Wish::RunHere => ("failed", self.agent.host()),
-            // Nobody but its user says so.
-            Wish::DiscardHere => ("error", self.row.peer.as_str()),
-        };
-        info.status = status.to_owned();
-        info.guest_location = Some(location.to_owned());
-        info.error = Some(format!("resolved by its user: {}", wish.as_str()));
     }
 
     fn arrived(&mut self) {

@@ -15,6 +15,7 @@ use ferry_proto::vmm::v1::report::Report as Body;
 use tokio::sync::mpsc;
 
 use super::begin::{attempt_of, call_off, ended, made_up};
+use super::ending::note_resolved;
 use super::handle::PeerNews;
 use super::script::{Script, Stop};
 use crate::agent::failure::Failure;
@@ -417,7 +418,7 @@ impl Script {
     /// new epoch makes every other copy stale, the stopped one here too.
     async fn journal_resolved(&mut self, wish: Wish, epoch: Epoch) -> Result<(), Failure> {
         let mut row = self.row.clone();
-        row.said = Some(wish.as_str().to_owned());
+        note_resolved(&mut row, self.agent.host(), wish);
         let mut state = self.instance.state.lock().await;
         let mut instance = state.row.clone();
         if wish == Wish::RunHere {
