@@ -9,6 +9,8 @@
 //! | VMM A | [`Grants`] | the fact GO: a grant is traded once, for GO-sent or for CANCELLED |
 //! | VMM B, and every VMM | [`Permits`] | which epochs it has had |
 //! | agent B | [`DestinationAgent`] | the decision register D(M,n) |
+//! | an agent whose guest has no VMM | [`Fallen`] | who may start it again, and under which epoch |
+//! | an agent that a person tells | [`Doubt`] | how `resolve` ends a migration that nobody can decide |
 //!
 //! Effects are carried out strictly in the order in which they are listed; a durable write that fails ends its list
 //! and comes back as an event. `docs/architecture.md` tells the whole protocol.
@@ -18,6 +20,8 @@ mod destination_agent;
 mod grants;
 mod permits;
 mod register;
+mod resolve;
+mod restart;
 mod source_agent;
 
 pub use attempt::{Attempt, Epoch, Permit};
@@ -25,4 +29,6 @@ pub use destination_agent::{DestinationAgent, DestinationEffect, DestinationEven
 pub use grants::{GrantRefused, Grants, Traded};
 pub use permits::{PermitRefused, Permits};
 pub use register::{Decision, HandBack, IllegalMove, Move};
+pub use resolve::{Doubt, NotResolved, Peer, Side, Wish};
+pub use restart::{BackOff, Ended, Fallen, Heard, Leaving, Origin, PeerCopy, RestartPolicy, Verdict, Wanted, heard};
 pub use source_agent::{Copy as SourceCopy, Ending, SourceAgent, SourceEffect, SourceEvent, SourceState};

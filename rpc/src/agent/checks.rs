@@ -91,6 +91,8 @@ impl Agent {
                 }
             });
         };
+        // A copy that is stale for certain is no reason to say no, whoever asks.
+        self.clear_the_way(id).await;
         let free = check_incoming(self, id, &spec).await;
         note(
             "instance",

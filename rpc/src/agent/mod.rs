@@ -13,6 +13,8 @@
 //! | `peers`, `compute_rpcapi`, `versions` | other agents, and what they are told at which version |
 //! | `compute`, `conductor` | the gRPC services: convert, call, map the error; the conductor's task checks, chooses and casts |
 //! | `checks`, `claims`, `reason` | whether this host can have an instance, and why not |
+//! | `resolving` | a person ends a migration that nobody can decide |
+//! | `who` | who asked, for the audit table |
 //! | `journal`, `spawn`, `vmm_client` | SQLite, VMM processes, their sockets |
 
 mod backends;
@@ -34,12 +36,14 @@ mod outgoing;
 mod peers;
 mod reason;
 mod recovery;
+mod resolving;
 mod serve;
 mod snapshots;
 mod spawn;
 mod versions;
 mod vmm_client;
 pub(crate) mod vmm_user;
+mod who;
 
 pub(crate) use backends::{NIC_RATES, is_interface_name};
 pub use claims::AllocationRatios;

@@ -26,6 +26,8 @@ mod networks;
 mod placement;
 mod refusals;
 mod requests;
+mod resolves;
+mod restarts;
 mod scenario;
 mod silence;
 mod snapshots;
@@ -40,6 +42,7 @@ fn main() -> ExitCode {
     arguments.test_threads = Some(1);
     let trials = [
         lifecycle::trials(),
+        restarts::trials(),
         linux::trials(),
         refusals::trials(),
         placement::trials(),
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         requests::trials(),
         aborts::trials(),
         agents::trials(),
+        resolves::trials(),
         data_port::trials(),
         faults::trials(),
         hostile::trials(),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ferry_proto::agent::v1::conductor_server::Conductor;
 use ferry_proto::agent::v1::{
     ListHostsReply, ListHostsRequest, ListMigrationsReply, ListMigrationsRequest, LiveMigrateReply, LiveMigrateRequest,
-    MigrationInfo, MigrationRequest,
+    MigrationInfo, MigrationRequest, ResolveRequest,
 };
 use ferry_proto::wire_uuid;
 use tokio_stream::Stream;
@@ -19,6 +19,7 @@ use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
 use crate::agent::journal::{MigrationRow, Role};
 use crate::agent::peers::{CALL_TIME, Peer};
+use crate::agent::who::Who;
 
 /// The service over one agent.
 pub(crate) struct ConductorService(pub(crate) Arc<Agent>);
@@ -37,10 +38,17 @@ pub(super) enum Place {
 #[tonic::async_trait]
 impl Conductor for ConductorService {
     async fn live_migrate(&self, request: Request<LiveMigrateRequest>) -> Answer<LiveMigrateReply> {
+        let who = Who::sent(&request);
         let (agent, request) = (Arc::clone(&self.0), request.into_inner());
-        Ok(Response::new(
-            whole(async move { agent.live_migrate(request).await }).await?,
-        ))
+        let migrated = whole(async move {
+            let (instance, dry_run) = (request.instance.clone(), request.dry_run);
+            let migrated = agent.live_migrate(request).await;
+            if !dry_run {
+                agent.audit(&who, "migrate", &instance, &migrated).await;
+            }
+            migrated
+        });
+        Ok(Response::new(migrated.await?))
     }
 
     async fn list_hosts(&self, _: Request<ListHostsRequest>) -> Answer<ListHostsReply> {
@@ -83,11 +91,31 @@ impl Conductor for ConductorService {
     }
 
     async fn abort_migration(&self, request: Request<MigrationRequest>) -> Answer<MigrationInfo> {
+        let who = Who::sent(&request);
         let request = request.into_inner();
         match self.0.place(&request).await? {
-            Place::Here(row) => Ok(Response::new(self.0.abort_migration(*row).await?)),
+            Place::Here(row) => {
+                let instance = row.instance.to_string();
+                let aborted = self.0.abort_migration(*row).await;
+                self.0.audit(&who, "abort", &instance, &aborted).await;
+                Ok(Response::new(aborted?))
+            }
             Place::There(peer) => peer.conductor().abort_migration(forwarded(request)).await,
         }
+    }
+
+    async fn resolve_migration(&self, request: Request<ResolveRequest>) -> Answer<MigrationInfo> {
+        let who = Who::sent(&request);
+        let (agent, request) = (Arc::clone(&self.0), request.into_inner());
+        let resolved = whole(async move {
+            let resolved = agent.resolve_migration(request.clone(), &who).await;
+            if resolved.is_err() {
+                // One that was carried out is written down together with what it changed.
+                agent.audit(&who, "resolve", &request.migration, &resolved).await;
+            }
+            resolved
+        });
+        Ok(Response::new(resolved.await?))
     }
 }
 

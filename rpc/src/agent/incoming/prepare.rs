@@ -165,6 +165,7 @@ impl Agent {
                 ),
             ));
         }
+        self.clear_the_way(guest.instance).await;
         check_incoming(self, guest.instance, &guest.spec).await?;
         self.check_claim(&guest.spec).await?;
         guest.copied_disks = self.plan_storage(&guest.spec, guest.storage, guest.coming()).await?;
@@ -257,6 +258,7 @@ impl Agent {
             migration: Some(guest.migration),
             reason: None,
             boot_id: self.boot_id.clone(),
+            restarts: Default::default(),
         };
         let row = MigrationRow {
             id: guest.migration,

@@ -3,15 +3,29 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use ferry_migration::handover::Ending;
+use ferry_migration::handover::{Decision, Ended, Ending, Wish};
 
 use super::handle::now_text;
 use super::script::{Script, Stop};
 use crate::agent::backends::storage;
 use crate::agent::failure::Failure;
 use crate::agent::instances::InstanceState;
-use crate::agent::journal::{InstanceRow, Status};
+use crate::agent::journal::{InstanceRow, MigrationRow, Status};
 use crate::agent::vmm_client::Vmm;
+
+/// What the record says once a person ended the migration, on this host.
+pub(super) fn note_resolved(row: &mut MigrationRow, host: &str, wish: Wish) {
+    let (status, location) = match wish {
+        Wish::RunHere => ("failed", host),
+        // Nobody but its user says so.
+        Wish::DiscardHere => ("error", row.peer.as_str()),
+    };
+    row.info.status = status.to_owned();
+    row.info.guest_location = Some(location.to_owned());
+    row.info.error = Some(format!("resolved by its user: {}", wish.as_str()));
+    row.info.ended = Some(now_text());
+    row.said = Some(wish.as_str().to_owned());
+}
 
 /// How long the VMM may take to give the machine back after it answered CANCELLED.
 const WIND_UP: Duration = Duration::from_secs(5);
@@ -23,11 +37,13 @@ impl Script {
     /// The guest is the destination's: the copy is killed and removed. D was journalled before.
     pub(super) async fn destroy_copy(&mut self) -> Result<(), Failure> {
         let mut state = self.instance.state.lock().await;
-        if let Some(vmm) = state.vmm.take() {
+        if let Some(vmm) = &state.vmm {
+            // One that does not die is tried again, and known until then.
             vmm.kill()
                 .await
                 .map_err(Failure::host("failed to end the VMM of a guest that has moved"))?;
         }
+        state.vmm = None;
         let (row, host, migration) = (state.row.clone(), self.row.peer.clone(), self.row.id);
         self.agent
             .journal
@@ -35,6 +51,10 @@ impl Script {
             .await?;
         self.agent.instances.remove(self.row.instance);
         self.agent.remove_folder(self.row.instance);
+        if self.row.said.as_deref() != Some(Decision::Running.as_str()) {
+            // A person said so, who may be wrong: what is on its disks is kept.
+            return Ok(());
+        }
         // Their contents are the destination's now, and go on changing there.
         storage::remove(&self.row.info.copied_disks, self.row.instance, self.agent.host());
         Ok(())
@@ -47,6 +67,7 @@ impl Script {
             Ending::Stayed => self.stayed().await,
             Ending::Crashed => self.crashed().await,
             Ending::GuestStopped => self.guest_stopped().await,
+            Ending::Resolved(wish) => self.resolved(wish).await,
         }
         if let Some(rollback) = self.rollback.take() {
             // An answer means that the destination is ready for the next attempt; without one it finds out by itself.
@@ -65,8 +86,29 @@ impl Script {
             error = self.row.info.error,
             "migration is over"
         );
-        self.outgoing.over.send_replace(true);
         self.agent.outgoing.remove(self.row.id);
+        self.outgoing.over.send_replace(true);
+        if let Some(resolving) = self.resolving.take() {
+            resolving.answer(Ok(()));
+        }
+    }
+
+    /// A person ended it. The copy that GO stopped is killed; a guest that is to run here is booted anew by whoever asked.
+    async fn resolved(&mut self, wish: Wish) {
+        if wish == Wish::DiscardHere {
+            return;
+        }
+        let instance = Arc::clone(&self.instance);
+        let mut state = instance.state.lock().await;
+        state.news = None;
+        state.migrating = None;
+        if let Some(vmm) = state.vmm.take()
+            && let Err(error) = vmm.kill().await
+        {
+            // It has GO sent, and is killed again before its guest is started.
+            tracing::error!(migration = %self.row.id, %error, "the VMM of a stale copy does not die");
+            state.vmm = Some(vmm);
+        }
     }
 
     fn arrived(&mut self) {
@@ -158,7 +200,7 @@ impl Script {
         self.row.info.guest_location = Some(self.agent.host().to_owned());
         state.news = None;
         state.migrating = None;
-        self.agent.end(&mut state, Status::Crashed, reason).await;
+        self.agent.end(&mut state, Ended::Crashed, reason).await;
     }
 
     async fn guest_stopped(&mut self) {

@@ -5,7 +5,9 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ferry_migration::handover::{Decision, Ending, Epoch, SourceAgent, SourceEffect, SourceEvent, SourceState, Traded};
+use ferry_migration::handover::{
+    Decision, Ending, Epoch, SourceAgent, SourceEffect, SourceEvent, SourceState, Traded, Wish,
+};
 use ferry_proto::agent::v1::{AttemptRequest, DestinationPart, RollbackRequest};
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
@@ -13,12 +15,14 @@ use ferry_proto::vmm::v1::report::Report as Body;
 use tokio::sync::mpsc;
 
 use super::begin::{attempt_of, call_off, ended, made_up};
+use super::ending::note_resolved;
 use super::handle::PeerNews;
 use super::script::{Script, Stop};
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Instance, VmmNews};
 use crate::agent::journal::Status;
 use crate::agent::peers::CALL_TIME;
+use crate::agent::resolving::become_resolved;
 use crate::agent::vmm_client::VmmError;
 use crate::vmm_process::monotonic_ns;
 
@@ -86,6 +90,9 @@ impl Script {
                 }
             };
             effects = core.step(event);
+            if effects.is_empty() && matches!(event, SourceEvent::Resolved(_)) {
+                self.not_resolved("it was decided meanwhile".to_owned());
+            }
             tracing::debug!(migration = %self.row.id, ?event, ?effects, "source");
             // From ARM to the end, nothing of the journal is moved around.
             match core.state() {
@@ -126,6 +133,11 @@ impl Script {
                     None
                 }
             },
+            Some(resolving) = next(&mut self.asked_to_resolve) => {
+                let wish = resolving.wish;
+                self.resolving = Some(resolving);
+                Some(SourceEvent::Resolved(wish))
+            }
             reason = aborted, if abort_is_news => {
                 self.abort_seen = true;
                 self.stop.get_or_insert(Stop::Aborted(reason.unwrap_or_default()));
@@ -262,6 +274,7 @@ impl Script {
                 Err(failure) => {
                     let reason = failure.chain();
                     tracing::error!(migration = %self.row.id, reason, ?effect, "the journal failed in a switchover");
+                    self.not_resolved(reason.clone());
                     self.stop.get_or_insert(Stop::Failed(reason));
                     effects = core.step(SourceEvent::JournalFailed).into();
                 }
@@ -301,6 +314,7 @@ impl Script {
             SourceEffect::SendPermit(epoch) => self.send_permit(epoch, calls),
             SourceEffect::DestroyCopy => self.destroy_copy().await?,
             SourceEffect::RollBackDestination => self.roll_back_destination(),
+            SourceEffect::JournalResolved(wish, epoch) => self.journal_resolved(wish, epoch).await?,
             SourceEffect::SayIndeterminate => self.say_indeterminate().await,
             SourceEffect::Finish(ending) => return Ok(Some(ending)),
         }
@@ -398,6 +412,50 @@ impl Script {
         let instance = state.row.clone();
         drop(state);
         self.save_with(instance).await
+    }
+
+    /// What a person says, and who it was, in one transaction. Of a guest that is to run here the migration is over with it: the
+    /// new epoch makes every other copy stale, the stopped one here too.
+    async fn journal_resolved(&mut self, wish: Wish, epoch: Epoch) -> Result<(), Failure> {
+        let mut row = self.row.clone();
+        note_resolved(&mut row, self.agent.host(), wish);
+        let mut state = self.instance.state.lock().await;
+        let mut instance = state.row.clone();
+        if wish == Wish::RunHere {
+            row.resumed = Some(epoch.0);
+            row.over = true;
+            become_resolved(&mut instance, epoch);
+        }
+        let audit = self.resolving.as_ref().map(|resolving| {
+            let what = format!("{} of migration {}", wish.as_str(), row.id);
+            resolving.who.did("resolve", &row.instance.to_string(), &what)
+        });
+        let (saved, saved_instance) = (row.clone(), instance.clone());
+        self.agent
+            .journal
+            .write(move |transaction| {
+                saved.save(transaction)?;
+                saved_instance.save(transaction)?;
+                audit.map_or(Ok(()), |audit| audit.add(transaction))
+            })
+            .await?;
+        tracing::warn!(migration = %row.id, instance = %row.instance, wish = wish.as_str(), %epoch, "resolved by a person");
+        self.row = row;
+        state.row = instance;
+        drop(state);
+        if wish == Wish::DiscardHere {
+            self.destroy_copy().await?;
+        }
+        Ok(())
+    }
+
+    fn not_resolved(&mut self, reason: String) {
+        if let Some(resolving) = self.resolving.take() {
+            resolving.answer(Err(Failure::Refused(format!(
+                "migration {} is not resolved: {reason}",
+                self.row.id
+            ))));
+        }
     }
 
     fn send_permit(&self, epoch: Epoch, calls: &Calls) {
@@ -508,7 +566,7 @@ async fn order_until_answered(instance: &Instance, order: Command) -> Option<Res
     }
 }
 
-async fn next(news: &mut Option<mpsc::UnboundedReceiver<VmmNews>>) -> Option<VmmNews> {
+async fn next<T>(news: &mut Option<mpsc::UnboundedReceiver<T>>) -> Option<T> {
     match news {
         Some(news) => news.recv().await,
         None => std::future::pending().await,
