@@ -78,7 +78,17 @@ impl Agent {
             destination: self.host().to_owned(),
         };
         let source = self.compute_rpcapi(&request.source)?;
-        let told = source.check_can_live_migrate_source(asked).await?;
+        let told = match source.check_can_live_migrate_source(asked).await {
+            // It could not tell the source that the guest runs here.
+            Err(Failure::Unavailable(silence)) => {
+                let found = format!("host {} cannot ask the source: {silence}", self.host());
+                return Ok(CheckDestinationReply {
+                    checks: vec![check("source", found, Some(Reason::SourceDown))],
+                    destination: self.host().to_owned(),
+                });
+            }
+            told => told?,
+        };
         let spec = required("spec", told.spec)?;
 
         let mut checks = Vec::new();

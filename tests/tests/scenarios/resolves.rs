@@ -1,7 +1,7 @@
 //! Nobody knows who has the guest, and a person says so; and whoever comes back later learns of it.
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{Guest, Pair, Witness, host::free_port, process, until, waiting::CALL, waiting::MOVE};
+use ferry_tests::{Guest, Pair, Relay, Tampering, Witness, process, until, waiting::CALL, waiting::MOVE};
 use libtest_mimic::Trial;
 use rustix::process::Signal;
 
@@ -115,7 +115,7 @@ fn a_guest_resolved_at_the_destination_boots_anew_and_the_source_destroys_its_co
     pair.exists_only_at(&pair.b, "g")
 }
 
-/// A guest that has moved to B, of which A does not hear: B looks for A where nobody is.
+/// A guest that has moved to B, of which A does not hear: when it has begun to move, B's way to A is cut.
 fn arrive_unheard(pair: &mut Pair) -> Result<(Witness, String)> {
     let further = [
         "nobody knows",
@@ -129,12 +129,18 @@ fn arrive_unheard(pair: &mut Pair) -> Result<(Witness, String)> {
         "VMM",
     ];
     expect_a_lost_peer_and(pair, &further);
-    pair.b.set_peer("a", &format!("http://127.0.0.1:{}", free_port()?));
+    let way_to_a = Relay::before(&pair.a, Tampering::None)?;
+    pair.b.set_peer("a", &way_to_a.url());
     pair.b.terminate()?;
     pair.b.start()?;
-    let witness = pair.run(&Guest::new("g").restart("on-crash"))?;
-    let began = pair.migrate("g", &["--detach"])?.exit(0)?;
-    let id = began.migration()?.text("id")?.to_owned();
+    let slow_to_copy = "fill=random fill_mib=24 work=idle heartbeat_ms=20";
+    let witness = pair.run(&Guest::new("g").work(slow_to_copy).restart("on-crash"))?;
+    let underway = pair.migrate_until("g", &["--bandwidth", "160Mbit"], |record| {
+        Ok(record.record["status"] == "running")
+    })?;
+    drop(way_to_a);
+    let id = underway.id.clone();
+    underway.call.kill()?;
     let journal = journal::of(&pair.b)?;
     until("the guest runs at b", MOVE, || {
         Ok(journal.decision_of(&id, "RUNNING")?.then_some(()))
