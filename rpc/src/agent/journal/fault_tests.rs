@@ -201,15 +201,13 @@ fn a_torn_end_of_the_wal_loses_what_it_tore_and_nothing_before() {
 fn a_damaged_frame_of_the_wal_ends_it_there_and_the_journal_opens() {
     let (folder, whole) = ten_pairs();
     for frame in [0, 7, 15] {
-        let path = folder.path().join("damaged.db");
+        let path = folder.path().join(format!("damaged-{frame}.db"));
         fs::copy(&whole, &path).unwrap();
         fs::copy(wal(&whole), wal(&path)).unwrap();
         let file = File::options().write(true).open(wal(&path)).unwrap();
         file.write_all_at(b"damage", 32 + frame * FRAME + 1000).unwrap();
         drop(Journal::open(&path).unwrap());
         assert!(pairs(&reader(&path)) < 10);
-        fs::remove_file(&path).unwrap();
-        fs::remove_file(wal(&path)).unwrap();
     }
 }
 
