@@ -158,6 +158,9 @@ pub(super) struct AgentArguments {
     /// The numbers of users that VMMs become, where the agent is root [default: 1879048192-2147483647]
     #[arg(long, value_name = "FIRST-LAST", value_parser = parse::user_range)]
     pub(super) vmm_users: Option<UserRange>,
+    /// For tests: where to ask, before and after each step of a migration, whether to go on
+    #[arg(long, value_name = "SOCKET", hide = true)]
+    pub(super) fault_gate: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -17,9 +17,10 @@ use crate::agent::backends::storage;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{DecisionRow, JournalError, MigrationRow, Status};
-use crate::agent::peers::CALL_TIME;
+use crate::agent::peers::{CALL_TIME, Call, ComputeClient};
 use crate::agent::spawn;
 use crate::agent::vmm_client::{Vmm, VmmError};
+use crate::faults::{self, Moment, Site};
 use crate::vmm_process::{attempt_from_wire, monotonic_ns, ms};
 
 /// After this long without a word from agent A, the guest stays with it: OPEN moves to SRC.
@@ -261,7 +262,11 @@ impl Driver {
         let mut effects: std::collections::VecDeque<_> = self.core.step(event).into();
         tracing::debug!(migration = %self.row.id, ?event, ?effects, "destination");
         while let Some(effect) = effects.pop_front() {
-            if let Err(error) = self.carry_out(effect, &mut reply).await {
+            let site = Site::from(&effect);
+            faults::reach(site, Moment::Before).await;
+            let carried_out = self.carry_out(effect, &mut reply).await;
+            faults::reach(site, Moment::After).await;
+            if let Err(error) = carried_out {
                 tracing::error!(migration = %self.row.id, %error, "the journal failed in a switchover");
                 effects = self.core.step(DestinationEvent::JournalFailed).into();
             }
@@ -407,8 +412,11 @@ impl Driver {
         tokio::spawn(async move {
             for pause in [0, 100, 500, 2000] {
                 tokio::time::sleep(Duration::from_millis(pause)).await;
-                let mut client = peer.compute();
-                match peer.answer(CALL_TIME, client.post_live_migration(post.clone())).await {
+                let send = |mut client: ComputeClient| {
+                    let post = post.clone();
+                    async move { client.post_live_migration(post).await }
+                };
+                match peer.call(Call::PostLiveMigration, CALL_TIME, send).await {
                     Ok(_) => return,
                     Err(error) => tracing::info!(%error, "the source does not take the news yet"),
                 }
