@@ -1,0 +1,46 @@
+//! Which cells are run: all from ARM to CONFIRM, and of the others those whose turn it is.
+
+use std::process::Command;
+
+use crate::cell::Cell;
+use crate::course::Stretch;
+
+/// Of the cells outside the switchover, one of so many is run for each commit.
+const TURNS: u8 = 16;
+
+/// Chooses cells.
+pub(crate) enum Choice {
+    /// Every cell.
+    All,
+    /// Those that are always run, and those whose turn it is with this seed.
+    Turn(String),
+}
+
+impl Choice {
+    /// All with `FERRY_LONG_TESTS`, or where cells are asked for by name. Otherwise `FERRY_MATRIX_SEED` says whose turn it is, or else the
+    /// commit.
+    pub(crate) fn new(by_name: bool) -> Self {
+        if by_name || std::env::var_os("FERRY_LONG_TESTS").is_some() {
+            return Self::All;
+        }
+        let seed = std::env::var("FERRY_MATRIX_SEED").ok().or_else(commit);
+        Self::Turn(seed.unwrap_or_else(|| "no commit".to_owned()))
+    }
+
+    /// Whether the cell is run.
+    pub(crate) fn takes(&self, cell: &Cell, stretch: Stretch) -> bool {
+        match (self, stretch) {
+            (Self::All, _) | (_, Stretch::Switchover) => true,
+            (Self::Turn(seed), Stretch::Outside) => {
+                let digest = blake3::hash(format!("{seed} {cell}").as_bytes());
+                digest.as_bytes()[0] % TURNS == 0
+            }
+        }
+    }
+}
+
+fn commit() -> Option<String> {
+    let output = Command::new("git").args(["rev-parse", "HEAD"]).output().ok()?;
+    let commit = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+    (!commit.is_empty()).then_some(commit)
+}
