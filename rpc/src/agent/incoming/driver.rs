@@ -438,6 +438,10 @@ impl Driver {
 
     /// Writes how it came out; of a guest that was refused nothing is left.
     async fn finish(mut self, mut news: mpsc::UnboundedReceiver<VmmNews>) {
+        // D is final, so the mark says nothing that the journal does not. Before the last row: nobody looks for it after that.
+        let _ = std::fs::remove_dir_all(self.agent.mark_folder(self.row.id));
+        // Another migration's mark keeps the folder; one that comes later makes it anew.
+        let _ = std::fs::remove_dir(&self.agent.marks);
         self.row.info.ended = Some(crate::agent::outgoing::now_text());
         if self.core.decision() == Some(Decision::Running) {
             self.row.info.status = "completed".to_owned();
@@ -467,10 +471,7 @@ impl Driver {
             }
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
-        let _ = std::fs::remove_dir_all(self.agent.mark_folder(self.row.id));
         self.agent.incoming.remove(self.row.id);
-        // Another migration's mark keeps the folder; one that comes later makes it anew.
-        let _ = std::fs::remove_dir(&self.agent.marks);
     }
 
     async fn forget(&self) -> bool {
