@@ -16,6 +16,8 @@ pub enum Kind {
     SourceEffect,
     /// Agent B carries out an effect of its core.
     DestinationEffect,
+    /// An agent writes a row of its journal that is a part of an effect, or comes after the last.
+    Row,
     /// An agent calls the other.
     Call,
     /// An agent gives its VMM an order.
@@ -33,7 +35,7 @@ impl Kind {
     #[must_use]
     pub fn is_message(self) -> bool {
         match self {
-            Self::SourceEffect | Self::DestinationEffect => false,
+            Self::SourceEffect | Self::DestinationEffect | Self::Row => false,
             Self::Call | Self::Order | Self::Answer | Self::Report | Self::Wire => true,
         }
     }
@@ -125,6 +127,11 @@ sites! {
         TellUndecided = "b.tell-undecided",
         Adopt = "b.adopt",
         AdoptCrashed = "b.adopt-crashed",
+    }
+    Row {
+        RowDeparted = "a.row-departed",
+        RowSourceOver = "a.row-over",
+        RowDestinationOver = "b.row-over",
     }
     Call {
         CallPrepare = "call.pre-live-migration",

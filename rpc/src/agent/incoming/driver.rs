@@ -463,6 +463,7 @@ impl Driver {
             }
         }
         self.row.over = true;
+        faults::reach(Site::RowDestinationOver, Moment::Before).await;
         loop {
             let row = self.row.clone();
             match self.agent.journal.write(move |transaction| row.save(transaction)).await {
@@ -471,6 +472,7 @@ impl Driver {
             }
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
+        faults::reach(Site::RowDestinationOver, Moment::After).await;
         self.agent.incoming.remove(self.row.id);
     }
 

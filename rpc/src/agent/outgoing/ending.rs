@@ -12,6 +12,7 @@ use crate::agent::failure::Failure;
 use crate::agent::instances::InstanceState;
 use crate::agent::journal::{InstanceRow, Status};
 use crate::agent::vmm_client::Vmm;
+use crate::faults::{self, Moment, Site};
 
 /// How long the VMM may take to give the machine back after it answered CANCELLED.
 const WIND_UP: Duration = Duration::from_secs(5);
@@ -29,10 +30,12 @@ impl Script {
                 .map_err(Failure::host("failed to end the VMM of a guest that has moved"))?;
         }
         let (row, host, migration) = (state.row.clone(), self.row.peer.clone(), self.row.id);
+        faults::reach(Site::RowDeparted, Moment::Before).await;
         self.agent
             .journal
             .write(move |transaction| InstanceRow::depart(transaction, &row, &host, migration))
             .await?;
+        faults::reach(Site::RowDeparted, Moment::After).await;
         self.agent.instances.remove(self.row.instance);
         self.agent.remove_folder(self.row.instance);
         // Their contents are the destination's now, and go on changing there.
@@ -55,6 +58,7 @@ impl Script {
         self.row.info.ended = Some(now_text());
         self.row.info.remaining_pages = 0;
         self.row.over = true;
+        faults::reach(Site::RowSourceOver, Moment::Before).await;
         while let Err(failure) = self.save().await {
             tracing::error!(migration = %self.row.id, error = failure.chain(), "failed to journal a migration's end");
             tokio::time::sleep(Duration::from_secs(1)).await;
@@ -65,6 +69,7 @@ impl Script {
             error = self.row.info.error,
             "migration is over"
         );
+        faults::reach(Site::RowSourceOver, Moment::After).await;
         self.outgoing.over.send_replace(true);
         self.agent.outgoing.remove(self.row.id);
     }
