@@ -72,13 +72,13 @@ impl Observer {
                     return Ok(());
                 }
             };
-            for _ in 0..times {
-                to.write_all(&message)?;
-            }
+            let written = (0..times).try_for_each(|_| to.write_all(&message));
+            // Also of one that nobody is there to take any more: it left.
             if (self.0)(speaker, Side::After, &message[HEADER..]) == Passing::Cut {
                 cut();
                 return Ok(());
             }
+            written?;
         }
     }
 }

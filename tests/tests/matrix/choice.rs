@@ -1,12 +1,14 @@
-//! Which cells are run: all from ARM to CONFIRM, and of the others those whose turn it is.
+//! Which cells are run: all from ARM to CONFIRM but those that stop somebody for ten seconds, and of the others those whose turn it is.
 
 use std::process::Command;
 
-use crate::cell::Cell;
+use crate::cell::{Cell, Fault};
 use crate::course::Stretch;
 
 /// Of the cells outside the switchover, one of so many is run for each commit.
-const TURNS: u8 = 16;
+const OUTSIDE_TURNS: u8 = 16;
+/// Of the cells in it in which somebody is stopped for ten seconds, one of so many: all of them are an hour of waiting.
+const STOP_TURNS: u8 = 8;
 
 /// Chooses cells.
 pub(crate) enum Choice {
@@ -29,13 +31,14 @@ impl Choice {
 
     /// Whether the cell is run.
     pub(crate) fn takes(&self, cell: &Cell, stretch: Stretch) -> bool {
-        match (self, stretch) {
-            (Self::All, _) | (_, Stretch::Switchover) => true,
-            (Self::Turn(seed), Stretch::Outside) => {
-                let digest = blake3::hash(format!("{seed} {cell}").as_bytes());
-                digest.as_bytes()[0] % TURNS == 0
-            }
-        }
+        let Self::Turn(seed) = self else { return true };
+        let turns = match (stretch, cell.fault) {
+            (Stretch::Switchover, Fault::Stop(_)) => STOP_TURNS,
+            (Stretch::Switchover, _) => return true,
+            (Stretch::Outside, _) => OUTSIDE_TURNS,
+        };
+        let digest = blake3::hash(format!("{seed} {cell}").as_bytes());
+        digest.as_bytes()[0] % turns == 0
     }
 }
 

@@ -71,12 +71,15 @@ pub(crate) fn reach(site: Site) -> Reach {
         }
         Site::JournalRunning | Site::Adopt | Site::TellRunning => Reach::On(Straight, Switchover),
         Site::JournalSource | Site::KillVmm | Site::TellSource => Reach::On(Refused, Switchover),
-        Site::AnswerRunning => Reach::On(Asked, Switchover),
-        // After Decide that comes while B claims, of an attempt that is over, or when a VMM or a journal failed.
-        Site::AnswerClaimed | Site::AnswerSource | Site::Refuse | Site::AdoptCrashed | Site::JournalLater => {
-            Reach::AfterFault
-        }
+        // Of Decide that comes while B is at it (once it is over, the journal answers), of an attempt that is over, or when a VMM
+        // or a journal failed.
+        Site::AnswerClaimed | Site::AnswerRunning | Site::AnswerSource => Reach::AfterFault,
+        Site::Refuse | Site::AdoptCrashed | Site::JournalLater => Reach::AfterFault,
         Site::TellUndecided => Reach::Never,
+
+        // Each actor has the last word of the other by then, so what is left is cleaning up; but a part of it is CONFIRM's.
+        Site::RowDeparted | Site::RowDestinationOver => Reach::On(Straight, Switchover),
+        Site::RowSourceOver => Reach::On(Straight, Outside),
 
         Site::CallPrepare | Site::CallPutImage | Site::CallHeartbeat => Reach::On(Straight, Outside),
         Site::CallExpect | Site::CallPost => Reach::On(Straight, Switchover),

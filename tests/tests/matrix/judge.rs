@@ -32,7 +32,8 @@ pub(crate) fn judge(stage: &mut Stage, looks: &[Look; 2], ending: Ending) -> Res
     stage.witness.check()?;
     never_two(stage)?;
     starts_again(stage, ending)?;
-    nothing_left(stage, ending)
+    nothing_left(stage, ending)?;
+    stage.pair.close()
 }
 
 /// What both journals say of the switchover fits together, and no epoch is used twice.
@@ -61,7 +62,11 @@ fn agree([a, b]: &[Look; 2], ending: Ending) -> Result<()> {
                 "an epoch was used twice"
             );
         }
-        Ending::CrashedAtA => ensure!(decision != Some("RUNNING") && record.status == "failed", "A's record"),
+        Ending::CrashedAtA => {
+            ensure!(decision != Some("RUNNING"), "D is RUNNING, and the guest crashed at A");
+            // Cancelled if it was called off first, and the guest ran on for a moment.
+            ensure!(matches!(record.status.as_str(), "failed" | "cancelled"), "A's record");
+        }
         Ending::AtB | Ending::CrashedAtB => {
             ensure!(decision == Some("RUNNING"), "the guest is at B, and D is not RUNNING");
             ensure!(record.status == "completed", "A's record");

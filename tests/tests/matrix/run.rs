@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use ferry_rpc::faults::{Moment, Site, Word};
-use ferry_tests::{Call, Guest, Pair, Relay, Tampering, Witness, process, until};
+use ferry_tests::{Call, Guest, Host, Pair, Relay, Tampering, Witness, process, until};
 use rustix::process::Signal;
 
 use crate::cell::{Actor, Cell, Ending, Fault, LATE, STOPPED};
@@ -47,6 +47,9 @@ pub(crate) const NAME: &str = "g";
 /// Small and nearly idle, but its memory is checked, and it beats every 10 ms.
 const WORK: &str = "fill=random fill_mib=4 work=uniform work_mib=2 rate=100 heartbeat_ms=10";
 
+/// What agents and VMMs may complain of here.
+const EXPECTED: [&str; 1] = ["--fault-gate"];
+
 /// How long a site may take to be reached: an agent that asks for D waits 5 s first.
 const REACHED: Duration = Duration::from_secs(30);
 
@@ -69,6 +72,7 @@ pub(crate) fn run(cell: &Cell) -> Result<Outcome> {
 impl Stage {
     fn set() -> Result<Self> {
         let mut pair = Pair::prepare()?;
+        EXPECTED.iter().for_each(|words| pair.expect_complaint(words));
         let gate = Gate::open(pair.folder())?;
         let relay = Relay::before(&pair.b, Tampering::Messages(cut::between_the_vmms(gate.shared())))?;
         pair.a.set_peer("b", &relay.url());
@@ -247,18 +251,16 @@ impl Stage {
         id.filter(|&id| process::is_alive(id))
     }
 
-    /// Waits until nothing is left to do at either agent.
+    /// Waits until nothing is left to do at either agent: the migration is over at both, and no guest is called running whose VMM is dead.
     fn settle(&self) -> Result<[Look; 2]> {
         let mut last = None;
         let settled = until("both agents are done with the migration", HEALED, || {
-            let looks = [
-                look(&self.pair.a, &self.migration)?,
-                look(&self.pair.b, &self.migration)?,
-            ];
-            let is_over = looks.iter().all(Look::is_over);
+            let hosts = [&self.pair.a, &self.pair.b];
+            let looks = [look(hosts[0], &self.migration)?, look(hosts[1], &self.migration)?];
             last = Some(looks.clone());
-            self.pair.keep_logs();
-            Ok(is_over.then_some(looks))
+            let is_true = |(look, host): (&Look, &Host)| (look.status() == Some("running")) != host.vmms().is_empty();
+            let is_settled = looks.iter().all(Look::is_over) && looks.iter().zip(hosts).all(is_true);
+            Ok(is_settled.then_some(looks))
         });
         settled.with_context(|| format!("the journals say {last:?}"))
     }
