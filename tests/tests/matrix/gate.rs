@@ -115,13 +115,12 @@ impl Gate {
         self.shared.changed.notify_all();
     }
 
-    /// Whether somebody came by there and was let pass.
-    pub(crate) fn has_passed(&self, moment: Moment, site: Site) -> bool {
+    /// Whether somebody at this host (or on the `wire`) is past this moment of the site: it was let pass, or what is before it is done.
+    pub(crate) fn is_past(&self, host: &str, moment: Moment, site: Site) -> bool {
         let state = self.shared.lock();
-        state
-            .passed
-            .iter()
-            .any(|passage| (passage.1, passage.2) == (moment, site))
+        let is_held_after = state.held && state.wanted == Some((Moment::After, site)) && moment == Moment::After;
+        let mut passed = state.passed.iter();
+        is_held_after || passed.any(|passage| (passage.0.as_str(), passage.1, passage.2) == (host, moment, site))
     }
 
     /// What passed, for the message of a failed cell.

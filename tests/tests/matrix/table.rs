@@ -77,7 +77,17 @@ fn mark(outcome: Option<Outcome>) -> char {
 
 /// Kill and stop of agent A, VMM A, VMM B and agent B, then what messages suffer.
 const COLUMNS: [&str; 11] = [
-    "kill agent A", "VMM A", "VMM B", "agent B", "stop agent A", "VMM A ", "VMM B ", "agent B ", "lose", "double", "late",
+    "kill agent A",
+    "VMM A",
+    "VMM B",
+    "agent B",
+    "stop agent A",
+    "VMM A ",
+    "VMM B ",
+    "agent B ",
+    "lose",
+    "double",
+    "late",
 ];
 
 fn column(fault: Fault) -> &'static str {
