@@ -38,7 +38,7 @@ impl Choice {
             (Stretch::Outside, _) => OUTSIDE_TURNS,
         };
         let digest = blake3::hash(format!("{seed} {cell}").as_bytes());
-        digest.as_bytes()[0] % turns == 0
+        digest.as_bytes()[0].is_multiple_of(turns)
     }
 }
 

@@ -33,7 +33,7 @@ use crate::course::{Reach, Stretch, reach};
 use crate::table::Table;
 
 /// How many cells run side by side, on whatever machine: two agents and two small guests each, and most of them wait for something.
-const SIDE_BY_SIDE: usize = 4;
+const SIDE_BY_SIDE: usize = 6;
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
