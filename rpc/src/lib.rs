@@ -4,6 +4,7 @@
 pub mod agent;
 pub mod cli;
 mod error_chain;
+pub mod faults;
 mod lock_file;
 mod mac;
 mod vmm_channel;

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, Write};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -92,7 +92,9 @@ impl Host {
                     crate::complaints::tail(&self.log, 10)
                 );
             }
-            Ok((self.ferry(&["list"])?.code == Some(0)).then_some(()))
+            // Cheaper than a process that finds out that nobody listens yet.
+            let listens = TcpStream::connect(("127.0.0.1", self.port)).is_ok();
+            Ok((listens && self.ferry(&["list"])?.code == Some(0)).then_some(()))
         })
     }
 

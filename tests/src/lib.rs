@@ -13,6 +13,7 @@ pub mod guest;
 pub mod host;
 pub mod intrusion;
 pub mod linux;
+pub mod messages;
 pub mod pair;
 pub mod process;
 pub mod relay;

@@ -310,14 +310,18 @@ fn remove_remains(folder: &Path) {
         for instance in fs::read_dir(data_dir.join("instances")).into_iter().flatten().flatten() {
             remove_cgroup(&instance.file_name());
         }
-        let name = format!(
-            "ferry-{}",
-            &blake3::hash(data_dir.as_os_str().as_encoded_bytes()).to_hex()[..16]
-        );
+        let name = mark_folder_name(&data_dir);
         for root in ["/run", "/dev/shm", "/tmp"] {
             let _ = fs::remove_dir_all(Path::new(root).join(&name));
         }
     }
+}
+
+/// What the folder is called in which a host with this data directory keeps the started marks of guests that move in.
+#[must_use]
+pub fn mark_folder_name(data_dir: &Path) -> String {
+    let digest = blake3::hash(data_dir.as_os_str().as_encoded_bytes());
+    format!("ferry-{}", &digest.to_hex()[..16])
 }
 
 /// A process that was killed is in its cgroup until the kernel is done with it.

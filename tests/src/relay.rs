@@ -13,10 +13,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use crate::host::{Host, free_port};
+use crate::messages::{Observer, Speaker};
 use crate::waiting::{CALL, until};
 
-/// What the relay does to what passes. It does it once and is honest from then on.
-#[derive(Clone, Copy)]
+/// What the relay does to what passes. It does it once and is honest from then on, unless it says otherwise.
+#[derive(Clone)]
 pub enum Tampering {
     /// Nothing.
     None,
@@ -37,6 +38,8 @@ pub enum Tampering {
         /// What becomes of it, of equal length.
         change: fn(&mut [u8]),
     },
+    /// Each message of the control stream is looked at, in both directions and as long as the relay lives.
+    Messages(Observer),
 }
 
 /// The relay. Dropping it hangs up everything that goes through it and ends its threads.
@@ -165,6 +168,8 @@ pub const HEADER: usize = 32;
 const CHECKED: usize = 28;
 /// Bytes of an entry of a frame's table.
 const ENTRY: usize = 16;
+/// What a data port says first: a word and a nonce.
+const GREETING: usize = 8 + 32;
 /// What a connection to a data port says first: migration, index, proof.
 const CLAIM: usize = 16 + 2 + 32;
 /// Magic number and length before a message of the control stream.
@@ -240,7 +245,11 @@ impl Shared {
     /// What is to be done, unless it was done.
     fn tampering(&self) -> Tampering {
         let state = self.lock();
-        if state.done { Tampering::None } else { state.tampering }
+        if state.done {
+            Tampering::None
+        } else {
+            state.tampering.clone()
+        }
     }
 
     fn done(&self) {
@@ -273,7 +282,7 @@ impl Shared {
             return;
         };
         match self.tampering() {
-            Tampering::Hello(_) | Tampering::Frame { .. } => {
+            Tampering::Hello(_) | Tampering::Frame { .. } | Tampering::Messages(_) => {
                 let own = self.own_address();
                 bytes[at..at + own.len()].copy_from_slice(own.as_bytes());
             }
@@ -299,22 +308,48 @@ impl Shared {
 
     fn relay_data(self: &Arc<Self>, caller: TcpStream) -> io::Result<()> {
         let callee = self.connect(&caller, self.peer_data)?;
-        let (from, to, shared) = (caller.try_clone()?, callee.try_clone()?, Arc::clone(self));
+        let shared = Arc::clone(self);
         self.spawn(move || {
-            let _ = shared.pass_stream(&from, &to);
-            pump(&from, &to, |_| {});
+            if shared.relay_connection(&caller, &callee).is_err() {
+                let _ = caller.shutdown(Shutdown::Both);
+                let _ = callee.shutdown(Shutdown::Both);
+            }
         });
-        self.spawn(move || pump(&callee, &caller, |_| {}));
+        Ok(())
+    }
+
+    /// The greeting, the claim and what the peer says of it; then what the connection is for.
+    fn relay_connection(&self, source: &TcpStream, destination: &TcpStream) -> io::Result<()> {
+        pass_bytes::<GREETING>(destination, source)?;
+        let claim = pass_bytes::<CLAIM>(source, destination)?;
+        pass_bytes::<1>(destination, source)?;
+        let index = u16::from_le_bytes([claim[16], claim[17]]);
+        let tampering = self.tampering();
+        thread::scope(|scope| match (index.checked_sub(1), tampering) {
+            (None, Tampering::Messages(observer)) => {
+                let listener = observer.clone();
+                scope.spawn(move || listener.pass(Speaker::Destination, destination, source));
+                observer.pass(Speaker::Source, source, destination);
+            }
+            (index, tampering) => {
+                scope.spawn(|| pump(destination, source, |_| {}));
+                // An error is a connection that ended, and is noticed again.
+                let _ = self.tamper(index, &tampering, source, destination);
+                pump(source, destination, |_| {});
+            }
+        });
         Ok(())
     }
 
     /// Passes on what a source says until the place to tamper with is behind it.
-    fn pass_stream(&self, mut from: &TcpStream, mut to: &TcpStream) -> io::Result<()> {
-        let mut claim = [0; CLAIM];
-        from.read_exact(&mut claim)?;
-        to.write_all(&claim)?;
-        let index = u16::from_le_bytes([claim[16], claim[17]]);
-        match (index.checked_sub(1), self.tampering()) {
+    fn tamper(
+        &self,
+        page_stream: Option<u16>,
+        tampering: &Tampering,
+        mut from: &TcpStream,
+        mut to: &TcpStream,
+    ) -> io::Result<()> {
+        match (page_stream, tampering) {
             (None, Tampering::Hello(change)) => loop {
                 let mut message = vec![0; MESSAGE_HEADER];
                 from.read_exact(&mut message)?;
@@ -331,8 +366,8 @@ impl Shared {
                     return Ok(());
                 }
             },
-            (Some(index), Tampering::Frame { stream, number, change }) if index == stream => {
-                for _ in 0..number {
+            (Some(index), Tampering::Frame { stream, number, change }) if index == *stream => {
+                for _ in 0..*number {
                     let (frame, pages) = read_frame(from)?;
                     to.write_all(&frame)?;
                     io::copy(&mut from.take(pages), &mut to)?;
@@ -345,6 +380,14 @@ impl Shared {
             _ => Ok(()),
         }
     }
+}
+
+/// Passes on exactly so many bytes, and tells them.
+fn pass_bytes<const COUNT: usize>(mut from: &TcpStream, mut to: &TcpStream) -> io::Result<[u8; COUNT]> {
+    let mut bytes = [0; COUNT];
+    from.read_exact(&mut bytes)?;
+    to.write_all(&bytes)?;
+    Ok(bytes)
 }
 
 /// Header and table of the next frame, and how many bytes of pages follow.

@@ -17,7 +17,7 @@ use tonic::{Request, Status};
 
 use super::failure::Failure;
 use super::instances::Agent;
-use super::peers::{CALL_TIME, PREPARE_TIME, Peer, PeerError};
+use super::peers::{CALL_TIME, Call, ComputeClient, PREPARE_TIME, Peer, PeerError};
 use super::reason::Reason;
 use super::versions::RpcVersion;
 
@@ -124,15 +124,23 @@ impl ComputeRpcApi {
         match &self.to {
             To::Here(agent) => agent.pre_live_migration(request.clone()).await,
             To::There(peer) => {
-                self.call(peer, PREPARE_TIME, |version| {
-                    let request = PreLiveMigrationRequest {
-                        rpc_version: version.to_string(),
-                        ..request.clone()
+                let prepare = |version: RpcVersion| {
+                    let send = move |mut client: ComputeClient| {
+                        let request = PreLiveMigrationRequest {
+                            rpc_version: version.to_string(),
+                            ..request.clone()
+                        };
+                        async move { client.pre_live_migration(at(version, request)).await }
                     };
-                    let (mut client, request) = (peer.compute(), at(version, request));
-                    async move { client.pre_live_migration(request).await }
-                })
-                .await
+                    peer.call(Call::PreLiveMigration, PREPARE_TIME, send)
+                };
+                match prepare(self.version()).await {
+                    Err(error) if is_other_version(&error) => {
+                        self.refresh(peer).await?;
+                        Ok(prepare(self.version()).await?)
+                    }
+                    answer => Ok(answer?),
+                }
             }
         }
     }

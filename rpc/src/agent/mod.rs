@@ -49,6 +49,7 @@ pub(crate) use backends::{NIC_RATES, is_interface_name};
 pub use claims::AllocationRatios;
 pub use config::AgentConfig;
 pub(crate) use host::remove_leftovers;
+pub(crate) use peers::Call;
 pub use serve::serve;
 pub use spawn::cgroup_root;
 pub use versions::RpcVersion;

@@ -5,7 +5,7 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use ferry_proto::agent::v1::compute_client::ComputeClient;
+use ferry_proto::agent::v1::compute_client;
 use ferry_proto::agent::v1::conductor_client::ConductorClient;
 use ferry_proto::agent::v1::{HostInfo, HostRequest};
 use tonic::transport::{Channel, Endpoint};
@@ -14,6 +14,7 @@ use tonic_types::StatusExt;
 
 use super::failure::Failure;
 use super::reason::{DOMAIN, Reason};
+use crate::faults::{self, Moment, Word};
 
 /// How long a peer may take to answer a call that only looks or decides.
 pub(crate) const CALL_TIME: Duration = Duration::from_secs(5);
@@ -26,6 +27,20 @@ pub(crate) const ASK_EACH: Duration = Duration::from_secs(5);
 pub(crate) const DOWN_AFTER: Duration = Duration::from_secs(15);
 /// How long a peer may take to say what its host is like.
 const HOST_TIME: Duration = Duration::from_secs(2);
+/// A client of a peer's `Compute` service.
+pub(crate) type ComputeClient = compute_client::ComputeClient<Channel>;
+
+/// The calls of a migration from one agent to the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Call {
+    PreLiveMigration,
+    PutImage,
+    Expect,
+    Decide,
+    PostLiveMigration,
+    RollbackLiveMigration,
+    Heartbeat,
+}
 
 /// One other agent.
 #[derive(Clone)]
@@ -60,13 +75,39 @@ impl Heard {
 
 impl Peer {
     /// A client of its `Compute` service.
-    pub(crate) fn compute(&self) -> ComputeClient<Channel> {
+    pub(crate) fn compute(&self) -> ComputeClient {
         ComputeClient::new(self.channel.clone())
     }
 
     /// A client of its `Conductor` service.
     pub(crate) fn conductor(&self) -> ConductorClient<Channel> {
         ConductorClient::new(self.channel.clone())
+    }
+
+    /// Makes a call of a migration and waits for the answer, `patience` at most. `send` may be called more than once.
+    ///
+    /// # Errors
+    /// Its refusal, or that it did not answer: then what it did is unknown.
+    pub(crate) async fn call<T, F>(
+        &self,
+        call: Call,
+        patience: Duration,
+        send: impl Fn(ComputeClient) -> F,
+    ) -> Result<T, PeerError>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let lost = |what| Err(PeerError::NoAnswer(format!("the {what} host {} was lost", self.host)));
+        match faults::reach(call.into(), Moment::Before).await {
+            Word::Go => {}
+            Word::Lose => return lost("call to"),
+            Word::Double => drop(self.answer(patience, send(self.compute())).await),
+        }
+        let answered = self.answer(patience, send(self.compute())).await;
+        match faults::reach(call.into(), Moment::After).await {
+            Word::Lose => lost("answer of"),
+            Word::Go | Word::Double => answered,
+        }
     }
 
     /// Waits for an answer of this peer, `patience` at most.

@@ -143,6 +143,18 @@ pub(crate) fn listening_process(stream: &UnixStream) -> io::Result<Process> {
 }
 
 impl Process {
+    /// A second handle on it.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            pid: self.pid,
+            pidfd: self.pidfd.try_clone()?,
+            ended: self.ended.clone(),
+        })
+    }
+
     /// How a process that has ended did, for people; waits for that a moment.
     pub(crate) fn obituary(&self) -> String {
         let unknown = || "the VMM died".to_owned();

@@ -21,6 +21,7 @@ use ferry_proto::{OLDEST_VMM_PROTOCOL, VMM_PROTOCOL};
 use tokio::sync::{mpsc as tokio_mpsc, oneshot};
 
 use super::spawn::{self, Process};
+use crate::faults::{self, Moment, Site, Word};
 use crate::vmm_channel;
 
 /// Why an order did not come to pass.
@@ -54,7 +55,8 @@ const ANSWER_TIME: Duration = Duration::from_secs(5);
 /// How long building a machine may take: a large guest's memory is mapped, its kernel read.
 const BUILD_TIME: Duration = Duration::from_secs(30);
 
-type Waiting = Arc<Mutex<Option<HashMap<u64, oneshot::Sender<Body>>>>>;
+/// Orders that were not answered yet, by number: what their answers are, and who waits for them.
+type Waiting = Arc<Mutex<Option<HashMap<u64, (Option<Site>, oneshot::Sender<Body>)>>>>;
 
 /// One VMM. Clones share the connection; it closes with the last of them.
 #[derive(Clone)]
@@ -136,8 +138,7 @@ impl Vmm {
         let writer = socket.try_clone()?;
         thread::Builder::new().name("vmm-orders".to_owned()).spawn(move || {
             for (order, descriptors) in order_receiver {
-                let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-                if vmm_channel::send(&writer, &order, &borrowed).is_err() {
+                if write(&writer, &order, &descriptors).is_none() {
                     let _ = writer.shutdown(std::net::Shutdown::Both);
                     return;
                 }
@@ -233,7 +234,7 @@ impl Vmm {
             .unwrap_or_else(PoisonError::into_inner)
             .as_mut()
         {
-            Some(waiting) => waiting.insert(number, reply),
+            Some(waiting) => waiting.insert(number, (faults::answer_to(&command), reply)),
             None => return Err(VmmError::Gone),
         };
         let order = Order {
@@ -281,6 +282,21 @@ impl Vmm {
     }
 }
 
+/// Writes one order; none if the connection is of no use any more.
+fn write(socket: &UnixStream, order: &Order, descriptors: &[OwnedFd]) -> Option<()> {
+    let site = order.order.as_ref().and_then(faults::order);
+    let times = match faults::reach_blocking(site, Moment::Before) {
+        Word::Go => 1,
+        Word::Lose => return None,
+        Word::Double => 2,
+    };
+    let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+    for _ in 0..times {
+        vmm_channel::send(socket, order, &borrowed).ok()?;
+    }
+    (faults::reach_blocking(site, Moment::After) != Word::Lose).then_some(())
+}
+
 fn read(socket: &UnixStream, waiting: &Waiting, events: &tokio_mpsc::UnboundedSender<Body>) {
     loop {
         let report = match vmm_channel::receive::<Report>(socket) {
@@ -293,8 +309,17 @@ fn read(socket: &UnixStream, waiting: &Waiting, events: &tokio_mpsc::UnboundedSe
         };
         let Some(body) = report.report else { continue };
         if report.reply_to == 0 {
+            let site = faults::report(&body);
+            match faults::reach_blocking(site, Moment::Before) {
+                Word::Go => {}
+                Word::Lose => return hang_up(socket),
+                Word::Double => drop(events.send(body.clone())),
+            }
             // Without a listener the instance is being taken down.
             let _ = events.send(body);
+            if faults::reach_blocking(site, Moment::After) == Word::Lose {
+                return hang_up(socket);
+            }
             continue;
         }
         let reply = waiting
@@ -302,8 +327,19 @@ fn read(socket: &UnixStream, waiting: &Waiting, events: &tokio_mpsc::UnboundedSe
             .unwrap_or_else(PoisonError::into_inner)
             .as_mut()
             .and_then(|waiting| waiting.remove(&report.reply_to));
-        if let Some(reply) = reply {
+        // A second answer has nobody that waits for it.
+        if let Some((site, reply)) = reply {
+            if faults::reach_blocking(site, Moment::Before) == Word::Lose {
+                return hang_up(socket);
+            }
             let _ = reply.send(body);
+            if faults::reach_blocking(site, Moment::After) == Word::Lose {
+                return hang_up(socket);
+            }
         }
     }
+}
+
+fn hang_up(socket: &UnixStream) {
+    let _ = socket.shutdown(std::net::Shutdown::Both);
 }

@@ -13,8 +13,12 @@ use crate::vmm_process;
 
 /// Serves until SIGTERM or SIGINT. The instances go on.
 pub(super) fn serve(arguments: AgentArguments) -> Outcome {
+    let fault_gate = arguments.fault_gate.clone();
     let config = configuration(arguments)?;
     log_to_stderr();
+    if let Some(socket) = fault_gate {
+        crate::faults::open(socket, config.host_id.clone());
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|error| Failure::new(Exit::Failed, format!("start the runtime: {error}")))?;
     let served = runtime.block_on(crate::agent::serve(config));

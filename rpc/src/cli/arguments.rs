@@ -173,6 +173,9 @@ pub(super) struct AgentArguments {
     /// Speak this version of the RPCs at most, for a fleet whose other agents are older
     #[arg(long, value_name = "VERSION", default_value_t = RpcVersion::NEWEST)]
     pub(super) rpc_cap: RpcVersion,
+    /// For tests: where to ask, before and after each step of a migration, whether to go on
+    #[arg(long, value_name = "SOCKET", hide = true)]
+    pub(super) fault_gate: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

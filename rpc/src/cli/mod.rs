@@ -188,6 +188,18 @@ mod tests {
     }
 
     #[test]
+    fn what_is_for_tests_is_not_in_the_help() {
+        let mut command = CommandLine::command();
+        let help = command
+            .find_subcommand_mut("agent")
+            .unwrap()
+            .render_long_help()
+            .to_string();
+        assert!(help.contains("--data-dir") && !help.contains("fault-gate"), "{help}");
+        assert!(line("ferry agent --fault-gate s").is_ok());
+    }
+
+    #[test]
     fn defaults_are_those_of_the_contract() {
         let Verb::Migrate(migrate) = line("ferry migrate web --to b").unwrap().verb else {
             panic!("not migrate")

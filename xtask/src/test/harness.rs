@@ -72,7 +72,7 @@ fn test_program(message: &Value) -> Option<TestProgram> {
     let package = Path::new(message["manifest_path"].as_str()?).parent()?;
     let folder = package.strip_prefix(workspace::root()).unwrap_or(package);
     let target_name = target["name"].as_str()?;
-    let scenario = target_name == "scenarios" && is("test");
+    let scenario = matches!(target_name, "scenarios" | "matrix") && is("test");
     Some(TestProgram {
         name: format!(
             "{} {}",

@@ -20,9 +20,10 @@ use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{Arrival, DecisionRow, InstanceRow, JournalError, MigrationRow, Status};
 use crate::agent::outgoing::now_ms;
-use crate::agent::peers::CALL_TIME;
+use crate::agent::peers::{CALL_TIME, Call, ComputeClient};
 use crate::agent::spawn;
 use crate::agent::vmm_client::{Vmm, VmmError};
+use crate::faults::{self, Moment, Site};
 use crate::vmm_process::{attempt_from_wire, monotonic_ns, ms};
 
 /// After this long without a word from agent A, the guest stays with it: OPEN moves to SRC.
@@ -264,7 +265,11 @@ impl Driver {
         let mut effects: std::collections::VecDeque<_> = self.core.step(event).into();
         tracing::debug!(migration = %self.row.id, ?event, ?effects, "destination");
         while let Some(effect) = effects.pop_front() {
-            if let Err(error) = self.carry_out(effect, &mut reply).await {
+            let site = Site::from(&effect);
+            faults::reach(site, Moment::Before).await;
+            let carried_out = self.carry_out(effect, &mut reply).await;
+            faults::reach(site, Moment::After).await;
+            if let Err(error) = carried_out {
                 tracing::error!(migration = %self.row.id, %error, "the journal failed in a switchover");
                 effects = self.core.step(DestinationEvent::JournalFailed).into();
             }
@@ -430,8 +435,11 @@ impl Driver {
         tokio::spawn(async move {
             for pause in [0, 100, 500, 2000] {
                 tokio::time::sleep(Duration::from_millis(pause)).await;
-                let mut client = peer.compute();
-                match peer.answer(CALL_TIME, client.post_live_migration(post.clone())).await {
+                let send = |mut client: ComputeClient| {
+                    let post = post.clone();
+                    async move { client.post_live_migration(post).await }
+                };
+                match peer.call(Call::PostLiveMigration, CALL_TIME, send).await {
                     Ok(_) => return,
                     Err(error) => tracing::info!(%error, "the source does not take the news yet"),
                 }
@@ -453,6 +461,10 @@ impl Driver {
 
     /// Writes how it came out; of a guest that was refused nothing is left.
     async fn finish(mut self, mut news: mpsc::UnboundedReceiver<VmmNews>) {
+        // D is final, so the mark says nothing that the journal does not. Before the last row: nobody looks for it after that.
+        let _ = std::fs::remove_dir_all(self.agent.mark_folder(self.row.id));
+        // Another migration's mark keeps the folder; one that comes later makes it anew.
+        let _ = std::fs::remove_dir(&self.agent.marks);
         self.row.info.ended = Some(crate::agent::outgoing::now_text());
         if self.core.decision() == Some(Decision::Running) {
             self.row.info.status = "completed".to_owned();
@@ -474,6 +486,7 @@ impl Driver {
             }
         }
         self.row.over = true;
+        faults::reach(Site::RowDestinationOver, Moment::Before).await;
         loop {
             let row = self.row.clone();
             match self.agent.journal.write(move |transaction| row.save(transaction)).await {
@@ -482,10 +495,8 @@ impl Driver {
             }
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
-        let _ = std::fs::remove_dir_all(self.agent.mark_folder(self.row.id));
+        faults::reach(Site::RowDestinationOver, Moment::After).await;
         self.agent.incoming.remove(self.row.id);
-        // Another migration's mark keeps the folder; one that comes later makes it anew.
-        let _ = std::fs::remove_dir(&self.agent.marks);
     }
 
     async fn forget(&self) -> bool {

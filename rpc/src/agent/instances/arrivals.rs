@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::instance::{Agent, InstanceState};
 use crate::agent::failure::Failure;
 use crate::agent::journal::{Arrival, InstanceRow, Status};
-use crate::agent::peers::CALL_TIME;
+use crate::agent::peers::{CALL_TIME, Call, ComputeClient};
 use crate::agent::who::Who;
 
 /// The pauses between two times that a source is told; the last one for ever.
@@ -71,8 +71,11 @@ impl Agent {
     /// None if the source did not answer, or does not want to know.
     async fn tell(&self, arrival: &Arrival, news: PostLiveMigrationRequest) -> Option<PeerCopy> {
         let peer = self.peers.named(&arrival.source).ok()?;
-        let mut client = peer.compute();
-        match peer.answer(CALL_TIME, client.post_live_migration(news)).await {
+        let send = |mut client: ComputeClient| {
+            let news = news.clone();
+            async move { client.post_live_migration(news).await }
+        };
+        match peer.call(Call::PostLiveMigration, CALL_TIME, send).await {
             Ok(reply) => Some(copy_of(reply)),
             Err(error) => {
                 tracing::info!(instance = %arrival.instance, %error, "the source does not acknowledge yet that its guest is here");

@@ -352,6 +352,7 @@ impl Agent {
                 if let Err(error) = fs::remove_dir_all(entry.path()) {
                     tracing::warn!(%error, "failed to remove it");
                 }
+                super::super::spawn::remove_cgroup(&id.to_string());
             }
         }
     }

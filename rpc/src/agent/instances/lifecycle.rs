@@ -232,14 +232,16 @@ impl Agent {
         let users = self.config.vmm_users;
         let spawn = move || spawn::vmm(&folder, mark_folder.as_deref(), users, &id.to_string());
         let spawned = tokio::task::spawn_blocking(spawn).await;
-        let process = spawned
+        let (started, process) = spawned
             .map_err(std::io::Error::other)
             .and_then(|result| result)
+            .and_then(|process| Ok((process.try_clone()?, process)))
             .map_err(Failure::host("failed to start a VMM process"))?;
         match Vmm::connect(&socket, Some(process)).await {
             Ok((vmm, _standing, events)) => Ok((vmm, events)),
             Err(error) => {
-                let ended = tokio::task::spawn_blocking(move || spawn::kill_listening(&socket)).await;
+                // Not by its socket: until it listens there itself, nobody can tell by that whose it is.
+                let ended = tokio::task::spawn_blocking(move || started.kill()).await;
                 tracing::info!(instance = %id, ?ended, "a VMM that did not answer was ended");
                 Err(Failure::vmm("failed to reach the new VMM")(error))
             }

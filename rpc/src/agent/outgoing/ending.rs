@@ -12,6 +12,7 @@ use crate::agent::failure::Failure;
 use crate::agent::instances::InstanceState;
 use crate::agent::journal::{InstanceRow, MigrationRow, Status};
 use crate::agent::vmm_client::Vmm;
+use crate::faults::{self, Moment, Site};
 
 /// What the record says once a person ended the migration, on this host.
 pub(super) fn note_resolved(row: &mut MigrationRow, host: &str, wish: Wish) {
@@ -45,10 +46,12 @@ impl Script {
         }
         state.vmm = None;
         let (row, host, migration) = (state.row.clone(), self.row.peer.clone(), self.row.id);
+        faults::reach(Site::RowDeparted, Moment::Before).await;
         self.agent
             .journal
             .write(move |transaction| InstanceRow::depart(transaction, &row, &host, migration))
             .await?;
+        faults::reach(Site::RowDeparted, Moment::After).await;
         self.agent.instances.remove(self.row.instance);
         self.agent.remove_folder(self.row.instance);
         if self.row.said.as_deref() != Some(Decision::Running.as_str()) {
@@ -76,6 +79,7 @@ impl Script {
         self.row.info.ended = Some(now_text());
         self.row.info.remaining_pages = 0;
         self.row.over = true;
+        faults::reach(Site::RowSourceOver, Moment::Before).await;
         while let Err(failure) = self.save().await {
             tracing::error!(migration = %self.row.id, error = failure.chain(), "failed to journal a migration's end");
             tokio::time::sleep(Duration::from_secs(1)).await;
@@ -86,6 +90,7 @@ impl Script {
             error = self.row.info.error,
             "migration is over"
         );
+        faults::reach(Site::RowSourceOver, Moment::After).await;
         self.agent.outgoing.remove(self.row.id);
         self.outgoing.over.send_replace(true);
         if let Some(resolving) = self.resolving.take() {

@@ -20,7 +20,7 @@ use crate::agent::backends::storage;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{InstanceRow, MigrationRow};
-use crate::agent::peers::{CALL_TIME, PREPARE_TIME, Peer, PeerError};
+use crate::agent::peers::{CALL_TIME, Call, ComputeClient, PREPARE_TIME, Peer, PeerError};
 use crate::agent::reason::Reason;
 use crate::agent::{data_port, images};
 
@@ -269,9 +269,13 @@ impl Script {
                 bytes: piece.to_vec(),
             })
             .collect();
-        let mut client = peer.compute();
-        peer.answer(PREPARE_TIME, client.put_image(tokio_stream::iter(pieces)))
-            .await?;
+        let pieces = Arc::new(pieces);
+        let send = |mut client: ComputeClient| {
+            let (count, pieces) = (pieces.len(), Arc::clone(&pieces));
+            let stream = tokio_stream::iter((0..count).map(move |at| pieces[at].clone()));
+            async move { client.put_image(stream).await }
+        };
+        peer.call(Call::PutImage, PREPARE_TIME, send).await?;
         Ok(())
     }
 
@@ -402,14 +406,14 @@ impl Script {
             };
             let mut answered = Instant::now();
             loop {
-                let mut client = peer.compute();
+                let send = |mut client: ComputeClient| {
+                    let request = request.clone();
+                    async move { client.heartbeat(request).await }
+                };
                 let left = SILENCE
                     .saturating_sub(answered.elapsed())
                     .max(Duration::from_millis(100));
-                match peer
-                    .answer(left.min(CALL_TIME), client.heartbeat(request.clone()))
-                    .await
-                {
+                match peer.call(Call::Heartbeat, left.min(CALL_TIME), send).await {
                     Ok(reply) if reply.taking_part => answered = Instant::now(),
                     Ok(reply) => return format!("host {} does not take part any more: {}", peer.host, reply.reason),
                     Err(PeerError::Refused { text, .. }) => return text,

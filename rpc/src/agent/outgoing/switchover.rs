@@ -21,9 +21,10 @@ use super::script::{Script, Stop};
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Instance, VmmNews};
 use crate::agent::journal::Status;
-use crate::agent::peers::CALL_TIME;
+use crate::agent::peers::{CALL_TIME, Call, ComputeClient};
 use crate::agent::resolving::become_resolved;
 use crate::agent::vmm_client::VmmError;
+use crate::faults::{self, Moment, Site};
 use crate::vmm_process::monotonic_ns;
 
 /// How long RUNNING waits for the VMM's word that it sent GO.
@@ -268,7 +269,11 @@ impl Script {
     ) -> Option<Ending> {
         let mut effects = VecDeque::from(effects);
         while let Some(effect) = effects.pop_front() {
-            match self.carry_out(effect, calls).await {
+            let site = Site::from(&effect);
+            faults::reach(site, Moment::Before).await;
+            let carried_out = self.carry_out(effect, calls).await;
+            faults::reach(site, Moment::After).await;
+            match carried_out {
                 Ok(None) => {}
                 Ok(Some(ending)) => return Some(ending),
                 Err(failure) => {
@@ -337,8 +342,11 @@ impl Script {
             return;
         };
         calls.start(async move {
-            let mut client = peer.compute();
-            Some(match peer.answer(CALL_TIME, client.expect(request)).await {
+            let send = |mut client: ComputeClient| {
+                let request = request.clone();
+                async move { client.expect(request).await }
+            };
+            Some(match peer.call(Call::Expect, CALL_TIME, send).await {
                 Ok(reply) if reply.decision == Decision::Open.as_str() => {
                     Outcome::Event(SourceEvent::Expecting(attempt))
                 }
@@ -355,8 +363,11 @@ impl Script {
             return;
         };
         calls.start(async move {
-            let mut client = peer.compute();
-            Some(match peer.answer(CALL_TIME, client.decide(request)).await {
+            let send = |mut client: ComputeClient| {
+                let request = request.clone();
+                async move { client.decide(request).await }
+            };
+            Some(match peer.call(Call::Decide, CALL_TIME, send).await {
                 Ok(reply) => match Decision::parse(&reply.decision) {
                     Some(decision) => Outcome::Decided(attempt, decision, reply.part, monotonic_ns()),
                     None => Outcome::Event(SourceEvent::NoAnswer),
@@ -536,11 +547,11 @@ impl Script {
         self.rollback = Some(tokio::spawn(async move {
             for pause in [0, 500, 2000] {
                 tokio::time::sleep(Duration::from_millis(pause)).await;
-                let mut client = peer.compute();
-                match peer
-                    .answer(CALL_TIME, client.rollback_live_migration(request.clone()))
-                    .await
-                {
+                let send = |mut client: ComputeClient| {
+                    let request = request.clone();
+                    async move { client.rollback_live_migration(request).await }
+                };
+                match peer.call(Call::RollbackLiveMigration, CALL_TIME, send).await {
                     Ok(_) => return,
                     Err(error) => tracing::info!(%error, "the destination does not take the rollback"),
                 }

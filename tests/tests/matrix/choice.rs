@@ -1,0 +1,49 @@
+//! Which cells are run: all from ARM to CONFIRM but those that stop somebody for ten seconds, and of the others those whose turn it is.
+
+use std::process::Command;
+
+use crate::cell::{Cell, Fault};
+use crate::course::Stretch;
+
+/// Of the cells outside the switchover, one of so many is run for each commit.
+const OUTSIDE_TURNS: u8 = 16;
+/// Of the cells in it in which somebody is stopped for ten seconds, one of so many: all of them are an hour of waiting.
+const STOP_TURNS: u8 = 8;
+
+/// Chooses cells.
+pub(crate) enum Choice {
+    /// Every cell.
+    All,
+    /// Those that are always run, and those whose turn it is with this seed.
+    Turn(String),
+}
+
+impl Choice {
+    /// All with `FERRY_LONG_TESTS`, or where cells are asked for by name. Otherwise `FERRY_MATRIX_SEED` says whose turn it is, or else the
+    /// commit.
+    pub(crate) fn new(by_name: bool) -> Self {
+        if by_name || std::env::var_os("FERRY_LONG_TESTS").is_some() {
+            return Self::All;
+        }
+        let seed = std::env::var("FERRY_MATRIX_SEED").ok().or_else(commit);
+        Self::Turn(seed.unwrap_or_else(|| "no commit".to_owned()))
+    }
+
+    /// Whether the cell is run.
+    pub(crate) fn takes(&self, cell: &Cell, stretch: Stretch) -> bool {
+        let Self::Turn(seed) = self else { return true };
+        let turns = match (stretch, cell.fault) {
+            (Stretch::Switchover, Fault::Stop(_)) => STOP_TURNS,
+            (Stretch::Switchover, _) => return true,
+            (Stretch::Outside, _) => OUTSIDE_TURNS,
+        };
+        let digest = blake3::hash(format!("{seed} {cell}").as_bytes());
+        digest.as_bytes()[0].is_multiple_of(turns)
+    }
+}
+
+fn commit() -> Option<String> {
+    let output = Command::new("git").args(["rev-parse", "HEAD"]).output().ok()?;
+    let commit = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+    (!commit.is_empty()).then_some(commit)
+}

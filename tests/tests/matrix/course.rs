@@ -1,0 +1,119 @@
+//! The ways through a migration that lead past every site.
+
+use std::fmt;
+
+use ferry_rpc::faults::Site;
+
+/// A way through a migration when nothing else happens to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Course {
+    /// It succeeds.
+    Straight,
+    /// Its user gives it up when it is armed.
+    Aborted,
+    /// GO is lost on the wire, so B refuses the guest.
+    Refused,
+    /// Of the news that the guest runs at B nothing arrives, so A asks.
+    Asked,
+    /// Agent A is killed when it is armed, and starts again.
+    Recalled,
+}
+
+impl fmt::Display for Course {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Straight => "straight",
+            Self::Aborted => "aborted",
+            Self::Refused => "refused",
+            Self::Asked => "asked",
+            Self::Recalled => "recalled",
+        })
+    }
+}
+
+/// When a site is come by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stretch {
+    /// Before ARM, or after CONFIRM.
+    Outside,
+    /// From ARM to CONFIRM.
+    Switchover,
+}
+
+/// How a site is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reach {
+    /// On this course.
+    On(Course, Stretch),
+    /// Only as what comes of a fault elsewhere: the cells of that fault go by it.
+    AfterFault,
+    /// Never: the core has no such move.
+    Never,
+}
+
+/// How a site is reached. No wildcard: a site that is new has to be thought about.
+pub(crate) fn reach(site: Site) -> Reach {
+    use Course::{Aborted, Asked, Recalled, Refused, Straight};
+    use Stretch::{Outside, Switchover};
+    match site {
+        Site::JournalArmed | Site::AskExpect | Site::GiveGrant | Site::AskAfter => Reach::On(Straight, Switchover),
+        Site::JournalSaidRunning | Site::DestroyCopy => Reach::On(Straight, Switchover),
+        Site::Finish => Reach::On(Straight, Outside),
+        Site::AskTrade | Site::RollBackDestination => Reach::On(Aborted, Switchover),
+        Site::AskRecall => Reach::On(Recalled, Switchover),
+        Site::AskDecision => Reach::On(Asked, Switchover),
+        Site::JournalSaidSource | Site::JournalResumed | Site::SendResumePermit => Reach::On(Refused, Switchover),
+        Site::SayIndeterminate => Reach::AfterFault,
+        // A person's word: the scenarios of `resolve` go by it.
+        Site::JournalResolved => Reach::AfterFault,
+        Site::JournalSaidUndecided => Reach::Never,
+
+        Site::JournalOpen | Site::AnswerOpen | Site::JournalClaimed | Site::SendPermit => {
+            Reach::On(Straight, Switchover)
+        }
+        Site::JournalRunning | Site::Adopt | Site::TellRunning => Reach::On(Straight, Switchover),
+        Site::JournalSource | Site::KillVmm | Site::TellSource => Reach::On(Refused, Switchover),
+        // Of Decide that comes while B is at it (once it is over, the journal answers), of an attempt that is over, or when a VMM
+        // or a journal failed.
+        Site::AnswerClaimed | Site::AnswerRunning | Site::AnswerSource => Reach::AfterFault,
+        Site::Refuse | Site::AdoptCrashed | Site::JournalLater => Reach::AfterFault,
+        Site::TellUndecided => Reach::Never,
+
+        // Each actor has the last word of the other by then, so what is left is cleaning up; but a part of it is CONFIRM's.
+        Site::RowDeparted | Site::RowDestinationOver => Reach::On(Straight, Switchover),
+        Site::RowSourceOver => Reach::On(Straight, Outside),
+
+        Site::CallPrepare | Site::CallPutImage | Site::CallHeartbeat => Reach::On(Straight, Outside),
+        Site::CallExpect | Site::CallPost => Reach::On(Straight, Switchover),
+        Site::CallDecide => Reach::On(Asked, Switchover),
+        Site::CallRollback => Reach::On(Aborted, Switchover),
+
+        Site::OrderBuild | Site::OrderSend | Site::OrderReceive => Reach::On(Straight, Outside),
+        Site::AnswerToBuild | Site::AnswerToSend | Site::AnswerToReceive => Reach::On(Straight, Outside),
+        Site::OrderHello | Site::AnswerToHello => Reach::On(Straight, Outside),
+        Site::OrderGrant | Site::AnswerToGrant | Site::OrderPermit | Site::AnswerToPermit => {
+            Reach::On(Straight, Switchover)
+        }
+        Site::OrderCallOff | Site::AnswerToCallOff => Reach::On(Aborted, Switchover),
+        // The end of an abort asks whether the VMM has its machine back.
+        Site::OrderPing | Site::AnswerToPing => Reach::On(Aborted, Outside),
+
+        Site::ReportProgress => Reach::On(Straight, Outside),
+        Site::ReportConverged | Site::ReportGoSent | Site::ReportReady | Site::ReportStarted => {
+            Reach::On(Straight, Switchover)
+        }
+        Site::ReportSendEnded => Reach::On(Aborted, Switchover),
+        Site::ReportLoadFailed => Reach::On(Refused, Switchover),
+        // A budget that is overrun, and a guest that ends: not things that happen by themselves in a small idle guest.
+        Site::ReportDisarmed | Site::ReportGuestEnded => Reach::AfterFault,
+
+        Site::WireHello | Site::WireHelloReply | Site::WirePopulation | Site::WirePopulationReady => {
+            Reach::On(Straight, Outside)
+        }
+        Site::WireBarrier | Site::WireBarrierReached => Reach::On(Straight, Outside),
+        Site::WireState | Site::WireDigestRequest | Site::WireGo => Reach::On(Straight, Switchover),
+        Site::WireAbort => Reach::On(Aborted, Switchover),
+        Site::WireDisarm | Site::WireRefused => Reach::AfterFault,
+        Site::WirePing | Site::WirePong => Reach::On(Straight, Outside),
+    }
+}

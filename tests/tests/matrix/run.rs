@@ -1,0 +1,287 @@
+//! Runs one cell: a pair of agents, a guest, a migration, the fault, and what comes of it.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use ferry_rpc::faults::{Moment, Site, Word};
+use ferry_tests::{Call, Guest, Host, Pair, Relay, Tampering, Witness, process, until};
+use rustix::process::Signal;
+
+use crate::cell::{Actor, Cell, Ending, Fault, LATE, STOPPED};
+use crate::course::Course;
+use crate::cut;
+use crate::expectation::{Said, Scene, allowed};
+use crate::gate::Gate;
+use crate::journals::{Look, look};
+use crate::judge;
+
+/// What came of a cell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// It ended so, as it may.
+    Ended(Ending),
+    /// Who was to fail was not there.
+    NobodyThere,
+}
+
+/// A pair of hosts whose agents and VMMs pass a gate, with a guest at A.
+pub(crate) struct Stage {
+    /// Before the folder that it is in.
+    pub(crate) gate: Gate,
+    pub(crate) pair: Pair,
+    pub(crate) witness: Witness,
+    pub(crate) vmm_a: u32,
+    vmm_b: Option<u32>,
+    pub(crate) migration: String,
+    /// A call that asks for the migration's end.
+    abort: Option<Call>,
+    _relay: Relay,
+}
+
+/// The instance's name.
+pub(crate) const NAME: &str = "g";
+
+/// Small and nearly idle, but its memory is checked, and it beats every 10 ms.
+const WORK: &str = "fill=random fill_mib=4 work=uniform work_mib=2 rate=100 heartbeat_ms=10";
+
+/// What agents and VMMs may complain of here.
+const EXPECTED: [&str; 2] = ["--fault-gate", "nobody knows on which host the guest runs"];
+
+/// How long a site may take to be reached: an agent that asks for D waits 5 s first.
+const REACHED: Duration = Duration::from_secs(30);
+
+/// How long healing may take: 30 s of silence are the longest that anybody waits before it asks, on a busy machine.
+const HEALED: Duration = Duration::from_secs(90);
+
+/// Runs a cell.
+///
+/// # Errors
+/// What does not hold, and what passed the gate.
+pub(crate) fn run(cell: &Cell) -> Result<Outcome> {
+    let mut stage = Stage::set()?;
+    let outcome = stage.play(cell);
+    outcome.with_context(|| {
+        let (gate, story) = (stage.gate.story(), stage.pair.story());
+        format!("{cell}\npassed the gate: {gate}\n{story}")
+    })
+}
+
+/// Boots a guest. The first of all has the host for itself and measures its counter's frequency; beside others that is not reliable.
+fn boot(pair: &Pair) -> Result<Witness> {
+    static TSC_KHZ: Mutex<Option<u64>> = Mutex::new(None);
+    let mut known = TSC_KHZ.lock().unwrap_or_else(PoisonError::into_inner);
+    let boot = |work: &str| pair.run(&Guest::new(NAME).memory_mib(64).work(work));
+    if let Some(tsc_khz) = *known {
+        drop(known);
+        return boot(&format!("{WORK} tsc_khz={tsc_khz}"));
+    }
+    let witness = boot(WORK)?;
+    *known = Some(witness.tsc_khz());
+    Ok(witness)
+}
+
+impl Stage {
+    fn set() -> Result<Self> {
+        let mut pair = Pair::prepare()?;
+        EXPECTED.iter().for_each(|words| pair.expect_complaint(words));
+        let gate = Gate::open(pair.folder())?;
+        let relay = Relay::before(&pair.b, Tampering::Messages(cut::between_the_vmms(gate.shared())))?;
+        pair.a.set_peer("b", &relay.url());
+        for host in [&mut pair.a, &mut pair.b] {
+            let flag = ["--fault-gate".to_owned(), gate.socket().display().to_string()];
+            host.arguments.extend(flag);
+            host.start()?;
+        }
+        let witness = boot(&pair)?;
+        let vmm_a = pair.a.vmm()?;
+        Ok(Self {
+            pair,
+            gate,
+            witness,
+            vmm_a,
+            vmm_b: None,
+            migration: String::new(),
+            abort: None,
+            _relay: relay,
+        })
+    }
+
+    fn play(&mut self, cell: &Cell) -> Result<Outcome> {
+        self.set_out(cell)?;
+        self.pair.keep_logs();
+        self.vmm_b = self.pair.b.vmms().first().copied();
+        let scene = self.scene()?;
+        let struck = self.strike(cell.fault)?;
+        if !struck {
+            return Ok(Outcome::NobodyThere);
+        }
+        if cell.course == Course::Aborted && cell.fault == Fault::Kill(Actor::AgentA) {
+            // The wish died with the agent that had it.
+            self.abort()?;
+        }
+        let looks = self.settle()?;
+        let ending = judge::ending(&looks)?;
+        let allowed = allowed(cell, &scene);
+        ensure!(
+            allowed.contains(&ending),
+            "it ended {ending}, allowed is {allowed:?} for {scene:?}; journals: {looks:?}"
+        );
+        judge::judge(self, &looks, ending)?;
+        Ok(Outcome::Ended(ending))
+    }
+
+    /// Begins the migration, and does what its course wants until somebody is held at the cell's site.
+    fn set_out(&mut self, cell: &Cell) -> Result<()> {
+        let hold = || self.gate.hold(cell.moment, cell.site);
+        match cell.course {
+            Course::Straight => hold(),
+            Course::Refused => {
+                self.gate.lose(Moment::Before, Site::WireGo);
+                hold();
+            }
+            Course::Asked => {
+                self.gate.lose(Moment::Before, Site::CallPost);
+                hold();
+            }
+            Course::Aborted => hold(),
+            Course::Recalled => self.gate.hold(Moment::Before, Site::GiveGrant),
+        }
+        let mut words = vec!["--detach", "--max-downtime", "2s", "--digests"];
+        if cell.course == Course::Aborted {
+            words.extend(["--hold-at", "armed"]);
+        }
+        let began = self.pair.migrate(NAME, &words)?.exit(0)?;
+        began.migration()?.text("id")?.clone_into(&mut self.migration);
+        match cell.course {
+            Course::Straight | Course::Refused | Course::Asked => {}
+            Course::Aborted => {
+                until("agent B expects the guest", REACHED, || {
+                    let look = look(&self.pair.b, &self.migration)?;
+                    Ok((look.decision() == Some("OPEN")).then_some(()))
+                })?;
+                self.abort()?;
+            }
+            Course::Recalled => {
+                ensure!(self.gate.wait_held(REACHED), "agent A does not come to give the grant");
+                self.pair.a.kill();
+                self.gate.hold(cell.moment, cell.site);
+                self.pair.a.spawn_agent()?;
+            }
+        }
+        ensure!(
+            self.gate.wait_held(REACHED),
+            "nobody came by {} {}",
+            cell.moment,
+            cell.site
+        );
+        Ok(())
+    }
+
+    /// Asks for the migration's end, and does not wait for it.
+    fn abort(&mut self) -> Result<()> {
+        self.abort = Some(self.pair.a.begin(&["migration", "abort", &self.migration])?);
+        Ok(())
+    }
+
+    /// How it stands while somebody is held.
+    fn scene(&self) -> Result<Scene> {
+        let said = |has_left: bool, has_come: bool| match (has_left, has_come) {
+            (_, true) => Said::Yes,
+            (true, false) => Said::Maybe,
+            (false, false) => Said::No,
+        };
+        let is_past = |host, moment, site| self.gate.is_past(host, moment, site);
+        let granted = is_past("a", Moment::Before, Site::OrderGrant);
+        let permitted = is_past("b", Moment::Before, Site::OrderPermit);
+        let decision = look(&self.pair.b, &self.migration)?.decision().map(str::to_owned);
+        Ok(Scene {
+            decision,
+            go: said(granted, is_past("wire", Moment::After, Site::WireGo)),
+            permit: said(permitted, is_past("b", Moment::Before, Site::ReportStarted)),
+            marked: self.marks().any(|mark| mark.join("started").exists()),
+        })
+    }
+
+    /// The folders of started marks at B.
+    pub(crate) fn marks(&self) -> impl Iterator<Item = PathBuf> {
+        judge::mark_folders(&self.pair.b).into_iter()
+    }
+
+    /// Does what the cell is about, and heals it. False if who was to fail is not there.
+    fn strike(&mut self, fault: Fault) -> Result<bool> {
+        match fault {
+            Fault::Kill(actor) => {
+                let Some(id) = self.process(actor) else {
+                    return Ok(false);
+                };
+                match actor {
+                    Actor::AgentA => self.pair.a.kill(),
+                    Actor::AgentB => self.pair.b.kill(),
+                    Actor::VmmA | Actor::VmmB => process::signal(id, Signal::KILL)?,
+                }
+                until("who was killed is dead", HEALED, || {
+                    Ok((!process::is_alive(id)).then_some(()))
+                })?;
+                self.gate.say(Word::Go);
+                match actor {
+                    Actor::AgentA => self.pair.a.start()?,
+                    Actor::AgentB => self.pair.b.start()?,
+                    Actor::VmmA | Actor::VmmB => {}
+                }
+            }
+            Fault::Stop(actor) => {
+                let Some(id) = self.process(actor) else {
+                    return Ok(false);
+                };
+                process::signal(id, Signal::STOP)?;
+                self.gate.say(Word::Go);
+                thread::sleep(STOPPED);
+                // What it was part of may be over, and it with it.
+                let _ = process::signal(id, Signal::CONT);
+            }
+            Fault::Lose => self.gate.say(Word::Lose),
+            Fault::Double => self.gate.say(Word::Double),
+            Fault::Delay => {
+                thread::sleep(LATE);
+                self.gate.say(Word::Go);
+            }
+        }
+        Ok(true)
+    }
+
+    fn process(&self, actor: Actor) -> Option<u32> {
+        let id = match actor {
+            Actor::AgentA => self.pair.a.pid(),
+            Actor::VmmA => Some(self.vmm_a),
+            Actor::VmmB => self.vmm_b,
+            Actor::AgentB => self.pair.b.pid(),
+        };
+        id.filter(|&id| process::is_alive(id))
+    }
+
+    /// Waits until nothing is left to do at either agent: the migration is over at both, and no guest is called running whose VMM is dead.
+    fn settle(&self) -> Result<[Look; 2]> {
+        let mut last = None;
+        let settled = until("both agents are done with the migration", HEALED, || {
+            let hosts = [&self.pair.a, &self.pair.b];
+            let looks = [look(hosts[0], &self.migration)?, look(hosts[1], &self.migration)?];
+            last = Some(looks.clone());
+            let is_true = |(look, host): (&Look, &Host)| (look.status() == Some("running")) != host.vmms().is_empty();
+            let is_settled = looks.iter().all(Look::is_over) && looks.iter().zip(hosts).all(is_true);
+            Ok(is_settled.then_some(looks))
+        });
+        settled.with_context(|| format!("the journals say {last:?}"))
+    }
+
+    /// Folders of instances at both hosts.
+    pub(crate) fn instance_folders(&self) -> usize {
+        [&self.pair.a, &self.pair.b]
+            .iter()
+            .map(|host| fs::read_dir(host.data_dir.join("instances")).map_or(0, Iterator::count))
+            .sum()
+    }
+}
