@@ -45,8 +45,9 @@ pub(crate) enum Fault {
 
 /// How long a process is stopped: twice as long as peers, VMMs and calls are waited for.
 pub(crate) const STOPPED: std::time::Duration = std::time::Duration::from_secs(10);
-/// How late a message is: later than the 5 s that calls, orders and the wait for RUNNING last.
-pub(crate) const LATE: std::time::Duration = std::time::Duration::from_secs(6);
+/// How late a message is: well past the 5 s that calls, orders and the wait for RUNNING last. With 6 s agent B still waited for its VMM when
+/// agent A asked, and a source that resumed on CLAIMED was not found out.
+pub(crate) const LATE: std::time::Duration = std::time::Duration::from_secs(8);
 
 impl fmt::Display for Fault {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {

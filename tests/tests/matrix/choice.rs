@@ -8,7 +8,7 @@ use crate::course::Stretch;
 /// Of the cells outside the switchover, one of so many is run for each commit.
 const OUTSIDE_TURNS: u8 = 16;
 /// Of the cells in it in which somebody is stopped for ten seconds, one of so many: all of them are an hour of waiting.
-const STOP_TURNS: u8 = 8;
+const STOP_TURNS: u8 = 16;
 
 /// Chooses cells.
 pub(crate) enum Choice {

@@ -35,7 +35,7 @@ pub(crate) fn allowed(cell: &Cell, scene: &Scene) -> &'static [Ending] {
     match (cell.fault, decision) {
         // "VMM B dies, started mark set: RUNNING, guest crashed on B".
         (Fault::Kill(Actor::VmmB), Some("RUNNING")) => &[CrashedAtB],
-        (Fault::Kill(Actor::VmmB), Some("CLAIMED")) if scene.marked => &[CrashedAtB],
+        (Fault::Kill(Actor::VmmB), _) if scene.marked => &[CrashedAtB],
         // "D = CLAIMED, permit not sent, or no started mark and same boot: A resumes". With the permit on its way the mark may come yet.
         (Fault::Kill(Actor::VmmB), Some("CLAIMED")) if scene.permit == Said::No => &[AtA],
         (Fault::Kill(Actor::VmmB), Some("CLAIMED")) => &[AtA, CrashedAtB],

@@ -37,6 +37,8 @@ pub(crate) struct Stage {
     pub(crate) vmm_a: u32,
     vmm_b: Option<u32>,
     pub(crate) migration: String,
+    /// How it stood right after somebody was killed.
+    struck: Option<Scene>,
     /// A call that asks for the migration's end.
     abort: Option<Call>,
     _relay: Relay,
@@ -105,6 +107,7 @@ impl Stage {
             vmm_a,
             vmm_b: None,
             migration: String::new(),
+            struck: None,
             abort: None,
             _relay: relay,
         })
@@ -114,7 +117,7 @@ impl Stage {
         self.set_out(cell)?;
         self.pair.keep_logs();
         self.vmm_b = self.pair.b.vmms().first().copied();
-        let scene = self.scene()?;
+        let before = self.scene()?;
         let struck = self.strike(cell.fault)?;
         if !struck {
             return Ok(Outcome::NobodyThere);
@@ -125,10 +128,12 @@ impl Stage {
         }
         let looks = self.settle()?;
         let ending = judge::ending(&looks)?;
-        let allowed = allowed(cell, &scene);
+        // Who is held does not hold everybody: what it was at the very moment is one of the two, or between them.
+        let after = self.struck.take().unwrap_or_else(|| before.clone());
+        let allowed = [allowed(cell, &before), allowed(cell, &after)].concat();
         ensure!(
             allowed.contains(&ending),
-            "it ended {ending}, allowed is {allowed:?} for {scene:?}; journals: {looks:?}"
+            "it ended {ending}, allowed is {allowed:?} for {before:?} to {after:?}; journals: {looks:?}"
         );
         judge::judge(self, &looks, ending)?;
         Ok(Outcome::Ended(ending))
@@ -223,6 +228,7 @@ impl Stage {
                     Actor::AgentB => self.pair.b.kill(),
                     Actor::VmmA | Actor::VmmB => process::signal(id, Signal::KILL)?,
                 }
+                self.struck = Some(self.scene()?);
                 until("who was killed is dead", HEALED, || {
                     Ok((!process::is_alive(id)).then_some(()))
                 })?;
