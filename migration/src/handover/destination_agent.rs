@@ -12,7 +12,7 @@
 use super::{Decision, HandBack, Move};
 
 /// What agent B knows of one incoming migration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum State {
     Prepared,
     Expecting {
@@ -32,7 +32,7 @@ enum State {
 }
 
 /// What happens to agent B.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DestinationEvent {
     /// Agent A asks to expect this attempt.
     Expect(u32),
@@ -60,7 +60,7 @@ pub enum DestinationEvent {
 }
 
 /// What agent B must do, in this order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DestinationEffect {
     /// Make this durable before anything that follows.
     Journal {
@@ -93,7 +93,7 @@ pub enum DestinationEffect {
 }
 
 /// The core of one incoming migration at agent B.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DestinationAgent {
     state: State,
 }

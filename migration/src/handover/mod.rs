@@ -26,9 +26,11 @@ mod source_agent;
 
 pub use attempt::{Attempt, Epoch, Permit};
 pub use destination_agent::{DestinationAgent, DestinationEffect, DestinationEvent};
-pub use grants::{GrantRefused, Grants, Traded};
+pub use grants::{GrantRefused, GrantRegister, Grants, Traded};
 pub use permits::{PermitRefused, Permits};
 pub use register::{Decision, HandBack, IllegalMove, Move};
 pub use resolve::{Doubt, NotResolved, Peer, Side, Wish};
 pub use restart::{BackOff, Ended, Fallen, Heard, Leaving, Origin, PeerCopy, RestartPolicy, Verdict, Wanted, heard};
-pub use source_agent::{Copy as SourceCopy, Ending, SourceAgent, SourceEffect, SourceEvent, SourceState};
+pub use source_agent::{
+    Copy as SourceCopy, Ending, SourceAgent, SourceEffect, SourceEvent, SourceState, pause_before_asking_again,
+};

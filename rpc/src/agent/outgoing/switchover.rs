@@ -5,7 +5,9 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ferry_migration::handover::{Decision, Ending, Epoch, SourceAgent, SourceEffect, SourceEvent, SourceState, Traded};
+use ferry_migration::handover::{
+    Decision, Ending, Epoch, SourceAgent, SourceEffect, SourceEvent, SourceState, Traded, pause_before_asking_again,
+};
 use ferry_proto::agent::v1::{AttemptRequest, DestinationPart, RollbackRequest};
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
@@ -61,6 +63,13 @@ impl Calls {
                 // The switchover may be over.
                 let _ = sender.send(outcome);
             }
+        });
+    }
+
+    fn ask_after(&self, pause: Duration) {
+        self.start(async move {
+            tokio::time::sleep(pause).await;
+            Some(Outcome::Event(SourceEvent::TimeToAsk))
         });
     }
 }
@@ -288,10 +297,14 @@ impl Script {
             SourceEffect::GiveGrant(attempt) => self.give_grant(attempt, calls),
             SourceEffect::AskTrade(attempt) => self.ask_trade(attempt, true, calls),
             SourceEffect::AskRecall(attempt) => self.ask_trade(attempt, false, calls),
-            SourceEffect::AskAfter(pause) => calls.start(async move {
-                tokio::time::sleep(pause).await;
-                Some(Outcome::Event(SourceEvent::TimeToAsk))
-            }),
+            SourceEffect::AskAfter(pause) => {
+                self.questions = 0;
+                calls.ask_after(pause);
+            }
+            SourceEffect::AskAgain => {
+                calls.ask_after(pause_before_asking_again(self.questions));
+                self.questions = self.questions.saturating_add(1);
+            }
             SourceEffect::AskDecision(attempt) => self.ask_decision(attempt, calls),
             SourceEffect::JournalDecision(_, decision) => {
                 self.row.said = Some(decision.to_string());
