@@ -35,7 +35,8 @@ pub enum SourceState {
         /// Attempt n; 0 if none was armed.
         attempt: u32,
     },
-    /// This agent restarted and asked the VMM to call the attempt off, but to go on copying.
+    /// What became of the grant is not known (this agent restarted, or the VMM refused it): the VMM was asked to call the
+    /// attempt off, but to go on copying.
     Recalling {
         /// Attempt n.
         attempt: u32,
@@ -97,6 +98,9 @@ pub enum SourceEvent {
     Answered(Traded),
     /// The VMM called this attempt off by itself and goes on copying.
     Disarmed(u32),
+    /// The VMM refused the grant of this attempt. That proves nothing: it may have had the grant before, over a connection
+    /// that broke, and have traded it since.
+    GrantRefused(u32),
     /// The VMM sent GO for this attempt.
     GoSent(u32),
     /// The VMM ended the migration by itself, CANCELLED: the guest runs on.
@@ -246,6 +250,13 @@ impl SourceAgent {
             (Granted { attempt }, SourceEvent::Disarmed(disarmed)) if attempt == disarmed => {
                 self.state = Copying;
                 Vec::new()
+            }
+            (Granted { attempt }, SourceEvent::GrantRefused(refused)) if attempt == refused => {
+                self.state = Recalling {
+                    attempt,
+                    converged: false,
+                };
+                vec![SourceEffect::AskRecall(attempt)]
             }
             (Copying | Arming { .. } | Granted { .. } | Recalling { .. }, SourceEvent::Abort) => self.trade(),
             (Recalling { attempt, .. }, SourceEvent::Converged) => {
@@ -497,6 +508,20 @@ mod tests {
         assert_eq!(effects, [SourceEffect::AskRecall(1)]);
         assert_eq!(agent.step(SourceEvent::Answered(Traded::Cancelled)), []);
         assert_eq!(agent.step(SourceEvent::Converged)[0], SourceEffect::JournalArmed(2));
+    }
+
+    #[test]
+    fn a_refused_grant_may_have_been_traded_for_go_before() {
+        let mut agent = granted();
+        assert_eq!(agent.step(SourceEvent::GrantRefused(1)), [SourceEffect::AskRecall(1)]);
+        assert_eq!(
+            agent.step(SourceEvent::Answered(Traded::GoSent)),
+            [SourceEffect::AskAfter(WAIT_FOR_RUNNING)]
+        );
+        let mut agent = granted();
+        agent.step(SourceEvent::GrantRefused(1));
+        assert_eq!(agent.step(SourceEvent::Answered(Traded::Cancelled)), []);
+        assert_eq!(agent.state(), SourceState::Copying);
     }
 
     #[test]

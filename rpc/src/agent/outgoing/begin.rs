@@ -192,6 +192,14 @@ pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc
 pub(super) fn made_up(standing: wire::Standing) -> Vec<Body> {
     let mut said = Vec::new();
     said.extend(standing.progress.map(Body::Progress));
+    // It says only once that it disarmed, and then no word of the next attempt means anything to one who missed it.
+    let migration = standing.migration;
+    if let Some(cancelled) = standing.cancelled.filter(|attempt| attempt.migration == migration) {
+        said.push(Body::Disarmed(wire::Disarmed {
+            attempt: Some(cancelled),
+            reason: "called off while the agent did not listen".to_owned(),
+        }));
+    }
     if let Some(go) = standing.last_go {
         said.push(Body::GoSent(go));
     } else if let Some(ended) = standing.send_ended {

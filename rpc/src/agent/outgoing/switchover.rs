@@ -375,8 +375,8 @@ impl Script {
         let instance = Arc::clone(&self.instance);
         calls.start(async move {
             match order_until_answered(&instance, order).await? {
-                // Stale, or nothing is sent any more: the VMM says so itself, or this attempt is void.
-                Err(_) => Some(Outcome::Event(SourceEvent::Disarmed(attempt))),
+                // Stale, or nothing is sent any more, or taken and traded already if it was given twice: the VMM is asked.
+                Err(_) => Some(Outcome::Event(SourceEvent::GrantRefused(attempt))),
                 Ok(_) => None,
             }
         });
@@ -403,14 +403,18 @@ impl Script {
         });
     }
 
+    /// Both rows or none: a migration's row that says RESUMED without the instance's would have its epoch taken twice.
     async fn journal_resumed(&mut self, epoch: Epoch) -> Result<(), Failure> {
-        self.row.resumed = Some(epoch.0);
+        let mut instance = self.instance.state.lock().await.row.clone();
+        (instance.epoch, instance.known_epoch) = (epoch.0, epoch.0);
+        let before = self.row.resumed.replace(epoch.0);
+        if let Err(failure) = self.save_with(instance).await {
+            self.row.resumed = before;
+            return Err(failure);
+        }
         let mut state = self.instance.state.lock().await;
-        state.row.epoch = epoch.0;
-        state.row.known_epoch = epoch.0;
-        let instance = state.row.clone();
-        drop(state);
-        self.save_with(instance).await
+        (state.row.epoch, state.row.known_epoch) = (epoch.0, epoch.0);
+        Ok(())
     }
 
     fn send_permit(&self, epoch: Epoch, calls: &Calls) {
