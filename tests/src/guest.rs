@@ -13,7 +13,7 @@ pub struct Guest {
     pub dirty: &'static str,
     /// The probe's command line, without the vCPUs.
     pub work: String,
-    /// Further arguments: disks and network cards.
+    /// Further arguments: disks, network cards, the restart policy.
     pub devices: Vec<String>,
 }
 
@@ -69,6 +69,12 @@ impl Guest {
     #[must_use]
     pub fn nic(self, nic: &str) -> Self {
         self.device("--net", nic)
+    }
+
+    /// The same with this restart policy.
+    #[must_use]
+    pub fn restart(self, policy: &str) -> Self {
+        self.device("--restart", policy)
     }
 
     fn device(mut self, flag: &str, device: &str) -> Self {

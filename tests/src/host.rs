@@ -273,6 +273,16 @@ impl Host {
         found.with_context(|| last.map(|answer| answer.to_string()).unwrap_or_default())
     }
 
+    /// Waits until this host says that nobody knows where the instance is.
+    ///
+    /// # Errors
+    /// If it does not say that.
+    pub fn wait_for_indeterminate(&self, instance: &str) -> Result<()> {
+        until(&format!("{instance} is indeterminate at {}", self.name), CALL, || {
+            Ok((self.show(instance)?["status"] == "indeterminate").then_some(()))
+        })
+    }
+
     /// Waits until this host no longer has the instance.
     ///
     /// # Errors

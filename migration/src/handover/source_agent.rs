@@ -7,13 +7,15 @@
 //!      └───────────────disarmed──────────────────────-┘
 //! ```
 //!
+//! Asking ends by D alone, or by a person's `resolve`, which never resumes the copy.
+//!
 //! Whatever agent A saw before ("it still runs") proves nothing: it has aborted only once its VMM answered CANCELLED,
 //! or D = SRC. The driver carries effects out in order; a journal write that fails ends the list and comes back as
 //! [`SourceEvent::JournalFailed`].
 
 use std::time::Duration;
 
-use super::{Decision, Epoch, Traded};
+use super::{Decision, Epoch, Traded, Wish};
 
 /// Where the switchover stands, as agent A knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -81,6 +83,8 @@ pub enum Ending {
     Crashed,
     /// The guest ended by itself (powered off, panicked, triple fault) before GO.
     GuestStopped,
+    /// A person ended the doubt; the copy that GO stopped is not resumed.
+    Resolved(Wish),
 }
 
 /// What happens to agent A.
@@ -117,6 +121,8 @@ pub enum SourceEvent {
     NoAnswer,
     /// The VMM took the permit of the new epoch.
     Resumed,
+    /// A person ends it, and [`super::Doubt::resolve`] has nothing against it.
+    Resolved(Wish),
     /// The last `Journal…` effect did not become durable.
     JournalFailed,
 }
@@ -150,6 +156,8 @@ pub enum SourceEffect {
     DestroyCopy,
     /// Tell agent B that the migration is over before GO. Best effort: it would find out by itself.
     RollBackDestination,
+    /// Durable: a person ended it, under this epoch if the guest is to be booted anew here.
+    JournalResolved(Wish, Epoch),
     /// Nobody knows who runs the guest: say so, until something else is said.
     SayIndeterminate,
     /// The migration is over.
@@ -306,6 +314,14 @@ impl SourceAgent {
             (Asking { attempt, copy, .. }, SourceEvent::Decided(decided, decision)) if decided == attempt => {
                 self.decided(attempt, copy, decision)
             }
+            // As with D, the state stays until the last effect is carried out.
+            (Asking { .. }, SourceEvent::Resolved(wish)) => {
+                let epoch = self.epoch_of_resume();
+                vec![
+                    SourceEffect::JournalResolved(wish, epoch),
+                    SourceEffect::Finish(Ending::Resolved(wish)),
+                ]
+            }
             (Asking { .. }, SourceEvent::NoAnswer | SourceEvent::JournalFailed) => {
                 vec![SourceEffect::SayIndeterminate, SourceEffect::AskAgain]
             }
@@ -365,8 +381,7 @@ impl SourceAgent {
             }
             (Decision::Source, Copy::Gone) => vec![said, SourceEffect::Finish(Ending::Crashed)],
             (Decision::Source, Copy::Held) => {
-                // e+1 counts as known from ARM on, so the new right is the one after it.
-                let epoch = self.epoch.next().next();
+                let epoch = self.epoch_of_resume();
                 self.state = SourceState::Resuming { attempt, epoch };
                 vec![
                     said,
@@ -375,6 +390,11 @@ impl SourceAgent {
                 ]
             }
         }
+    }
+
+    /// e+1 counts as known from ARM on, so the next right of this host is the one after it.
+    fn epoch_of_resume(&self) -> Epoch {
+        self.epoch.next().next()
     }
 
     fn finish(&mut self, ending: Ending) -> Vec<SourceEffect> {
@@ -447,6 +467,35 @@ mod tests {
             ]
         );
         assert_eq!(agent.step(SourceEvent::Resumed), [SourceEffect::Finish(Ending::Stayed)]);
+    }
+
+    #[test]
+    fn a_person_ends_the_doubt_and_nothing_else() {
+        let mut agent = asking();
+        agent.step(SourceEvent::NoAnswer);
+        assert_eq!(
+            agent.step(SourceEvent::Resolved(Wish::RunHere)),
+            [
+                SourceEffect::JournalResolved(Wish::RunHere, Epoch(6)),
+                SourceEffect::Finish(Ending::Resolved(Wish::RunHere))
+            ]
+        );
+        let mut early = granted();
+        assert_eq!(early.step(SourceEvent::Resolved(Wish::RunHere)), []);
+        let mut decided = asking();
+        decided.step(SourceEvent::Decided(1, Decision::Source));
+        assert_eq!(decided.step(SourceEvent::Resolved(Wish::DiscardHere)), []);
+    }
+
+    #[test]
+    fn a_resolve_that_cannot_be_journalled_leaves_the_doubt() {
+        let mut agent = asking();
+        agent.step(SourceEvent::Resolved(Wish::RunHere));
+        assert_eq!(
+            agent.step(SourceEvent::JournalFailed)[0],
+            SourceEffect::SayIndeterminate
+        );
+        assert!(matches!(agent.state(), SourceState::Asking { .. }));
     }
 
     #[test]

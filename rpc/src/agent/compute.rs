@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ferry_migration::handover::Decision;
+use ferry_migration::handover::{Decision, Wish};
 use ferry_proto::agent::v1::compute_server::Compute;
 use ferry_proto::agent::v1::{
     AttemptRequest, BalloonInstanceRequest, ConsoleInputReply, ConsoleInputRequest, ConsoleOutput, ConsoleRequest,
@@ -33,6 +33,7 @@ use super::outgoing::PeerNews;
 use super::peers::CALL_TIME;
 use super::snapshots::Identity;
 use super::spawn::VMM_LOG;
+use super::who::Who;
 use crate::vmm_process::{CONSOLE_LOG, monotonic_ns};
 
 /// The service over one agent.
@@ -92,6 +93,25 @@ impl ComputeService {
         }
     }
 
+    /// The epoch under which this host had a guest again that had left in a migration; 0 if it never did. A migration that
+    /// nobody knows here is one whose guest nobody has here.
+    async fn kept_epoch(&self, migration: Uuid, destination: &str) -> Result<u64, Failure> {
+        let row = self
+            .0
+            .journal
+            .read(move |connection| MigrationRow::find(connection, migration))
+            .await?;
+        let Some(row) = row else { return Ok(0) };
+        if row.role != Role::Source || row.peer != destination {
+            return Err(goes_elsewhere(migration, destination));
+        }
+        let is_gone = [Decision::Running.as_str(), Wish::DiscardHere.as_str()];
+        match row.said {
+            Some(said) if is_gone.contains(&said.as_str()) => Ok(0),
+            _ => Ok(row.resumed.unwrap_or(0)),
+        }
+    }
+
     /// The tuple (vm, M, n, e) of a request, as far as the record knows it.
     async fn check_attempt(&self, request: &AttemptRequest) -> Result<Uuid, Failure> {
         let migration = wire_uuid("migration", &request.migration)?;
@@ -135,9 +155,17 @@ impl Compute for ComputeService {
     }
 
     async fn run_instance(&self, request: Request<RunInstanceRequest>) -> Answer<InstanceInfo> {
+        let who = Who::sent(&request);
         let spec = required("spec", request.into_inner().spec).map_err(Failure::from)?;
         let agent = Arc::clone(&self.0);
-        answer(whole(async move { agent.run_instance(spec).await }).await)
+        let run = async move {
+            let name = spec.name.clone();
+            let run = agent.run_instance(spec).await;
+            let instance = run.as_ref().map_or(&name, |info| &info.id);
+            agent.audit(&who, "run", instance, &run).await;
+            run
+        };
+        answer(whole(run).await)
     }
 
     async fn list_instances(&self, _: Request<ListInstancesRequest>) -> Answer<ListInstancesReply> {
@@ -179,11 +207,18 @@ impl Compute for ComputeService {
     }
 
     async fn stop_instance(&self, request: Request<StopInstanceRequest>) -> Answer<InstanceInfo> {
+        let who = Who::sent(&request);
         let (agent, request) = (Arc::clone(&self.0), request.into_inner());
         let patience = Duration::from_millis(request.timeout_ms);
         let name = request.instance;
         if request.force {
-            return answer(whole(async move { agent.stop_by_force(&name, patience).await }).await);
+            let stop = async move {
+                let stopped = agent.stop_by_force(&name, patience).await;
+                let instance = stopped.as_ref().map_or(&name, |info| &info.id);
+                agent.audit(&who, "stop --force", instance, &stopped).await;
+                stopped
+            };
+            return answer(whole(stop).await);
         }
         let asking = Arc::clone(&agent);
         // Asking is done whole; waiting is for a caller that is there.
@@ -196,9 +231,16 @@ impl Compute for ComputeService {
     }
 
     async fn delete_instance(&self, request: Request<DeleteInstanceRequest>) -> Answer<DeleteInstanceReply> {
+        let who = Who::sent(&request);
         let (agent, request) = (Arc::clone(&self.0), request.into_inner());
-        let id = whole(async move { agent.delete_instance(&request.instance, request.force).await }).await;
-        answer(id.map(|id| DeleteInstanceReply { id: id.to_string() }))
+        let delete = async move {
+            let deleted = agent.delete_instance(&request.instance, request.force).await;
+            let what = if request.force { "delete --force" } else { "delete" };
+            let instance = deleted.as_ref().map_or(request.instance, Uuid::to_string);
+            agent.audit(&who, what, &instance, &deleted).await;
+            deleted
+        };
+        answer(whole(delete).await.map(|id| DeleteInstanceReply { id: id.to_string() }))
     }
 
     async fn snapshot_instance(&self, request: Request<SnapshotInstanceRequest>) -> Answer<SnapshotInfo> {
@@ -314,12 +356,11 @@ impl Compute for ComputeService {
         // Of a migration that is over here, the news is old.
         if let Some(outgoing) = self.0.outgoing.find(migration) {
             if outgoing.destination != request.destination {
-                let reason = format!("migration {migration} does not go to host {:?}", request.destination);
-                return Err(Failure::Refused(reason).into());
+                return Err(goes_elsewhere(migration, &request.destination).into());
             }
             let PostLiveMigrationRequest {
                 attempt, part, reason, ..
-            } = request;
+            } = request.clone();
             outgoing.hear(PeerNews {
                 attempt,
                 decision,
@@ -327,8 +368,16 @@ impl Compute for ComputeService {
                 reason,
                 heard_ns,
             });
+            if decision == Decision::Running {
+                // Most often it is, at once: then it need not be told again.
+                let _ = tokio::time::timeout(CALL_TIME / 2, outgoing.over()).await;
+            }
         }
-        Ok(Response::new(PostLiveMigrationReply {}))
+        let kept_epoch = self.kept_epoch(migration, &request.destination).await?;
+        Ok(Response::new(PostLiveMigrationReply {
+            pending: self.0.outgoing.find(migration).is_some(),
+            kept_epoch,
+        }))
     }
 
     async fn rollback_live_migration(&self, request: Request<RollbackRequest>) -> Answer<RollbackReply> {
@@ -358,6 +407,10 @@ impl Compute for ComputeService {
         };
         Ok(Response::new(HeartbeatReply { taking_part, reason }))
     }
+}
+
+fn goes_elsewhere(migration: Uuid, host: &str) -> Failure {
+    Failure::Refused(format!("migration {migration} does not go from here to host {host:?}"))
 }
 
 fn decision_reply((decision, part): (Decision, Option<ferry_proto::agent::v1::DestinationPart>)) -> DecisionReply {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ferry_proto::agent::v1::conductor_server::Conductor;
 use ferry_proto::agent::v1::{
     HostRequest, InstanceRequest, ListMigrationsReply, ListMigrationsRequest, LiveMigrateReply, LiveMigrateRequest,
-    LiveMigrationCast, MigrationInfo, MigrationRequest,
+    LiveMigrationCast, MigrationInfo, MigrationRequest, ResolveRequest,
 };
 use ferry_proto::{required, wire_uuid};
 use tokio_stream::Stream;
@@ -20,6 +20,7 @@ use super::instances::Agent;
 use super::journal::{MigrationRow, Role};
 use super::outgoing::request_id;
 use super::peers::{CALL_TIME, Peer, PeerError};
+use super::who::Who;
 
 /// The service over one agent.
 pub(crate) struct ConductorService(pub(crate) Arc<Agent>);
@@ -38,14 +39,18 @@ enum Place {
 #[tonic::async_trait]
 impl Conductor for ConductorService {
     async fn live_migrate(&self, request: Request<LiveMigrateRequest>) -> Answer<LiveMigrateReply> {
+        let who = Who::sent(&request);
         let request = request.into_inner();
         let agent = &self.0;
         match agent.instance(&request.instance).await {
-            Ok(_) => {
+            Ok(instance) => {
                 let agent = Arc::clone(agent);
-                Ok(Response::new(
-                    whole(async move { agent.live_migrate(request).await }).await?,
-                ))
+                let migrated = whole(async move {
+                    let migrated = agent.live_migrate(request).await;
+                    agent.audit(&who, "migrate", &instance.id.to_string(), &migrated).await;
+                    migrated
+                });
+                Ok(Response::new(migrated.await?))
             }
             Err(not_here) => {
                 let Some(peer) = agent.peer_with(&request.instance).await else {
@@ -90,11 +95,31 @@ impl Conductor for ConductorService {
     }
 
     async fn abort_migration(&self, request: Request<MigrationRequest>) -> Answer<MigrationInfo> {
+        let who = Who::sent(&request);
         let request = request.into_inner();
         match self.0.place(&request).await? {
-            Place::Here(row) => Ok(Response::new(self.0.abort_migration(*row).await?)),
+            Place::Here(row) => {
+                let instance = row.instance.to_string();
+                let aborted = self.0.abort_migration(*row).await;
+                self.0.audit(&who, "abort", &instance, &aborted).await;
+                Ok(Response::new(aborted?))
+            }
             Place::There(peer) => peer.conductor().abort_migration(forwarded(request)).await,
         }
+    }
+
+    async fn resolve_migration(&self, request: Request<ResolveRequest>) -> Answer<MigrationInfo> {
+        let who = Who::sent(&request);
+        let (agent, request) = (Arc::clone(&self.0), request.into_inner());
+        let resolved = whole(async move {
+            let resolved = agent.resolve_migration(request.clone(), &who).await;
+            if resolved.is_err() {
+                // One that was carried out is written down together with what it changed.
+                agent.audit(&who, "resolve", &request.migration, &resolved).await;
+            }
+            resolved
+        });
+        Ok(Response::new(resolved.await?))
     }
 }
 

@@ -11,7 +11,9 @@
 //! | `outgoing` | one task per migration out of here: a script, then the switchover by `handover::SourceAgent` |
 //! | `incoming`, `data_port` | one task per migration into here: `handover::DestinationAgent` |
 //! | `peers` | other agents |
+//! | `resolving` | a person ends a migration that nobody can decide |
 //! | `compute`, `conductor` | the gRPC services: convert, call, map the error |
+//! | `who` | who asked, for the audit table |
 //! | `journal`, `spawn`, `vmm_client` | SQLite, VMM processes, their sockets |
 
 mod backends;
@@ -29,11 +31,13 @@ mod journal;
 mod outgoing;
 mod peers;
 mod recovery;
+mod resolving;
 mod serve;
 mod snapshots;
 mod spawn;
 mod vmm_client;
 pub(crate) mod vmm_user;
+mod who;
 
 pub(crate) use backends::{NIC_RATES, is_interface_name};
 pub use config::AgentConfig;

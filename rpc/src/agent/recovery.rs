@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use ferry_migration::handover::{Ended, Origin};
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report;
@@ -11,7 +12,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use super::backends::storage;
 use super::failure::Failure;
 use super::instances::{Agent, Instance, InstanceState};
-use super::journal::{InstanceRow, MigrationRow, Role, Status};
+use super::journal::{Arrival, InstanceRow, MigrationRow, Role, Status};
 use super::outgoing::now_text;
 use super::vmm_client::Vmm;
 use super::{incoming, outgoing, spawn};
@@ -26,12 +27,19 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), Failure> {
     let known: Vec<_> = rows.iter().map(|row| row.id).collect();
     Agent::remove_orphans(&agent.config.data_dir.join("instances"), &known);
 
+    let arrivals = agent.journal.read(Arrival::all).await?;
+
     for row in rows {
         let migration = unfinished
             .iter()
             .find(|migration| migration.instance == row.id)
             .cloned();
         let instance = agent.instances.add(row);
+        if let Some(arrival) = arrivals.iter().find(|arrival| arrival.instance == instance.id) {
+            let mut state = instance.state.lock().await;
+            state.arrival = Some(arrival.clone());
+            state.origin = Origin::Unasked;
+        }
         match migration {
             None => find(agent, &instance).await,
             Some(migration) if migration.role == Role::Source => outgoing::recover(agent, migration, instance).await,
@@ -61,6 +69,11 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), Failure> {
         orphan.info.ended = Some(now_text());
         agent.journal.write(move |transaction| orphan.save(transaction)).await?;
     }
+    // First of all what may be stale: its source is asked at once.
+    for arrival in arrivals {
+        let news = agent.arrived(&arrival);
+        agent.settle(arrival, news);
+    }
     Ok(())
 }
 
@@ -74,6 +87,9 @@ async fn find(agent: &Arc<Agent>, instance: &Arc<Instance>) {
         tracing::debug!(instance = %instance.id, ?ended, "looked for a VMM that should not be there");
         if state.row.status == Status::Incoming {
             agent.forget(&mut state).await;
+        } else if state.row.restarts.due.is_some() {
+            // Taken up once everything is found again.
+            let _ = agent.due.send(instance.id);
         }
         return;
     }
@@ -135,7 +151,7 @@ async fn found_again(
         if let Err(error) = vmm.order(Command::Permit(permit)).await {
             tracing::warn!(instance = %instance.id, %error, "the guest could not be started");
             agent
-                .end(&mut state, Status::Crashed, format!("it could not be started: {error}"))
+                .end(&mut state, Ended::Crashed, format!("it could not be started: {error}"))
                 .await;
         }
     }
@@ -160,5 +176,5 @@ async fn lost(agent: &Arc<Agent>, instance: &Arc<Instance>) {
         "the VMM died while no agent ran"
     };
     tracing::warn!(instance = %instance.id, name = state.row.spec.name, reason, "the instance crashed");
-    agent.end(&mut state, Status::Crashed, reason.to_owned()).await;
+    agent.end(&mut state, Ended::Crashed, reason.to_owned()).await;
 }

@@ -12,14 +12,15 @@ use ferry_proto::agent::v1::compute_server::ComputeServer;
 use ferry_proto::agent::v1::conductor_server::ConductorServer;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
+use uuid::Uuid;
 
 use super::compute::ComputeService;
 use super::conductor::ConductorService;
 use super::config::AgentConfig;
-use super::instances::Agent;
+use super::instances::{Agent, restart_when_due};
 use super::journal::Journal;
 use super::peers::Peers;
 use super::{data_port, host, recovery};
@@ -47,10 +48,12 @@ pub async fn serve(config: AgentConfig) -> anyhow::Result<()> {
         );
     }
 
-    let agent = Arc::new(build(config, &grpc, &data).await?);
+    let (due, restarts) = mpsc::unbounded_channel();
+    let agent = Arc::new(build(config, &grpc, &data, due).await?);
     recovery::recover(&agent)
         .await
         .context("failed to find the instances of this host again")?;
+    tokio::spawn(restart_when_due(Arc::clone(&agent), restarts));
     let data_port = tokio::spawn(data_port::serve(Arc::clone(&agent), data));
     tracing::info!(
         host = agent.host(),
@@ -84,9 +87,14 @@ pub async fn serve(config: AgentConfig) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn build(config: AgentConfig, grpc: &TcpListener, data: &TcpListener) -> anyhow::Result<Agent> {
+async fn build(
+    config: AgentConfig,
+    grpc: &TcpListener,
+    data: &TcpListener,
+    due: mpsc::UnboundedSender<Uuid>,
+) -> anyhow::Result<Agent> {
     let journal_path = config.data_dir.join("journal.db");
-    let journal = Journal::open(&journal_path).with_context(|| format!("failed to open {}", journal_path.display()))?;
+    let journal = Journal::open(&journal_path)?;
     own(&journal, &config.host_id).await?;
     let url = match &config.advertise {
         Some(url) => url.clone(),
@@ -106,6 +114,7 @@ async fn build(config: AgentConfig, grpc: &TcpListener, data: &TcpListener) -> a
         incoming: Default::default(),
         peers,
         slots: Arc::new(Semaphore::new(CONCURRENT_MIGRATIONS)),
+        due,
         config,
     })
 }

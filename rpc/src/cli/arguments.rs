@@ -192,6 +192,9 @@ pub(super) struct RunArguments {
     /// How KVM tells which pages were written
     #[arg(long, value_name = "HOW", default_value = "log", value_parser = ["log", "ring"])]
     pub(super) dirty: String,
+    /// Whether its agent starts it again when it ends without its user: after a crash, or also after it switched itself off
+    #[arg(long, value_name = "WHEN", default_value = "never", value_parser = ["never", "on-crash", "always"])]
+    pub(super) restart: String,
     /// Take guest memory from the pool of huge pages
     #[arg(long)]
     pub(super) hugepages: bool,
@@ -302,6 +305,24 @@ pub(super) enum MigrationVerb {
     Watch(Identified),
     /// Call a migration off, as long as the guest has not been handed over
     Abort(Identified),
+    /// End an indeterminate migration at the asked host, whose other host is gone for good
+    Resolve(ResolveArguments),
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("wish").required(true).args(["run_here", "discard_here"]))]
+pub(super) struct ResolveArguments {
+    #[command(flatten)]
+    pub(super) identified: Identified,
+    /// The guest is to run on the asked host: it is booted anew there
+    #[arg(long)]
+    pub(super) run_here: bool,
+    /// The guest is the other host's, or lost: what the asked host has of it is removed, but for its disks
+    #[arg(long)]
+    pub(super) discard_here: bool,
+    /// The instance's name, typed to show that this one is meant
+    #[arg(long, value_name = "NAME")]
+    pub(super) confirm: String,
 }
 
 #[derive(Debug, Args)]

@@ -6,6 +6,7 @@ use ferry_proto::agent::v1::compute_client::ComputeClient;
 use ferry_proto::agent::v1::conductor_client::ConductorClient;
 use ferry_proto::agent::v1::{HostInfo, HostRequest};
 use tonic::Request;
+use tonic::metadata::MetadataValue;
 use tonic::transport::{Channel, Endpoint};
 
 use super::failure::{Exit, Failure};
@@ -74,10 +75,13 @@ pub(super) fn peers_of(host: &HostInfo) -> Result<Vec<(String, Agent)>, Failure>
     pairs.collect()
 }
 
-/// A request that is given up after `deadline`.
+/// A request that is given up after `deadline`. It has an id, by which it is found in an agent's audit table.
 pub(super) fn within<T>(deadline: Duration, message: T) -> Request<T> {
     let mut request = Request::new(message);
     request.set_timeout(deadline);
+    if let Ok(id) = MetadataValue::try_from(uuid::Uuid::new_v4().to_string()) {
+        request.metadata_mut().insert("request-id", id);
+    }
     request
 }
 

@@ -42,6 +42,7 @@ pub(super) async fn run(agent: &Agent, arguments: RunArguments, format: Format) 
             .unwrap_or_default(),
         cmdline: arguments.cmdline,
         hugepages: arguments.hugepages,
+        restart: arguments.restart,
         disks: arguments.disks.into_iter().map(disk).collect::<Result<_, _>>()?,
         nics: arguments.nics.into_iter().map(nic).collect(),
     };
@@ -234,6 +235,7 @@ fn details(info: &InstanceInfo) -> String {
         ("vcpus", info.vcpus.to_string()),
         ("cpu", info.cpu.clone()),
         ("dirty", info.dirty.clone()),
+        ("restart", info.restart.clone()),
         ("cmdline", or_dash(cmdline)),
         ("vmm pid", or_dash(info.vmm_pid)),
     ];

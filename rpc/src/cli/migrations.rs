@@ -1,8 +1,9 @@
-//! `migration list`, `show`, `watch`, `abort`.
+//! `migration list`, `show`, `watch`, `abort`, `resolve`.
 
-use ferry_proto::agent::v1::{ListMigrationsRequest, MigrationInfo, MigrationRequest};
+use ferry_migration::handover::Wish;
+use ferry_proto::agent::v1::{ListMigrationsRequest, MigrationInfo, MigrationRequest, ResolveRequest};
 
-use super::arguments::MigrationVerb;
+use super::arguments::{MigrationVerb, ResolveArguments};
 use super::client::{Agent, LONG_PATIENCE, PATIENCE, within};
 use super::failure::{Exit, Failure, Outcome};
 use super::migrate::{self, Show};
@@ -30,6 +31,10 @@ pub(super) async fn run(agent: &Agent, verb: MigrationVerb, format: Format) -> O
         }
         MigrationVerb::Abort(identified) => {
             format.one(&abort(agent, &identified.id).await?, in_full)?;
+            Ok(Exit::Done)
+        }
+        MigrationVerb::Resolve(arguments) => {
+            format.one(&resolve(agent, arguments).await?, in_full)?;
             Ok(Exit::Done)
         }
     }
@@ -75,6 +80,27 @@ async fn abort(agent: &Agent, id: &str) -> Result<MigrationInfo, Failure> {
     );
     let answered = agent.conductor().await?.abort_migration(request).await;
     let info = answered.map_err(|status| Failure::of_status(&format!("abort migration {id}"), &status))?;
+    Ok(info.into_inner())
+}
+
+async fn resolve(agent: &Agent, arguments: ResolveArguments) -> Result<MigrationInfo, Failure> {
+    let id = arguments.identified.id;
+    check("resolve", &id)?;
+    let wish = if arguments.run_here {
+        Wish::RunHere
+    } else {
+        Wish::DiscardHere
+    };
+    let request = within(
+        LONG_PATIENCE,
+        ResolveRequest {
+            migration: id.clone(),
+            wish: wish.as_str().to_owned(),
+            confirm: arguments.confirm,
+        },
+    );
+    let answered = agent.conductor().await?.resolve_migration(request).await;
+    let info = answered.map_err(|status| Failure::of_status(&format!("resolve migration {id}"), &status))?;
     Ok(info.into_inner())
 }
 

@@ -204,7 +204,7 @@ mod tests {
 
     #[test]
     fn flags_that_do_not_work_yet_are_named() {
-        for flag in ["--disk", "--net", "--restart"] {
+        for flag in ["--disk", "--net"] {
             let error = line(&format!("ferry run web --kernel k {flag} x")).unwrap_err();
             assert_eq!(
                 (error.exit_code(), error.to_string().contains(flag)),
@@ -228,7 +228,6 @@ mod tests {
     fn verbs_that_do_not_work_yet_are_named() {
         for verb in [
             "selftest",
-            "migration resolve",
             "migration report",
             "migration force-complete",
             "migration retune",
@@ -256,6 +255,13 @@ mod tests {
             ("ferry snapshot web", "--to"),
             ("ferry run web --kernel k --disk web.img", "--disk"),
             ("ferry run web --kernel k --net br0", "--net"),
+            ("ferry run web --kernel k --restart sometimes", "--restart"),
+            ("ferry migration resolve x --confirm web", "--run-here"),
+            ("ferry migration resolve x --run-here", "--confirm"),
+            (
+                "ferry migration resolve x --run-here --discard-here --confirm web",
+                "--discard-here",
+            ),
         ] {
             let error = line(text).unwrap_err();
             assert_eq!(

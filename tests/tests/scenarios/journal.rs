@@ -1,4 +1,4 @@
-//! A look into an agent's journal from outside, while the agent runs.
+//! A look into an agent's journal from outside, while the agent runs; and what a reboot of its host changes in it.
 
 use anyhow::{Context, Result};
 use ferry_tests::Host;
@@ -18,7 +18,26 @@ pub(crate) fn of(host: &Host) -> Result<Journal> {
     Ok(Journal { connection })
 }
 
+/// From the next start of its agent on, this host has rebooted since: it has another boot id than what its journal names.
+pub(crate) fn reboot(host: &Host) -> Result<()> {
+    let connection = Connection::open(host.data_dir.join("journal.db"))?;
+    connection.execute_batch("UPDATE instances SET boot_id = 'before'; UPDATE decisions SET boot_id = 'before';")?;
+    Ok(())
+}
+
 impl Journal {
+    /// How often the audit table has this deed with a result that begins so.
+    pub(crate) fn audited(&self, what: &str, result: &str) -> Result<i64> {
+        let query = "SELECT count(*) FROM audit WHERE what = ?1 AND substr(result, 1, length(?2)) = ?2 AND actor <> ''";
+        Ok(self.connection.query_row(query, [what, result], |row| row.get(0))?)
+    }
+
+    /// Whether a start of some instance is waited for.
+    pub(crate) fn has_a_start_due(&self) -> Result<bool> {
+        let query = "SELECT count(*) FROM instances WHERE restart_at IS NOT NULL";
+        Ok(self.connection.query_row(query, [], |row| row.get::<_, i64>(0))? > 0)
+    }
+
     /// Whether some attempt of the migration has this decision.
     pub(crate) fn decision_of(&self, migration: &str, decision: &str) -> Result<bool> {
         let query = "SELECT count(*) FROM decisions WHERE migration = ?1 AND decision = ?2";

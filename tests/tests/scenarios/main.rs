@@ -25,6 +25,8 @@ mod moves;
 mod networks;
 mod refusals;
 mod requests;
+mod resolves;
+mod restarts;
 mod scenario;
 mod silence;
 mod snapshots;
@@ -39,6 +41,7 @@ fn main() -> ExitCode {
     arguments.test_threads = Some(1);
     let trials = [
         lifecycle::trials(),
+        restarts::trials(),
         linux::trials(),
         refusals::trials(),
         moves::trials(),
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         requests::trials(),
         aborts::trials(),
         agents::trials(),
+        resolves::trials(),
         data_port::trials(),
         faults::trials(),
         hostile::trials(),

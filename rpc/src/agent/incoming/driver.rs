@@ -5,7 +5,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ferry_migration::handover::{Decision, DestinationAgent, DestinationEffect, DestinationEvent, Epoch};
+use ferry_migration::handover::{
+    Decision, DestinationAgent, DestinationEffect, DestinationEvent, Ended, Epoch, Origin,
+};
 use ferry_proto::agent::v1::{DestinationPart, PostLiveMigrationRequest};
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
@@ -16,7 +18,8 @@ use super::handle::{Answer, Incoming, Request};
 use crate::agent::backends::storage;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
-use crate::agent::journal::{DecisionRow, JournalError, MigrationRow, Status};
+use crate::agent::journal::{Arrival, DecisionRow, InstanceRow, JournalError, MigrationRow, Status};
+use crate::agent::outgoing::now_ms;
 use crate::agent::peers::CALL_TIME;
 use crate::agent::spawn;
 use crate::agent::vmm_client::{Vmm, VmmError};
@@ -330,15 +333,31 @@ impl Driver {
                 Status::Running
             };
             state.row.boot_id.clone_from(&self.agent.boot_id);
-            instance = Some(state.row.clone());
+            state.row.restarts.started = now_ms();
+            state.arrival = Some(self.arrival(attempt));
+            state.origin = Origin::Unasked;
+            instance = Some((state.row.clone(), self.arrival(attempt)));
         }
         self.agent
             .journal
             .write(move |transaction| {
                 decided.save(transaction)?;
-                instance.map_or(Ok(()), |row| row.save(transaction))
+                let Some((row, arrival)): Option<(InstanceRow, Arrival)> = instance else {
+                    return Ok(());
+                };
+                row.save(transaction)?;
+                arrival.save(transaction)
             })
             .await
+    }
+
+    fn arrival(&self, attempt: u32) -> Arrival {
+        Arrival {
+            migration: self.row.id,
+            instance: self.row.instance,
+            source: self.row.peer.clone(),
+            attempt,
+        }
     }
 
     fn later(&self, attempt: u32, decision: Decision, error: &JournalError) {
@@ -391,18 +410,22 @@ impl Driver {
 
     /// Tells agent A, which would ask in the end if it never heard.
     fn tell_source(&self, decision: Decision) {
-        let Ok(peer) = self.agent.peers.named(&self.row.peer).cloned() else {
-            return;
-        };
+        // The core's newest attempt is the one that the news is about; A checks it against its own.
+        let attempt = self.core.attempt();
         let post = PostLiveMigrationRequest {
             instance: self.row.instance.to_string(),
             migration: self.row.id.to_string(),
-            // The core's newest attempt is the one that the news is about; A checks it against its own.
-            attempt: self.core.attempt(),
+            attempt,
             decision: decision.to_string(),
             part: self.part.to_wire(),
             reason: self.reason.clone().unwrap_or_default(),
             destination: self.agent.host().to_owned(),
+        };
+        if decision == Decision::Running {
+            return self.agent.settle(self.arrival(attempt), post);
+        }
+        let Ok(peer) = self.agent.peers.named(&self.row.peer).cloned() else {
+            return;
         };
         tokio::spawn(async move {
             for pause in [0, 100, 500, 2000] {
@@ -421,7 +444,7 @@ impl Driver {
         let mut state = self.instance.state.lock().await;
         state.news = None;
         if let Some(reason) = crashed {
-            self.agent.end(&mut state, Status::Crashed, reason).await;
+            self.agent.end(&mut state, Ended::Crashed, reason).await;
         }
         tracing::info!(instance = %self.row.instance, epoch = state.row.epoch, status = %state.row.status, "the guest arrived");
         drop(state);

@@ -228,6 +228,7 @@ impl Agent {
             migration: Some(guest.migration),
             reason: None,
             boot_id: self.boot_id.clone(),
+            restarts: Default::default(),
         };
         let row = MigrationRow {
             id: guest.migration,

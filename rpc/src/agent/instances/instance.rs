@@ -7,6 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use ferry_migration::handover::Origin;
 use ferry_proto::agent::v1::InstanceInfo;
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{self as wire};
@@ -15,11 +16,12 @@ use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
+use super::restarting::policy_of;
 use crate::agent::config::AgentConfig;
 use crate::agent::failure::Failure;
 use crate::agent::images;
 use crate::agent::incoming::IncomingMigrations;
-use crate::agent::journal::{InstanceRow, Journal, Status};
+use crate::agent::journal::{Arrival, InstanceRow, Journal, Status};
 use crate::agent::outgoing::OutgoingMigrations;
 use crate::agent::peers::Peers;
 use crate::agent::vmm_client::Vmm;
@@ -40,6 +42,8 @@ pub(crate) struct Agent {
     pub(crate) peers: Peers,
     /// Nova's max_concurrent_live_migrations: migrations out of here beyond it are queued.
     pub(crate) slots: Arc<Semaphore>,
+    /// Instances whose next start is in the journal, to whoever starts them.
+    pub(crate) due: UnboundedSender<Uuid>,
 }
 
 impl Agent {
@@ -121,6 +125,8 @@ impl Instance {
                 news: None,
                 migrating: None,
                 outcome: None,
+                arrival: None,
+                origin: Origin::Settled,
             }),
         }
     }
@@ -136,6 +142,10 @@ pub(crate) struct InstanceState {
     pub(crate) migrating: Option<Uuid>,
     /// Set while a snapshot is written or loaded: whoever waits for what becomes of it. Gone with the VMM.
     pub(crate) outcome: Option<oneshot::Sender<Body>>,
+    /// The migration that brought it here, until its source has acknowledged that.
+    pub(crate) arrival: Option<Arrival>,
+    /// What that source said when it was last asked.
+    pub(crate) origin: Origin,
 }
 
 impl InstanceState {
@@ -218,6 +228,7 @@ impl InstanceState {
             disks: row.spec.disks.clone(),
             nics: row.spec.nics.clone(),
             balloon: None,
+            restart: policy_of(&row.spec).as_str().to_owned(),
         }
     }
 

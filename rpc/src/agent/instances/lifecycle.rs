@@ -3,16 +3,19 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use ferry_migration::handover::Epoch;
 use ferry_proto::agent::v1::{InstanceInfo, InstanceSpec};
 use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::{self as wire};
 use uuid::Uuid;
 
 use super::instance::{Agent, Instance, InstanceState};
+use super::restarting::Clearance;
 use super::spec;
 use crate::agent::backends::{self, Occasion, Opened, Whose};
 use crate::agent::failure::Failure;
-use crate::agent::journal::{InstanceRow, Status};
+use crate::agent::journal::{InstanceRow, Restarts, Status};
+use crate::agent::outgoing::now_ms;
 use crate::agent::vmm_client::Vmm;
 use crate::agent::{images, spawn};
 
@@ -51,6 +54,7 @@ impl Agent {
             migration: None,
             reason: None,
             boot_id: self.boot_id.clone(),
+            restarts: Default::default(),
         };
         if let Err(failure) = self.save(&row).await {
             self.remove_folder(id);
@@ -58,7 +62,7 @@ impl Agent {
         }
         let instance = self.instances.add(row);
         let mut state = instance.state.lock().await;
-        if let Err(failure) = self.start(&instance, &mut state, Occasion::Run).await {
+        if let Err(failure) = self.start(&instance, &mut state, Occasion::Run, Epoch::FIRST.0).await {
             self.forget(&mut state).await;
             return Err(failure);
         }
@@ -108,19 +112,30 @@ impl Agent {
         let instance = self.instance(name).await?;
         let mut state = instance.state.lock().await;
         state.check_idle("start")?;
+        if self.instances.by_id(instance.id).is_none() {
+            // It was deleted while it was waited for.
+            return Err(self.not_here(name).await);
+        }
         if !matches!(state.row.status, Status::Stopped | Status::Crashed) {
             return Err(Failure::Refused(format!("instance {name} is {}", state.row.status)));
         }
-        self.start(&instance, &mut state, Occasion::Start).await?;
+        let epoch = match self.clear_for_user(&mut state).await {
+            Clearance::Epoch(epoch) => epoch,
+            Clearance::No(failure) => return Err(failure),
+        };
+        // Its user looks after it: what happened before does not count.
+        state.row.restarts.count = 0;
+        self.start(&instance, &mut state, Occasion::Start, epoch).await?;
         Ok(state.info(self.host()))
     }
 
-    /// A VMM, a machine, and a permit of an epoch that was journalled before and never used.
-    async fn start(
+    /// A VMM, a machine, and a permit of this epoch, which was never used and is journalled before.
+    pub(crate) async fn start(
         self: &Arc<Self>,
         instance: &Arc<Instance>,
         state: &mut InstanceState,
         occasion: Occasion,
+        epoch: u64,
     ) -> Result<(), Failure> {
         if let Some(earlier) = state.vmm.take() {
             earlier
@@ -136,7 +151,7 @@ impl Agent {
         let backends = self.open_backends(&state.row.spec, whose).await?;
         let (vmm, events) = self.spawn_vmm(instance.id, None).await?;
         self.attach(instance, state, vmm.clone(), events);
-        let started = self.build_and_permit(state, &vmm, backends).await;
+        let started = self.build_and_permit(state, &vmm, backends, epoch).await;
         if started.is_err() {
             state.vmm = None;
             if let Err(error) = vmm.kill().await {
@@ -147,7 +162,13 @@ impl Agent {
         started
     }
 
-    async fn build_and_permit(&self, state: &mut InstanceState, vmm: &Vmm, backends: Opened) -> Result<(), Failure> {
+    async fn build_and_permit(
+        &self,
+        state: &mut InstanceState,
+        vmm: &Vmm,
+        backends: Opened,
+        epoch: u64,
+    ) -> Result<(), Failure> {
         let build = wire::Build {
             spec: Some(state.machine_spec(self.host(), backends.disks, backends.nics)),
             incoming: false,
@@ -156,10 +177,7 @@ impl Agent {
         vmm.order_with(Command::Build(build), backends.descriptors)
             .await
             .map_err(Failure::vmm("failed to build the machine"))?;
-        let right = NewRight {
-            epoch: state.row.known_epoch + 1,
-            paused: false,
-        };
+        let right = NewRight { epoch, paused: false };
         self.give_permit(state, vmm, right).await
     }
 
@@ -180,6 +198,11 @@ impl Agent {
         state.row.status = if paused { Status::Paused } else { Status::Running };
         state.row.reason = None;
         state.row.boot_id.clone_from(&self.boot_id);
+        state.row.restarts = Restarts {
+            count: before.restarts.count,
+            started: now_ms(),
+            ..Restarts::default()
+        };
         if let Err(failure) = self.save(&state.row).await {
             state.row = before;
             return Err(failure);
@@ -262,9 +285,12 @@ impl Agent {
     /// Back to power-on, the kernel loaded again.
     pub(crate) async fn reboot_instance(&self, name: &str) -> Result<InstanceInfo, Failure> {
         let instance = self.instance(name).await?;
-        let state = instance.state.lock().await;
+        let mut state = instance.state.lock().await;
         state.check_idle("reboot")?;
         self.expect_status(&state, Status::Running)?;
+        if std::mem::take(&mut state.row.restarts.asked_off) {
+            self.save(&state.row).await?;
+        }
         let reboot = Command::Reboot(wire::Reboot {});
         state
             .vmm()?

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use ferry_migration::handover::RestartPolicy;
 use ferry_proto::InvalidField;
 use ferry_proto::agent::v1::InstanceSpec;
 
@@ -49,6 +50,12 @@ pub(crate) fn check(spec: &InstanceSpec) -> Result<(), Failure> {
     }
     if !["log", "ring"].contains(&spec.dirty.as_str()) {
         return invalid("dirty", format!("{:?} is not one of log, ring", spec.dirty));
+    }
+    if RestartPolicy::parse(&spec.restart).is_none() {
+        return invalid(
+            "restart",
+            format!("{:?} is not one of never, on-crash, always", spec.restart),
+        );
     }
     if spec.memory_bytes < LEAST_MEMORY || !spec.memory_bytes.is_multiple_of(4096) {
         return invalid(
@@ -111,6 +118,13 @@ mod tests {
                 "dirty",
                 InstanceSpec {
                     dirty: "guess".to_owned(),
+                    ..spec()
+                },
+            ),
+            (
+                "restart",
+                InstanceSpec {
+                    restart: "sometimes".to_owned(),
                     ..spec()
                 },
             ),

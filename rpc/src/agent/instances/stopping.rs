@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use ferry_migration::handover::Ended;
 use ferry_proto::agent::v1::InstanceInfo;
 use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
@@ -36,18 +37,38 @@ impl Agent {
     /// It runs on, unless the failure says that it is lost.
     pub(crate) async fn press_power_button(&self, name: &str) -> Result<Press, Failure> {
         let instance = self.instance(name).await?;
-        let state = instance.state.lock().await;
+        let mut state = instance.state.lock().await;
         state.check_idle("stop")?;
+        if matches!(state.row.status, Status::Stopped | Status::Crashed) {
+            self.cancel_restart(&mut state).await?;
+            return Ok(Press::IsOff(Box::new(state.info(self.host()))));
+        }
+        if state.row.status == Status::Running && !state.row.restarts.asked_off {
+            // Before it is asked: however it ends then, it was its user's wish.
+            state.row.restarts.asked_off = true;
+            self.save(&state.row).await?;
+        }
+        let pressed = self.press(&state).await;
+        if matches!(pressed, Err(Failure::Refused(_))) && std::mem::take(&mut state.row.restarts.asked_off) {
+            // It was not asked, and goes on as before.
+            self.save(&state.row).await?;
+        }
+        let pid = pressed?;
+        drop(state);
+        Ok(Press::Asked(Asked { instance, pid }))
+    }
+
+    /// The VMM's process, whose guest is asked.
+    async fn press(&self, state: &InstanceState) -> Result<i32, Failure> {
         let (name, status) = (&state.row.spec.name, state.row.status);
         match status {
-            Status::Stopped | Status::Crashed => return Ok(Press::IsOff(Box::new(state.info(self.host())))),
             Status::Running => {}
             Status::Paused => {
                 return Err(Failure::Refused(format!(
                     "instance {name} is paused, its guest cannot be asked to switch off: resume it first, or --force pulls the plug"
                 )));
             }
-            Status::Indeterminate | Status::Incoming => {
+            Status::Indeterminate | Status::Incoming | Status::Stopped | Status::Crashed => {
                 return Err(Failure::Refused(format!("instance {name} is {status}")));
             }
         }
@@ -67,9 +88,7 @@ impl Agent {
                 return Err(Failure::vmm(what)(error));
             }
         }
-        let pid = vmm.pid();
-        drop(state);
-        Ok(Press::Asked(Asked { instance, pid }))
+        Ok(vmm.pid())
     }
 
     /// Waits until a guest that was asked to switch off has, `patience` at most.
@@ -135,7 +154,7 @@ impl Agent {
         self.end_migration(&instance, patience).await?;
         let mut state = instance.state.lock().await;
         match state.row.status {
-            Status::Stopped | Status::Crashed => {}
+            Status::Stopped | Status::Crashed => self.cancel_restart(&mut state).await?,
             Status::Indeterminate | Status::Incoming => {
                 return Err(Failure::Refused(format!(
                     "instance {} is {}",
@@ -178,7 +197,7 @@ impl Agent {
     }
 
     async fn pull_plug(&self, state: &mut InstanceState) -> Result<(), Failure> {
-        self.end(state, Status::Stopped, "stopped by its user".to_owned()).await;
+        self.end(state, Ended::ByUser, "stopped by its user".to_owned()).await;
         if state.row.status != Status::Stopped {
             let undead = std::io::Error::other("its process does not die, the agent's log says more");
             return Err(Failure::host("failed to end the VMM")(undead));

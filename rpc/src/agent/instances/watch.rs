@@ -4,13 +4,16 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ferry_migration::handover::Ended;
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{GuestEnded, Restored};
 use tokio::sync::mpsc::UnboundedReceiver;
 use uuid::Uuid;
 
 use super::instance::{Agent, Instance, InstanceState, VmmNews};
+use super::restarting;
 use crate::agent::journal::Status;
+use crate::agent::outgoing::now_ms;
 use crate::agent::spawn;
 use crate::agent::vmm_client::Vmm;
 
@@ -102,13 +105,13 @@ impl Agent {
         if matches!(state.row.status, Status::Stopped | Status::Crashed) {
             return;
         }
-        let (status, reason) = match ended.how.as_str() {
-            "powered-off" => (Status::Stopped, "the guest powered off".to_owned()),
-            how if ended.reason.is_empty() => (Status::Crashed, format!("the guest {how}")),
-            how => (Status::Crashed, format!("{how}: {}", ended.reason)),
+        let (how, reason) = match ended.how.as_str() {
+            "powered-off" => (Ended::PoweredOff, "the guest powered off".to_owned()),
+            how if ended.reason.is_empty() => (Ended::Crashed, format!("the guest {how}")),
+            how => (Ended::Crashed, format!("{how}: {}", ended.reason)),
         };
-        tracing::info!(instance = %state.row.id, %status, reason, "the guest ended");
-        self.end(state, status, reason).await;
+        tracing::info!(instance = %state.row.id, ?how, reason, "the guest ended");
+        self.end(state, how, reason).await;
     }
 
     /// The VMM died, and the guest with it.
@@ -119,12 +122,13 @@ impl Agent {
         }
         let reason = state.vmm_obituary().await;
         tracing::info!(instance = %state.row.id, reason, "the instance crashed");
-        self.end(state, Status::Crashed, reason).await;
+        self.end(state, Ended::Crashed, reason).await;
     }
 
     /// Ends the VMM and writes what became of the instance: in this order, for nobody looks for the VMM of an instance
-    /// that the journal calls stopped. The instance stays as it is if its VMM does not die.
-    pub(crate) async fn end(&self, state: &mut InstanceState, status: Status, reason: String) {
+    /// that the journal calls stopped. The instance stays as it is if its VMM does not die. Its restart policy may have it
+    /// started again.
+    pub(crate) async fn end(&self, state: &mut InstanceState, ended: Ended, reason: String) {
         let killed = match &state.vmm {
             Some(vmm) => vmm.kill().await,
             // It may be there all the same: silent, and not found again yet by an agent that restarted.
@@ -136,10 +140,18 @@ impl Agent {
         }
         state.vmm = None;
         state.outcome = None;
-        state.row.status = status;
+        state.row.status = match ended {
+            Ended::Crashed => Status::Crashed,
+            Ended::PoweredOff | Ended::ByUser => Status::Stopped,
+        };
         state.row.reason = Some(reason);
+        restarting::plan(&mut state.row, ended, now_ms());
         if let Err(error) = self.save(&state.row).await {
             tracing::error!(instance = %state.row.id, error = error.chain(), "failed to journal how the instance ended");
+        }
+        if state.row.restarts.due.is_some() {
+            // Whoever starts instances lives as long as the agent.
+            let _ = self.due.send(state.row.id);
         }
         spawn::remove_cgroup(&state.row.id.to_string());
     }
@@ -147,7 +159,7 @@ impl Agent {
 
 impl Agent {
     /// Kills whatever VMM listens on the instance's socket, and waits until it is dead.
-    async fn kill_listening(&self, id: Uuid) -> io::Result<()> {
+    pub(super) async fn kill_listening(&self, id: Uuid) -> io::Result<()> {
         let socket = self.folder(id).join(spawn::SOCKET);
         tokio::task::spawn_blocking(move || spawn::kill_listening(&socket))
             .await

@@ -62,15 +62,31 @@ pub(crate) struct InstanceRow {
     pub(crate) migration: Option<Uuid>,
     pub(crate) reason: Option<String>,
     pub(crate) boot_id: String,
+    pub(crate) restarts: Restarts,
+}
+
+/// How often and when an instance is started again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Restarts {
+    /// Starts by its policy in a row.
+    pub(crate) count: u32,
+    /// When the next one is due, in milliseconds of unix time; none: it stays as it is.
+    pub(crate) due: Option<i64>,
+    /// Its user asked the guest to switch off: however it ends now, that is what was wanted.
+    pub(crate) asked_off: bool,
+    /// When it last began to run here, in milliseconds of unix time.
+    pub(crate) started: i64,
 }
 
 impl InstanceRow {
     /// Writes the row, new or changed.
     pub(crate) fn save(&self, transaction: &Transaction<'_>) -> rusqlite::Result<()> {
         transaction.execute(
-            "INSERT INTO instances(id,name,status,epoch,known_epoch,spec,migration,reason,boot_id)
-             VALUES(?1,?2,?3,?4,?5,?6,?7,?8,?9)
-             ON CONFLICT(id) DO UPDATE SET name=?2,status=?3,epoch=?4,known_epoch=?5,spec=?6,migration=?7,reason=?8,boot_id=?9",
+            "INSERT INTO instances(id,name,status,epoch,known_epoch,spec,migration,reason,boot_id,
+                                   restarts,restart_at,asked_off,started)
+             VALUES(?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13)
+             ON CONFLICT(id) DO UPDATE SET name=?2,status=?3,epoch=?4,known_epoch=?5,spec=?6,migration=?7,reason=?8,boot_id=?9,
+                                           restarts=?10,restart_at=?11,asked_off=?12,started=?13",
             (
                 self.id.to_string(),
                 &self.spec.name,
@@ -81,6 +97,10 @@ impl InstanceRow {
                 self.migration.map(|id| id.to_string()),
                 &self.reason,
                 &self.boot_id,
+                self.restarts.count,
+                self.restarts.due,
+                self.restarts.asked_off,
+                self.restarts.started,
             ),
         )?;
         transaction.execute("DELETE FROM departed WHERE id=?1", [self.id.to_string()])?;
@@ -90,7 +110,10 @@ impl InstanceRow {
     /// Every instance of this host.
     pub(crate) fn all(connection: &Connection) -> rusqlite::Result<Vec<Self>> {
         connection
-            .prepare("SELECT id,status,epoch,known_epoch,spec,migration,reason,boot_id FROM instances ORDER BY name")?
+            .prepare(
+                "SELECT id,status,epoch,known_epoch,spec,migration,reason,boot_id,restarts,restart_at,asked_off,started
+                 FROM instances ORDER BY name",
+            )?
             .query_map((), Self::from_row)?
             .collect()
     }
@@ -141,6 +164,12 @@ impl InstanceRow {
             migration: migration.map(|text| uuid(&text, 5)).transpose()?,
             reason: row.get(6)?,
             boot_id: row.get(7)?,
+            restarts: Restarts {
+                count: row.get(8)?,
+                due: row.get(9)?,
+                asked_off: row.get(10)?,
+                started: row.get(11)?,
+            },
         })
     }
 }

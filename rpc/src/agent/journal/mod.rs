@@ -1,16 +1,22 @@
-//! `journal.db`: instances, migrations and the decision register, durable.
+//! `journal.db`: instances, migrations, the decision register and who did what, durable.
 //!
 //! SQLite in WAL mode with `synchronous=FULL`, written by one thread; a write is answered once it is on the disk. It can
 //! be read with `sqlite3` while the agent runs. Nothing is checkpointed while a switchover is between ARM and CONFIRM,
 //! so that the one write inside the blackout is one append and one fsync.
 
+mod arrivals;
+mod audit;
 mod decisions;
+#[cfg(test)]
+mod fault_tests;
 mod instances;
 mod migrations;
 mod schema;
 mod writer;
 
+pub(crate) use arrivals::Arrival;
+pub(crate) use audit::AuditRow;
 pub(crate) use decisions::DecisionRow;
-pub(crate) use instances::{InstanceRow, Status};
+pub(crate) use instances::{InstanceRow, Restarts, Status};
 pub(crate) use migrations::{MigrationRow, Role};
 pub(crate) use writer::{Journal, JournalError};

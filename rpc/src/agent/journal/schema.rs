@@ -1,15 +1,21 @@
-//! The tables, and what a connection is set to.
+//! The tables, their versions, and what a connection is set to.
+//!
+//! A journal says its version in `user_version`. An older one is brought up step by step in one transaction: it is either
+//! still what it was, or what this build writes. A newer one is refused: an older agent cannot know what it would break.
 
 use rusqlite::Connection;
 
 /// The schema that this build writes.
-const SCHEMA_VERSION: i64 = 1;
+const SCHEMA_VERSION: i64 = 2;
 
 /// Rows written and removed once, so that the WAL has its length before the first switchover: extending a file costs more
 /// than writing into it.
 const WAL_FILLER_ROWS: usize = 256;
 
-const TABLES: &str = "
+/// What leads from each version to the next, from none on.
+const STEPS: [&str; SCHEMA_VERSION as usize] = [VERSION_1, VERSION_2];
+
+const VERSION_1: &str = "
 CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 
 CREATE TABLE instances(
@@ -59,25 +65,95 @@ CREATE TABLE decisions(
 ) STRICT;
 ";
 
+const VERSION_2: &str = "
+ALTER TABLE instances ADD COLUMN restarts INTEGER NOT NULL DEFAULT 0; -- starts by its policy in a row
+ALTER TABLE instances ADD COLUMN restart_at INTEGER;                  -- unix time, milliseconds: when the next one is due
+ALTER TABLE instances ADD COLUMN asked_off INTEGER NOT NULL DEFAULT 0; -- 1: its user asked the guest to switch off
+ALTER TABLE instances ADD COLUMN started INTEGER NOT NULL DEFAULT 0;  -- unix time, milliseconds: when it last began to run here
+
+-- Guests that came here and whose source has not acknowledged that yet.
+CREATE TABLE arrivals(
+  migration TEXT PRIMARY KEY,
+  instance TEXT NOT NULL,
+  source TEXT NOT NULL,       -- the host that it came from
+  attempt INTEGER NOT NULL
+) STRICT;
+
+-- Who did what. Rows are added and never changed.
+CREATE TABLE audit(
+  id INTEGER PRIMARY KEY AUTOINCREMENT,
+  time TEXT NOT NULL,         -- RFC 3339, UTC
+  actor TEXT NOT NULL,        -- the unix user who asked, another host, or the agent itself
+  request TEXT NOT NULL,      -- the request's id
+  what TEXT NOT NULL,         -- run delete stop migrate abort resolve restart destroy-stale
+  instance TEXT NOT NULL,     -- its id, or the name that was asked for
+  result TEXT NOT NULL        -- done, or why not
+) STRICT;
+CREATE TRIGGER audit_keeps_its_rows BEFORE DELETE ON audit
+BEGIN SELECT RAISE(ABORT, 'the audit table is append-only'); END;
+CREATE TRIGGER audit_does_not_change BEFORE UPDATE ON audit
+BEGIN SELECT RAISE(ABORT, 'the audit table is append-only'); END;
+-- INSERT OR REPLACE would delete without the first trigger.
+CREATE TRIGGER audit_is_not_replaced BEFORE INSERT ON audit WHEN EXISTS(SELECT 1 FROM audit WHERE id = NEW.id)
+BEGIN SELECT RAISE(ABORT, 'the audit table is append-only'); END;
+";
+
+/// Why a file is not opened as a journal.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NotOpened {
+    /// A newer agent wrote it.
+    #[error(
+        "it has schema {found}, this build knows {SCHEMA_VERSION} and older ones: start the newer ferry that wrote it"
+    )]
+    Newer {
+        /// Its version.
+        found: i64,
+    },
+    /// Pages of it are damaged.
+    #[error("it is damaged: keep a copy of it; docs/operations.md of ferry says what can be saved ({0})")]
+    Damaged(String),
+    /// SQLite says so.
+    #[error(transparent)]
+    Database(#[from] rusqlite::Error),
+}
+
 /// Settings, tables and the WAL's length.
 ///
 /// # Errors
-/// The file is not a journal, is of a newer schema, or cannot be written.
-pub(super) fn open(connection: &Connection) -> rusqlite::Result<()> {
+/// The file is not a journal, is damaged, is of a newer schema, or cannot be written.
+pub(super) fn open(connection: &Connection) -> Result<(), NotOpened> {
+    connection.pragma_update(None, "busy_timeout", 2000)?;
+    let found: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    // Before anything is written: the newer agent may need it as it is.
+    if found > SCHEMA_VERSION {
+        return Err(NotOpened::Newer { found });
+    }
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.pragma_update(None, "wal_autocheckpoint", 0)?;
-    connection.pragma_update(None, "busy_timeout", 2000)?;
-    let version: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
-    if version > SCHEMA_VERSION {
-        return Err(rusqlite::Error::InvalidParameterName(format!(
-            "the journal has schema {version}, this build knows {SCHEMA_VERSION}: use a newer ferry"
-        )));
+    let check: String = connection.pragma_query_value(None, "quick_check", |row| row.get(0))?;
+    if check != "ok" {
+        return Err(NotOpened::Damaged(check.lines().next().unwrap_or_default().to_owned()));
     }
-    if version == 0 {
-        connection.execute_batch(&format!("BEGIN;{TABLES}PRAGMA user_version={SCHEMA_VERSION};COMMIT;"))?;
+    upgrade(connection, found)?;
+    Ok(lengthen_wal(connection)?)
+}
+
+fn upgrade(connection: &Connection, found: i64) -> rusqlite::Result<()> {
+    let done = usize::try_from(found).unwrap_or_default();
+    let steps = STEPS.get(done..).unwrap_or_default();
+    if steps.is_empty() {
+        return Ok(());
     }
-    lengthen_wal(connection)
+    if found > 0 {
+        tracing::info!(found, now = SCHEMA_VERSION, "upgrading the journal");
+    }
+    let transaction = connection.unchecked_transaction()?;
+    for step in steps {
+        transaction.execute_batch(step)?;
+    }
+    transaction.pragma_update(None, "user_version", SCHEMA_VERSION)?;
+    transaction.commit()
 }
 
 fn lengthen_wal(connection: &Connection) -> rusqlite::Result<()> {
@@ -95,4 +171,83 @@ fn lengthen_wal(connection: &Connection) -> rusqlite::Result<()> {
 /// Moves the WAL into the database; the next write begins it anew without shortening the file.
 pub(super) fn checkpoint(connection: &Connection) -> rusqlite::Result<()> {
     connection.query_row("PRAGMA wal_checkpoint(RESTART)", (), |_| Ok(()))
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::super::{InstanceRow, Journal, MigrationRow, Restarts, Status};
+    use super::*;
+    use crate::error_chain;
+
+    const GOLDEN: &str = include_str!("golden/schema-1.sql");
+
+    #[tokio::test]
+    async fn a_journal_of_schema_1_is_upgraded_with_its_rows() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal.db");
+        Connection::open(&path).unwrap().execute_batch(GOLDEN).unwrap();
+
+        let journal = Journal::open(&path).unwrap();
+
+        let version: i64 = journal
+            .read(|c| c.pragma_query_value(None, "user_version", |row| row.get(0)))
+            .await
+            .unwrap();
+        assert_eq!(version, SCHEMA_VERSION);
+        let instances = journal.read(InstanceRow::all).await.unwrap();
+        let [old, web] = &instances[..] else {
+            panic!("{instances:?}")
+        };
+        assert_eq!((web.status, web.epoch, web.known_epoch), (Status::Running, 4, 5));
+        assert_eq!(
+            (web.spec.disks[0].path.as_str(), web.spec.restart.as_str()),
+            ("/srv/web.img", "")
+        );
+        assert_eq!(
+            (old.reason.as_deref(), old.restarts),
+            (Some("the VMM died"), Restarts::default())
+        );
+        let unfinished = journal.read(MigrationRow::unfinished).await.unwrap();
+        assert_eq!((unfinished[0].id, unfinished[0].armed), (Uuid::from_u128(10), 1));
+        let moved = journal.read(|c| InstanceRow::moved_to(c, "gone")).await.unwrap();
+        assert_eq!(moved.as_deref(), Some("b"));
+        let decision: String = journal
+            .read(|c| c.query_row("SELECT decision FROM decisions", (), |row| row.get(0)))
+            .await
+            .unwrap();
+        assert_eq!(decision, "SRC");
+    }
+
+    #[test]
+    fn an_upgrade_that_fails_leaves_the_older_schema() {
+        let connection = Connection::open_in_memory().unwrap();
+        connection.execute_batch(GOLDEN).unwrap();
+        // Somebody's own table is in the way of the last step.
+        connection.execute_batch("CREATE TABLE audit(mine)").unwrap();
+        assert!(upgrade(&connection, 1).is_err());
+        let version: i64 = connection
+            .pragma_query_value(None, "user_version", |row| row.get(0))
+            .unwrap();
+        assert_eq!(version, 1);
+        assert!(connection.prepare("SELECT restarts FROM instances").is_err());
+    }
+
+    #[test]
+    fn a_newer_schema_is_refused_and_left_as_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal.db");
+        Connection::open(&path)
+            .unwrap()
+            .pragma_update(None, "user_version", 99)
+            .unwrap();
+        let before = std::fs::read(&path).unwrap();
+        let told = error_chain(&Journal::open(&path).err().unwrap());
+        assert!(
+            told.contains("schema 99") && told.contains(&format!("knows {SCHEMA_VERSION}")),
+            "{told}"
+        );
+        assert_eq!(std::fs::read(&path).unwrap(), before);
+    }
 }

@@ -7,15 +7,53 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::Duration;
 
-use rusqlite::{Connection, Transaction};
+use rusqlite::{Connection, ErrorCode, Transaction};
 use tokio::sync::oneshot;
 
-use super::schema;
+use super::schema::{self, NotOpened};
 
-/// Why the journal did not take a write, or could not be read.
+/// Why the journal did not take a write, or could not be read. What was acknowledged before is not touched by it.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum JournalError {
-    /// SQLite's error: a full disk, a damaged file.
+    /// No room is left.
+    #[error("no room is left for the journal {path}: make some on its file system, nothing that was written is lost")]
+    Full {
+        /// The journal's file.
+        path: PathBuf,
+        /// What SQLite says.
+        #[source]
+        source: rusqlite::Error,
+    },
+    /// It cannot be written.
+    #[error(
+        "the journal {path} cannot be written: its folder must be writable for the agent's user, and its file system not mounted read-only"
+    )]
+    ReadOnly {
+        /// The journal's file.
+        path: PathBuf,
+        /// What SQLite says.
+        #[source]
+        source: rusqlite::Error,
+    },
+    /// It is not what it was when it was written.
+    #[error("the journal {path} is damaged: keep a copy of it; docs/operations.md of ferry says what can be saved")]
+    Damaged {
+        /// The journal's file.
+        path: PathBuf,
+        /// What SQLite says.
+        #[source]
+        source: rusqlite::Error,
+    },
+    /// It is no journal of this build.
+    #[error("the journal {path} cannot be used")]
+    NotOpened {
+        /// The journal's file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: NotOpened,
+    },
+    /// Another error of SQLite's.
     #[error("the journal {path} failed")]
     Database {
         /// The journal's file.
@@ -27,6 +65,20 @@ pub(crate) enum JournalError {
     /// The writer thread is gone.
     #[error("the journal's writer ended")]
     Ended,
+}
+
+impl JournalError {
+    fn of(path: &Path, source: rusqlite::Error) -> Self {
+        let path = path.to_owned();
+        match source.sqlite_error_code() {
+            Some(ErrorCode::DiskFull) => Self::Full { path, source },
+            Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied) => {
+                Self::ReadOnly { path, source }
+            }
+            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => Self::Damaged { path, source },
+            _ => Self::Database { path, source },
+        }
+    }
 }
 
 type Job = Box<dyn FnOnce(&mut Connection) + Send>;
@@ -57,12 +109,14 @@ impl Journal {
     /// # Errors
     /// The file cannot be opened or written, or is a newer agent's.
     pub(crate) fn open(path: &Path) -> Result<Self, JournalError> {
-        let failed = |source| JournalError::Database {
-            path: path.to_owned(),
-            source,
-        };
-        let connection = Connection::open(path).map_err(failed)?;
-        schema::open(&connection).map_err(failed)?;
+        let connection = Connection::open(path).map_err(|source| JournalError::of(path, source))?;
+        schema::open(&connection).map_err(|error| match error {
+            NotOpened::Database(source) => JournalError::of(path, source),
+            source => JournalError::NotOpened {
+                path: path.to_owned(),
+                source,
+            },
+        })?;
         let (jobs, receiver) = mpsc::channel();
         let switchovers = Arc::new(AtomicUsize::new(0));
         let busy = Arc::clone(&switchovers);
@@ -122,10 +176,7 @@ impl Journal {
         });
         self.jobs.send(job).map_err(|_| JournalError::Ended)?;
         let result = answer.await.map_err(|_| JournalError::Ended)?;
-        result.map_err(|source| JournalError::Database {
-            path: self.path.to_path_buf(),
-            source,
-        })
+        result.map_err(|source| JournalError::of(&self.path, source))
     }
 }
 
@@ -187,16 +238,5 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(rows, 0);
-    }
-
-    #[test]
-    fn a_newer_schema_is_refused() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("journal.db");
-        Connection::open(&path)
-            .unwrap()
-            .pragma_update(None, "user_version", 99)
-            .unwrap();
-        assert!(Journal::open(&path).is_err());
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ferry_migration::handover::{Decision, Epoch, SourceAgent, SourceCopy, SourceEvent};
+use ferry_migration::handover::{Decision, Epoch, SourceAgent, SourceCopy, SourceEvent, Wish};
 use ferry_proto::agent::v1::{LiveMigrationCast, MigrationInfo, MigrationOptions, Receipt};
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{self as wire};
@@ -50,6 +50,7 @@ impl Agent {
             )));
         }
         self.check_destination(&cast.destination)?;
+        self.check_settled(&mut state).await?;
 
         let row = MigrationRow {
             id,
@@ -137,16 +138,20 @@ impl Script {
     ) -> Self {
         let (peer_sender, peer_news) = mpsc::unbounded_channel();
         let (abort, _) = watch::channel(None);
+        let (resolvings, asked_to_resolve) = mpsc::unbounded_channel();
         let outgoing = Arc::new(Outgoing {
             id: row.id,
             destination: row.peer.clone(),
             info: watch::channel(row.info.clone()).0,
             abort,
             news: peer_sender,
+            resolvings,
             over: watch::channel(false).0,
         });
         agent.outgoing.add(Arc::clone(&outgoing));
-        Self::with_parts(Arc::clone(agent), outgoing, instance, row, peer_news, accepted_ns)
+        let mut script = Self::with_parts(Arc::clone(agent), outgoing, instance, row, peer_news, accepted_ns);
+        script.asked_to_resolve = Some(asked_to_resolve);
+        script
     }
 }
 
@@ -183,6 +188,10 @@ pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc
         };
         if said.as_deref() == Some(Decision::Running.as_str()) {
             effects = core.step(SourceEvent::Decided(armed, Decision::Running));
+        } else if said.as_deref() == Some(Wish::DiscardHere.as_str()) {
+            // GO was sent: nobody is asked any more what became of the grant.
+            (core, _) = SourceAgent::recover(epoch, armed, SourceCopy::Gone);
+            effects = core.step(SourceEvent::Resolved(Wish::DiscardHere));
         }
         script.resume(core, effects).await;
     });

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use ferry_migration::handover::Ending;
+use ferry_migration::handover::{Decision, Ended, Ending, Wish};
 
 use super::handle::now_text;
 use super::script::{Script, Stop};
@@ -35,6 +35,10 @@ impl Script {
             .await?;
         self.agent.instances.remove(self.row.instance);
         self.agent.remove_folder(self.row.instance);
+        if self.row.said.as_deref() != Some(Decision::Running.as_str()) {
+            // A person said so, who may be wrong: what is on its disks is kept.
+            return Ok(());
+        }
         // Their contents are the destination's now, and go on changing there.
         storage::remove(&self.row.info.copied_disks, self.row.instance, self.agent.host());
         Ok(())
@@ -47,6 +51,7 @@ impl Script {
             Ending::Stayed => self.stayed().await,
             Ending::Crashed => self.crashed().await,
             Ending::GuestStopped => self.guest_stopped().await,
+            Ending::Resolved(wish) => self.resolved(wish).await,
         }
         if let Some(rollback) = self.rollback.take() {
             // An answer means that the destination is ready for the next attempt; without one it finds out by itself.
@@ -65,8 +70,42 @@ impl Script {
             error = self.row.info.error,
             "migration is over"
         );
-        self.outgoing.over.send_replace(true);
         self.agent.outgoing.remove(self.row.id);
+        self.outgoing.over.send_replace(true);
+        if let Some(resolving) = self.resolving.take() {
+            resolving.answer(Ok(()));
+        }
+    }
+
+    /// A person ended it. The copy that GO stopped is killed; a guest that is to run here is booted anew by whoever asked.
+    async fn resolved(&mut self, wish: Wish) {
+        self.note_resolved(wish);
+        if wish == Wish::DiscardHere {
+            return;
+        }
+        let instance = Arc::clone(&self.instance);
+        let mut state = instance.state.lock().await;
+        state.news = None;
+        state.migrating = None;
+        if let Some(vmm) = state.vmm.take()
+            && let Err(error) = vmm.kill().await
+        {
+            // It has GO sent, and is killed again before its guest is started.
+            tracing::error!(migration = %self.row.id, %error, "the VMM of a stale copy does not die");
+            state.vmm = Some(vmm);
+        }
+    }
+
+    pub(super) fn note_resolved(&mut self, wish: Wish) {
+        let info = &mut self.row.info;
+        let (status, location) = match wish {
+            Wish::RunHere => ("failed", self.agent.host()),
+            // Nobody but its user says so.
+            Wish::DiscardHere => ("error", self.row.peer.as_str()),
+        };
+        info.status = status.to_owned();
+        info.guest_location = Some(location.to_owned());
+        info.error = Some(format!("resolved by its user: {}", wish.as_str()));
     }
 
     fn arrived(&mut self) {
@@ -158,7 +197,7 @@ impl Script {
         self.row.info.guest_location = Some(self.agent.host().to_owned());
         state.news = None;
         state.migrating = None;
-        self.agent.end(&mut state, Status::Crashed, reason).await;
+        self.agent.end(&mut state, Ended::Crashed, reason).await;
     }
 
     async fn guest_stopped(&mut self) {

@@ -4,10 +4,13 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use ferry_migration::handover::Decision;
+use ferry_migration::handover::{Decision, Wish};
 use ferry_proto::agent::v1::{DestinationPart, MigrationInfo};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use uuid::Uuid;
+
+use crate::agent::failure::Failure;
+use crate::agent::who::Who;
 
 /// The most page streams of one migration.
 pub(crate) const MOST_STREAMS: u16 = 64;
@@ -34,6 +37,20 @@ pub(crate) struct PeerNews {
     pub(crate) heard_ns: u64,
 }
 
+/// A person's wish to end the doubt, and who waits for what comes of it.
+pub(super) struct Resolving {
+    pub(super) wish: Wish,
+    pub(super) who: Who,
+    reply: oneshot::Sender<Result<(), Failure>>,
+}
+
+impl Resolving {
+    pub(super) fn answer(self, result: Result<(), Failure>) {
+        // Whoever asked may have given up waiting.
+        let _ = self.reply.send(result);
+    }
+}
+
 /// A handle on one outgoing migration; its task has the rest.
 pub(crate) struct Outgoing {
     pub(crate) id: Uuid,
@@ -41,6 +58,7 @@ pub(crate) struct Outgoing {
     pub(super) info: watch::Sender<MigrationInfo>,
     pub(super) abort: watch::Sender<Option<String>>,
     pub(super) news: mpsc::UnboundedSender<PeerNews>,
+    pub(super) resolvings: mpsc::UnboundedSender<Resolving>,
     pub(super) over: watch::Sender<bool>,
 }
 
@@ -57,6 +75,13 @@ impl Outgoing {
     /// Agent B says what D became.
     pub(crate) fn hear(&self, news: PeerNews) {
         let _ = self.news.send(news);
+    }
+
+    /// A person ends the doubt about it. None if it was over before.
+    pub(crate) async fn resolve(&self, wish: Wish, who: Who) -> Option<Result<(), Failure>> {
+        let (reply, answer) = oneshot::channel();
+        self.resolvings.send(Resolving { wish, who, reply }).ok()?;
+        answer.await.ok()
     }
 
     /// How it stands, and every change of it.

@@ -15,7 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
-use super::handle::{Outgoing, PeerNews};
+use super::handle::{Outgoing, PeerNews, Resolving};
 use crate::agent::backends::storage;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
@@ -60,6 +60,9 @@ pub(super) struct Script {
     pub(super) aborted: watch::Receiver<Option<String>>,
     pub(super) peer_news: mpsc::UnboundedReceiver<PeerNews>,
     pub(super) news: Option<mpsc::UnboundedReceiver<VmmNews>>,
+    pub(super) asked_to_resolve: Option<mpsc::UnboundedReceiver<Resolving>>,
+    /// A person ends it, and waits for that.
+    pub(super) resolving: Option<Resolving>,
     /// What the VMM said while nobody listened, still to be taken.
     pub(super) made_up: VecDeque<Body>,
     pub(super) abort_seen: bool,
@@ -98,6 +101,8 @@ impl Script {
             aborted,
             peer_news,
             news: None,
+            asked_to_resolve: None,
+            resolving: None,
             made_up: VecDeque::new(),
             abort_seen: false,
             questions: 0,

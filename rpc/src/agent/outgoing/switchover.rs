@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ferry_migration::handover::{
-    Decision, Ending, Epoch, SourceAgent, SourceEffect, SourceEvent, SourceState, Traded, pause_before_asking_again,
+    Decision, Ending, Epoch, SourceAgent, SourceEffect, SourceEvent, SourceState, Traded, Wish, pause_before_asking_again,
 };
 use ferry_proto::agent::v1::{AttemptRequest, DestinationPart, RollbackRequest};
 use ferry_proto::vmm::v1 as wire;
@@ -21,6 +21,7 @@ use crate::agent::failure::Failure;
 use crate::agent::instances::{Instance, VmmNews};
 use crate::agent::journal::Status;
 use crate::agent::peers::CALL_TIME;
+use crate::agent::resolving::become_resolved;
 use crate::agent::vmm_client::VmmError;
 use crate::vmm_process::monotonic_ns;
 
@@ -95,6 +96,9 @@ impl Script {
                 }
             };
             effects = core.step(event);
+            if effects.is_empty() && matches!(event, SourceEvent::Resolved(_)) {
+                self.not_resolved("it was decided meanwhile".to_owned());
+            }
             tracing::debug!(migration = %self.row.id, ?event, ?effects, "source");
             // From ARM to the end, nothing of the journal is moved around.
             match core.state() {
@@ -135,6 +139,11 @@ impl Script {
                     None
                 }
             },
+            Some(resolving) = next(&mut self.asked_to_resolve) => {
+                let wish = resolving.wish;
+                self.resolving = Some(resolving);
+                Some(SourceEvent::Resolved(wish))
+            }
             reason = aborted, if abort_is_news => {
                 self.abort_seen = true;
                 self.stop.get_or_insert(Stop::Aborted(reason.unwrap_or_default()));
@@ -271,6 +280,7 @@ impl Script {
                 Err(failure) => {
                     let reason = failure.chain();
                     tracing::error!(migration = %self.row.id, reason, ?effect, "the journal failed in a switchover");
+                    self.not_resolved(reason.clone());
                     self.stop.get_or_insert(Stop::Failed(reason));
                     effects = core.step(SourceEvent::JournalFailed).into();
                 }
@@ -314,6 +324,7 @@ impl Script {
             SourceEffect::SendPermit(epoch) => self.send_permit(epoch, calls),
             SourceEffect::DestroyCopy => self.destroy_copy().await?,
             SourceEffect::RollBackDestination => self.roll_back_destination(),
+            SourceEffect::JournalResolved(wish, epoch) => self.journal_resolved(wish, epoch).await?,
             SourceEffect::SayIndeterminate => self.say_indeterminate().await,
             SourceEffect::Finish(ending) => return Ok(Some(ending)),
         }
@@ -415,6 +426,50 @@ impl Script {
         let mut state = self.instance.state.lock().await;
         (state.row.epoch, state.row.known_epoch) = (epoch.0, epoch.0);
         Ok(())
+    }
+
+    /// What a person says, and who it was, in one transaction. Of a guest that is to run here the migration is over with it: the
+    /// new epoch makes every other copy stale, the stopped one here too.
+    async fn journal_resolved(&mut self, wish: Wish, epoch: Epoch) -> Result<(), Failure> {
+        let mut row = self.row.clone();
+        row.said = Some(wish.as_str().to_owned());
+        let mut state = self.instance.state.lock().await;
+        let mut instance = state.row.clone();
+        if wish == Wish::RunHere {
+            row.resumed = Some(epoch.0);
+            row.over = true;
+            become_resolved(&mut instance, epoch);
+        }
+        let audit = self.resolving.as_ref().map(|resolving| {
+            let what = format!("{} of migration {}", wish.as_str(), row.id);
+            resolving.who.did("resolve", &row.instance.to_string(), &what)
+        });
+        let (saved, saved_instance) = (row.clone(), instance.clone());
+        self.agent
+            .journal
+            .write(move |transaction| {
+                saved.save(transaction)?;
+                saved_instance.save(transaction)?;
+                audit.map_or(Ok(()), |audit| audit.add(transaction))
+            })
+            .await?;
+        tracing::warn!(migration = %row.id, instance = %row.instance, wish = wish.as_str(), %epoch, "resolved by a person");
+        self.row = row;
+        state.row = instance;
+        drop(state);
+        if wish == Wish::DiscardHere {
+            self.destroy_copy().await?;
+        }
+        Ok(())
+    }
+
+    fn not_resolved(&mut self, reason: String) {
+        if let Some(resolving) = self.resolving.take() {
+            resolving.answer(Err(Failure::Refused(format!(
+                "migration {} is not resolved: {reason}",
+                self.row.id
+            ))));
+        }
     }
 
     fn send_permit(&self, epoch: Epoch, calls: &Calls) {
@@ -525,7 +580,7 @@ async fn order_until_answered(instance: &Instance, order: Command) -> Option<Res
     }
 }
 
-async fn next(news: &mut Option<mpsc::UnboundedReceiver<VmmNews>>) -> Option<VmmNews> {
+async fn next<T>(news: &mut Option<mpsc::UnboundedReceiver<T>>) -> Option<T> {
     match news {
         Some(news) => news.recv().await,
         None => std::future::pending().await,

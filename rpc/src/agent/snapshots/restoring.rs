@@ -96,6 +96,7 @@ impl Agent {
             migration: None,
             reason: None,
             boot_id: self.boot_id.clone(),
+            restarts: Default::default(),
         })
     }
 

@@ -47,6 +47,7 @@ impl GuestPlan {
             initrd: String::new(),
             cmdline: self.cmdline.clone(),
             hugepages: false,
+            restart: String::new(),
             disks: Vec::new(),
             nics: Vec::new(),
         }

@@ -1,0 +1,224 @@
+//! Guests that came here: their source is told until it has acknowledged it.
+//!
+//! Until then the source may come to have them again, by a person's `resolve`, under a higher epoch. Whoever learns of a
+//! higher epoch destroys what it has: a host that comes back after its guests were started elsewhere asks, and learns it here.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ferry_migration::handover::{Decision, Epoch, Heard, Origin, PeerCopy, heard};
+use ferry_proto::agent::v1::{PostLiveMigrationReply, PostLiveMigrationRequest};
+
+use super::instance::{Agent, InstanceState};
+use crate::agent::failure::Failure;
+use crate::agent::journal::{Arrival, InstanceRow, Status};
+use crate::agent::peers::CALL_TIME;
+use crate::agent::who::Who;
+
+/// The pauses between two times that a source is told; the last one for ever.
+const PAUSES: [Duration; 6] = [
+    Duration::from_millis(100),
+    Duration::from_millis(250),
+    Duration::from_millis(500),
+    Duration::from_secs(2),
+    Duration::from_secs(5),
+    Duration::from_secs(15),
+];
+
+/// What a source's answer says of its copy.
+fn copy_of(reply: PostLiveMigrationReply) -> PeerCopy {
+    match reply {
+        PostLiveMigrationReply { pending: true, .. } => PeerCopy::Pending,
+        PostLiveMigrationReply { kept_epoch: 0, .. } => PeerCopy::Nothing,
+        PostLiveMigrationReply { kept_epoch, .. } => PeerCopy::Holds(Epoch(kept_epoch)),
+    }
+}
+
+impl Agent {
+    /// What a source is told of a guest that came from it.
+    pub(crate) fn arrived(&self, arrival: &Arrival) -> PostLiveMigrationRequest {
+        PostLiveMigrationRequest {
+            instance: arrival.instance.to_string(),
+            migration: arrival.migration.to_string(),
+            attempt: arrival.attempt,
+            decision: Decision::Running.to_string(),
+            part: None,
+            reason: String::new(),
+            destination: self.host().to_owned(),
+        }
+    }
+
+    /// Tells a source that its guest is here until it acknowledges that, for ever if need be. `news` may hold more than
+    /// [`Agent::arrived`] makes.
+    pub(crate) fn settle(self: &Arc<Self>, arrival: Arrival, news: PostLiveMigrationRequest) {
+        let agent = Arc::clone(self);
+        tokio::spawn(async move {
+            let mut pauses = PAUSES.into_iter();
+            let mut last = PAUSES[0];
+            loop {
+                if let Some(copy) = agent.tell(&arrival, news.clone()).await
+                    && agent.heard_of(&arrival, copy).await
+                {
+                    return;
+                }
+                last = pauses.next().unwrap_or(last);
+                tokio::time::sleep(last).await;
+            }
+        });
+    }
+
+    /// None if the source did not answer, or does not want to know.
+    async fn tell(&self, arrival: &Arrival, news: PostLiveMigrationRequest) -> Option<PeerCopy> {
+        let peer = self.peers.named(&arrival.source).ok()?;
+        let mut client = peer.compute();
+        match peer.answer(CALL_TIME, client.post_live_migration(news)).await {
+            Ok(reply) => Some(copy_of(reply)),
+            Err(error) => {
+                tracing::info!(instance = %arrival.instance, %error, "the source does not acknowledge yet that its guest is here");
+                None
+            }
+        }
+    }
+
+    /// Acts upon what a source said. True if it need not be told again.
+    async fn heard_of(&self, arrival: &Arrival, copy: PeerCopy) -> bool {
+        let Some(instance) = self.instances.by_id(arrival.instance) else {
+            // It went on, or was deleted.
+            return copy != PeerCopy::Pending && self.forget_arrival(arrival).await;
+        };
+        let mut state = instance.state.lock().await;
+        if state.arrival.as_ref() != Some(arrival) {
+            // Settled or destroyed by somebody else, or it came again since.
+            return true;
+        }
+        match heard(Epoch(state.row.epoch), copy) {
+            Heard::NotYet => false,
+            Heard::Settled => self.settled(&mut state, arrival).await,
+            Heard::Superseded(epoch) => {
+                self.destroy_stale(&mut state, epoch).await;
+                self.instances.by_id(arrival.instance).is_none()
+            }
+            Heard::Conflict(epoch) => {
+                tracing::error!(
+                    instance = %arrival.instance, here = state.row.epoch, there = %epoch, source = arrival.source,
+                    "two hosts have the instance: somebody resolved its migration on both; delete one of them"
+                );
+                false
+            }
+        }
+    }
+
+    /// A guest goes on only from a host that is certain to be the only one that has it: its source might come to take the epoch
+    /// that the next host would run it under.
+    ///
+    /// # Errors
+    /// Its source has not acknowledged yet that it came here.
+    pub(crate) async fn check_settled(&self, state: &mut InstanceState) -> Result<(), Failure> {
+        self.ask_origin(state).await;
+        match &state.arrival {
+            None => Ok(()),
+            Some(arrival) => Err(Failure::Refused(format!(
+                "host {}, from which instance {} came, has not acknowledged that yet: it moves on once that host did",
+                arrival.source, state.row.spec.name
+            ))),
+        }
+    }
+
+    /// Asks the host that an instance came from, for whoever wants to start it.
+    pub(super) async fn ask_origin(&self, state: &mut InstanceState) {
+        let Some(arrival) = state.arrival.clone() else {
+            state.origin = Origin::Settled;
+            return;
+        };
+        match self.tell(&arrival, self.arrived(&arrival)).await {
+            None => state.origin = Origin::Silent,
+            Some(PeerCopy::Nothing) => drop(self.settled(state, &arrival).await),
+            Some(copy) => state.origin = Origin::Says(copy),
+        }
+    }
+
+    /// The source acknowledged: nobody but this host has the guest.
+    async fn settled(&self, state: &mut InstanceState, arrival: &Arrival) -> bool {
+        state.origin = Origin::Says(PeerCopy::Nothing);
+        if !self.forget_arrival(arrival).await {
+            return false;
+        }
+        state.arrival = None;
+        state.origin = Origin::Settled;
+        if state.row.status == Status::Indeterminate && state.migrating.is_none() {
+            state.row.status = Status::Crashed;
+            state.row.reason = Some(format!("it crashed, and host {} has no copy of it", arrival.source));
+            if let Err(failure) = self.save(&state.row).await {
+                tracing::error!(
+                    error = failure.chain(),
+                    "failed to journal that an instance is this host's"
+                );
+            }
+        }
+        true
+    }
+
+    async fn forget_arrival(&self, arrival: &Arrival) -> bool {
+        let migration = arrival.migration;
+        let forgotten = self
+            .journal
+            .write(move |transaction| Arrival::settle(transaction, migration))
+            .await;
+        if let Err(error) = &forgotten {
+            tracing::error!(%migration, %error, "failed to journal that a source acknowledged");
+        }
+        forgotten.is_ok()
+    }
+
+    /// Rule 5: another host has the guest under a higher epoch. What is here is killed and removed before anything else; its
+    /// disk images are kept, they are no part of what could run.
+    pub(super) async fn destroy_stale(&self, state: &mut InstanceState, epoch: Epoch) {
+        let Some(arrival) = state.arrival.clone() else { return };
+        let id = state.row.id;
+        let killed = match &state.vmm {
+            Some(vmm) => vmm.kill().await,
+            None => self.kill_listening(id).await,
+        };
+        if let Err(error) = killed {
+            tracing::error!(instance = %id, %error, "the VMM of a stale copy does not die, trying again");
+            return;
+        }
+        state.vmm = None;
+        let done = format!(
+            "host {} has it under epoch {epoch}, here it had {}",
+            arrival.source, state.row.epoch
+        );
+        tracing::warn!(instance = %id, name = state.row.spec.name, done, "destroying a stale copy");
+        let audit = Who::agent().did("destroy-stale", &id.to_string(), &done);
+        let row = state.row.clone();
+        let written = self
+            .journal
+            .write(move |transaction| {
+                InstanceRow::depart(transaction, &row, &arrival.source, arrival.migration)?;
+                Arrival::settle(transaction, arrival.migration)?;
+                audit.add(transaction)
+            })
+            .await;
+        if let Err(error) = written {
+            tracing::error!(instance = %id, %error, "failed to journal that a stale copy is gone, trying again");
+            return;
+        }
+        state.row.restarts.due = None;
+        state.arrival = None;
+        self.instances.remove(id);
+        self.remove_folder(id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_that_knows_nothing_of_this_has_acknowledged() {
+        assert_eq!(copy_of(PostLiveMigrationReply::default()), PeerCopy::Nothing);
+        let reply = |pending, kept_epoch| PostLiveMigrationReply { pending, kept_epoch };
+        assert_eq!(copy_of(reply(true, 0)), PeerCopy::Pending);
+        assert_eq!(copy_of(reply(false, 6)), PeerCopy::Holds(Epoch(6)));
+    }
+}

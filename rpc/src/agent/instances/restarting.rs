@@ -1,0 +1,282 @@
+//! Instances that are started again: by their restart policy, and when.
+//!
+//! Who may start a guest, and under which epoch, is [`Fallen::verdict`]'s to say; this carries it out. When the next start
+//! is due is in the journal, so that an agent that restarts, or a host, goes on with it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ferry_migration::handover::{BackOff, Ended, Epoch, Fallen, Leaving, RestartPolicy, Verdict, Wanted};
+use ferry_proto::agent::v1::InstanceSpec;
+use tokio::sync::mpsc::UnboundedReceiver;
+use uuid::Uuid;
+
+use super::instance::{Agent, Instance, InstanceState};
+use crate::agent::backends::Occasion;
+use crate::agent::failure::Failure;
+use crate::agent::journal::{InstanceRow, Status};
+use crate::agent::outgoing::now_ms;
+use crate::agent::who::Who;
+
+/// The clock may be set while a start is waited for: it is looked at again after this at the latest.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
+/// The pauses between two questions to a host that does not answer grow from the one to the other.
+const ASK_AGAIN: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(30)];
+
+/// The policy in a spec that was checked; a word that is none counts as never.
+pub(crate) fn policy_of(spec: &InstanceSpec) -> RestartPolicy {
+    RestartPolicy::parse(&spec.restart).unwrap_or_default()
+}
+
+/// Starts each instance that is named here once its start is due.
+pub(crate) async fn restart_when_due(agent: Arc<Agent>, mut named: UnboundedReceiver<Uuid>) {
+    while let Some(id) = named.recv().await {
+        tokio::spawn(Arc::clone(&agent).look_after_restart(id));
+    }
+}
+
+/// Plans the next start of an instance that just ended, if its policy wants one, and says so in its reason.
+pub(super) fn plan(row: &mut InstanceRow, ended: Ended, now_ms: i64) {
+    let ended = if row.restarts.asked_off { Ended::ByUser } else { ended };
+    row.restarts.due = None;
+    if !policy_of(&row.spec).wants(ended) {
+        return;
+    }
+    let ran = now_ms.saturating_sub(row.restarts.started);
+    let ran = Duration::from_millis(u64::try_from(ran).unwrap_or(0));
+    let before = BackOff {
+        restarts: row.restarts.count,
+    };
+    let (back_off, pause) = before.after(ran);
+    row.restarts.count = back_off.restarts;
+    row.restarts.due = Some(now_ms.saturating_add(i64::try_from(pause.as_millis()).unwrap_or(i64::MAX)));
+    let when = match pause {
+        Duration::ZERO => "it is started again".to_owned(),
+        pause => format!(
+            "it is started again in {}, start {} in a row",
+            humantime::format_duration(pause),
+            back_off.restarts
+        ),
+    };
+    let reason = row.reason.take().unwrap_or_default();
+    row.reason = Some(format!("{reason}; {when}"));
+}
+
+/// What may be said and done about an instance that is to be started.
+pub(super) enum Clearance {
+    /// It may be started under this epoch.
+    Epoch(u64),
+    /// Not now, or not at all: a failure for whoever asked.
+    No(Failure),
+}
+
+impl Agent {
+    /// Whether a guest without a VMM may be started, the host that it came from having been asked if need be.
+    pub(super) async fn verdict(&self, state: &mut InstanceState, wanted: Wanted) -> Verdict {
+        let fallen = |state: &InstanceState| Fallen {
+            wanted,
+            had: Epoch(state.row.epoch),
+            known: Epoch(state.row.known_epoch),
+            leaving: match state.migrating {
+                Some(_) => Leaving::Armed(None),
+                None => Leaving::No,
+            },
+            origin: state.origin,
+        };
+        match fallen(state).verdict() {
+            Verdict::AskOrigin => {
+                self.ask_origin(state).await;
+                fallen(state).verdict()
+            }
+            verdict => verdict,
+        }
+    }
+
+    /// The same for a user who wants it to run now, carried out as far as nothing is started.
+    pub(super) async fn clear_for_user(&self, state: &mut InstanceState) -> Clearance {
+        let name = state.row.spec.name.clone();
+        let source = state
+            .arrival
+            .as_ref()
+            .map_or_else(String::new, |arrival| arrival.source.clone());
+        let refused = |reason: String| Clearance::No(Failure::Refused(reason));
+        match self.verdict(state, Wanted::ByUser).await {
+            Verdict::Start(epoch) => Clearance::Epoch(epoch.0),
+            Verdict::Superseded(epoch) => {
+                self.destroy_stale(state, epoch).await;
+                Clearance::No(self.not_here(&name).await)
+            }
+            Verdict::Indeterminate => {
+                self.doubt(state).await;
+                refused(state.row.reason.clone().unwrap_or_default())
+            }
+            Verdict::AskOrigin => refused(format!(
+                "host {source}, from which instance {name} came, is about to acknowledge that: ask again"
+            )),
+            Verdict::AskDecision | Verdict::Departed | Verdict::StayDown => {
+                refused(format!("instance {name} is {}", state.row.status))
+            }
+        }
+    }
+
+    /// Nobody knows who has the guest: said loudly, until its source answers or a person resolves it.
+    async fn doubt(&self, state: &mut InstanceState) {
+        let Some(arrival) = &state.arrival else { return };
+        if state.row.status == Status::Indeterminate {
+            return;
+        }
+        let reason = format!(
+            "host {} had not acknowledged that the guest left it, and does not answer: it may have started it anew. It is asked \
+             until it does; if it is gone for good, `ferry migration resolve {} --run-here --confirm {}` starts the guest here",
+            arrival.source, arrival.migration, state.row.spec.name
+        );
+        tracing::warn!(instance = %state.row.id, reason, "the instance is indeterminate");
+        state.row.status = Status::Indeterminate;
+        state.row.reason = Some(reason);
+        if let Err(failure) = self.save(&state.row).await {
+            tracing::error!(instance = %state.row.id, error = failure.chain(), "failed to journal that it is indeterminate");
+        }
+    }
+
+    /// Waits until the start of an instance is due and starts it, unless somebody else comes first.
+    async fn look_after_restart(self: Arc<Self>, id: Uuid) {
+        let mut ask_again = ASK_AGAIN[0];
+        while let Some(instance) = self.instances.by_id(id) {
+            let Some(due) = instance.state.lock().await.row.restarts.due else {
+                return;
+            };
+            let left = Duration::from_millis(u64::try_from(due.saturating_sub(now_ms())).unwrap_or(0));
+            if !left.is_zero() {
+                tokio::time::sleep(left.min(LOOK_AGAIN)).await;
+                continue;
+            }
+            let mut state = instance.state.lock().await;
+            if state.row.restarts.due != Some(due) || self.instances.by_id(id).is_none() {
+                continue;
+            }
+            if !self.restart(&instance, &mut state).await {
+                drop(state);
+                tokio::time::sleep(ask_again).await;
+                ask_again = ASK_AGAIN[1].min(2 * ask_again);
+            }
+        }
+    }
+
+    /// One try. False if it must be asked again before anything can be done.
+    async fn restart(self: &Arc<Self>, instance: &Arc<Instance>, state: &mut InstanceState) -> bool {
+        let ended = match state.row.status {
+            Status::Stopped => Ended::PoweredOff,
+            Status::Crashed | Status::Indeterminate => Ended::Crashed,
+            // Its user was faster.
+            Status::Running | Status::Paused | Status::Incoming => {
+                state.row.restarts.due = None;
+                return true;
+            }
+        };
+        match self
+            .verdict(state, Wanted::ByPolicy(policy_of(&state.row.spec), ended))
+            .await
+        {
+            Verdict::Start(epoch) => self.start_again(instance, state, epoch).await,
+            Verdict::StayDown => {
+                state.row.restarts.due = None;
+                if let Err(failure) = self.save(&state.row).await {
+                    tracing::error!(error = failure.chain(), "failed to journal that an instance stays down");
+                }
+            }
+            Verdict::Superseded(epoch) => self.destroy_stale(state, epoch).await,
+            Verdict::Indeterminate => {
+                self.doubt(state).await;
+                return false;
+            }
+            Verdict::AskOrigin | Verdict::AskDecision | Verdict::Departed => return false,
+        }
+        true
+    }
+
+    async fn start_again(self: &Arc<Self>, instance: &Arc<Instance>, state: &mut InstanceState, epoch: Epoch) {
+        let why = state.row.reason.clone().unwrap_or_default();
+        let started = self.start(instance, state, Occasion::Start, epoch.0).await;
+        self.audit(&Who::agent(), "restart", &instance.id.to_string(), &started)
+            .await;
+        match started {
+            Ok(()) => tracing::info!(%instance.id, %epoch, count = state.row.restarts.count, why, "started again"),
+            Err(failure) => {
+                tracing::warn!(%instance.id, error = failure.chain(), "an instance could not be started again");
+                // It did not run at all: the pauses grow.
+                state.row.restarts.started = now_ms();
+                let reason = format!("it could not be started again: {}", failure.chain());
+                self.end(state, Ended::Crashed, reason).await;
+            }
+        }
+    }
+
+    /// Its user wants it to stay as it is.
+    pub(super) async fn cancel_restart(&self, state: &mut InstanceState) -> Result<(), Failure> {
+        if state.row.restarts.due.take().is_none() {
+            return Ok(());
+        }
+        state.row.reason = Some("stopped by its user".to_owned());
+        self.save(&state.row).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(restart: &str) -> InstanceRow {
+        InstanceRow {
+            id: Uuid::from_u128(1),
+            status: Status::Crashed,
+            epoch: 1,
+            known_epoch: 1,
+            spec: InstanceSpec {
+                restart: restart.to_owned(),
+                ..InstanceSpec::default()
+            },
+            migration: None,
+            reason: Some("the VMM died".to_owned()),
+            boot_id: "boot".to_owned(),
+            restarts: Default::default(),
+        }
+    }
+
+    #[test]
+    fn a_crash_is_followed_by_a_start_if_the_policy_wants_it() {
+        let mut crashed = row("on-crash");
+        plan(&mut crashed, Ended::Crashed, 5_000_000);
+        assert_eq!(crashed.restarts.due, Some(5_000_000));
+        assert_eq!(crashed.reason.as_deref(), Some("the VMM died; it is started again"));
+        for (policy, ended) in [
+            ("", Ended::Crashed),
+            ("never", Ended::Crashed),
+            ("on-crash", Ended::PoweredOff),
+        ] {
+            let mut other = row(policy);
+            plan(&mut other, ended, 5_000_000);
+            assert_eq!(other.restarts.due, None, "{policy}");
+        }
+    }
+
+    #[test]
+    fn a_crash_loop_waits_and_tells_how_long() {
+        let mut crashed = row("always");
+        crashed.restarts.count = 4;
+        crashed.restarts.started = 4_999_000;
+        plan(&mut crashed, Ended::Crashed, 5_000_000);
+        assert_eq!(crashed.restarts.due, Some(5_008_000));
+        let reason = crashed.reason.unwrap();
+        assert!(reason.contains("in 8s, start 5 in a row"), "{reason}");
+    }
+
+    #[test]
+    fn a_guest_that_was_asked_to_switch_off_stays_off() {
+        let mut asked = row("always");
+        asked.restarts.asked_off = true;
+        for ended in [Ended::PoweredOff, Ended::Crashed] {
+            plan(&mut asked, ended, 5_000_000);
+            assert_eq!(asked.restarts.due, None, "{ended:?}");
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! `ferry migration resolve`: a person ends a migration of which nobody knows who has the guest.
+
+use std::sync::Arc;
+
+use ferry_migration::handover::{Decision, Doubt, Epoch, NotResolved, Peer, Side, Wish};
+use ferry_proto::agent::v1::{HostRequest, MigrationInfo, ResolveRequest};
+use ferry_proto::{InvalidField, wire_uuid};
+
+use super::backends::Occasion;
+use super::failure::Failure;
+use super::instances::{Agent, Instance, InstanceState};
+use super::journal::{InstanceRow, MigrationRow, Role, Status};
+use super::peers::{CALL_TIME, PeerError};
+use super::who::Who;
+
+impl Agent {
+    /// Ends the doubt about an instance of this host.
+    ///
+    /// # Errors
+    /// It is not for a person to end, the name that was typed is another, or the guest could not be started: then the doubt is
+    /// ended all the same, and the failure says so.
+    pub(crate) async fn resolve_migration(
+        self: &Arc<Self>,
+        request: ResolveRequest,
+        who: &Who,
+    ) -> Result<MigrationInfo, Failure> {
+        let id = wire_uuid("migration", &request.migration)?;
+        let wish = Wish::parse(&request.wish).ok_or_else(|| InvalidField {
+            field: "wish",
+            problem: format!("{:?} is not one of run-here, discard-here", request.wish),
+        })?;
+        let find = move |connection: &rusqlite::Connection| MigrationRow::find(connection, id);
+        let row = self.journal.read(find).await?.ok_or_else(|| Failure::NotFound {
+            what: format!("migration {id}"),
+            moved_to: None,
+        })?;
+        let Some(instance) = self.instances.by_id(row.instance) else {
+            return Err(self.not_here(&row.info.name).await);
+        };
+        // Before the instance is locked: this takes as long as a silent host is waited for.
+        let peer = self.contact(&row.peer).await;
+        match row.role {
+            Role::Source => {
+                self.resolve_at_source(&instance, &row, (wish, &request.confirm), peer, who)
+                    .await?
+            }
+            Role::Destination => {
+                self.resolve_at_destination(&instance, &row, (wish, &request.confirm), peer, who)
+                    .await?;
+            }
+        }
+        let row = self.journal.read(find).await?.unwrap_or(row);
+        if wish == Wish::RunHere {
+            self.start_resolved(&instance).await?;
+        }
+        Ok(row.info)
+    }
+
+    /// Whether the other agent is there at all. A refusal is an answer.
+    async fn contact(&self, host: &str) -> Peer {
+        let Ok(peer) = self.peers.named(host) else {
+            return Peer::Silent;
+        };
+        let mut client = peer.compute();
+        match peer.answer(CALL_TIME, client.host(HostRequest {})).await {
+            Ok(_) | Err(PeerError::Refused(_)) => Peer::Answers,
+            Err(PeerError::NoAnswer(_)) => Peer::Silent,
+        }
+    }
+
+    /// The task that drives the switchover ends it: nothing decides beside that.
+    async fn resolve_at_source(
+        &self,
+        instance: &Instance,
+        row: &MigrationRow,
+        (wish, confirm): (Wish, &str),
+        peer: Peer,
+        who: &Who,
+    ) -> Result<(), Failure> {
+        let said = row.said.as_deref().and_then(Decision::parse);
+        {
+            let state = instance.state.lock().await;
+            let side = Side::Source(said);
+            check(&state, row, (wish, confirm), side, peer)?;
+        }
+        let decided = || {
+            Failure::Refused(format!(
+                "migration {} was decided meanwhile: see it with `show`",
+                row.id
+            ))
+        };
+        let outgoing = self.outgoing.find(row.id).ok_or_else(decided)?;
+        outgoing
+            .resolve(wish, who.clone())
+            .await
+            .unwrap_or_else(|| Err(decided()))
+    }
+
+    /// The guest came here and crashed, and its source does not say whether it has it again.
+    async fn resolve_at_destination(
+        &self,
+        instance: &Instance,
+        row: &MigrationRow,
+        (wish, confirm): (Wish, &str),
+        peer: Peer,
+        who: &Who,
+    ) -> Result<(), Failure> {
+        let mut state = instance.state.lock().await;
+        let epoch = check(&state, row, (wish, confirm), Side::Destination, peer)?;
+        let audit = who.did("resolve", &instance.id.to_string(), wish.as_str());
+        let mut resolved = state.row.clone();
+        let Some(epoch) = epoch else {
+            let (source, migration) = (row.peer.clone(), row.id);
+            self.journal
+                .write(move |transaction| {
+                    InstanceRow::depart(transaction, &resolved, &source, migration)?;
+                    audit.add(transaction)
+                })
+                .await?;
+            state.row.restarts.due = None;
+            self.instances.remove(instance.id);
+            self.remove_folder(instance.id);
+            return Ok(());
+        };
+        become_resolved(&mut resolved, epoch);
+        let saved = resolved.clone();
+        self.journal
+            .write(move |transaction| {
+                saved.save(transaction)?;
+                audit.add(transaction)
+            })
+            .await?;
+        state.row = resolved;
+        Ok(())
+    }
+
+    /// Boots a guest anew that a person gave to this host, under the epoch that is journalled for it.
+    async fn start_resolved(self: &Arc<Self>, instance: &Arc<Instance>) -> Result<(), Failure> {
+        let mut state = instance.state.lock().await;
+        if state.row.status != Status::Crashed {
+            // It was started since, or deleted.
+            return Ok(());
+        }
+        let epoch = state.row.known_epoch;
+        self.start(instance, &mut state, Occasion::Start, epoch)
+            .await
+            .map_err(|failure| {
+                Failure::Refused(format!(
+                    "the migration is resolved and the guest is this host's, but it could not be started, `ferry start` tries \
+                     again: {}",
+                    failure.chain()
+                ))
+            })
+    }
+}
+
+/// What an instance's row becomes when a person gave the guest to this host. Its epoch is a right that nobody had: from here
+/// on every other copy is stale.
+pub(crate) fn become_resolved(row: &mut InstanceRow, epoch: Epoch) {
+    row.status = Status::Crashed;
+    row.reason = Some("its migration was resolved: it is to run here, booted anew".to_owned());
+    row.epoch = epoch.0;
+    row.known_epoch = epoch.0;
+    row.restarts = Default::default();
+}
+
+fn check(
+    state: &InstanceState,
+    row: &MigrationRow,
+    (wish, confirm): (Wish, &str),
+    side: Side,
+    peer: Peer,
+) -> Result<Option<Epoch>, Failure> {
+    let name = &state.row.spec.name;
+    // Of two migrations it is the last one that the doubt is about.
+    let is_about_it = match side {
+        Side::Source(_) => state.migrating == Some(row.id),
+        Side::Destination => {
+            state.migrating.is_none()
+                && state
+                    .arrival
+                    .as_ref()
+                    .is_some_and(|arrival| arrival.migration == row.id)
+        }
+    };
+    let doubt = Doubt {
+        side,
+        is_indeterminate: state.row.status == Status::Indeterminate && is_about_it,
+        known: Epoch(state.row.known_epoch),
+        peer,
+    };
+    let epoch = doubt.resolve(wish).map_err(|why| {
+        let remedy = match why {
+            NotResolved::NoDoubt => format!(": instance {name} is {}", state.row.status),
+            NotResolved::PeerAnswers => format!(" (host {}): wait for it, or stop its agent if it cannot", row.peer),
+            NotResolved::Decided(Decision::Source) => {
+                ": the guest goes on here as soon as its disks are free".to_owned()
+            }
+            NotResolved::Decided(_) => String::new(),
+        };
+        Failure::Refused(format!("migration {} is not resolved: {why}{remedy}", row.id))
+    })?;
+    if confirm != name {
+        return Err(Failure::Refused(format!(
+            "--confirm says {confirm:?}, the instance is called {name:?}: nothing was done"
+        )));
+    }
+    Ok(epoch)
+}

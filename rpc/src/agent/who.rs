@@ -1,0 +1,173 @@
+//! Who asks, for the audit table.
+//!
+//! Agents do not authenticate anybody yet, and what a request says of its sender proves nothing. What the kernel knows does: on
+//! this host, which user a connection's other end belongs to.
+
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+
+use tonic::Request;
+use uuid::Uuid;
+
+use super::failure::Failure;
+use super::instances::Agent;
+use super::journal::AuditRow;
+use super::outgoing::now_text;
+
+/// The metadata in which a caller may name its request.
+const REQUEST_ID: &str = "request-id";
+/// The longest request id that is kept.
+const LONGEST_REQUEST_ID: usize = 64;
+
+/// Whoever asked for something, and in which request.
+#[derive(Clone, Debug)]
+pub(crate) struct Who {
+    actor: String,
+    request: String,
+}
+
+impl Who {
+    /// Who sent this request.
+    pub(crate) fn sent<T>(request: &Request<T>) -> Self {
+        let named = request.metadata().get(REQUEST_ID).and_then(|id| id.to_str().ok());
+        let is_id = |id: &&str| {
+            (1..=LONGEST_REQUEST_ID).contains(&id.len()) && id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
+        };
+        Self {
+            actor: actor(request.remote_addr(), request.local_addr()),
+            request: named
+                .filter(is_id)
+                .map_or_else(|| Uuid::new_v4().to_string(), str::to_owned),
+        }
+    }
+
+    /// This agent itself: nobody asked.
+    pub(crate) fn agent() -> Self {
+        Self {
+            actor: "the agent".to_owned(),
+            request: Uuid::new_v4().to_string(),
+        }
+    }
+
+    /// What is written of a deed and its result.
+    pub(crate) fn did(&self, what: &'static str, instance: &str, result: &str) -> AuditRow {
+        AuditRow {
+            time: now_text(),
+            actor: self.actor.clone(),
+            request: self.request.clone(),
+            what,
+            instance: instance.chars().take(LONGEST_REQUEST_ID).collect(),
+            result: result.to_owned(),
+        }
+    }
+}
+
+impl Agent {
+    /// Writes down what came of a deed, which is over. The deed does not depend on it.
+    pub(crate) async fn audit<T>(&self, who: &Who, what: &'static str, instance: &str, result: &Result<T, Failure>) {
+        let result = match result {
+            Ok(_) => "done".to_owned(),
+            Err(failure) => failure.chain(),
+        };
+        let row = who.did(what, instance, &result);
+        if let Err(error) = self.journal.write(move |transaction| row.add(transaction)).await {
+            tracing::error!(what, instance, %error, "failed to write to the audit table");
+        }
+    }
+}
+
+fn actor(remote: Option<SocketAddr>, local: Option<SocketAddr>) -> String {
+    let (Some(remote), Some(local)) = (remote, local) else {
+        return "unknown".to_owned();
+    };
+    let is_here = remote.ip().is_loopback() || remote.ip() == local.ip();
+    if !is_here {
+        return remote.ip().to_string();
+    }
+    let table = match remote {
+        SocketAddr::V4(_) => "/proc/net/tcp",
+        SocketAddr::V6(_) => "/proc/net/tcp6",
+    };
+    // A connection from a container's network is in another table.
+    let sockets = fs::read_to_string(table).unwrap_or_default();
+    match owner(&sockets, remote, local) {
+        Some(user) => match user_name(&fs::read_to_string("/etc/passwd").unwrap_or_default(), user) {
+            Some(name) => format!("{name} (uid {user})"),
+            None => format!("uid {user}"),
+        },
+        None => format!("unknown at {}", remote.ip()),
+    }
+}
+
+/// The user whose socket is bound to `bound` and connected to `connected` (proc_net_tcp.rst of the kernel).
+fn owner(table: &str, bound: SocketAddr, connected: SocketAddr) -> Option<u32> {
+    let (bound, connected) = (in_table(bound), in_table(connected));
+    table.lines().find_map(|line| {
+        let mut fields = line.split_whitespace();
+        let (_, its_bound, its_connected) = (fields.next()?, fields.next()?, fields.next()?);
+        let is_it = its_bound == bound && its_connected == connected;
+        // st, tx_queue:rx_queue, tr:tm->when, retrnsmt, uid
+        is_it.then(|| fields.nth(4)?.parse().ok()).flatten()
+    })
+}
+
+/// An address as the table has it: words in the machine's byte order, in hexadecimal.
+fn in_table(address: SocketAddr) -> String {
+    let octets = match address.ip() {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    };
+    let words = octets.chunks_exact(4).map(|word| {
+        let word = word.try_into().map_or(0, u32::from_ne_bytes);
+        format!("{word:08X}")
+    });
+    format!("{}:{:04X}", words.collect::<String>(), address.port())
+}
+
+fn user_name(passwd: &str, user: u32) -> Option<&str> {
+    passwd.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)?.parse() == Ok(user)).then_some(name)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    #[test]
+    fn the_user_at_the_other_end_of_a_local_connection_is_known() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (remote, local) = (client.local_addr().unwrap(), client.peer_addr().unwrap());
+        let found = actor(Some(remote), Some(local));
+        let user = rustix::process::geteuid().as_raw();
+        assert!(found.contains(&format!("uid {user}")), "{found}");
+    }
+
+    #[test]
+    fn addresses_are_written_as_the_kernel_does() {
+        assert_eq!(in_table("127.0.0.1:7400".parse().unwrap()), "0100007F:1CE8");
+        assert_eq!(
+            in_table("[::1]:80".parse().unwrap()),
+            "00000000000000000000000001000000:0050"
+        );
+    }
+
+    #[test]
+    fn whoever_asks_from_elsewhere_is_an_address() {
+        let here = "192.0.2.1:7400".parse().ok();
+        assert_eq!(actor("192.0.2.7:4000".parse().ok(), here), "192.0.2.7");
+        assert_eq!(actor(None, None), "unknown");
+    }
+
+    #[test]
+    fn users_have_names_in_passwd() {
+        let passwd = "root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/home/web:/bin/sh\n";
+        assert_eq!(user_name(passwd, 1000), Some("web"));
+        assert_eq!(user_name(passwd, 1), None);
+    }
+}

@@ -1,0 +1,152 @@
+//! Nobody knows who has the guest, and a person says so; and whoever comes back later learns of it.
+
+use anyhow::{Context, Result, ensure};
+use ferry_tests::{Guest, Pair, Witness, host::free_port, process, until, waiting::CALL, waiting::MOVE};
+use libtest_mimic::Trial;
+use rustix::process::Signal;
+
+use crate::journal;
+use crate::scenario::{expect_a_lost_peer_and, has_nothing, on_kvm};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    on_kvm![
+        a_guest_resolved_at_the_source_boots_anew_and_the_stale_copy_is_destroyed,
+        a_copy_that_is_discarded_at_the_source_leaves_the_guest_to_the_destination,
+        a_destination_that_went_down_asks_the_source_before_it_starts_the_guest,
+        a_guest_resolved_at_the_destination_boots_anew_and_the_source_destroys_its_copy,
+    ]
+}
+
+fn a_guest_resolved_at_the_source_boots_anew_and_the_stale_copy_is_destroyed(pair: &mut Pair) -> Result<()> {
+    let (witness, id) = arrive_unheard(pair)?;
+    let resolve = ["migration", "resolve", id.as_str(), "--run-here", "--confirm"];
+    pair.a.ferry(&with(&resolve, "g"))?.exit(4)?;
+    lose_b(pair)?;
+    pair.a.wait_for_indeterminate("g")?;
+
+    pair.a
+        .ferry(&with(&resolve, "another"))?
+        .exit(4)?
+        .says("nothing was done")?;
+    pair.a
+        .ferry(&with(&resolve, "g"))?
+        .exit(0)?
+        .migration()?
+        .is("failed", "a")?;
+
+    witness.wait_ready_times(2)?;
+    let shown = pair.a.wait_for_status("g", "running")?;
+    // It ran under 1 here, under 2 there, and that counts.
+    ensure!(shown["epoch"] == 3, "{shown}");
+    ensure!(journal::of(&pair.a)?.audited("resolve", "run-here")? == 1);
+
+    b_is_back(pair)?;
+    has_nothing(&pair.b)?;
+    pair.b.ferry(&["show", "g"])?.exit(3)?.says("moved_to")?;
+    ensure!(journal::of(&pair.b)?.audited("destroy-stale", "host a has it under epoch 3")? == 1);
+    witness.wait_for_beats_at("a", 5)?;
+    pair.exists_only_at(&pair.a, "g")
+}
+
+fn a_copy_that_is_discarded_at_the_source_leaves_the_guest_to_the_destination(pair: &mut Pair) -> Result<()> {
+    let (witness, id) = arrive_unheard(pair)?;
+    pair.b.kill();
+    pair.a.wait_for_indeterminate("g")?;
+
+    let resolve = ["migration", "resolve", id.as_str(), "--discard-here", "--confirm", "g"];
+    pair.a.ferry(&resolve)?.exit(0)?.migration()?.is("error", "b")?;
+
+    has_nothing(&pair.a)?;
+    // Only its agent was gone.
+    b_is_back(pair)?;
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn a_destination_that_went_down_asks_the_source_before_it_starts_the_guest(pair: &mut Pair) -> Result<()> {
+    let (witness, _) = arrive_unheard(pair)?;
+    lose_both(pair)?;
+
+    b_is_back(pair)?;
+    pair.b.wait_for_indeterminate("g")?;
+    pair.b.ferry(&["start", "g"])?.exit(4)?;
+    ensure!(pair.b.vmms().is_empty());
+    pair.a.start()?;
+
+    witness.wait_ready_times(2)?;
+    pair.b.wait_for_status("g", "running")?;
+    witness.wait_for_beats_at("b", 5)?;
+    has_nothing(&pair.a)?;
+    pair.exists_only_at(&pair.b, "g")
+}
+
+fn a_guest_resolved_at_the_destination_boots_anew_and_the_source_destroys_its_copy(pair: &mut Pair) -> Result<()> {
+    let (witness, id) = arrive_unheard(pair)?;
+    lose_both(pair)?;
+    b_is_back(pair)?;
+    pair.b.wait_for_indeterminate("g")?;
+
+    let resolve = ["migration", "resolve", id.as_str(), "--run-here", "--confirm", "g"];
+    pair.b.ferry(&resolve)?.exit(0)?;
+
+    witness.wait_ready_times(2)?;
+    let shown = pair.b.wait_for_status("g", "running")?;
+    ensure!(shown["epoch"] == 3, "{shown}");
+    pair.a.start()?;
+    has_nothing(&pair.a)?;
+    witness.wait_for_beats_at("b", 5)?;
+    pair.exists_only_at(&pair.b, "g")
+}
+
+/// A guest that has moved to B, of which A does not hear: B looks for A where nobody is.
+fn arrive_unheard(pair: &mut Pair) -> Result<(Witness, String)> {
+    let further = [
+        "nobody knows",
+        "resolved by a person",
+        "stale copy",
+        "indeterminate",
+        "the host went down",
+        "crashed",
+        "source",
+        "transport",
+        "VMM",
+    ];
+    expect_a_lost_peer_and(pair, &further);
+    pair.b.set_peer("a", &format!("http://127.0.0.1:{}", free_port()?));
+    pair.b.terminate()?;
+    pair.b.start()?;
+    let witness = pair.run(&Guest::new("g").restart("on-crash"))?;
+    let began = pair.migrate("g", &["--detach"])?.exit(0)?;
+    let id = began.migration()?.text("id")?.to_owned();
+    let journal = journal::of(&pair.b)?;
+    until("the guest runs at b", MOVE, || {
+        Ok(journal.decision_of(&id, "RUNNING")?.then_some(()))
+    })?;
+    pair.keep_logs();
+    Ok((witness, id))
+}
+
+/// Host B goes down: its agent and its guest.
+fn lose_b(pair: &mut Pair) -> Result<()> {
+    let vmm = pair.b.vmm()?;
+    pair.b.kill();
+    process::signal(vmm, Signal::KILL)?;
+    until("the VMM is gone", CALL, || Ok(pair.b.vmms().is_empty().then_some(())))?;
+    journal::reboot(&pair.b)
+}
+
+/// Host B goes down, and the agent of A too.
+fn lose_both(pair: &mut Pair) -> Result<()> {
+    pair.a.kill();
+    lose_b(pair)
+}
+
+/// The agent of B comes back, and finds A now.
+fn b_is_back(pair: &mut Pair) -> Result<()> {
+    let url = pair.a.url();
+    pair.b.set_peer("a", &url);
+    pair.b.start().context("agent b comes back")
+}
+
+fn with<'a>(words: &[&'a str], last: &'a str) -> Vec<&'a str> {
+    [words, &[last]].concat()
+}
