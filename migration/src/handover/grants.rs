@@ -13,6 +13,8 @@
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use uuid::Uuid;
+
 use super::Attempt;
 
 /// What a grant was traded for. Final for its attempt.
@@ -27,7 +29,7 @@ pub enum Traded {
 /// Why an offered grant was not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum GrantRefused {
-    /// CANCELLED was answered for this attempt, or a later one was seen.
+    /// CANCELLED was answered for this attempt, a later one was seen, or the migration is over here.
     #[error("{0} was called off before")]
     Stale(Attempt),
     /// Another attempt's grant is held.
@@ -46,6 +48,8 @@ pub struct GrantRegister {
     /// The last attempt for which CANCELLED was answered. Attempts of one migration only grow, and a VMM serves
     /// one migration at a time, so the newest one is enough to refuse all earlier ones.
     cancelled: Option<Attempt>,
+    /// The last migration that is over here: no grant of it is taken any more.
+    closed: Option<Uuid>,
 }
 
 impl GrantRegister {
@@ -57,7 +61,7 @@ impl GrantRegister {
         if let Some(sent) = self.go_sent {
             return Err(GrantRefused::GoWasSent(sent));
         }
-        if self.is_cancelled(attempt) {
+        if self.is_cancelled(attempt) || self.closed == Some(attempt.migration) {
             return Err(GrantRefused::Stale(attempt));
         }
         match self.held {
@@ -126,10 +130,23 @@ impl GrantRegister {
         Traded::Cancelled
     }
 
-    /// Forgets GO-sent, because the guest resumes here under a higher epoch (D = SRC). The attempt stays refused.
+    /// The migration of `attempt` is over before GO: CANCELLED for this attempt and for any later one whose grant is held or on
+    /// its way. A grant that stayed would bind the guest for ever.
+    pub fn close(&mut self, attempt: Attempt) -> Traded {
+        if self.go_sent.is_some_and(|sent| sent.migration == attempt.migration) {
+            return Traded::GoSent;
+        }
+        let held = self.held.filter(|held| held.migration == attempt.migration);
+        let newest = held.filter(|held| held.attempt > attempt.attempt).unwrap_or(attempt);
+        self.closed = Some(attempt.migration);
+        self.trade_for_cancelled(newest)
+    }
+
+    /// Forgets GO-sent, because the guest resumes here under a higher epoch (D = SRC). Its migration is over.
     pub fn superseded(&mut self) {
         if let Some(sent) = self.go_sent.take() {
             self.cancelled = Some(sent);
+            self.closed = Some(sent.migration);
         }
     }
 
@@ -221,7 +238,14 @@ impl Grants {
         traded
     }
 
-    /// Forgets GO-sent, because the guest resumes here under a higher epoch (D = SRC). The attempt stays refused.
+    /// The migration is over before GO: [`GrantRegister::close`].
+    pub fn close(&self, attempt: Attempt) -> Traded {
+        let traded = self.lock().close(attempt);
+        self.changed.notify_all();
+        traded
+    }
+
+    /// Forgets GO-sent, because the guest resumes here under a higher epoch (D = SRC). Its migration is over.
     pub fn superseded(&self) {
         self.lock().superseded();
     }
@@ -233,8 +257,6 @@ impl Grants {
 
 #[cfg(test)]
 mod tests {
-    use uuid::Uuid;
-
     use super::*;
     use crate::handover::Epoch;
 
@@ -291,6 +313,21 @@ mod tests {
         assert_eq!(grants.offer(attempt(2)), Err(GrantRefused::GoWasSent(attempt(1))));
         grants.superseded();
         assert_eq!(grants.offer(attempt(1)), Err(GrantRefused::Stale(attempt(1))));
-        assert_eq!(grants.offer(attempt(2)), Ok(()));
+        let next_migration = Attempt {
+            migration: Uuid::from_u128(3),
+            ..attempt(1)
+        };
+        assert_eq!(grants.offer(next_migration), Ok(()));
+    }
+
+    #[test]
+    fn a_migration_that_is_over_leaves_no_grant_behind() {
+        let grants = Grants::new();
+        grants.offer(attempt(2)).unwrap();
+        // It had not looked at the grant of the second attempt yet.
+        assert_eq!(grants.close(attempt(1)), Traded::Cancelled);
+        assert!(!grants.binds());
+        assert_eq!(grants.offer(attempt(3)), Err(GrantRefused::Stale(attempt(3))));
+        assert_eq!(grants.trade_for_cancelled(attempt(2)), Traded::Cancelled);
     }
 }

@@ -13,7 +13,8 @@
 //! | an agent that a person tells | [`Doubt`] | how `resolve` ends a migration that nobody can decide |
 //!
 //! Effects are carried out strictly in the order in which they are listed; a durable write that fails ends its list
-//! and comes back as an event. `docs/architecture.md` tells the whole protocol.
+//! and comes back as an event. `docs/handover.md` tells the whole protocol,
+//! and `tests/model/` searches it exhaustively, around these very cores.
 
 mod attempt;
 mod destination_agent;

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ferry_migration::handover::{
-    Decision, Ending, Epoch, SourceAgent, SourceEffect, SourceEvent, SourceState, Traded, Wish, pause_before_asking_again,
+    Decision, Ending, Epoch, SourceAgent, SourceEffect, SourceEvent, SourceState, Traded, Wish,
+    pause_before_asking_again,
 };
 use ferry_proto::agent::v1::{AttemptRequest, DestinationPart, RollbackRequest};
 use ferry_proto::vmm::v1 as wire;
