@@ -195,8 +195,8 @@ pub fn run<G: SourceGuest>(
         }
         Err(stop) => stop,
     };
-    // From here on a grant for this attempt is refused, whether it was on its way or not.
-    if grants.trade_for_cancelled(attempt) == Traded::GoSent {
+    // From here on a grant of this migration is refused, whether it was on its way or not.
+    if grants.close(attempt) == Traded::GoSent {
         tracing::error!(%attempt, "the register says GO-sent for a migration that did not send it");
     }
     guest.stop_tracking();
@@ -337,7 +337,7 @@ fn with_threads<G: SourceGuest>(
                 ending.parked.set(true);
             }
             Err(stop) => {
-                asked.grants.trade_for_cancelled(*journey.attempt);
+                asked.grants.close(*journey.attempt);
                 conversation.farewell(stop);
             }
         }

@@ -49,7 +49,7 @@ impl fmt::Display for Attempt {
 }
 
 /// An agent's leave for its VMM to run the guest under one epoch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Permit {
     /// The instance that may run.
     pub instance: Uuid,

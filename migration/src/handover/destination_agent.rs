@@ -12,7 +12,7 @@
 use super::{Decision, HandBack, Move};
 
 /// What agent B knows of one incoming migration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum State {
     Prepared,
     Expecting {
@@ -24,6 +24,8 @@ enum State {
     },
     Running {
         attempt: u32,
+        came: Came,
+        durable: bool,
     },
     Refused {
         attempt: u32,
@@ -31,8 +33,24 @@ enum State {
     },
 }
 
+/// How the guest came to this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Came {
+    Alive,
+    Crashed,
+}
+
+impl Came {
+    fn adopt(self) -> DestinationEffect {
+        match self {
+            Self::Alive => DestinationEffect::Adopt,
+            Self::Crashed => DestinationEffect::AdoptCrashed,
+        }
+    }
+}
+
 /// What happens to agent B.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DestinationEvent {
     /// Agent A asks to expect this attempt.
     Expect(u32),
@@ -60,7 +78,7 @@ pub enum DestinationEvent {
 }
 
 /// What agent B must do, in this order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DestinationEffect {
     /// Make this durable before anything that follows.
     Journal {
@@ -93,7 +111,7 @@ pub enum DestinationEffect {
 }
 
 /// The core of one incoming migration at agent B.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DestinationAgent {
     state: State,
 }
@@ -112,7 +130,11 @@ impl DestinationAgent {
             None => State::Prepared,
             Some((attempt, Decision::Open)) => State::Expecting { attempt },
             Some((attempt, Decision::Claimed)) => State::Claimed { attempt },
-            Some((attempt, Decision::Running)) => State::Running { attempt },
+            Some((attempt, Decision::Running)) => State::Running {
+                attempt,
+                came: Came::Alive,
+                durable: true,
+            },
             Some((attempt, Decision::Source)) => State::Refused { attempt, durable: true },
         };
         Self { state }
@@ -125,7 +147,7 @@ impl DestinationAgent {
             State::Prepared => 0,
             State::Expecting { attempt }
             | State::Claimed { attempt }
-            | State::Running { attempt }
+            | State::Running { attempt, .. }
             | State::Refused { attempt, .. } => attempt,
         }
     }
@@ -214,23 +236,35 @@ impl DestinationAgent {
 
     fn started(&mut self) -> Vec<DestinationEffect> {
         match self.state {
-            State::Claimed { attempt } => {
-                self.state = State::Running { attempt };
-                vec![
-                    DestinationEffect::Journal {
-                        attempt,
-                        decision: Decision::Running,
-                    },
-                    DestinationEffect::Adopt,
-                    DestinationEffect::TellSource(Decision::Running),
-                ]
-            }
-            State::Running { .. } => vec![
+            State::Claimed { attempt } => self.run(attempt, Came::Alive),
+            State::Running {
+                attempt,
+                came,
+                durable: false,
+            } => self.run(attempt, came),
+            State::Running { durable: true, .. } => vec![
                 DestinationEffect::Adopt,
                 DestinationEffect::TellSource(Decision::Running),
             ],
             _ => Vec::new(),
         }
+    }
+
+    /// To RUNNING, durably: only then is the guest, or what is left of it, this host's, and A told.
+    fn run(&mut self, attempt: u32, came: Came) -> Vec<DestinationEffect> {
+        self.state = State::Running {
+            attempt,
+            came,
+            durable: true,
+        };
+        vec![
+            DestinationEffect::Journal {
+                attempt,
+                decision: Decision::Running,
+            },
+            came.adopt(),
+            DestinationEffect::TellSource(Decision::Running),
+        ]
     }
 
     fn give_up(&mut self) -> Vec<DestinationEffect> {
@@ -263,18 +297,15 @@ impl DestinationAgent {
                     );
                     self.refuse(attempt, Vec::new())
                 } else {
-                    self.state = State::Running { attempt };
-                    vec![
-                        DestinationEffect::Journal {
-                            attempt,
-                            decision: Decision::Running,
-                        },
-                        DestinationEffect::AdoptCrashed,
-                        DestinationEffect::TellSource(Decision::Running),
-                    ]
+                    self.run(attempt, Came::Crashed)
                 }
             }
-            State::Running { .. } => vec![DestinationEffect::AdoptCrashed],
+            State::Running {
+                attempt,
+                durable: false,
+                ..
+            } => self.run(attempt, Came::Crashed),
+            State::Running { durable: true, .. } => vec![DestinationEffect::AdoptCrashed],
             State::Refused { .. } => Vec::new(),
         }
     }
@@ -285,7 +316,7 @@ impl DestinationAgent {
             State::Prepared => self.refuse(asked, vec![answer(Decision::Source)]),
             State::Expecting { attempt } if asked < attempt => vec![answer(Decision::Source)],
             State::Expecting { .. } => self.refuse(asked, vec![answer(Decision::Source)]),
-            State::Claimed { attempt } | State::Running { attempt } if asked < attempt => {
+            State::Claimed { attempt } | State::Running { attempt, .. } if asked < attempt => {
                 vec![answer(Decision::Source)]
             }
             State::Claimed { .. } => vec![answer(Decision::Claimed)],
@@ -302,10 +333,7 @@ impl DestinationAgent {
     fn vmm_found(&mut self) -> Vec<DestinationEffect> {
         match self.state {
             State::Claimed { .. } => vec![DestinationEffect::SendPermit],
-            State::Running { .. } => vec![
-                DestinationEffect::Adopt,
-                DestinationEffect::TellSource(Decision::Running),
-            ],
+            State::Running { .. } => self.started(),
             State::Refused { .. } => vec![DestinationEffect::KillVmm],
             State::Prepared | State::Expecting { .. } => Vec::new(),
         }
@@ -348,8 +376,13 @@ impl DestinationAgent {
                     DestinationEffect::TellSource(Decision::Source),
                 ]
             }
-            // The guest runs, and its started mark says so: A is told once the row is written.
-            State::Running { attempt } => {
+            // The guest runs, or crashed, and its started mark says so: A is told once the row is written.
+            State::Running { attempt, came, .. } => {
+                self.state = State::Running {
+                    attempt,
+                    came,
+                    durable: false,
+                };
                 vec![DestinationEffect::JournalLater {
                     attempt,
                     decision: Decision::Running,
@@ -375,7 +408,9 @@ impl DestinationAgent {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use DestinationEffect::{Adopt, AdoptCrashed, Answer, Journal, KillVmm, Refuse, SendPermit, TellSource};
+    use DestinationEffect::{
+        Adopt, AdoptCrashed, Answer, Journal, JournalLater, KillVmm, Refuse, SendPermit, TellSource,
+    };
 
     fn claimed() -> DestinationAgent {
         let mut agent = DestinationAgent::prepared();
@@ -507,6 +542,36 @@ mod tests {
             agent.step(DestinationEvent::Decide(1))[..2],
             [source, Answer(Decision::Source)]
         );
+    }
+
+    #[test]
+    fn a_guest_that_crashed_before_running_was_written_is_adopted_once_it_is() {
+        let mut agent = claimed();
+        agent.step(DestinationEvent::Started);
+        let later = [JournalLater {
+            attempt: 1,
+            decision: Decision::Running,
+        }];
+        assert_eq!(agent.step(DestinationEvent::JournalFailed), later);
+        let gone = DestinationEvent::VmmGone {
+            started: true,
+            same_boot: true,
+        };
+        let adopted = [
+            Journal {
+                attempt: 1,
+                decision: Decision::Running,
+            },
+            AdoptCrashed,
+            TellSource(Decision::Running),
+        ];
+        assert_eq!(agent.step(gone), adopted);
+        assert_eq!(agent.step(DestinationEvent::JournalFailed), later);
+        // Its process may be there all the same, and be found over a new connection: what crashed stays crashed.
+        assert_eq!(agent.step(DestinationEvent::VmmFound), adopted);
+        assert_eq!(agent.step(DestinationEvent::JournalFailed), later);
+        assert_eq!(agent.step(DestinationEvent::Started), adopted);
+        assert_eq!(agent.step(gone), [AdoptCrashed]);
     }
 
     #[test]

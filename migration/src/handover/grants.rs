@@ -7,16 +7,18 @@
 //!      └─────────────────┘ CANCELLED(M,n): a grant for (M,n) is refused for ever
 //! ```
 //!
-//! Two threads meet here: the one that serves the agent (offers, and asks for CANCELLED) and the one that runs the
-//! migration (trades). Whoever comes first wins; the other is told what came of it.
+//! Two threads meet in [`Grants`]: the one that serves the agent (offers, and asks for CANCELLED) and the one that runs the
+//! migration (trades). Whoever comes first wins; the other is told what came of it. [`GrantRegister`] is what they share.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use uuid::Uuid;
+
 use super::Attempt;
 
 /// What a grant was traded for. Final for its attempt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Traded {
     /// The switchover was called off; the guest runs on under the epoch it had.
     Cancelled,
@@ -27,7 +29,7 @@ pub enum Traded {
 /// Why an offered grant was not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum GrantRefused {
-    /// CANCELLED was answered for this attempt, or a later one was seen.
+    /// CANCELLED was answered for this attempt, a later one was seen, or the migration is over here.
     #[error("{0} was called off before")]
     Stale(Attempt),
     /// Another attempt's grant is held.
@@ -38,19 +40,126 @@ pub enum GrantRefused {
     GoWasSent(Attempt),
 }
 
-#[derive(Clone, Copy, Debug, Default)]
-struct Register {
+/// The register itself: plain data, without anybody who waits. [`Grants`] is what threads share; a model checker takes this.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct GrantRegister {
     held: Option<Attempt>,
     go_sent: Option<Attempt>,
     /// The last attempt for which CANCELLED was answered. Attempts of one migration only grow, and a VMM serves
     /// one migration at a time, so the newest one is enough to refuse all earlier ones.
     cancelled: Option<Attempt>,
+    /// The last migration that is over here: no grant of it is taken any more.
+    closed: Option<Uuid>,
 }
 
-/// The grant register of one VMM.
+impl GrantRegister {
+    /// Takes a grant from the agent. Offering the one that is held already changes nothing.
+    ///
+    /// # Errors
+    /// Refused if this attempt or a later one was cancelled, another one is held, or GO was sent.
+    pub fn offer(&mut self, attempt: Attempt) -> Result<(), GrantRefused> {
+        if let Some(sent) = self.go_sent {
+            return Err(GrantRefused::GoWasSent(sent));
+        }
+        if self.is_cancelled(attempt) || self.closed == Some(attempt.migration) {
+            return Err(GrantRefused::Stale(attempt));
+        }
+        match self.held {
+            Some(held) if held != attempt => Err(GrantRefused::OtherHeld(held)),
+            _ => {
+                self.held = Some(attempt);
+                Ok(())
+            }
+        }
+    }
+
+    /// The grant that is held now, not yet traded.
+    #[must_use]
+    pub fn held(&self) -> Option<Attempt> {
+        self.held
+    }
+
+    /// The attempt for which GO was sent.
+    #[must_use]
+    pub fn go_sent(&self) -> Option<Attempt> {
+        self.go_sent
+    }
+
+    /// The newest attempt that was traded for CANCELLED.
+    #[must_use]
+    pub fn cancelled(&self) -> Option<Attempt> {
+        self.cancelled
+    }
+
+    /// Whether a grant is held or was traded for GO-sent: the user's pause and resume are refused then.
+    #[must_use]
+    pub fn binds(&self) -> bool {
+        self.held.is_some() || self.go_sent.is_some()
+    }
+
+    /// Trades the held grant of `attempt` for GO-sent, right before GO is written.
+    ///
+    /// Returns whether this call traded it: false if it was cancelled or never held, and then GO must not be sent.
+    #[must_use]
+    pub fn trade_for_go(&mut self, attempt: Attempt) -> bool {
+        if self.held != Some(attempt) {
+            return false;
+        }
+        self.held = None;
+        self.go_sent = Some(attempt);
+        true
+    }
+
+    /// Trades `attempt` for CANCELLED, held or not yet offered, unless GO was sent for it. From CANCELLED on a grant for it is refused.
+    pub fn trade_for_cancelled(&mut self, attempt: Attempt) -> Traded {
+        if self
+            .go_sent
+            .is_some_and(|sent| sent.migration == attempt.migration && sent.attempt >= attempt.attempt)
+        {
+            return Traded::GoSent;
+        }
+        if self
+            .held
+            .is_some_and(|held| held.migration == attempt.migration && held.attempt <= attempt.attempt)
+        {
+            self.held = None;
+        }
+        if !self.is_cancelled(attempt) {
+            self.cancelled = Some(attempt);
+        }
+        Traded::Cancelled
+    }
+
+    /// The migration of `attempt` is over before GO: CANCELLED for this attempt and for any later one whose grant is held or on
+    /// its way. A grant that stayed would bind the guest for ever.
+    pub fn close(&mut self, attempt: Attempt) -> Traded {
+        if self.go_sent.is_some_and(|sent| sent.migration == attempt.migration) {
+            return Traded::GoSent;
+        }
+        let held = self.held.filter(|held| held.migration == attempt.migration);
+        let newest = held.filter(|held| held.attempt > attempt.attempt).unwrap_or(attempt);
+        self.closed = Some(attempt.migration);
+        self.trade_for_cancelled(newest)
+    }
+
+    /// Forgets GO-sent, because the guest resumes here under a higher epoch (D = SRC). Its migration is over.
+    pub fn superseded(&mut self) {
+        if let Some(sent) = self.go_sent.take() {
+            self.cancelled = Some(sent);
+            self.closed = Some(sent.migration);
+        }
+    }
+
+    fn is_cancelled(&self, attempt: Attempt) -> bool {
+        self.cancelled
+            .is_some_and(|cancelled| cancelled.migration == attempt.migration && cancelled.attempt >= attempt.attempt)
+    }
+}
+
+/// The grant register of one VMM, shared by the thread that serves the agent and the one that runs the migration.
 #[derive(Debug, Default)]
 pub struct Grants {
-    register: Mutex<Register>,
+    register: Mutex<GrantRegister>,
     changed: Condvar,
 }
 
@@ -61,51 +170,38 @@ impl Grants {
         Self::default()
     }
 
-    /// Takes a grant from the agent. Offering the one that is held already changes nothing.
+    /// Takes a grant from the agent: [`GrantRegister::offer`].
     ///
     /// # Errors
     /// Refused if this attempt or a later one was cancelled, another one is held, or GO was sent.
     pub fn offer(&self, attempt: Attempt) -> Result<(), GrantRefused> {
-        let mut register = self.lock();
-        if let Some(sent) = register.go_sent {
-            return Err(GrantRefused::GoWasSent(sent));
-        }
-        if is_cancelled(&register, attempt) {
-            return Err(GrantRefused::Stale(attempt));
-        }
-        match register.held {
-            Some(held) if held != attempt => Err(GrantRefused::OtherHeld(held)),
-            _ => {
-                register.held = Some(attempt);
-                self.changed.notify_all();
-                Ok(())
-            }
-        }
+        let offered = self.lock().offer(attempt);
+        self.changed.notify_all();
+        offered
     }
 
     /// The grant that is held now, not yet traded.
     #[must_use]
     pub fn held(&self) -> Option<Attempt> {
-        self.lock().held
+        self.lock().held()
     }
 
     /// The attempt for which GO was sent.
     #[must_use]
     pub fn go_sent(&self) -> Option<Attempt> {
-        self.lock().go_sent
+        self.lock().go_sent()
     }
 
     /// The newest attempt that was traded for CANCELLED.
     #[must_use]
     pub fn cancelled(&self) -> Option<Attempt> {
-        self.lock().cancelled
+        self.lock().cancelled()
     }
 
     /// Whether a grant is held or was traded for GO-sent: the user's pause and resume are refused then.
     #[must_use]
     pub fn binds(&self) -> bool {
-        let register = self.lock();
-        register.held.is_some() || register.go_sent.is_some()
+        self.lock().binds()
     }
 
     /// Waits until a grant is held, `timeout` at most.
@@ -127,66 +223,40 @@ impl Grants {
         register.held
     }
 
-    /// Trades the held grant of `attempt` for GO-sent. Called by the migration right before it writes GO.
-    ///
-    /// Returns whether this call traded it: false if it was cancelled or never held, and then GO must not be sent.
+    /// Trades the held grant for GO-sent: [`GrantRegister::trade_for_go`]. Called by the migration right before it writes GO.
     #[must_use]
     pub fn trade_for_go(&self, attempt: Attempt) -> bool {
-        let mut register = self.lock();
-        if register.held != Some(attempt) {
-            return false;
-        }
-        register.held = None;
-        register.go_sent = Some(attempt);
+        let traded = self.lock().trade_for_go(attempt);
         self.changed.notify_all();
-        true
+        traded
     }
 
-    /// Trades `attempt` for CANCELLED, held or not yet offered, unless GO was sent for it. From CANCELLED on a grant for it is refused.
+    /// Trades `attempt` for CANCELLED unless GO was sent for it: [`GrantRegister::trade_for_cancelled`].
     pub fn trade_for_cancelled(&self, attempt: Attempt) -> Traded {
-        let mut register = self.lock();
-        if register
-            .go_sent
-            .is_some_and(|sent| sent.migration == attempt.migration && sent.attempt >= attempt.attempt)
-        {
-            return Traded::GoSent;
-        }
-        if register
-            .held
-            .is_some_and(|held| held.migration == attempt.migration && held.attempt <= attempt.attempt)
-        {
-            register.held = None;
-        }
-        if !is_cancelled(&register, attempt) {
-            register.cancelled = Some(attempt);
-        }
+        let traded = self.lock().trade_for_cancelled(attempt);
         self.changed.notify_all();
-        Traded::Cancelled
+        traded
     }
 
-    /// Forgets GO-sent, because the guest resumes here under a higher epoch (D = SRC). The attempt stays refused.
+    /// The migration is over before GO: [`GrantRegister::close`].
+    pub fn close(&self, attempt: Attempt) -> Traded {
+        let traded = self.lock().close(attempt);
+        self.changed.notify_all();
+        traded
+    }
+
+    /// Forgets GO-sent, because the guest resumes here under a higher epoch (D = SRC). Its migration is over.
     pub fn superseded(&self) {
-        let mut register = self.lock();
-        if let Some(sent) = register.go_sent.take() {
-            register.cancelled = Some(sent);
-        }
+        self.lock().superseded();
     }
 
-    fn lock(&self) -> MutexGuard<'_, Register> {
+    fn lock(&self) -> MutexGuard<'_, GrantRegister> {
         self.register.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn is_cancelled(register: &Register, attempt: Attempt) -> bool {
-    register
-        .cancelled
-        .is_some_and(|cancelled| cancelled.migration == attempt.migration && cancelled.attempt >= attempt.attempt)
-}
-
 #[cfg(test)]
 mod tests {
-    use uuid::Uuid;
-
     use super::*;
     use crate::handover::Epoch;
 
@@ -243,6 +313,21 @@ mod tests {
         assert_eq!(grants.offer(attempt(2)), Err(GrantRefused::GoWasSent(attempt(1))));
         grants.superseded();
         assert_eq!(grants.offer(attempt(1)), Err(GrantRefused::Stale(attempt(1))));
-        assert_eq!(grants.offer(attempt(2)), Ok(()));
+        let next_migration = Attempt {
+            migration: Uuid::from_u128(3),
+            ..attempt(1)
+        };
+        assert_eq!(grants.offer(next_migration), Ok(()));
+    }
+
+    #[test]
+    fn a_migration_that_is_over_leaves_no_grant_behind() {
+        let grants = Grants::new();
+        grants.offer(attempt(2)).unwrap();
+        // It had not looked at the grant of the second attempt yet.
+        assert_eq!(grants.close(attempt(1)), Traded::Cancelled);
+        assert!(!grants.binds());
+        assert_eq!(grants.offer(attempt(3)), Err(GrantRefused::Stale(attempt(3))));
+        assert_eq!(grants.trade_for_cancelled(attempt(2)), Traded::Cancelled);
     }
 }

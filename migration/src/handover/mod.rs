@@ -13,7 +13,8 @@
 //! | an agent that a person tells | [`Doubt`] | how `resolve` ends a migration that nobody can decide |
 //!
 //! Effects are carried out strictly in the order in which they are listed; a durable write that fails ends its list
-//! and comes back as an event. `docs/architecture.md` tells the whole protocol.
+//! and comes back as an event. `docs/handover.md` tells the whole protocol,
+//! and `tests/model/` searches it exhaustively, around these very cores.
 
 mod attempt;
 mod destination_agent;
@@ -26,9 +27,11 @@ mod source_agent;
 
 pub use attempt::{Attempt, Epoch, Permit};
 pub use destination_agent::{DestinationAgent, DestinationEffect, DestinationEvent};
-pub use grants::{GrantRefused, Grants, Traded};
+pub use grants::{GrantRefused, GrantRegister, Grants, Traded};
 pub use permits::{PermitRefused, Permits};
 pub use register::{Decision, HandBack, IllegalMove, Move};
 pub use resolve::{Doubt, NotResolved, Peer, Side, Wish};
 pub use restart::{BackOff, Ended, Fallen, Heard, Leaving, Origin, PeerCopy, RestartPolicy, Verdict, Wanted, heard};
-pub use source_agent::{Copy as SourceCopy, Ending, SourceAgent, SourceEffect, SourceEvent, SourceState};
+pub use source_agent::{
+    Copy as SourceCopy, Ending, SourceAgent, SourceEffect, SourceEvent, SourceState, pause_before_asking_again,
+};

@@ -21,7 +21,7 @@ pub enum PermitRefused {
 }
 
 /// The epochs that one VMM has had.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Permits {
     instance: Uuid,
     had: Epoch,

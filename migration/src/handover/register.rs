@@ -49,7 +49,7 @@ impl fmt::Display for Decision {
 }
 
 /// The proof with which agent B may hand a claimed guest back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum HandBack {
     /// The incarnation that wrote CLAIMED is alive and has not sent the permit.
     PermitNotSent,
@@ -58,7 +58,7 @@ pub enum HandBack {
 }
 
 /// One move of the register.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Move {
     /// Agent B begins to expect the guest.
     Expect,

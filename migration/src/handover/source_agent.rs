@@ -18,7 +18,7 @@ use std::time::Duration;
 use super::{Decision, Epoch, Traded, Wish};
 
 /// Where the switchover stands, as agent A knows it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SourceState {
     /// Pre-copy; no attempt is armed.
     Copying,
@@ -37,7 +37,8 @@ pub enum SourceState {
         /// Attempt n; 0 if none was armed.
         attempt: u32,
     },
-    /// This agent restarted and asked the VMM to call the attempt off, but to go on copying.
+    /// What became of the grant is not known (this agent restarted, or the VMM refused it): the VMM was asked to call the
+    /// attempt off, but to go on copying.
     Recalling {
         /// Attempt n.
         attempt: u32,
@@ -50,8 +51,6 @@ pub enum SourceState {
         attempt: u32,
         /// Whether the stopped copy is still there.
         copy: Copy,
-        /// Questions that brought no final answer.
-        tries: u32,
     },
     /// D = SRC, and RESUMED with a new epoch is journalled: the VMM is given that permit.
     Resuming {
@@ -65,7 +64,7 @@ pub enum SourceState {
 }
 
 /// The copy at the source after GO.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Copy {
     /// VMM A holds it, paused.
     Held,
@@ -74,7 +73,7 @@ pub enum Copy {
 }
 
 /// How it came out, for the source.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Ending {
     /// The guest is the destination's.
     Arrived,
@@ -89,7 +88,7 @@ pub enum Ending {
 }
 
 /// What happens to agent A.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SourceEvent {
     /// The VMM says that the rest fits the downtime budget.
     Converged,
@@ -103,6 +102,9 @@ pub enum SourceEvent {
     Answered(Traded),
     /// The VMM called this attempt off by itself and goes on copying.
     Disarmed(u32),
+    /// The VMM refused the grant of this attempt. That proves nothing: it may have had the grant before, over a connection
+    /// that broke, and have traded it since.
+    GrantRefused(u32),
     /// The VMM sent GO for this attempt.
     GoSent(u32),
     /// The VMM ended the migration by itself, CANCELLED: the guest runs on.
@@ -126,7 +128,7 @@ pub enum SourceEvent {
 }
 
 /// What agent A must do, in this order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SourceEffect {
     /// Durable: attempt n is armed.
     JournalArmed(u32),
@@ -140,6 +142,8 @@ pub enum SourceEffect {
     AskRecall(u32),
     /// Feed `TimeToAsk` after this time.
     AskAfter(Duration),
+    /// Feed `TimeToAsk` after [`pause_before_asking_again`]: the last question brought no final answer.
+    AskAgain,
     /// Ask agent B for D, claiming SRC.
     AskDecision(u32),
     /// Durable: what D said.
@@ -160,13 +164,20 @@ pub enum SourceEffect {
     Finish(Ending),
 }
 
+/// How long agent A pauses before it asks for D again, after so many questions in a row without a final answer.
+#[must_use]
+pub fn pause_before_asking_again(questions: u32) -> Duration {
+    let pause = Duration::from_millis(250).saturating_mul(1 << questions.min(8));
+    pause.min(LONGEST_PAUSE)
+}
+
 /// How long agent A waits for RUNNING before it asks.
 const WAIT_FOR_RUNNING: Duration = Duration::from_secs(5);
 /// Longest pause between two questions.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// The core of one outgoing migration at agent A.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SourceAgent {
     epoch: Epoch,
     newest_attempt: u32,
@@ -248,6 +259,13 @@ impl SourceAgent {
                 self.state = Copying;
                 Vec::new()
             }
+            (Granted { attempt }, SourceEvent::GrantRefused(refused)) if attempt == refused => {
+                self.state = Recalling {
+                    attempt,
+                    converged: false,
+                };
+                vec![SourceEffect::AskRecall(attempt)]
+            }
             (Copying | Arming { .. } | Granted { .. } | Recalling { .. }, SourceEvent::Abort) => self.trade(),
             (Recalling { attempt, .. }, SourceEvent::Converged) => {
                 self.state = Recalling {
@@ -285,11 +303,10 @@ impl SourceAgent {
             // ARMED did not become durable: agent B was not asked.
             (Arming { .. }, SourceEvent::JournalFailed) => self.trade(),
 
-            (Asking { attempt, tries, .. }, SourceEvent::VmmGone) => {
+            (Asking { attempt, .. }, SourceEvent::VmmGone) => {
                 self.state = Asking {
                     attempt,
                     copy: Copy::Gone,
-                    tries,
                 };
                 Vec::new()
             }
@@ -306,9 +323,7 @@ impl SourceAgent {
                 ]
             }
             (Asking { .. }, SourceEvent::NoAnswer | SourceEvent::JournalFailed) => {
-                let mut effects = vec![SourceEffect::SayIndeterminate];
-                effects.extend(self.ask_again());
-                effects
+                vec![SourceEffect::SayIndeterminate, SourceEffect::AskAgain]
             }
             // RUNNING is final, and proves GO although the VMM has not said so yet.
             (
@@ -318,7 +333,6 @@ impl SourceAgent {
                 self.state = Asking {
                     attempt,
                     copy: Copy::Held,
-                    tries: 0,
                 };
                 self.decided(attempt, Copy::Held, Decision::Running)
             }
@@ -352,25 +366,8 @@ impl SourceAgent {
     }
 
     fn ask(&mut self, attempt: u32, copy: Copy, after: Duration) -> Vec<SourceEffect> {
-        self.state = SourceState::Asking {
-            attempt,
-            copy,
-            tries: 0,
-        };
+        self.state = SourceState::Asking { attempt, copy };
         vec![SourceEffect::AskAfter(after)]
-    }
-
-    fn ask_again(&mut self) -> Vec<SourceEffect> {
-        let SourceState::Asking { attempt, copy, tries } = self.state else {
-            return Vec::new();
-        };
-        self.state = SourceState::Asking {
-            attempt,
-            copy,
-            tries: tries.saturating_add(1),
-        };
-        let pause = Duration::from_millis(250).saturating_mul(1 << tries.min(8));
-        vec![SourceEffect::AskAfter(pause.min(LONGEST_PAUSE))]
     }
 
     fn decided(&mut self, attempt: u32, copy: Copy, decision: Decision) -> Vec<SourceEffect> {
@@ -378,7 +375,7 @@ impl SourceAgent {
         let said = SourceEffect::JournalDecision(attempt, decision);
         match (decision, copy) {
             // B is at it: between its claim and RUNNING.
-            (Decision::Open | Decision::Claimed, _) => self.ask_again(),
+            (Decision::Open | Decision::Claimed, _) => vec![SourceEffect::AskAgain],
             (Decision::Running, _) => {
                 vec![said, SourceEffect::DestroyCopy, SourceEffect::Finish(Ending::Arrived)]
             }
@@ -504,10 +501,16 @@ mod tests {
     #[test]
     fn claimed_is_asked_again() {
         let mut agent = asking();
-        assert!(matches!(
-            agent.step(SourceEvent::Decided(1, Decision::Claimed))[..],
-            [SourceEffect::AskAfter(_)]
-        ));
+        assert_eq!(
+            agent.step(SourceEvent::Decided(1, Decision::Claimed)),
+            [SourceEffect::AskAgain]
+        );
+    }
+
+    #[test]
+    fn the_pause_between_two_questions_grows_to_half_a_minute() {
+        let pauses = [0, 1, 4, 7, 8, 9, u32::MAX].map(|questions| pause_before_asking_again(questions).as_millis());
+        assert_eq!(pauses, [250, 500, 4000, 30_000, 30_000, 30_000, 30_000]);
     }
 
     #[test]
@@ -554,6 +557,20 @@ mod tests {
         assert_eq!(effects, [SourceEffect::AskRecall(1)]);
         assert_eq!(agent.step(SourceEvent::Answered(Traded::Cancelled)), []);
         assert_eq!(agent.step(SourceEvent::Converged)[0], SourceEffect::JournalArmed(2));
+    }
+
+    #[test]
+    fn a_refused_grant_may_have_been_traded_for_go_before() {
+        let mut agent = granted();
+        assert_eq!(agent.step(SourceEvent::GrantRefused(1)), [SourceEffect::AskRecall(1)]);
+        assert_eq!(
+            agent.step(SourceEvent::Answered(Traded::GoSent)),
+            [SourceEffect::AskAfter(WAIT_FOR_RUNNING)]
+        );
+        let mut agent = granted();
+        agent.step(SourceEvent::GrantRefused(1));
+        assert_eq!(agent.step(SourceEvent::Answered(Traded::Cancelled)), []);
+        assert_eq!(agent.state(), SourceState::Copying);
     }
 
     #[test]

@@ -98,6 +98,7 @@ sites! {
         AskTrade = "a.ask-trade",
         AskRecall = "a.ask-recall",
         AskAfter = "a.ask-after",
+        AskAgain = "a.ask-again",
         AskDecision = "a.ask-decision",
         JournalSaidRunning = "a.journal-said-running",
         JournalSaidSource = "a.journal-said-src",
@@ -207,6 +208,7 @@ impl From<&SourceEffect> for Site {
             SourceEffect::AskTrade(_) => Self::AskTrade,
             SourceEffect::AskRecall(_) => Self::AskRecall,
             SourceEffect::AskAfter(_) => Self::AskAfter,
+            SourceEffect::AskAgain => Self::AskAgain,
             SourceEffect::AskDecision(_) => Self::AskDecision,
             SourceEffect::JournalDecision(_, decision) => match decision {
                 Decision::Running => Self::JournalSaidRunning,

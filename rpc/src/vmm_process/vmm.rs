@@ -180,6 +180,12 @@ impl Vmm {
             Command::Grant(grant) => {
                 let attempt = attempt_from_wire(grant.attempt)?;
                 anyhow::ensure!(matches!(self.holding, Holding::Sending(_)), "nothing is being sent");
+                // An agent gives an order until it is answered, also when the migration that it was meant for is over: held,
+                // it would bind the guest for ever.
+                anyhow::ensure!(
+                    self.standing.migration == attempt.migration.to_string(),
+                    "{attempt} is not of the migration that is under way"
+                );
                 self.grants.offer(attempt)?;
                 Ok(Body::Done(wire::Done {}))
             }

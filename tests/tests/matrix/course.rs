@@ -63,7 +63,7 @@ pub(crate) fn reach(site: Site) -> Reach {
         Site::AskRecall => Reach::On(Recalled, Switchover),
         Site::AskDecision => Reach::On(Asked, Switchover),
         Site::JournalSaidSource | Site::JournalResumed | Site::SendResumePermit => Reach::On(Refused, Switchover),
-        Site::SayIndeterminate => Reach::AfterFault,
+        Site::SayIndeterminate | Site::AskAgain => Reach::AfterFault,
         // A person's word: the scenarios of `resolve` go by it.
         Site::JournalResolved => Reach::AfterFault,
         Site::JournalSaidUndecided => Reach::Never,
@@ -112,7 +112,8 @@ pub(crate) fn reach(site: Site) -> Reach {
         }
         Site::WireBarrier | Site::WireBarrierReached => Reach::On(Straight, Outside),
         Site::WireState | Site::WireDigestRequest | Site::WireGo => Reach::On(Straight, Switchover),
-        Site::WireAbort => Reach::On(Aborted, Switchover),
+        // The agents' roll-back is often faster than the VMM's word of an abort.
+        Site::WireAbort => Reach::AfterFault,
         Site::WireDisarm | Site::WireRefused => Reach::AfterFault,
         Site::WirePing | Site::WirePong => Reach::On(Straight, Outside),
     }

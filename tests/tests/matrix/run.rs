@@ -256,6 +256,8 @@ impl Stage {
                 self.gate.say(Word::Go);
             }
         }
+        // What the course lost, so that the site was reached, is lost no more.
+        self.gate.heal();
         Ok(true)
     }
 
@@ -276,7 +278,9 @@ impl Stage {
             let hosts = [&self.pair.a, &self.pair.b];
             let looks = [look(hosts[0], &self.migration)?, look(hosts[1], &self.migration)?];
             last = Some(looks.clone());
-            let is_true = |(look, host): (&Look, &Host)| (look.status() == Some("running")) != host.vmms().is_empty();
+            let is_true = |(look, host): (&Look, &Host)| {
+                look.status() != Some("indeterminate") && (look.status() == Some("running")) != host.vmms().is_empty()
+            };
             let is_settled = looks.iter().all(Look::is_over) && looks.iter().zip(hosts).all(is_true);
             Ok(is_settled.then_some(looks))
         });

@@ -263,6 +263,14 @@ pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc
 pub(super) fn made_up(standing: wire::Standing) -> Vec<Body> {
     let mut said = Vec::new();
     said.extend(standing.progress.map(Body::Progress));
+    // It says only once that it disarmed, and then no word of the next attempt means anything to one who missed it.
+    let migration = standing.migration;
+    if let Some(cancelled) = standing.cancelled.filter(|attempt| attempt.migration == migration) {
+        said.push(Body::Disarmed(wire::Disarmed {
+            attempt: Some(cancelled),
+            reason: "called off while the agent did not listen".to_owned(),
+        }));
+    }
     if let Some(go) = standing.last_go {
         said.push(Body::GoSent(go));
     } else if let Some(ended) = standing.send_ended {
@@ -315,4 +323,39 @@ pub(super) fn attempt_of(row: &MigrationRow, attempt: u32) -> wire::Attempt {
 /// The id of a request: a UUID that the caller chose, or a new one.
 pub(crate) fn request_id(text: &str) -> Uuid {
     Uuid::parse_str(text).unwrap_or_else(|_| Uuid::new_v4())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn standing(cancelled_of: &str) -> wire::Standing {
+        wire::Standing {
+            machine: "sending".to_owned(),
+            migration: "this".to_owned(),
+            cancelled: Some(wire::Attempt {
+                migration: cancelled_of.to_owned(),
+                attempt: 1,
+                ..wire::Attempt::default()
+            }),
+            converged_attempt: 2,
+            ..wire::Standing::default()
+        }
+    }
+
+    #[test]
+    fn an_attempt_that_was_called_off_while_nobody_listened_is_told() {
+        let said = made_up(standing("this"));
+        let [Body::Disarmed(disarmed), Body::Converged(converged)] = &said[..] else {
+            panic!("{said:?}");
+        };
+        assert_eq!(disarmed.attempt.as_ref().map(|attempt| attempt.attempt), Some(1));
+        assert_eq!(converged.attempt, 2);
+    }
+
+    #[test]
+    fn what_an_earlier_migration_called_off_is_no_news() {
+        let said = made_up(standing("an earlier one"));
+        assert!(matches!(&said[..], [Body::Converged(_)]), "{said:?}");
+    }
 }

@@ -78,6 +78,8 @@ pub(super) struct Script {
     /// What the VMM said while nobody listened, still to be taken.
     pub(super) made_up: VecDeque<Body>,
     pub(super) abort_seen: bool,
+    /// Questions for D in a row that brought no final answer.
+    pub(super) questions: u32,
     /// RUNNING that was heard before the VMM said that it sent GO.
     pub(super) early: Option<PeerNews>,
     /// A copy that ended because the link broke, while B's word on why is waited for.
@@ -115,6 +117,7 @@ impl Script {
             resolving: None,
             made_up: VecDeque::new(),
             abort_seen: false,
+            questions: 0,
             early: None,
             lost_link: None,
             accepted_ns,

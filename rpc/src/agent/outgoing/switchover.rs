@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use ferry_migration::handover::{
     Decision, Ending, Epoch, SourceAgent, SourceEffect, SourceEvent, SourceState, Traded, Wish,
+    pause_before_asking_again,
 };
 use ferry_proto::agent::v1::{AttemptRequest, DestinationPart, RollbackRequest};
 use ferry_proto::vmm::v1 as wire;
@@ -66,6 +67,13 @@ impl Calls {
                 // The switchover may be over.
                 let _ = sender.send(outcome);
             }
+        });
+    }
+
+    fn ask_after(&self, pause: Duration) {
+        self.start(async move {
+            tokio::time::sleep(pause).await;
+            Some(Outcome::Event(SourceEvent::TimeToAsk))
         });
     }
 }
@@ -306,10 +314,14 @@ impl Script {
             SourceEffect::GiveGrant(attempt) => self.give_grant(attempt, calls),
             SourceEffect::AskTrade(attempt) => self.ask_trade(attempt, true, calls),
             SourceEffect::AskRecall(attempt) => self.ask_trade(attempt, false, calls),
-            SourceEffect::AskAfter(pause) => calls.start(async move {
-                tokio::time::sleep(pause).await;
-                Some(Outcome::Event(SourceEvent::TimeToAsk))
-            }),
+            SourceEffect::AskAfter(pause) => {
+                self.questions = 0;
+                calls.ask_after(pause);
+            }
+            SourceEffect::AskAgain => {
+                calls.ask_after(pause_before_asking_again(self.questions));
+                self.questions = self.questions.saturating_add(1);
+            }
             SourceEffect::AskDecision(attempt) => self.ask_decision(attempt, calls),
             SourceEffect::JournalDecision(_, decision) => {
                 self.row.said = Some(decision.to_string());
@@ -387,8 +399,8 @@ impl Script {
         let instance = Arc::clone(&self.instance);
         calls.start(async move {
             match order_until_answered(&instance, order).await? {
-                // Stale, or nothing is sent any more: the VMM says so itself, or this attempt is void.
-                Err(_) => Some(Outcome::Event(SourceEvent::Disarmed(attempt))),
+                // Stale, or nothing is sent any more, or taken and traded already if it was given twice: the VMM is asked.
+                Err(_) => Some(Outcome::Event(SourceEvent::GrantRefused(attempt))),
                 Ok(_) => None,
             }
         });
@@ -415,14 +427,18 @@ impl Script {
         });
     }
 
+    /// Both rows or none: a migration's row that says RESUMED without the instance's would have its epoch taken twice.
     async fn journal_resumed(&mut self, epoch: Epoch) -> Result<(), Failure> {
-        self.row.resumed = Some(epoch.0);
+        let mut instance = self.instance.state.lock().await.row.clone();
+        (instance.epoch, instance.known_epoch) = (epoch.0, epoch.0);
+        let before = self.row.resumed.replace(epoch.0);
+        if let Err(failure) = self.save_with(instance).await {
+            self.row.resumed = before;
+            return Err(failure);
+        }
         let mut state = self.instance.state.lock().await;
-        state.row.epoch = epoch.0;
-        state.row.known_epoch = epoch.0;
-        let instance = state.row.clone();
-        drop(state);
-        self.save_with(instance).await
+        (state.row.epoch, state.row.known_epoch) = (epoch.0, epoch.0);
+        Ok(())
     }
 
     /// What a person says, and who it was, in one transaction. Of a guest that is to run here the migration is over with it: the
