@@ -181,6 +181,8 @@ const RPC_VERSION: &[u8] = b"R\x034.2";
 const OTHER_RPC_VERSION: &[u8] = b"R\x039.2";
 /// A preparation is asked for once to learn which images are missing, and once more when they are there.
 const PREPARES: u32 = 2;
+/// The tag of `PreLiveMigrationReply.data_address`: field 2, a length and so many bytes.
+const PREPARED_ADDRESS: u8 = 2 << 3 | 2;
 /// More connections at once than any scenario makes.
 const MOST_CONNECTIONS: usize = 256;
 /// How often a thread that waits for something else than bytes looks again.
@@ -286,7 +288,10 @@ impl Shared {
                 let own = self.own_address();
                 bytes[at..at + own.len()].copy_from_slice(own.as_bytes());
             }
-            Tampering::HoldPrepared => self.hold(),
+            // What a host says of itself has the address too, in another field.
+            Tampering::HoldPrepared if bytes[..at].ends_with(&[PREPARED_ADDRESS, self.told_address().len() as u8]) => {
+                self.hold();
+            }
             _ => {}
         }
     }
