@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::linux::BOOT;
 use crate::waiting::{CALL, until};
 
 /// What came of asking.
@@ -30,9 +31,9 @@ impl EchoClient {
     /// Connects as soon as the server answers, and begins to ask. With `tell`, each second says how it goes.
     ///
     /// # Errors
-    /// If nobody answers.
+    /// If nobody answers, not even after the time that a guest may take to boot.
     pub fn start(server: SocketAddr, tell: impl Fn(Echoes) + Send + 'static) -> Result<Self> {
-        let stream = until(&format!("{server} answers"), CALL, || {
+        let stream = until(&format!("{server} answers"), BOOT, || {
             Ok(TcpStream::connect_timeout(&server, Duration::from_secs(2)).ok())
         })?;
         stream.set_nodelay(true)?;
