@@ -95,7 +95,7 @@ fn the_store_keeps_one_owner() {
 
 /// More than a run of CI has time for.
 #[test]
-#[ignore = "long"]
+#[ignore = "long: any three of all ten failures take many minutes and several GiB; `cargo xtask test --long` runs them"]
 fn any_three_failures_keep_one_owner() {
     for home in [Home::Journal, Home::Store] {
         must_hold(&Config {

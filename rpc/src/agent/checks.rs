@@ -17,7 +17,6 @@ use super::backends::{Occasion, Whose};
 use super::failure::Failure;
 use super::incoming::without_disks;
 use super::instances::{Agent, check_incoming};
-use super::journal::Status;
 use super::reason::Reason;
 
 impl Agent {
@@ -32,18 +31,7 @@ impl Agent {
         self.check_destination(&request.destination)?;
         let instance = self.instance(&request.instance).await?;
         let state = instance.state.lock().await;
-        state
-            .check_idle("migrate")
-            .map_err(|failure| failure.because(Reason::InstanceBusy))?;
-        if !matches!(state.row.status, Status::Running | Status::Paused) {
-            return Err(Failure::denied(
-                Reason::InstanceState,
-                format!(
-                    "instance {} is {}: only one that is running or paused can migrate",
-                    state.row.spec.name, state.row.status
-                ),
-            ));
-        }
+        state.check_can_migrate()?;
         let vmm = state.vmm()?.clone();
         let (spec, epoch) = (state.row.spec.clone(), state.row.epoch);
         drop(state);

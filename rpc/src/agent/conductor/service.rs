@@ -28,7 +28,7 @@ type Answer<T> = Result<Response<T>, Status>;
 type Snapshots = Pin<Box<dyn Stream<Item = Result<MigrationInfo, Status>> + Send>>;
 
 /// Where a migration is looked up.
-pub(super) enum Place {
+enum Place {
     /// Here: the record is this agent's.
     Here(Box<MigrationRow>),
     /// At this peer, which is its source.
@@ -128,7 +128,7 @@ fn forwarded(request: MigrationRequest) -> MigrationRequest {
 
 impl Agent {
     /// Where a migration is to be asked for: at its source while that answers, else here.
-    pub(super) async fn place(&self, request: &MigrationRequest) -> Result<Place, Failure> {
+    async fn place(&self, request: &MigrationRequest) -> Result<Place, Failure> {
         let id = wire_uuid("migration", &request.migration)?;
         let row = self
             .journal

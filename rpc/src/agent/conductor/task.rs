@@ -8,11 +8,12 @@ use ferry_proto::agent::v1::{
     LiveMigrateRequest, LiveMigrationCast, MigrationRequest,
 };
 use ferry_proto::required;
+use uuid::Uuid;
 
 use super::scheduler::{self, Candidate, Verdict, Wanted};
-use super::service::Place;
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
+use crate::agent::journal::MigrationRow;
 use crate::agent::outgoing::{check_options, request_id};
 use crate::agent::peers::CALL_TIME;
 use crate::agent::reason::Reason;
@@ -34,11 +35,11 @@ impl Agent {
         request: LiveMigrateRequest,
     ) -> Result<LiveMigrateReply, Failure> {
         let migration = request_id(&request.request_id);
-        if let Some(reply) = self.received_before(&migration.to_string()).await? {
-            return Ok(reply);
-        }
         let options = check_options(required("options", request.options)?)?;
         let (source, instance) = self.find(&request.instance).await?;
+        if let Some(reply) = self.received_before(migration, &source).await? {
+            return Ok(reply);
+        }
         let candidates = self.candidates().await;
         let named = Some(request.destination).filter(|named| !named.is_empty());
         let wanted = Wanted {
@@ -84,26 +85,25 @@ impl Agent {
         })
     }
 
-    /// What was answered to this request before, if it was received.
-    async fn received_before(&self, migration: &str) -> Result<Option<LiveMigrateReply>, Failure> {
-        let request = MigrationRequest {
-            migration: migration.to_owned(),
-            forwarded: false,
-        };
-        let info = match self.place(&request).await {
-            Ok(Place::Here(row)) => row.info,
-            Ok(Place::There(peer)) => {
+    /// What was answered to this request before, if it was received. The record is this host's, or that of the host which has
+    /// the instance, before and after the move: nobody else is asked, for each host that is silent would be waited for.
+    async fn received_before(&self, id: Uuid, host: &str) -> Result<Option<LiveMigrateReply>, Failure> {
+        let find = move |connection: &rusqlite::Connection| MigrationRow::find(connection, id);
+        let here = self.journal.read(find).await?.map(|row| row.info);
+        let info = match here {
+            None if host != self.host() => {
+                let peer = self.peers.named(host)?;
                 let mut client = peer.conductor();
                 let forwarded = MigrationRequest {
+                    migration: id.to_string(),
                     forwarded: true,
-                    ..request
                 };
-                peer.answer(CALL_TIME, client.show_migration(forwarded)).await?
+                // An answer that is lost makes no second migration either: the cast is one by its id.
+                peer.answer(CALL_TIME, client.show_migration(forwarded)).await.ok()
             }
-            Err(Failure::NotFound { .. }) => return Ok(None),
-            Err(failure) => return Err(failure),
+            here => here,
         };
-        Ok(Some(LiveMigrateReply {
+        Ok(info.map(|info| LiveMigrateReply {
             migration: info.id,
             source: info.source,
             destination: info.destination,

@@ -24,6 +24,7 @@ use crate::agent::incoming::IncomingMigrations;
 use crate::agent::journal::{Arrival, InstanceRow, Journal, Status};
 use crate::agent::outgoing::OutgoingMigrations;
 use crate::agent::peers::Peers;
+use crate::agent::reason::Reason;
 use crate::agent::vmm_client::Vmm;
 
 /// One host's agent: what all its tasks share.
@@ -201,6 +202,25 @@ impl InstanceState {
                  the verb has it",
                 self.row.spec.name
             ))),
+        }
+    }
+
+    /// Refuses a migration of an instance that has no guest, or that something else is done with.
+    ///
+    /// # Errors
+    /// Says what it is, or what is in flight.
+    pub(crate) fn check_can_migrate(&self) -> Result<(), Failure> {
+        self.check_idle("migrate")
+            .map_err(|failure| failure.because(Reason::InstanceBusy))?;
+        match self.row.status {
+            Status::Running | Status::Paused => Ok(()),
+            status => Err(Failure::denied(
+                Reason::InstanceState,
+                format!(
+                    "instance {} is {status}: only one that is running or paused can migrate",
+                    self.row.spec.name
+                ),
+            )),
         }
     }
 

@@ -81,18 +81,7 @@ impl Agent {
         let options = check_options(required("options", cast.options)?)?;
         let instance = self.instance(&cast.instance).await?;
         let mut state = instance.state.lock().await;
-        state
-            .check_idle("migrate")
-            .map_err(|failure| failure.because(Reason::InstanceBusy))?;
-        if !matches!(state.row.status, Status::Running | Status::Paused) {
-            return Err(Failure::denied(
-                Reason::InstanceState,
-                format!(
-                    "instance {} is {}: only one that is running or paused can migrate",
-                    state.row.spec.name, state.row.status
-                ),
-            ));
-        }
+        state.check_can_migrate()?;
         if cast.expected_epoch != 0 && cast.expected_epoch != state.row.epoch {
             return Err(Failure::denied(
                 Reason::InstanceChanged,
