@@ -81,6 +81,10 @@ impl Agent {
         let options = check_options(required("options", cast.options)?)?;
         let instance = self.instance(&cast.instance).await?;
         let mut state = instance.state.lock().await;
+        // The very same cast may have come meanwhile: it was sent again before its receipt was there.
+        if state.row.migration == Some(id) {
+            return Ok(receipt(true, state.row.epoch));
+        }
         state.check_can_migrate()?;
         if cast.expected_epoch != 0 && cast.expected_epoch != state.row.epoch {
             return Err(Failure::denied(
@@ -120,14 +124,17 @@ impl Agent {
             },
             began: now_ms(),
         };
-        state.row.migration = Some(id);
-        let (saved, saved_instance) = (row.clone(), state.row.clone());
+        let mut instance_row = state.row.clone();
+        instance_row.migration = Some(id);
+        let (saved, saved_instance) = (row.clone(), instance_row.clone());
         self.journal
             .write(move |transaction| {
                 saved.save(transaction)?;
                 saved_instance.save(transaction)
             })
             .await?;
+        // Only what is durable has a receipt: a write that failed leaves no trace.
+        state.row = instance_row;
         state.migrating = Some(id);
         drop(state);
         tracing::info!(migration = %id, instance = %instance.id, destination = row.peer, "migration accepted");
