@@ -25,7 +25,7 @@ pub(super) struct Console {
 #[derive(Default)]
 struct Told {
     beats: Vec<Beat>,
-    tsc_khz: u64,
+    ready: bool,
     complaints: Vec<String>,
     /// The beginning of a line that the guest finished elsewhere, or the end of one that it began elsewhere.
     rest: String,
@@ -50,9 +50,9 @@ impl Console {
     fn take(&self, line: &str, read_at: Instant) {
         let mut told = self.lock();
         match parse(line) {
-            Some(Line::Ready(ready)) => {
+            Some(Line::Ready(_)) => {
                 // A guest that fills its memory beats too; what counts begins here.
-                told.tsc_khz = ready.tsc_khz;
+                told.ready = true;
                 told.beats.clear();
             }
             Some(Line::Heartbeat(heartbeat)) => told.beats.push(Beat { heartbeat, read_at }),
@@ -67,18 +67,13 @@ impl Console {
         self.lock().beats.clone()
     }
 
-    /// The guest's clock in kHz; 0 before it is ready.
-    pub(super) fn tsc_khz(&self) -> u64 {
-        self.lock().tsc_khz
-    }
-
     /// Waits until the guest is ready.
     ///
     /// # Errors
     /// If the guest complains or is not ready in time.
     pub(super) fn wait_ready(&self, timeout: Duration) -> Result<()> {
         let deadline = Instant::now() + timeout;
-        while self.tsc_khz() == 0 {
+        while !self.lock().ready {
             let complaints = self.lock().complaints.join("; ");
             if !complaints.is_empty() {
                 bail!("the guest says {complaints}");

@@ -42,17 +42,17 @@ impl Binary {
         &self.file
     }
 
-    /// Moves the guest once and measures.
+    /// Moves the guest once and measures; `tsc_khz` is what its clock runs at.
     ///
     /// # Errors
     /// If an agent or the guest does not come up, or does not live through the move.
-    pub(super) fn run(&self, workload: &Workload) -> Result<Sample> {
+    pub(super) fn run(&self, workload: &Workload, tsc_khz: u64) -> Result<Sample> {
         let mut pair = Pair::prepare_with(&self.file)?;
         pair.a.start()?;
         pair.b.start()?;
         let guest = Guest::new("g")
             .memory_mib(workload.memory_mib)
-            .work(&workload.full_cmdline(None));
+            .work(&workload.full_cmdline(tsc_khz));
         let witness = pair.run(&guest)?;
         let before = beats(&witness, "a").len();
         wait_for_beats(&witness, "a", before + BEATS_BEFORE)?;
@@ -63,9 +63,8 @@ impl Binary {
         wait_for_beats(&witness, "b", BEATS_AFTER)?;
         witness.check()?;
 
-        let seen = compare(&beats(&witness, "a"), &beats(&witness, "b"), witness.tsc_khz(), began)?;
+        let seen = compare(&beats(&witness, "a"), &beats(&witness, "b"), tsc_khz, began)?;
         Ok(Sample {
-            tsc_khz: witness.tsc_khz(),
             total_ms: moved.number("total_ms")?,
             gap_ms: seen.gap_ms,
             reported_downtime_ms: moved.number("downtime_ms.total").ok(),

@@ -4,6 +4,7 @@
 //! One Ferry run, one run of each of the peer's modes, the next Ferry run: what disturbs the host then disturbs all alike.
 //! Two runs an hour apart compare nothing.
 
+mod clock;
 mod console;
 mod devices;
 mod ferry;
@@ -67,8 +68,6 @@ struct Sample {
     reader_gap_ms: Option<f64>,
     /// Bytes sent.
     bytes: Option<f64>,
-    /// What the guest took its clock to run at.
-    tsc_khz: u64,
     /// How much the guest's clock lost over the move.
     clock_lost_ms: Option<f64>,
 }
@@ -147,12 +146,10 @@ fn measure(workload: &Workload, options: &Options, ferry: &ferry::Binary) -> Res
     };
     let mut contenders = vec![Contender::new("ferry")];
     contenders.extend(modes.iter().map(|mode| Contender::new(mode.name())));
-    let mut tsc_khz = None;
+    let tsc_khz = clock::tsc_khz()?;
     for round in 1..=options.runs {
         eprintln!("{}: run {round} of {}", workload.name, options.runs);
-        let moved = ferry.run(workload);
-        tsc_khz = moved.as_ref().map_or(tsc_khz, |sample| Some(sample.tsc_khz));
-        contenders[0].add(moved);
+        contenders[0].add(ferry.run(workload, tsc_khz));
         for (mode, contender) in modes.iter().zip(&mut contenders[1..]) {
             contender.add(qemu::run(*mode, workload, tsc_khz));
         }

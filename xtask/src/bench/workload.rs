@@ -38,9 +38,8 @@ pub(super) const ALL: &[Workload] = &[
 impl Workload {
     /// The probe's command line: the workload, and heartbeats often enough to tell the clocks apart.
     ///
-    /// `tsc_khz` is what the clock is known to run at. Ferry tells its guest; QEMU's would measure it, which goes wrong where the host is busy.
-    pub(super) fn full_cmdline(&self, tsc_khz: Option<u64>) -> String {
-        let clock = tsc_khz.map(|khz| format!(" tsc_khz={khz}")).unwrap_or_default();
-        format!("{} heartbeat_ms=20{clock}", self.work)
+    /// `tsc_khz` is what its clock runs at.
+    pub(super) fn full_cmdline(&self, tsc_khz: u64) -> String {
+        format!("{} heartbeat_ms=20 tsc_khz={tsc_khz}", self.work)
     }
 }

@@ -191,4 +191,4 @@ impl Teller {
 /// How long the guest is listened to between two moves: its clock is read a hundred times.
 const STAY: Duration = Duration::from_millis(1000);
 /// VMMs, agents and the kernel's own.
-const SLACK: u64 = 256 << 20;
+const SLACK: u64 = 512 << 20;

@@ -45,12 +45,21 @@ impl GuestPlan {
             dirty: self.dirty.clone(),
             kernel,
             initrd: String::new(),
-            cmdline: self.cmdline.clone(),
+            cmdline: told_the_clock(&self.cmdline),
             hugepages: false,
             restart: String::new(),
             disks: Vec::new(),
             nics: Vec::new(),
         }
+    }
+}
+
+/// The probe's command line with what its clock runs at: not every host lets a guest find that in CPUID, and measuring it
+/// against the PIT goes wrong on a busy one.
+fn told_the_clock(cmdline: &str) -> String {
+    match ferry_vmm::host() {
+        Ok(host) if host.tsc_khz > 0 => format!("{cmdline} tsc_khz={}", host.tsc_khz),
+        _ => cmdline.to_owned(),
     }
 }
 

@@ -18,8 +18,8 @@ pub(super) struct Host {
     pub(super) image: Image,
     /// The release build.
     pub(super) ferry: ferry::Binary,
-    /// What the processor's clock runs at, in kHz; `None` until a guest was told.
-    pub(super) tsc_khz: Option<u64>,
+    /// What the processor's clock runs at, in kHz.
+    pub(super) tsc_khz: u64,
 }
 
 /// A VMM, and how it is told to do a disk's work.

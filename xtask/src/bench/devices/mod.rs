@@ -18,7 +18,7 @@ use ferry_probe::console::parse;
 use ferry_probe::report::{Line, Transfers};
 use serde_json::json;
 
-use super::{Options, Peer, ferry, qemu, write_record};
+use super::{Options, Peer, clock, ferry, qemu, write_record};
 use contender::{Contender, Host, Running};
 use image::Image;
 use network::Sender;
@@ -39,16 +39,16 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
         qemu::check()?;
     }
     let ferry = ferry::build()?;
-    let mut host = Host {
+    let host = Host {
         image: Image::write()?,
         ferry,
-        tsc_khz: None,
+        tsc_khz: clock::tsc_khz()?,
     };
     let mut record = Vec::new();
     let mut failed = false;
     network::with_network(|| {
         for row in &rows {
-            let all = measure(row, options, &mut host);
+            let all = measure(row, options, &host);
             table::print(row, &all);
             failed |= all.iter().any(Runs::has_failed);
             record.push(json!({
@@ -62,7 +62,7 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn measure(row: &Row, options: &Options, host: &mut Host) -> Vec<Runs> {
+fn measure(row: &Row, options: &Options, host: &Host) -> Vec<Runs> {
     let peers = match options.peer {
         Some(Peer::Qemu) => Contender::peers(row),
         None => &[],
@@ -78,15 +78,18 @@ fn measure(row: &Row, options: &Options, host: &mut Host) -> Vec<Runs> {
     all
 }
 
-fn run_once(contender: Contender, row: &Row, host: &mut Host) -> Result<Sample> {
+fn run_once(contender: Contender, row: &Row, host: &Host) -> Result<Sample> {
     let frames_before = network::frames_from_guest()?;
     let mut running = Running::start(contender, row, host)?;
-    let (tsc_khz, told) = wait_for(&mut running, |line| match line {
-        Line::Ready(ready) => Some((ready.tsc_khz, ready.tsc_from != "pit")),
+    let told = wait_for(&mut running, |line| match line {
+        Line::Ready(ready) => Some(ready.tsc_khz),
         _ => None,
     })?;
-    ensure!(told, "the guest measured its clock: nobody told it");
-    host.tsc_khz = Some(tsc_khz);
+    ensure!(
+        told == host.tsc_khz,
+        "the guest was told that its clock runs at {} kHz and took it to run at {told}",
+        host.tsc_khz
+    );
     let sender = match row.device {
         Device::Receiver(bytes) => Some(Sender::start(bytes)?),
         Device::Disk | Device::Sender => None,

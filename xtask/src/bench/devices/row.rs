@@ -8,7 +8,7 @@ pub(super) struct Row {
     /// The device.
     pub(super) device: Device,
     /// What the probe is told, beside the time.
-    work: &'static str,
+    pub(super) work: &'static str,
 }
 
 /// What the guest has.
@@ -31,10 +31,9 @@ pub(super) const MEMORY_MIB: u64 = 256;
 impl Row {
     /// The probe's command line. No heartbeats: each character of one would be an exit in the middle of what is measured.
     ///
-    /// `tsc_khz` is what the clock is known to run at. Ferry tells its guest; QEMU's would measure it, which goes wrong where the host is busy.
-    pub(super) fn cmdline(&self, tsc_khz: Option<u64>) -> String {
-        let clock = tsc_khz.map(|khz| format!(" tsc_khz={khz}")).unwrap_or_default();
-        format!("{} seconds={SECONDS} heartbeat_ms=3600000{clock}", self.work)
+    /// `tsc_khz` is what the guest's clock runs at.
+    pub(super) fn cmdline(&self, tsc_khz: u64) -> String {
+        format!("{} seconds={SECONDS} heartbeat_ms=3600000 tsc_khz={tsc_khz}", self.work)
     }
 }
 
@@ -91,7 +90,7 @@ mod tests {
     #[test]
     fn the_probe_understands_every_row() {
         for row in ALL {
-            let line = row.cmdline(Some(2_000_000));
+            let line = row.cmdline(2_000_000);
             let options = Options::parse(&line).unwrap();
             assert_eq!((options.devices.seconds, options.tsc_khz), (SECONDS, Some(2_000_000)));
             if let Device::Receiver(bytes) = row.device {

@@ -83,7 +83,7 @@ impl Runs {
 
 /// Prints one row's table; the first is Ferry.
 pub(super) fn print(row: &Row, all: &[Runs]) {
-    println!("\n{} ({})", row.name, row.cmdline(None));
+    println!("\n{} ({})", row.name, row.work);
     println!(
         "{:<16} {:>5} {:>12} {:>10} {:>12} {:>12}",
         "medians of", "runs", "a second", "MiB/s", "median us", "p99 us"

@@ -43,13 +43,7 @@ impl Machine {
     ///
     /// # Errors
     /// What QEMU said on its standard error if it ended at once.
-    pub(super) fn start(
-        folder: &Path,
-        name: &str,
-        workload: &Workload,
-        tsc_khz: Option<u64>,
-        incoming: bool,
-    ) -> Result<Self> {
+    pub(super) fn start(folder: &Path, name: &str, workload: &Workload, tsc_khz: u64, incoming: bool) -> Result<Self> {
         let socket = folder.join(name);
         let complaints = folder.join(format!("{name}.err"));
         let kernel = folder.join("probe.elf");

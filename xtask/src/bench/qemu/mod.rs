@@ -77,11 +77,11 @@ const INSTALL: &str =
     "    echo 'deb http://deb.debian.org/debian bookworm-backports main' > /etc/apt/sources.list.d/backports.list
     apt-get update && apt-get install -y -t bookworm-backports qemu-system-x86";
 
-/// Moves the guest once and measures; `tsc_khz` is what its clock is known to run at.
+/// Moves the guest once and measures; `tsc_khz` is what its clock runs at.
 ///
 /// # Errors
 /// If QEMU does not start, does not migrate, or the guest does not live through it.
-pub(super) fn run(mode: Mode, workload: &Workload, tsc_khz: Option<u64>) -> Result<Sample> {
+pub(super) fn run(mode: Mode, workload: &Workload, tsc_khz: u64) -> Result<Sample> {
     let folder = tempfile::Builder::new()
         .prefix("ferry-q")
         .tempdir()
@@ -111,14 +111,8 @@ pub(super) fn run(mode: Mode, workload: &Workload, tsc_khz: Option<u64>) -> Resu
         .wait_for_beats(BEATS_AFTER, Duration::from_secs(30))
         .context("destination")?;
 
-    let seen = compare(
-        &source.console.beats(),
-        &destination.console.beats(),
-        source.console.tsc_khz(),
-        began,
-    )?;
+    let seen = compare(&source.console.beats(), &destination.console.beats(), tsc_khz, began)?;
     Ok(Sample {
-        tsc_khz: source.console.tsc_khz(),
         total_ms: total.as_secs_f64() * 1e3,
         gap_ms: seen.gap_ms,
         reported_downtime_ms: report["downtime"].as_f64(),
