@@ -8,6 +8,7 @@
 pub mod answer;
 pub mod binary;
 pub mod complaints;
+pub mod disk;
 pub mod echo;
 pub mod guest;
 pub mod host;

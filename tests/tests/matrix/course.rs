@@ -15,6 +15,8 @@ pub(crate) enum Course {
     Refused,
     /// Of the news that the guest runs at B nothing arrives, so A asks.
     Asked,
+    /// Nor does an answer to A's questions.
+    Unanswered,
     /// Agent A is killed when it is armed, and starts again.
     Recalled,
 }
@@ -26,6 +28,7 @@ impl fmt::Display for Course {
             Self::Aborted => "aborted",
             Self::Refused => "refused",
             Self::Asked => "asked",
+            Self::Unanswered => "unanswered",
             Self::Recalled => "recalled",
         })
     }
@@ -53,7 +56,7 @@ pub(crate) enum Reach {
 
 /// How a site is reached. No wildcard: a site that is new has to be thought about.
 pub(crate) fn reach(site: Site) -> Reach {
-    use Course::{Aborted, Asked, Recalled, Refused, Straight};
+    use Course::{Aborted, Asked, Recalled, Refused, Straight, Unanswered};
     use Stretch::{Outside, Switchover};
     match site {
         Site::JournalArmed | Site::AskExpect | Site::GiveGrant | Site::AskAfter => Reach::On(Straight, Switchover),
@@ -63,7 +66,7 @@ pub(crate) fn reach(site: Site) -> Reach {
         Site::AskRecall => Reach::On(Recalled, Switchover),
         Site::AskDecision => Reach::On(Asked, Switchover),
         Site::JournalSaidSource | Site::JournalResumed | Site::SendResumePermit => Reach::On(Refused, Switchover),
-        Site::SayIndeterminate | Site::AskAgain => Reach::AfterFault,
+        Site::SayIndeterminate | Site::AskAgain => Reach::On(Unanswered, Switchover),
         // A person's word: the scenarios of `resolve` go by it.
         Site::JournalResolved => Reach::AfterFault,
         Site::JournalSaidUndecided => Reach::Never,

@@ -75,7 +75,7 @@ pub(crate) fn allowed(cell: &Cell, scene: &Scene) -> &'static [Ending] {
 /// How a course ends when nothing else happens.
 fn base(course: Course) -> &'static [Ending] {
     match course {
-        Course::Straight | Course::Asked => &[Ending::AtB],
+        Course::Straight | Course::Asked | Course::Unanswered => &[Ending::AtB],
         Course::Aborted | Course::Refused => &[Ending::AtA],
         Course::Recalled => &[Ending::AtA, Ending::AtB],
     }

@@ -123,6 +123,11 @@ impl Gate {
         is_held_after || passed.any(|passage| (passage.0.as_str(), passage.1, passage.2) == (host, moment, site))
     }
 
+    /// Every site that somebody came by.
+    pub(crate) fn sites(&self) -> HashSet<Site> {
+        self.shared.lock().passed.iter().map(|&(_, _, site)| site).collect()
+    }
+
     /// What passed, for the message of a failed cell.
     pub(crate) fn story(&self) -> String {
         let state = self.shared.lock();

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use ferry_tests::{Host, process, until, waiting::CALL};
+use ferry_tests::{Host, disk, process, until, waiting::CALL};
 
 use crate::cell::Ending;
 use crate::journals::Look;
@@ -29,6 +29,7 @@ pub(crate) fn ending(looks: &[Look; 2]) -> Result<Ending> {
 pub(crate) fn judge(stage: &mut Stage, looks: &[Look; 2], ending: Ending) -> Result<()> {
     agree(looks, ending).with_context(|| format!("the journals say {looks:?}"))?;
     one_copy(stage, ending)?;
+    disk_is_the_runners(stage, looks, ending)?;
     stage.witness.check()?;
     never_two(stage)?;
     starts_again(stage, ending)?;
@@ -95,6 +96,27 @@ fn one_copy(stage: &Stage, ending: Ending) -> Result<()> {
     }
 }
 
+/// Who runs the guest has its disk, under the guest's epoch; of a guest that crashed nobody has it.
+fn disk_is_the_runners(stage: &Stage, looks: &[Look; 2], ending: Ending) -> Result<()> {
+    let image = stage.disk();
+    let (host, look) = match ending {
+        Ending::AtA => ("a", &looks[0]),
+        Ending::AtB => ("b", &looks[1]),
+        Ending::CrashedAtA | Ending::CrashedAtB => {
+            ensure!(!disk::is_locked(&image)?, "the disk of a guest that crashed is locked");
+            return Ok(());
+        }
+    };
+    ensure!(disk::is_locked(&image)?, "the guest runs, and its disk is not locked");
+    let holder = disk::holder(&image)?;
+    let epoch = look.instance.as_ref().map(|&(_, epoch)| epoch);
+    ensure!(
+        holder["host"] == host && holder["epoch"].as_u64() == epoch,
+        "the guest runs at {host} under epoch {epoch:?}, and its disk is that of {holder}"
+    );
+    Ok(())
+}
+
 /// By the guest's own counter, which both hosts share: no heartbeat of one copy lies between those of the other.
 fn never_two(stage: &Stage) -> Result<()> {
     let span = |host: &str| {
@@ -132,7 +154,7 @@ fn starts_again(stage: &Stage, ending: Ending) -> Result<()> {
     stage.witness.wait_ready_times(2)
 }
 
-/// Once the guest is removed: no process, socket, folder, cgroup or started mark.
+/// Once the guest is removed: no process, socket, folder, cgroup, started mark or lock.
 fn nothing_left(stage: &mut Stage, ending: Ending) -> Result<()> {
     stage.pair.keep_logs();
     let host = match ending {
@@ -152,6 +174,7 @@ fn nothing_left(stage: &mut Stage, ending: Ending) -> Result<()> {
                 .filter(|&id| !agents.contains(&Some(id)))
                 .map(|id| format!("process {id}")),
         );
+        left.extend(disk::is_locked(&stage.disk())?.then(|| "a lock on the disk".to_owned()));
         left.extend((stage.instance_folders() > 0).then(|| "an instance's folder".to_owned()));
         for host in [&stage.pair.a, &stage.pair.b] {
             left.extend(mark_folders(host).iter().map(|mark| format!("{}", mark.display())));

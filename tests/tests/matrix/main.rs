@@ -19,6 +19,7 @@ mod judge;
 mod run;
 mod table;
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -46,7 +47,8 @@ fn main() -> ExitCode {
     let chosen = cells.iter().filter(|(cell, stretch)| choice.takes(cell, *stretch));
     let trials = chosen.map(|&(cell, _)| trial(cell, &table)).collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
-    table.print(cells.len());
+    let of_their_own: HashSet<_> = cells.iter().map(|(cell, _)| cell.site).collect();
+    table.print(cells.len(), &of_their_own);
     if let Choice::Turn(seed) = choice {
         println!("the turn was that of {seed}");
     }
@@ -77,9 +79,9 @@ fn cells() -> impl Iterator<Item = (Cell, Stretch)> {
 fn trial(cell: Cell, table: &Arc<Table>) -> Trial {
     let table = Arc::clone(table);
     let run = move || {
-        let outcome = run::run(&cell);
-        table.enter(&cell, outcome.as_ref().ok().copied());
-        outcome.map(drop).map_err(|error| format!("{error:#}").into())
+        let ran = run::run(&cell);
+        table.enter(&cell, ran.as_ref().ok());
+        ran.map(drop).map_err(|error| format!("{error:#}").into())
     };
     Trial::test(cell.to_string(), run).with_ignored_flag(!kvm_is_here())
 }

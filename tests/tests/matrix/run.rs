@@ -1,5 +1,6 @@
 //! Runs one cell: a pair of agents, a guest, a migration, the fault, and what comes of it.
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
@@ -8,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use ferry_rpc::faults::{Moment, Site, Word};
-use ferry_tests::{Call, Guest, Host, Pair, Relay, Tampering, Witness, process, until};
+use ferry_tests::{Call, Guest, Host, Pair, Relay, Tampering, Witness, disk, process, until};
 use rustix::process::Signal;
 
 use crate::cell::{Actor, Cell, Ending, Fault, LATE, STOPPED};
@@ -59,24 +60,31 @@ const REACHED: Duration = Duration::from_secs(30);
 /// How long healing may take: 30 s of silence are the longest that anybody waits before it asks, on a busy machine.
 const HEALED: Duration = Duration::from_secs(90);
 
-/// Runs a cell.
+/// Runs a cell, and tells every site that somebody came by.
 ///
 /// # Errors
 /// What does not hold, and what passed the gate.
-pub(crate) fn run(cell: &Cell) -> Result<Outcome> {
+pub(crate) fn run(cell: &Cell) -> Result<(Outcome, HashSet<Site>)> {
     let mut stage = Stage::set()?;
-    let outcome = stage.play(cell);
-    outcome.with_context(|| {
+    let outcome = stage.play(cell).with_context(|| {
         let (gate, story) = (stage.gate.story(), stage.pair.story());
         format!("{cell}\npassed the gate: {gate}\n{story}")
-    })
+    })?;
+    Ok((outcome, stage.gate.sites()))
 }
+
+/// A disk that both hosts see; the guest leaves it alone, but who runs the guest has it.
+const DISK: &str = "disk.img";
 
 /// Boots a guest. The first of all has the host for itself and measures its counter's frequency; beside others that is not reliable.
 fn boot(pair: &Pair) -> Result<Witness> {
     static TSC_KHZ: Mutex<Option<u64>> = Mutex::new(None);
     let mut known = TSC_KHZ.lock().unwrap_or_else(PoisonError::into_inner);
-    let boot = |work: &str| pair.run(&Guest::new(NAME).memory_mib(64).work(work));
+    let image = disk::sparse(pair.folder(), DISK, 1 << 20)?;
+    let boot = |work: &str| {
+        let guest = Guest::new(NAME).memory_mib(64).work(work);
+        pair.run(&guest.disk(&format!("path={}", image.display())))
+    };
     if let Some(tsc_khz) = *known {
         drop(known);
         return boot(&format!("{WORK} tsc_khz={tsc_khz}"));
@@ -152,6 +160,11 @@ impl Stage {
                 self.gate.lose(Moment::Before, Site::CallPost);
                 hold();
             }
+            Course::Unanswered => {
+                self.gate.lose(Moment::Before, Site::CallPost);
+                self.gate.lose(Moment::Before, Site::CallDecide);
+                hold();
+            }
             Course::Aborted => hold(),
             Course::Recalled => self.gate.hold(Moment::Before, Site::GiveGrant),
         }
@@ -162,7 +175,7 @@ impl Stage {
         let began = self.pair.migrate(NAME, &words)?.exit(0)?;
         began.migration()?.text("id")?.clone_into(&mut self.migration);
         match cell.course {
-            Course::Straight | Course::Refused | Course::Asked => {}
+            Course::Straight | Course::Refused | Course::Asked | Course::Unanswered => {}
             Course::Aborted => {
                 until("agent B expects the guest", REACHED, || {
                     let look = look(&self.pair.b, &self.migration)?;
@@ -285,6 +298,11 @@ impl Stage {
             Ok(is_settled.then_some(looks))
         });
         settled.with_context(|| format!("the journals say {last:?}"))
+    }
+
+    /// The guest's disk.
+    pub(crate) fn disk(&self) -> PathBuf {
+        self.pair.folder().join(DISK)
     }
 
     /// Folders of instances at both hosts.

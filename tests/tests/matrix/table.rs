@@ -1,6 +1,6 @@
 //! What is printed in the end: where each cell ended, and how many of all there are were run.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ferry_rpc::faults::{Moment, Site};
@@ -11,7 +11,14 @@ use crate::run::Outcome;
 /// Outcomes by row and column; none of a cell that failed.
 #[derive(Default)]
 pub(crate) struct Table {
-    rows: Mutex<BTreeMap<usize, Row>>,
+    told: Mutex<Told>,
+}
+
+#[derive(Default)]
+struct Told {
+    rows: BTreeMap<usize, Row>,
+    /// In how many cells somebody came by a site.
+    passed: HashMap<Site, usize>,
 }
 
 struct Row {
@@ -20,22 +27,26 @@ struct Row {
 }
 
 impl Table {
-    /// Enters what came of a cell.
-    pub(crate) fn enter(&self, cell: &Cell, outcome: Option<Outcome>) {
+    /// Enters what came of a cell, and the sites that somebody came by in it; none of one that failed.
+    pub(crate) fn enter(&self, cell: &Cell, ran: Option<&(Outcome, HashSet<Site>)>) {
         let at = Site::ALL.iter().position(|site| *site == cell.site).unwrap_or_default();
         let number = 2 * at + usize::from(cell.moment == Moment::After);
         let row = || Row {
             title: format!("{} {} {}", cell.course, cell.moment, cell.site),
             columns: BTreeMap::new(),
         };
-        let mut rows = self.lock();
-        let row = rows.entry(number).or_insert_with(row);
-        row.columns.insert(column(cell.fault), outcome);
+        let mut told = self.lock();
+        let row = told.rows.entry(number).or_insert_with(row);
+        row.columns.insert(column(cell.fault), ran.map(|(outcome, _)| *outcome));
+        for &site in ran.iter().flat_map(|(_, sites)| sites) {
+            *told.passed.entry(site).or_default() += 1;
+        }
     }
 
-    /// Prints it, with `all` for how many cells there are.
-    pub(crate) fn print(&self, all: usize) {
-        let rows = self.lock();
+    /// Prints it, with `all` for how many cells there are, and how often the sites were come by that have no cells `of_their_own`.
+    pub(crate) fn print(&self, all: usize, of_their_own: &HashSet<Site>) {
+        let told = self.lock();
+        let rows = &told.rows;
         let run: usize = rows.values().map(|row| row.columns.len()).sum();
         if run == 0 {
             return;
@@ -56,11 +67,17 @@ impl Table {
             }
             println!();
         }
+        let others = Site::ALL.iter().filter(|site| !of_their_own.contains(site));
+        let others = others.map(|site| format!("{site} {}", told.passed.get(site).copied().unwrap_or_default()));
+        println!(
+            "\nsites without cells of their own, and in how many cells they were come by: {}",
+            others.collect::<Vec<_>>().join(", ")
+        );
         println!("\n{run} of {all} cells run");
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<usize, Row>> {
-        self.rows.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Told> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

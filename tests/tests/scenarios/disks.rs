@@ -4,14 +4,14 @@
 use std::fs::{self, File, OpenOptions};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
+use ferry_tests::disk::{self, holder, is_locked};
 use ferry_tests::{
     Guest, Pair, until,
     waiting::{CALL, MOVE},
 };
 use libtest_mimic::Trial;
 use rustix::fs::{FlockOperation, fcntl_lock};
-use serde_json::Value;
 
 use crate::scenario::{on_kvm, stays_and_moves_later};
 
@@ -31,30 +31,11 @@ pub(crate) fn trials() -> Vec<Trial> {
 
 /// A sparse image of 16 MiB.
 fn image(pair: &Pair, name: &str) -> Result<PathBuf> {
-    let path = pair.folder().join(name);
-    File::create(&path)?.set_len(16 << 20)?;
-    Ok(path)
+    disk::sparse(pair.folder(), name, 16 << 20)
 }
 
 fn with_disk(image: &Path) -> Guest {
     Guest::new("g").disk(&format!("path={}", image.display()))
-}
-
-/// What an image's lock file says.
-fn holder(image: &Path) -> Result<Value> {
-    let text = fs::read_to_string(format!("{}.ferry-lock", image.display()))?;
-    serde_json::from_str(&text).with_context(|| format!("not JSON: {text:?}"))
-}
-
-/// Whether somebody has a lock on the image.
-fn is_locked(image: &Path) -> Result<bool> {
-    let file = OpenOptions::new().read(true).write(true).open(image)?;
-    // The lock of a process conflicts with that of an open file, and goes when the process closes the file.
-    match fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(false),
-        Err(rustix::io::Errno::AGAIN | rustix::io::Errno::ACCESS) => Ok(true),
-        Err(error) => Err(error.into()),
-    }
 }
 
 fn disks_are_shown_and_locked(pair: &mut Pair) -> Result<()> {
