@@ -13,8 +13,8 @@ use ferry_proto::agent::v1::conductor_server::ConductorServer;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, Semaphore, mpsc};
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
 use uuid::Uuid;
 
 use super::compute::ComputeService;
@@ -64,15 +64,17 @@ pub async fn serve(config: AgentConfig) -> anyhow::Result<()> {
     let rpc_cap = agent.config.rpc_cap;
     let ending = Arc::new(Notify::new());
     let asked = Arc::clone(&ending);
+    // The server's own `tcp_nodelay` says nothing of connections that it is handed: an answer of several frames would wait 40 ms for the caller's
+    // delayed acknowledgement of the first.
+    let grpc = TcpIncoming::from(grpc).with_nodelay(Some(true));
     let serving = Server::builder()
-        .tcp_nodelay(true)
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .add_service(ComputeServer::with_interceptor(
             ComputeService(Arc::clone(&agent)),
             move |request| check_version(rpc_cap, request),
         ))
         .add_service(ConductorServer::new(ConductorService(Arc::clone(&agent))))
-        .serve_with_incoming_shutdown(TcpListenerStream::new(grpc), async move {
+        .serve_with_incoming_shutdown(grpc, async move {
             ended().await;
             asked.notify_one();
         });
