@@ -1,7 +1,7 @@
 //! Nova's pair of checks: whether a destination can have an instance of a source. It looks only, and changes nothing;
 //! PREPARE checks all of it again, and holds what it then has.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use ferry_proto::agent::v1::{
     Check, CheckDestinationReply, CheckDestinationRequest, CheckSourceReply, CheckSourceRequest, InstanceSpec,
@@ -10,7 +10,7 @@ use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::{InvalidField, required, wire_uuid};
-use ferry_vmm::MachineProfile;
+use ferry_vmm::{HostCapabilities, HostError, MachineProfile};
 
 use super::backends::storage::{self, Coming, Storage};
 use super::backends::{Occasion, Whose};
@@ -168,10 +168,16 @@ async fn check_machine(profile: Vec<u8>) -> Result<String, Failure> {
     }
     let unreadable = |error| Failure::Refused(format!("the source's machine profile does not parse: {error}"));
     let profile = MachineProfile::from_bytes(&profile).map_err(unreadable)?;
-    // A VM is made for a moment: that may wait for the kernel.
     let looked = tokio::task::spawn_blocking(move || {
-        let host = ferry_vmm::host().map_err(|error| crate::error_chain(&error))?;
-        Ok(host.check(&profile).iter().map(ToString::to_string).collect::<Vec<_>>())
+        let lacks = |host: &HostCapabilities| host.check(&profile).iter().map(ToString::to_string).collect::<Vec<_>>();
+        let known = host_before().map_err(|error| crate::error_chain(&error))?;
+        match lacks(&known) {
+            none if none.is_empty() => Ok(none),
+            // Before it is refused: kernel modules may have been loaded anew.
+            _ => look_at_host()
+                .map(|host| lacks(&host))
+                .map_err(|error| crate::error_chain(&error)),
+        }
     });
     let found: Result<Vec<String>, String> = looked
         .await
@@ -180,4 +186,21 @@ async fn check_machine(profile: Vec<u8>) -> Result<String, Failure> {
         lacks if lacks.is_empty() => Ok("processor, clock and devices fit".to_owned()),
         lacks => Err(Failure::Refused(lacks.join("; "))),
     }
+}
+
+/// What this host offered when it was last looked at.
+static HOST: Mutex<Option<Arc<HostCapabilities>>> = Mutex::new(None);
+
+/// What this host offers, as it was seen before if it was: to look makes a VM for a moment, 25 ms of waiting for the kernel. The VMM that is to
+/// have the guest looks again.
+fn host_before() -> Result<Arc<HostCapabilities>, HostError> {
+    let before = HOST.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    before.map_or_else(look_at_host, Ok)
+}
+
+/// Looks at this host. May wait for the kernel.
+fn look_at_host() -> Result<Arc<HostCapabilities>, HostError> {
+    let host = Arc::new(ferry_vmm::host()?);
+    *HOST.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&host));
+    Ok(host)
 }
