@@ -11,6 +11,7 @@ pub mod complaints;
 pub mod disk;
 pub mod echo;
 pub mod guest;
+pub mod hanging;
 pub mod host;
 pub mod intrusion;
 pub mod linux;
@@ -23,6 +24,7 @@ pub mod witness;
 
 pub use answer::{Answer, Migration};
 pub use guest::Guest;
+pub use hanging::HangingDisk;
 pub use host::{Call, Host};
 pub use pair::Pair;
 pub use relay::{Relay, Tampering};

@@ -34,7 +34,7 @@ pub(crate) fn trials() -> Vec<Trial> {
 const PAGES: u64 = 16 << 8;
 
 /// An image with the stamps that the probe looks for.
-fn stamped_image(pair: &Pair) -> Result<PathBuf> {
+pub(crate) fn stamped_image(pair: &Pair) -> Result<PathBuf> {
     let path = pair.folder().join("disk");
     let mut file = File::create(&path)?;
     for number in 0..PAGES {
@@ -45,14 +45,14 @@ fn stamped_image(pair: &Pair) -> Result<PathBuf> {
     Ok(path)
 }
 
-fn with_disk(image: &Path, work: &str) -> Guest {
+pub(crate) fn with_disk(image: &Path, work: &str) -> Guest {
     Guest::new("g")
         .disk(&format!("path={}", image.display()))
         .work(&format!("heartbeat_ms=20 work=blk {work}"))
 }
 
 /// Waits until the guest says at this host what came of its work.
-fn transfers(host: &Host) -> Result<Transfers> {
+pub(crate) fn transfers(host: &Host) -> Result<Transfers> {
     until(
         &format!("the guest is done with its work at {}", host.name),
         MOVE,

@@ -12,6 +12,7 @@ mod data_port;
 mod device_work;
 mod disks;
 mod faults;
+mod hanging;
 mod hostile;
 mod jail;
 mod journal;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         linux_devices::trials(),
         linux_stop::trials(),
         device_work::trials(),
+        hanging::trials(),
         networks::trials(),
         limits::trials(),
         memory::trials(),
