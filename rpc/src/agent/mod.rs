@@ -14,7 +14,8 @@
 //! | `compute`, `conductor` | the gRPC services: convert, call, map the error; the conductor's task checks, chooses and casts |
 //! | `checks`, `claims`, `reason` | whether this host can have an instance, and why not |
 //! | `resolving` | a person ends a migration that nobody can decide |
-//! | `who` | who asked, for the audit table |
+//! | `context`, `who` | in which request, for whom and until when something is done |
+//! | `events` | what was done to each instance, and what failed |
 //! | `journal`, `spawn`, `vmm_client` | SQLite, VMM processes, their sockets |
 
 mod backends;
@@ -25,7 +26,9 @@ mod compute_rpcapi;
 mod conductor;
 mod config;
 mod console;
+mod context;
 mod data_port;
+mod events;
 mod failure;
 mod host;
 mod images;

@@ -21,6 +21,7 @@ use super::compute::ComputeService;
 use super::compute_rpcapi::check_version;
 use super::conductor::ConductorService;
 use super::config::AgentConfig;
+use super::context::RequestContext;
 use super::instances::{Agent, restart_when_due};
 use super::journal::Journal;
 use super::peers::Peers;
@@ -69,9 +70,12 @@ pub async fn serve(config: AgentConfig) -> anyhow::Result<()> {
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .add_service(ComputeServer::with_interceptor(
             ComputeService(Arc::clone(&agent)),
-            move |request| check_version(rpc_cap, request),
+            move |request| check_version(rpc_cap, request).and_then(RequestContext::receive),
         ))
-        .add_service(ConductorServer::new(ConductorService(Arc::clone(&agent))))
+        .add_service(ConductorServer::with_interceptor(
+            ConductorService(Arc::clone(&agent)),
+            RequestContext::receive,
+        ))
         .serve_with_incoming_shutdown(TcpListenerStream::new(grpc), async move {
             ended().await;
             asked.notify_one();
@@ -106,7 +110,7 @@ async fn build(
     };
     let data_address = data.local_addr()?.to_string();
     let marks = host::mark_folder(&fs::canonicalize(&config.data_dir)?).context("failed to make a folder on tmpfs")?;
-    let peers = Peers::new(&config.peers)?;
+    let peers = Peers::new(&config.host_id, &config.peers)?;
     Ok(Agent {
         journal,
         boot_id: host::boot_id().context("failed to read the host's boot id")?,

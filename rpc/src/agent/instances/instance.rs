@@ -249,6 +249,8 @@ impl InstanceState {
             nics: row.spec.nics.clone(),
             balloon: None,
             restart: policy_of(&row.spec).as_str().to_owned(),
+            events: Vec::new(),
+            fault: None,
         }
     }
 
