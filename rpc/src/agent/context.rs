@@ -5,6 +5,8 @@
 //! a migration makes its own calls under the id in which it was asked for, long after that request was answered.
 
 use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use tonic::{Request, Status};
@@ -25,11 +27,49 @@ const LONGEST_NAME: usize = 64;
 #[derive(Clone, Debug)]
 pub(crate) struct RequestContext {
     request: RequestId,
+    caller: Arc<Caller>,
+    /// None: nobody waits, or as long as it takes.
+    deadline: Option<Instant>,
+}
+
+/// Who asked. The kernel's tables are looked at only when somebody wants to know.
+#[derive(Debug)]
+struct Caller {
+    passed_on: Option<PassedOn>,
+    /// The ends of the connection: the caller's and this host's.
+    ends: [Option<SocketAddr>; 2],
+    names: OnceLock<Names>,
+}
+
+#[derive(Debug)]
+struct Names {
+    /// Who asked this agent.
     actor: String,
     /// Who asked the first agent of all, which is what the others are told.
     original: String,
-    /// None: nobody waits, or as long as it takes.
-    deadline: Option<Instant>,
+}
+
+impl Caller {
+    fn written(actor: String) -> Arc<Self> {
+        let original = actor.clone();
+        Arc::new(Self {
+            passed_on: None,
+            ends: [None, None],
+            names: OnceLock::from(Names { actor, original }),
+        })
+    }
+
+    fn names(&self) -> &Names {
+        self.names.get_or_init(|| {
+            let [remote, local] = self.ends;
+            let known = who::actor(remote, local);
+            let said = self.passed_on.as_ref().and_then(|passed_on| passed_on.actor.as_ref());
+            Names {
+                original: said.unwrap_or(&known).clone(),
+                actor: actor(self.passed_on.as_ref(), &known),
+            }
+        })
+    }
 }
 
 /// What the interceptor read off a call.
@@ -53,22 +93,29 @@ impl RequestContext {
         Ok(call)
     }
 
-    /// The context of a call that came through [`Self::receive`].
+    /// The context of a call that came through [`Self::receive`], and of which something is written down.
     pub(crate) fn of<T>(call: &Request<T>) -> Self {
+        let context = Self::of_question(call);
+        // Now: whoever asked may hang up before it is done.
+        context.caller.names();
+        context
+    }
+
+    /// The context of a call that changes nothing: who asks is of interest only if it is passed on.
+    pub(crate) fn of_question<T>(call: &Request<T>) -> Self {
         let received = call.extensions().get::<Received>().cloned();
         let Received { carried, at } = received.unwrap_or_else(|| Received {
             carried: Carried::from(call.metadata()),
             at: Instant::now(),
         });
-        let known = who::actor(call.remote_addr(), call.local_addr());
-        let original = carried
-            .passed_on
-            .as_ref()
-            .map_or(&known, |passed_on| passed_on.actor.as_ref().unwrap_or(&known));
+        let caller = Caller {
+            passed_on: carried.passed_on,
+            ends: [call.remote_addr(), call.local_addr()],
+            names: OnceLock::new(),
+        };
         Self {
             request: carried.request,
-            original: original.clone(),
-            actor: actor(carried.passed_on, known),
+            caller: Arc::new(caller),
             deadline: carried.patience.and_then(|patience| at.checked_add(patience)),
         }
     }
@@ -77,8 +124,7 @@ impl RequestContext {
     pub(crate) fn agent() -> Self {
         Self {
             request: RequestId::new(),
-            actor: OWN.to_owned(),
-            original: OWN.to_owned(),
+            caller: Caller::written(OWN.to_owned()),
             deadline: None,
         }
     }
@@ -87,8 +133,7 @@ impl RequestContext {
     pub(crate) fn written(request: &str, actor: String) -> Self {
         Self {
             request: RequestId::parse(request).unwrap_or_else(|_| RequestId::new()),
-            original: actor.clone(),
-            actor,
+            caller: Caller::written(actor),
             deadline: None,
         }
     }
@@ -108,7 +153,7 @@ impl RequestContext {
 
     /// Who asked.
     pub(crate) fn actor(&self) -> &str {
-        &self.actor
+        &self.caller.names().actor
     }
 
     /// How long something may be waited for that may take `patience`.
@@ -155,7 +200,7 @@ impl RequestContext {
             request: self.request.clone(),
             passed_on: Some(PassedOn {
                 host: host.to_owned(),
-                actor: (self.original != OWN).then(|| self.original.clone()),
+                actor: Some(&self.caller.names().original).filter(|who| *who != OWN).cloned(),
             }),
             patience: Some(patience),
         }
@@ -165,7 +210,7 @@ impl RequestContext {
     pub(crate) fn did(&self, what: &'static str, instance: &str, result: &str) -> AuditRow {
         AuditRow {
             time: now_text(),
-            actor: self.actor.clone(),
+            actor: self.actor().to_owned(),
             request: self.request.to_string(),
             what,
             instance: instance.chars().take(LONGEST_NAME).collect(),
@@ -181,9 +226,9 @@ fn late(before: &str) -> Failure {
 }
 
 /// What a peer says of who asked it is what it says, and by whom it is said is what is known.
-fn actor(passed_on: Option<PassedOn>, known: String) -> String {
+fn actor(passed_on: Option<&PassedOn>, known: &str) -> String {
     match passed_on {
-        None => known,
+        None => known.to_owned(),
         Some(PassedOn { host, actor: None }) => format!("agent {host}, says {known}"),
         Some(PassedOn {
             host,

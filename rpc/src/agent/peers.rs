@@ -135,9 +135,15 @@ impl Peer {
             ..context.carried(&self.here, Duration::MAX)
         };
         let client = ConductorClient::new(self.connection(carried));
-        match send(client).await {
-            Err(status) if is_unanswered(&status) => Err(Failure::from(self.silence(&status)).into()),
-            answer => answer,
+        send(client).await.map_err(|status| self.told(status))
+    }
+
+    /// What a caller is told whose call was passed on: this peer's refusal, or that it does not answer.
+    pub(crate) fn told(&self, status: Status) -> Status {
+        // What it says itself has details.
+        match is_unanswered(&status) && status.details().is_empty() {
+            true => Failure::from(self.silence(&status)).into(),
+            false => status,
         }
     }
 

@@ -25,6 +25,7 @@ use super::context::RequestContext;
 use super::instances::{Agent, restart_when_due};
 use super::journal::Journal;
 use super::peers::Peers;
+use super::unread::WithReasons;
 use super::{data_port, host, recovery};
 
 /// How long calls in flight may take when the agent is asked to end.
@@ -68,6 +69,7 @@ pub async fn serve(config: AgentConfig) -> anyhow::Result<()> {
     let serving = Server::builder()
         .tcp_nodelay(true)
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
+        .layer(WithReasons)
         .add_service(ComputeServer::with_interceptor(
             ComputeService(Arc::clone(&agent)),
             move |request| check_version(rpc_cap, request).and_then(RequestContext::receive),

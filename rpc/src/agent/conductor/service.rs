@@ -9,8 +9,8 @@ use ferry_proto::agent::v1::{
     MigrationInfo, MigrationRequest, ResolveRequest,
 };
 use ferry_proto::wire_uuid;
-use tokio_stream::Stream;
 use tokio_stream::wrappers::WatchStream;
+use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
@@ -53,7 +53,7 @@ impl Conductor for ConductorService {
     }
 
     async fn list_hosts(&self, request: Request<ListHostsRequest>) -> Answer<ListHostsReply> {
-        let context = RequestContext::of(&request);
+        let context = RequestContext::of_question(&request);
         Ok(Response::new(ListHostsReply {
             hosts: self.0.hosts(&context).await,
         }))
@@ -72,7 +72,7 @@ impl Conductor for ConductorService {
     }
 
     async fn show_migration(&self, request: Request<MigrationRequest>) -> Answer<MigrationInfo> {
-        let (context, request) = (RequestContext::of(&request), request.into_inner());
+        let (context, request) = (RequestContext::of_question(&request), request.into_inner());
         match self.0.place(&context, &request).await? {
             Place::Here(row) => Ok(Response::new(self.0.current(*row))),
             Place::There(peer) => {
@@ -85,14 +85,15 @@ impl Conductor for ConductorService {
     type WatchMigrationStream = Snapshots;
 
     async fn watch_migration(&self, request: Request<MigrationRequest>) -> Answer<Snapshots> {
-        let (context, request) = (RequestContext::of(&request), request.into_inner());
+        let (context, request) = (RequestContext::of_question(&request), request.into_inner());
         match self.0.place(&context, &request).await? {
             Place::Here(row) => Ok(Response::new(self.0.snapshots(*row))),
             Place::There(peer) => {
                 let watch =
                     |mut client: ConductorClient| async move { client.watch_migration(forwarded(request)).await };
                 let stream = peer.forward(&context, watch).await?.into_inner();
-                Ok(Response::new(Box::pin(stream)))
+                let lost = move |status| peer.told(status);
+                Ok(Response::new(Box::pin(stream.map(move |info| info.map_err(&lost)))))
             }
         }
     }
@@ -180,7 +181,6 @@ impl Agent {
     fn snapshots(&self, row: MigrationRow) -> Snapshots {
         match self.outgoing.find(row.id) {
             Some(outgoing) => {
-                use tokio_stream::StreamExt;
                 let agent_over = outgoing.watch();
                 let mut ended = false;
                 // The last snapshot is the one with an end; nothing comes after it.
