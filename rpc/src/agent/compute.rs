@@ -77,7 +77,7 @@ impl ComputeService {
     {
         let agent = Arc::clone(&self.0);
         let acted = async move {
-            let subject = context.wait(agent.subject(&name)).await?;
+            let subject = agent.subject(&name);
             let work = work(Arc::clone(&agent), context.clone(), name);
             agent.recorded(&context, action, subject, work).await
         };
@@ -240,7 +240,7 @@ impl Compute for ComputeService {
         let (agent, request) = (Arc::clone(&self.0), request.into_inner());
         let patience = Duration::from_millis(request.timeout_ms);
         let name = request.instance;
-        let subject = agent.subject(&name).await;
+        let subject = agent.subject(&name);
         if request.force {
             let stop = async move {
                 context.check()?;
@@ -274,7 +274,7 @@ impl Compute for ComputeService {
                 true => Action::ForceDelete,
                 false => Action::Delete,
             };
-            let subject = agent.subject(&request.instance).await;
+            let subject = agent.subject(&request.instance);
             let delete = agent.delete_instance(&request.instance, request.force);
             let deleted = agent.recorded(&context, action, subject, delete).await;
             let instance = deleted.as_ref().map_or(request.instance, Uuid::to_string);
@@ -350,7 +350,7 @@ impl Compute for ComputeService {
         &self,
         request: Request<CheckDestinationRequest>,
     ) -> Answer<CheckDestinationReply> {
-        let (context, request) = (RequestContext::of(&request), request.into_inner());
+        let (context, request) = (RequestContext::of_question(&request), request.into_inner());
         answer(self.0.check_can_live_migrate_destination(&context, request).await)
     }
 

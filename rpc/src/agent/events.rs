@@ -260,10 +260,9 @@ impl Agent {
     }
 
     /// The instance of this id or name, if it is here.
-    pub(crate) async fn subject(&self, name_or_id: &str) -> Option<Subject> {
-        let instance = self.instances.find(name_or_id).await?;
-        let name = instance.state.lock().await.row.spec.name.clone();
-        Some(Subject::instance(instance.id, &name))
+    pub(crate) fn subject(&self, name_or_id: &str) -> Option<Subject> {
+        let instance = self.instances.find(name_or_id)?;
+        Some(Subject::instance(instance.id, &instance.name))
     }
 
     /// The request of a migration that goes on, for an agent that restarted.

@@ -75,7 +75,7 @@ impl Agent {
 
     /// No instance of this host has the name, or a network card of the same address.
     async fn check_free(&self, spec: &InstanceSpec) -> Result<(), Failure> {
-        if self.instances.find(&spec.name).await.is_some() {
+        if self.instances.find(&spec.name).is_some() {
             return Err(Failure::Refused(format!(
                 "an instance named {:?} is on host {}",
                 spec.name,
