@@ -117,6 +117,39 @@ mod tests {
         assert!(violations[0].description.contains("UTF-8"), "{violations:?}");
     }
 
+    /// A service that answers with this status.
+    struct Says(Status);
+
+    impl Service<http::Request<()>> for Says {
+        type Response = http::Response<String>;
+        type Error = Infallible;
+        type Future = std::future::Ready<Result<Self::Response, Infallible>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, _: http::Request<()>) -> Self::Future {
+            std::future::ready(Ok(self.0.clone().into_http()))
+        }
+    }
+
+    async fn answered(status: Status) -> Status {
+        let answer = WithReasons.layer(Says(status)).call(http::Request::new(())).await;
+        Status::from_header_map(answer.unwrap().headers()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_refusal_that_has_a_reason_stays_as_it_is() {
+        let refused = answered(Status::unimplemented("no such method")).await;
+        assert_eq!(refused.get_details_error_info().unwrap().reason, "UNIMPLEMENTED");
+        let failure = super::super::failure::Failure::Late("too late".to_owned());
+        let late = answered(failure.into()).await;
+        assert_eq!((late.code(), late.message()), (Code::DeadlineExceeded, "too late"));
+        assert_eq!(late.get_details_error_info().unwrap().reason, "DEADLINE");
+        assert_eq!(answered(Status::ok("")).await.code(), Code::Ok);
+    }
+
     #[test]
     fn an_unknown_method_has_a_reason_and_no_field() {
         let refused = reasoned(&Status::unimplemented(""));

@@ -1,6 +1,10 @@
 //! What is written down of what was done: events and faults, the request that they belong to, and whose it was.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
+use ferry_proto::agent::v1::InstanceRequest;
+use ferry_proto::agent::v1::compute_client::ComputeClient;
 use ferry_tests::{
     Guest, Host, Pair, process, until,
     waiting::{CALL, MOVE},
@@ -8,6 +12,7 @@ use ferry_tests::{
 use libtest_mimic::Trial;
 use rustix::process::Signal;
 use serde_json::Value;
+use tonic::Code;
 
 use crate::scenario::{expect_a_lost_peer_and, on_kvm};
 
@@ -18,6 +23,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         an_action_cut_off_by_its_agents_death_is_interrupted,
         a_migration_goes_on_with_its_event_when_its_agent_comes_back,
         a_lost_answer_names_the_request_to_look_for,
+        what_nobody_waits_for_any_more_is_not_begun,
         a_field_that_cannot_be_used_is_named,
     ]
 }
@@ -191,6 +197,46 @@ fn a_lost_answer_names_the_request_to_look_for(pair: &mut Pair) -> Result<()> {
     let refused = pair.a.ferry(&["list", "--request-id", "not/an/id"])?;
     refused.exit(2)?.says("--request-id")?;
     Ok(())
+}
+
+fn what_nobody_waits_for_any_more_is_not_begun(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g"))?;
+    let vmm = pair.a.vmm()?;
+
+    // Its VMM does not answer, so that the instance is busy while somebody else waits for it, and gives up.
+    process::signal(vmm, Signal::STOP)?;
+    let pause = pair.a.begin(&["pause", "g"])?;
+    let given_up = until("the pause has begun", CALL, || {
+        Ok((told(&events(&pair.a, "g")?)[0][..2] == ["pause", "none"]).then_some(()))
+    })
+    .and_then(|()| resume_within(&pair.a, "g", Duration::from_millis(200)));
+    process::signal(vmm, Signal::CONT)?;
+
+    let code = given_up?;
+    ensure!(matches!(code, Code::DeadlineExceeded | Code::Cancelled), "{code:?}");
+    pause.wait()?.exit(0)?;
+    let shown = pair.a.wait_for_status("g", "paused")?;
+    let resume = &shown["events"][0];
+    ensure!(resume["action"] == "resume" && resume["result"] == "error", "{shown}");
+    ensure!(shown["fault"]["code"] == "DEADLINE_EXCEEDED", "{shown}");
+    pair.a.ferry(&["resume", "g"])?.exit(0)?;
+    pair.runs_only_at(&pair.a, "g", &witness)
+}
+
+/// Has an instance resumed by a caller that waits no longer than this for it, and gives back how that ended.
+fn resume_within(host: &Host, name: &str, patience: Duration) -> Result<Code> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut client = ComputeClient::connect(host.url()).await?;
+        let mut request = tonic::Request::new(InstanceRequest {
+            instance: name.to_owned(),
+        });
+        request.set_timeout(patience);
+        Ok(match client.resume_instance(request).await {
+            Ok(_) => Code::Ok,
+            Err(status) => status.code(),
+        })
+    })
 }
 
 fn a_field_that_cannot_be_used_is_named(pair: &mut Pair) -> Result<()> {
