@@ -20,6 +20,8 @@ fn main() -> Result<(), Box<dyn Error>> {
             "DiskSpec",
             "NicSpec",
             "InstanceInfo",
+            "InstanceEvent",
+            "InstanceFault",
             "Balloon",
             "SnapshotInfo",
             "MigrationInfo",

@@ -7,6 +7,7 @@ mod error_chain;
 pub mod faults;
 mod lock_file;
 mod mac;
+mod request;
 mod vmm_channel;
 pub mod vmm_process;
 

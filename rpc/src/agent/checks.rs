@@ -14,6 +14,7 @@ use ferry_vmm::{HostCapabilities, HostError, MachineProfile};
 
 use super::backends::storage::{self, Coming, Storage};
 use super::backends::{Occasion, Whose};
+use super::context::RequestContext;
 use super::failure::Failure;
 use super::incoming::without_disks;
 use super::instances::{Agent, check_incoming};
@@ -54,6 +55,7 @@ impl Agent {
     /// The source does not tell what it has, or refuses to give it.
     pub(crate) async fn check_can_live_migrate_destination(
         self: &Arc<Self>,
+        context: &RequestContext,
         request: CheckDestinationRequest,
     ) -> Result<CheckDestinationReply, Failure> {
         let storage = Storage::parse(&request.storage).map_err(|problem| InvalidField {
@@ -65,7 +67,7 @@ impl Agent {
             instance: request.instance,
             destination: self.host().to_owned(),
         };
-        let source = self.compute_rpcapi(&request.source)?;
+        let source = self.compute_rpcapi(context, &request.source)?;
         let told = match source.check_can_live_migrate_source(asked).await {
             // It could not tell the source that the guest runs here.
             Err(Failure::Unavailable(silence)) => {

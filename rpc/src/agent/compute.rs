@@ -11,10 +11,10 @@ use ferry_proto::agent::v1::{
     AttemptRequest, BalloonInstanceRequest, CheckDestinationReply, CheckDestinationRequest, CheckSourceReply,
     CheckSourceRequest, ConsoleInputReply, ConsoleInputRequest, ConsoleOutput, ConsoleRequest, DecisionReply,
     DeleteInstanceReply, DeleteInstanceRequest, HeartbeatReply, HeartbeatRequest, HostInfo, HostRequest, ImageChunk,
-    InstanceInfo, InstanceRequest, ListInstancesReply, ListInstancesRequest, LiveMigrationCast, PostLiveMigrationReply,
-    PostLiveMigrationRequest, PreLiveMigrationReply, PreLiveMigrationRequest, PutImageReply, Receipt,
-    RestoreInstanceRequest, RollbackReply, RollbackRequest, RunInstanceRequest, SnapshotInfo, SnapshotInstanceRequest,
-    StopInstanceRequest,
+    InstanceInfo, InstanceRequest, ListEventsReply, ListEventsRequest, ListInstancesReply, ListInstancesRequest,
+    LiveMigrationCast, PostLiveMigrationReply, PostLiveMigrationRequest, PreLiveMigrationReply,
+    PreLiveMigrationRequest, PutImageReply, Receipt, RestoreInstanceRequest, RollbackReply, RollbackRequest,
+    RunInstanceRequest, SnapshotInfo, SnapshotInstanceRequest, StopInstanceRequest,
 };
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
@@ -25,6 +25,8 @@ use tonic::{Request, Response, Status, Streaming};
 use uuid::Uuid;
 
 use super::console::{self, Follow};
+use super::context::RequestContext;
+use super::events::{Action, Subject};
 use super::failure::Failure;
 use super::images::{self, Upload};
 use super::instances::{Agent, Press};
@@ -33,7 +35,6 @@ use super::outgoing::PeerNews;
 use super::peers::CALL_TIME;
 use super::snapshots::Identity;
 use super::spawn::VMM_LOG;
-use super::who::Who;
 use crate::vmm_process::{CONSOLE_LOG, monotonic_ns};
 
 /// The service over one agent.
@@ -62,6 +63,27 @@ pub(super) async fn whole<T: Send + 'static>(
 }
 
 impl ComputeService {
+    /// Does something to an instance that is here: whole, and with an event.
+    async fn act<T, F>(
+        &self,
+        context: RequestContext,
+        action: Action,
+        name: String,
+        work: impl FnOnce(Arc<Agent>, RequestContext, String) -> F + Send + 'static,
+    ) -> Answer<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, Failure>> + Send,
+    {
+        let agent = Arc::clone(&self.0);
+        let acted = async move {
+            let subject = agent.subject(&name);
+            let work = work(Arc::clone(&agent), context.clone(), name);
+            agent.recorded(&context, action, subject, work).await
+        };
+        answer(whole(acted).await)
+    }
+
     async fn output(&self, request: ConsoleRequest, file: &str) -> Answer<Output> {
         let instance = self.0.instance(&request.instance).await?;
         let follow = if request.follow { Follow::Yes } else { Follow::No };
@@ -138,14 +160,16 @@ impl Compute for ComputeService {
     }
 
     async fn run_instance(&self, request: Request<RunInstanceRequest>) -> Answer<InstanceInfo> {
-        let who = Who::sent(&request);
+        let context = RequestContext::of(&request);
         let spec = required("spec", request.into_inner().spec).map_err(Failure::from)?;
         let agent = Arc::clone(&self.0);
         let run = async move {
-            let name = spec.name.clone();
-            let run = agent.run_instance(spec).await;
+            let (id, name) = (Uuid::new_v4(), spec.name.clone());
+            let subject = Subject::instance(id, &name);
+            let run = agent.run_instance(id, spec);
+            let run = agent.recorded(&context, Action::Run, Some(subject), run).await;
             let instance = run.as_ref().map_or(&name, |info| &info.id);
-            agent.audit(&who, "run", instance, &run).await;
+            agent.audit(&context, Action::Run.word(), instance, &run).await;
             run
         };
         answer(whole(run).await)
@@ -164,74 +188,116 @@ impl Compute for ComputeService {
         answer(self.0.show_instance(&request.into_inner().instance).await)
     }
 
+    async fn list_events(&self, request: Request<ListEventsRequest>) -> Answer<ListEventsReply> {
+        let request = request.into_inner();
+        let events = self.0.events(&request.instance, request.limit).await;
+        answer(events.map(|events| ListEventsReply { events }))
+    }
+
     async fn balloon_instance(&self, request: Request<BalloonInstanceRequest>) -> Answer<InstanceInfo> {
-        let (agent, request) = (Arc::clone(&self.0), request.into_inner());
-        answer(whole(async move { agent.balloon_instance(&request.instance, request.memory_bytes).await }).await)
+        let (context, request) = (RequestContext::of(&request), request.into_inner());
+        let (name, bytes) = (request.instance, request.memory_bytes);
+        self.act(context, Action::Balloon, name, move |agent, context, name| async move {
+            agent.balloon_instance(&context, &name, bytes).await
+        })
+        .await
     }
 
     async fn start_instance(&self, request: Request<InstanceRequest>) -> Answer<InstanceInfo> {
-        let (agent, name) = (Arc::clone(&self.0), request.into_inner().instance);
-        answer(whole(async move { agent.start_instance(&name).await }).await)
+        let (context, name) = (RequestContext::of(&request), request.into_inner().instance);
+        self.act(context, Action::Start, name, |agent, context, name| async move {
+            agent.start_instance(&context, &name).await
+        })
+        .await
     }
 
     async fn pause_instance(&self, request: Request<InstanceRequest>) -> Answer<InstanceInfo> {
-        let (agent, name) = (Arc::clone(&self.0), request.into_inner().instance);
-        answer(whole(async move { agent.pause_instance(&name).await }).await)
+        let (context, name) = (RequestContext::of(&request), request.into_inner().instance);
+        self.act(context, Action::Pause, name, |agent, context, name| async move {
+            agent.pause_instance(&context, &name).await
+        })
+        .await
     }
 
     async fn resume_instance(&self, request: Request<InstanceRequest>) -> Answer<InstanceInfo> {
-        let (agent, name) = (Arc::clone(&self.0), request.into_inner().instance);
-        answer(whole(async move { agent.resume_instance(&name).await }).await)
+        let (context, name) = (RequestContext::of(&request), request.into_inner().instance);
+        self.act(context, Action::Resume, name, |agent, context, name| async move {
+            agent.resume_instance(&context, &name).await
+        })
+        .await
     }
 
     async fn reboot_instance(&self, request: Request<InstanceRequest>) -> Answer<InstanceInfo> {
-        let (agent, name) = (Arc::clone(&self.0), request.into_inner().instance);
-        answer(whole(async move { agent.reboot_instance(&name).await }).await)
+        let (context, name) = (RequestContext::of(&request), request.into_inner().instance);
+        self.act(context, Action::Reboot, name, |agent, context, name| async move {
+            agent.reboot_instance(&context, &name).await
+        })
+        .await
     }
 
     async fn stop_instance(&self, request: Request<StopInstanceRequest>) -> Answer<InstanceInfo> {
-        let who = Who::sent(&request);
+        let context = RequestContext::of(&request);
         let (agent, request) = (Arc::clone(&self.0), request.into_inner());
         let patience = Duration::from_millis(request.timeout_ms);
         let name = request.instance;
+        let subject = agent.subject(&name);
         if request.force {
             let stop = async move {
-                let stopped = agent.stop_by_force(&name, patience).await;
+                context.check()?;
+                let stop = agent.stop_by_force(&name, patience);
+                let stopped = agent.recorded(&context, Action::ForceStop, subject, stop).await;
                 let instance = stopped.as_ref().map_or(&name, |info| &info.id);
-                agent.audit(&who, "stop --force", instance, &stopped).await;
+                agent
+                    .audit(&context, Action::ForceStop.word(), instance, &stopped)
+                    .await;
                 stopped
             };
             return answer(whole(stop).await);
         }
-        let asking = Arc::clone(&agent);
+        let (asking, asked_in) = (Arc::clone(&agent), context.clone());
         // Asking is done whole; waiting is for a caller that is there.
-        let stopped = match whole(async move { asking.press_power_button(&name).await }).await {
-            Ok(Press::IsOff(info)) => Ok(*info),
-            Ok(Press::Asked(asked)) => agent.switched_off(&asked, patience).await,
-            Err(failure) => Err(failure),
+        let stop = async {
+            match whole(async move { asking.press_power_button(&asked_in, &name).await }).await? {
+                Press::IsOff(info) => Ok(*info),
+                Press::Asked(asked) => agent.switched_off(&asked, patience).await,
+            }
         };
-        answer(stopped)
+        answer(agent.recorded(&context, Action::Stop, subject, stop).await)
     }
 
     async fn delete_instance(&self, request: Request<DeleteInstanceRequest>) -> Answer<DeleteInstanceReply> {
-        let who = Who::sent(&request);
+        let context = RequestContext::of(&request);
         let (agent, request) = (Arc::clone(&self.0), request.into_inner());
         let delete = async move {
-            let deleted = agent.delete_instance(&request.instance, request.force).await;
-            let what = if request.force { "delete --force" } else { "delete" };
+            context.check()?;
+            let action = match request.force {
+                true => Action::ForceDelete,
+                false => Action::Delete,
+            };
+            let subject = agent.subject(&request.instance);
+            let delete = agent.delete_instance(&request.instance, request.force);
+            let deleted = agent.recorded(&context, action, subject, delete).await;
             let instance = deleted.as_ref().map_or(request.instance, Uuid::to_string);
-            agent.audit(&who, what, &instance, &deleted).await;
+            agent.audit(&context, action.word(), &instance, &deleted).await;
             deleted
         };
         answer(whole(delete).await.map(|id| DeleteInstanceReply { id: id.to_string() }))
     }
 
     async fn snapshot_instance(&self, request: Request<SnapshotInstanceRequest>) -> Answer<SnapshotInfo> {
-        let (agent, request) = (Arc::clone(&self.0), request.into_inner());
-        answer(whole(async move { agent.snapshot_instance(&request.instance, &request.directory).await }).await)
+        let (context, request) = (RequestContext::of(&request), request.into_inner());
+        let (name, directory) = (request.instance, request.directory);
+        self.act(
+            context,
+            Action::Snapshot,
+            name,
+            move |agent, context, name| async move { agent.snapshot_instance(&context, &name, &directory).await },
+        )
+        .await
     }
 
     async fn restore_instance(&self, request: Request<RestoreInstanceRequest>) -> Answer<InstanceInfo> {
+        let context = RequestContext::of(&request);
         let (agent, request) = (Arc::clone(&self.0), request.into_inner());
         let identity = match request.same_identity {
             true => Identity::Same,
@@ -239,7 +305,7 @@ impl Compute for ComputeService {
         };
         let restored = async move {
             agent
-                .restore_instance(&request.directory, &request.name, identity)
+                .restore_instance(&context, &request.directory, &request.name, identity)
                 .await
         };
         answer(whole(restored).await)
@@ -284,7 +350,8 @@ impl Compute for ComputeService {
         &self,
         request: Request<CheckDestinationRequest>,
     ) -> Answer<CheckDestinationReply> {
-        answer(self.0.check_can_live_migrate_destination(request.into_inner()).await)
+        let (context, request) = (RequestContext::of_question(&request), request.into_inner());
+        answer(self.0.check_can_live_migrate_destination(&context, request).await)
     }
 
     async fn check_can_live_migrate_source(&self, request: Request<CheckSourceRequest>) -> Answer<CheckSourceReply> {
@@ -292,18 +359,21 @@ impl Compute for ComputeService {
     }
 
     async fn create_migration(&self, request: Request<LiveMigrationCast>) -> Answer<Receipt> {
+        let context = RequestContext::of(&request);
         let (agent, record) = (Arc::clone(&self.0), request.into_inner());
-        answer(whole(async move { agent.create_migration(record).await }).await)
+        answer(whole(async move { agent.create_migration(&context, record).await }).await)
     }
 
     async fn live_migration(&self, request: Request<LiveMigrationCast>) -> Answer<Receipt> {
+        let context = RequestContext::of(&request);
         let (agent, cast) = (Arc::clone(&self.0), request.into_inner());
-        answer(whole(async move { agent.live_migration(cast).await }).await)
+        answer(whole(async move { agent.live_migration(&context, cast).await }).await)
     }
 
     async fn pre_live_migration(&self, request: Request<PreLiveMigrationRequest>) -> Answer<PreLiveMigrationReply> {
+        let context = RequestContext::of(&request);
         let (agent, request) = (Arc::clone(&self.0), request.into_inner());
-        answer(whole(async move { agent.pre_live_migration(request).await }).await)
+        answer(whole(async move { agent.pre_live_migration(&context, request).await }).await)
     }
 
     async fn put_image(&self, request: Request<Streaming<ImageChunk>>) -> Answer<PutImageReply> {

@@ -15,6 +15,7 @@ use ferry_proto::agent::v1::{
 };
 use tonic::{Request, Status};
 
+use super::context::RequestContext;
 use super::failure::Failure;
 use super::instances::Agent;
 use super::peers::{CALL_TIME, Call, ComputeClient, PREPARE_TIME, Peer, PeerError};
@@ -30,6 +31,8 @@ const CHECK_TIME: Duration = Duration::from_secs(20);
 /// The `Compute` service of one host.
 pub(crate) struct ComputeRpcApi {
     to: To,
+    /// In which all its calls are made.
+    context: RequestContext,
     version: Mutex<RpcVersion>,
 }
 
@@ -43,13 +46,18 @@ impl Agent {
     ///
     /// # Errors
     /// The host is not known.
-    pub(crate) fn compute_rpcapi(self: &Arc<Self>, host: &str) -> Result<ComputeRpcApi, Failure> {
+    pub(crate) fn compute_rpcapi(
+        self: &Arc<Self>,
+        context: &RequestContext,
+        host: &str,
+    ) -> Result<ComputeRpcApi, Failure> {
         let to = match host == self.host() {
             true => To::Here(Arc::clone(self)),
             false => To::There(self.peers.named(host)?.clone()),
         };
         Ok(ComputeRpcApi {
             to,
+            context: context.clone(),
             version: Mutex::new(self.rpc_cap()),
         })
     }
@@ -82,10 +90,10 @@ impl ComputeRpcApi {
         request: CheckDestinationRequest,
     ) -> Result<CheckDestinationReply, Failure> {
         match &self.to {
-            To::Here(agent) => agent.check_can_live_migrate_destination(request).await,
+            To::Here(agent) => agent.check_can_live_migrate_destination(&self.context, request).await,
             To::There(peer) => {
-                self.call(peer, CHECK_TIME, |version| {
-                    let (mut client, request) = (peer.compute(), at(version, request.clone()));
+                self.call(peer, CHECK_TIME, |mut client, version| {
+                    let request = at(version, request.clone());
                     async move { client.check_can_live_migrate_destination(request).await }
                 })
                 .await
@@ -104,8 +112,8 @@ impl ComputeRpcApi {
         match &self.to {
             To::Here(agent) => agent.check_can_live_migrate_source(request).await,
             To::There(peer) => {
-                self.call(peer, CALL_TIME, |version| {
-                    let (mut client, request) = (peer.compute(), at(version, request.clone()));
+                self.call(peer, CALL_TIME, |mut client, version| {
+                    let request = at(version, request.clone());
                     async move { client.check_can_live_migrate_source(request).await }
                 })
                 .await
@@ -122,7 +130,7 @@ impl ComputeRpcApi {
         request: &PreLiveMigrationRequest,
     ) -> Result<PreLiveMigrationReply, Failure> {
         match &self.to {
-            To::Here(agent) => agent.pre_live_migration(request.clone()).await,
+            To::Here(agent) => agent.pre_live_migration(&self.context, request.clone()).await,
             To::There(peer) => {
                 let prepare = |version: RpcVersion| {
                     let send = move |mut client: ComputeClient| {
@@ -132,7 +140,7 @@ impl ComputeRpcApi {
                         };
                         async move { client.pre_live_migration(at(version, request)).await }
                     };
-                    peer.call(Call::PreLiveMigration, PREPARE_TIME, send)
+                    peer.call(&self.context, Call::PreLiveMigration, PREPARE_TIME, send)
                 };
                 match prepare(self.version()).await {
                     Err(error) if is_other_version(&error) => {
@@ -153,7 +161,7 @@ impl ComputeRpcApi {
     /// The host refuses it, or does not answer: then it may have it.
     pub(crate) async fn live_migration(&self, record: &LiveMigrationCast) -> Result<Receipt, Failure> {
         match &self.to {
-            To::Here(agent) => agent.live_migration(record.clone()).await,
+            To::Here(agent) => agent.live_migration(&self.context, record.clone()).await,
             To::There(peer) if self.can_send_version(RpcVersion::V4_2) => match self.cast(peer, record).await {
                 // The host speaks an older version than was thought, and that is known now.
                 Err(failure)
@@ -169,8 +177,8 @@ impl ComputeRpcApi {
 
     async fn create_and_cast(&self, peer: &Peer, record: &LiveMigrationCast) -> Result<Receipt, Failure> {
         let created = self
-            .call(peer, CALL_TIME, |version| {
-                let (mut client, request) = (peer.compute(), at(version, record.clone()));
+            .call(peer, CALL_TIME, |mut client, version| {
+                let request = at(version, record.clone());
                 async move { client.create_migration(request).await }
             })
             .await?;
@@ -190,8 +198,9 @@ impl ComputeRpcApi {
             rpc_version: self.version().to_string(),
             ..record.clone()
         };
-        let (mut client, request) = (peer.compute(), at(self.version(), record));
-        match peer.answer(CALL_TIME, client.live_migration(request)).await {
+        let request = at(self.version(), record);
+        let cast = |mut client: ComputeClient| async move { client.live_migration(request).await };
+        match peer.ask(&self.context, CALL_TIME, cast).await {
             Err(error) if is_other_version(&error) => {
                 self.refresh(peer).await?;
                 Err(error.into())
@@ -201,14 +210,20 @@ impl ComputeRpcApi {
     }
 
     /// A call at the version that is thought right; where that is refused, once more at the one that the host speaks.
-    async fn call<T, F>(&self, peer: &Peer, patience: Duration, send: impl Fn(RpcVersion) -> F) -> Result<T, Failure>
+    async fn call<T, F>(
+        &self,
+        peer: &Peer,
+        patience: Duration,
+        send: impl Fn(ComputeClient, RpcVersion) -> F,
+    ) -> Result<T, Failure>
     where
         F: Future<Output = Result<tonic::Response<T>, Status>>,
     {
-        match peer.answer(patience, send(self.version())).await {
+        let ask = || peer.ask(&self.context, patience, |client| send(client, self.version()));
+        match ask().await {
             Err(error) if is_other_version(&error) => {
                 self.refresh(peer).await?;
-                Ok(peer.answer(patience, send(self.version())).await?)
+                Ok(ask().await?)
             }
             answer => Ok(answer?),
         }
@@ -216,7 +231,7 @@ impl ComputeRpcApi {
 
     /// Asks the host which version it speaks, and keeps to that.
     async fn refresh(&self, peer: &Peer) -> Result<(), Failure> {
-        let info = peer.host_info().await?;
+        let info = peer.host_info(&self.context).await?;
         let mut version = self.version.lock().unwrap_or_else(PoisonError::into_inner);
         let theirs: RpcVersion = info.rpc_version.parse().map_err(|_| other_language(peer, &info))?;
         *version = version.common(theirs).ok_or_else(|| other_language(peer, &info))?;

@@ -15,6 +15,8 @@ use rustix::time::Timespec;
 use tokio::sync::mpsc;
 use tonic::Status;
 
+use super::failure::Failure;
+
 /// Whether to go on after the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Follow {
@@ -41,10 +43,8 @@ pub(crate) fn stream(path: PathBuf, follow: Follow) -> mpsc::Receiver<Result<Con
     let (sender, receiver) = mpsc::channel(16);
     tokio::task::spawn_blocking(move || {
         if let Err(error) = copy(&path, follow, &sender) {
-            let _ = sender.blocking_send(Err(Status::internal(format!(
-                "failed to read {}: {error}",
-                path.display()
-            ))));
+            let failure = Failure::host(format!("failed to read {}", path.display()))(error);
+            let _ = sender.blocking_send(Err(failure.into()));
         }
     });
     receiver

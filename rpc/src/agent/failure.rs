@@ -37,6 +37,9 @@ pub(crate) enum Failure {
     /// A peer does not answer; what it did is unknown.
     #[error("{0}")]
     Unavailable(String),
+    /// Whoever asked does not wait any more; nothing was done.
+    #[error("{0}")]
+    Late(String),
     /// The journal failed: nothing is done without it.
     #[error("the journal does not take it")]
     Journal(#[from] JournalError),
@@ -114,6 +117,7 @@ impl Failure {
             Self::NotFound { .. } => "NOT_FOUND",
             Self::Invalid(_) => "INVALID_FIELD",
             Self::Unavailable(_) => "OUTCOME_UNKNOWN",
+            Self::Late(_) => "DEADLINE",
             Self::Journal(_) => "JOURNAL",
             Self::GuestIgnored(_) => "GUEST_IGNORED",
             Self::GuestLost(_) => "GUEST_LOST",
@@ -126,23 +130,36 @@ impl Failure {
     pub(crate) fn chain(&self) -> String {
         crate::error_chain(self)
     }
+
+    /// The failure and its causes, each by itself.
+    pub(crate) fn causes(&self) -> Vec<String> {
+        let first: &dyn std::error::Error = self;
+        std::iter::successors(Some(first), |error| error.source())
+            .map(ToString::to_string)
+            .collect()
+    }
+
+    /// What a gRPC client sees of it first.
+    pub(crate) fn code(&self) -> Code {
+        match self {
+            Self::NotFound { .. } => Code::NotFound,
+            Self::Refused(_) | Self::Denied { .. } => Code::FailedPrecondition,
+            Self::Invalid(_) => Code::InvalidArgument,
+            Self::Unavailable(_) => Code::Unavailable,
+            Self::Late(_) => Code::DeadlineExceeded,
+            Self::GuestIgnored(_) => Code::Aborted,
+            Self::GuestLost(_) => Code::DataLoss,
+            Self::Vmm {
+                source: VmmError::Refused(_),
+                ..
+            } => Code::FailedPrecondition,
+            Self::Journal(_) | Self::Vmm { .. } | Self::Host { .. } => Code::Internal,
+        }
+    }
 }
 
 impl From<Failure> for Status {
     fn from(failure: Failure) -> Self {
-        let code = match &failure {
-            Failure::NotFound { .. } => Code::NotFound,
-            Failure::Refused(_) | Failure::Denied { .. } => Code::FailedPrecondition,
-            Failure::Invalid(_) => Code::InvalidArgument,
-            Failure::Unavailable(_) => Code::Unavailable,
-            Failure::GuestIgnored(_) => Code::Aborted,
-            Failure::GuestLost(_) => Code::DataLoss,
-            Failure::Vmm {
-                source: VmmError::Refused(_),
-                ..
-            } => Code::FailedPrecondition,
-            Failure::Journal(_) | Failure::Vmm { .. } | Failure::Host { .. } => Code::Internal,
-        };
         let mut details = ErrorDetails::with_error_info(failure.word(), DOMAIN, [] as [(String, String); 0]);
         if let Failure::Denied { reason, .. } = &failure {
             details.add_help_link(reason.remedy(), "");
@@ -150,7 +167,7 @@ impl From<Failure> for Status {
         if let Failure::Invalid(invalid) = &failure {
             details.add_bad_request_violation(invalid.field, invalid.problem.clone());
         }
-        let mut status = Self::with_error_details(code, failure.chain(), details);
+        let mut status = Self::with_error_details(failure.code(), failure.chain(), details);
         if let Failure::NotFound {
             moved_to: Some(host), ..
         } = &failure

@@ -12,9 +12,11 @@
 //! | `incoming`, `data_port` | one task per migration into here: `handover::DestinationAgent` |
 //! | `peers`, `compute_rpcapi`, `versions` | other agents, and what they are told at which version |
 //! | `compute`, `conductor` | the gRPC services: convert, call, map the error; the conductor's task checks, chooses and casts |
+//! | `failure`, `unread` | what is answered when something is not done, or could not be read |
 //! | `checks`, `claims`, `reason` | whether this host can have an instance, and why not |
 //! | `resolving` | a person ends a migration that nobody can decide |
-//! | `who` | who asked, for the audit table |
+//! | `context`, `who` | in which request, for whom and until when something is done |
+//! | `events` | what was done to each instance, and what failed |
 //! | `journal`, `spawn`, `vmm_client` | SQLite, VMM processes, their sockets |
 
 mod backends;
@@ -25,7 +27,9 @@ mod compute_rpcapi;
 mod conductor;
 mod config;
 mod console;
+mod context;
 mod data_port;
+mod events;
 mod failure;
 mod host;
 mod images;
@@ -40,6 +44,7 @@ mod resolving;
 mod serve;
 mod snapshots;
 mod spawn;
+mod unread;
 mod versions;
 mod vmm_client;
 pub(crate) mod vmm_user;

@@ -5,16 +5,18 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use ferry_proto::agent::v1::compute_client;
-use ferry_proto::agent::v1::conductor_client::ConductorClient;
 use ferry_proto::agent::v1::{HostInfo, HostRequest};
+use ferry_proto::agent::v1::{compute_client, conductor_client};
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
 use tonic_types::StatusExt;
 
+use super::context::RequestContext;
 use super::failure::Failure;
 use super::reason::{DOMAIN, Reason};
 use crate::faults::{self, Moment, Word};
+use crate::request::Carried;
 
 /// How long a peer may take to answer a call that only looks or decides.
 pub(crate) const CALL_TIME: Duration = Duration::from_secs(5);
@@ -27,8 +29,12 @@ pub(crate) const ASK_EACH: Duration = Duration::from_secs(5);
 pub(crate) const DOWN_AFTER: Duration = Duration::from_secs(15);
 /// How long a peer may take to say what its host is like.
 const HOST_TIME: Duration = Duration::from_secs(2);
+/// A connection on which every call carries its request's context.
+type Connection = InterceptedService<Channel, Carried>;
 /// A client of a peer's `Compute` service.
-pub(crate) type ComputeClient = compute_client::ComputeClient<Channel>;
+pub(crate) type ComputeClient = compute_client::ComputeClient<Connection>;
+/// A client of a peer's `Conductor` service.
+pub(crate) type ConductorClient = conductor_client::ConductorClient<Connection>;
 
 /// The calls of a migration from one agent to the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +53,8 @@ pub(crate) enum Call {
 pub(crate) struct Peer {
     pub(crate) host: String,
     pub(crate) url: String,
+    /// The host that asks it: this one.
+    here: Arc<str>,
     channel: Channel,
     heard: Arc<Mutex<Heard>>,
 }
@@ -74,14 +82,69 @@ impl Heard {
 }
 
 impl Peer {
-    /// A client of its `Compute` service.
-    pub(crate) fn compute(&self) -> ComputeClient {
-        ComputeClient::new(self.channel.clone())
+    /// Asks its `Compute` service and waits for the answer: `patience` at most, and no longer than whoever asked waits.
+    ///
+    /// # Errors
+    /// Its refusal, or that it did not answer: then what it did is unknown.
+    pub(crate) async fn ask<T, F>(
+        &self,
+        context: &RequestContext,
+        patience: Duration,
+        send: impl FnOnce(ComputeClient) -> F,
+    ) -> Result<T, PeerError>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let patience = self.left(context, patience)?;
+        let client = ComputeClient::new(self.connection(context.carried(&self.here, patience)));
+        self.answer(patience, send(client)).await
     }
 
-    /// A client of its `Conductor` service.
-    pub(crate) fn conductor(&self) -> ConductorClient<Channel> {
-        ConductorClient::new(self.channel.clone())
+    /// Asks its `Conductor` service as [`Self::ask`] does.
+    ///
+    /// # Errors
+    /// As for [`Self::ask`].
+    pub(crate) async fn ask_conductor<T, F>(
+        &self,
+        context: &RequestContext,
+        patience: Duration,
+        send: impl FnOnce(ConductorClient) -> F,
+    ) -> Result<T, PeerError>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let patience = self.left(context, patience)?;
+        let client = ConductorClient::new(self.connection(context.carried(&self.here, patience)));
+        self.answer(patience, send(client)).await
+    }
+
+    /// Passes a call on that this peer is to answer: its answer is the caller's, and so is its refusal.
+    ///
+    /// # Errors
+    /// Its refusal as it is, or that it does not answer.
+    pub(crate) async fn forward<T, F>(
+        &self,
+        context: &RequestContext,
+        send: impl FnOnce(ConductorClient) -> F,
+    ) -> Result<Response<T>, Status>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let carried = Carried {
+            patience: context.deadline_left(),
+            ..context.carried(&self.here, Duration::MAX)
+        };
+        let client = ConductorClient::new(self.connection(carried));
+        send(client).await.map_err(|status| self.told(status))
+    }
+
+    /// What a caller is told whose call was passed on: this peer's refusal, or that it does not answer.
+    pub(crate) fn told(&self, status: Status) -> Status {
+        // What it says itself has details.
+        match is_unanswered(&status) && status.details().is_empty() {
+            true => Failure::from(self.silence(&status)).into(),
+            false => status,
+        }
     }
 
     /// Makes a call of a migration and waits for the answer, `patience` at most. `send` may be called more than once.
@@ -90,6 +153,7 @@ impl Peer {
     /// Its refusal, or that it did not answer: then what it did is unknown.
     pub(crate) async fn call<T, F>(
         &self,
+        context: &RequestContext,
         call: Call,
         patience: Duration,
         send: impl Fn(ComputeClient) -> F,
@@ -101,32 +165,39 @@ impl Peer {
         match faults::reach(call.into(), Moment::Before).await {
             Word::Go => {}
             Word::Lose => return lost("call to"),
-            Word::Double => drop(self.answer(patience, send(self.compute())).await),
+            Word::Double => drop(self.ask(context, patience, &send).await),
         }
-        let answered = self.answer(patience, send(self.compute())).await;
+        let answered = self.ask(context, patience, &send).await;
         match faults::reach(call.into(), Moment::After).await {
             Word::Lose => lost("answer of"),
             Word::Go | Word::Double => answered,
         }
     }
 
-    /// Waits for an answer of this peer, `patience` at most.
-    ///
-    /// # Errors
-    /// Its refusal, or that it did not answer: then what it did is unknown.
-    pub(crate) async fn answer<T>(
+    /// How long this peer is waited for.
+    fn left(&self, context: &RequestContext, patience: Duration) -> Result<Duration, PeerError> {
+        let left = context.left(patience);
+        match left.is_zero() {
+            true => Err(PeerError::NoAnswer(format!(
+                "whoever asked does not wait for host {} any more",
+                self.host
+            ))),
+            false => Ok(left),
+        }
+    }
+
+    fn connection(&self, carried: Carried) -> Connection {
+        InterceptedService::new(self.channel.clone(), carried)
+    }
+
+    async fn answer<T>(
         &self,
         patience: Duration,
         call: impl Future<Output = Result<Response<T>, Status>>,
     ) -> Result<T, PeerError> {
         match tokio::time::timeout(patience, call).await {
             Ok(Ok(response)) => Ok(response.into_inner()),
-            Ok(Err(status)) if is_unanswered(&status) => Err(PeerError::NoAnswer(format!(
-                "host {} at {} does not answer: {}",
-                self.host,
-                self.url,
-                reason(&status)
-            ))),
+            Ok(Err(status)) if is_unanswered(&status) => Err(self.silence(&status)),
             Ok(Err(status)) => Err(PeerError::Refused {
                 reason: reason_of(&status),
                 text: format!("host {}: {}", self.host, status.message()),
@@ -140,13 +211,22 @@ impl Peer {
         }
     }
 
+    fn silence(&self, status: &Status) -> PeerError {
+        PeerError::NoAnswer(format!(
+            "host {} at {} does not answer: {}",
+            self.host,
+            self.url,
+            reason(status)
+        ))
+    }
+
     /// Asks what the host is like, and remembers that it was heard.
     ///
     /// # Errors
     /// It does not answer.
-    pub(crate) async fn host_info(&self) -> Result<HostInfo, PeerError> {
-        let mut client = self.compute();
-        let answer = self.answer(HOST_TIME, client.host(HostRequest {})).await;
+    pub(crate) async fn host_info(&self, context: &RequestContext) -> Result<HostInfo, PeerError> {
+        let host = |mut client: ComputeClient| async move { client.host(HostRequest {}).await };
+        let answer = self.ask(context, HOST_TIME, host).await;
         let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
         match &answer {
             Ok(info) => {
@@ -221,12 +301,12 @@ fn reason(status: &Status) -> String {
 pub(crate) struct Peers(BTreeMap<String, Peer>);
 
 impl Peers {
-    /// Prepares connections; they are made when they are needed, and anew when they break.
+    /// Prepares connections from the host `here`; they are made when they are needed, and anew when they break.
     ///
     /// # Errors
     /// A URL is not one.
-    pub(crate) fn new(peers: &[(String, String)]) -> anyhow::Result<Self> {
-        let mut known = BTreeMap::new();
+    pub(crate) fn new(here: &str, peers: &[(String, String)]) -> anyhow::Result<Self> {
+        let (mut known, here) = (BTreeMap::new(), Arc::<str>::from(here));
         for (host, url) in peers {
             let endpoint = Endpoint::from_shared(url.clone())
                 .map_err(|error| anyhow::anyhow!("--peer {host}={url}: {error}"))?
@@ -237,6 +317,7 @@ impl Peers {
             let peer = Peer {
                 host: host.clone(),
                 url: url.clone(),
+                here: Arc::clone(&here),
                 channel: endpoint.connect_lazy(),
                 heard: Arc::default(),
             };
@@ -266,7 +347,7 @@ impl Peers {
             let asked: Vec<_> = peers
                 .iter()
                 .cloned()
-                .map(|peer| tokio::spawn(async move { peer.host_info().await.is_ok() }))
+                .map(|peer| tokio::spawn(async move { peer.host_info(&RequestContext::agent()).await.is_ok() }))
                 .collect();
             for answer in asked {
                 // What came of it is remembered with the peer.

@@ -10,9 +10,11 @@ use ferry_proto::vmm::v1::report::Report;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::backends::storage;
+use super::context::RequestContext;
+use super::events::end_of_migration;
 use super::failure::Failure;
 use super::instances::{Agent, Instance, InstanceState};
-use super::journal::{Arrival, InstanceRow, MigrationRow, Role, Status};
+use super::journal::{Arrival, InstanceRow, MigrationRow, Role, Status, interrupt};
 use super::outgoing::now_text;
 use super::vmm_client::Vmm;
 use super::{incoming, outgoing, spawn};
@@ -22,6 +24,14 @@ use super::{incoming, outgoing, spawn};
 /// # Errors
 /// The journal cannot be read.
 pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), Failure> {
+    // What waits for a migration goes on with it; all else ended with the agent before this one.
+    let interrupted = agent
+        .journal
+        .write(|transaction| interrupt(transaction, &now_text()))
+        .await?;
+    if interrupted > 0 {
+        tracing::info!(interrupted, "actions that the agent before this one had begun");
+    }
     let rows = agent.journal.read(InstanceRow::all).await?;
     let unfinished = agent.journal.read(MigrationRow::unfinished).await?;
     let known: Vec<_> = rows.iter().map(|row| row.id).collect();
@@ -68,12 +78,19 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), Failure> {
                 .get_or_insert_with(|| "the agent ended during it".to_owned());
         }
         orphan.info.ended = Some(now_text());
-        agent.journal.write(move |transaction| orphan.save(transaction)).await?;
+        let end = end_of_migration(&agent.context_of(orphan.id).await, &orphan.info, None);
+        agent
+            .journal
+            .write(move |transaction| {
+                orphan.save(transaction)?;
+                end.of_migration(transaction, &orphan.id.to_string())
+            })
+            .await?;
     }
     // First of all what may be stale: its source is asked at once.
     for arrival in arrivals {
         let news = agent.arrived(&arrival);
-        agent.settle(arrival, news);
+        agent.settle(&RequestContext::agent(), arrival, news);
     }
     Ok(())
 }

@@ -7,11 +7,12 @@ use ferry_proto::agent::v1::{HostRequest, MigrationInfo, ResolveRequest};
 use ferry_proto::{InvalidField, wire_uuid};
 
 use super::backends::Occasion;
+use super::context::RequestContext;
+use super::events::{Action, Subject};
 use super::failure::Failure;
 use super::instances::{Agent, Instance, InstanceState};
 use super::journal::{InstanceRow, MigrationRow, Role, Status};
-use super::peers::{CALL_TIME, PeerError};
-use super::who::Who;
+use super::peers::{CALL_TIME, ComputeClient, PeerError};
 
 impl Agent {
     /// Ends the doubt about an instance of this host.
@@ -22,7 +23,7 @@ impl Agent {
     pub(crate) async fn resolve_migration(
         self: &Arc<Self>,
         request: ResolveRequest,
-        who: &Who,
+        context: &RequestContext,
     ) -> Result<MigrationInfo, Failure> {
         let id = wire_uuid("migration", &request.migration)?;
         let wish = Wish::parse(&request.wish).ok_or_else(|| InvalidField {
@@ -37,32 +38,34 @@ impl Agent {
         let Some(instance) = self.instances.by_id(row.instance) else {
             return Err(self.not_here(&row.info.name).await);
         };
-        // Before the instance is locked: this takes as long as a silent host is waited for.
-        let peer = self.contact(&row.peer).await;
-        match row.role {
-            Role::Source => {
-                self.resolve_at_source(&instance, &row, (wish, &request.confirm), peer, who)
-                    .await?
+        let subject = Subject::migration(row.instance, &row.info.name, id);
+        let resolve = async {
+            // Before the instance is locked: this takes as long as a silent host is waited for.
+            let peer = self.contact(context, &row.peer).await;
+            let said = (wish, request.confirm.as_str());
+            match row.role {
+                Role::Source => self.resolve_at_source(&instance, &row, said, peer, context).await?,
+                Role::Destination => {
+                    self.resolve_at_destination(&instance, &row, said, peer, context)
+                        .await?;
+                }
             }
-            Role::Destination => {
-                self.resolve_at_destination(&instance, &row, (wish, &request.confirm), peer, who)
-                    .await?;
+            let resolved = self.journal.read(find).await?;
+            if wish == Wish::RunHere {
+                self.start_resolved(&instance).await?;
             }
-        }
-        let row = self.journal.read(find).await?.unwrap_or(row);
-        if wish == Wish::RunHere {
-            self.start_resolved(&instance).await?;
-        }
-        Ok(row.info)
+            Ok(resolved.unwrap_or_else(|| row.clone()).info)
+        };
+        self.recorded(context, Action::Resolve, Some(subject), resolve).await
     }
 
     /// Whether the other agent is there at all. A refusal is an answer.
-    async fn contact(&self, host: &str) -> Peer {
+    async fn contact(&self, context: &RequestContext, host: &str) -> Peer {
         let Ok(peer) = self.peers.named(host) else {
             return Peer::Silent;
         };
-        let mut client = peer.compute();
-        match peer.answer(CALL_TIME, client.host(HostRequest {})).await {
+        let host = |mut client: ComputeClient| async move { client.host(HostRequest {}).await };
+        match peer.ask(context, CALL_TIME, host).await {
             Ok(_) | Err(PeerError::Refused { .. }) => Peer::Answers,
             Err(PeerError::NoAnswer(_)) => Peer::Silent,
         }
@@ -75,7 +78,7 @@ impl Agent {
         row: &MigrationRow,
         (wish, confirm): (Wish, &str),
         peer: Peer,
-        who: &Who,
+        context: &RequestContext,
     ) -> Result<(), Failure> {
         let said = row.said.as_deref().and_then(Decision::parse);
         {
@@ -91,7 +94,7 @@ impl Agent {
         };
         let outgoing = self.outgoing.find(row.id).ok_or_else(decided)?;
         outgoing
-            .resolve(wish, who.clone())
+            .resolve(wish, context.clone())
             .await
             .unwrap_or_else(|| Err(decided()))
     }
@@ -103,11 +106,11 @@ impl Agent {
         row: &MigrationRow,
         (wish, confirm): (Wish, &str),
         peer: Peer,
-        who: &Who,
+        context: &RequestContext,
     ) -> Result<(), Failure> {
         let mut state = instance.state.lock().await;
         let epoch = check(&state, row, (wish, confirm), Side::Destination, peer)?;
-        let audit = who.did("resolve", &instance.id.to_string(), wish.as_str());
+        let audit = context.did("resolve", &instance.id.to_string(), wish.as_str());
         let mut resolved = state.row.clone();
         let Some(epoch) = epoch else {
             let (source, migration) = (row.peer.clone(), row.id);

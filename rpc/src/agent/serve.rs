@@ -21,9 +21,11 @@ use super::compute::ComputeService;
 use super::compute_rpcapi::check_version;
 use super::conductor::ConductorService;
 use super::config::AgentConfig;
+use super::context::RequestContext;
 use super::instances::{Agent, restart_when_due};
 use super::journal::Journal;
 use super::peers::Peers;
+use super::unread::WithReasons;
 use super::{data_port, host, recovery};
 
 /// How long calls in flight may take when the agent is asked to end.
@@ -69,11 +71,15 @@ pub async fn serve(config: AgentConfig) -> anyhow::Result<()> {
     let grpc = TcpIncoming::from(grpc).with_nodelay(Some(true));
     let serving = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
+        .layer(WithReasons)
         .add_service(ComputeServer::with_interceptor(
             ComputeService(Arc::clone(&agent)),
-            move |request| check_version(rpc_cap, request),
+            move |request| check_version(rpc_cap, request).and_then(RequestContext::receive),
         ))
-        .add_service(ConductorServer::new(ConductorService(Arc::clone(&agent))))
+        .add_service(ConductorServer::with_interceptor(
+            ConductorService(Arc::clone(&agent)),
+            RequestContext::receive,
+        ))
         .serve_with_incoming_shutdown(grpc, async move {
             ended().await;
             asked.notify_one();
@@ -108,7 +114,7 @@ async fn build(
     };
     let data_address = data.local_addr()?.to_string();
     let marks = host::mark_folder(&fs::canonicalize(&config.data_dir)?).context("failed to make a folder on tmpfs")?;
-    let peers = Peers::new(&config.peers)?;
+    let peers = Peers::new(&config.host_id, &config.peers)?;
     Ok(Agent {
         journal,
         boot_id: host::boot_id().context("failed to read the host's boot id")?,

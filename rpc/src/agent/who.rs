@@ -1,4 +1,4 @@
-//! Who asks, for the audit table.
+//! Who is at the other end of a connection, as far as the kernel knows.
 //!
 //! Agents do not authenticate anybody yet, and what a request says of its sender proves nothing. What the kernel knows does: on
 //! this host, which user a connection's other end belongs to.
@@ -6,77 +6,8 @@
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 
-use tonic::Request;
-use uuid::Uuid;
-
-use super::failure::Failure;
-use super::instances::Agent;
-use super::journal::AuditRow;
-use super::outgoing::now_text;
-
-/// The metadata in which a caller may name its request.
-const REQUEST_ID: &str = "request-id";
-/// The longest request id that is kept.
-const LONGEST_REQUEST_ID: usize = 64;
-
-/// Whoever asked for something, and in which request.
-#[derive(Clone, Debug)]
-pub(crate) struct Who {
-    actor: String,
-    request: String,
-}
-
-impl Who {
-    /// Who sent this request.
-    pub(crate) fn sent<T>(request: &Request<T>) -> Self {
-        let named = request.metadata().get(REQUEST_ID).and_then(|id| id.to_str().ok());
-        let is_id = |id: &&str| {
-            (1..=LONGEST_REQUEST_ID).contains(&id.len()) && id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
-        };
-        Self {
-            actor: actor(request.remote_addr(), request.local_addr()),
-            request: named
-                .filter(is_id)
-                .map_or_else(|| Uuid::new_v4().to_string(), str::to_owned),
-        }
-    }
-
-    /// This agent itself: nobody asked.
-    pub(crate) fn agent() -> Self {
-        Self {
-            actor: "the agent".to_owned(),
-            request: Uuid::new_v4().to_string(),
-        }
-    }
-
-    /// What is written of a deed and its result.
-    pub(crate) fn did(&self, what: &'static str, instance: &str, result: &str) -> AuditRow {
-        AuditRow {
-            time: now_text(),
-            actor: self.actor.clone(),
-            request: self.request.clone(),
-            what,
-            instance: instance.chars().take(LONGEST_REQUEST_ID).collect(),
-            result: result.to_owned(),
-        }
-    }
-}
-
-impl Agent {
-    /// Writes down what came of a deed, which is over. The deed does not depend on it.
-    pub(crate) async fn audit<T>(&self, who: &Who, what: &'static str, instance: &str, result: &Result<T, Failure>) {
-        let result = match result {
-            Ok(_) => "done".to_owned(),
-            Err(failure) => failure.chain(),
-        };
-        let row = who.did(what, instance, &result);
-        if let Err(error) = self.journal.write(move |transaction| row.add(transaction)).await {
-            tracing::error!(what, instance, %error, "failed to write to the audit table");
-        }
-    }
-}
-
-fn actor(remote: Option<SocketAddr>, local: Option<SocketAddr>) -> String {
+/// Who is at the other end: a user of this host, or another host's address.
+pub(super) fn actor(remote: Option<SocketAddr>, local: Option<SocketAddr>) -> String {
     let (Some(remote), Some(local)) = (remote, local) else {
         return "unknown".to_owned();
     };

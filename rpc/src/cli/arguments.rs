@@ -11,6 +11,7 @@ use super::devices::{self, DiskArgument, NicArgument};
 use super::output::Format;
 use super::quantities as parse;
 use crate::agent::{AllocationRatios, RpcVersion, UserRange};
+use crate::request::RequestId;
 
 /// Runs virtual machines on KVM and moves them, running, from one host to another.
 #[derive(Debug, Parser)]
@@ -26,6 +27,9 @@ pub(super) struct CommandLine {
     /// The agent to ask
     #[arg(long, global = true, env = "FERRY_AGENT", value_name = "URL", default_value = "http://127.0.0.1:7400", value_parser = parse::agent_url)]
     pub(super) agent: String,
+    /// What the request is called in what the agents write down of it [default: a new id]
+    #[arg(long, global = true, env = "FERRY_REQUEST_ID", value_name = "ID", value_parser = parse::request_id)]
+    pub(super) request_id: Option<RequestId>,
     /// How results are printed
     #[arg(short, long, global = true, value_enum, default_value_t = Format::Human, hide_possible_values = false)]
     pub(super) output: Format,
@@ -45,6 +49,14 @@ pub(super) enum Verb {
     },
     /// Show an instance
     Show(Named),
+    /// Print what was done to an instance on the asked host, also to one that is gone
+    Events {
+        #[command(flatten)]
+        named: Named,
+        /// The newest N; 0 for all that are kept
+        #[arg(long, value_name = "N", default_value_t = 50)]
+        limit: u32,
+    },
     /// Print what the guest printed on the asked host
     Console(ConsoleArguments),
     /// Print the log of the instance's VMM

@@ -2,33 +2,44 @@
 
 use std::time::Duration;
 
-use ferry_proto::agent::v1::compute_client::ComputeClient;
-use ferry_proto::agent::v1::conductor_client::ConductorClient;
 use ferry_proto::agent::v1::{HostInfo, HostRequest};
+use ferry_proto::agent::v1::{compute_client, conductor_client};
 use tonic::Request;
-use tonic::metadata::MetadataValue;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 
 use super::failure::{Exit, Failure};
+use crate::request::{Carried, RequestId};
 
-/// The agent that a verb asks.
+/// A connection on which every call carries the request's id.
+type Connection = InterceptedService<Channel, Carried>;
+pub(super) type ComputeClient = compute_client::ComputeClient<Connection>;
+pub(super) type ConductorClient = conductor_client::ConductorClient<Connection>;
+
+/// The agent that a verb asks, and the request in which it does: one for all its calls, whichever agents they go to.
 #[derive(Debug, Clone)]
 pub(super) struct Agent {
     pub(super) url: String,
+    pub(super) request: RequestId,
 }
 
 impl Agent {
     pub(super) fn new(url: String) -> Self {
-        Self { url }
+        Self::within(url, RequestId::new())
+    }
+
+    /// The agent at `url`, asked in this request.
+    pub(super) fn within(url: String, request: RequestId) -> Self {
+        Self { url, request }
     }
 
     /// Connects to the services of one host.
-    pub(super) async fn compute(&self) -> Result<ComputeClient<Channel>, Failure> {
+    pub(super) async fn compute(&self) -> Result<ComputeClient, Failure> {
         Ok(ComputeClient::new(self.connect().await?).max_decoding_message_size(LARGEST_MESSAGE))
     }
 
     /// Connects to the service that migrates.
-    pub(super) async fn conductor(&self) -> Result<ConductorClient<Channel>, Failure> {
+    pub(super) async fn conductor(&self) -> Result<ConductorClient, Failure> {
         Ok(ConductorClient::new(self.connect().await?).max_decoding_message_size(LARGEST_MESSAGE))
     }
 
@@ -42,10 +53,14 @@ impl Agent {
 
     /// The agents that the asked one knows, by host id.
     pub(super) async fn peers(&self) -> Result<Vec<(String, Agent)>, Failure> {
-        peers_of(&self.host().await?)
+        let mut peers = peers_of(&self.host().await?)?;
+        for (_, peer) in &mut peers {
+            peer.request = self.request.clone();
+        }
+        Ok(peers)
     }
 
-    async fn connect(&self) -> Result<Channel, Failure> {
+    async fn connect(&self) -> Result<Connection, Failure> {
         let endpoint = Endpoint::from_shared(self.url.clone());
         let endpoint = endpoint.map_err(|error| Failure::new(Exit::Usage, format!("agent {}: {error}", self.url)))?;
         // An agent that is stopped, or a host that is gone, is noticed while a stream is silent.
@@ -54,10 +69,15 @@ impl Agent {
             .tcp_nodelay(true)
             .http2_keep_alive_interval(KEEP_ALIVE);
         let endpoint = endpoint.keep_alive_timeout(PATIENCE).keep_alive_while_idle(true);
-        endpoint
-            .connect()
-            .await
-            .map_err(|error| Failure::unreachable(&self.url, &error))
+        let connected = endpoint.connect().await;
+        let channel = connected.map_err(|error| Failure::unreachable(&self.url, &error))?;
+        let carried = Carried {
+            request: self.request.clone(),
+            passed_on: None,
+            // Each call says how long it is waited for: `within`.
+            patience: None,
+        };
+        Ok(InterceptedService::new(channel, carried))
     }
 }
 
@@ -75,13 +95,10 @@ pub(super) fn peers_of(host: &HostInfo) -> Result<Vec<(String, Agent)>, Failure>
     pairs.collect()
 }
 
-/// A request that is given up after `deadline`. It has an id, by which it is found in an agent's audit table.
+/// A request that is given up after `deadline`, which goes along with it.
 pub(super) fn within<T>(deadline: Duration, message: T) -> Request<T> {
     let mut request = Request::new(message);
     request.set_timeout(deadline);
-    if let Ok(id) = MetadataValue::try_from(uuid::Uuid::new_v4().to_string()) {
-        request.metadata_mut().insert("request-id", id);
-    }
     request
 }
 

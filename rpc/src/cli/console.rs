@@ -3,15 +3,13 @@
 use std::io::{IsTerminal, Read};
 use std::time::Duration;
 
-use ferry_proto::agent::v1::compute_client::ComputeClient;
 use ferry_proto::agent::v1::{ConsoleInputRequest, ConsoleOutput, ConsoleRequest};
 use serde_json::json;
 use tokio::sync::mpsc;
 use tonic::Streaming;
-use tonic::transport::Channel;
 
 use super::arguments::{ConsoleArguments, Named};
-use super::client::{Agent, PATIENCE, within};
+use super::client::{Agent, ComputeClient, PATIENCE, within};
 use super::failure::{Exit, Failure, Outcome};
 use super::output::{self, Format, note};
 use super::terminal::RawTerminal;
@@ -70,7 +68,7 @@ async fn print(what: &str, mut stream: Streaming<ConsoleOutput>, format: Format)
 
 /// Prints what the guest prints and sends what is typed, until Ctrl-], the end of the guest's stay here, or Ctrl-C
 /// where no terminal takes it.
-async fn attach(mut client: ComputeClient<Channel>, name: String, mut stream: Streaming<ConsoleOutput>) -> Outcome {
+async fn attach(mut client: ComputeClient, name: String, mut stream: Streaming<ConsoleOutput>) -> Outcome {
     let on_terminal = std::io::stdin().is_terminal();
     if on_terminal {
         note("attached: Ctrl-] leaves");
@@ -108,7 +106,7 @@ async fn attach(mut client: ComputeClient<Channel>, name: String, mut stream: St
     outcome
 }
 
-async fn send(client: &mut ComputeClient<Channel>, name: &str, bytes: &[u8]) -> Result<(), Failure> {
+async fn send(client: &mut ComputeClient, name: &str, bytes: &[u8]) -> Result<(), Failure> {
     if bytes.is_empty() {
         return Ok(());
     }

@@ -8,6 +8,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
 use crate::error_chain;
+use crate::request::RequestId;
 
 /// What `ferry` tells the shell. The numbers are a contract; `docs/cli.md` lists them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +58,10 @@ pub(super) struct Failure {
     pub(super) moved_to: Option<String>,
     /// The word for the reason, where the agent gave one: `docs/control-plane.md` lists them.
     pub(super) reason: Option<String>,
+    /// The field of the request that the agent could not use.
+    pub(super) field: Option<String>,
+    /// An agent was asked, and its answer was lost.
+    pub(super) is_unknown: bool,
 }
 
 /// What each verb returns.
@@ -69,6 +74,20 @@ impl Failure {
             message: message.into(),
             moved_to: None,
             reason: None,
+            field: None,
+            is_unknown: false,
+        }
+    }
+
+    /// What is told of it, and of the request where an agent's answer was lost: by that it can be looked for.
+    pub(super) fn told_of(&self, request: Option<&RequestId>) -> String {
+        match request {
+            Some(request) if self.is_unknown => format!(
+                "{}; what came of it is unknown: look for request {request} in `ferry events`",
+                self.message
+            ),
+            Some(request) => format!("{} (request {request})", self.message),
+            None => self.message.clone(),
         }
     }
 
@@ -96,6 +115,8 @@ impl Failure {
             let _ = write!(message, " (it moved to {host})");
         }
         let info = status.get_details_error_info();
+        let violations = status.get_details_bad_request().map(|bad| bad.field_violations);
+        let field = violations.and_then(|mut violations| violations.pop());
         // What is to be done about it comes as the description of a link.
         let help = status.get_details_help().and_then(|mut help| help.links.pop());
         if let Some(remedy) = help {
@@ -106,6 +127,8 @@ impl Failure {
             message,
             moved_to,
             reason: info.map(|info| info.reason),
+            field: field.map(|violation| violation.field),
+            is_unknown: is_lost_connection(status),
         }
     }
 
@@ -126,11 +149,16 @@ impl From<anyhow::Error> for Failure {
 
 /// Whether the answer came from the connection and not from the agent: what was asked may or may not have happened.
 pub(super) fn is_lost_connection(status: &Status) -> bool {
+    // An agent that was late says so, and did nothing.
+    let is_late = status
+        .get_details_error_info()
+        .is_some_and(|info| info.reason == TOO_LATE);
     // A status that an agent sent has no source; one that tonic made from a broken connection has.
-    matches!(
+    let is_lost = matches!(
         status.code(),
         Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled
-    ) || status.source().is_some()
+    );
+    !is_late && (is_lost || status.source().is_some())
 }
 
 fn exit_of(status: &Status) -> Exit {
@@ -144,15 +172,21 @@ fn exit_of(status: &Status) -> Exit {
         | Code::PermissionDenied => Exit::Refused,
         Code::DataLoss => Exit::GuestEnded,
         _ if is_lost_connection(status) => Exit::NoAnswer,
+        Code::DeadlineExceeded => Exit::Refused,
         _ => Exit::Failed,
     }
 }
+
+/// An agent's word for a call whose deadline passed before anything was done.
+const TOO_LATE: &str = "DEADLINE";
 
 /// Where agents put the host that a guest left for.
 const MOVED_TO: &str = "moved-to";
 
 #[cfg(test)]
 mod tests {
+    use tonic_types::ErrorDetails;
+
     use super::*;
 
     #[test]
@@ -186,9 +220,29 @@ mod tests {
     }
 
     #[test]
+    fn what_was_too_late_was_not_done() {
+        let late = ErrorDetails::with_error_info(TOO_LATE, "ferry", [] as [(String, String); 0]);
+        let status = Status::with_error_details(Code::DeadlineExceeded, "late", late);
+        let failure = Failure::of_status("pause", &status);
+        assert_eq!(failure.exit, Exit::Refused);
+        let told = failure.told_of(RequestId::parse("req-1").ok().as_ref());
+        assert_eq!(told, "pause: late (request req-1)");
+    }
+
+    #[test]
+    fn a_field_that_is_wrong_is_named() {
+        let wrong = ErrorDetails::with_bad_request_violation("spec.vcpus", "is zero");
+        let status = Status::with_error_details(Code::InvalidArgument, "invalid", wrong);
+        assert_eq!(Failure::of_status("run", &status).field.as_deref(), Some("spec.vcpus"));
+    }
+
+    #[test]
     fn a_broken_connection_is_no_answer() {
         let status = Status::from_error(Box::new(std::io::Error::other("reset by peer")));
         assert!(is_lost_connection(&status));
-        assert_eq!(Failure::of_status("watch", &status).exit, Exit::NoAnswer);
+        let failure = Failure::of_status("watch", &status);
+        assert_eq!(failure.exit, Exit::NoAnswer);
+        let told = failure.told_of(RequestId::parse("req-1").ok().as_ref());
+        assert!(told.contains("unknown") && told.contains("req-1"), "{told}");
     }
 }

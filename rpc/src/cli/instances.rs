@@ -13,6 +13,7 @@ use tonic::{Response, Status};
 use super::arguments::{Named, RunArguments};
 use super::client::{Agent, LONG_PATIENCE, PATIENCE, within};
 use super::devices::{DiskArgument, NicArgument, NicEnd};
+use super::events;
 use super::failure::{Exit, Failure, Outcome};
 use super::output::{self, Format, Table, human_bandwidth, human_bytes, or_dash};
 
@@ -241,10 +242,14 @@ fn details(info: &InstanceInfo) -> String {
     ];
     rows.extend(info.disks.iter().map(|disk| ("disk", disk_line(disk))));
     rows.extend(info.nics.iter().map(|nic| ("net", nic_line(nic))));
-    let lines: Vec<_> = rows
+    rows.extend(info.fault.iter().map(|fault| ("fault", events::fault_line(fault))));
+    let mut lines: Vec<_> = rows
         .into_iter()
         .map(|(key, value)| format!("{key:<10} {value}"))
         .collect();
+    if !info.events.is_empty() {
+        lines.push(format!("\n{}", events::table(&info.events)));
+    }
     lines.join("\n")
 }
 

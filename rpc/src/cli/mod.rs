@@ -12,6 +12,7 @@ mod console;
 mod demo;
 mod devices;
 mod doctor;
+mod events;
 mod failure;
 mod hosts;
 mod instances;
@@ -37,6 +38,7 @@ use self::arguments::{CommandLine, Verb};
 use self::client::Agent;
 use self::failure::{Exit, Failure, Outcome};
 use self::output::Format;
+use crate::request::RequestId;
 
 /// Runs `ferry` with the process's own arguments and says how it ended.
 ///
@@ -48,9 +50,11 @@ pub fn main() -> ExitCode {
         Err(error) => return usage(&error, wants_json(&arguments)).into(),
     };
     let format = line.output;
-    match run(line) {
+    let request = line.request_id.clone().unwrap_or_else(RequestId::new);
+    let is_asked = line.verb.asks_no_agent().is_none();
+    match run(line, &request) {
         Ok(exit) => exit.into(),
-        Err(failure) => tell(&failure, format).into(),
+        Err(failure) => tell(&failure, Some(&request).filter(|_| is_asked), format).into(),
     }
 }
 
@@ -64,12 +68,14 @@ fn read(arguments: &[OsString]) -> Result<CommandLine, clap::Error> {
     };
     let ignored = [
         ("agent", line.verb.asks_no_agent()),
+        ("request_id", line.verb.asks_no_agent()),
         ("output", line.verb.prints_no_result()),
     ];
     for (flag, verb) in ignored {
         if let Some(verb) = verb
             && given(flag)
         {
+            let flag = flag.replace('_', "-");
             let text = format!("the argument '--{flag}' has no meaning for 'ferry {verb}'");
             return Err(command.error(ErrorKind::ArgumentConflict, text));
         }
@@ -77,7 +83,7 @@ fn read(arguments: &[OsString]) -> Result<CommandLine, clap::Error> {
     Ok(line)
 }
 
-fn run(line: CommandLine) -> Outcome {
+fn run(line: CommandLine, request: &RequestId) -> Outcome {
     let format = line.output;
     match line.verb {
         Verb::Agent(arguments) => agent::serve(arguments),
@@ -85,7 +91,7 @@ fn run(line: CommandLine) -> Outcome {
         Verb::Demo => on_runtime(demo::run(format)),
         Verb::Bench(arguments) => on_runtime(bench::run(arguments, format)),
         Verb::Doctor(arguments) => on_runtime(doctor::run(arguments, line.agent, format)),
-        verb => on_runtime(ask(verb, Agent::new(line.agent), format)),
+        verb => on_runtime(ask(verb, Agent::within(line.agent, request.clone()), format)),
     }
 }
 
@@ -104,6 +110,7 @@ async fn ask(verb: Verb, agent: Agent, format: Format) -> Outcome {
         Verb::Delete { named, force } => instances::delete(&agent, named, force, format).await,
         Verb::Snapshot(arguments) => snapshots::snapshot(&agent, arguments, format).await,
         Verb::Restore(arguments) => snapshots::restore(&agent, arguments, format).await,
+        Verb::Events { named, limit } => events::events(&agent, named, limit, format).await,
         Verb::Console(arguments) => console::console(&agent, arguments, format).await,
         Verb::Logs { named, follow } => console::logs(&agent, named, follow, format).await,
         Verb::Migrate(arguments) => migrate::run(&agent, arguments, format).await,
@@ -128,9 +135,11 @@ fn on_runtime(verb: impl Future<Output = Outcome>) -> Outcome {
 }
 
 /// Tells a failure: on stderr for people, and as the last object on stdout for programs.
-fn tell(failure: &Failure, format: Format) -> Exit {
+fn tell(failure: &Failure, request: Option<&RequestId>, format: Format) -> Exit {
+    // What is bad usage was not asked.
+    let request = request.filter(|_| failure.exit != Exit::Usage);
     if !failure.message.is_empty() {
-        output::note(&format!("error: {}", failure.message));
+        output::note(&format!("error: {}", failure.told_of(request)));
         if format == Format::Json {
             let mut object = serde_json::json!({ "error": failure.message, "code": failure.exit.number() });
             if let Some(host) = &failure.moved_to {
@@ -138,6 +147,12 @@ fn tell(failure: &Failure, format: Format) -> Exit {
             }
             if let Some(reason) = &failure.reason {
                 object["reason"] = reason.as_str().into();
+            }
+            if let Some(field) = &failure.field {
+                object["field"] = field.as_str().into();
+            }
+            if let Some(request) = request {
+                object["request"] = request.as_str().into();
             }
             // Nothing is left to tell a closed stdout.
             let _ = output::json_line(&object);

@@ -7,6 +7,12 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use crate::agent::UserRange;
+use crate::request::RequestId;
+
+/// What a request is called.
+pub(super) fn request_id(text: &str) -> Result<RequestId, String> {
+    RequestId::parse(text).map_err(|error| error.to_string())
+}
 
 /// Bytes of memory: `512M`, `1G`, `1GiB`. Powers of 1024; the unit may not be left out.
 pub(super) fn memory_size(text: &str) -> Result<u64, String> {

@@ -11,6 +11,7 @@ mod callers;
 mod data_port;
 mod device_work;
 mod disks;
+mod events;
 mod faults;
 mod hanging;
 mod hostile;
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
         limits::trials(),
         memory::trials(),
         requests::trials(),
+        events::trials(),
         aborts::trials(),
         agents::trials(),
         resolves::trials(),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use ferry_proto::agent::v1::{HostInfo, HostStatus};
 
 use super::scheduler::Candidate;
+use crate::agent::context::RequestContext;
 use crate::agent::host;
 use crate::agent::instances::Agent;
 use crate::agent::peers::{Heard, Peer};
@@ -39,8 +40,8 @@ impl Agent {
     }
 
     /// This host and its peers, each asked now, all at once.
-    pub(super) async fn hosts(&self) -> Vec<HostStatus> {
-        let asked = ask_all(self.peers.all());
+    pub(super) async fn hosts(&self, context: &RequestContext) -> Vec<HostStatus> {
+        let asked = ask_all(context, self.peers.all());
         let mut hosts = vec![HostStatus {
             host: self.host().to_owned(),
             url: self.url.clone(),
@@ -57,8 +58,8 @@ impl Agent {
 
     /// Every host that an instance could go to, this one among them, with what it said when it was asked just now. A host
     /// that does not answer counts as up while it was heard lately: what it said then is what is known of it.
-    pub(super) async fn candidates(self: &Arc<Self>) -> Vec<Candidate> {
-        let asked = ask_all(self.peers.all());
+    pub(super) async fn candidates(self: &Arc<Self>, context: &RequestContext) -> Vec<Candidate> {
+        let asked = ask_all(context, self.peers.all());
         let mut candidates = vec![Candidate {
             host: self.host().to_owned(),
             answer: Ok(self.host_info().await),
@@ -80,12 +81,16 @@ impl Agent {
 }
 
 /// Asks these peers how they are. They are asked from now on, also while what is returned is not waited for.
-fn ask_all<'a>(peers: impl Iterator<Item = &'a Peer>) -> impl Future<Output = Vec<(Peer, Result<HostInfo, String>)>> {
+fn ask_all<'a>(
+    context: &'a RequestContext,
+    peers: impl Iterator<Item = &'a Peer>,
+) -> impl Future<Output = Vec<(Peer, Result<HostInfo, String>)>> {
     let asked: Vec<_> = peers
         .cloned()
         .map(|peer| {
-            let asking = peer.clone();
-            let answer = tokio::spawn(async move { asking.host_info().await.map_err(|error| error.to_string()) });
+            let (asking, context) = (peer.clone(), context.clone());
+            let answer =
+                tokio::spawn(async move { asking.host_info(&context).await.map_err(|error| error.to_string()) });
             (peer, answer)
         })
         .collect();

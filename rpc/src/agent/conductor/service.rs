@@ -9,17 +9,18 @@ use ferry_proto::agent::v1::{
     MigrationInfo, MigrationRequest, ResolveRequest,
 };
 use ferry_proto::wire_uuid;
-use tokio_stream::Stream;
 use tokio_stream::wrappers::WatchStream;
+use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
 use crate::agent::compute::whole;
+use crate::agent::context::RequestContext;
+use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
 use crate::agent::journal::{MigrationRow, Role};
-use crate::agent::peers::{CALL_TIME, Peer};
-use crate::agent::who::Who;
+use crate::agent::peers::{CALL_TIME, ConductorClient, Peer};
 
 /// The service over one agent.
 pub(crate) struct ConductorService(pub(crate) Arc<Agent>);
@@ -38,22 +39,23 @@ enum Place {
 #[tonic::async_trait]
 impl Conductor for ConductorService {
     async fn live_migrate(&self, request: Request<LiveMigrateRequest>) -> Answer<LiveMigrateReply> {
-        let who = Who::sent(&request);
+        let context = RequestContext::of(&request);
         let (agent, request) = (Arc::clone(&self.0), request.into_inner());
         let migrated = whole(async move {
             let (instance, dry_run) = (request.instance.clone(), request.dry_run);
-            let migrated = agent.live_migrate(request).await;
+            let migrated = agent.live_migrate(&context, request).await;
             if !dry_run {
-                agent.audit(&who, "migrate", &instance, &migrated).await;
+                agent.audit(&context, "migrate", &instance, &migrated).await;
             }
             migrated
         });
         Ok(Response::new(migrated.await?))
     }
 
-    async fn list_hosts(&self, _: Request<ListHostsRequest>) -> Answer<ListHostsReply> {
+    async fn list_hosts(&self, request: Request<ListHostsRequest>) -> Answer<ListHostsReply> {
+        let context = RequestContext::of_question(&request);
         Ok(Response::new(ListHostsReply {
-            hosts: self.0.hosts().await,
+            hosts: self.0.hosts(&context).await,
         }))
     }
 
@@ -70,48 +72,64 @@ impl Conductor for ConductorService {
     }
 
     async fn show_migration(&self, request: Request<MigrationRequest>) -> Answer<MigrationInfo> {
-        let request = request.into_inner();
-        match self.0.place(&request).await? {
+        let (context, request) = (RequestContext::of_question(&request), request.into_inner());
+        match self.0.place(&context, &request).await? {
             Place::Here(row) => Ok(Response::new(self.0.current(*row))),
-            Place::There(peer) => peer.conductor().show_migration(forwarded(request)).await,
+            Place::There(peer) => {
+                let show = |mut client: ConductorClient| async move { client.show_migration(forwarded(request)).await };
+                peer.forward(&context, show).await
+            }
         }
     }
 
     type WatchMigrationStream = Snapshots;
 
     async fn watch_migration(&self, request: Request<MigrationRequest>) -> Answer<Snapshots> {
-        let request = request.into_inner();
-        match self.0.place(&request).await? {
+        let (context, request) = (RequestContext::of_question(&request), request.into_inner());
+        match self.0.place(&context, &request).await? {
             Place::Here(row) => Ok(Response::new(self.0.snapshots(*row))),
             Place::There(peer) => {
-                let stream = peer.conductor().watch_migration(forwarded(request)).await?.into_inner();
-                Ok(Response::new(Box::pin(stream)))
+                let watch =
+                    |mut client: ConductorClient| async move { client.watch_migration(forwarded(request)).await };
+                let stream = peer.forward(&context, watch).await?.into_inner();
+                let lost = move |status| peer.told(status);
+                Ok(Response::new(Box::pin(stream.map(move |info| info.map_err(&lost)))))
             }
         }
     }
 
     async fn abort_migration(&self, request: Request<MigrationRequest>) -> Answer<MigrationInfo> {
-        let who = Who::sent(&request);
+        let context = RequestContext::of(&request);
         let request = request.into_inner();
-        match self.0.place(&request).await? {
+        match self.0.place(&context, &request).await? {
             Place::Here(row) => {
-                let instance = row.instance.to_string();
-                let aborted = self.0.abort_migration(*row).await;
-                self.0.audit(&who, "abort", &instance, &aborted).await;
-                Ok(Response::new(aborted?))
+                let agent = Arc::clone(&self.0);
+                let aborted = whole(async move {
+                    let subject = Subject::migration(row.instance, &row.info.name, row.id);
+                    let abort = agent.abort_migration(&context, *row);
+                    let instance = subject.instance.to_string();
+                    let aborted = agent.recorded(&context, Action::Abort, Some(subject), abort).await;
+                    agent.audit(&context, "abort", &instance, &aborted).await;
+                    aborted
+                });
+                Ok(Response::new(aborted.await?))
             }
-            Place::There(peer) => peer.conductor().abort_migration(forwarded(request)).await,
+            Place::There(peer) => {
+                let abort =
+                    |mut client: ConductorClient| async move { client.abort_migration(forwarded(request)).await };
+                peer.forward(&context, abort).await
+            }
         }
     }
 
     async fn resolve_migration(&self, request: Request<ResolveRequest>) -> Answer<MigrationInfo> {
-        let who = Who::sent(&request);
+        let context = RequestContext::of(&request);
         let (agent, request) = (Arc::clone(&self.0), request.into_inner());
         let resolved = whole(async move {
-            let resolved = agent.resolve_migration(request.clone(), &who).await;
+            let resolved = agent.resolve_migration(request.clone(), &context).await;
             if resolved.is_err() {
                 // One that was carried out is written down together with what it changed.
-                agent.audit(&who, "resolve", &request.migration, &resolved).await;
+                agent.audit(&context, "resolve", &request.migration, &resolved).await;
             }
             resolved
         });
@@ -128,7 +146,7 @@ fn forwarded(request: MigrationRequest) -> MigrationRequest {
 
 impl Agent {
     /// Where a migration is to be asked for: at its source while that answers, else here.
-    async fn place(&self, request: &MigrationRequest) -> Result<Place, Failure> {
+    async fn place(&self, context: &RequestContext, request: &MigrationRequest) -> Result<Place, Failure> {
         let id = wire_uuid("migration", &request.migration)?;
         let row = self
             .journal
@@ -137,13 +155,13 @@ impl Agent {
         match row {
             Some(row) if request.forwarded || row.role == Role::Source => Ok(Place::Here(Box::new(row))),
             Some(row) => match self.peers.named(&row.peer) {
-                Ok(peer) if is_known_at(peer, id).await => Ok(Place::There(Box::new(peer.clone()))),
+                Ok(peer) if is_known_at(context, peer, id).await => Ok(Place::There(Box::new(peer.clone()))),
                 _ => Ok(Place::Here(Box::new(row))),
             },
             None if request.forwarded => Err(unknown(id)),
             None => {
                 for peer in self.peers.all() {
-                    if is_known_at(peer, id).await {
+                    if is_known_at(context, peer, id).await {
                         return Ok(Place::There(Box::new(peer.clone())));
                     }
                 }
@@ -163,7 +181,6 @@ impl Agent {
     fn snapshots(&self, row: MigrationRow) -> Snapshots {
         match self.outgoing.find(row.id) {
             Some(outgoing) => {
-                use tokio_stream::StreamExt;
                 let agent_over = outgoing.watch();
                 let mut ended = false;
                 // The last snapshot is the one with an end; nothing comes after it.
@@ -178,7 +195,7 @@ impl Agent {
         }
     }
 
-    async fn abort_migration(&self, row: MigrationRow) -> Result<MigrationInfo, Failure> {
+    async fn abort_migration(&self, context: &RequestContext, row: MigrationRow) -> Result<MigrationInfo, Failure> {
         let over = || Failure::Refused(format!("migration {} is over: {}", row.id, row.info.status));
         if row.role == Role::Destination {
             return Err(Failure::Refused(format!(
@@ -189,7 +206,7 @@ impl Agent {
         let outgoing = self.outgoing.find(row.id).ok_or_else(over)?;
         outgoing.abort("aborted by its user");
         // Before GO this takes well under a second. Later the record tells where it stands.
-        let _ = tokio::time::timeout(CALL_TIME, outgoing.over()).await;
+        let _ = tokio::time::timeout(context.left(CALL_TIME), outgoing.over()).await;
         let now = outgoing.watch().borrow().clone();
         if now.status == "completed" {
             return Err(Failure::Refused(format!(
@@ -220,11 +237,11 @@ fn unknown(id: Uuid) -> Failure {
     }
 }
 
-async fn is_known_at(peer: &Peer, id: Uuid) -> bool {
+async fn is_known_at(context: &RequestContext, peer: &Peer, id: Uuid) -> bool {
     let request = MigrationRequest {
         migration: id.to_string(),
         forwarded: true,
     };
-    let mut client = peer.conductor();
-    peer.answer(CALL_TIME, client.show_migration(request)).await.is_ok()
+    let show = |mut client: ConductorClient| async move { client.show_migration(request).await };
+    peer.ask_conductor(context, CALL_TIME, show).await.is_ok()
 }

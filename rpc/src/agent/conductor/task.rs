@@ -7,15 +7,17 @@ use ferry_proto::agent::v1::{
     Check, CheckDestinationRequest, HostInfo, HostVerdict, InstanceInfo, InstanceRequest, LiveMigrateReply,
     LiveMigrateRequest, LiveMigrationCast, MigrationRequest,
 };
-use ferry_proto::required;
+use ferry_proto::{required, wire_uuid};
 use uuid::Uuid;
 
 use super::scheduler::{self, Candidate, Verdict, Wanted};
+use crate::agent::context::RequestContext;
+use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
 use crate::agent::journal::MigrationRow;
 use crate::agent::outgoing::{check_options, request_id};
-use crate::agent::peers::CALL_TIME;
+use crate::agent::peers::{CALL_TIME, ComputeClient, ConductorClient};
 use crate::agent::reason::Reason;
 
 /// How many hosts are asked to check before the task gives up: Nova's migrate_max_retries, and the first.
@@ -32,15 +34,37 @@ impl Agent {
     /// One of the closed list of reasons, or a cast without a receipt: then the source may have it.
     pub(super) async fn live_migrate(
         self: &Arc<Self>,
+        context: &RequestContext,
         request: LiveMigrateRequest,
+    ) -> Result<LiveMigrateReply, Failure> {
+        let (source, instance) = self.find(context, &request.instance).await?;
+        let subject = Subject {
+            instance: wire_uuid("id", &instance.id)?,
+            name: instance.name.clone(),
+            migration: None,
+        };
+        let is_dry = request.dry_run;
+        let migrated = self.choose_and_cast(context, request, (source, instance)).await;
+        if let Err(failure) = &migrated
+            && !is_dry
+        {
+            self.record_failure(context, Action::Migrate, subject, failure).await;
+        }
+        migrated
+    }
+
+    async fn choose_and_cast(
+        self: &Arc<Self>,
+        context: &RequestContext,
+        request: LiveMigrateRequest,
+        (source, instance): (String, InstanceInfo),
     ) -> Result<LiveMigrateReply, Failure> {
         let migration = request_id(&request.request_id);
         let options = check_options(required("options", request.options)?)?;
-        let (source, instance) = self.find(&request.instance).await?;
-        if let Some(reply) = self.received_before(migration, &source).await? {
+        if let Some(reply) = self.received_before(context, migration, &source).await? {
             return Ok(reply);
         }
-        let candidates = self.candidates().await;
+        let candidates = self.candidates(context).await;
         let named = Some(request.destination).filter(|named| !named.is_empty());
         let wanted = Wanted {
             source: &source_info(&candidates, &source)?,
@@ -56,7 +80,9 @@ impl Agent {
             storage: options.storage.clone(),
         };
         let tries = if request.dry_run { usize::MAX } else { MOST_TRIES };
-        let hosts = self.check_in_turn(verdicts, &check, tries, request.dry_run).await?;
+        let hosts = self
+            .check_in_turn(context, verdicts, &check, (tries, request.dry_run))
+            .await?;
         let destination = hosts.iter().find(|host| host.taken).map(|host| host.host.clone());
         let reply = LiveMigrateReply {
             migration: String::new(),
@@ -78,7 +104,9 @@ impl Agent {
             rpc_version: String::new(),
             expected_epoch: instance.epoch,
         };
-        self.cast(&source, record).await?;
+        // Once it is cast it is no more this call's: it is sent until there is a receipt, whoever waits for that.
+        context.check()?;
+        self.cast(&context.without_deadline(), &source, record).await?;
         Ok(LiveMigrateReply {
             migration: migration.to_string(),
             ..reply
@@ -87,19 +115,24 @@ impl Agent {
 
     /// What was answered to this request before, if it was received. The record is this host's, or that of the host which has
     /// the instance, before and after the move: nobody else is asked, for each host that is silent would be waited for.
-    async fn received_before(&self, id: Uuid, host: &str) -> Result<Option<LiveMigrateReply>, Failure> {
+    async fn received_before(
+        &self,
+        context: &RequestContext,
+        id: Uuid,
+        host: &str,
+    ) -> Result<Option<LiveMigrateReply>, Failure> {
         let find = move |connection: &rusqlite::Connection| MigrationRow::find(connection, id);
         let here = self.journal.read(find).await?.map(|row| row.info);
         let info = match here {
             None if host != self.host() => {
                 let peer = self.peers.named(host)?;
-                let mut client = peer.conductor();
                 let forwarded = MigrationRequest {
                     migration: id.to_string(),
                     forwarded: true,
                 };
+                let show = |mut client: ConductorClient| async move { client.show_migration(forwarded).await };
                 // An answer that is lost makes no second migration either: the cast is one by its id.
-                peer.answer(CALL_TIME, client.show_migration(forwarded)).await.ok()
+                peer.ask_conductor(context, CALL_TIME, show).await.ok()
             }
             here => here,
         };
@@ -112,7 +145,7 @@ impl Agent {
     }
 
     /// The instance and the host that has it: this one, else the first peer that says so.
-    async fn find(&self, name_or_id: &str) -> Result<(String, InstanceInfo), Failure> {
+    async fn find(&self, context: &RequestContext, name_or_id: &str) -> Result<(String, InstanceInfo), Failure> {
         let not_here = match self.instance(name_or_id).await {
             Ok(instance) => {
                 let info = instance.state.lock().await.info(self.host());
@@ -121,11 +154,11 @@ impl Agent {
             Err(not_here) => not_here,
         };
         for peer in self.peers.all() {
-            let mut client = peer.compute();
             let request = InstanceRequest {
                 instance: name_or_id.to_owned(),
             };
-            match peer.answer(CALL_TIME, client.show_instance(request)).await {
+            let show = |mut client: ComputeClient| async move { client.show_instance(request).await };
+            match peer.ask(context, CALL_TIME, show).await {
                 // One that is on its way there is its source's still.
                 Ok(info) if info.status != "incoming" => return Ok((peer.host.clone(), info)),
                 _ => {}
@@ -138,10 +171,10 @@ impl Agent {
     /// asked, and told of.
     async fn check_in_turn(
         self: &Arc<Self>,
+        context: &RequestContext,
         verdicts: Vec<Verdict>,
         request: &CheckDestinationRequest,
-        mut tries: usize,
-        dry_run: bool,
+        (mut tries, dry_run): (usize, bool),
     ) -> Result<Vec<HostVerdict>, Failure> {
         let mut hosts: Vec<HostVerdict> = Vec::new();
         for verdict in verdicts {
@@ -149,7 +182,7 @@ impl Agent {
             let mut host = told(verdict);
             if host.reason.is_none() && tries > 0 && (dry_run || !is_decided) {
                 tries -= 1;
-                let api = self.compute_rpcapi(&host.host)?;
+                let api = self.compute_rpcapi(context, &host.host)?;
                 match api.check_can_live_migrate_destination(request.clone()).await {
                     Ok(reply) => take(&mut host, reply.checks, !is_decided),
                     // What keeps the source from giving it keeps it from giving it to anyone.
@@ -163,8 +196,13 @@ impl Agent {
     }
 
     /// Casts until there is a receipt: a cast that was lost is sent again, one that was not is the same migration.
-    async fn cast(self: &Arc<Self>, source: &str, record: LiveMigrationCast) -> Result<(), Failure> {
-        let api = self.compute_rpcapi(source)?;
+    async fn cast(
+        self: &Arc<Self>,
+        context: &RequestContext,
+        source: &str,
+        record: LiveMigrationCast,
+    ) -> Result<(), Failure> {
+        let api = self.compute_rpcapi(context, source)?;
         let (began, mut pause) = (Instant::now(), FIRST_PAUSE);
         loop {
             match api.live_migration(&record).await {

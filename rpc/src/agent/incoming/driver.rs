@@ -16,9 +16,10 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::handle::{Answer, Incoming, Request};
 use crate::agent::backends::storage;
+use crate::agent::events::end_of_migration;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
-use crate::agent::journal::{Arrival, DecisionRow, InstanceRow, JournalError, MigrationRow, Status};
+use crate::agent::journal::{Arrival, DecisionRow, EventEnd, InstanceRow, JournalError, MigrationRow, Status};
 use crate::agent::outgoing::now_ms;
 use crate::agent::peers::{CALL_TIME, Call, ComputeClient};
 use crate::agent::spawn;
@@ -72,6 +73,8 @@ pub(super) struct Driver {
     pub(super) part: Part,
     /// Why the guest was refused, where that is known.
     pub(super) reason: Option<String>,
+    /// Whoever had the guest, or its user, called it off.
+    pub(super) called_off: bool,
     /// The host's boot in which CLAIMED was written.
     pub(super) claimed_boot: String,
 }
@@ -125,6 +128,7 @@ impl Driver {
             Request::Decide(attempt, reply) => self.step(DestinationEvent::Decide(attempt), Some(reply)).await,
             Request::GiveUp(reason) => {
                 self.reason = Some(reason);
+                self.called_off = true;
                 self.step(DestinationEvent::GiveUp, None).await;
             }
             Request::Heartbeat => {}
@@ -427,11 +431,12 @@ impl Driver {
             destination: self.agent.host().to_owned(),
         };
         if decision == Decision::Running {
-            return self.agent.settle(self.arrival(attempt), post);
+            return self.agent.settle(&self.incoming.context, self.arrival(attempt), post);
         }
         let Ok(peer) = self.agent.peers.named(&self.row.peer).cloned() else {
             return;
         };
+        let context = self.incoming.context.clone();
         tokio::spawn(async move {
             for pause in [0, 100, 500, 2000] {
                 tokio::time::sleep(Duration::from_millis(pause)).await;
@@ -439,7 +444,7 @@ impl Driver {
                     let post = post.clone();
                     async move { client.post_live_migration(post).await }
                 };
-                match peer.call(Call::PostLiveMigration, CALL_TIME, send).await {
+                match peer.call(&context, Call::PostLiveMigration, CALL_TIME, send).await {
                     Ok(_) => return,
                     Err(error) => tracing::info!(%error, "the source does not take the news yet"),
                 }
@@ -486,10 +491,15 @@ impl Driver {
             }
         }
         self.row.over = true;
+        let end = self.end_of_event();
         faults::reach(Site::RowDestinationOver, Moment::Before).await;
         loop {
-            let row = self.row.clone();
-            match self.agent.journal.write(move |transaction| row.save(transaction)).await {
+            let (row, end) = (self.row.clone(), end.clone());
+            let written = self.agent.journal.write(move |transaction| {
+                row.save(transaction)?;
+                end.of_migration(transaction, &row.id.to_string())
+            });
+            match written.await {
                 Ok(()) => break,
                 Err(error) => tracing::error!(%error, "failed to journal the end of a migration, trying again"),
             }
@@ -497,6 +507,15 @@ impl Driver {
         }
         faults::reach(Site::RowDestinationOver, Moment::After).await;
         self.agent.incoming.remove(self.row.id);
+    }
+
+    /// One that its source called off is no failure of this host's.
+    fn end_of_event(&self) -> EventEnd {
+        let mut end = end_of_migration(&self.incoming.context, &self.row.info, None);
+        if self.called_off {
+            end.fault = None;
+        }
+        end
     }
 
     async fn forget(&self) -> bool {
@@ -518,6 +537,7 @@ pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc
     let secret = crate::agent::data_port::random().map_err(Failure::host("failed to make a secret"))?;
     let incoming = Arc::new(Incoming {
         id: row.id,
+        context: agent.context_of(row.id).await,
         source: row.peer.clone(),
         secret,
         copied_disks: Vec::new(),
@@ -535,6 +555,7 @@ pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc
         connections: BTreeMap::new(),
         part: Part::default(),
         reason: None,
+        called_off: false,
         claimed_boot: newest.map_or_else(|| agent.boot_id.clone(), |row| row.boot_id),
     };
     agent.incoming.add(incoming);

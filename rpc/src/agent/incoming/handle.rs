@@ -9,6 +9,7 @@ use ferry_proto::agent::v1::DestinationPart;
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
+use crate::agent::context::RequestContext;
 use crate::agent::data_port::Secret;
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
@@ -38,6 +39,8 @@ pub(super) enum Request {
 /// A handle on one incoming migration.
 pub(crate) struct Incoming {
     pub(crate) id: Uuid,
+    /// In which it was asked for, as its source says.
+    pub(super) context: RequestContext,
     pub(crate) source: String,
     pub(crate) secret: Secret,
     /// Numbers of the disks whose contents come with the guest.

@@ -15,6 +15,8 @@ use super::driver::{Driver, Part};
 use super::handle::Incoming;
 use crate::agent::backends::storage::{self, Coming, Storage};
 use crate::agent::backends::{Occasion, Whose};
+use crate::agent::context::RequestContext;
+use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, check_incoming};
 use crate::agent::journal::{InstanceRow, MigrationRow, Role, Status};
@@ -125,6 +127,7 @@ impl Agent {
     /// This host cannot have the instance; nothing of it is left then.
     pub(crate) async fn pre_live_migration(
         self: &Arc<Self>,
+        context: &RequestContext,
         request: PreLiveMigrationRequest,
     ) -> Result<PreLiveMigrationReply, Failure> {
         let mut guest = Guest::check(request, self)?;
@@ -178,7 +181,7 @@ impl Agent {
         if reply.missing_images.is_empty() {
             reply.copied_disks.clone_from(&guest.copied_disks);
             let hashes = [guest.spec.kernel.clone(), guest.spec.initrd.clone()];
-            match self.prepare(guest).await? {
+            match self.prepare(context, guest).await? {
                 Some(incoming) => reply.secret = incoming.secret.to_vec(),
                 // Another migration of the same kernel was faster to take it.
                 None => reply.missing_images = hashes.into_iter().filter(|hash| !hash.is_empty()).collect(),
@@ -247,7 +250,11 @@ impl Agent {
     }
 
     /// None: the images are another migration's by now, and nothing was made.
-    async fn prepare(self: &Arc<Self>, guest: Guest) -> Result<Option<Arc<Incoming>>, Failure> {
+    async fn prepare(
+        self: &Arc<Self>,
+        context: &RequestContext,
+        guest: Guest,
+    ) -> Result<Option<Arc<Incoming>>, Failure> {
         let secret = data_port::random().map_err(Failure::host("failed to make a secret"))?;
         let instance_row = InstanceRow {
             id: guest.instance,
@@ -282,12 +289,15 @@ impl Agent {
             return Ok(None);
         }
         let (both, saved) = ((instance_row.clone(), row.clone()), prepared.is_ok());
+        let subject = Subject::migration(guest.instance, &guest.spec.name, guest.migration);
+        let event = subject.begins(context, Action::MigrateIn);
         let journalled = match prepared {
             Ok(_) => self
                 .journal
                 .write(move |transaction| {
                     both.0.save(transaction)?;
-                    both.1.save(transaction)
+                    both.1.save(transaction)?;
+                    event.begin(transaction)
                 })
                 .await
                 .map_err(Failure::from),
@@ -303,6 +313,7 @@ impl Agent {
         let (requests, request_receiver) = mpsc::unbounded_channel();
         let incoming = Arc::new(Incoming {
             id: guest.migration,
+            context: context.without_deadline(),
             source: guest.source.clone(),
             secret,
             copied_disks: guest.copied_disks.clone(),
@@ -334,6 +345,7 @@ impl Agent {
             connections: Default::default(),
             part: Part::default(),
             reason: None,
+            called_off: false,
             claimed_boot: self.boot_id.clone(),
         };
         let failed = built.as_ref().err().map(Failure::chain);

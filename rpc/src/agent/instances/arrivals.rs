@@ -11,10 +11,11 @@ use ferry_proto::agent::v1::{PostLiveMigrationReply, PostLiveMigrationRequest};
 use uuid::Uuid;
 
 use super::instance::{Agent, InstanceState};
+use crate::agent::context::RequestContext;
+use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
-use crate::agent::journal::{Arrival, InstanceRow, Status};
+use crate::agent::journal::{Arrival, EventEnd, InstanceRow, Status};
 use crate::agent::peers::{CALL_TIME, Call, ComputeClient};
-use crate::agent::who::Who;
 
 /// The pauses between two times that a source is told; the last one for ever.
 const PAUSES: [Duration; 6] = [
@@ -51,13 +52,13 @@ impl Agent {
 
     /// Tells a source that its guest is here until it acknowledges that, for ever if need be. `news` may hold more than
     /// [`Agent::arrived`] makes.
-    pub(crate) fn settle(self: &Arc<Self>, arrival: Arrival, news: PostLiveMigrationRequest) {
-        let agent = Arc::clone(self);
+    pub(crate) fn settle(self: &Arc<Self>, context: &RequestContext, arrival: Arrival, news: PostLiveMigrationRequest) {
+        let (agent, context) = (Arc::clone(self), context.without_deadline());
         tokio::spawn(async move {
             let mut pauses = PAUSES.into_iter();
             let mut last = PAUSES[0];
             loop {
-                if let Some(copy) = agent.tell(&arrival, news.clone()).await
+                if let Some(copy) = agent.tell(&context, &arrival, news.clone()).await
                     && agent.heard_of(&arrival, copy).await
                 {
                     return;
@@ -69,13 +70,18 @@ impl Agent {
     }
 
     /// None if the source did not answer, or does not want to know.
-    async fn tell(&self, arrival: &Arrival, news: PostLiveMigrationRequest) -> Option<PeerCopy> {
+    async fn tell(
+        &self,
+        context: &RequestContext,
+        arrival: &Arrival,
+        news: PostLiveMigrationRequest,
+    ) -> Option<PeerCopy> {
         let peer = self.peers.named(&arrival.source).ok()?;
         let send = |mut client: ComputeClient| {
             let news = news.clone();
             async move { client.post_live_migration(news).await }
         };
-        match peer.call(Call::PostLiveMigration, CALL_TIME, send).await {
+        match peer.call(context, Call::PostLiveMigration, CALL_TIME, send).await {
             Ok(reply) => Some(copy_of(reply)),
             Err(error) => {
                 tracing::info!(instance = %arrival.instance, %error, "the source does not acknowledge yet that its guest is here");
@@ -151,7 +157,9 @@ impl Agent {
             state.origin = Origin::Settled;
             return;
         };
-        match self.tell(&arrival, self.arrived(&arrival)).await {
+        // The host's own affair, whoever has it look.
+        let context = RequestContext::agent();
+        match self.tell(&context, &arrival, self.arrived(&arrival)).await {
             None => state.origin = Origin::Silent,
             Some(PeerCopy::Nothing) => drop(self.settled(state, &arrival).await),
             Some(copy) => state.origin = Origin::Says(copy),
@@ -210,13 +218,19 @@ impl Agent {
             arrival.source, state.row.epoch
         );
         tracing::warn!(instance = %id, name = state.row.spec.name, done, "destroying a stale copy");
-        let audit = Who::agent().did("destroy-stale", &id.to_string(), &done);
+        let context = RequestContext::agent();
+        let audit = context.did(Action::DestroyStale.word(), &id.to_string(), &done);
+        let event =
+            Subject::migration(id, &state.row.spec.name, arrival.migration).begins(&context, Action::DestroyStale);
+        let end = EventEnd::success(Some(done));
         let row = state.row.clone();
         let written = self
             .journal
             .write(move |transaction| {
                 InstanceRow::depart(transaction, &row, &arrival.source, arrival.migration)?;
                 Arrival::settle(transaction, arrival.migration)?;
+                let event = event.begin(transaction)?;
+                end.of_event(transaction, event)?;
                 audit.add(transaction)
             })
             .await;

@@ -9,6 +9,7 @@ use ferry_proto::vmm::v1::{self as wire};
 
 use super::instance::Agent;
 use super::spec::LEAST_MEMORY;
+use crate::agent::context::RequestContext;
 use crate::agent::failure::Failure;
 use crate::agent::journal::Status;
 use crate::agent::vmm_client::Vmm;
@@ -20,9 +21,14 @@ const PAGE: u64 = 4096;
 
 impl Agent {
     /// Asks the guest to have so much memory. It does so in its own time.
-    pub(crate) async fn balloon_instance(&self, name: &str, memory_bytes: u64) -> Result<InstanceInfo, Failure> {
+    pub(crate) async fn balloon_instance(
+        &self,
+        context: &RequestContext,
+        name: &str,
+        memory_bytes: u64,
+    ) -> Result<InstanceInfo, Failure> {
         let instance = self.instance(name).await?;
-        let state = instance.state.lock().await;
+        let state = context.wait(instance.state.lock()).await?;
         state.check_idle("be given another amount of memory")?;
         self.expect_status(&state, Status::Running)?;
         let wanted_pages = pages_to_give_up(&state.row.spec, memory_bytes)?;
@@ -41,7 +47,7 @@ impl Agent {
         Ok(info)
     }
 
-    /// An instance with what its VMM says of its balloon.
+    /// An instance with what its VMM says of its balloon, and what was done to it.
     pub(crate) async fn show_instance(&self, name: &str) -> Result<InstanceInfo, Failure> {
         let instance = self.instance(name).await?;
         let (mut info, vmm) = {
@@ -51,6 +57,7 @@ impl Agent {
         if let Some(vmm) = vmm {
             info.balloon = balloon_of(&vmm, info.memory_bytes).await;
         }
+        (info.events, info.fault) = self.history(instance.id).await?;
         Ok(info)
     }
 }

@@ -113,6 +113,8 @@ pub(crate) enum VmmNews {
 /// One instance; its state has one lock, held for the length of an operation.
 pub(crate) struct Instance {
     pub(crate) id: Uuid,
+    /// Its name never changes: it is found by that without waiting for what is done to it, or to another.
+    pub(crate) name: String,
     pub(crate) state: tokio::sync::Mutex<InstanceState>,
 }
 
@@ -120,6 +122,7 @@ impl Instance {
     fn new(row: InstanceRow) -> Self {
         Self {
             id: row.id,
+            name: row.spec.name.clone(),
             state: tokio::sync::Mutex::new(InstanceState {
                 row,
                 vmm: None,
@@ -249,6 +252,8 @@ impl InstanceState {
             nics: row.spec.nics.clone(),
             balloon: None,
             restart: policy_of(&row.spec).as_str().to_owned(),
+            events: Vec::new(),
+            fault: None,
         }
     }
 
@@ -317,18 +322,16 @@ impl Instances {
     }
 
     /// The instance with this id or name.
-    pub(crate) async fn find(&self, name_or_id: &str) -> Option<Arc<Instance>> {
+    pub(crate) fn find(&self, name_or_id: &str) -> Option<Arc<Instance>> {
         if let Ok(id) = Uuid::parse_str(name_or_id)
             && let Some(instance) = self.by_id(id)
         {
             return Some(instance);
         }
-        for instance in self.all() {
-            if instance.state.lock().await.row.spec.name == name_or_id {
-                return Some(instance);
-            }
-        }
-        None
+        self.lock()
+            .values()
+            .find(|instance| instance.name == name_or_id)
+            .cloned()
     }
 }
 
@@ -338,7 +341,7 @@ impl Agent {
     /// # Errors
     /// It is not here; the failure tells where it went, if it was.
     pub(crate) async fn instance(&self, name_or_id: &str) -> Result<Arc<Instance>, Failure> {
-        match self.instances.find(name_or_id).await {
+        match self.instances.find(name_or_id) {
             Some(instance) => Ok(instance),
             None => Err(self.not_here(name_or_id).await),
         }

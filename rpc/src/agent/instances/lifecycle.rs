@@ -13,6 +13,7 @@ use super::instance::{Agent, Instance, InstanceState};
 use super::restarting::Clearance;
 use super::spec;
 use crate::agent::backends::{self, Occasion, Opened, Whose};
+use crate::agent::context::RequestContext;
 use crate::agent::failure::Failure;
 use crate::agent::journal::{InstanceRow, Restarts, Status};
 use crate::agent::outgoing::now_ms;
@@ -29,15 +30,18 @@ pub(crate) struct NewRight {
 }
 
 impl Agent {
-    /// Makes an instance and starts it.
+    /// Makes an instance of this new id and starts it.
     ///
     /// # Errors
     /// Nothing of it is left then.
-    pub(crate) async fn run_instance(self: &Arc<Self>, mut spec: InstanceSpec) -> Result<InstanceInfo, Failure> {
+    pub(crate) async fn run_instance(
+        self: &Arc<Self>,
+        id: Uuid,
+        mut spec: InstanceSpec,
+    ) -> Result<InstanceInfo, Failure> {
         tokio::task::block_in_place(|| backends::complete(&mut spec))?;
         spec::check(&spec)?;
         self.check_free(&spec).await?;
-        let id = Uuid::new_v4();
         let folder = self.make_folder(id)?;
         // Up to a gigabyte is read and written: other tasks go elsewhere meanwhile.
         let imported = tokio::task::block_in_place(|| self.import_images(&mut spec, &folder));
@@ -71,7 +75,7 @@ impl Agent {
 
     /// No instance of this host has the name, or a network card of the same address.
     async fn check_free(&self, spec: &InstanceSpec) -> Result<(), Failure> {
-        if self.instances.find(&spec.name).await.is_some() {
+        if self.instances.find(&spec.name).is_some() {
             return Err(Failure::Refused(format!(
                 "an instance named {:?} is on host {}",
                 spec.name,
@@ -108,9 +112,13 @@ impl Agent {
     }
 
     /// Starts an instance that is stopped or crashed.
-    pub(crate) async fn start_instance(self: &Arc<Self>, name: &str) -> Result<InstanceInfo, Failure> {
+    pub(crate) async fn start_instance(
+        self: &Arc<Self>,
+        context: &RequestContext,
+        name: &str,
+    ) -> Result<InstanceInfo, Failure> {
         let instance = self.instance(name).await?;
-        let mut state = instance.state.lock().await;
+        let mut state = context.wait(instance.state.lock()).await?;
         state.check_idle("start")?;
         if self.instances.by_id(instance.id).is_none() {
             // It was deleted while it was waited for.
@@ -249,9 +257,9 @@ impl Agent {
     }
 
     /// The user's pause.
-    pub(crate) async fn pause_instance(&self, name: &str) -> Result<InstanceInfo, Failure> {
+    pub(crate) async fn pause_instance(&self, context: &RequestContext, name: &str) -> Result<InstanceInfo, Failure> {
         let instance = self.instance(name).await?;
-        let mut state = instance.state.lock().await;
+        let mut state = context.wait(instance.state.lock()).await?;
         state.check_idle("pause")?;
         self.expect_status(&state, Status::Running)?;
         let epoch = state.row.epoch;
@@ -267,9 +275,9 @@ impl Agent {
     }
 
     /// The user's resume.
-    pub(crate) async fn resume_instance(&self, name: &str) -> Result<InstanceInfo, Failure> {
+    pub(crate) async fn resume_instance(&self, context: &RequestContext, name: &str) -> Result<InstanceInfo, Failure> {
         let instance = self.instance(name).await?;
-        let mut state = instance.state.lock().await;
+        let mut state = context.wait(instance.state.lock()).await?;
         state.check_idle("resume")?;
         self.expect_status(&state, Status::Paused)?;
         let epoch = state.row.epoch;
@@ -285,9 +293,9 @@ impl Agent {
     }
 
     /// Back to power-on, the kernel loaded again.
-    pub(crate) async fn reboot_instance(&self, name: &str) -> Result<InstanceInfo, Failure> {
+    pub(crate) async fn reboot_instance(&self, context: &RequestContext, name: &str) -> Result<InstanceInfo, Failure> {
         let instance = self.instance(name).await?;
-        let mut state = instance.state.lock().await;
+        let mut state = context.wait(instance.state.lock()).await?;
         state.check_idle("reboot")?;
         self.expect_status(&state, Status::Running)?;
         if std::mem::take(&mut state.row.restarts.asked_off) {

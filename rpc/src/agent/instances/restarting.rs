@@ -13,10 +13,11 @@ use uuid::Uuid;
 
 use super::instance::{Agent, Instance, InstanceState};
 use crate::agent::backends::Occasion;
+use crate::agent::context::RequestContext;
+use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
 use crate::agent::journal::{InstanceRow, Status};
 use crate::agent::outgoing::now_ms;
-use crate::agent::who::Who;
 
 /// The clock may be set while a start is waited for: it is looked at again after this at the latest.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
@@ -203,8 +204,11 @@ impl Agent {
 
     async fn start_again(self: &Arc<Self>, instance: &Arc<Instance>, state: &mut InstanceState, epoch: Epoch) {
         let why = state.row.reason.clone().unwrap_or_default();
-        let started = self.start(instance, state, Occasion::Start, epoch.0).await;
-        self.audit(&Who::agent(), "restart", &instance.id.to_string(), &started)
+        let context = RequestContext::agent();
+        let subject = Subject::instance(instance.id, &state.row.spec.name);
+        let start = self.start(instance, state, Occasion::Start, epoch.0);
+        let started = self.recorded(&context, Action::Restart, Some(subject), start).await;
+        self.audit(&context, Action::Restart.word(), &instance.id.to_string(), &started)
             .await;
         match started {
             Ok(()) => tracing::info!(%instance.id, %epoch, count = state.row.restarts.count, why, "started again"),

@@ -11,6 +11,7 @@ use ferry_proto::vmm::v1::{self as wire};
 use uuid::Uuid;
 
 use super::instance::{Agent, Instance, InstanceState};
+use crate::agent::context::RequestContext;
 use crate::agent::failure::Failure;
 use crate::agent::journal::{InstanceRow, Status};
 use crate::agent::vmm_client::VmmError;
@@ -35,9 +36,9 @@ impl Agent {
     ///
     /// # Errors
     /// It runs on, unless the failure says that it is lost.
-    pub(crate) async fn press_power_button(&self, name: &str) -> Result<Press, Failure> {
+    pub(crate) async fn press_power_button(&self, context: &RequestContext, name: &str) -> Result<Press, Failure> {
         let instance = self.instance(name).await?;
-        let mut state = instance.state.lock().await;
+        let mut state = context.wait(instance.state.lock()).await?;
         state.check_idle("stop")?;
         if matches!(state.row.status, Status::Stopped | Status::Crashed) {
             self.cancel_restart(&mut state).await?;

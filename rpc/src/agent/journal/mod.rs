@@ -1,14 +1,19 @@
-//! `journal.db`: instances, migrations, the decision register and who did what, durable.
+//! `journal.db`: instances, migrations, the decision register, who did what and what came of it, durable.
 //!
 //! SQLite in WAL mode with `synchronous=FULL`, written by one thread; a write is answered once it is on the disk. It can
 //! be read with `sqlite3` while the agent runs. Nothing is checkpointed while a switchover is between ARM and CONFIRM,
 //! so that the one write inside the blackout is one append and one fsync.
+//!
+//! Events and faults decide nothing. Those that come with a decision are written in its transaction; the others are
+//! [noted](Journal::note): they outlive the agent, and need no fsync.
 
 mod arrivals;
 mod audit;
 mod decisions;
+mod events;
 #[cfg(test)]
 mod fault_tests;
+mod faults;
 mod instances;
 mod migrations;
 mod schema;
@@ -17,6 +22,8 @@ mod writer;
 pub(crate) use arrivals::Arrival;
 pub(crate) use audit::AuditRow;
 pub(crate) use decisions::DecisionRow;
+pub(crate) use events::{EventEnd, EventRow, MIGRATE, MIGRATE_IN, interrupt};
+pub(crate) use faults::FaultRow;
 pub(crate) use instances::{InstanceRow, Restarts, Status};
 pub(crate) use migrations::{MigrationRow, Role};
 pub(crate) use writer::{Journal, JournalError};

@@ -6,14 +6,14 @@
 use rusqlite::Connection;
 
 /// The schema that this build writes.
-const SCHEMA_VERSION: i64 = 2;
+pub(super) const SCHEMA_VERSION: i64 = 3;
 
 /// Rows written and removed once, so that the WAL has its length before the first switchover: extending a file costs more
 /// than writing into it.
 const WAL_FILLER_ROWS: usize = 256;
 
 /// What leads from each version to the next, from none on.
-const STEPS: [&str; SCHEMA_VERSION as usize] = [VERSION_1, VERSION_2];
+const STEPS: [&str; SCHEMA_VERSION as usize] = [VERSION_1, VERSION_2, VERSION_3];
 
 const VERSION_1: &str = "
 CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -98,6 +98,39 @@ CREATE TRIGGER audit_is_not_replaced BEFORE INSERT ON audit WHEN EXISTS(SELECT 1
 BEGIN SELECT RAISE(ABORT, 'the audit table is append-only'); END;
 ";
 
+const VERSION_3: &str = "
+-- What was done to instances. The newest are kept, also of instances that are gone.
+CREATE TABLE events(
+  id INTEGER PRIMARY KEY AUTOINCREMENT,
+  instance TEXT NOT NULL,     -- its id
+  name TEXT NOT NULL,         -- what it was called then
+  action TEXT NOT NULL,       -- run start pause resume reboot stop delete snapshot restore balloon migrate migrate-in abort resolve ...
+  actor TEXT NOT NULL,        -- who asked, as in audit
+  request TEXT NOT NULL,      -- the request's id
+  migration TEXT,
+  started TEXT NOT NULL,      -- RFC 3339, UTC
+  finished TEXT,              -- NULL: it goes on
+  result TEXT,                -- success error interrupted
+  message TEXT                -- why, with all causes
+) STRICT;
+CREATE INDEX events_by_instance ON events(instance);
+CREATE INDEX events_by_name ON events(name);
+CREATE INDEX events_open ON events(migration) WHERE finished IS NULL;
+
+-- What of it failed, and why.
+CREATE TABLE faults(
+  id INTEGER PRIMARY KEY AUTOINCREMENT,
+  instance TEXT NOT NULL,
+  created TEXT NOT NULL,      -- RFC 3339, UTC
+  code TEXT NOT NULL,         -- of gRPC, by its name
+  reason TEXT,                -- of the closed list
+  message TEXT NOT NULL,
+  details TEXT NOT NULL,      -- the causes, one a line
+  request TEXT NOT NULL
+) STRICT;
+CREATE INDEX faults_by_instance ON faults(instance);
+";
+
 /// Why a file is not opened as a journal.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NotOpened {
@@ -177,11 +210,12 @@ pub(super) fn checkpoint(connection: &Connection) -> rusqlite::Result<()> {
 mod tests {
     use uuid::Uuid;
 
-    use super::super::{InstanceRow, Journal, MigrationRow, Restarts, Status};
+    use super::super::{Arrival, EventRow, InstanceRow, Journal, MigrationRow, Restarts, Status};
     use super::*;
     use crate::error_chain;
 
     const GOLDEN: &str = include_str!("golden/schema-1.sql");
+    const GOLDEN_2: &str = include_str!("golden/schema-2.sql");
 
     #[tokio::test]
     async fn a_journal_of_schema_1_is_upgraded_with_its_rows() {
@@ -220,12 +254,39 @@ mod tests {
         assert_eq!(decision, "SRC");
     }
 
+    #[tokio::test]
+    async fn a_journal_of_schema_2_is_upgraded_with_its_rows() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal.db");
+        Connection::open(&path).unwrap().execute_batch(GOLDEN_2).unwrap();
+
+        let journal = Journal::open(&path).unwrap();
+
+        let instances = journal.read(InstanceRow::all).await.unwrap();
+        let [web] = &instances[..] else { panic!("{instances:?}") };
+        assert_eq!((web.status, web.restarts.count), (Status::Crashed, 3));
+        assert_eq!(
+            (web.restarts.due, web.restarts.asked_off),
+            (Some(1_700_000_060_000), false)
+        );
+        let arrivals = journal.read(Arrival::all).await.unwrap();
+        assert_eq!(arrivals[0].source, "a");
+        let audited: (String, i64) = journal
+            .read(|c| c.query_row("SELECT what, id FROM audit", (), |row| Ok((row.get(0)?, row.get(1)?))))
+            .await
+            .unwrap();
+        assert_eq!(audited, ("migrate".to_owned(), 7));
+        // What was done under it left no events.
+        let events = journal.read(|c| EventRow::of(c, "web", 0)).await.unwrap();
+        assert_eq!(events, []);
+    }
+
     #[test]
     fn an_upgrade_that_fails_leaves_the_older_schema() {
         let connection = Connection::open_in_memory().unwrap();
         connection.execute_batch(GOLDEN).unwrap();
         // Somebody's own table is in the way of the last step.
-        connection.execute_batch("CREATE TABLE audit(mine)").unwrap();
+        connection.execute_batch("CREATE TABLE faults(mine)").unwrap();
         assert!(upgrade(&connection, 1).is_err());
         let version: i64 = connection
             .pragma_query_value(None, "user_version", |row| row.get(0))

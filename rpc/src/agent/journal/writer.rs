@@ -139,13 +139,30 @@ impl Journal {
         &self,
         work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, JournalError> {
-        self.run(move |connection| {
-            let transaction = connection.transaction()?;
-            let result = work(&transaction)?;
-            transaction.commit()?;
-            Ok(result)
-        })
-        .await
+        self.run(move |connection| in_transaction(connection, work)).await
+    }
+
+    /// Runs `work` in a transaction of its own that survives the agent, and the host once anything else was written: it waits for
+    /// no disk. For what decides nothing.
+    ///
+    /// # Errors
+    /// Nothing of it is in the journal.
+    pub(crate) async fn note<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, JournalError> {
+        self.run(move |connection| without_sync(connection, work)).await
+    }
+
+    /// The same, by whoever cannot wait for it.
+    pub(crate) fn note_later(&self, work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<()> + Send + 'static) {
+        let job: Job = Box::new(move |connection| {
+            if let Err(error) = without_sync(connection, work) {
+                tracing::error!(%error, "the journal did not take a note");
+            }
+        });
+        // A journal that has ended takes no note.
+        let _ = self.jobs.send(job);
     }
 
     /// Runs `work` on what is in the journal.
@@ -178,6 +195,29 @@ impl Journal {
         let result = answer.await.map_err(|_| JournalError::Ended)?;
         result.map_err(|source| JournalError::of(&self.path, source))
     }
+}
+
+fn in_transaction<T>(
+    connection: &mut Connection,
+    work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>,
+) -> rusqlite::Result<T> {
+    let transaction = connection.transaction()?;
+    let result = work(&transaction)?;
+    transaction.commit()?;
+    Ok(result)
+}
+
+/// In WAL mode a commit with `synchronous=NORMAL` is an append; the next one with `FULL` syncs it too.
+fn without_sync<T>(
+    connection: &mut Connection,
+    work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>,
+) -> rusqlite::Result<T> {
+    connection.pragma_update(None, "synchronous", "NORMAL")?;
+    let result = in_transaction(connection, work);
+    connection
+        .pragma_update(None, "synchronous", "FULL")
+        .expect("SQLite takes again what it took when it was opened; without it nothing that follows would be durable");
+    result
 }
 
 fn write(mut connection: Connection, jobs: &Receiver<Job>, switchovers: &AtomicUsize) {
@@ -220,6 +260,30 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(value, "v");
+    }
+
+    #[tokio::test]
+    async fn a_note_is_there_and_what_follows_is_synced_as_before() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal.db");
+        let journal = Journal::open(&path).unwrap();
+        journal
+            .note(|t| t.execute("INSERT INTO meta VALUES('k','v')", ()))
+            .await
+            .unwrap();
+        let failed = journal.note(|t| t.execute("INSERT INTO nowhere VALUES(1)", ())).await;
+        assert!(failed.is_err());
+        journal.note_later(|t| t.execute("INSERT INTO meta VALUES('l','w')", ()).map(drop));
+        let synchronous: i64 = journal
+            .read(|c| c.pragma_query_value(None, "synchronous", |row| row.get(0)))
+            .await
+            .unwrap();
+        assert_eq!(synchronous, 2);
+        let rows: i64 = Connection::open(&path)
+            .unwrap()
+            .query_row("SELECT count(*) FROM meta WHERE key IN ('k','l')", (), |row| row.get(0))
+            .unwrap();
+        assert_eq!(rows, 2);
     }
 
     #[tokio::test]

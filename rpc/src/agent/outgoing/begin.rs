@@ -13,6 +13,8 @@ use uuid::Uuid;
 use super::handle::{MOST_STREAMS, Outgoing, now_ms, now_text};
 use super::script::Script;
 use crate::agent::backends::storage::Storage;
+use crate::agent::context::RequestContext;
+use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance};
 use crate::agent::journal::{MigrationRow, Role, Status};
@@ -28,11 +30,15 @@ impl Agent {
     ///
     /// # Errors
     /// The instance is not here, cannot migrate now, or the journal does not take it.
-    pub(crate) async fn live_migration(self: &Arc<Self>, cast: LiveMigrationCast) -> Result<Receipt, Failure> {
+    pub(crate) async fn live_migration(
+        self: &Arc<Self>,
+        context: &RequestContext,
+        cast: LiveMigrationCast,
+    ) -> Result<Receipt, Failure> {
         if cast.migration.is_empty() {
             return self.begin_accepted(&cast.instance).await;
         }
-        let receipt = self.accept(cast).await?;
+        let receipt = self.accept(context, cast).await?;
         if let Some(outgoing) = wire_uuid("migration", &receipt.migration)
             .ok()
             .and_then(|id| self.outgoing.find(id))
@@ -46,8 +52,12 @@ impl Agent {
     ///
     /// # Errors
     /// As [`Self::live_migration`].
-    pub(crate) async fn create_migration(self: &Arc<Self>, record: LiveMigrationCast) -> Result<Receipt, Failure> {
-        self.accept(record).await
+    pub(crate) async fn create_migration(
+        self: &Arc<Self>,
+        context: &RequestContext,
+        record: LiveMigrationCast,
+    ) -> Result<Receipt, Failure> {
+        self.accept(context, record).await
     }
 
     async fn begin_accepted(&self, instance: &str) -> Result<Receipt, Failure> {
@@ -64,7 +74,7 @@ impl Agent {
         })
     }
 
-    async fn accept(self: &Arc<Self>, cast: LiveMigrationCast) -> Result<Receipt, Failure> {
+    async fn accept(self: &Arc<Self>, context: &RequestContext, cast: LiveMigrationCast) -> Result<Receipt, Failure> {
         let id = wire_uuid("migration", &cast.migration)?;
         let receipt = |replay, generation| Receipt {
             migration: id.to_string(),
@@ -127,19 +137,23 @@ impl Agent {
         let mut instance_row = state.row.clone();
         instance_row.migration = Some(id);
         let (saved, saved_instance) = (row.clone(), instance_row.clone());
+        let event = Subject::migration(row.instance, &row.info.name, id).begins(context, Action::Migrate);
         self.journal
             .write(move |transaction| {
                 saved.save(transaction)?;
-                saved_instance.save(transaction)
+                saved_instance.save(transaction)?;
+                event.begin(transaction)
             })
             .await?;
         // Only what is durable has a receipt: a write that failed leaves no trace.
         state.row = instance_row;
         state.migrating = Some(id);
         drop(state);
-        tracing::info!(migration = %id, instance = %instance.id, destination = row.peer, "migration accepted");
+        tracing::info!(
+            migration = %id, instance = %instance.id, destination = row.peer, request = context.request(), "migration accepted"
+        );
         let generation = row.epoch;
-        let script = Script::new(self, row, instance, Some(monotonic_ns()));
+        let script = Script::new(self, context.without_deadline(), row, instance, Some(monotonic_ns()));
         tokio::spawn(script.run());
         Ok(receipt(false, generation))
     }
@@ -187,6 +201,7 @@ impl Script {
     /// The state of a migration's task, with its handle entered.
     pub(super) fn new(
         agent: &Arc<Agent>,
+        context: RequestContext,
         row: MigrationRow,
         instance: Arc<Instance>,
         accepted_ns: Option<u64>,
@@ -196,6 +211,7 @@ impl Script {
         let (resolvings, asked_to_resolve) = mpsc::unbounded_channel();
         let outgoing = Arc::new(Outgoing {
             id: row.id,
+            context,
             instance: row.instance,
             epoch: row.epoch,
             begun: watch::channel(false).0,
@@ -217,7 +233,8 @@ impl Script {
 pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc<Instance>) {
     let epoch = Epoch(row.epoch);
     let (armed, resumed, said) = (row.armed, row.resumed, row.said.clone());
-    let mut script = Script::new(agent, row, Arc::clone(&instance), None);
+    let context = agent.context_of(row.id).await;
+    let mut script = Script::new(agent, context, row, Arc::clone(&instance), None);
     let (news_sender, news) = mpsc::unbounded_channel();
     script.news = Some(news);
     let mut state = instance.state.lock().await;

@@ -1,6 +1,6 @@
 //! What becomes of the instance and of the record when a migration out of here is over.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use ferry_migration::handover::{Decision, Ended, Ending, Wish};
@@ -8,9 +8,10 @@ use ferry_migration::handover::{Decision, Ended, Ending, Wish};
 use super::handle::now_text;
 use super::script::{Script, Stop};
 use crate::agent::backends::storage;
+use crate::agent::events::end_of_migration;
 use crate::agent::failure::Failure;
 use crate::agent::instances::InstanceState;
-use crate::agent::journal::{InstanceRow, MigrationRow, Status};
+use crate::agent::journal::{EventEnd, InstanceRow, MigrationRow, Status};
 use crate::agent::vmm_client::Vmm;
 use crate::faults::{self, Moment, Site};
 
@@ -79,8 +80,10 @@ impl Script {
         self.row.info.ended = Some(now_text());
         self.row.info.remaining_pages = 0;
         self.row.over = true;
+        let refusal = self.refusal.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        let end = end_of_migration(&self.outgoing.context, &self.row.info, refusal.as_ref());
         faults::reach(Site::RowSourceOver, Moment::Before).await;
-        while let Err(failure) = self.save().await {
+        while let Err(failure) = self.save_over(end.clone()).await {
             tracing::error!(migration = %self.row.id, error = failure.chain(), "failed to journal a migration's end");
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
@@ -96,6 +99,17 @@ impl Script {
         if let Some(resolving) = self.resolving.take() {
             resolving.answer(Ok(()));
         }
+    }
+
+    /// Makes the row of a migration that is over durable, and with it the end of its event.
+    async fn save_over(&self, end: EventEnd) -> Result<(), Failure> {
+        self.show();
+        let row = self.row.clone();
+        let saved = self.agent.journal.write(move |transaction| {
+            row.save(transaction)?;
+            end.of_migration(transaction, &row.id.to_string())
+        });
+        saved.await.map_err(Failure::from)
     }
 
     /// A person ended it. The copy that GO stopped is killed; a guest that is to run here is booted anew by whoever asked.

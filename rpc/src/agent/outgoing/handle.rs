@@ -9,8 +9,8 @@ use ferry_proto::agent::v1::{DestinationPart, MigrationInfo};
 use tokio::sync::{mpsc, oneshot, watch};
 use uuid::Uuid;
 
+use crate::agent::context::RequestContext;
 use crate::agent::failure::Failure;
-use crate::agent::who::Who;
 
 /// The most page streams of one migration.
 pub(crate) const MOST_STREAMS: u16 = 64;
@@ -40,7 +40,7 @@ pub(crate) struct PeerNews {
 /// A person's wish to end the doubt, and who waits for what comes of it.
 pub(super) struct Resolving {
     pub(super) wish: Wish,
-    pub(super) who: Who,
+    pub(super) context: RequestContext,
     reply: oneshot::Sender<Result<(), Failure>>,
 }
 
@@ -54,6 +54,8 @@ impl Resolving {
 /// A handle on one outgoing migration; its task has the rest.
 pub(crate) struct Outgoing {
     pub(crate) id: Uuid,
+    /// In which it was asked for, and makes its own calls.
+    pub(super) context: RequestContext,
     pub(super) instance: Uuid,
     /// The epoch under which the instance was accepted.
     pub(super) epoch: u64,
@@ -88,9 +90,9 @@ impl Outgoing {
     }
 
     /// A person ends the doubt about it. None if it was over before.
-    pub(crate) async fn resolve(&self, wish: Wish, who: Who) -> Option<Result<(), Failure>> {
+    pub(crate) async fn resolve(&self, wish: Wish, context: RequestContext) -> Option<Result<(), Failure>> {
         let (reply, answer) = oneshot::channel();
-        self.resolvings.send(Resolving { wish, who, reply }).ok()?;
+        self.resolvings.send(Resolving { wish, context, reply }).ok()?;
         answer.await.ok()
     }
 

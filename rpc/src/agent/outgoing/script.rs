@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::future::Future;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ferry_migration::handover::{Ending, Epoch, SourceAgent, SourceEffect};
@@ -89,6 +89,8 @@ pub(super) struct Script {
     pub(super) stop: Option<Stop>,
     pub(super) go: Option<wire::GoSent>,
     pub(super) guest_ended: Option<wire::GuestEnded>,
+    /// What the destination said no with before anything was sent.
+    pub(super) refusal: Mutex<Option<Failure>>,
     /// Telling agent B that it is over.
     pub(super) rollback: Option<JoinHandle<()>>,
     /// The place among the migrations that run at the same time.
@@ -124,6 +126,7 @@ impl Script {
             stop: None,
             go: None,
             guest_ended: None,
+            refusal: Mutex::new(None),
             rollback: None,
             slot: None,
         }
@@ -243,10 +246,13 @@ impl Script {
             storage: self.row.options.storage.clone(),
             disk_sizes,
         };
-        let compute = self.agent.compute_rpcapi(&peer.host)?;
+        let compute = self.agent.compute_rpcapi(&self.outgoing.context, &peer.host)?;
         // Another migration may take an image between our sending it and our asking again.
         for _ in 0..IMAGE_TRIES {
-            let reply = compute.pre_live_migration(&request).await?;
+            let reply = match compute.pre_live_migration(&request).await {
+                Ok(reply) => reply,
+                Err(failure) => return Err(self.refused(failure)),
+            };
             if reply.missing_images.is_empty() {
                 return Ok(reply);
             }
@@ -258,6 +264,17 @@ impl Script {
             "host {} does not keep the instance's images",
             peer.host
         )))
+    }
+
+    /// The destination says no; with which reason is kept for the instance's fault.
+    fn refused(&self, failure: Failure) -> Stop {
+        let (reason, text) = (failure.reason(), failure.chain());
+        let stop = Stop::from(failure);
+        if let (Stop::Failed(_), Some(reason)) = (&stop, reason) {
+            let refusal = Failure::denied(reason, text);
+            *self.refusal.lock().unwrap_or_else(PoisonError::into_inner) = Some(refusal);
+        }
+        stop
     }
 
     async fn put_image(&self, peer: &Peer, hash: &str) -> Result<(), Stop> {
@@ -278,7 +295,8 @@ impl Script {
             let stream = tokio_stream::iter((0..count).map(move |at| pieces[at].clone()));
             async move { client.put_image(stream).await }
         };
-        peer.call(Call::PutImage, PREPARE_TIME, send).await?;
+        peer.call(&self.outgoing.context, Call::PutImage, PREPARE_TIME, send)
+            .await?;
         Ok(())
     }
 
@@ -399,6 +417,7 @@ impl Script {
     /// Asks agent B each second whether it takes part; ends with why it does not.
     pub(super) fn heartbeats(&self) -> impl Future<Output = String> + Send + 'static {
         let peer = self.agent.peers.named(&self.row.peer).cloned();
+        let context = self.outgoing.context.clone();
         let request = HeartbeatRequest {
             migration: self.row.id.to_string(),
             source: self.agent.host().to_owned(),
@@ -416,7 +435,7 @@ impl Script {
                 let left = SILENCE
                     .saturating_sub(answered.elapsed())
                     .max(Duration::from_millis(100));
-                match peer.call(Call::Heartbeat, left.min(CALL_TIME), send).await {
+                match peer.call(&context, Call::Heartbeat, left.min(CALL_TIME), send).await {
                     Ok(reply) if reply.taking_part => answered = Instant::now(),
                     Ok(reply) => return format!("host {} does not take part any more: {}", peer.host, reply.reason),
                     Err(PeerError::Refused { text, .. }) => return text,

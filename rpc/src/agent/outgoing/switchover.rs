@@ -353,12 +353,13 @@ impl Script {
         let Ok(peer) = self.agent.peers.named(&self.row.peer).cloned() else {
             return;
         };
+        let context = self.outgoing.context.clone();
         calls.start(async move {
             let send = |mut client: ComputeClient| {
                 let request = request.clone();
                 async move { client.expect(request).await }
             };
-            Some(match peer.call(Call::Expect, CALL_TIME, send).await {
+            Some(match peer.call(&context, Call::Expect, CALL_TIME, send).await {
                 Ok(reply) if reply.decision == Decision::Open.as_str() => {
                     Outcome::Event(SourceEvent::Expecting(attempt))
                 }
@@ -374,12 +375,13 @@ impl Script {
             calls.start(async { Some(Outcome::Event(SourceEvent::NoAnswer)) });
             return;
         };
+        let context = self.outgoing.context.clone();
         calls.start(async move {
             let send = |mut client: ComputeClient| {
                 let request = request.clone();
                 async move { client.decide(request).await }
             };
-            Some(match peer.call(Call::Decide, CALL_TIME, send).await {
+            Some(match peer.call(&context, Call::Decide, CALL_TIME, send).await {
                 Ok(reply) => match Decision::parse(&reply.decision) {
                     Some(decision) => Outcome::Decided(attempt, decision, reply.part, monotonic_ns()),
                     None => Outcome::Event(SourceEvent::NoAnswer),
@@ -455,7 +457,7 @@ impl Script {
         }
         let audit = self.resolving.as_ref().map(|resolving| {
             let what = format!("{} of migration {}", wish.as_str(), row.id);
-            resolving.who.did("resolve", &row.instance.to_string(), &what)
+            resolving.context.did("resolve", &row.instance.to_string(), &what)
         });
         let (saved, saved_instance) = (row.clone(), instance.clone());
         self.agent
@@ -560,6 +562,7 @@ impl Script {
             reason,
             source: self.agent.host().to_owned(),
         };
+        let context = self.outgoing.context.clone();
         self.rollback = Some(tokio::spawn(async move {
             for pause in [0, 500, 2000] {
                 tokio::time::sleep(Duration::from_millis(pause)).await;
@@ -567,7 +570,7 @@ impl Script {
                     let request = request.clone();
                     async move { client.rollback_live_migration(request).await }
                 };
-                match peer.call(Call::RollbackLiveMigration, CALL_TIME, send).await {
+                match peer.call(&context, Call::RollbackLiveMigration, CALL_TIME, send).await {
                     Ok(_) => return,
                     Err(error) => tracing::info!(%error, "the destination does not take the rollback"),
                 }

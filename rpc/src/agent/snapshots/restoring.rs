@@ -15,12 +15,14 @@ use super::folder::Folder;
 use super::manifest::{Digests, Manifest};
 use super::{INITRD, KERNEL, MACHINE_FILES};
 use crate::agent::backends::{self, Occasion, Whose};
+use crate::agent::context::RequestContext;
+use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
 use crate::agent::images;
 use crate::agent::instances::{Agent, Instance, InstanceState, NewRight, check_incoming};
 use crate::agent::journal::{InstanceRow, Status};
 use crate::agent::outgoing::now_ms;
-use crate::agent::peers::CALL_TIME;
+use crate::agent::peers::{CALL_TIME, ComputeClient};
 use crate::agent::vmm_client::Vmm;
 
 /// Which instance a snapshot becomes.
@@ -39,6 +41,7 @@ impl Agent {
     /// Nothing of it is left then.
     pub(crate) async fn restore_instance(
         self: &Arc<Self>,
+        context: &RequestContext,
         directory: &str,
         name: &str,
         identity: Identity,
@@ -50,6 +53,19 @@ impl Agent {
             Ok((folder, manifest))
         })?;
         let row = self.row_of(&manifest, name, identity)?;
+        let subject = Subject::instance(row.id, &row.spec.name);
+        let restore = self.restore_as(context, row, &folder, &manifest, identity);
+        self.recorded(context, Action::Restore, Some(subject), restore).await
+    }
+
+    async fn restore_as(
+        self: &Arc<Self>,
+        context: &RequestContext,
+        row: InstanceRow,
+        folder: &Folder,
+        manifest: &Manifest,
+        identity: Identity,
+    ) -> Result<InstanceInfo, Failure> {
         check_incoming(self, row.id, &row.spec).await?;
         let right = NewRight {
             epoch: first_epoch(&row, identity),
@@ -62,7 +78,15 @@ impl Agent {
                 self.host()
             )));
         };
-        let made = self.make(&instance, &folder, &manifest, identity, right).await;
+        let gone = match identity {
+            // From here on peers see it here: of two hosts that restore it at the same time, one at least notices.
+            Identity::Same => self.check_gone_elsewhere(context, instance.id).await,
+            Identity::New => Ok(()),
+        };
+        let made = match gone {
+            Ok(()) => self.make(&instance, folder, manifest, identity, right).await,
+            Err(failure) => Err(failure),
+        };
         let mut state = instance.state.lock().await;
         match made {
             Ok(()) => Ok(state.info(self.host())),
@@ -108,10 +132,6 @@ impl Agent {
         identity: Identity,
         right: NewRight,
     ) -> Result<(), Failure> {
-        if identity == Identity::Same {
-            // From here on peers see it here: of two hosts that restore it at the same time, one at least notices.
-            self.check_gone_elsewhere(instance.id).await?;
-        }
         let mut state = instance.state.lock().await;
         let own = self.make_folder(instance.id)?;
         tokio::task::block_in_place(|| take_images(&manifest.spec, folder, &own))?;
@@ -138,12 +158,10 @@ impl Agent {
     }
 
     /// No other host has the instance, as far as this agent knows hosts.
-    async fn check_gone_elsewhere(&self, id: Uuid) -> Result<(), Failure> {
+    async fn check_gone_elsewhere(&self, context: &RequestContext, id: Uuid) -> Result<(), Failure> {
         for peer in self.peers.all() {
-            let mut client = peer.compute();
-            let asked = peer
-                .answer(CALL_TIME, client.list_instances(ListInstancesRequest {}))
-                .await;
+            let list = |mut client: ComputeClient| async move { client.list_instances(ListInstancesRequest {}).await };
+            let asked = peer.ask(context, CALL_TIME, list).await;
             let found = asked.map_err(|error| {
                 Failure::Refused(format!(
                     "whether instance {id} is gone cannot be told, and two of it must never run: {error}; without \

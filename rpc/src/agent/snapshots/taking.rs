@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 use super::folder::Partial;
 use super::manifest::{Digests, Disk, Manifest, Memory, regions_of};
 use super::{INITRD, KERNEL, MACHINE_FILES};
+use crate::agent::context::RequestContext;
 use crate::agent::failure::Failure;
 use crate::agent::images;
 use crate::agent::instances::{Agent, InstanceState};
@@ -31,6 +32,7 @@ impl Agent {
     /// Nothing of the folder is left then.
     pub(crate) async fn snapshot_instance(
         self: &Arc<Self>,
+        context: &RequestContext,
         name: &str,
         directory: &str,
     ) -> Result<SnapshotInfo, Failure> {
@@ -39,7 +41,7 @@ impl Agent {
         let instance = self.instance(name).await?;
 
         // Locked no longer than it takes to begin: writing a large guest takes minutes, and it is looked at meanwhile.
-        let mut state = instance.state.lock().await;
+        let mut state = context.wait(instance.state.lock()).await?;
         check(&state)?;
         let row = state.row.clone();
         let partial = tokio::task::block_in_place(|| Partial::begin(target))?;
