@@ -8,6 +8,7 @@ mod aborts;
 mod agents;
 mod alphabet;
 mod callers;
+mod cold;
 mod data_port;
 mod device_work;
 mod disks;
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
         memory::trials(),
         requests::trials(),
         aborts::trials(),
+        cold::trials(),
         agents::trials(),
         resolves::trials(),
         data_port::trials(),

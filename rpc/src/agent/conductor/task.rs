@@ -14,6 +14,7 @@ use super::scheduler::{self, Candidate, Verdict, Wanted};
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
 use crate::agent::journal::MigrationRow;
+use crate::agent::mode::Mode;
 use crate::agent::outgoing::{check_options, request_id};
 use crate::agent::peers::CALL_TIME;
 use crate::agent::reason::Reason;
@@ -41,6 +42,9 @@ impl Agent {
             return Ok(reply);
         }
         let candidates = self.candidates().await;
+        if Mode::parse(&options.mode)? == Mode::Cold {
+            self.check_all_know_cold()?;
+        }
         let named = Some(request.destination).filter(|named| !named.is_empty());
         let wanted = Wanted {
             source: &source_info(&candidates, &source)?,
@@ -54,6 +58,7 @@ impl Agent {
             instance: instance.id.clone(),
             source: source.clone(),
             storage: options.storage.clone(),
+            mode: options.mode.clone(),
         };
         let tries = if request.dry_run { usize::MAX } else { MOST_TRIES };
         let hosts = self.check_in_turn(verdicts, &check, tries, request.dry_run).await?;
