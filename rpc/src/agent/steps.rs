@@ -115,7 +115,7 @@ impl SourceStep {
             Self::Copy => (
                 "copy",
                 "the VMM sends memory and disks; of a cold move it stops the guest first",
-                Before,
+                Along,
                 By(
                     SourceUndo::TakeMachineBack,
                     "the VMM trades its grant for CANCELLED and takes the machine back: the guest is what it was",

@@ -257,6 +257,10 @@ pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc
         };
         if let Some((vmm, standing, events)) = found {
             agent.attach(&instance, &mut *instance.state.lock().await, vmm, events);
+            if standing.migration == script.id().to_string() && script.reached() < SourceStep::Copy {
+                // It was given its order, and that is not written down yet.
+                script.note_step(SourceStep::Copy);
+            }
             script.made_up.extend(made_up(standing));
         } else {
             tracing::info!(instance = %instance.id, "the VMM of a migrating instance is gone");

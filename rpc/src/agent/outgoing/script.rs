@@ -199,11 +199,19 @@ impl Script {
         let connections = connections.map_err(|source| Failure::Host { what: failed(), source })?;
 
         let copied = prepared.copied_disks;
-        // Journalled before anything of it happens: an agent that restarts must know what becomes superfluous here.
         self.row.info.copied_disks = self.paths_of(&copied).await?;
         self.row.info.streams = streams.into();
+        if !copied.is_empty() {
+            // Before anything of it happens: an agent that restarts must know what becomes superfluous here.
+            self.save().await?;
+        }
         self.enter(SourceStep::Copy).await?;
-        self.send(connections, copied).await
+        self.send(connections, copied).await?;
+        // The VMM copies meanwhile. Should this fail it goes on all the same: a restarted agent believes the VMM's word.
+        if let Err(failure) = self.save().await {
+            tracing::error!(migration = %self.row.id, error = failure.chain(), "failed to journal that the guest is being sent");
+        }
+        Ok(())
     }
 
     /// The machine of an instance that is off, to be moved like any other.
