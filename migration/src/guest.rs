@@ -331,7 +331,7 @@ pub trait SourceGuest: Send {
     }
 
     /// Stops the vCPUs with their pending exits finished and drains the devices, until `deadline`. A guest whose user
-    /// had paused it is drained only.
+    /// had paused it is drained only, and one that stands still already (a cold move stops it before its first page) stays so.
     ///
     /// # Errors
     /// If it does not stand still in time; [`SourceGuest::resume`] follows.

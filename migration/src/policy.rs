@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::guest::FRAME_SIZE;
-use crate::source::{Overhead, RoundSummary};
+use crate::source::{Manner, Overhead, RoundSummary};
 
 /// Last pages that cost no more than this are not worth another round.
 const CHEAP_LAST_PAGES: Duration = Duration::from_millis(2);
@@ -42,7 +42,7 @@ pub struct Decision {
 /// What is known about one migration's convergence.
 #[derive(Clone, Debug)]
 pub struct Policy {
-    max_downtime: Duration,
+    manner: Manner,
     overhead: Overhead,
     round_trip: Duration,
     bytes_per_second: Option<f64>,
@@ -54,9 +54,9 @@ pub struct Policy {
 impl Policy {
     /// A policy that has not seen a round yet.
     #[must_use]
-    pub fn new(max_downtime: Duration, overhead: Overhead) -> Self {
+    pub fn new(manner: Manner, overhead: Overhead) -> Self {
         Self {
-            max_downtime,
+            manner,
             overhead,
             round_trip: Duration::ZERO,
             bytes_per_second: None,
@@ -72,9 +72,12 @@ impl Policy {
         self.round_trip = round_trip.unwrap_or(self.round_trip);
         let before = self.dirty_before.replace(round.dirty_pages).unwrap_or(round.pages);
 
+        let Manner::Live { max_downtime } = self.manner else {
+            return self.handed_over_cold(round);
+        };
         let last_pages = self.last_pages(round.dirty_pages);
         let predicted = self.overhead.stop + self.after_stop(round.dirty_pages);
-        let within_budget = predicted <= self.max_downtime;
+        let within_budget = predicted <= max_downtime;
         if within_budget {
             self.rounds_within_budget += 1;
         } else {
@@ -106,13 +109,28 @@ impl Policy {
             round.dirty_pages,
             milliseconds(last_pages),
             milliseconds(predicted),
-            milliseconds(self.max_downtime),
+            milliseconds(max_downtime),
         );
         Decision {
             verdict,
             predicted,
             within_budget,
             words,
+        }
+    }
+
+    /// A guest that stands still is handed over after its one pass: nothing that it could still write is waited for, and it has no budget.
+    fn handed_over_cold(&self, round: &RoundSummary) -> Decision {
+        let predicted = self.after_stop(round.dirty_pages);
+        Decision {
+            verdict: Verdict::Switch,
+            predicted,
+            within_budget: true,
+            words: format!(
+                "the guest stands still: {} pages are there, the rest takes {:.1} ms",
+                round.pages,
+                milliseconds(predicted)
+            ),
         }
     }
 
@@ -125,8 +143,11 @@ impl Policy {
     /// Takes in how long stopping and exporting took. One slow stop weighs half, and never so much that no further one
     /// would be tried.
     pub fn stopped(&mut self, took: Duration) {
+        let Manner::Live { max_downtime } = self.manner else {
+            return;
+        };
         let learned = (self.overhead.stop + took) / 2;
-        self.overhead.stop = self.overhead.stop.max(learned.min(self.max_downtime / 2));
+        self.overhead.stop = self.overhead.stop.max(learned.min(max_downtime / 2));
     }
 
     /// Takes in that a switchover was called off: the same prediction is trusted less from now on.
@@ -172,7 +193,14 @@ mod tests {
 
     use super::*;
 
-    const BUDGET: Duration = Duration::from_millis(300);
+    const BUDGET: Manner = live(300);
+
+    const fn live(milliseconds: u64) -> Manner {
+        Manner::Live {
+            max_downtime: Duration::from_millis(milliseconds),
+        }
+    }
+
     const OVERHEAD: Overhead = Overhead {
         stop: Duration::from_millis(2),
         start: Duration::from_millis(5),
@@ -262,7 +290,7 @@ mod tests {
 
     #[test]
     fn overhead_above_the_budget_is_said_to_be_over_it() {
-        let mut policy = Policy::new(Duration::from_millis(5), OVERHEAD);
+        let mut policy = Policy::new(live(5), OVERHEAD);
         let decision = policy.judge(&round(10_000, 0), None);
         assert_eq!(decision.verdict, Verdict::Continue);
         assert!(decision.words.starts_with("over the budget"), "{}", decision.words);
@@ -270,13 +298,26 @@ mod tests {
 
     proptest! {
         #[test]
+        fn a_guest_that_stands_still_is_handed_over_whatever_is_left(
+            pages in 0u64..1 << 40,
+            dirty_pages in 0u64..1 << 40,
+            stopped in 0u64..1 << 40,
+        ) {
+            let mut policy = Policy::new(Manner::Cold, OVERHEAD);
+            policy.stopped(Duration::from_nanos(stopped));
+            let decision = policy.judge(&round(pages, dirty_pages), None);
+            prop_assert_eq!(decision.verdict, Verdict::Switch);
+            prop_assert!(decision.within_budget);
+        }
+
+        #[test]
         fn switching_is_never_predicted_over_the_budget(
             rounds in prop::collection::vec((0u64..1 << 40, 0u64..1 << 40, 0u64..1 << 40), 1..30),
             budget in 0u64..10_000,
             round_trip in 0u64..1_000,
         ) {
+            let mut policy = Policy::new(live(budget), OVERHEAD);
             let budget = Duration::from_millis(budget);
-            let mut policy = Policy::new(budget, OVERHEAD);
             for (bytes, nanoseconds, dirty_pages) in rounds {
                 let round = RoundSummary {
                     bytes,

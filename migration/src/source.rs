@@ -1,7 +1,7 @@
 //! The source of a migration: a script that reads from top to bottom.
 //!
 //! ```text
-//!   handshake ─► population map ─► rounds ◄──────────────┐
+//!   handshake ─► population map ─► rounds ◄──────────────┐      (cold: the guest is stopped first, and there is one round)
 //!                                    │ within the budget │ called off (DISARM)
 //!                                    ▼                   │
 //!                        Converged, small rounds ─► stop guest, last pages, state
@@ -13,6 +13,7 @@
 //! Every way out but GO goes through one place, [`run`]: the grant is traded for CANCELLED, the guest runs as it did, the
 //! destination is told, and every thread is joined.
 
+mod cold;
 mod conversation;
 mod parked;
 mod report;
@@ -32,10 +33,11 @@ use crate::handover::{Attempt, Grants, Traded};
 use crate::link::{self, Link, Outgoing, Sockets};
 use crate::precopy::{Sender as PageSender, Streams};
 use crate::wire::{ControlError, OLDEST_PROTOCOL, PROTOCOL, hello};
+use cold::Halt;
 use conversation::{Conversation, Event, Heard, Outbox};
 pub use parked::{NotResumable, Parked};
 pub use report::{
-    Blackout, Overhead, Progress, RoundSummary, SourceOrder, SourceParameters, SourceReport, SourceSummary,
+    Blackout, Manner, Overhead, Progress, RoundSummary, SourceOrder, SourceParameters, SourceReport, SourceSummary,
 };
 use rounds::Copy;
 use switchover::Switched;
@@ -163,6 +165,7 @@ pub fn run<G: SourceGuest>(
         epoch,
     };
     let mut summary = SourceSummary::default();
+    let mut halt = None;
     let asked = Asked {
         parameters,
         grants,
@@ -175,6 +178,7 @@ pub fn run<G: SourceGuest>(
                 guest: &mut guest,
                 attempt: &mut attempt,
                 summary: &mut summary,
+                halt: &mut halt,
             };
             with_threads(&mut journey, &sockets, &asked).map(|()| sockets.into_streams())
         }
@@ -239,6 +243,8 @@ struct Journey<'a, G> {
     /// The attempt to be armed next, or the one under way.
     attempt: &'a mut Attempt,
     summary: &'a mut SourceSummary,
+    /// Set once a guest that moves cold stands still.
+    halt: &'a mut Option<Halt>,
 }
 
 /// The whole migration, once the threads are there.
@@ -249,6 +255,9 @@ fn script<G: SourceGuest>(
 ) -> Result<(), Stop> {
     handshake(journey, conversation)?;
     let mut copy = Copy::begin(journey, conversation, streams)?;
+    if copy.is_cold() {
+        copy.halt()?;
+    }
     loop {
         let grant = copy.until_armed()?;
         match switchover::attempt(&mut copy, grant)? {
@@ -329,7 +338,7 @@ fn with_threads<G: SourceGuest>(
         }
         let ended = script(journey, &mut conversation, &streams);
         update(journey.summary, &streams, sockets);
-        match &ended {
+        match ended {
             Ok(()) => {
                 conversation.end();
                 // GO is on the connection when the writing thread is done. A panic there ends the scope with one as well.
@@ -337,11 +346,14 @@ fn with_threads<G: SourceGuest>(
                 ending.parked.set(true);
             }
             Err(stop) => {
-                asked.grants.close(*journey.attempt);
-                conversation.farewell(stop);
+                let traded = asked.grants.close(*journey.attempt);
+                let (halt, guest_was) = (journey.halt.take(), asked.parameters.guest_was);
+                let stop = cold::undo(journey.guest, halt, traded, guest_was, stop);
+                conversation.farewell(&stop);
+                return Err(stop);
             }
         }
-        ended
+        Ok(())
     })
 }
 

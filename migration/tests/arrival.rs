@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use fake::memory::FakeMemory;
-use fake::scene::{EPOCH, FRAMES, Scene, attempt, guest, memory, migrate, run, shape};
+use fake::scene::{EPOCH, FRAMES, Scene, attempt, guest, live, memory, migrate, run, shape};
 use fake::{FakeSource, StopFault, Tracking, Workload};
 use ferry_migration::guest::{GuestWas, SourceGuest};
 use ferry_migration::handover::{Epoch, Permit};
@@ -220,7 +220,7 @@ fn arrives_at_the_second_attempt(tracking: Tracking, fault: StopFault) -> Vec<So
     );
     source.stop_faults.push_back(fault);
     let mut scene = Scene::new(source);
-    scene.parameters.max_downtime = Duration::from_millis(60);
+    scene.parameters.manner = live(Duration::from_millis(60));
     let ends = migrate(scene);
     let (_, loaded) = ends.arrived();
     assert!(loaded.attempt.attempt > 1);

@@ -10,8 +10,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fake::scene::{
-    Agent, Controls, Ends, Scene, arming, arming_and, attempt, destination_parameters, guest, links, memory, migrate,
-    parameters,
+    Agent, Controls, Ends, Scene, arming, arming_and, attempt, destination_parameters, guest, links, live, memory,
+    migrate, parameters,
 };
 use fake::{FakeDestination, LoadFault, StopFault, Tracking, Workload};
 use ferry_migration::Liveness;
@@ -36,7 +36,7 @@ fn never_converging(agent: Agent) -> Scene {
         agent,
         ..Scene::new(guest(Tracking::Log, WILD))
     };
-    scene.parameters.max_downtime = Duration::from_millis(8);
+    scene.parameters.manner = live(Duration::from_millis(8));
     scene.parameters.bandwidth = std::num::NonZeroU64::new(40 << 20);
     scene
 }

@@ -14,8 +14,8 @@ pub use generated::{agent, state, stream, vmm};
 pub use validate::{InvalidField, required, wire_uuid};
 
 /// The version of the RPCs between agents, in Nova's manner: major, then minor.
-pub const RPC_VERSION: &str = "4.2";
+pub const RPC_VERSION: &str = "4.3";
 /// The newest version of the agent-VMM protocol that this build speaks.
-pub const VMM_PROTOCOL: u32 = 1;
+pub const VMM_PROTOCOL: u32 = 2;
 /// The oldest version of the agent-VMM protocol that this build speaks.
 pub const OLDEST_VMM_PROTOCOL: u32 = 1;

@@ -177,8 +177,8 @@ const MESSAGE_HEADER: usize = 8;
 /// The first byte of a message that is a `Hello`: field 1, with a length.
 const HELLO: u8 = 0x0a;
 /// The field `rpc_version` of a request to prepare, as far as its major number is not told.
-const RPC_VERSION: &[u8] = b"R\x034.2";
-const OTHER_RPC_VERSION: &[u8] = b"R\x039.2";
+const RPC_VERSION: &[u8] = b"R\x034.3";
+const OTHER_RPC_VERSION: &[u8] = b"R\x039.3";
 /// A preparation is asked for once to learn which images are missing, and once more when they are there.
 const PREPARES: u32 = 2;
 /// The tag of `PreLiveMigrationReply.data_address`: field 2, a length and so many bytes.

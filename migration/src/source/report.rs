@@ -19,11 +19,11 @@ pub struct SourceParameters {
     pub migration: Uuid,
     /// The epoch under which the guest runs here.
     pub epoch: Epoch,
-    /// The longest the guest may stand still, everything counted.
-    pub max_downtime: Duration,
+    /// Whether the guest runs while it is copied.
+    pub manner: Manner,
     /// How long the whole copy may take before it is given up.
     pub timeout: Duration,
-    /// The most bytes a second over all page streams while the guest runs; the last pages are sent without it.
+    /// The most bytes a second over all page streams while the guest runs, or is copied cold; the last pages are sent without it.
     pub bandwidth: Option<NonZeroU64>,
     /// Whether its user had paused the guest.
     pub guest_was: GuestWas,
@@ -34,6 +34,18 @@ pub struct SourceParameters {
     pub overhead: Overhead,
     /// When the destination counts as dead.
     pub liveness: Liveness,
+}
+
+/// Whether the guest runs while it is copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Manner {
+    /// It does, in rounds, until it has to stand still for no longer than this, everything counted.
+    Live {
+        /// The budget.
+        max_downtime: Duration,
+    },
+    /// It stands still from before the first page until it runs at the destination, or on here: one pass, however long that takes.
+    Cold,
 }
 
 /// The parts of a blackout that do not depend on the last pages.
@@ -172,7 +184,8 @@ pub struct Blackout {
     pub stop: StopTimes,
     /// Exporting the state.
     pub state: Duration,
-    /// Fetching the last dirty log and sending the last pages.
+    /// Fetching the last dirty log and sending the last pages. Of a cold move, whose pages are all last ones: everything from the stop
+    /// on that is not the state, the wait for the grant too.
     pub last_pages: Duration,
     /// Digesting all memory; zero unless verifying.
     pub verify: Duration,

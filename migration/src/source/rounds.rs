@@ -9,8 +9,9 @@ use crate::guest::{DiskCondition, FRAME_SIZE, GuestMemory as _, SourceGuest};
 use crate::handover::Attempt;
 use crate::policy::{Decision, Policy, Verdict};
 use crate::precopy::{Pace, Round, Streams};
+use crate::source::cold::Halt;
 use crate::source::conversation::{Conversation, Heard, TICK, unexpected};
-use crate::source::{Journey, Progress, RoundSummary, SourceError, SourceReport, SourceSummary, Stop};
+use crate::source::{Journey, Manner, Progress, RoundSummary, SourceError, SourceReport, SourceSummary, Stop};
 use crate::wire::{StreamTotals, population_to_wire};
 
 /// How long a small round waits for the grant before the next one: the guest dirties little in it, and the host rests.
@@ -28,6 +29,8 @@ pub(super) struct Copy<'c, 'a, G: SourceGuest> {
     /// The attempt to be armed next, or the one under way.
     pub(super) attempt: &'c mut Attempt,
     pub(super) summary: &'c mut SourceSummary,
+    /// Set once a guest that moves cold stands still.
+    pub(super) halt: &'c mut Option<Halt>,
     pub(super) conversation: &'c mut Conversation<'a>,
     pub(super) streams: &'c Streams<G::Clearer>,
     pub(super) policy: Policy,
@@ -56,6 +59,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             guest,
             attempt,
             summary,
+            halt,
         } = journey;
         let failed = |step| move |cause| SourceError::Guest { step, cause };
         guest.start_tracking().map_err(failed("track its writes"))?;
@@ -73,7 +77,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             populated_pages: pending.count(),
         });
         let parameters = conversation.asked.parameters;
-        let policy = Policy::new(parameters.max_downtime, parameters.overhead);
+        let policy = Policy::new(parameters.manner, parameters.overhead);
         let spare = Some(PageSet::new(guest.memory().shape()));
         let now = Instant::now();
         let (round, announced, told, copying_since, rest_until) = (1, None, (now, 0), now, now);
@@ -81,6 +85,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             guest,
             attempt,
             summary,
+            halt,
             conversation,
             streams,
             policy,
@@ -92,6 +97,11 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             told,
             copying_since,
         })
+    }
+
+    /// Whether the guest is to stand still while it is copied.
+    pub(super) fn is_cold(&self) -> bool {
+        self.conversation.asked.parameters.manner == Manner::Cold
     }
 
     /// Rounds until the budget allows the switchover, and small ones on until a grant is held.
@@ -126,7 +136,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
                 number,
                 set,
                 clearer,
-                pace: Pace::Capped,
+                pace: self.pace(),
             });
             self.wait(|heard| matches!(heard, Heard::RoundSent))?;
             let mut sent = self.close_round(number)?;
@@ -149,6 +159,14 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             self.note(round, &decision);
         }
         Ok(decision)
+    }
+
+    /// Nothing is kept from a guest that stands still: only its user's cap slows the copy.
+    fn pace(&self) -> Pace {
+        match (self.is_cold(), self.conversation.asked.parameters.bandwidth) {
+            (true, None) => Pace::Unlimited,
+            _ => Pace::Capped,
+        }
     }
 
     /// The barrier: returns the round's set once the destination has all of it. Every page of the round was written to

@@ -11,9 +11,10 @@ use crate::digest;
 use crate::guest::{GuestCondition, GuestEnd, GuestError, GuestWas, SourceGuest, StopTimes};
 use crate::handover::{Attempt, Traded};
 use crate::precopy::{Pace, Round, Standing};
+use crate::source::cold::STOP_TRY;
 use crate::source::conversation::{Heard, TICK, unexpected};
 use crate::source::rounds::Copy;
-use crate::source::{Blackout, RoundSummary, SourceError, SourceReport, Stop};
+use crate::source::{Blackout, Manner, RoundSummary, SourceError, SourceReport, Stop};
 use crate::wire::attempt_to_wire;
 
 /// What came of a switchover.
@@ -70,12 +71,14 @@ fn hand_over<G: SourceGuest>(
     last_round: &mut LastRound,
 ) -> Result<Blackout, Setback> {
     let parameters = copy.conversation.asked.parameters;
-    let pause_began = Instant::now();
-    let mut budget = Budget {
-        deadline: pause_began + parameters.max_downtime,
-        allowed: parameters.max_downtime,
+    let began = Instant::now();
+    let mut budget = Budget::new(parameters.manner, began);
+    let stop = stop_guest(copy, budget.deadline.unwrap_or(began + STOP_TRY))?;
+    // A guest that moves cold stands still for long.
+    let (pause_began, stop, copied_cold) = match &*copy.halt {
+        Some(halt) => (halt.began, halt.times, began - halt.complete),
+        None => (began, stop, Duration::ZERO),
     };
-    let stop = stop_guest(copy, budget.deadline)?;
 
     let export_began = Instant::now();
     let state = copy
@@ -97,11 +100,11 @@ fn hand_over<G: SourceGuest>(
         machine_state: state,
     }));
     let last_pages_began = Instant::now();
-    copy.policy.stopped(pause_began.elapsed());
+    copy.policy.stopped(began.elapsed());
 
     send_last_pages(copy, &budget, last_round)?;
     let totals: Vec<_> = copy.streams.each().into_iter().map(v1::StreamTotals::from).collect();
-    let last_pages = last_pages_began.elapsed();
+    let last_pages = copied_cold + last_pages_began.elapsed();
 
     let verify_began = Instant::now();
     let digests = match verified_state {
@@ -123,7 +126,7 @@ fn hand_over<G: SourceGuest>(
     } else {
         Duration::ZERO
     };
-    budget.deadline += verify;
+    budget.extend(verify);
     budget.check("the last pages were sent")?;
 
     let manifest = v1::Manifest {
@@ -160,13 +163,39 @@ fn hand_over<G: SourceGuest>(
 
 /// The time that the guest may stand still.
 struct Budget {
-    deadline: Instant,
+    /// None for a guest that moves cold: it may for as long as the migration takes.
+    deadline: Option<Instant>,
     allowed: Duration,
 }
 
 impl Budget {
+    fn new(manner: Manner, began: Instant) -> Self {
+        match manner {
+            Manner::Live { max_downtime } => Self {
+                deadline: Some(began + max_downtime),
+                allowed: max_downtime,
+            },
+            Manner::Cold => Self {
+                deadline: None,
+                allowed: Duration::MAX,
+            },
+        }
+    }
+
+    fn left(&self) -> Duration {
+        self.deadline.map_or(Duration::MAX, |deadline| {
+            deadline.saturating_duration_since(Instant::now())
+        })
+    }
+
+    fn extend(&mut self, by: Duration) {
+        self.deadline = self.deadline.map(|deadline| deadline + by);
+    }
+
     fn check(&self, when: &str) -> Result<(), Setback> {
-        let over = Instant::now().saturating_duration_since(self.deadline);
+        let over = self.deadline.map_or(Duration::ZERO, |deadline| {
+            Instant::now().saturating_duration_since(deadline)
+        });
         if over.is_zero() {
             return Ok(());
         }
@@ -195,7 +224,7 @@ fn send_last_pages<G: SourceGuest>(
     copy.fetch_dirty()?;
     let pages = copy.pending.count();
     let needed = copy.policy.after_stop(pages);
-    let left = budget.deadline.saturating_duration_since(Instant::now());
+    let left = budget.left();
     if needed > left {
         let (needed, left) = (needed.as_secs_f64() * 1e3, left.as_secs_f64() * 1e3);
         return Err(Setback::CallOff(format!(
@@ -228,8 +257,7 @@ fn send_last_pages<G: SourceGuest>(
 
 fn wait_for_last_pages<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, budget: &Budget) -> Result<(), Setback> {
     loop {
-        let left = budget.deadline.saturating_duration_since(Instant::now());
-        match copy.conversation.next(TICK.min(left))? {
+        match copy.conversation.next(TICK.min(budget.left()))? {
             Some(Heard::RoundSent) => return Ok(()),
             Some(other) => return Err(Setback::End(unexpected(&other).into())),
             None => {
@@ -255,9 +283,12 @@ fn call_off<G: SourceGuest>(
     if let Setback::End(stop @ Stop::GuestEnded(_)) = setback {
         return Err(stop);
     }
-    copy.guest
-        .resume(asked.parameters.guest_was)
-        .map_err(|cause| Stop::GuestEnded(GuestEnd::Crashed(format!("it could not run on: {cause}"))))?;
+    // One that moves cold stands still until the migration ends: whoever ends it wakes it.
+    if copy.halt.is_none() {
+        copy.guest
+            .resume(asked.parameters.guest_was)
+            .map_err(|cause| Stop::GuestEnded(GuestEnd::Crashed(format!("it could not run on: {cause}"))))?;
+    }
     let reason = match setback {
         Setback::End(stop) => return Err(stop),
         Setback::CallOff(reason) => reason,

@@ -12,7 +12,7 @@ use ferry_migration::destination::{
 use ferry_migration::guest::{FrameRun, GuestWas, MemoryShape, Region, SourceGuest};
 use ferry_migration::handover::{Attempt, Epoch, Grants};
 use ferry_migration::source::{
-    self, Overhead, SourceError, SourceOrder, SourceOutcome, SourceParameters, SourceReport, SourceSummary,
+    self, Manner, Overhead, SourceError, SourceOrder, SourceOutcome, SourceParameters, SourceReport, SourceSummary,
 };
 use ferry_migration::{Link, Liveness};
 use uuid::Uuid;
@@ -61,6 +61,11 @@ pub fn guest(tracking: Tracking, workload: Workload) -> FakeSource {
     FakeSource::new(memory(), tracking, &[run(3, 6000), run(HIGH + 500, 300)], workload)
 }
 
+/// The guest runs while it is copied, and stands still for so long at most.
+pub fn live(max_downtime: Duration) -> Manner {
+    Manner::Live { max_downtime }
+}
+
 pub fn parameters() -> SourceParameters {
     let Attempt {
         instance,
@@ -72,7 +77,7 @@ pub fn parameters() -> SourceParameters {
         instance,
         migration,
         epoch,
-        max_downtime: Duration::from_millis(300),
+        manner: live(Duration::from_millis(300)),
         timeout: Duration::from_secs(20),
         bandwidth: None,
         guest_was: GuestWas::Running,

@@ -18,7 +18,10 @@ use super::context::RequestContext;
 use super::failure::Failure;
 use super::incoming::without_disks;
 use super::instances::{Agent, check_incoming};
+use super::journal::Status;
+use super::mode::Mode;
 use super::reason::Reason;
+use super::vmm_client::Vmm;
 
 impl Agent {
     /// Nova's check_can_live_migrate_source: the destination asks what it is to have.
@@ -32,15 +35,25 @@ impl Agent {
         self.check_destination(&request.destination)?;
         let instance = self.instance(&request.instance).await?;
         let state = instance.state.lock().await;
-        state.check_can_migrate()?;
-        let vmm = state.vmm()?.clone();
+        let mode = Mode::parse(&request.mode)?;
+        state.check_can_migrate(mode)?;
+        // One that is off has none.
+        let vmm = match state.row.status {
+            Status::Stopped => None,
+            _ => Some(state.vmm()?.clone()),
+        };
         let (spec, epoch) = (state.row.spec.clone(), state.row.epoch);
         drop(state);
         // A VMM of an earlier build does not know the question.
-        let machine_profile = match vmm.order(Command::Profile(wire::Profile {})).await {
-            Ok(Body::Profiled(profiled)) => profiled.profile,
-            _ => Vec::new(),
-        };
+        let mut machine_profile = Vec::new();
+        if let Some(vmm) = vmm {
+            if mode == Mode::Cold {
+                check_can_hold(&vmm).await?;
+            }
+            if let Ok(Body::Profiled(profiled)) = vmm.order(Command::Profile(wire::Profile {})).await {
+                machine_profile = profiled.profile;
+            }
+        }
         Ok(CheckSourceReply {
             disk_sizes: storage::sizes(&spec),
             spec: Some(spec),
@@ -66,6 +79,7 @@ impl Agent {
         let asked = CheckSourceRequest {
             instance: request.instance,
             destination: self.host().to_owned(),
+            mode: request.mode,
         };
         let source = self.compute_rpcapi(context, &request.source)?;
         let told = match source.check_can_live_migrate_source(asked).await {
@@ -150,6 +164,24 @@ impl Agent {
     }
 }
 
+/// The first version of the agent-VMM protocol at which a VMM holds its guest still while it sends it.
+const HOLDS_STILL: u32 = 2;
+
+/// Whether the VMM can move its guest cold: one of an earlier build would let it run.
+///
+/// # Errors
+/// It cannot, or does not answer.
+pub(crate) async fn check_can_hold(vmm: &Vmm) -> Result<(), Failure> {
+    match vmm.order(Command::Ping(wire::Ping {})).await {
+        Ok(Body::Standing(standing)) if standing.version >= HOLDS_STILL => Ok(()),
+        Ok(_) => Err(Failure::denied(
+            Reason::Machine,
+            "its VMM is of an earlier build, which cannot move it cold: move it live, or stop and start it",
+        )),
+        Err(error) => Err(Failure::vmm("failed to ask the VMM what it can do")(error)),
+    }
+}
+
 fn check(name: &str, found: String, reason: Option<Reason>) -> Check {
     Check {
         name: name.to_owned(),
@@ -166,7 +198,7 @@ fn storage_words(disks: usize, copied: usize) -> String {
 /// Whether this host can run such a machine: processor, time stamp counter, memory, devices.
 async fn check_machine(profile: Vec<u8>) -> Result<String, Failure> {
     if profile.is_empty() {
-        return Ok("the VMM is of a version that does not tell; compared before anything is sent".to_owned());
+        return Ok("no VMM tells yet what it needs; compared before anything is sent".to_owned());
     }
     let unreadable = |error| Failure::Refused(format!("the source's machine profile does not parse: {error}"));
     let profile = MachineProfile::from_bytes(&profile).map_err(unreadable)?;

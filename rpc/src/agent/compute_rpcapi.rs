@@ -18,6 +18,7 @@ use tonic::{Request, Status};
 use super::context::RequestContext;
 use super::failure::Failure;
 use super::instances::Agent;
+use super::mode::Mode;
 use super::peers::{CALL_TIME, Call, ComputeClient, PREPARE_TIME, Peer, PeerError};
 use super::reason::Reason;
 use super::versions::RpcVersion;
@@ -69,6 +70,39 @@ impl Agent {
         let theirs = peers.filter_map(|heard| heard.info?.rpc_version.parse::<RpcVersion>().ok());
         theirs.fold(self.config.rpc_cap, |cap, version| cap.common(version).unwrap_or(cap))
     }
+
+    /// Whether each agent that is up knows that a migration can be cold: messages go out at the lowest version of all.
+    ///
+    /// # Errors
+    /// Names one that does not.
+    pub(crate) fn check_all_know_cold(&self) -> Result<(), Failure> {
+        let knows = |version: RpcVersion| version.understands(RpcVersion::V4_3);
+        if !knows(self.config.rpc_cap) {
+            return Err(knows_no_cold(self.host(), self.config.rpc_cap));
+        }
+        for peer in self.peers.all() {
+            let heard = peer.heard();
+            let told = heard
+                .is_up()
+                .then(|| heard.info?.rpc_version.parse::<RpcVersion>().ok());
+            // Of another language none is thought of, as in `rpc_cap`.
+            let is_older = |version: &RpcVersion| version.common(self.config.rpc_cap).is_some() && !knows(*version);
+            if let Some(version) = told.flatten().filter(is_older) {
+                return Err(knows_no_cold(&peer.host, version));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn knows_no_cold(host: &str, version: RpcVersion) -> Failure {
+    Failure::denied(
+        Reason::RpcVersion,
+        format!(
+            "host {host} speaks RPC version {version}: a cold migration needs {} of every agent that is up",
+            RpcVersion::V4_3
+        ),
+    )
 }
 
 impl ComputeRpcApi {
@@ -142,9 +176,11 @@ impl ComputeRpcApi {
                     };
                     peer.call(&self.context, Call::PreLiveMigration, PREPARE_TIME, send)
                 };
+                self.check_can_say(peer, &request.mode)?;
                 match prepare(self.version()).await {
                     Err(error) if is_other_version(&error) => {
                         self.refresh(peer).await?;
+                        self.check_can_say(peer, &request.mode)?;
                         Ok(prepare(self.version()).await?)
                     }
                     answer => Ok(answer?),
@@ -155,11 +191,14 @@ impl ComputeRpcApi {
 
     /// Casts a migration: the receipt says that this host's journal has it. The same id again is the same migration.
     ///
-    /// At 4.2 the cast carries the record. Before, the record is made by a call, and the cast finds it by its instance.
+    /// At 4.2 the cast carries the record. Before, the record is made by a call, and the cast finds it by its instance. A cold one needs 4.3.
     ///
     /// # Errors
     /// The host refuses it, or does not answer: then it may have it.
     pub(crate) async fn live_migration(&self, record: &LiveMigrationCast) -> Result<Receipt, Failure> {
+        if let (To::There(peer), Some(options)) = (&self.to, &record.options) {
+            self.check_can_say(peer, &options.mode)?;
+        }
         match &self.to {
             To::Here(agent) => agent.live_migration(&self.context, record.clone()).await,
             To::There(peer) if self.can_send_version(RpcVersion::V4_2) => match self.cast(peer, record).await {
@@ -175,7 +214,18 @@ impl ComputeRpcApi {
         }
     }
 
+    /// A host that does not know what cold means would move the guest live.
+    fn check_can_say(&self, peer: &Peer, mode: &str) -> Result<(), Failure> {
+        match Mode::parse(mode)? {
+            Mode::Cold if !self.can_send_version(RpcVersion::V4_3) => Err(knows_no_cold(&peer.host, self.version())),
+            Mode::Cold | Mode::Precopy => Ok(()),
+        }
+    }
+
     async fn create_and_cast(&self, peer: &Peer, record: &LiveMigrationCast) -> Result<Receipt, Failure> {
+        if let Some(options) = &record.options {
+            self.check_can_say(peer, &options.mode)?;
+        }
         let created = self
             .call(peer, CALL_TIME, |mut client, version| {
                 let request = at(version, record.clone());

@@ -10,6 +10,7 @@
 //! | `backends` | what their disks and network cards work on |
 //! | `outgoing` | one task per migration out of here: a script, then the switchover by `handover::SourceAgent` |
 //! | `incoming`, `data_port` | one task per migration into here: `handover::DestinationAgent` |
+//! | `mode`, `steps` | how a guest moves, and the steps of both sides with their undos |
 //! | `peers`, `compute_rpcapi`, `versions` | other agents, and what they are told at which version |
 //! | `compute`, `conductor` | the gRPC services: convert, call, map the error; the conductor's task checks, chooses and casts |
 //! | `failure`, `unread` | what is answered when something is not done, or could not be read |
@@ -36,6 +37,7 @@ mod images;
 mod incoming;
 mod instances;
 mod journal;
+mod mode;
 mod outgoing;
 mod peers;
 mod reason;
@@ -44,6 +46,7 @@ mod resolving;
 mod serve;
 mod snapshots;
 mod spawn;
+mod steps;
 mod unread;
 mod versions;
 mod vmm_client;

@@ -16,8 +16,10 @@ impl RpcVersion {
     pub const V4_0: Self = Self { major: 4, minor: 0 };
     /// The cast carries the migration's record.
     pub const V4_2: Self = Self { major: 4, minor: 2 };
+    /// A migration may be cold.
+    pub const V4_3: Self = Self { major: 4, minor: 3 };
     /// The newest that this build speaks.
-    pub const NEWEST: Self = Self::V4_2;
+    pub const NEWEST: Self = Self::V4_3;
     /// The oldest that this build speaks.
     pub const OLDEST: Self = Self::V4_0;
 

@@ -311,6 +311,9 @@ pub(super) struct MigrateArguments {
     /// takes each as the destination has it
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = ["auto", "shared", "copy"])]
     pub(super) storage: String,
+    /// The guest stands still from the first page on, and runs there when all is there; a stopped instance moves with its disks and stays stopped
+    #[arg(long, conflicts_with_all = ["max_downtime", "on_timeout", "mode"])]
+    pub(super) cold: bool,
     /// Check and choose only: tell of each host why it would be taken or left
     #[arg(long, conflicts_with_all = ["detach", "wait"])]
     pub(super) dry_run: bool,

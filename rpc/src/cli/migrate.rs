@@ -180,13 +180,18 @@ fn request(arguments: &MigrateArguments) -> LiveMigrateRequest {
         instance: arguments.named.name.clone(),
         destination: arguments.to.clone().unwrap_or_default(),
         options: Some(MigrationOptions {
-            max_downtime_us: u64::try_from(arguments.max_downtime.as_micros()).unwrap_or(u64::MAX),
+            // A cold one has no budget, and an agent that does not know it refuses one without.
+            max_downtime_us: match arguments.cold {
+                true => 0,
+                false => u64::try_from(arguments.max_downtime.as_micros()).unwrap_or(u64::MAX),
+            },
             timeout_ms: u64::try_from(arguments.timeout.as_millis()).unwrap_or(u64::MAX),
             streams: arguments.streams,
             bandwidth_bytes_per_s: arguments.bandwidth.unwrap_or(0),
             verify: arguments.digests,
             hold_at: arguments.hold_at.clone(),
             storage: arguments.storage.clone(),
+            mode: if arguments.cold { "cold" } else { &arguments.mode }.to_owned(),
         }),
         request_id: uuid::Uuid::new_v4().to_string(),
         dry_run: arguments.dry_run,

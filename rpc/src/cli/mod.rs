@@ -243,7 +243,7 @@ mod tests {
                 "{flag}"
             );
         }
-        for flag in ["--cold", "--verify", "--auto-converge", "--storage"] {
+        for flag in ["--verify", "--auto-converge", "--storage"] {
             let error = line(&format!("ferry migrate web {flag}")).unwrap_err();
             assert_eq!(
                 (error.exit_code(), error.to_string().contains(flag)),
@@ -327,6 +327,23 @@ mod tests {
         assert!(error.to_string().contains("--name"), "{error}");
         assert!(line("ferry restore snap --same-identity").is_ok());
         assert!(line("ferry restore snap --name web-2 --same-identity").is_ok());
+    }
+
+    #[test]
+    fn what_a_cold_migration_has_no_use_for_is_refused_by_name() {
+        for (flag, value) in [
+            ("--max-downtime", "1s"),
+            ("--on-timeout", "abort"),
+            ("--mode", "precopy"),
+        ] {
+            let error = line(&format!("ferry migrate web --cold {flag} {value}")).unwrap_err();
+            let text = error.to_string();
+            assert!(
+                error.exit_code() == 2 && text.contains("--cold") && text.contains(flag),
+                "{text}"
+            );
+        }
+        assert!(line("ferry migrate web --cold --timeout 1h --bandwidth 1Gbit --storage copy").is_ok());
     }
 
     #[test]

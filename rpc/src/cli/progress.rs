@@ -73,8 +73,21 @@ pub(super) fn account(info: &MigrationInfo) -> String {
     if let (Some(memory), Some(state)) = (&info.memory_digest, &info.state_digest) {
         lines.push(format!("digests equal on both sides: memory {memory}, state {state}"));
     }
+    lines.extend(steps(info));
     lines.push(whereabouts(info));
     lines.join("\n")
+}
+
+/// How far one came that did not arrive, and what was undone of it.
+fn steps(info: &MigrationInfo) -> Vec<String> {
+    if info.step.is_empty() || info.status == "completed" {
+        return Vec::new();
+    }
+    let undone = info.undone.iter().map(|line| format!("undone: {line}"));
+    [format!("it came to step {}", info.step)]
+        .into_iter()
+        .chain(undone)
+        .collect()
 }
 
 /// The sentence that comes last, always.
@@ -233,6 +246,26 @@ mod tests {
             ..info("failed")
         };
         assert_eq!(last(&ended), "web ended by itself: powered-off");
+    }
+
+    #[test]
+    fn what_was_undone_is_told_of_one_that_did_not_arrive() {
+        let failed = MigrationInfo {
+            step: "copy".into(),
+            undone: vec!["copy: it runs on".into(), "prepare: it was told".into()],
+            guest_location: Some("a".into()),
+            ..info("failed")
+        };
+        let text = account(&failed);
+        assert!(
+            text.contains("it came to step copy\nundone: copy: it runs on\nundone: prepare: it was told\nweb is on a"),
+            "{text}"
+        );
+        let done = MigrationInfo {
+            step: "confirm".into(),
+            ..info("completed")
+        };
+        assert!(!account(&done).contains("step"));
     }
 
     #[test]

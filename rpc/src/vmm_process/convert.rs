@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use ferry_migration::guest::{GuestEnd, GuestWas};
 use ferry_migration::handover::{Attempt, Epoch};
-use ferry_migration::source::{Overhead, Parked, RoundSummary, SourceParameters, SourceSummary};
+use ferry_migration::source::{Manner, Overhead, Parked, RoundSummary, SourceParameters, SourceSummary};
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::{InvalidField, required, wire_uuid};
 use rustix::time::{ClockId, clock_gettime};
@@ -57,7 +57,7 @@ pub(super) fn source_parameters(send: &wire::Send, instance: Uuid) -> Result<Sou
         instance,
         migration: wire_uuid("migration", &send.migration)?,
         epoch: Epoch(send.epoch),
-        max_downtime: Duration::from_micros(send.max_downtime_us),
+        manner: manner(send),
         timeout: Duration::from_millis(send.timeout_ms),
         bandwidth: NonZeroU64::new(send.bandwidth_bytes_per_s),
         guest_was: guest_was(send.user_paused),
@@ -65,6 +65,15 @@ pub(super) fn source_parameters(send: &wire::Send, instance: Uuid) -> Result<Sou
         overhead: Overhead::default(),
         liveness: Default::default(),
     })
+}
+
+fn manner(send: &wire::Send) -> Manner {
+    if send.cold {
+        return Manner::Cold;
+    }
+    Manner::Live {
+        max_downtime: Duration::from_micros(send.max_downtime_us),
+    }
 }
 
 /// Whether the user had paused the guest.

@@ -8,6 +8,7 @@ mod aborts;
 mod agents;
 mod alphabet;
 mod callers;
+mod cold;
 mod data_port;
 mod device_work;
 mod disks;
@@ -61,6 +62,7 @@ fn main() -> ExitCode {
         requests::trials(),
         events::trials(),
         aborts::trials(),
+        cold::trials(),
         agents::trials(),
         resolves::trials(),
         data_port::trials(),

@@ -163,13 +163,7 @@ fn an_agent_that_is_not_there_is_exit_code_8(pair: &mut Pair) -> Result<()> {
 }
 
 fn what_does_not_work_yet_is_a_usage_error_that_names_itself(pair: &mut Pair) -> Result<()> {
-    for flag in [
-        "--auto-converge",
-        "--verify",
-        "--cold",
-        "--storage=move",
-        "--no-such-flag",
-    ] {
+    for flag in ["--auto-converge", "--verify", "--storage=move", "--no-such-flag"] {
         let name = flag.split('=').next().unwrap_or(flag);
         pair.a.ferry(&["migrate", "g", flag])?.exit(2)?.says(name)?;
     }
@@ -177,6 +171,11 @@ fn what_does_not_work_yet_is_a_usage_error_that_names_itself(pair: &mut Pair) ->
         .ferry(&["migrate", "g", "--mode", "postcopy"])?
         .exit(2)?
         .says("postcopy")?;
+    pair.a
+        .ferry(&["migrate", "g", "--cold", "--max-downtime", "1s"])?
+        .exit(2)?
+        .says("--cold")?
+        .says("--max-downtime")?;
     pair.a.ferry(&["selftest"])?.exit(2)?.says("selftest")?;
     Ok(())
 }

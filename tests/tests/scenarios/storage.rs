@@ -17,6 +17,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         an_aborted_copy_leaves_the_source_as_it_was_and_nothing_at_the_destination,
         a_disk_without_room_at_the_destination_is_refused_before_anything_moves,
         a_shared_disk_is_not_copied,
+        a_stopped_instance_moves_cold_with_its_disk,
+        a_shared_disk_goes_with_a_stopped_instance,
     ]
 }
 
@@ -171,4 +173,46 @@ fn a_shared_disk_is_not_copied(pair: &mut Pair) -> Result<()> {
     );
     ensure!(path.exists());
     pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn a_stopped_instance_moves_cold_with_its_disk(pair: &mut Pair) -> Result<()> {
+    let folders = apart(pair)?;
+    run(pair, &folders)?;
+    pair.a.ferry(&["stop", "g", "--force"])?.exit(0)?;
+
+    let cold = ["--cold", "--storage", "copy", "--digests"];
+    pair.migrate("g", &cold)?.exit(0)?.migration()?.is("completed", "b")?;
+
+    pair.b.wait_for_status("g", "stopped")?;
+    is_whole(folders.b.join("g.img"))?;
+    is_empty(&folders.a)?;
+    pair.b.ferry(&["start", "g"])?.exit(0)?;
+    Witness::of(&[&pair.b]).wait_ready()?;
+    pair.exists_only_at(&pair.b, "g")
+}
+
+fn a_shared_disk_goes_with_a_stopped_instance(pair: &mut Pair) -> Result<()> {
+    let path = pair.folder().join("g.img");
+    File::create(&path)?.set_len(SIZE)?;
+    pair.run(&Guest::new("g").disk(&format!("path={}", path.display())))?;
+    pair.a.ferry(&["stop", "g", "--force"])?.exit(0)?;
+
+    let moved = pair
+        .migrate("g", &["--cold"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+
+    ensure!(
+        moved.record["copied_disks"] == serde_json::json!([]),
+        "{}",
+        moved.record
+    );
+    pair.b.wait_for_status("g", "stopped")?;
+    let other = Guest::new("other").disk(&format!("path={}", path.display()));
+    // It is the instance's still, and nobody's while that is off.
+    pair.b.ferry(&["start", "g"])?.exit(0)?;
+    pair.a.ferry(&other.arguments(&pair.kernel()))?.exit(4)?.says("g.img")?;
+    Witness::of(&[&pair.b]).wait_ready()?;
+    pair.exists_only_at(&pair.b, "g")
 }

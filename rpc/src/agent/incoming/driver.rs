@@ -15,7 +15,7 @@ use ferry_proto::vmm::v1::report::Report as Body;
 use tokio::sync::{mpsc, oneshot};
 
 use super::handle::{Answer, Incoming, Request};
-use crate::agent::backends::storage;
+use super::undoing::step_of;
 use crate::agent::events::end_of_migration;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
@@ -23,6 +23,7 @@ use crate::agent::journal::{Arrival, DecisionRow, EventEnd, InstanceRow, Journal
 use crate::agent::outgoing::now_ms;
 use crate::agent::peers::{CALL_TIME, Call, ComputeClient};
 use crate::agent::spawn;
+use crate::agent::steps::DestinationStep;
 use crate::agent::vmm_client::{Vmm, VmmError};
 use crate::faults::{self, Moment, Site};
 use crate::vmm_process::{attempt_from_wire, monotonic_ns, ms};
@@ -66,6 +67,8 @@ pub(super) struct Driver {
     pub(super) instance: Arc<Instance>,
     pub(super) core: DestinationAgent,
     pub(super) row: MigrationRow,
+    /// The furthest that was reached; of a migration that an earlier run of this agent began, that may have been.
+    pub(super) step: DestinationStep,
     pub(super) streams: u16,
     /// Numbers of the disks whose contents come with the guest.
     pub(super) copied_disks: Vec<u32>,
@@ -147,6 +150,7 @@ impl Driver {
         if self.connections.len() <= usize::from(self.streams) {
             return;
         }
+        self.enter(DestinationStep::Load);
         let descriptors = std::mem::take(&mut self.connections).into_values().collect();
         let receive = wire::Receive {
             migration: self.row.id.to_string(),
@@ -322,6 +326,7 @@ impl Driver {
     /// The register, and with RUNNING the instance that is this host's from then on, in one transaction.
     async fn journal(&mut self, attempt: u32, decision: Decision) -> Result<(), JournalError> {
         let boot_id = self.agent.boot_id.clone();
+        self.step = self.step.max(step_of(decision));
         if decision == Decision::Claimed {
             self.claimed_boot.clone_from(&boot_id);
         }
@@ -336,11 +341,7 @@ impl Driver {
             let mut state = self.instance.state.lock().await;
             state.row.epoch = self.row.epoch + 1;
             state.row.known_epoch = state.row.epoch;
-            state.row.status = if self.row.user_paused {
-                Status::Paused
-            } else {
-                Status::Running
-            };
+            state.row.status = self.row.status_before();
             state.row.boot_id.clone_from(&self.agent.boot_id);
             state.row.restarts.started = now_ms();
             state.arrival = Some(self.arrival(attempt));
@@ -408,7 +409,7 @@ impl Driver {
         });
     }
 
-    async fn kill_vmm(&mut self) {
+    pub(super) async fn kill_vmm(&mut self) {
         let vmm = self.instance.state.lock().await.vmm.take();
         if let Some(vmm) = vmm
             && let Err(error) = vmm.kill().await
@@ -456,7 +457,11 @@ impl Driver {
     async fn adopt(&mut self, crashed: Option<String>) {
         let mut state = self.instance.state.lock().await;
         state.news = None;
-        if let Some(reason) = crashed {
+        if self.row.status_before() == Status::Stopped {
+            // Its machine was only held, and so nothing crashed.
+            let reason = format!("it was stopped when it came from host {}", self.row.peer);
+            self.agent.end(&mut state, Ended::ByUser, reason).await;
+        } else if let Some(reason) = crashed {
             self.agent.end(&mut state, Ended::Crashed, reason).await;
         }
         tracing::info!(instance = %self.row.instance, epoch = state.row.epoch, status = %state.row.status, "the guest arrived");
@@ -483,13 +488,9 @@ impl Driver {
         } else {
             self.row.info.status = "failed".to_owned();
             self.row.info.error.clone_from(&self.reason);
-            self.kill_vmm().await;
-            // Before the instance is forgotten: an agent that ends in between does this again.
-            storage::remove(&self.row.info.copied_disks, self.row.instance, self.agent.host());
-            while !self.forget().await {
-                tokio::time::sleep(Duration::from_secs(1)).await;
-            }
+            self.undo().await;
         }
+        self.row.info.step = self.step.to_string();
         self.row.over = true;
         let end = self.end_of_event();
         faults::reach(Site::RowDestinationOver, Moment::Before).await;
@@ -518,7 +519,7 @@ impl Driver {
         end
     }
 
-    async fn forget(&self) -> bool {
+    pub(super) async fn forget(&self) -> bool {
         let mut state = self.instance.state.lock().await;
         state.news = None;
         self.agent.forget(&mut state).await
@@ -550,6 +551,11 @@ pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc
         instance: Arc::clone(&instance),
         core: DestinationAgent::recover(newest.as_ref().map(|row| (row.attempt, row.decision))),
         row,
+        // Up to here nothing is written down, and each may have been reached.
+        step: newest
+            .as_ref()
+            .map_or(DestinationStep::Load, |row| step_of(row.decision))
+            .max(DestinationStep::Load),
         streams: 0,
         copied_disks: Vec::new(),
         connections: BTreeMap::new(),

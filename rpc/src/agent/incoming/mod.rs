@@ -6,6 +6,7 @@
 mod driver;
 mod handle;
 mod prepare;
+mod undoing;
 
 pub(crate) use driver::recover;
 pub(crate) use handle::IncomingMigrations;

@@ -20,8 +20,10 @@ use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, check_incoming};
 use crate::agent::journal::{InstanceRow, MigrationRow, Role, Status};
+use crate::agent::mode::Mode;
 use crate::agent::outgoing::{MOST_STREAMS, now_ms, now_text};
 use crate::agent::reason::Reason;
+use crate::agent::steps::DestinationStep;
 use crate::agent::versions::RpcVersion;
 use crate::agent::{data_port, images};
 use crate::lock_file::Holder;
@@ -35,6 +37,9 @@ struct Guest {
     source: String,
     streams: u16,
     user_paused: bool,
+    mode: Mode,
+    /// What it is to be once it is here; empty where the source does not know the word.
+    guest_was: String,
     storage: Storage,
     disk_sizes: Vec<DiskSize>,
     /// Numbers of the disks whose contents come along.
@@ -67,6 +72,13 @@ impl Guest {
             field: "storage",
             problem,
         })?;
+        if !["", "running", "paused", "stopped"].contains(&request.guest_was.as_str()) {
+            return Err(InvalidField {
+                field: "guest_was",
+                problem: format!("{:?} is not one of running, paused, stopped", request.guest_was),
+            }
+            .into());
+        }
         let spec = required("spec", request.spec)?;
         for hash in [&spec.kernel, &spec.initrd] {
             if !(images::is_hash(hash) || hash.is_empty() && std::ptr::eq(hash, &spec.initrd)) {
@@ -84,7 +96,10 @@ impl Guest {
             epoch: request.epoch,
             source: request.source,
             streams,
-            user_paused: request.user_paused,
+            // A machine whose guest is not to run is never given a permit to.
+            user_paused: request.user_paused || request.guest_was == "stopped",
+            mode: Mode::parse(&request.mode)?,
+            guest_was: request.guest_was,
             storage,
             disk_sizes: request.disk_sizes,
             copied_disks: Vec::new(),
@@ -328,7 +343,12 @@ impl Agent {
             incoming.give_up(&reason);
         }
         // What is made here was journalled before, so that it is removed whatever happens.
-        let built = match self.make_room(&guest) {
+        let made = self.make_room(&guest);
+        let step = match &made {
+            Ok(()) => DestinationStep::Build,
+            Err(_) => DestinationStep::MakeRoom,
+        };
+        let built = match made {
             Ok(()) => self.build_incoming(&guest, &instance, &mut state).await,
             Err(failure) => Err(failure),
         };
@@ -340,6 +360,7 @@ impl Agent {
             instance,
             core: DestinationAgent::prepared(),
             row,
+            step,
             streams: guest.streams,
             copied_disks: guest.copied_disks.clone(),
             connections: Default::default(),
@@ -397,7 +418,9 @@ fn first_info(guest: &Guest, host: &str) -> MigrationInfo {
         source: guest.source.clone(),
         destination: host.to_owned(),
         status: "preparing".to_owned(),
-        mode: "precopy".to_owned(),
+        mode: guest.mode.as_str().to_owned(),
+        guest_was: guest.guest_was.clone(),
+        step: DestinationStep::Reserve.to_string(),
         guest_location: Some(guest.source.clone()),
         started: Some(now_text()),
         streams: guest.streams.into(),

@@ -22,6 +22,7 @@ use crate::agent::failure::Failure;
 use crate::agent::images;
 use crate::agent::incoming::IncomingMigrations;
 use crate::agent::journal::{Arrival, InstanceRow, Journal, Status};
+use crate::agent::mode::Mode;
 use crate::agent::outgoing::OutgoingMigrations;
 use crate::agent::peers::Peers;
 use crate::agent::reason::Reason;
@@ -208,23 +209,33 @@ impl InstanceState {
         }
     }
 
-    /// Refuses a migration of an instance that has no guest, or that something else is done with.
+    /// Refuses a migration of an instance that has no guest to move this way, or that something else is done with.
     ///
     /// # Errors
     /// Says what it is, or what is in flight.
-    pub(crate) fn check_can_migrate(&self) -> Result<(), Failure> {
+    pub(crate) fn check_can_migrate(&self, mode: Mode) -> Result<(), Failure> {
         self.check_idle("migrate")
             .map_err(|failure| failure.because(Reason::InstanceBusy))?;
-        match self.row.status {
-            Status::Running | Status::Paused => Ok(()),
-            status => Err(Failure::denied(
-                Reason::InstanceState,
+        let name = &self.row.spec.name;
+        let why = match (self.row.status, mode) {
+            (Status::Running | Status::Paused, _) => return Ok(()),
+            (Status::Stopped, Mode::Cold) if self.row.restarts.due.is_none() => return Ok(()),
+            (Status::Stopped, Mode::Cold) => {
+                format!("instance {name} is about to be started again: `ferry stop` leaves it stopped")
+            }
+            (Status::Stopped, Mode::Precopy) => {
                 format!(
-                    "instance {} is {status}: only one that is running or paused can migrate",
-                    self.row.spec.name
-                ),
-            )),
-        }
+                    "instance {name} is stopped: only one that is running or paused can migrate; --cold moves a stopped one"
+                )
+            }
+            (status, Mode::Precopy) => {
+                format!("instance {name} is {status}: only one that is running or paused can migrate")
+            }
+            (status, Mode::Cold) => {
+                format!("instance {name} is {status}: only one that is running, paused or stopped can migrate cold")
+            }
+        };
+        Err(Failure::denied(Reason::InstanceState, why))
     }
 
     /// As users see it.

@@ -20,6 +20,15 @@ use crate::agent::outgoing::now_ms;
 use crate::agent::vmm_client::Vmm;
 use crate::agent::{images, spawn};
 
+/// What a VMM is started for.
+#[derive(Clone, Copy, Debug)]
+enum Purpose {
+    /// To run the guest.
+    Run,
+    /// To hold the machine of an instance that is off, and stays off, while it moves.
+    Hold,
+}
+
 /// A right to run that no guest has had.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct NewRight {
@@ -145,6 +154,31 @@ impl Agent {
         occasion: Occasion,
         epoch: u64,
     ) -> Result<(), Failure> {
+        self.raise(instance, state, (Purpose::Run, occasion), epoch).await
+    }
+
+    /// The machine of a stopped instance, built and paused, so that it can move as any other does. Its VMM has the disks' locks, under
+    /// this epoch, which was never used and is journalled before. Its user goes on to see it stopped.
+    ///
+    /// # Errors
+    /// It cannot be built; nothing of it is left then.
+    pub(crate) async fn hold(
+        self: &Arc<Self>,
+        instance: &Arc<Instance>,
+        state: &mut InstanceState,
+        epoch: u64,
+    ) -> Result<(), Failure> {
+        self.raise(instance, state, (Purpose::Hold, Occasion::Start), epoch)
+            .await
+    }
+
+    async fn raise(
+        self: &Arc<Self>,
+        instance: &Arc<Instance>,
+        state: &mut InstanceState,
+        (purpose, occasion): (Purpose, Occasion),
+        epoch: u64,
+    ) -> Result<(), Failure> {
         if let Some(earlier) = state.vmm.take() {
             earlier
                 .kill()
@@ -159,7 +193,7 @@ impl Agent {
         let backends = self.open_backends(&state.row.spec, whose).await?;
         let (vmm, events) = self.spawn_vmm(instance.id, None).await?;
         self.attach(instance, state, vmm.clone(), events);
-        let started = self.build_and_permit(state, &vmm, backends, epoch).await;
+        let started = self.build_and_permit(state, &vmm, backends, (purpose, epoch)).await;
         if started.is_err() {
             state.vmm = None;
             if let Err(error) = vmm.kill().await {
@@ -175,7 +209,7 @@ impl Agent {
         state: &mut InstanceState,
         vmm: &Vmm,
         backends: Opened,
-        epoch: u64,
+        (purpose, epoch): (Purpose, u64),
     ) -> Result<(), Failure> {
         let build = wire::Build {
             spec: Some(state.machine_spec(self.host(), backends.disks, backends.nics)),
@@ -185,8 +219,22 @@ impl Agent {
         vmm.order_with(Command::Build(build), backends.descriptors)
             .await
             .map_err(Failure::vmm("failed to build the machine"))?;
-        let right = NewRight { epoch, paused: false };
-        self.give_permit(state, vmm, right).await
+        match purpose {
+            Purpose::Run => {
+                let right = NewRight { epoch, paused: false };
+                self.give_permit(state, vmm, right).await
+            }
+            Purpose::Hold => {
+                let instance = state.row.id.to_string();
+                let permit = wire::Permit {
+                    instance,
+                    epoch,
+                    paused: true,
+                };
+                let held = vmm.order(Command::Permit(permit)).await.map(drop);
+                held.map_err(Failure::vmm("failed to hold the machine"))
+            }
+        }
     }
 
     /// Journals a right to run and then gives it to the VMM, whose guest waits for it.

@@ -4,7 +4,8 @@ use ferry_proto::agent::v1::{MigrationInfo, MigrationOptions};
 use rusqlite::{Connection, OptionalExtension, Row, Transaction};
 use uuid::Uuid;
 
-use super::instances::{bad_text, uuid};
+use super::instances::{Status, bad_text, uuid};
+use crate::agent::mode::Mode;
 
 /// This host's part in a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +44,20 @@ pub(crate) struct MigrationRow {
 const COLUMNS: &str = "id,instance,role,peer,epoch,over,armed,said,resumed,user_paused,options,info,began";
 
 impl MigrationRow {
+    /// What the instance was when the migration was accepted, and is to be once it is over.
+    pub(crate) fn status_before(&self) -> Status {
+        match (self.info.guest_was.as_str(), self.user_paused) {
+            ("stopped", _) => Status::Stopped,
+            (_, true) => Status::Paused,
+            (_, false) => Status::Running,
+        }
+    }
+
+    /// How the guest moves.
+    pub(crate) fn is_cold(&self) -> bool {
+        self.info.mode == Mode::Cold.as_str()
+    }
+
     /// Writes the row, new or changed.
     pub(crate) fn save(&self, transaction: &Transaction<'_>) -> rusqlite::Result<()> {
         let json = |error: serde_json::Error| rusqlite::Error::ToSqlConversionFailure(error.into());

@@ -17,9 +17,11 @@ use crate::agent::context::RequestContext;
 use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance};
-use crate::agent::journal::{MigrationRow, Role, Status};
+use crate::agent::journal::{InstanceRow, MigrationRow, Role, Status};
+use crate::agent::mode::Mode;
 use crate::agent::reason::Reason;
 use crate::agent::spawn;
+use crate::agent::steps::SourceStep;
 use crate::agent::vmm_client::Vmm;
 use crate::vmm_process::monotonic_ns;
 
@@ -89,13 +91,14 @@ impl Agent {
             return Ok(receipt(true, known.epoch));
         }
         let options = check_options(required("options", cast.options)?)?;
+        let mode = Mode::parse(&options.mode)?;
         let instance = self.instance(&cast.instance).await?;
         let mut state = instance.state.lock().await;
         // The very same cast may have come meanwhile: it was sent again before its receipt was there.
         if state.row.migration == Some(id) {
             return Ok(receipt(true, state.row.epoch));
         }
-        state.check_can_migrate()?;
+        state.check_can_migrate(mode)?;
         if cast.expected_epoch != 0 && cast.expected_epoch != state.row.epoch {
             return Err(Failure::denied(
                 Reason::InstanceChanged,
@@ -113,12 +116,13 @@ impl Agent {
             instance: instance.id,
             role: Role::Source,
             peer: cast.destination.clone(),
-            epoch: state.row.epoch,
+            epoch: epoch_of_move(&state.row),
             over: false,
             armed: 0,
             said: None,
             resumed: None,
-            user_paused: state.row.status == Status::Paused,
+            // The machine of a stopped one is built paused, and has not run when it is ended again.
+            user_paused: state.row.status != Status::Running,
             options,
             info: MigrationInfo {
                 id: id.to_string(),
@@ -127,7 +131,9 @@ impl Agent {
                 source: self.host().to_owned(),
                 destination: cast.destination,
                 status: "accepted".to_owned(),
-                mode: "precopy".to_owned(),
+                mode: mode.as_str().to_owned(),
+                guest_was: state.row.status.to_string(),
+                step: SourceStep::Accept.to_string(),
                 started: Some(now_text()),
                 guest_location: Some(self.host().to_owned()),
                 ..MigrationInfo::default()
@@ -136,6 +142,8 @@ impl Agent {
         };
         let mut instance_row = state.row.clone();
         instance_row.migration = Some(id);
+        instance_row.epoch = row.epoch;
+        instance_row.known_epoch = instance_row.known_epoch.max(row.epoch);
         let (saved, saved_instance) = (row.clone(), instance_row.clone());
         let event = Subject::migration(row.instance, &row.info.name, id).begins(context, Action::Migrate);
         self.journal
@@ -173,6 +181,14 @@ impl Agent {
     }
 }
 
+/// The epoch that a guest moves under: the one that it has, or of one that is off, a right that nobody had yet.
+fn epoch_of_move(row: &InstanceRow) -> u64 {
+    match row.status {
+        Status::Stopped => row.known_epoch + 1,
+        _ => row.epoch,
+    }
+}
+
 /// Checks what a caller chose.
 ///
 /// # Errors
@@ -182,11 +198,16 @@ pub(crate) fn check_options(options: MigrationOptions) -> Result<MigrationOption
     if options.streams > u32::from(MOST_STREAMS) {
         return invalid("options.streams", format!("{} is over {MOST_STREAMS}", options.streams));
     }
-    if options.max_downtime_us == 0 || options.max_downtime_us > 60_000_000 {
-        return invalid(
-            "options.max_downtime_us",
-            "is not between 1 and 60 seconds' worth".to_owned(),
-        );
+    match Mode::parse(&options.mode)? {
+        Mode::Precopy if !(1..=60_000_000).contains(&options.max_downtime_us) => {
+            let problem = "is not between 1 and 60 seconds' worth".to_owned();
+            return invalid("options.max_downtime_us", problem);
+        }
+        Mode::Cold if options.max_downtime_us != 0 => {
+            let problem = "does not apply to a cold migration: its guest stands still from the beginning".to_owned();
+            return invalid("options.max_downtime_us", problem);
+        }
+        Mode::Precopy | Mode::Cold => {}
     }
     if let Err(problem) = Storage::parse(&options.storage) {
         return invalid("options.storage", problem);
@@ -253,6 +274,10 @@ pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc
         };
         if let Some((vmm, standing, events)) = found {
             agent.attach(&instance, &mut *instance.state.lock().await, vmm, events);
+            if standing.migration == script.id().to_string() && script.reached() < SourceStep::Copy {
+                // It was given its order, and that is not written down yet.
+                script.note_step(SourceStep::Copy);
+            }
             script.made_up.extend(made_up(standing));
         } else {
             tracing::info!(instance = %instance.id, "the VMM of a migrating instance is gone");

@@ -12,6 +12,7 @@ use crate::agent::events::end_of_migration;
 use crate::agent::failure::Failure;
 use crate::agent::instances::InstanceState;
 use crate::agent::journal::{EventEnd, InstanceRow, MigrationRow, Status};
+use crate::agent::steps::SourceUndo;
 use crate::agent::vmm_client::Vmm;
 use crate::faults::{self, Moment, Site};
 
@@ -68,14 +69,19 @@ impl Script {
     pub(super) async fn finish(mut self, ending: Ending) {
         match ending {
             Ending::Arrived => self.arrived(),
-            Ending::Stayed => self.stayed().await,
-            Ending::Crashed => self.crashed().await,
-            Ending::GuestStopped => self.guest_stopped().await,
             Ending::Resolved(wish) => self.resolved(wish).await,
-        }
-        if let Some(rollback) = self.rollback.take() {
-            // An answer means that the destination is ready for the next attempt; without one it finds out by itself.
-            let _ = tokio::time::timeout(ROLLBACK_TIME, rollback).await;
+            Ending::Stayed => {
+                self.undo().await;
+                self.stayed().await;
+            }
+            Ending::Crashed => {
+                self.undo().await;
+                self.crashed().await;
+            }
+            Ending::GuestStopped => {
+                self.undo().await;
+                self.guest_stopped().await;
+            }
         }
         self.row.info.ended = Some(now_text());
         self.row.info.remaining_pages = 0;
@@ -112,6 +118,59 @@ impl Script {
         saved.await.map_err(Failure::from)
     }
 
+    /// Undoes the steps that were reached, the last first, and writes into the record what was.
+    async fn undo(&mut self) {
+        let reached = self.reached();
+        for (step, how, words) in reached.undoing() {
+            let undone = match how {
+                SourceUndo::TakeMachineBack => self.take_machine_back().await && !self.is_decided(),
+                SourceUndo::RollBackDestination => self.destination_is_told().await,
+                SourceUndo::EndMachine => self.end_machine().await,
+                SourceUndo::GiveUpTurn => self.slot.take().is_some(),
+            };
+            if undone {
+                tracing::info!(migration = %self.row.id, %step, "undone: {words}");
+                self.row.info.undone.push(format!("{step}: {words}"));
+            }
+        }
+    }
+
+    /// Whether D has given the guest back: then GO was sent, and the steps before it are not undone but superseded.
+    fn is_decided(&self) -> bool {
+        self.row.said.as_deref() == Some(Decision::Source.as_str())
+    }
+
+    /// Waits a moment until the destination knows that it is over. Where D says SRC it said so itself.
+    async fn destination_is_told(&mut self) -> bool {
+        if self.is_decided() {
+            return false;
+        }
+        if self.rollback.is_none() {
+            self.roll_back_destination();
+        }
+        let Some(rollback) = self.rollback.take() else {
+            return false;
+        };
+        // An answer means that it is ready for the next attempt; without one it finds out by itself.
+        matches!(tokio::time::timeout(ROLLBACK_TIME, rollback).await, Ok(Ok(true)))
+    }
+
+    /// The machine of an instance that is off was only held. True if there was one.
+    async fn end_machine(&mut self) -> bool {
+        if self.row.status_before() != Status::Stopped {
+            return false;
+        }
+        let mut state = self.instance.state.lock().await;
+        let was_held = state.vmm.is_some();
+        let reason = state
+            .row
+            .reason
+            .clone()
+            .unwrap_or_else(|| "it was not started".to_owned());
+        self.agent.end(&mut state, Ended::ByUser, reason).await;
+        was_held
+    }
+
     /// A person ended it. The copy that GO stopped is killed; a guest that is to run here is booted anew by whoever asked.
     async fn resolved(&mut self, wish: Wish) {
         if wish == Wish::DiscardHere {
@@ -138,7 +197,6 @@ impl Script {
 
     /// The guest goes on here. The record says why.
     async fn stayed(&mut self) {
-        self.wait_for_machine().await;
         let info = &mut self.row.info;
         info.guest_location = Some(self.agent.host().to_owned());
         let (status, error) = match self.stop.take() {
@@ -152,17 +210,17 @@ impl Script {
         let mut state = instance.state.lock().await;
         state.news = None;
         state.migrating = None;
+        if self.row.status_before() == Status::Stopped {
+            // It is that again.
+            return;
+        }
         // It may have ended before anything was sent.
         let over = matches!(state.row.status, Status::Stopped | Status::Crashed);
         if over {
             self.row.info.guest_ended = Some(state.row.status.to_string());
             return;
         }
-        state.row.status = if self.row.user_paused {
-            Status::Paused
-        } else {
-            Status::Running
-        };
+        state.row.status = self.row.status_before();
         if let Err(failure) = self.agent.save(&state.row).await {
             tracing::error!(error = failure.chain(), "failed to journal that the instance stays");
         }
@@ -186,25 +244,25 @@ impl Script {
         }
     }
 
-    /// After CANCELLED the VMM still winds the copy up: the instance is idle only when it has its machine back.
-    async fn wait_for_machine(&mut self) {
+    /// After CANCELLED the VMM still winds the copy up: the instance is idle only when it has its machine back. False if it never will.
+    async fn take_machine_back(&mut self) -> bool {
         let deadline = tokio::time::Instant::now() + WIND_UP;
         loop {
             let Some(vmm) = self.instance.state.lock().await.vmm.clone() else {
-                return;
+                return false;
             };
             let ping = ferry_proto::vmm::v1::order::Order::Ping(ferry_proto::vmm::v1::Ping {});
             match vmm.order(ping).await {
                 Ok(ferry_proto::vmm::v1::report::Report::Standing(standing)) if standing.machine == "sending" => {}
                 Ok(ferry_proto::vmm::v1::report::Report::Standing(standing)) => {
                     self.guest_ended = self.guest_ended.take().or(standing.ended);
-                    return;
+                    return self.guest_ended.is_none();
                 }
-                _ => return,
+                _ => return false,
             }
             if tokio::time::Instant::now() >= deadline {
                 tracing::warn!(migration = %self.row.id, "the VMM does not wind the migration up");
-                return;
+                return false;
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
@@ -212,6 +270,19 @@ impl Script {
 
     async fn crashed(&mut self) {
         let mut state = self.instance.state.lock().await;
+        if self.row.status_before() == Status::Stopped {
+            // There was no guest in it.
+            let why = match self.stop.take() {
+                Some(Stop::Aborted(reason) | Stop::Failed(reason) | Stop::Busy(reason)) => reason,
+                None => "the VMM that held its machine died".to_owned(),
+            };
+            self.row.info.status = "failed".to_owned();
+            self.row.info.error = Some(why);
+            self.row.info.guest_location = Some(self.agent.host().to_owned());
+            state.news = None;
+            state.migrating = None;
+            return;
+        }
         let reason = format!("during a migration {}", state.vmm_obituary().await);
         self.row.info.status = "failed".to_owned();
         self.row.info.error = Some(format!("the guest crashed on host {}: {reason}", self.agent.host()));

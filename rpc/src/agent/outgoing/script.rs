@@ -17,11 +17,13 @@ use uuid::Uuid;
 
 use super::handle::{Outgoing, PeerNews, Resolving};
 use crate::agent::backends::storage;
+use crate::agent::checks::check_can_hold;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
-use crate::agent::journal::{InstanceRow, MigrationRow};
+use crate::agent::journal::{InstanceRow, MigrationRow, Status};
 use crate::agent::peers::{CALL_TIME, Call, ComputeClient, PREPARE_TIME, Peer, PeerError};
 use crate::agent::reason::Reason;
+use crate::agent::steps::{Journalled, SourceStep};
 use crate::agent::{data_port, images};
 
 /// How often agent B is asked whether it still takes part.
@@ -91,10 +93,10 @@ pub(super) struct Script {
     pub(super) guest_ended: Option<wire::GuestEnded>,
     /// What the destination said no with before anything was sent.
     pub(super) refusal: Mutex<Option<Failure>>,
-    /// Telling agent B that it is over.
-    pub(super) rollback: Option<JoinHandle<()>>,
+    /// Telling agent B that it is over; true once it has answered.
+    pub(super) rollback: Option<JoinHandle<bool>>,
     /// The place among the migrations that run at the same time.
-    slot: Option<OwnedSemaphorePermit>,
+    pub(super) slot: Option<OwnedSemaphorePermit>,
 }
 
 impl Script {
@@ -146,7 +148,6 @@ impl Script {
             Err(stop) => {
                 tracing::info!(migration = %self.row.id, ?stop, "the migration ends before anything was sent");
                 self.stop = Some(stop);
-                self.roll_back_destination();
                 Ending::Stayed
             }
         };
@@ -155,7 +156,16 @@ impl Script {
 
     /// The rest of a migration that an earlier run of this agent began.
     pub(super) async fn resume(mut self, core: SourceAgent, effects: Vec<SourceEffect>) {
-        self.say_status("running").await;
+        let reached = self.reached();
+        tracing::info!(migration = %self.row.id, step = %reached, "a migration is taken up in the step that the journal has");
+        self.row.info.restarted_in = Some(reached.to_string());
+        if reached < SourceStep::Copy {
+            // Nothing was sent, and what was begun for it is undone.
+            self.stop = Some(Stop::Failed(format!("the agent restarted in step {reached}")));
+        } else {
+            self.say_status("running").await;
+        }
+        self.show();
         let ending = self.switchover(core, effects).await;
         self.finish(ending).await;
     }
@@ -163,17 +173,23 @@ impl Script {
     /// Queue, prepare, connect, and give the VMM its order. On an error nothing has been sent.
     async fn until_sending(&mut self) -> Result<(), Stop> {
         self.wait_for_cast().await?;
-        self.say_status("queued").await;
+        self.enter(SourceStep::Queue).await?;
         let agent = Arc::clone(&self.agent);
         let slot = self.unless_aborted(Arc::clone(&agent.slots).acquire_owned()).await?;
         self.slot = Some(slot.map_err(|_| Stop::Failed("the agent is ending".to_owned()))?);
         self.hold("queued").await?;
 
-        self.say_status("preparing").await;
+        if self.row.status_before() == Status::Stopped {
+            self.enter(SourceStep::Build).await?;
+            self.build_stopped().await?;
+        }
+
+        self.enter(SourceStep::Prepare).await?;
         let peer = agent.peers.named(&self.row.peer)?.clone();
         let prepared = self.prepared(&peer).await?;
         self.hold("preparing").await?;
 
+        self.enter(SourceStep::Connect).await?;
         let streams = self.streams();
         let connect = data_port::connect(&prepared.data_address, &prepared.secret, self.row.id, streams);
         let connections = self.unless_aborted(connect).await?;
@@ -187,14 +203,24 @@ impl Script {
 
         let copied = prepared.copied_disks;
         self.row.info.copied_disks = self.paths_of(&copied).await?;
+        self.row.info.streams = streams.into();
         if !copied.is_empty() {
             // Before anything of it happens: an agent that restarts must know what becomes superfluous here.
             self.save().await?;
         }
+        self.enter(SourceStep::Copy).await?;
         self.send(connections, copied).await?;
-        self.row.info.streams = streams.into();
-        self.say_status("running").await;
+        // The VMM copies meanwhile. Should this fail it goes on all the same: a restarted agent believes the VMM's word.
+        if let Err(failure) = self.save().await {
+            tracing::error!(migration = %self.row.id, error = failure.chain(), "failed to journal that the guest is being sent");
+        }
         Ok(())
+    }
+
+    /// The machine of an instance that is off, to be moved like any other.
+    async fn build_stopped(&self) -> Result<(), Stop> {
+        let mut state = self.instance.state.lock().await;
+        Ok(self.agent.hold(&self.instance, &mut state, self.row.epoch).await?)
     }
 
     /// A migration that was accepted at RPC version 4.0 begins with a cast of its own.
@@ -245,6 +271,8 @@ impl Script {
             rpc_version: String::new(),
             storage: self.row.options.storage.clone(),
             disk_sizes,
+            mode: self.row.options.mode.clone(),
+            guest_was: self.row.info.guest_was.clone(),
         };
         let compute = self.agent.compute_rpcapi(&self.outgoing.context, &peer.host)?;
         // Another migration may take an image between our sending it and our asking again.
@@ -327,10 +355,14 @@ impl Script {
             verify: options.verify,
             user_paused: self.row.user_paused,
             copied_disks,
+            cold: self.row.is_cold(),
         };
         let (sender, news) = mpsc::unbounded_channel();
         let mut state = self.instance.state.lock().await;
         let vmm = state.vmm()?.clone();
+        if send.cold {
+            check_can_hold(&vmm).await?;
+        }
         state.news = Some(sender);
         let sent = vmm.order_with(Command::Send(send), connections).await;
         if let Err(error) = sent {
@@ -370,6 +402,42 @@ impl Script {
             self.unless_aborted(std::future::pending::<()>()).await?;
         }
         Ok(())
+    }
+
+    /// The furthest step that was reached, as the record has it.
+    pub(super) fn reached(&self) -> SourceStep {
+        SourceStep::parse(&self.row.info.step).unwrap_or(if self.row.armed > 0 {
+            SourceStep::Arm
+        } else {
+            // Of an agent that knew no steps: all that can be undone may have been reached.
+            SourceStep::Copy
+        })
+    }
+
+    /// The next step begins: shown, and journalled where its row says that this comes first.
+    ///
+    /// # Errors
+    /// The journal does not take it: then the step must not begin.
+    pub(super) async fn enter(&mut self, step: SourceStep) -> Result<(), Failure> {
+        self.note_step(step);
+        match step.row().journalled {
+            Journalled::Before => self.save().await,
+            Journalled::Along => {
+                self.show();
+                Ok(())
+            }
+        }
+    }
+
+    /// The record is to say that this is the step.
+    pub(super) fn note_step(&mut self, step: SourceStep) {
+        if self.row.info.step != step.row().word {
+            tracing::info!(migration = %self.row.id, %step, "{}", step.row().does);
+            self.row.info.step = step.to_string();
+        }
+        if let Some(status) = step.status() {
+            self.row.info.status = status.to_owned();
+        }
     }
 
     /// Changes the status, journalled and shown.

@@ -24,6 +24,7 @@ use crate::agent::instances::{Instance, VmmNews};
 use crate::agent::journal::Status;
 use crate::agent::peers::{CALL_TIME, Call, ComputeClient};
 use crate::agent::resolving::become_resolved;
+use crate::agent::steps::SourceStep;
 use crate::agent::vmm_client::VmmError;
 use crate::faults::{self, Moment, Site};
 use crate::vmm_process::monotonic_ns;
@@ -99,6 +100,7 @@ impl Script {
                 }
             };
             effects = core.step(event);
+            self.follow(core.state());
             if effects.is_empty() && matches!(event, SourceEvent::Resolved(_)) {
                 self.not_resolved("it was decided meanwhile".to_owned());
             }
@@ -109,6 +111,24 @@ impl Script {
                 _ if guard.is_none() => guard = Some(self.agent.journal.switchover()),
                 _ => {}
             }
+        }
+    }
+
+    /// The record follows the core through the steps of the switchover; what of it is journalled, an effect journals.
+    fn follow(&mut self, state: SourceState) {
+        match state {
+            SourceState::Copying => self.note_step(SourceStep::Copy),
+            SourceState::Arming { .. } => self.note_step(SourceStep::Arm),
+            SourceState::Granted { .. } => self.note_step(SourceStep::Grant),
+            SourceState::Asking { .. } | SourceState::Resuming { .. } if self.reached() < SourceStep::Go => {
+                self.note_step(SourceStep::Go);
+            }
+            // Being called off, or over: the furthest step stays.
+            SourceState::Asking { .. }
+            | SourceState::Resuming { .. }
+            | SourceState::Trading { .. }
+            | SourceState::Recalling { .. }
+            | SourceState::Ended(_) => {}
         }
     }
 
@@ -222,7 +242,7 @@ impl Script {
             }
             Body::Converged(_) => Some(SourceEvent::Converged),
             Body::Disarmed(disarmed) => {
-                self.row.info.status = "running".to_owned();
+                self.note_step(SourceStep::Copy);
                 self.row.info.decision = Some(format!("switchover called off: {}", disarmed.reason));
                 self.show();
                 Some(SourceEvent::Disarmed(
@@ -302,7 +322,6 @@ impl Script {
             SourceEffect::JournalArmed(attempt) => {
                 self.row.armed = attempt;
                 self.row.info.attempts = attempt;
-                self.row.info.status = "switching".to_owned();
                 // From here on the next epoch counts as known: the destination may come to run under it.
                 let mut state = self.instance.state.lock().await;
                 state.row.known_epoch = state.row.known_epoch.max(self.row.epoch + 1);
@@ -324,6 +343,9 @@ impl Script {
             }
             SourceEffect::AskDecision(attempt) => self.ask_decision(attempt, calls),
             SourceEffect::JournalDecision(_, decision) => {
+                if decision == Decision::Running {
+                    self.note_step(SourceStep::Confirm);
+                }
                 self.row.said = Some(decision.to_string());
                 self.save().await?;
             }
@@ -571,10 +593,11 @@ impl Script {
                     async move { client.rollback_live_migration(request).await }
                 };
                 match peer.call(&context, Call::RollbackLiveMigration, CALL_TIME, send).await {
-                    Ok(_) => return,
+                    Ok(_) => return true,
                     Err(error) => tracing::info!(%error, "the destination does not take the rollback"),
                 }
             }
+            false
         }));
     }
 }
