@@ -14,6 +14,7 @@
 //! destination is told, and every thread is joined.
 
 mod conversation;
+mod meter;
 mod parked;
 mod report;
 mod rounds;
@@ -33,6 +34,7 @@ use crate::link::{self, Link, Outgoing, Sockets};
 use crate::precopy::{Sender as PageSender, Streams};
 use crate::wire::{ControlError, OLDEST_PROTOCOL, PROTOCOL, hello};
 use conversation::{Conversation, Event, Heard, Outbox};
+pub use meter::{Amounts, Copied, MOST_BEFORE_THE_END};
 pub use parked::{NotResumable, Parked};
 pub use report::{
     Blackout, Overhead, Progress, RoundSummary, SourceOrder, SourceParameters, SourceReport, SourceSummary,

@@ -214,9 +214,11 @@ impl Script {
 }
 
 /// Goes on with an outgoing migration after a restart of the agent. The instance is marked as migrating before this returns.
-pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc<Instance>) {
+pub(crate) async fn recover(agent: &Arc<Agent>, mut row: MigrationRow, instance: Arc<Instance>) {
     let epoch = Epoch(row.epoch);
     let (armed, resumed, said) = (row.armed, row.resumed, row.said.clone());
+    // The VMM knows how far it is, and what the journal has may be older than what was told: unknown until it says.
+    row.info.progress_percent = None;
     let mut script = Script::new(agent, row, Arc::clone(&instance), None);
     let (news_sender, news) = mpsc::unbounded_channel();
     script.news = Some(news);

@@ -91,6 +91,8 @@ pub(super) struct Script {
     pub(super) guest_ended: Option<wire::GuestEnded>,
     /// Telling agent B that it is over.
     pub(super) rollback: Option<JoinHandle<()>>,
+    /// When how far the copy is was journalled last.
+    pub(super) reported: Instant,
     /// The place among the migrations that run at the same time.
     slot: Option<OwnedSemaphorePermit>,
 }
@@ -125,6 +127,7 @@ impl Script {
             go: None,
             guest_ended: None,
             rollback: None,
+            reported: Instant::now(),
             slot: None,
         }
     }

@@ -97,6 +97,9 @@ impl Script {
                 {
                     break event;
                 }
+                if matches!(core.state(), SourceState::Copying) {
+                    self.journal_report().await;
+                }
             };
             effects = core.step(event);
             if effects.is_empty() && matches!(event, SourceEvent::Resolved(_)) {
