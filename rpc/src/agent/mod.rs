@@ -14,6 +14,7 @@
 //! | `compute`, `conductor` | the gRPC services: convert, call, map the error; the conductor's task checks, chooses and casts |
 //! | `checks`, `claims`, `reason` | whether this host can have an instance, and why not |
 //! | `resolving` | a person ends a migration that nobody can decide |
+//! | `health` | what standard gRPC clients ask of any server |
 //! | `who` | who asked, for the audit table |
 //! | `journal`, `spawn`, `vmm_client` | SQLite, VMM processes, their sockets |
 
@@ -27,6 +28,7 @@ mod config;
 mod console;
 mod data_port;
 mod failure;
+mod health;
 mod host;
 mod images;
 mod incoming;

@@ -8,6 +8,7 @@ mod aborts;
 mod agents;
 mod alphabet;
 mod callers;
+mod clients;
 mod data_port;
 mod device_work;
 mod disks;
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
         hostile::trials(),
         jail::trials(),
         callers::trials(),
+        clients::trials(),
         silence::trials(),
         snapshots::trials(),
     ];
