@@ -52,7 +52,10 @@ fn describe_agents(mut descriptors: FileDescriptorSet) -> Result<(), Box<dyn Err
         file.source_code_info = None;
     }
     let out = std::env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?;
-    Ok(std::fs::write(Path::new(&out).join("agent.descriptors"), descriptors.encode_to_vec())?)
+    Ok(std::fs::write(
+        Path::new(&out).join("agent.descriptors"),
+        descriptors.encode_to_vec(),
+    )?)
 }
 
 fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), Box<dyn Error>> {

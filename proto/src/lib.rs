@@ -18,6 +18,6 @@ pub const AGENT_DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/a
 /// The version of the RPCs between agents, in Nova's manner: major, then minor.
 pub const RPC_VERSION: &str = "4.2";
 /// The newest version of the agent-VMM protocol that this build speaks.
-pub const VMM_PROTOCOL: u32 = 1;
+pub const VMM_PROTOCOL: u32 = 2;
 /// The oldest version of the agent-VMM protocol that this build speaks.
 pub const OLDEST_VMM_PROTOCOL: u32 = 1;

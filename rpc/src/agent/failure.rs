@@ -138,7 +138,7 @@ impl From<Failure> for Status {
             Failure::GuestIgnored(_) => Code::Aborted,
             Failure::GuestLost(_) => Code::DataLoss,
             Failure::Vmm {
-                source: VmmError::Refused(_),
+                source: VmmError::Refused(_) | VmmError::TooOld { .. },
                 ..
             } => Code::FailedPrecondition,
             Failure::Journal(_) | Failure::Vmm { .. } | Failure::Host { .. } => Code::Internal,

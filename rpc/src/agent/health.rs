@@ -136,7 +136,11 @@ mod tests {
         let described: Vec<String> = set
             .file
             .iter()
-            .flat_map(|file| file.service.iter().map(move |service| format!("{}.{}", file.package(), service.name())))
+            .flat_map(|file| {
+                file.service
+                    .iter()
+                    .map(move |service| format!("{}.{}", file.package(), service.name()))
+            })
             .collect();
         assert_eq!(described, SERVICES[1..]);
     }

@@ -62,7 +62,10 @@ fn what_an_agent_serves_is_found_by_reflection(pair: &mut Pair) -> Result<()> {
     };
     let names: Vec<String> = listed.service.into_iter().map(|service| service.name).collect();
     for service in SERVICES.into_iter().chain(["grpc.health.v1.Health"]) {
-        ensure!(names.iter().any(|name| name == service), "{service} is not among {names:?}");
+        ensure!(
+            names.iter().any(|name| name == service),
+            "{service} is not among {names:?}"
+        );
     }
 
     let symbol = MessageRequest::FileContainingSymbol("ferry.agent.v1.Conductor.LiveMigrate".to_owned());

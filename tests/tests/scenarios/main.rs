@@ -25,6 +25,7 @@ mod memory;
 mod moves;
 mod networks;
 mod placement;
+mod progress;
 mod refusals;
 mod requests;
 mod resolves;
@@ -33,6 +34,7 @@ mod scenario;
 mod silence;
 mod snapshots;
 mod storage;
+mod upgrades;
 
 use std::process::ExitCode;
 
@@ -59,6 +61,8 @@ fn main() -> ExitCode {
         requests::trials(),
         aborts::trials(),
         agents::trials(),
+        progress::trials(),
+        upgrades::trials(),
         resolves::trials(),
         data_port::trials(),
         faults::trials(),

@@ -314,7 +314,10 @@ fn a_full_disk_is_told_and_nothing_is_lost() {
             "{failed}"
         );
 
-        assert!(writable.has_changed().unwrap(), "nobody was told that it cannot be written");
+        assert!(
+            writable.has_changed().unwrap(),
+            "nobody was told that it cannot be written"
+        );
 
         fs::remove_file(&filler).unwrap();
         block_on(write_pair(&journal, 2));

@@ -205,12 +205,7 @@ fn note(writable: &watch::Sender<bool>, now: bool) {
     writable.send_if_modified(|known| std::mem::replace(known, now) != now);
 }
 
-fn write(
-    mut connection: Connection,
-    jobs: &Receiver<Job>,
-    switchovers: &AtomicUsize,
-    writable: &watch::Sender<bool>,
-) {
+fn write(mut connection: Connection, jobs: &Receiver<Job>, switchovers: &AtomicUsize, writable: &watch::Sender<bool>) {
     let mut written = false;
     loop {
         match jobs.recv_timeout(IDLE) {

@@ -159,7 +159,10 @@ mod tests {
     fn nothing_is_known_of_a_vmm_that_does_not_tell() {
         let mut info = MigrationInfo::default();
         note_copied(&mut info, None);
-        assert_eq!((info.memory_total, info.disk_total, info.progress_percent), (None, None, None));
+        assert_eq!(
+            (info.memory_total, info.disk_total, info.progress_percent),
+            (None, None, None)
+        );
         note_completed(&mut info);
         assert_eq!((info.memory_remaining, info.progress_percent), (None, Some(100)));
     }
