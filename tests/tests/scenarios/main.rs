@@ -13,6 +13,7 @@ mod data_port;
 mod device_work;
 mod disks;
 mod faults;
+mod fields;
 mod hostile;
 mod jail;
 mod journal;
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
         hostile::trials(),
         jail::trials(),
         callers::trials(),
+        fields::trials(),
         clients::trials(),
         silence::trials(),
         snapshots::trials(),

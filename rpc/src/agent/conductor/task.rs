@@ -34,7 +34,7 @@ impl Agent {
         self: &Arc<Self>,
         request: LiveMigrateRequest,
     ) -> Result<LiveMigrateReply, Failure> {
-        let migration = request_id(&request.request_id);
+        let migration = request_id(&request.request_id)?;
         let options = check_options(required("options", request.options)?)?;
         let (source, instance) = self.find(&request.instance).await?;
         if let Some(reply) = self.received_before(migration, &source).await? {
