@@ -337,7 +337,11 @@ pub struct Call {
 }
 
 impl Call {
-    fn start(command: Command, name: String) -> Result<Self> {
+    /// Starts a program whose whole command is the caller's; `name` is for messages.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start(command: Command, name: String) -> Result<Self> {
         Self::start_reading(command, name, Stdio::null())
     }
 

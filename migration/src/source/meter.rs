@@ -212,7 +212,10 @@ mod tests {
 
     fn set(memory: u64, disk: u64) -> PageSet {
         let mut set = PageSet::new(shape().shape());
-        set.insert(FrameRun { first: 0, count: memory });
+        set.insert(FrameRun {
+            first: 0,
+            count: memory,
+        });
         set.insert(FrameRun {
             first: MEMORY,
             count: disk,
@@ -234,7 +237,10 @@ mod tests {
         assert_eq!(copied.percent, 48);
         meter.round_ends(&set(30, 0), 30);
         let copied = meter.copied();
-        assert_eq!((copied.memory.processed, copied.memory.remaining), (100 << 12, 30 << 12));
+        assert_eq!(
+            (copied.memory.processed, copied.memory.remaining),
+            (100 << 12, 30 << 12)
+        );
         assert_eq!((copied.disk.processed, copied.disk.remaining), (50 << 12, 0));
         assert_eq!(copied.percent, 95);
     }

@@ -104,6 +104,8 @@ pub(super) enum Verb {
     Demo,
     /// Measure migrations of named workloads on this machine
     Bench(BenchArguments),
+    /// Check this host, move a guest there and back, and kill each part of a migration once: for CI
+    Selftest(SelftestArguments),
     /// The process around one VM; agents start it
     #[command(hide = true)]
     Vmm(VmmArguments),
@@ -388,6 +390,13 @@ pub(super) struct DoctorArguments {
 }
 
 #[derive(Debug, Args)]
+pub(super) struct SelftestArguments {
+    /// Write what became of each check to this file, as JUnit has it
+    #[arg(long, value_name = "FILE")]
+    pub(super) junit: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
 pub(super) struct BenchArguments {
     /// Only these workloads, by name or part of it; may be given again
     #[arg(long = "workload", value_name = "NAME")]
@@ -410,6 +419,7 @@ impl Verb {
             Self::Agent(_) => Some("agent"),
             Self::Demo => Some("demo"),
             Self::Bench(_) => Some("bench"),
+            Self::Selftest(_) => Some("selftest"),
             Self::Vmm(_) => Some("vmm"),
             _ => None,
         }

@@ -47,7 +47,9 @@ pub(super) fn moment(info: &MigrationInfo) -> String {
         parts.extend(info.progress_percent.map(bar));
         parts.push(format!("round {}", info.rounds.len() + 1));
         parts.push(format!("{} sent", human_bytes(info.bytes_sent)));
-        let left = info.memory_remaining.map(|memory| memory + info.disk_remaining.unwrap_or(0));
+        let left = info
+            .memory_remaining
+            .map(|memory| memory + info.disk_remaining.unwrap_or(0));
         parts.extend(left.map(|left| format!("{} left", human_bytes(left))));
         parts.extend(info.throughput_bytes_per_s.map(human_rate));
         let dirty = info.dirty_bytes_per_s.filter(|&rate| rate > 0.0);

@@ -32,6 +32,7 @@ mod requests;
 mod resolves;
 mod restarts;
 mod scenario;
+mod selftest;
 mod silence;
 mod snapshots;
 mod storage;
@@ -72,6 +73,7 @@ fn main() -> ExitCode {
         callers::trials(),
         fields::trials(),
         clients::trials(),
+        selftest::trials(),
         silence::trials(),
         snapshots::trials(),
     ];

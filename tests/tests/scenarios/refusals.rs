@@ -177,7 +177,6 @@ fn what_does_not_work_yet_is_a_usage_error_that_names_itself(pair: &mut Pair) ->
         .ferry(&["migrate", "g", "--mode", "postcopy"])?
         .exit(2)?
         .says("postcopy")?;
-    pair.a.ferry(&["selftest"])?.exit(2)?.says("selftest")?;
     Ok(())
 }
 
