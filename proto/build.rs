@@ -3,6 +3,9 @@
 use std::error::Error;
 use std::path::{Path, PathBuf};
 
+use prost::Message as _;
+use protox::prost_reflect::prost_types::FileDescriptorSet;
+
 fn main() -> Result<(), Box<dyn Error>> {
     let root = Path::new("proto");
     println!("cargo:rerun-if-changed={}", root.display());
@@ -11,6 +14,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     files.sort();
 
     let descriptors = protox::compile(&files, [root])?;
+    describe_agents(descriptors.clone())?;
     let rpc = std::env::var_os("CARGO_FEATURE_RPC").is_some();
     let mut builder = tonic_prost_build::configure().build_client(rpc).build_server(rpc);
     if rpc {
@@ -41,6 +45,19 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     builder.compile_fds(descriptors)?;
     Ok(())
+}
+
+/// What clients that know no `.proto` file are told of the services: without comments, and without what agents do not serve.
+fn describe_agents(mut descriptors: FileDescriptorSet) -> Result<(), Box<dyn Error>> {
+    descriptors.file.retain(|file| file.package() == "ferry.agent.v1");
+    for file in &mut descriptors.file {
+        file.source_code_info = None;
+    }
+    let out = std::env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?;
+    Ok(std::fs::write(
+        Path::new(&out).join("agent.descriptors"),
+        descriptors.encode_to_vec(),
+    )?)
 }
 
 fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), Box<dyn Error>> {

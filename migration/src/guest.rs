@@ -213,6 +213,11 @@ pub trait GuestMemory: Send + Sync + 'static {
     /// Where there is memory.
     fn shape(&self) -> &MemoryShape;
 
+    /// Whether this region stands for the blocks of a disk, which is told of apart. Such regions come after all memory.
+    fn is_disk(&self, _region: Region) -> bool {
+        false
+    }
+
     /// Writes `prefix` and then the bytes of `runs` to a blocking stream socket, all of it.
     ///
     /// # Errors

@@ -15,6 +15,7 @@
 
 mod cold;
 mod conversation;
+mod meter;
 mod parked;
 mod report;
 mod rounds;
@@ -35,6 +36,7 @@ use crate::precopy::{Sender as PageSender, Streams};
 use crate::wire::{ControlError, OLDEST_PROTOCOL, PROTOCOL, hello};
 use cold::Halt;
 use conversation::{Conversation, Event, Heard, Outbox};
+pub use meter::{Amounts, Copied, MOST_BEFORE_THE_END};
 pub use parked::{NotResumable, Parked};
 pub use report::{
     Blackout, Manner, Overhead, Progress, RoundSummary, SourceOrder, SourceParameters, SourceReport, SourceSummary,

@@ -13,6 +13,8 @@ mod validate;
 pub use generated::{agent, state, stream, vmm};
 pub use validate::{InvalidField, required, wire_uuid};
 
+/// The services between the command line and agents, and among agents: an encoded `google.protobuf.FileDescriptorSet`.
+pub const AGENT_DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/agent.descriptors"));
 /// The version of the RPCs between agents, in Nova's manner: major, then minor.
 pub const RPC_VERSION: &str = "4.3";
 /// The newest version of the agent-VMM protocol that this build speaks.

@@ -148,6 +148,11 @@ impl Host {
         command
     }
 
+    /// From its next start on the agent is this binary, as after an upgrade. Its VMMs stay what they are.
+    pub fn become_binary(&mut self, ferry: &Path) {
+        ferry.clone_into(&mut self.ferry);
+    }
+
     /// From its next start on the agent is this user's, from this copy of the binary, with its data in this folder.
     pub fn become_user(&mut self, user: u32, ferry: &Path, data_dir: &Path) {
         self.user = Some(user);
@@ -332,7 +337,11 @@ pub struct Call {
 }
 
 impl Call {
-    fn start(command: Command, name: String) -> Result<Self> {
+    /// Starts a program whose whole command is the caller's; `name` is for messages.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start(command: Command, name: String) -> Result<Self> {
         Self::start_reading(command, name, Stdio::null())
     }
 

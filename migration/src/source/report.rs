@@ -9,6 +9,7 @@ use crate::guest::{GuestWas, StopTimes};
 use crate::handover::{Attempt, Epoch};
 use crate::link::Liveness;
 use crate::policy::Decision;
+use crate::source::Copied;
 
 /// How one migration is to be done.
 #[derive(Clone, Debug)]
@@ -89,6 +90,8 @@ pub enum SourceReport {
     Copying {
         /// Pages that the host has ever populated.
         populated_pages: u64,
+        /// What there is to move.
+        copied: Copied,
     },
     /// About four times a second while copying.
     Progress(Progress),
@@ -96,6 +99,8 @@ pub enum SourceReport {
     Round {
         /// What was measured.
         round: RoundSummary,
+        /// How far the copy is with it.
+        copied: Copied,
         /// What follows from it.
         decision: Decision,
     },
@@ -133,6 +138,8 @@ pub struct Progress {
     pub zero_pages: u64,
     /// Bytes a second, measured since the last progress.
     pub throughput_bytes_per_s: u64,
+    /// How far the copy is.
+    pub copied: Copied,
 }
 
 /// One round, from its first page to the destination's acknowledgement.
@@ -169,6 +176,8 @@ pub struct SourceSummary {
     pub dirty_bytes_per_s: Option<u64>,
     /// The smallest round trip of the control stream lately; `None` if none was measured.
     pub round_trip: Option<Duration>,
+    /// How far the copy came; `None` before the first pass.
+    pub copied: Option<Copied>,
     /// The blackout's source part; `None` if the guest was never stopped, or went on running.
     pub blackout: Option<Blackout>,
 }

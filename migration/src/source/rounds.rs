@@ -11,6 +11,7 @@ use crate::policy::{Decision, Policy, Verdict};
 use crate::precopy::{Pace, Round, Streams};
 use crate::source::cold::Halt;
 use crate::source::conversation::{Conversation, Heard, TICK, unexpected};
+use crate::source::meter::Meter;
 use crate::source::{Journey, Manner, Progress, RoundSummary, SourceError, SourceReport, SourceSummary, Stop};
 use crate::wire::{StreamTotals, population_to_wire};
 
@@ -37,6 +38,7 @@ pub(super) struct Copy<'c, 'a, G: SourceGuest> {
     /// Frames that the destination does not hold as they are, as far as was fetched. Nothing leaves this set but by
     /// being sent after its range was re-armed, and a barrier.
     pub(super) pending: PageSet,
+    pub(super) meter: Meter,
     /// The number of the next round.
     pub(super) round: u32,
     /// An empty set, kept to save allocations.
@@ -73,8 +75,11 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             Heard::PopulationReady => Ok(()),
             other => Err(other),
         })?;
+        let meter = Meter::new(&*guest.memory(), &pending);
+        summary.copied = Some(meter.copied());
         conversation.asked.report(SourceReport::Copying {
             populated_pages: pending.count(),
+            copied: meter.copied(),
         });
         let parameters = conversation.asked.parameters;
         let policy = Policy::new(parameters.manner, parameters.overhead);
@@ -90,6 +95,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             streams,
             policy,
             pending,
+            meter,
             round,
             spare,
             rest_until,
@@ -132,6 +138,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             self.streams.placement.taken(self.guest.busy_processors());
             let clearer = Some(self.guest.clearer());
             let set = self.take_pending();
+            self.meter.round_begins(&set, pages);
             self.streams.feed.start(Round {
                 number,
                 set,
@@ -146,13 +153,16 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         let elapsed = began.elapsed();
         self.fetch_dirty()?;
         let sent = self.streams.sum();
+        let dirty_pages = self.pending.count();
+        self.meter.round_ends(&self.pending, dirty_pages);
+        self.summary.copied = Some(self.meter.copied());
         let round = RoundSummary {
             number,
             pages,
             zero_pages: sent.zero_pages - before.zero_pages,
             bytes: sent.bytes - before.bytes,
             elapsed,
-            dirty_pages: self.pending.count(),
+            dirty_pages,
         };
         let decision = self.policy.judge(&round, self.conversation.round_trip());
         if pages > 0 || self.summary.rounds.is_empty() {
@@ -270,6 +280,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         self.summary.rounds.push(round);
         self.conversation.asked.report(SourceReport::Round {
             round,
+            copied: self.meter.copied(),
             decision: decision.clone(),
         });
     }
@@ -281,10 +292,14 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             return;
         }
         let sum = self.streams.sum();
+        let remaining_pages = self.streams.feed.remaining();
+        self.meter.is_at(remaining_pages);
+        self.summary.copied = Some(self.meter.copied());
         self.told = (Instant::now(), sum.bytes);
         self.conversation.asked.report(SourceReport::Progress(Progress {
             round: self.round,
-            remaining_pages: self.streams.feed.remaining(),
+            remaining_pages,
+            copied: self.meter.copied(),
             bytes_sent: sum.bytes,
             zero_pages: sum.zero_pages,
             throughput_bytes_per_s: per_second(sum.bytes - bytes, elapsed).unwrap_or(0),

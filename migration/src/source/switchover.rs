@@ -233,6 +233,7 @@ fn send_last_pages<G: SourceGuest>(
     }
     if pages > 0 {
         let set = copy.take_pending();
+        copy.meter.round_begins(&set, pages);
         *last_round = LastRound::UnderWay;
         copy.streams.feed.start(Round {
             number: copy.round,
@@ -244,6 +245,8 @@ fn send_last_pages<G: SourceGuest>(
         *last_round = LastRound::Sent;
     }
     let sent = copy.streams.sum();
+    copy.meter.last_round_ends();
+    copy.summary.copied = Some(copy.meter.copied());
     copy.summary.rounds.push(RoundSummary {
         number: copy.round,
         pages,

@@ -30,6 +30,8 @@ pub struct AgentConfig {
     pub insecure_network: bool,
     /// The users that VMMs become, where the agent is root.
     pub vmm_users: UserRange,
+    /// For tests: the newest version of the agent-VMM protocol that the VMMs of this agent speak.
+    pub vmm_protocol_cap: Option<u32>,
     /// The newest version of the RPCs that it speaks and understands: Nova's upgrade_levels.
     pub rpc_cap: RpcVersion,
     /// How much of this host its guests may claim.
@@ -103,6 +105,7 @@ mod tests {
             image_dirs: Vec::new(),
             insecure_network: false,
             vmm_users: UserRange::default(),
+            vmm_protocol_cap: None,
             rpc_cap: RpcVersion::NEWEST,
             allocation: AllocationRatios::default(),
             max_outgoing: 1,

@@ -128,7 +128,7 @@ impl Failure {
 
     /// The failure with all its causes, in one line.
     pub(crate) fn chain(&self) -> String {
-        crate::error_chain(self)
+        bounded(crate::error_chain(self))
     }
 
     /// The failure and its causes, each by itself.
@@ -150,12 +150,27 @@ impl Failure {
             Self::GuestIgnored(_) => Code::Aborted,
             Self::GuestLost(_) => Code::DataLoss,
             Self::Vmm {
-                source: VmmError::Refused(_),
+                source: VmmError::Refused(_) | VmmError::TooOld { .. },
                 ..
             } => Code::FailedPrecondition,
             Self::Journal(_) | Self::Vmm { .. } | Self::Host { .. } => Code::Internal,
         }
     }
+}
+
+/// The longest text of a failure, in bytes. Names that callers choose are part of it, and it travels in a header of at most 16 KiB, in which
+/// a byte may take three: with a longer one HTTP/2 gives up the connection, and whatever else goes on there.
+const LONGEST: usize = 3072;
+/// Of a longer one, how much of its end is kept: there are the causes.
+const END: usize = 1024;
+
+fn bounded(text: String) -> String {
+    if text.len() <= LONGEST {
+        return text;
+    }
+    let start = text.floor_char_boundary(LONGEST - END);
+    let end = text.ceil_char_boundary(text.len() - END);
+    format!("{} … {}", &text[..start], &text[end..])
 }
 
 impl From<Failure> for Status {
@@ -165,7 +180,7 @@ impl From<Failure> for Status {
             details.add_help_link(reason.remedy(), "");
         }
         if let Failure::Invalid(invalid) = &failure {
-            details.add_bad_request_violation(invalid.field, invalid.problem.clone());
+            details.add_bad_request_violation(invalid.field, bounded(invalid.problem.clone()));
         }
         let mut status = Self::with_error_details(failure.code(), failure.chain(), details);
         if let Failure::NotFound {
@@ -176,5 +191,26 @@ impl From<Failure> for Status {
             status.metadata_mut().insert("moved-to", host);
         }
         status
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_of_a_megabyte_does_not_come_back_whole() {
+        let status = Status::from(Failure::NotFound {
+            what: format!("instance {}", "ü".repeat(1 << 19)),
+            moved_to: None,
+        });
+        let told = status.message();
+        assert!(told.len() < LONGEST + 10, "{} bytes", told.len());
+        assert!(
+            told.starts_with("instance ü") && told.ends_with("ü is not here"),
+            "{told}"
+        );
+        let short = Failure::Refused("no".to_owned());
+        assert_eq!(short.chain(), "no");
     }
 }

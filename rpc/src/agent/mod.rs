@@ -18,6 +18,7 @@
 //! | `resolving` | a person ends a migration that nobody can decide |
 //! | `context`, `who` | in which request, for whom and until when something is done |
 //! | `events` | what was done to each instance, and what failed |
+//! | `health` | what standard gRPC clients ask of any server |
 //! | `journal`, `spawn`, `vmm_client` | SQLite, VMM processes, their sockets |
 
 mod backends;
@@ -32,6 +33,7 @@ mod context;
 mod data_port;
 mod events;
 mod failure;
+mod health;
 mod host;
 mod images;
 mod incoming;

@@ -67,7 +67,7 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), Failure> {
             storage::remove(&orphan.info.copied_disks, orphan.instance, agent.host());
         }
         if arrived_elsewhere {
-            orphan.info.status = "completed".to_owned();
+            outgoing::note_completed(&mut orphan.info);
             orphan.info.guest_location = Some(orphan.peer.clone());
         } else if orphan.info.ended.is_none() {
             // Not of one that a person ended: its record says all.

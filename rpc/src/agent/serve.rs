@@ -22,11 +22,12 @@ use super::compute_rpcapi::check_version;
 use super::conductor::ConductorService;
 use super::config::AgentConfig;
 use super::context::RequestContext;
+use super::health::Health;
 use super::instances::{Agent, restart_when_due};
 use super::journal::Journal;
 use super::peers::Peers;
 use super::unread::WithReasons;
-use super::{data_port, host, recovery};
+use super::{data_port, health, host, recovery};
 
 /// How long calls in flight may take when the agent is asked to end.
 const LAST_CALLS: Duration = Duration::from_secs(1);
@@ -63,6 +64,8 @@ pub async fn serve(config: AgentConfig) -> anyhow::Result<()> {
         "agent ready"
     );
 
+    let (health, health_service) = Health::begin(agent.journal.writable()).await;
+    let reflection = health::reflection()?;
     let rpc_cap = agent.config.rpc_cap;
     let ending = Arc::new(Notify::new());
     let asked = Arc::clone(&ending);
@@ -80,8 +83,12 @@ pub async fn serve(config: AgentConfig) -> anyhow::Result<()> {
             ConductorService(Arc::clone(&agent)),
             RequestContext::receive,
         ))
+        .add_service(health_service)
+        .add_service(reflection)
         .serve_with_incoming_shutdown(grpc, async move {
             ended().await;
+            // Whoever watches hears it while the connections are still there.
+            health.end().await;
             asked.notify_one();
         });
     // Calls in flight may end; whoever follows a console would keep the agent for ever.

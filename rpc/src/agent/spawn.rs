@@ -45,11 +45,18 @@ pub(crate) struct Process {
 }
 
 /// Starts `ferry vmm` for the instance in `folder`; it can be connected to when this returns. The process goes into a jail, where it
-/// has this folder to read and the other, if there is one, to leave its started mark.
+/// has this folder to read and the other, if there is one, to leave its started mark. `protocol_cap`: the newest version of the protocol with
+/// its agent that it is to speak, for tests of an agent whose VMMs are of an earlier build.
 ///
 /// # Errors
 /// The socket cannot be made or the process cannot be started.
-pub(crate) fn vmm(folder: &Path, mark_folder: Option<&Path>, users: UserRange, instance: &str) -> io::Result<Process> {
+pub(crate) fn vmm(
+    folder: &Path,
+    mark_folder: Option<&Path>,
+    users: UserRange,
+    protocol_cap: Option<u32>,
+    instance: &str,
+) -> io::Result<Process> {
     let socket = folder.join(SOCKET);
     // One instance has one process: whatever an agent that was killed left here ends before its socket is taken away.
     kill_listening(&socket)?;
@@ -82,6 +89,9 @@ pub(crate) fn vmm(folder: &Path, mark_folder: Option<&Path>, users: UserRange, i
         .stderr(log);
     if let Some(mark_folder) = mark_folder {
         command.arg("--mark-dir").arg(mark_folder);
+    }
+    if let Some(cap) = protocol_cap {
+        command.arg("--protocol-cap").arg(cap.to_string());
     }
     match vmm_user::give(folder, mark_folder, users) {
         Ok(user) => drop(command.arg("--user").arg(user.to_string())),

@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
@@ -45,6 +45,24 @@ pub(crate) enum VmmError {
     /// It lives but does not answer: stopped, or stuck.
     #[error("the VMM did not answer within {}", humantime::format_duration(*.0))]
     Silent(Duration),
+    /// It is of an earlier build, and does not know the order.
+    #[error(
+        "the VMM is of an earlier build and speaks version {speaks} of the protocol with its agent, {order} came with version {brought}: \
+         stop and start the instance, or move it, and it has a VMM of this build"
+    )]
+    TooOld {
+        /// What was asked of it.
+        order: &'static str,
+        /// The version that brought that.
+        brought: u32,
+        /// The version that both speak.
+        speaks: u32,
+    },
+    /// It speaks no version that this build speaks.
+    #[error(
+        "the VMM speaks version {0} of the protocol with its agent, this agent {OLDEST_VMM_PROTOCOL} to {VMM_PROTOCOL}"
+    )]
+    Foreign(u32),
     /// It answered something else than was asked.
     #[error("the VMM answered out of place")]
     OutOfPlace,
@@ -70,6 +88,8 @@ struct Shared {
     number: AtomicU64,
     process: Process,
     socket: UnixStream,
+    /// The version of the protocol that both speak; the oldest one until the VMM has said.
+    version: AtomicU32,
     /// Whose turn it is to glance.
     glance: Arc<tokio::sync::Mutex<()>>,
 }
@@ -118,7 +138,20 @@ impl Vmm {
             newest_version: VMM_PROTOCOL,
         };
         match vmm.order(Command::Hello(hello)).await? {
-            Body::Standing(standing) if i64::from(standing.pid) == i64::from(vmm.pid()) => Ok((vmm, standing, events)),
+            Body::Standing(standing) if i64::from(standing.pid) == i64::from(vmm.pid()) => {
+                if !(OLDEST_VMM_PROTOCOL..=VMM_PROTOCOL).contains(&standing.version) {
+                    return Err(VmmError::Foreign(standing.version));
+                }
+                if standing.version < VMM_PROTOCOL {
+                    tracing::info!(
+                        pid = vmm.pid(),
+                        version = standing.version,
+                        "a VMM of an earlier build: what is newer is not asked of it"
+                    );
+                }
+                vmm.shared.version.store(standing.version, Ordering::Relaxed);
+                Ok((vmm, standing, events))
+            }
             _ => Err(VmmError::OutOfPlace),
         }
     }
@@ -148,6 +181,7 @@ impl Vmm {
             orders,
             waiting,
             number: AtomicU64::new(1),
+            version: AtomicU32::new(OLDEST_VMM_PROTOCOL),
             process,
             glance: Arc::default(),
             socket,
@@ -219,6 +253,11 @@ impl Vmm {
     pub(crate) async fn order_with(&self, command: Command, descriptors: Vec<OwnedFd>) -> Result<Body, VmmError> {
         if command.encoded_len() > vmm_channel::MAX_MESSAGE / 2 {
             return Err(VmmError::Refused("the order is too large".to_owned()));
+        }
+        let (brought, order) = vmm_channel::brought_by(&command);
+        let speaks = self.shared.version.load(Ordering::Relaxed);
+        if brought > speaks {
+            return Err(VmmError::TooOld { order, brought, speaks });
         }
         let patience = if matches!(command, Command::Build(_)) {
             BUILD_TIME

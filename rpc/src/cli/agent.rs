@@ -3,6 +3,7 @@
 use std::io::IsTerminal;
 use std::path::PathBuf;
 
+use ferry_proto::VMM_PROTOCOL;
 use tracing_subscriber::EnvFilter;
 
 use super::arguments::{AgentArguments, VmmArguments};
@@ -32,6 +33,7 @@ pub(super) fn vmm(arguments: VmmArguments) -> Outcome {
         folder: arguments.instance_dir,
         mark_folder: arguments.mark_dir,
         user: arguments.user,
+        protocol: arguments.protocol_cap.unwrap_or(VMM_PROTOCOL),
     };
     if arguments.rehearse {
         vmm_process::rehearse(&start).iter().try_for_each(output::json_line)?;
@@ -87,6 +89,7 @@ fn configuration(arguments: AgentArguments) -> Result<AgentConfig, Failure> {
         image_dirs: arguments.image_dirs,
         insecure_network: arguments.insecure_network,
         vmm_users: arguments.vmm_users.unwrap_or_default(),
+        vmm_protocol_cap: arguments.vmm_protocol_cap,
         rpc_cap: arguments.rpc_cap,
         allocation: AllocationRatios {
             ram: arguments.ram_allocation_ratio,

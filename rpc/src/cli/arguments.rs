@@ -5,7 +5,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand};
+use ferry_proto::{OLDEST_VMM_PROTOCOL, VMM_PROTOCOL};
 
 use super::devices::{self, DiskArgument, NicArgument};
 use super::output::Format;
@@ -114,6 +116,8 @@ pub(super) enum Verb {
     Demo,
     /// Measure migrations of named workloads on this machine
     Bench(BenchArguments),
+    /// Check this host, move a guest there and back, and kill each part of a migration once: for CI
+    Selftest(SelftestArguments),
     /// The process around one VM; agents start it
     #[command(hide = true)]
     Vmm(VmmArguments),
@@ -129,6 +133,9 @@ pub(super) struct VmmArguments {
     /// The user and group to become
     #[arg(long)]
     pub(super) user: Option<u32>,
+    /// Speak this version of the protocol with the agent at most
+    #[arg(long, value_parser = vmm_protocol())]
+    pub(super) protocol_cap: Option<u32>,
     /// Only tell what this host does not allow of the jail, a JSON object each
     #[arg(long)]
     pub(super) rehearse: bool,
@@ -188,6 +195,13 @@ pub(super) struct AgentArguments {
     /// For tests: where to ask, before and after each step of a migration, whether to go on
     #[arg(long, value_name = "SOCKET", hide = true)]
     pub(super) fault_gate: Option<PathBuf>,
+    /// For tests: its VMMs speak this version of the protocol with their agent at most, as those of an earlier build do
+    #[arg(long, value_name = "VERSION", hide = true, value_parser = vmm_protocol())]
+    pub(super) vmm_protocol_cap: Option<u32>,
+}
+
+fn vmm_protocol() -> RangedU64ValueParser<u32> {
+    RangedU64ValueParser::new().range(u64::from(OLDEST_VMM_PROTOCOL)..=u64::from(VMM_PROTOCOL))
 }
 
 #[derive(Debug, Args)]
@@ -391,6 +405,13 @@ pub(super) struct DoctorArguments {
 }
 
 #[derive(Debug, Args)]
+pub(super) struct SelftestArguments {
+    /// Write what became of each check to this file, as JUnit has it
+    #[arg(long, value_name = "FILE")]
+    pub(super) junit: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
 pub(super) struct BenchArguments {
     /// Only these workloads, by name or part of it; may be given again
     #[arg(long = "workload", value_name = "NAME")]
@@ -413,6 +434,7 @@ impl Verb {
             Self::Agent(_) => Some("agent"),
             Self::Demo => Some("demo"),
             Self::Bench(_) => Some("bench"),
+            Self::Selftest(_) => Some("selftest"),
             Self::Vmm(_) => Some("vmm"),
             _ => None,
         }

@@ -23,6 +23,13 @@ pub(super) async fn run(format: Format) -> Outcome {
     Ok(if story.clean { Exit::Done } else { Exit::Failed })
 }
 
+/// The two moves, told to nobody but as progress on stderr.
+pub(super) async fn moves() -> Result<Vec<Move>, Failure> {
+    let told = Teller { format: Format::Json };
+    let story = in_a_lab(async |lab: &mut Lab| show(lab, &told).await).await?;
+    Ok(story.moves)
+}
+
 /// What `-o json` prints.
 #[derive(Debug, Serialize)]
 struct Story {

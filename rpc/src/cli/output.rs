@@ -27,7 +27,7 @@ impl Format {
     /// Prints a list: an object for each, or a table.
     pub(super) fn many<T: Serialize>(self, values: &[T], table: impl FnOnce(&[T]) -> Table) -> Result<(), Failure> {
         match self {
-            Self::Json => values.iter().try_for_each(json_line),
+            Self::Json => json_lines(values),
             Self::Human => text(&table(values).to_string()),
         }
     }
@@ -35,9 +35,18 @@ impl Format {
 
 /// Prints one object on one line of stdout.
 pub(super) fn json_line<T: Serialize>(value: &T) -> Result<(), Failure> {
-    let line =
-        serde_json::to_string(value).map_err(|error| Failure::new(Exit::Failed, format!("print as JSON: {error}")))?;
-    text(&line)
+    json_lines(std::slice::from_ref(value))
+}
+
+/// Prints an object a line, all in one go: there may be thousands.
+fn json_lines<T: Serialize>(values: &[T]) -> Result<(), Failure> {
+    let failed = |error| Failure::new(Exit::Failed, format!("print as JSON: {error}"));
+    let mut lines = Vec::new();
+    for value in values {
+        serde_json::to_writer(&mut lines, value).map_err(failed)?;
+        lines.push(b'\n');
+    }
+    bytes(&lines)
 }
 
 /// Prints text on stdout and ends the line.

@@ -44,9 +44,13 @@ pub(super) fn moment(info: &MigrationInfo) -> String {
     )];
     let copying = matches!(info.status.as_str(), "running" | "switching");
     if copying && info.bytes_sent > 0 {
-        parts.push(bar(info));
+        parts.extend(info.progress_percent.map(bar));
         parts.push(format!("round {}", info.rounds.len() + 1));
         parts.push(format!("{} sent", human_bytes(info.bytes_sent)));
+        let left = info
+            .memory_remaining
+            .map(|memory| memory + info.disk_remaining.unwrap_or(0));
+        parts.extend(left.map(|left| format!("{} left", human_bytes(left))));
         parts.extend(info.throughput_bytes_per_s.map(human_rate));
         let dirty = info.dirty_bytes_per_s.filter(|&rate| rate > 0.0);
         parts.extend(dirty.map(|rate| format!("guest writes {}", human_rate(rate))));
@@ -195,19 +199,13 @@ fn reason(info: &MigrationInfo) -> String {
         .unwrap_or_default()
 }
 
-/// How much of what is known to need sending has been sent; it falls back when the guest writes faster.
-fn bar(info: &MigrationInfo) -> String {
-    const WIDTH: f64 = 16.0;
-    let sent = info.bytes_sent as f64;
-    let share = sent / (sent + info.remaining_pages as f64 * PAGE);
-    let full = (share * WIDTH).round() as usize;
-    let text: String = (0..WIDTH as usize)
-        .map(|at| if at < full { '█' } else { '░' })
-        .collect();
-    format!("{text} {:>3.0} %", share * 100.0)
+/// How much of the way is behind it.
+fn bar(percent: u32) -> String {
+    const WIDTH: u32 = 16;
+    let full = (percent.min(100) * WIDTH + 50) / 100;
+    let text: String = (0..WIDTH).map(|at| if at < full { '█' } else { '░' }).collect();
+    format!("{text} {percent:>3} %")
 }
-
-const PAGE: f64 = 4096.0;
 
 #[cfg(test)]
 mod tests {
@@ -273,13 +271,20 @@ mod tests {
         assert_eq!(moment(&info("preparing")), "web a → b: preparing");
         let running = MigrationInfo {
             bytes_sent: 1 << 20,
-            remaining_pages: 256,
+            memory_remaining: Some(1 << 20),
+            disk_remaining: Some(1 << 19),
+            progress_percent: Some(50),
             ..info("running")
         };
         let text = moment(&running);
         assert!(
-            text.contains("████████░░░░░░░░  50 %") && text.contains("round 1 · 1 MiB sent"),
+            text.contains("████████░░░░░░░░  50 %") && text.contains("round 1 · 1 MiB sent · 1.50 MiB left"),
             "{text}"
         );
+        let of_an_older_vmm = MigrationInfo {
+            progress_percent: None,
+            ..running
+        };
+        assert!(!moment(&of_an_older_vmm).contains('%'));
     }
 }

@@ -4,5 +4,7 @@
 //! byte of a frame (SCM_RIGHTS), so that they cannot be taken for another frame's.
 
 mod frame;
+mod versions;
 
 pub(crate) use frame::{MAX_MESSAGE, receive, send};
+pub(crate) use versions::brought_by;

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use ferry_migration::guest::{GuestEnd, GuestWas};
 use ferry_migration::handover::{Attempt, Epoch};
-use ferry_migration::source::{Manner, Overhead, Parked, RoundSummary, SourceParameters, SourceSummary};
+use ferry_migration::source::{
+    Amounts, Copied, Manner, Overhead, Parked, RoundSummary, SourceParameters, SourceSummary,
+};
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::{InvalidField, required, wire_uuid};
 use rustix::time::{ClockId, clock_gettime};
@@ -114,7 +116,22 @@ pub(super) fn progress(summary: &SourceSummary) -> wire::Progress {
         throughput_bytes_per_s: summary.throughput_bytes_per_s.unwrap_or(0) as f64,
         dirty_bytes_per_s: summary.dirty_bytes_per_s.unwrap_or(0) as f64,
         streams: summary.streams,
+        copied: summary.copied.map(copied),
         ..wire::Progress::default()
+    }
+}
+
+/// How far a copy is.
+pub(super) fn copied(copied: Copied) -> wire::Copied {
+    let amounts = |amounts: Amounts| wire::Amounts {
+        total: amounts.total,
+        processed: amounts.processed,
+        remaining: amounts.remaining,
+    };
+    wire::Copied {
+        memory: Some(amounts(copied.memory)),
+        disk: Some(amounts(copied.disk)),
+        percent: copied.percent,
     }
 }
 

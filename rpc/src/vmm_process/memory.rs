@@ -53,6 +53,10 @@ impl GuestMemory for SharedMemory {
         &self.shape
     }
 
+    fn is_disk(&self, region: Region) -> bool {
+        CopiedDisk::is_disk(region.run())
+    }
+
     fn send(&self, socket: BorrowedFd<'_>, prefix: &[u8], runs: &[FrameRun]) -> io::Result<()> {
         // Runs ascend, and disks come after memory.
         let (memory, disks) = runs.split_at(runs.partition_point(|&run| !CopiedDisk::is_disk(run)));

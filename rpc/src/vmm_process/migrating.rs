@@ -136,8 +136,12 @@ impl Vmm {
                 tracing::info!(protocol, "the destination accepted the guest");
                 return;
             }
-            SourceReport::Copying { populated_pages } => {
+            SourceReport::Copying {
+                populated_pages,
+                copied,
+            } => {
                 current.remaining_pages = populated_pages;
+                current.copied = Some(convert::copied(copied));
                 Body::Progress(current.clone())
             }
             SourceReport::Progress(now) => {
@@ -145,9 +149,15 @@ impl Vmm {
                 current.bytes_sent = now.bytes_sent;
                 current.zero_pages = now.zero_pages;
                 current.throughput_bytes_per_s = now.throughput_bytes_per_s as f64;
+                current.copied = Some(convert::copied(now.copied));
                 Body::Progress(current.clone())
             }
-            SourceReport::Round { round, decision } => {
+            SourceReport::Round {
+                round,
+                copied,
+                decision,
+            } => {
+                current.copied = Some(convert::copied(copied));
                 convert::add_round(&mut current.rounds, convert::round(&round));
                 current.remaining_pages = round.dirty_pages;
                 current.decision = decision.words;

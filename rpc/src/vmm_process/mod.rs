@@ -52,6 +52,8 @@ pub struct Start {
     pub mark_folder: Option<PathBuf>,
     /// The user, and group, that the process is to become.
     pub user: Option<u32>,
+    /// The newest version of the protocol with its agent that it speaks.
+    pub protocol: u32,
 }
 
 impl Start {
@@ -101,6 +103,6 @@ pub fn main(start: Start) -> anyhow::Result<()> {
     let (sender, receiver) = mpsc::channel();
     events::accept_agents(listener, sender.clone()).context("failed to start the accepting thread")?;
     tracing::info!(folder = %start.folder.display(), pid = std::process::id(), "VMM started");
-    vmm::Vmm::new(start.folder, console_log, sender).serve(&receiver);
+    vmm::Vmm::new(start.folder, console_log, sender, start.protocol).serve(&receiver);
     Ok(())
 }

@@ -27,7 +27,7 @@ use ferry_migration::source::Parked;
 use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{self as wire, Order, Report};
-use ferry_proto::{VMM_PROTOCOL, required, wire_uuid};
+use ferry_proto::{OLDEST_VMM_PROTOCOL, required, wire_uuid};
 use ferry_vmm::{BalloonLevel, ButtonPress, ConsoleInput, MachineEvent, RunState};
 use uuid::Uuid;
 
@@ -71,13 +71,20 @@ pub(super) struct Vmm {
     balloon: Option<BalloonLevel>,
     agent: Option<(UnixStream, Connection)>,
     newest_connection: Option<Connection>,
+    /// The newest version of the protocol that it speaks.
+    protocol: u32,
     /// What an agent that connects later has to know.
     pub(super) standing: wire::Standing,
 }
 
 impl Vmm {
     /// A process that holds nothing yet.
-    pub(super) fn new(folder: PathBuf, console_log: io::Result<ConsoleLog>, events: Sender<Event>) -> Self {
+    pub(super) fn new(
+        folder: PathBuf,
+        console_log: io::Result<ConsoleLog>,
+        events: Sender<Event>,
+        protocol: u32,
+    ) -> Self {
         Self {
             folder,
             console_log,
@@ -92,8 +99,9 @@ impl Vmm {
             balloon: None,
             agent: None,
             newest_connection: None,
+            protocol,
             standing: wire::Standing {
-                version: VMM_PROTOCOL,
+                version: protocol,
                 pid: std::process::id(),
                 ..Default::default()
             },
@@ -153,14 +161,21 @@ impl Vmm {
     }
 
     fn obey(&mut self, order: Order, descriptors: Vec<OwnedFd>) -> anyhow::Result<Body> {
-        match required("order", order.order)? {
+        // To a build of this version, what is newer is no order at all.
+        let known = order
+            .order
+            .filter(|order| vmm_channel::brought_by(order).0 <= self.protocol);
+        match required("order", known)? {
             Command::Hello(hello) => {
-                if hello.oldest_version > VMM_PROTOCOL {
+                if hello.oldest_version > self.protocol || hello.newest_version < OLDEST_VMM_PROTOCOL {
                     anyhow::bail!(
-                        "the agent speaks versions {} and newer, this VMM {VMM_PROTOCOL}",
-                        hello.oldest_version
+                        "the agent speaks versions {} to {}, this VMM {OLDEST_VMM_PROTOCOL} to {}",
+                        hello.oldest_version,
+                        hello.newest_version,
+                        self.protocol
                     );
                 }
+                self.standing.version = self.protocol.min(hello.newest_version);
                 Ok(Body::Standing(self.standing()))
             }
             Command::Ping(_) => Ok(Body::Standing(self.standing())),

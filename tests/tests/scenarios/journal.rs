@@ -57,6 +57,25 @@ impl Journal {
             == 1)
     }
 
+    /// The names of its tables.
+    pub(crate) fn tables(&self) -> Result<Vec<String>> {
+        let query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY name";
+        let mut query = self.connection.prepare(query)?;
+        let names = query.query_map([], |row| row.get(0))?.collect::<Result<_, _>>()?;
+        Ok(names)
+    }
+
+    /// Every row of a table as text, the table's name first.
+    pub(crate) fn rows(&self, table: &str) -> Result<Vec<String>> {
+        let mut query = self.connection.prepare(&format!("SELECT * FROM {table}"))?;
+        let columns = query.column_count();
+        let rows = query.query_map([], |row| {
+            let values = (0..columns).map(|at| row.get::<_, rusqlite::types::Value>(at));
+            Ok(format!("{table} {:?}", values.collect::<Result<Vec<_>, _>>()?))
+        })?;
+        Ok(rows.collect::<Result<_, _>>()?)
+    }
+
     /// What a pragma answers.
     pub(crate) fn pragma(&self, name: &str) -> Result<String> {
         Ok(self

@@ -8,12 +8,14 @@ mod aborts;
 mod agents;
 mod alphabet;
 mod callers;
+mod clients;
 mod cold;
 mod data_port;
 mod device_work;
 mod disks;
 mod events;
 mod faults;
+mod fields;
 mod hanging;
 mod hostile;
 mod jail;
@@ -27,14 +29,17 @@ mod memory;
 mod moves;
 mod networks;
 mod placement;
+mod progress;
 mod refusals;
 mod requests;
 mod resolves;
 mod restarts;
 mod scenario;
+mod selftest;
 mod silence;
 mod snapshots;
 mod storage;
+mod upgrades;
 
 use std::process::ExitCode;
 
@@ -64,12 +69,17 @@ fn main() -> ExitCode {
         aborts::trials(),
         cold::trials(),
         agents::trials(),
+        progress::trials(),
+        upgrades::trials(),
         resolves::trials(),
         data_port::trials(),
         faults::trials(),
         hostile::trials(),
         jail::trials(),
         callers::trials(),
+        fields::trials(),
+        clients::trials(),
+        selftest::trials(),
         silence::trials(),
         snapshots::trials(),
     ];

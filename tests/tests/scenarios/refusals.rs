@@ -176,7 +176,6 @@ fn what_does_not_work_yet_is_a_usage_error_that_names_itself(pair: &mut Pair) ->
         .exit(2)?
         .says("--cold")?
         .says("--max-downtime")?;
-    pair.a.ferry(&["selftest"])?.exit(2)?.says("selftest")?;
     Ok(())
 }
 

@@ -1,11 +1,12 @@
 //! `cargo xtask bench`: Ferry's benchmark, and the same guest and workload in a peer, in turn in one run: migrations, with `--devices`
-//! disks and network cards, with `--linux` what a guest with an operating system costs.
+//! disks and network cards, with `--linux` what a guest with an operating system costs, with `--control` the control plane.
 //!
 //! One Ferry run, one run of each of the peer's modes, the next Ferry run: what disturbs the host then disturbs all alike.
 //! Two runs an hour apart compare nothing.
 
 mod clock;
 mod console;
+mod control;
 mod devices;
 mod ferry;
 mod linux;
@@ -38,6 +39,9 @@ pub(crate) struct Options {
     /// moves along. Needs root, for networks and mounts of its own.
     #[arg(long, conflicts_with = "devices")]
     linux: bool,
+    /// The control plane: receipts of casts, the agent's memory, long lists, restarts, fsyncs of a switchover. `--workload` names a part.
+    #[arg(long, conflicts_with_all = ["devices", "linux", "peer"])]
+    control: bool,
     /// Runs of each.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
@@ -79,6 +83,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     if options.linux {
         return linux::run(options);
+    }
+    if options.control {
+        return control::run(options);
     }
     let workloads: Vec<_> = workload::ALL
         .iter()

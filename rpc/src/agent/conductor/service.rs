@@ -61,11 +61,16 @@ impl Conductor for ConductorService {
 
     async fn list_migrations(&self, request: Request<ListMigrationsRequest>) -> Answer<ListMigrationsReply> {
         let wanted = request.into_inner().instance;
-        let rows = self.0.journal.read(MigrationRow::all).await.map_err(Failure::from)?;
+        let reports = self
+            .0
+            .journal
+            .read(MigrationRow::reports)
+            .await
+            .map_err(Failure::from)?;
         let is_wanted = |info: &MigrationInfo| wanted.is_empty() || info.instance == wanted || info.name == wanted;
-        let migrations = rows
+        let migrations = reports
             .into_iter()
-            .map(|row| self.0.current(row))
+            .map(|(id, info)| self.0.current(id, info))
             .filter(is_wanted)
             .collect();
         Ok(Response::new(ListMigrationsReply { migrations }))
@@ -74,7 +79,7 @@ impl Conductor for ConductorService {
     async fn show_migration(&self, request: Request<MigrationRequest>) -> Answer<MigrationInfo> {
         let (context, request) = (RequestContext::of_question(&request), request.into_inner());
         match self.0.place(&context, &request).await? {
-            Place::Here(row) => Ok(Response::new(self.0.current(*row))),
+            Place::Here(row) => Ok(Response::new(self.0.current(row.id, row.info))),
             Place::There(peer) => {
                 let show = |mut client: ConductorClient| async move { client.show_migration(forwarded(request)).await };
                 peer.forward(&context, show).await
@@ -171,10 +176,10 @@ impl Agent {
     }
 
     /// The record as it stands: the task's, while there is one.
-    fn current(&self, row: MigrationRow) -> MigrationInfo {
-        match self.outgoing.find(row.id) {
+    fn current(&self, id: Uuid, journalled: MigrationInfo) -> MigrationInfo {
+        match self.outgoing.find(id) {
             Some(outgoing) => outgoing.watch().borrow().clone(),
-            None => row.info,
+            None => journalled,
         }
     }
 

@@ -60,7 +60,7 @@ impl Agent {
         request: LiveMigrateRequest,
         (source, instance): (String, InstanceInfo),
     ) -> Result<LiveMigrateReply, Failure> {
-        let migration = request_id(&request.request_id);
+        let migration = request_id(&request.request_id)?;
         let options = check_options(required("options", request.options)?)?;
         if let Some(reply) = self.received_before(context, migration, &source).await? {
             return Ok(reply);

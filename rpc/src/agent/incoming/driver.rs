@@ -20,7 +20,7 @@ use crate::agent::events::end_of_migration;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{Arrival, DecisionRow, EventEnd, InstanceRow, JournalError, MigrationRow, Status};
-use crate::agent::outgoing::now_ms;
+use crate::agent::outgoing::{note_completed, now_ms};
 use crate::agent::peers::{CALL_TIME, Call, ComputeClient};
 use crate::agent::spawn;
 use crate::agent::steps::DestinationStep;
@@ -477,7 +477,7 @@ impl Driver {
         let _ = std::fs::remove_dir(&self.agent.marks);
         self.row.info.ended = Some(crate::agent::outgoing::now_text());
         if self.core.decision() == Some(Decision::Running) {
-            self.row.info.status = "completed".to_owned();
+            note_completed(&mut self.row.info);
             self.row.info.guest_location = Some(self.agent.host().to_owned());
             // What the VMM said since it started, while the row was being written.
             news.close();

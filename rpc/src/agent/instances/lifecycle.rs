@@ -285,8 +285,8 @@ impl Agent {
     ) -> Result<(Vmm, tokio::sync::mpsc::UnboundedReceiver<wire::report::Report>), Failure> {
         let folder = self.folder(id);
         let socket = folder.join(spawn::SOCKET);
-        let users = self.config.vmm_users;
-        let spawn = move || spawn::vmm(&folder, mark_folder.as_deref(), users, &id.to_string());
+        let (users, cap) = (self.config.vmm_users, self.config.vmm_protocol_cap);
+        let spawn = move || spawn::vmm(&folder, mark_folder.as_deref(), users, cap, &id.to_string());
         let spawned = tokio::task::spawn_blocking(spawn).await;
         let (started, process) = spawned
             .map_err(std::io::Error::other)

@@ -299,6 +299,8 @@ fn a_full_disk_is_told_and_nothing_is_lost() {
         let (path, filler) = (folder.join("journal.db"), folder.join("filler"));
         let journal = Journal::open(&path).unwrap();
         block_on(write_pair(&journal, 1));
+        let mut writable = journal.writable();
+        assert!(*writable.borrow_and_update());
         fill(&filler);
         let mut big = 0;
         let failed = loop {
@@ -317,8 +319,14 @@ fn a_full_disk_is_told_and_nothing_is_lost() {
             "{failed}"
         );
 
+        assert!(
+            writable.has_changed().unwrap(),
+            "nobody was told that it cannot be written"
+        );
+
         fs::remove_file(&filler).unwrap();
         block_on(write_pair(&journal, 2));
+        assert!(*writable.borrow_and_update());
         drop(journal);
         let connection = reader(&path);
         assert_eq!(pairs(&connection), 2);

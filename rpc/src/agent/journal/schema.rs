@@ -201,6 +201,14 @@ fn lengthen_wal(connection: &Connection) -> rusqlite::Result<()> {
     checkpoint(connection)
 }
 
+/// A write that changes nothing of what is kept.
+pub(super) fn try_to_write(connection: &Connection) -> rusqlite::Result<()> {
+    let transaction = connection.unchecked_transaction()?;
+    transaction.execute("INSERT OR REPLACE INTO meta VALUES('tried', '1')", ())?;
+    transaction.execute("DELETE FROM meta WHERE key='tried'", ())?;
+    transaction.commit()
+}
+
 /// Moves the WAL into the database; the next write begins it anew without shortening the file.
 pub(super) fn checkpoint(connection: &Connection) -> rusqlite::Result<()> {
     connection.query_row("PRAGMA wal_checkpoint(RESTART)", (), |_| Ok(()))

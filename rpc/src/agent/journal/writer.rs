@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use rusqlite::{Connection, ErrorCode, Transaction};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use super::schema::{self, NotOpened};
 
@@ -68,6 +68,15 @@ pub(crate) enum JournalError {
 }
 
 impl JournalError {
+    /// Whether no other write would fare better.
+    fn is_of_the_disk(&self) -> bool {
+        match self {
+            Self::Full { .. } | Self::ReadOnly { .. } | Self::Damaged { .. } | Self::Ended => true,
+            Self::Database { source, .. } => source.sqlite_error_code() == Some(ErrorCode::SystemIoFailure),
+            Self::NotOpened { .. } => false,
+        }
+    }
+
     fn of(path: &Path, source: rusqlite::Error) -> Self {
         let path = path.to_owned();
         match source.sqlite_error_code() {
@@ -89,6 +98,7 @@ pub(crate) struct Journal {
     jobs: Sender<Job>,
     path: Arc<Path>,
     switchovers: Arc<AtomicUsize>,
+    writable: Arc<watch::Sender<bool>>,
 }
 
 /// While one of these lives, the WAL is not checkpointed.
@@ -119,15 +129,17 @@ impl Journal {
         })?;
         let (jobs, receiver) = mpsc::channel();
         let switchovers = Arc::new(AtomicUsize::new(0));
-        let busy = Arc::clone(&switchovers);
+        let writable = Arc::new(watch::channel(true).0);
+        let (busy, tried) = (Arc::clone(&switchovers), Arc::clone(&writable));
         thread::Builder::new()
             .name("journal".to_owned())
-            .spawn(move || write(connection, &receiver, &busy))
+            .spawn(move || write(connection, &receiver, &busy, &tried))
             .map_err(|_| JournalError::Ended)?;
         Ok(Self {
             jobs,
             path: path.into(),
             switchovers,
+            writable,
         })
     }
 
@@ -139,7 +151,10 @@ impl Journal {
         &self,
         work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, JournalError> {
-        self.run(move |connection| in_transaction(connection, work)).await
+        let written = self.run(move |connection| in_transaction(connection, work)).await;
+        let is_writable = !matches!(&written, Err(error) if error.is_of_the_disk());
+        tell_writable(&self.writable, is_writable);
+        written
     }
 
     /// Runs `work` in a transaction of its own that survives the agent, and the host once anything else was written: it waits for
@@ -163,6 +178,11 @@ impl Journal {
         });
         // A journal that has ended takes no note.
         let _ = self.jobs.send(job);
+    }
+
+    /// Whether it takes writes, by the last one. One that does not is tried again each second.
+    pub(crate) fn writable(&self) -> watch::Receiver<bool> {
+        self.writable.subscribe()
     }
 
     /// Runs `work` on what is in the journal.
@@ -220,7 +240,11 @@ fn without_sync<T>(
     result
 }
 
-fn write(mut connection: Connection, jobs: &Receiver<Job>, switchovers: &AtomicUsize) {
+fn tell_writable(writable: &watch::Sender<bool>, now: bool) {
+    writable.send_if_modified(|known| std::mem::replace(known, now) != now);
+}
+
+fn write(mut connection: Connection, jobs: &Receiver<Job>, switchovers: &AtomicUsize, writable: &watch::Sender<bool>) {
     let mut written = false;
     loop {
         match jobs.recv_timeout(IDLE) {
@@ -229,6 +253,9 @@ fn write(mut connection: Connection, jobs: &Receiver<Job>, switchovers: &AtomicU
                 written = true;
             }
             Err(RecvTimeoutError::Timeout) => {
+                if !*writable.borrow() && schema::try_to_write(&connection).is_ok() {
+                    tell_writable(writable, true);
+                }
                 if written && switchovers.load(Ordering::Relaxed) == 0 {
                     written = false;
                     if let Err(error) = schema::checkpoint(&connection) {

@@ -212,6 +212,12 @@ pub(crate) fn check_options(options: MigrationOptions) -> Result<MigrationOption
     if let Err(problem) = Storage::parse(&options.storage) {
         return invalid("options.storage", problem);
     }
+    if !["", "queued", "preparing", "running", "armed"].contains(&options.hold_at.as_str()) {
+        return invalid(
+            "options.hold_at",
+            "is no point at which a migration can be held".to_owned(),
+        );
+    }
     if options.timeout_ms == 0 {
         return invalid("options.timeout_ms", "is zero".to_owned());
     }
@@ -251,9 +257,11 @@ impl Script {
 }
 
 /// Goes on with an outgoing migration after a restart of the agent. The instance is marked as migrating before this returns.
-pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc<Instance>) {
+pub(crate) async fn recover(agent: &Arc<Agent>, mut row: MigrationRow, instance: Arc<Instance>) {
     let epoch = Epoch(row.epoch);
     let (armed, resumed, said) = (row.armed, row.resumed, row.said.clone());
+    // The VMM knows how far it is, and what the journal has may be older than what was told: unknown until it says.
+    row.info.progress_percent = None;
     let context = agent.context_of(row.id).await;
     let mut script = Script::new(agent, context, row, Arc::clone(&instance), None);
     let (news_sender, news) = mpsc::unbounded_channel();
@@ -358,9 +366,15 @@ pub(super) fn attempt_of(row: &MigrationRow, attempt: u32) -> wire::Attempt {
     }
 }
 
-/// The id of a request: a UUID that the caller chose, or a new one.
-pub(crate) fn request_id(text: &str) -> Uuid {
-    Uuid::parse_str(text).unwrap_or_else(|_| Uuid::new_v4())
+/// The id of a request: a UUID that the caller chose, or a new one where it chose none.
+///
+/// # Errors
+/// It is no UUID: the same text again would be another migration.
+pub(crate) fn request_id(text: &str) -> Result<Uuid, InvalidField> {
+    match text {
+        "" => Ok(Uuid::new_v4()),
+        chosen => wire_uuid("request_id", chosen),
+    }
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use ferry_migration::handover::{Decision, Ended, Ending, Wish};
 
+use super::figures::note_completed;
 use super::handle::now_text;
 use super::script::{Script, Stop};
 use crate::agent::backends::storage;
@@ -190,7 +191,7 @@ impl Script {
     }
 
     fn arrived(&mut self) {
-        self.row.info.status = "completed".to_owned();
+        note_completed(&mut self.row.info);
         self.row.info.guest_location = Some(self.row.peer.clone());
         self.row.info.error = None;
     }

@@ -1,9 +1,10 @@
 //! What was measured, as the migration's record shows it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ferry_migration::handover::Decision;
-use ferry_proto::agent::v1::{DestinationPart, DowntimeMs, Round};
+use ferry_migration::source::MOST_BEFORE_THE_END;
+use ferry_proto::agent::v1::{DestinationPart, DowntimeMs, MigrationInfo, Round};
 use ferry_proto::vmm::v1 as wire;
 
 use super::handle::now_ms;
@@ -36,6 +37,19 @@ impl Script {
             (!progress.rounds.is_empty() && is_sane(progress.dirty_bytes_per_s)).then_some(progress.dirty_bytes_per_s);
         if !progress.decision.is_empty() {
             info.decision = Some(progress.decision.clone());
+        }
+        note_copied(info, progress.copied.as_ref());
+    }
+
+    /// What the VMM said last goes to the journal now and then, while nothing is being switched over: it is what is known of a migration
+    /// whose VMM and agent both end.
+    pub(super) async fn journal_report(&mut self) {
+        if self.reported.elapsed() < BETWEEN_REPORTS {
+            return;
+        }
+        self.reported = Instant::now();
+        if let Err(failure) = self.save().await {
+            tracing::warn!(migration = %self.row.id, error = failure.chain(), "failed to journal how far a migration is");
         }
     }
 
@@ -84,6 +98,35 @@ impl Script {
     }
 }
 
+/// How often how far a copy is goes to the journal: a write there is an fsync.
+const BETWEEN_REPORTS: Duration = Duration::from_secs(5);
+
+/// How far the copy is. A VMM of a version that does not tell leaves it unknown.
+fn note_copied(info: &mut MigrationInfo, copied: Option<&wire::Copied>) {
+    let Some(copied) = copied else { return };
+    if let Some(memory) = &copied.memory {
+        info.memory_total = Some(memory.total);
+        info.memory_processed = Some(memory.processed);
+        info.memory_remaining = Some(memory.remaining);
+    }
+    if let Some(disk) = &copied.disk {
+        info.disk_total = Some(disk.total);
+        info.disk_processed = Some(disk.processed);
+        info.disk_remaining = Some(disk.remaining);
+    }
+    // The VMM keeps it from running backwards; that it says no more than it may is checked here.
+    let percent = copied.percent.min(MOST_BEFORE_THE_END);
+    info.progress_percent = info.progress_percent.max(Some(percent));
+}
+
+/// All of it is there.
+pub(crate) fn note_completed(info: &mut MigrationInfo) {
+    info.status = "completed".to_owned();
+    info.memory_remaining = info.memory_remaining.map(|_| 0);
+    info.disk_remaining = info.disk_remaining.map(|_| 0);
+    info.progress_percent = Some(100);
+}
+
 /// What JSON can hold, and time can be.
 fn is_sane(figure: f64) -> bool {
     figure.is_finite() && figure >= 0.0
@@ -91,4 +134,54 @@ fn is_sane(figure: f64) -> bool {
 
 fn between(from_ns: u64, to_ns: u64) -> f64 {
     ms(Duration::from_nanos(to_ns.saturating_sub(from_ns)))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn told(percent: u32) -> wire::Copied {
+        let amounts = |total| wire::Amounts {
+            total,
+            processed: 1,
+            remaining: 2,
+        };
+        wire::Copied {
+            memory: Some(amounts(8)),
+            disk: Some(amounts(0)),
+            percent,
+        }
+    }
+
+    #[test]
+    fn nothing_is_known_of_a_vmm_that_does_not_tell() {
+        let mut info = MigrationInfo::default();
+        note_copied(&mut info, None);
+        assert_eq!(
+            (info.memory_total, info.disk_total, info.progress_percent),
+            (None, None, None)
+        );
+        note_completed(&mut info);
+        assert_eq!((info.memory_remaining, info.progress_percent), (None, Some(100)));
+    }
+
+    proptest! {
+        /// Also of a VMM that lies.
+        #[test]
+        fn progress_never_runs_backwards_and_ends_at_100_only_when_completed(reports in prop::collection::vec(any::<u32>(), 0..20)) {
+            let mut info = MigrationInfo::default();
+            let mut last = 0;
+            for percent in reports {
+                note_copied(&mut info, Some(&told(percent)));
+                let now = info.progress_percent.unwrap();
+                prop_assert!(now >= last && now < 100, "{last} then {now}");
+                last = now;
+            }
+            note_completed(&mut info);
+            prop_assert_eq!(info.progress_percent, Some(100));
+            prop_assert!(info.memory_remaining.is_none_or(|remaining| remaining == 0));
+        }
+    }
 }

@@ -11,4 +11,5 @@ mod script;
 mod switchover;
 
 pub(crate) use begin::{check_options, recover, request_id};
+pub(crate) use figures::note_completed;
 pub(crate) use handle::{MOST_STREAMS, OutgoingMigrations, PeerNews, now_ms, now_text};

@@ -95,6 +95,8 @@ pub(super) struct Script {
     pub(super) refusal: Mutex<Option<Failure>>,
     /// Telling agent B that it is over; true once it has answered.
     pub(super) rollback: Option<JoinHandle<bool>>,
+    /// When how far the copy is was journalled last.
+    pub(super) reported: Instant,
     /// The place among the migrations that run at the same time.
     pub(super) slot: Option<OwnedSemaphorePermit>,
 }
@@ -130,6 +132,7 @@ impl Script {
             guest_ended: None,
             refusal: Mutex::new(None),
             rollback: None,
+            reported: Instant::now(),
             slot: None,
         }
     }

@@ -98,6 +98,9 @@ impl Script {
                 {
                     break event;
                 }
+                if matches!(core.state(), SourceState::Copying) {
+                    self.journal_report().await;
+                }
             };
             effects = core.step(event);
             self.follow(core.state());

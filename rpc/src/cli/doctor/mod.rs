@@ -10,6 +10,8 @@ mod memory;
 mod place;
 mod taps;
 
+use std::path::Path;
+
 use serde::Serialize;
 
 use super::agent::default_data_dir;
@@ -23,15 +25,15 @@ pub(super) use self::place::fsync_latency;
 
 /// One thing that Ferry needs of a host.
 #[derive(Debug, Serialize)]
-struct Need {
-    need: &'static str,
-    found: String,
-    wanted: String,
-    ok: bool,
+pub(super) struct Need {
+    pub(super) need: &'static str,
+    pub(super) found: String,
+    pub(super) wanted: String,
+    pub(super) ok: bool,
     /// Whether Ferry cannot work without it.
-    required: bool,
+    pub(super) required: bool,
     /// What would help, where it is not ok.
-    remedy: Option<String>,
+    pub(super) remedy: Option<String>,
 }
 
 impl Need {
@@ -94,13 +96,7 @@ impl Need {
 
 pub(super) async fn run(arguments: DoctorArguments, agent: String, format: Format) -> Outcome {
     let data_dir = arguments.data_dir.map_or_else(default_data_dir, Ok)?;
-    let mut needs = kvm::needs();
-    needs.extend(memory::needs());
-    needs.push(disks::rings());
-    needs.extend(cgroups::needs());
-    needs.extend(jail::needs());
-    needs.extend(taps::needs());
-    needs.extend(place::data_directory(&data_dir));
+    let mut needs = of_this_host(&data_dir);
     needs.extend(place::network(arguments.listen, &Agent::new(agent)).await);
     match format {
         Format::Json => needs.iter().try_for_each(output::json_line)?,
@@ -108,6 +104,18 @@ pub(super) async fn run(arguments: DoctorArguments, agent: String, format: Forma
     }
     let met = needs.iter().all(|need| need.ok || !need.required);
     Ok(if met { Exit::Done } else { Exit::Failed })
+}
+
+/// What this host has of what is needed, wherever its agent listens.
+pub(super) fn of_this_host(data_dir: &Path) -> Vec<Need> {
+    let mut needs = kvm::needs();
+    needs.extend(memory::needs());
+    needs.push(disks::rings());
+    needs.extend(cgroups::needs());
+    needs.extend(jail::needs());
+    needs.extend(taps::needs());
+    needs.extend(place::data_directory(data_dir));
+    needs
 }
 
 fn report(needs: &[Need]) -> String {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ferry_proto::agent::v1::{DeleteInstanceRequest, InstanceInfo, RunInstanceRequest};
+use rustix::process::Pid;
 use tempfile::TempDir;
 use tokio::time::timeout;
 
@@ -24,6 +25,8 @@ pub(in crate::cli) struct Lab {
     directory: TempDir,
     agents: Vec<AgentProcess>,
     readers: Vec<Reader>,
+    /// What agents are told beside the usual.
+    further: Vec<String>,
 }
 
 /// The guest in a lab, booted and ready.
@@ -44,7 +47,13 @@ impl Lab {
             directory,
             agents: Vec::new(),
             readers: Vec::new(),
+            further: Vec::new(),
         })
+    }
+
+    /// Agents that are started from now on are told this, too.
+    pub(in crate::cli) fn tell_agents(&mut self, words: impl IntoIterator<Item = String>) {
+        self.further.extend(words);
     }
 
     /// Starts both agents and waits until they answer.
@@ -68,9 +77,10 @@ impl Lab {
                 host,
                 port,
                 peer,
-                directory: self.directory.path(),
+                directory: self.directory.path().to_owned(),
+                further: self.further.clone(),
             };
-            self.agents.push(AgentProcess::start(&plan)?);
+            self.agents.push(AgentProcess::start(plan)?);
         }
         for agent in &mut self.agents {
             agent.answers().await?;
@@ -129,6 +139,21 @@ impl Lab {
 
     pub(in crate::cli) fn agent_pid(&self, host: usize) -> u32 {
         self.agents[host].pid()
+    }
+
+    /// Kills the agent of a host, as `kill -9` does. Its VMMs go on.
+    pub(in crate::cli) fn kill_agent(&mut self, host: usize) {
+        self.agents[host].kill();
+    }
+
+    /// Starts the agent of a host again, and waits until it answers.
+    pub(in crate::cli) async fn start_agent_again(&mut self, host: usize) -> Result<(), Failure> {
+        self.agents[host].start_again().await
+    }
+
+    /// The VMM processes of a host.
+    pub(in crate::cli) fn vmms(&self, host: usize) -> Vec<Pid> {
+        vmms_below(&self.agents[host].data_dir)
     }
 
     pub(in crate::cli) fn directory(&self) -> &Path {

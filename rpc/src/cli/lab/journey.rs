@@ -10,7 +10,7 @@ use super::super::failure::{Exit, Failure};
 use super::super::progress::whereabouts;
 use super::super::{migrate, watch};
 use super::hosts::{Lab, ProbeGuest};
-use super::record::Beat;
+use super::record::{Beat, Span};
 
 /// Where to, and how.
 #[derive(Debug, Clone, Copy)]
@@ -199,6 +199,19 @@ impl ProbeGuest {
         self.record.lock().since(seq, host).copied().collect()
     }
 
+    /// What the guest lived through from one heartbeat to another, after which it is at this host.
+    pub(in crate::cli) fn life(&self, from: &Beat, to: &Beat, host: usize) -> Option<Life> {
+        let mut record = self.record.lock();
+        if host != from.host {
+            record.settle(from.host, host);
+        }
+        let span = record.span(from.heartbeat.seq, to.heartbeat.seq)?;
+        Some(Life {
+            span,
+            doubled: record.doubled,
+        })
+    }
+
     /// Page writes a second, by the guest's clock, over some time from now on.
     pub(in crate::cli) async fn write_rate_over(&self, time: Duration) -> f64 {
         let from = self.last_beat();
@@ -208,6 +221,31 @@ impl ProbeGuest {
             .zip(record.last())
             .and_then(|(from, to)| record.span(from.heartbeat.seq, to.heartbeat.seq));
         span.map_or(0.0, |span| span.write_rate)
+    }
+}
+
+/// What a guest lived through.
+pub(in crate::cli) struct Life {
+    span: Span,
+    doubled: u64,
+}
+
+impl Life {
+    pub(in crate::cli) fn heartbeats(&self) -> u64 {
+        self.span.heartbeats
+    }
+
+    /// What is not as it should be, in words.
+    pub(in crate::cli) fn faults_found(&self) -> Option<String> {
+        let counts = [
+            (self.span.missing, "heartbeats missing"),
+            (self.doubled, "heartbeats doubled"),
+            (self.span.faults, "pages damaged"),
+            (self.span.clock_back, "times a clock went backwards"),
+        ];
+        let counted = counts.iter().filter(|(count, _)| *count > 0);
+        let found: Vec<String> = counted.map(|(count, what)| format!("{count} {what}")).collect();
+        (!found.is_empty()).then(|| found.join(", "))
     }
 }
 

@@ -1,9 +1,10 @@
-//! Two agents on this machine, a probe guest, and what it and its readers live through: what `demo` and `bench` share.
+//! Two agents on this machine, a probe guest, and what it and its readers live through: what `demo`, `bench` and `selftest` share.
 //!
 //! A [`Lab`] owns a temporary directory, two agent processes and whatever they start; it takes all of it down again,
 //! however the work ends. Every figure is measured: by the agents, by the guest (in its heartbeats), or by the reader of
 //! its heartbeats here.
 
+mod gate;
 mod hosts;
 mod journey;
 mod processes;
@@ -17,6 +18,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::failure::{Exit, Failure};
 
+pub(super) use self::gate::Gate;
 pub(super) use self::hosts::{Lab, ProbeGuest};
 pub(super) use self::journey::{Move, MoveOrder};
 pub(super) use self::processes::process_children;
@@ -85,7 +87,7 @@ pub(super) async fn in_a_lab<T>(work: impl AsyncFnOnce(&mut Lab) -> Result<T, Fa
 }
 
 /// Completes when this process is asked to end. From the call on, such signals do nothing else.
-fn interrupted() -> Result<impl Future<Output = ()>, Failure> {
+pub(super) fn interrupted() -> Result<impl Future<Output = ()>, Failure> {
     let listen =
         |kind| signal(kind).map_err(|error| Failure::new(Exit::Failed, format!("listen for signals: {error}")));
     let mut signals = (

@@ -19,52 +19,40 @@ pub(super) struct AgentProcess {
     pub(super) host: String,
     pub(super) agent: Agent,
     pub(super) data_dir: PathBuf,
+    plan: AgentPlan,
     child: Child,
 }
 
 /// What an agent is started with.
-pub(super) struct AgentPlan<'a> {
-    pub(super) host: &'a str,
+pub(super) struct AgentPlan {
+    pub(super) host: &'static str,
     pub(super) port: u16,
-    pub(super) peer: (&'a str, u16),
+    pub(super) peer: (&'static str, u16),
     /// Its files go below this.
-    pub(super) directory: &'a Path,
+    pub(super) directory: PathBuf,
+    /// What it is told beside the usual.
+    pub(super) further: Vec<String>,
 }
 
 impl AgentProcess {
     /// Starts an agent in a process group of its own, so that a Ctrl-C for us does not reach it.
-    pub(super) fn start(plan: &AgentPlan<'_>) -> Result<Self, Failure> {
-        let failed = |error: io::Error| Failure::new(Exit::Failed, format!("start agent {}: {error}", plan.host));
-        let data_dir = plan.directory.join(plan.host);
-        fs::create_dir_all(&data_dir).map_err(failed)?;
-        let log = File::create(log_of(&data_dir)).map_err(failed)?;
-        let (peer, peer_port) = plan.peer;
-        let child = Command::new("/proc/self/exe")
-            .arg0("ferry")
-            .args(["agent", "--host-id", plan.host])
-            .args([
-                "--listen",
-                &format!("127.0.0.1:{}", plan.port),
-                "--data-listen",
-                "127.0.0.1:0",
-            ])
-            .args(["--peer", &format!("{peer}=http://127.0.0.1:{peer_port}")])
-            .arg("--data-dir")
-            .arg(&data_dir)
-            .env_remove("FERRY_AGENT")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .process_group(0)
-            .spawn()
-            .map_err(failed)?;
-        let agent = Agent::new(format!("http://127.0.0.1:{}", plan.port));
+    pub(super) fn start(plan: AgentPlan) -> Result<Self, Failure> {
+        let child =
+            spawn(&plan).map_err(|error| Failure::new(Exit::Failed, format!("start agent {}: {error}", plan.host)))?;
         Ok(Self {
             host: plan.host.to_owned(),
-            agent,
-            data_dir,
+            agent: Agent::new(format!("http://127.0.0.1:{}", plan.port)),
+            data_dir: plan.directory.join(plan.host),
+            plan,
             child,
         })
+    }
+
+    /// Starts it again, on the same ports and data, after it was killed, and waits until it answers.
+    pub(super) async fn start_again(&mut self) -> Result<(), Failure> {
+        self.child = spawn(&self.plan)
+            .map_err(|error| Failure::new(Exit::Failed, format!("start agent {} again: {error}", self.host)))?;
+        self.answers().await
     }
 
     pub(super) fn pid(&self) -> u32 {
@@ -122,6 +110,32 @@ impl AgentProcess {
         let log = fs::read_to_string(log_of(&self.data_dir)).unwrap_or_default();
         log.lines().last().unwrap_or("it logged nothing").to_owned()
     }
+}
+
+fn spawn(plan: &AgentPlan) -> io::Result<Child> {
+    let data_dir = plan.directory.join(plan.host);
+    fs::create_dir_all(&data_dir)?;
+    let log = File::options().create(true).append(true).open(log_of(&data_dir))?;
+    let (peer, peer_port) = plan.peer;
+    Command::new("/proc/self/exe")
+        .arg0("ferry")
+        .args(["agent", "--host-id", plan.host])
+        .args([
+            "--listen",
+            &format!("127.0.0.1:{}", plan.port),
+            "--data-listen",
+            "127.0.0.1:0",
+        ])
+        .args(["--peer", &format!("{peer}=http://127.0.0.1:{peer_port}")])
+        .arg("--data-dir")
+        .arg(&data_dir)
+        .args(&plan.further)
+        .env_remove("FERRY_AGENT")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .process_group(0)
+        .spawn()
 }
 
 /// An agent's log, in its data directory.

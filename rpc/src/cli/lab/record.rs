@@ -47,7 +47,7 @@ struct Console {
 
 /// What happened between two heartbeats.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Span {
+pub(in crate::cli) struct Span {
     pub(super) heartbeats: u64,
     pub(super) missing: u64,
     /// The largest gap that the guest itself saw.

@@ -1,0 +1,44 @@
+//! Versions of the protocol between an agent and its VMMs: an agent that was upgraded has VMMs of the build before it.
+//!
+//! A VMM says in its answer to Hello which version both speak. An order that is newer is not sent to it, but refused by name:
+//! the guest runs on, and whoever asked is told what to do. Reports only gain fields, and an unknown field is no mistake.
+
+use ferry_proto::vmm::v1::order::Order as Command;
+
+/// The version that brought an order, and what users know it by. A new order does not compile before it is here.
+pub(crate) fn brought_by(order: &Command) -> (u32, &'static str) {
+    match order {
+        Command::Hello(_) => (1, "the greeting"),
+        Command::Build(_) => (1, "building a machine"),
+        Command::Permit(_) => (1, "the permit to run"),
+        Command::Pause(_) => (1, "pausing"),
+        Command::Resume(_) => (1, "resuming"),
+        Command::Reboot(_) => (1, "rebooting"),
+        Command::ConsoleInput(_) => (1, "typing into the console"),
+        Command::Ping(_) => (1, "asking how it is"),
+        Command::Send(_) => (1, "sending its guest"),
+        Command::Grant(_) => (1, "the switch grant"),
+        Command::CallOff(_) => (1, "calling a switchover off"),
+        Command::Receive(_) => (1, "receiving a guest"),
+        Command::Snapshot(_) => (2, "snapshots"),
+        Command::Restore(_) => (2, "restoring a snapshot"),
+        Command::PressPowerButton(_) => (2, "the power button"),
+        Command::SetBalloon(_) => (2, "the balloon"),
+        Command::Profile(_) => (2, "telling what it needs of a host"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ferry_proto::vmm::v1::{Ping, Profile};
+    use ferry_proto::{OLDEST_VMM_PROTOCOL, VMM_PROTOCOL};
+
+    use super::*;
+
+    #[test]
+    fn this_build_and_the_one_before_it_are_spoken() {
+        assert_eq!(OLDEST_VMM_PROTOCOL + 1, VMM_PROTOCOL);
+        assert_eq!(brought_by(&Command::Ping(Ping {})).0, OLDEST_VMM_PROTOCOL);
+        assert_eq!(brought_by(&Command::Profile(Profile {})).0, VMM_PROTOCOL);
+    }
+}
