@@ -149,6 +149,9 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             let mut sent = self.close_round(number)?;
             sent.clear();
             self.spare = Some(sent);
+        } else if let Some(heard) = self.conversation.next(Duration::ZERO)? {
+            // Nothing is awaited of a destination that has all; that it is gone must be noticed all the same.
+            return Err(unexpected(&heard).into());
         }
         let elapsed = began.elapsed();
         self.fetch_dirty()?;
