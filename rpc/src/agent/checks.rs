@@ -21,7 +21,6 @@ use super::instances::{Agent, check_incoming};
 use super::journal::Status;
 use super::mode::Mode;
 use super::reason::Reason;
-use super::vmm_client::Vmm;
 
 impl Agent {
     /// Nova's check_can_live_migrate_source: the destination asks what it is to have.
@@ -48,7 +47,12 @@ impl Agent {
         let mut machine_profile = Vec::new();
         if let Some(vmm) = vmm {
             if mode == Mode::Cold {
-                check_can_hold(&vmm).await?;
+                let cold = wire::Send {
+                    cold: true,
+                    ..Default::default()
+                };
+                vmm.check_knows(&Command::Send(cold))
+                    .map_err(Failure::vmm("failed to ask for a cold move"))?;
             }
             if let Ok(Body::Profiled(profiled)) = vmm.order(Command::Profile(wire::Profile {})).await {
                 machine_profile = profiled.profile;
@@ -161,24 +165,6 @@ impl Agent {
             checks,
             destination: self.host().to_owned(),
         })
-    }
-}
-
-/// The first version of the agent-VMM protocol at which a VMM holds its guest still while it sends it.
-const HOLDS_STILL: u32 = 2;
-
-/// Whether the VMM can move its guest cold: one of an earlier build would let it run.
-///
-/// # Errors
-/// It cannot, or does not answer.
-pub(crate) async fn check_can_hold(vmm: &Vmm) -> Result<(), Failure> {
-    match vmm.order(Command::Ping(wire::Ping {})).await {
-        Ok(Body::Standing(standing)) if standing.version >= HOLDS_STILL => Ok(()),
-        Ok(_) => Err(Failure::denied(
-            Reason::Machine,
-            "its VMM is of an earlier build, which cannot move it cold: move it live, or stop and start it",
-        )),
-        Err(error) => Err(Failure::vmm("failed to ask the VMM what it can do")(error)),
     }
 }
 

@@ -246,6 +246,19 @@ impl Vmm {
         self.order_with(command, Vec::new()).await
     }
 
+    /// Whether the VMM's build knows an order.
+    ///
+    /// # Errors
+    /// It does not: what it does not know, and what to do.
+    pub(crate) fn check_knows(&self, command: &Command) -> Result<(), VmmError> {
+        let (brought, order) = vmm_channel::brought_by(command);
+        let speaks = self.shared.version.load(Ordering::Relaxed);
+        match brought > speaks {
+            true => Err(VmmError::TooOld { order, brought, speaks }),
+            false => Ok(()),
+        }
+    }
+
     /// Gives an order with descriptors and waits for its answer.
     ///
     /// # Errors
@@ -254,11 +267,7 @@ impl Vmm {
         if command.encoded_len() > vmm_channel::MAX_MESSAGE / 2 {
             return Err(VmmError::Refused("the order is too large".to_owned()));
         }
-        let (brought, order) = vmm_channel::brought_by(&command);
-        let speaks = self.shared.version.load(Ordering::Relaxed);
-        if brought > speaks {
-            return Err(VmmError::TooOld { order, brought, speaks });
-        }
+        self.check_knows(&command)?;
         let patience = if matches!(command, Command::Build(_)) {
             BUILD_TIME
         } else {

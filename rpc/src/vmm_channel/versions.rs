@@ -16,6 +16,8 @@ pub(crate) fn brought_by(order: &Command) -> (u32, &'static str) {
         Command::Reboot(_) => (1, "rebooting"),
         Command::ConsoleInput(_) => (1, "typing into the console"),
         Command::Ping(_) => (1, "asking how it is"),
+        // One of version 1 would let its guest run.
+        Command::Send(send) if send.cold => (2, "moving its guest cold"),
         Command::Send(_) => (1, "sending its guest"),
         Command::Grant(_) => (1, "the switch grant"),
         Command::CallOff(_) => (1, "calling a switchover off"),

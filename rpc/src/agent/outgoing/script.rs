@@ -17,7 +17,6 @@ use uuid::Uuid;
 
 use super::handle::{Outgoing, PeerNews, Resolving};
 use crate::agent::backends::storage;
-use crate::agent::checks::check_can_hold;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{InstanceRow, MigrationRow, Status};
@@ -363,9 +362,6 @@ impl Script {
         let (sender, news) = mpsc::unbounded_channel();
         let mut state = self.instance.state.lock().await;
         let vmm = state.vmm()?.clone();
-        if send.cold {
-            check_can_hold(&vmm).await?;
-        }
         state.news = Some(sender);
         let sent = vmm.order_with(Command::Send(send), connections).await;
         if let Err(error) = sent {
