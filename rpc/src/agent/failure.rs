@@ -168,8 +168,9 @@ fn bounded(text: String) -> String {
     if text.len() <= LONGEST {
         return text;
     }
-    let start = text.floor_char_boundary(LONGEST - END);
-    let end = text.ceil_char_boundary(text.len() - END);
+    let is_boundary = |at: &usize| text.is_char_boundary(*at);
+    let start = (0..=LONGEST - END).rev().find(is_boundary).unwrap_or(0);
+    let end = (text.len() - END..text.len()).find(is_boundary).unwrap_or(text.len());
     format!("{} … {}", &text[..start], &text[end..])
 }
 
