@@ -138,8 +138,13 @@ fn bounded(text: String) -> String {
     if text.len() <= LONGEST {
         return text;
     }
-    let start = text.floor_char_boundary(LONGEST - END);
-    let end = text.ceil_char_boundary(text.len() - END);
+    let (mut start, mut end) = (LONGEST - END, text.len() - END);
+    while !text.is_char_boundary(start) {
+        start -= 1;
+    }
+    while !text.is_char_boundary(end) {
+        end += 1;
+    }
     format!("{} … {}", &text[..start], &text[end..])
 }
 

@@ -14,6 +14,7 @@ mod device_work;
 mod disks;
 mod faults;
 mod fields;
+mod foreign;
 mod hostile;
 mod jail;
 mod journal;
@@ -72,6 +73,7 @@ fn main() -> ExitCode {
         jail::trials(),
         callers::trials(),
         fields::trials(),
+        foreign::trials(),
         clients::trials(),
         selftest::trials(),
         silence::trials(),
