@@ -16,6 +16,7 @@ mod disks;
 mod events;
 mod faults;
 mod fields;
+mod foreign;
 mod hanging;
 mod hostile;
 mod jail;
@@ -78,6 +79,7 @@ fn main() -> ExitCode {
         jail::trials(),
         callers::trials(),
         fields::trials(),
+        foreign::trials(),
         clients::trials(),
         selftest::trials(),
         silence::trials(),

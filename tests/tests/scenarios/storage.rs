@@ -99,6 +99,10 @@ fn a_local_disk_moves_with_its_guest_and_stays_sparse(pair: &mut Pair) -> Result
         "{}",
         moved.record
     );
+    ensure!(moved.number("disk_total")? == SIZE as f64, "{}", moved.record);
+    let processed = moved.number("disk_processed")? as usize;
+    ensure!((2 * PIECE..SIZE as usize / 2).contains(&processed), "{}", moved.record);
+    ensure!(moved.number("disk_remaining")? == 0.0, "{}", moved.record);
     pair.runs_only_at(&pair.b, "g", &witness)?;
     is_whole(folders.b.join("g.img"))?;
     is_empty(&folders.a)?;

@@ -150,15 +150,24 @@ fn not_completed(done: &[MigrationInfo]) -> usize {
     later.filter(|info| info.status != "completed").count()
 }
 
-/// How many ended before one that was accepted earlier. Those accepted in the same millisecond have no order.
+/// How many ended after one that was accepted later, and not in the same moment: casts that come at once are accepted in any order.
 fn overtaken(done: &[MigrationInfo]) -> usize {
-    let later: Vec<_> = done.iter().filter(|info| info.id != id(0)).collect();
-    let is_overtaken = |one: &&&MigrationInfo| {
-        later
-            .iter()
-            .any(|other| other.started > one.started && other.ended < one.ended)
-    };
-    later.iter().filter(is_overtaken).count()
+    const MOMENT_MS: i64 = 100;
+    let later = done.iter().filter(|info| info.id != id(0));
+    let spans: Vec<(i64, i64)> = later
+        .filter_map(|info| Some((ms_of_day(info.started.as_deref()?)?, ms_of_day(info.ended.as_deref()?)?)))
+        .collect();
+    let is_overtaken = |one: &&(i64, i64)| spans.iter().any(|other| other.0 > one.0 + MOMENT_MS && other.1 < one.1);
+    spans.iter().filter(is_overtaken).count()
+}
+
+/// The time of `2026-11-26T01:05:57.123Z`, in milliseconds since midnight.
+fn ms_of_day(time: &str) -> Option<i64> {
+    let time = time.split_once('T')?.1.strip_suffix('Z')?;
+    let mut parts = time.split([':', '.']).map(str::parse::<i64>);
+    let mut next = || parts.next()?.ok();
+    let (hours, minutes, seconds, ms) = (next()?, next()?, next()?, next()?);
+    Some(((hours * 60 + minutes) * 60 + seconds) * 1000 + ms)
 }
 
 /// Looks at a process's memory until it is told to end.
@@ -185,5 +194,24 @@ impl Watch {
     fn end(self) -> Result<f64> {
         self.over.store(true, Ordering::Relaxed);
         self.looking.join().expect("looking does not panic")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_was_overtaken_is_counted_and_neighbours_are_not() {
+        let migration = |number, started: &str, ended: &str| MigrationInfo {
+            id: id(number),
+            started: Some(format!("2026-11-26T01:05:{started}Z")),
+            ended: Some(format!("2026-11-26T01:05:{ended}Z")),
+            ..MigrationInfo::default()
+        };
+        let mut done = vec![migration(1, "10.000", "11.000"), migration(2, "10.001", "10.900")];
+        assert_eq!(overtaken(&done), 0);
+        done.push(migration(3, "10.500", "10.950"));
+        assert_eq!(overtaken(&done), 1);
     }
 }

@@ -9,7 +9,7 @@ mod fsyncs;
 mod records;
 mod restart;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -60,13 +60,16 @@ impl Figure {
     }
 }
 
+/// One part: what it measures of this binary.
+type Measure = fn(&Path) -> Result<Vec<Figure>>;
+
 /// Measures everything and prints a table.
 pub(super) fn run(options: &Options) -> Result<ExitCode> {
     let ferry = match std::env::var_os("FERRY_BINARY") {
         Some(file) => PathBuf::from(file),
         None => ferry::build()?.file().to_owned(),
     };
-    let parts: [(&str, fn(&std::path::Path) -> Result<Vec<Figure>>); 4] = [
+    let parts: [(&str, Measure); 4] = [
         ("casts", casts::measure),
         ("records", records::measure),
         ("restart", restart::measure),
