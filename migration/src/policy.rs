@@ -49,6 +49,7 @@ pub struct Policy {
     rounds_within_budget: u32,
     dirty_before: Option<u64>,
     disarmed: u32,
+    is_forced: bool,
 }
 
 impl Policy {
@@ -63,7 +64,13 @@ impl Policy {
             rounds_within_budget: 0,
             dirty_before: None,
             disarmed: 0,
+            is_forced: false,
         }
+    }
+
+    /// From now on every round is the last one while the guest runs: its user wants it completed whatever its budget.
+    pub fn force(&mut self) {
+        self.is_forced = true;
     }
 
     /// Judges a round that ended, given the control stream's round trip if one was measured.
@@ -82,6 +89,9 @@ impl Policy {
             self.rounds_within_budget += 1;
         } else {
             self.rounds_within_budget = 0;
+        }
+        if self.is_forced {
+            return self.handed_over_by_force(round, predicted, max_downtime);
         }
         let shrank = round.dirty_pages.saturating_mul(4) <= before.saturating_mul(3);
         let (verdict, grounds) = if !within_budget {
@@ -116,6 +126,20 @@ impl Policy {
             predicted,
             within_budget,
             words,
+        }
+    }
+
+    fn handed_over_by_force(&self, round: &RoundSummary, predicted: Duration, max_downtime: Duration) -> Decision {
+        Decision {
+            verdict: Verdict::Switch,
+            predicted,
+            within_budget: true,
+            words: format!(
+                "its user wants it completed: {} dirty pages, a blackout of {:.1} ms, whatever the {:.1} ms allowed",
+                round.dirty_pages,
+                milliseconds(predicted),
+                milliseconds(max_downtime),
+            ),
         }
     }
 
@@ -257,6 +281,20 @@ mod tests {
             verdicts(&mut policy, &[(100_000, 100_000); 50]),
             [Verdict::Continue; 50]
         );
+    }
+
+    #[test]
+    fn one_that_its_user_wants_completed_is_switched_whatever_it_costs() {
+        let mut policy = Policy::new(BUDGET, OVERHEAD);
+        policy.judge(&round(100_000, 100_000), None);
+        policy.force();
+        let decision = policy.judge(&round(100_000, 100_000), None);
+        assert!(
+            decision.verdict == Verdict::Switch && decision.within_budget,
+            "{decision:?}"
+        );
+        assert!(decision.predicted > Duration::from_millis(300), "{decision:?}");
+        assert!(decision.words.contains("its user wants it"), "{decision:?}");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What the script hears while it waits, and what it looks after meanwhile: the guest, orders, the clock, the peer.
 
+use std::cell::Cell;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
@@ -48,6 +49,8 @@ pub(super) struct Conversation<'a> {
     sockets: &'a Sockets,
     pub(super) asked: Asked<'a>,
     started: Instant,
+    /// Set for good by [`SourceOrder::ForceComplete`].
+    is_forced: Cell<bool>,
 }
 
 impl<'a> Conversation<'a> {
@@ -58,6 +61,7 @@ impl<'a> Conversation<'a> {
             sockets,
             asked,
             started: Instant::now(),
+            is_forced: Cell::new(false),
         }
     }
 
@@ -70,6 +74,11 @@ impl<'a> Conversation<'a> {
             epoch: parameters.epoch,
             streams: self.sockets.streams(),
         }
+    }
+
+    /// Whether its user wants it completed whatever its budget.
+    pub(super) fn is_forced(&self) -> bool {
+        self.is_forced.get()
     }
 
     /// The round trip of the control stream, if one was measured.
@@ -128,6 +137,10 @@ impl<'a> Conversation<'a> {
     pub(super) fn obey(&self) -> Result<(), Stop> {
         match self.asked.orders.try_recv() {
             Ok(SourceOrder::Abort { reason }) => Err(SourceError::Aborted(reason).into()),
+            Ok(SourceOrder::ForceComplete) => {
+                self.is_forced.set(true);
+                Ok(())
+            }
             Err(TryRecvError::Empty | TryRecvError::Disconnected) => Ok(()),
         }
     }

@@ -76,6 +76,9 @@ pub enum SourceOrder {
         /// Why, for the record and for the destination.
         reason: String,
     },
+    /// Switch over after the round that goes on, whatever the budget for the downtime: all that is still to be sent then is sent while the
+    /// guest stands still. The timeout holds, and an abort.
+    ForceComplete,
 }
 
 /// What a running source tells. Never blocks it.

@@ -167,6 +167,9 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             elapsed,
             dirty_pages,
         };
+        if self.conversation.is_forced() {
+            self.policy.force();
+        }
         let decision = self.policy.judge(&round, self.conversation.round_trip());
         if pages > 0 || self.summary.rounds.is_empty() {
             self.note(round, &decision);

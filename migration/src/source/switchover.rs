@@ -72,7 +72,7 @@ fn hand_over<G: SourceGuest>(
 ) -> Result<Blackout, Setback> {
     let parameters = copy.conversation.asked.parameters;
     let began = Instant::now();
-    let mut budget = Budget::new(parameters.manner, began);
+    let mut budget = Budget::new(parameters.manner, copy.conversation.is_forced(), began);
     let stop = stop_guest(copy, budget.deadline.unwrap_or(began + STOP_TRY))?;
     // A guest that moves cold stands still for long.
     let (pause_began, stop, copied_cold) = match &*copy.halt {
@@ -163,19 +163,19 @@ fn hand_over<G: SourceGuest>(
 
 /// The time that the guest may stand still.
 struct Budget {
-    /// None for a guest that moves cold: it may for as long as the migration takes.
+    /// None for a guest that moves cold, or by force: it may for as long as the migration takes.
     deadline: Option<Instant>,
     allowed: Duration,
 }
 
 impl Budget {
-    fn new(manner: Manner, began: Instant) -> Self {
+    fn new(manner: Manner, is_forced: bool, began: Instant) -> Self {
         match manner {
-            Manner::Live { max_downtime } => Self {
+            Manner::Live { max_downtime } if !is_forced => Self {
                 deadline: Some(began + max_downtime),
                 allowed: max_downtime,
             },
-            Manner::Cold => Self {
+            Manner::Live { .. } | Manner::Cold => Self {
                 deadline: None,
                 allowed: Duration::MAX,
             },

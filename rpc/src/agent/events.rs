@@ -40,6 +40,7 @@ pub(crate) enum Action {
     /// A migration into here.
     MigrateIn,
     Abort,
+    ForceComplete,
     Resolve,
     /// Its restart policy starts it.
     Restart,
@@ -66,6 +67,7 @@ impl Action {
             Self::Migrate => MIGRATE,
             Self::MigrateIn => MIGRATE_IN,
             Self::Abort => "abort",
+            Self::ForceComplete => "force-complete",
             Self::Resolve => "resolve",
             Self::Restart => "restart",
             Self::DestroyStale => "destroy-stale",

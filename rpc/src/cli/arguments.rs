@@ -355,6 +355,8 @@ pub(super) enum MigrationVerb {
     Watch(Identified),
     /// Call a migration off, as long as the guest has not been handed over
     Abort(Identified),
+    /// Have a migration that copies switch over after its round, however long the guest stands still for that
+    ForceComplete(Identified),
     /// End an indeterminate migration at the asked host, whose other host is gone for good
     Resolve(ResolveArguments),
 }

@@ -1,4 +1,4 @@
-//! `migration list`, `show`, `watch`, `abort`, `resolve`.
+//! `migration list`, `show`, `watch`, `abort`, `force-complete`, `resolve`.
 
 use ferry_migration::handover::Wish;
 use ferry_proto::agent::v1::{ListMigrationsRequest, MigrationInfo, MigrationRequest, ResolveRequest};
@@ -32,6 +32,10 @@ pub(super) async fn run(agent: &Agent, verb: MigrationVerb, format: Format) -> O
         }
         MigrationVerb::Abort(identified) => {
             format.one(&abort(agent, &identified.id).await?, in_full)?;
+            Ok(Exit::Done)
+        }
+        MigrationVerb::ForceComplete(identified) => {
+            format.one(&force_complete(agent, &identified.id).await?, in_full)?;
             Ok(Exit::Done)
         }
         MigrationVerb::Resolve(arguments) => {
@@ -81,6 +85,20 @@ async fn abort(agent: &Agent, id: &str) -> Result<MigrationInfo, Failure> {
     );
     let answered = agent.conductor().await?.abort_migration(request).await;
     let info = answered.map_err(|status| Failure::of_status(&format!("abort migration {id}"), &status))?;
+    Ok(info.into_inner())
+}
+
+async fn force_complete(agent: &Agent, id: &str) -> Result<MigrationInfo, Failure> {
+    check("complete", id)?;
+    let request = within(
+        PATIENCE,
+        MigrationRequest {
+            migration: id.to_owned(),
+            forwarded: false,
+        },
+    );
+    let answered = agent.conductor().await?.force_complete_migration(request).await;
+    let info = answered.map_err(|status| Failure::of_status(&format!("complete migration {id} by force"), &status))?;
     Ok(info.into_inner())
 }
 

@@ -321,6 +321,7 @@ fn order_and_answer(order: &Command) -> Option<(Site, Site)> {
         | Command::Restore(_)
         | Command::PressPowerButton(_)
         | Command::SetBalloon(_)
+        | Command::ForceComplete(_)
         | Command::Profile(_) => None,
     }
 }

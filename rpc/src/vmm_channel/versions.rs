@@ -26,6 +26,7 @@ pub(crate) fn brought_by(order: &Command) -> (u32, &'static str) {
         Command::Restore(_) => (2, "restoring a snapshot"),
         Command::PressPowerButton(_) => (2, "the power button"),
         Command::SetBalloon(_) => (2, "the balloon"),
+        Command::ForceComplete(_) => (2, "completing by force"),
         Command::Profile(_) => (2, "telling what it needs of a host"),
     }
 }

@@ -28,6 +28,12 @@ pub(super) struct Sending {
 }
 
 impl Sending {
+    /// Asks the migration to switch over after its round, whatever its budget.
+    pub(super) fn force_complete(&self) {
+        // One that is over has switched, or its outcome is on the way.
+        let _ = self.orders.send(SourceOrder::ForceComplete);
+    }
+
     /// Asks the migration to end. Before, its attempt must have been traded for CANCELLED.
     pub(super) fn abort(&self, reason: String) {
         // A migration that is over has nobody to ask; its outcome is on the way.

@@ -188,6 +188,13 @@ impl Vmm {
             Command::ConsoleInput(input) => self.console_input(&input.bytes),
             Command::SetBalloon(order) => self.set_balloon(order),
             Command::Profile(_) => self.profile(),
+            Command::ForceComplete(_) => match &self.holding {
+                Holding::Sending(sending) => {
+                    sending.force_complete();
+                    Ok(Body::Done(wire::Done {}))
+                }
+                _ => anyhow::bail!("nothing is being sent: the machine is {}", self.machine_word()),
+            },
             Command::Send(send) => self.send(&send, descriptors),
             Command::Receive(receive) => self.receive(&receive, descriptors),
             Command::Snapshot(snapshot) => self.snapshot(&snapshot, descriptors),

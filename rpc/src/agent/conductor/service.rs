@@ -8,6 +8,8 @@ use ferry_proto::agent::v1::{
     ListHostsReply, ListHostsRequest, ListMigrationsReply, ListMigrationsRequest, LiveMigrateReply, LiveMigrateRequest,
     MigrationInfo, MigrationRequest, ResolveRequest,
 };
+use ferry_proto::vmm::v1 as wire;
+use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::wire_uuid;
 use tokio_stream::wrappers::WatchStream;
 use tokio_stream::{Stream, StreamExt};
@@ -127,6 +129,33 @@ impl Conductor for ConductorService {
         }
     }
 
+    async fn force_complete_migration(&self, request: Request<MigrationRequest>) -> Answer<MigrationInfo> {
+        let context = RequestContext::of(&request);
+        let request = request.into_inner();
+        match self.0.place(&context, &request).await? {
+            Place::Here(row) => {
+                let agent = Arc::clone(&self.0);
+                let forced = whole(async move {
+                    let subject = Subject::migration(row.instance, &row.info.name, row.id);
+                    let instance = subject.instance.to_string();
+                    let force = agent.force_complete(*row);
+                    let forced = agent
+                        .recorded(&context, Action::ForceComplete, Some(subject), force)
+                        .await;
+                    agent.audit(&context, "force-complete", &instance, &forced).await;
+                    forced
+                });
+                Ok(Response::new(forced.await?))
+            }
+            Place::There(peer) => {
+                let force = |mut client: ConductorClient| async move {
+                    client.force_complete_migration(forwarded(request)).await
+                };
+                peer.forward(&context, force).await
+            }
+        }
+    }
+
     async fn resolve_migration(&self, request: Request<ResolveRequest>) -> Answer<MigrationInfo> {
         let context = RequestContext::of(&request);
         let (agent, request) = (Arc::clone(&self.0), request.into_inner());
@@ -220,6 +249,30 @@ impl Agent {
             )));
         }
         Ok(now)
+    }
+
+    /// Nova's live_migration_force_complete: the copy switches over after its round, whatever its budget. It tells how the migration
+    /// stands once its VMM has the order; that it ends is its own affair.
+    async fn force_complete(&self, row: MigrationRow) -> Result<MigrationInfo, Failure> {
+        let refused = |why: &str| Failure::Refused(format!("migration {} cannot be completed by force: {why}", row.id));
+        if row.role == Role::Destination {
+            let source = format!("its source, host {}, does not answer", row.peer);
+            return Err(refused(&source));
+        }
+        let outgoing = self.outgoing.find(row.id).ok_or_else(|| refused("it is over"))?;
+        let status = outgoing.watch().borrow().status.clone();
+        if !matches!(status.as_str(), "running" | "switching") {
+            return Err(refused(&format!("nothing is being copied, it is {status}")));
+        }
+        let instance = self
+            .instances
+            .by_id(row.instance)
+            .ok_or_else(|| refused("its guest is gone"))?;
+        let vmm = instance.state.lock().await.vmm()?.clone();
+        vmm.order(Command::ForceComplete(wire::ForceComplete {}))
+            .await
+            .map_err(Failure::vmm("failed to have the VMM switch over"))?;
+        Ok(outgoing.watch().borrow().clone())
     }
 
     /// Why an incoming migration is over here, for the source.
