@@ -24,6 +24,7 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 use uuid::Uuid;
 
+use super::config::is_name;
 use super::console::{self, Follow};
 use super::context::RequestContext;
 use super::events::{Action, Subject};
@@ -165,9 +166,10 @@ impl Compute for ComputeService {
         let agent = Arc::clone(&self.0);
         let run = async move {
             let (id, name) = (Uuid::new_v4(), spec.name.clone());
-            let subject = Subject::instance(id, &name);
+            // Nobody could ask for the events of what no instance is called.
+            let subject = is_name(&name).then(|| Subject::instance(id, &name));
             let run = agent.run_instance(id, spec);
-            let run = agent.recorded(&context, Action::Run, Some(subject), run).await;
+            let run = agent.recorded(&context, Action::Run, subject, run).await;
             let instance = run.as_ref().map_or(&name, |info| &info.id);
             agent.audit(&context, Action::Run.word(), instance, &run).await;
             run

@@ -7,6 +7,7 @@
 //!
 //! A cell is a test of its own, named `course::moment::site::fault`, and has a pair of agents of its own. Cells run side by side: most of
 //! their time is spent waiting. All from ARM to CONFIRM are run always; the others take turns by commit, `FERRY_LONG_TESTS=1` runs all.
+//! With `FERRY_MATRIX_COLD=1` every migration is a cold one.
 
 mod cell;
 mod choice;

@@ -237,6 +237,7 @@ fn may_answer(method: &Method) -> bool {
         method.name.as_str(),
         "Host"
             | "ListHosts"
+            | "ListEvents"
             | "ListInstances"
             | "ListMigrations"
             | "ShowInstance"
