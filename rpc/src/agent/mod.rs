@@ -16,7 +16,7 @@
 //! | `failure`, `unread` | what is answered when something is not done, or could not be read |
 //! | `checks`, `claims`, `reason` | whether this host can have an instance, and why not |
 //! | `resolving` | a person ends a migration that nobody can decide |
-//! | `context`, `who` | in which request, for whom and until when something is done |
+//! | `context`, `who`, `sock_diag` | in which request, for whom and until when something is done |
 //! | `events` | what was done to each instance, and what failed |
 //! | `health` | what standard gRPC clients ask of any server |
 //! | `journal`, `spawn`, `vmm_client` | SQLite, VMM processes, their sockets |
@@ -47,6 +47,7 @@ mod recovery;
 mod resolving;
 mod serve;
 mod snapshots;
+mod sock_diag;
 mod spawn;
 mod steps;
 mod unread;

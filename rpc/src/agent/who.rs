@@ -6,6 +6,8 @@
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 
+use super::sock_diag;
+
 /// Who is at the other end: a user of this host, or another host's address.
 pub(super) fn actor(remote: Option<SocketAddr>, local: Option<SocketAddr>) -> String {
     let (Some(remote), Some(local)) = (remote, local) else {
@@ -15,19 +17,27 @@ pub(super) fn actor(remote: Option<SocketAddr>, local: Option<SocketAddr>) -> St
     if !is_here {
         return remote.ip().to_string();
     }
-    let table = match remote {
-        SocketAddr::V4(_) => "/proc/net/tcp",
-        SocketAddr::V6(_) => "/proc/net/tcp6",
-    };
     // A connection from a container's network is in another table.
-    let sockets = fs::read_to_string(table).unwrap_or_default();
-    match owner(&sockets, remote, local) {
+    let owner = sock_diag::owner(remote, local).unwrap_or_else(|error| {
+        tracing::debug!(%error, "the kernel is asked for a connection's user by its table");
+        owner_by_table(remote, local)
+    });
+    match owner {
         Some(user) => match user_name(&fs::read_to_string("/etc/passwd").unwrap_or_default(), user) {
             Some(name) => format!("{name} (uid {user})"),
             None => format!("uid {user}"),
         },
         None => format!("unknown at {}", remote.ip()),
     }
+}
+
+/// The same where the kernel was built without `INET_DIAG`.
+fn owner_by_table(bound: SocketAddr, connected: SocketAddr) -> Option<u32> {
+    let table = match bound {
+        SocketAddr::V4(_) => "/proc/net/tcp",
+        SocketAddr::V6(_) => "/proc/net/tcp6",
+    };
+    owner(&fs::read_to_string(table).unwrap_or_default(), bound, connected)
 }
 
 /// The user whose socket is bound to `bound` and connected to `connected` (proc_net_tcp.rst of the kernel).
@@ -77,6 +87,7 @@ mod tests {
         let found = actor(Some(remote), Some(local));
         let user = rustix::process::geteuid().as_raw();
         assert!(found.contains(&format!("uid {user}")), "{found}");
+        assert_eq!(owner_by_table(remote, local), Some(user));
     }
 
     #[test]
