@@ -263,6 +263,8 @@ impl Stage {
                 let Some(id) = self.process(actor) else {
                     return Ok(false);
                 };
+                // Agent A waits 5 s twice for a VMM that does not answer, and then says so: the very ten that somebody is stopped here.
+                self.pair.expect_complaint("the VMM does not wind the migration up");
                 process::signal(id, Signal::STOP)?;
                 self.gate.say(Word::Go);
                 thread::sleep(STOPPED);
