@@ -28,7 +28,7 @@ const USER_AT: usize = HEADER_BYTES + 4 + 48 + 3 * 4;
 pub(super) fn owner(bound: SocketAddr, connected: SocketAddr) -> io::Result<Option<u32>> {
     let socket = ask(&question(bound, connected))?;
     let mut answer = [0; 512];
-    let (_, length) = recv(&socket, &mut answer[..], RecvFlags::empty())?;
+    let (_, length) = recv(&socket, &mut answer[..], RecvFlags::DONTWAIT)?;
     understand(&answer[..length.min(answer.len())])
 }
 
@@ -39,7 +39,7 @@ fn ask(question: &[u8]) -> io::Result<OwnedFd> {
         SocketFlags::CLOEXEC,
         Some(netlink::SOCK_DIAG),
     )?;
-    // The kernel answers while it takes the question: nothing is waited for below.
+    // The kernel answers while it takes the question: nothing is waited for afterwards.
     send(&socket, question, SendFlags::empty())?;
     Ok(socket)
 }

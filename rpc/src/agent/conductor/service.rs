@@ -138,7 +138,7 @@ impl Conductor for ConductorService {
                 let forced = whole(async move {
                     let subject = Subject::migration(row.instance, &row.info.name, row.id);
                     let instance = subject.instance.to_string();
-                    let force = agent.force_complete(*row);
+                    let force = agent.force_complete(&context, *row);
                     let forced = agent
                         .recorded(&context, Action::ForceComplete, Some(subject), force)
                         .await;
@@ -253,7 +253,7 @@ impl Agent {
 
     /// Nova's live_migration_force_complete: the copy switches over after its round, whatever its budget. It tells how the migration
     /// stands once its VMM has the order; that it ends is its own affair.
-    async fn force_complete(&self, row: MigrationRow) -> Result<MigrationInfo, Failure> {
+    async fn force_complete(&self, context: &RequestContext, row: MigrationRow) -> Result<MigrationInfo, Failure> {
         let refused = |why: &str| Failure::Refused(format!("migration {} cannot be completed by force: {why}", row.id));
         if row.role == Role::Destination {
             let source = format!("its source, host {}, does not answer", row.peer);
@@ -268,7 +268,7 @@ impl Agent {
             .instances
             .by_id(row.instance)
             .ok_or_else(|| refused("its guest is gone"))?;
-        let vmm = instance.state.lock().await.vmm()?.clone();
+        let vmm = context.wait(instance.state.lock()).await?.vmm()?.clone();
         vmm.order(Command::ForceComplete(wire::ForceComplete {}))
             .await
             .map_err(Failure::vmm("failed to have the VMM switch over"))?;
