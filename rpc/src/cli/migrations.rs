@@ -1,5 +1,7 @@
 //! `migration list`, `show`, `watch`, `abort`, `force-complete`, `resolve`.
 
+use std::time::Duration;
+
 use ferry_migration::handover::Wish;
 use ferry_proto::agent::v1::{ListMigrationsRequest, MigrationInfo, MigrationRequest, ResolveRequest};
 
@@ -48,13 +50,7 @@ pub(super) async fn run(agent: &Agent, verb: MigrationVerb, format: Format) -> O
 /// What is known of one migration.
 pub(super) async fn show(agent: &Agent, id: &str) -> Result<MigrationInfo, Failure> {
     check("show", id)?;
-    let request = within(
-        PATIENCE,
-        MigrationRequest {
-            migration: id.to_owned(),
-            forwarded: false,
-        },
-    );
+    let request = named(id, PATIENCE);
     let answered = agent.conductor().await?.show_migration(request).await;
     let info = answered.map_err(|status| Failure::of_status(&format!("show migration {id}"), &status))?;
     Ok(info.into_inner())
@@ -76,13 +72,7 @@ async fn all(agent: &Agent) -> Result<Vec<MigrationInfo>, Failure> {
 
 async fn abort(agent: &Agent, id: &str) -> Result<MigrationInfo, Failure> {
     check("abort", id)?;
-    let request = within(
-        LONG_PATIENCE,
-        MigrationRequest {
-            migration: id.to_owned(),
-            forwarded: false,
-        },
-    );
+    let request = named(id, LONG_PATIENCE);
     let answered = agent.conductor().await?.abort_migration(request).await;
     let info = answered.map_err(|status| Failure::of_status(&format!("abort migration {id}"), &status))?;
     Ok(info.into_inner())
@@ -90,13 +80,7 @@ async fn abort(agent: &Agent, id: &str) -> Result<MigrationInfo, Failure> {
 
 async fn force_complete(agent: &Agent, id: &str) -> Result<MigrationInfo, Failure> {
     check("complete", id)?;
-    let request = within(
-        PATIENCE,
-        MigrationRequest {
-            migration: id.to_owned(),
-            forwarded: false,
-        },
-    );
+    let request = named(id, PATIENCE);
     let answered = agent.conductor().await?.force_complete_migration(request).await;
     let info = answered.map_err(|status| Failure::of_status(&format!("complete migration {id} by force"), &status))?;
     Ok(info.into_inner())
@@ -121,6 +105,14 @@ async fn resolve(agent: &Agent, arguments: ResolveArguments) -> Result<Migration
     let answered = agent.conductor().await?.resolve_migration(request).await;
     let info = answered.map_err(|status| Failure::of_status(&format!("resolve migration {id}"), &status))?;
     Ok(info.into_inner())
+}
+
+fn named(id: &str, patience: Duration) -> tonic::Request<MigrationRequest> {
+    let request = MigrationRequest {
+        migration: id.to_owned(),
+        forwarded: false,
+    };
+    within(patience, request)
 }
 
 /// What is no UUID is no migration's id.
