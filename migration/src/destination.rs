@@ -33,7 +33,7 @@ use crew::Crew;
 pub use error::DestinationError;
 use hearing::Hearing;
 use phase::{Phase, Step};
-use population::{Ahead, wanted_huge};
+use population::{Backing, wanted_huge};
 use received::Received;
 use receiver::Delivered;
 pub use report::{
@@ -66,15 +66,12 @@ pub fn run<G: DestinationGuest>(
     let memory = guest.memory();
     let shared = Shared {
         received: Received::new(memory.shape()),
-        ahead: Ahead::default(),
+        backing: Backing::new(memory.shape()),
         delivered: sockets.pages.iter().map(|_| Delivered::default()).collect(),
         round: AtomicU32::new(1),
     };
     thread::scope(|scope| {
-        let _ending = Ending {
-            sockets: &sockets,
-            shared: &shared,
-        };
+        let _ending = Ending { sockets: &sockets };
         let (events_in, events) = mpsc::sync_channel(64);
         let (outbox, outgoing) = mpsc::channel();
         let mut hearing = Hearing::new(events, outbox, &sockets, asked);
@@ -119,7 +116,7 @@ impl Asked<'_> {
 /// What the script shares with its threads.
 struct Shared {
     received: Received,
-    ahead: Ahead,
+    backing: Backing,
     delivered: Vec<Delivered>,
     round: AtomicU32,
 }
@@ -208,7 +205,7 @@ fn handshake<G: DestinationGuest>(
     }
 }
 
-/// Takes in the map of what the source has populated, asks for huge pages, and begins to back them.
+/// Takes in the map of what the source has populated, and asks for huge pages.
 fn load_population<M: GuestMemory>(hearing: &mut Hearing<'_>, crew: &Crew<'_, '_, M>) -> Result<(), DestinationError> {
     let shape = crew.memory.shape();
     let mut population = Population::default();
@@ -240,10 +237,7 @@ fn load_population<M: GuestMemory>(hearing: &mut Hearing<'_>, crew: &Crew<'_, '_
             tracing::debug!(%error, first = run.first, count = run.count, "huge pages are not to be had");
         }
     }
-    if !wanted.is_empty() {
-        crew.start_populating()?;
-        crew.shared.ahead.plan(&wanted);
-    }
+    crew.shared.backing.want(&wanted);
     hearing.say(Reply::PopulationReady(v1::PopulationReady {}));
     hearing.asked.report(DestinationReport::Loading {
         populated_pages: population.populated.iter().map(|run| run.count).sum(),
@@ -300,12 +294,10 @@ fn load<G: DestinationGuest>(
 /// Sends every thread home when it goes out of scope, so that no way out leaves one behind.
 struct Ending<'a> {
     sockets: &'a Sockets,
-    shared: &'a Shared,
 }
 
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
-        self.shared.ahead.close();
         self.sockets.cut();
     }
 }

@@ -177,7 +177,8 @@ fn huge_pages_are_asked_for_where_they_are_wanted_and_backed() {
         *loaded.restored.memory.advised.lock().unwrap(),
         [run(0, 1024), run(4096, 512)]
     );
-    assert!(loaded.restored.memory.populated.load(Ordering::Relaxed) <= 1536);
+    // Of the block at 4096 the source holds nothing: no data comes for it.
+    assert_eq!(loaded.restored.memory.populated.load(Ordering::Relaxed), 1024);
 }
 
 #[test]

@@ -54,7 +54,7 @@ impl<'scope, M: GuestMemory> Crew<'scope, '_, M> {
         for (stream, socket) in (0u16..).zip(&sockets.pages) {
             let Shared {
                 received,
-                ahead,
+                backing,
                 delivered,
                 round,
             } = shared;
@@ -65,7 +65,7 @@ impl<'scope, M: GuestMemory> Crew<'scope, '_, M> {
                 sockets,
                 memory,
                 received,
-                ahead,
+                backing,
                 delivered,
                 round,
             };
@@ -74,20 +74,6 @@ impl<'scope, M: GuestMemory> Crew<'scope, '_, M> {
                 // Nobody listens once the migration is over.
                 let error = receiver.run(&identity, || drop(events.send(Event::Arrived))).err();
                 let _ = events.send(Event::StreamEnded { stream, error });
-            })?;
-        }
-        Ok(())
-    }
-
-    /// One thread where there are two processors or fewer, otherwise two.
-    pub(super) fn start_populating(&self) -> Result<(), DestinationError> {
-        let threads = thread::available_parallelism().map_or(1, |count| count.get().div_ceil(2).min(2));
-        let (ahead, memory) = (&self.shared.ahead, self.memory);
-        for index in 0..threads {
-            self.spawn(format!("ferry-populate-{index}"), move || {
-                if let Err(error) = ahead.populate(memory) {
-                    tracing::warn!(%error, "memory could not be populated ahead of the data");
-                }
             })?;
         }
         Ok(())

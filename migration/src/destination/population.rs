@@ -1,32 +1,18 @@
-//! Where huge pages are wanted, and backing them ahead of the data.
+//! Where huge pages are wanted, and backing them right before their data.
 //!
 //! Advising everything would turn scattered pages into gigabytes; backing page by page is what makes receiving slow. So
-//! a huge page is wanted only where the source has one or at least half of it is populated, and those are populated in
-//! large pieces by a thread or two that keep a bounded way ahead of what arrives, on other processors than the threads that receive it.
+//! a huge page is wanted only where the source has one or at least half of it is populated. The thread that receives the first data for it backs
+//! it, whole, and then reads into it.
+//!
+//! Threads of their own that keep ahead of the data look faster and are not: what they fill with zeroes has left the processor's caches when the data
+//! comes, so each page goes through memory once more. Measured with the system calls alone, 1 GiB over loopback, two processors of which somebody keeps
+//! one busy: sending, backing and receiving cost 355 ms of processor time this way, 385 to 440 ms with a thread ahead.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
-use std::time::Duration;
-
-use rustix::thread::sched_getcpu;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::PageSet;
-use crate::guest::{FRAMES_PER_HUGE_PAGE, FrameRun, GuestError, GuestMemory, MemoryShape, Population};
-use crate::placement::{Place, Placement};
-
-/// Frames backed by one call: 2 MiB.
-const PIECE_FRAMES: u64 = FRAMES_PER_HUGE_PAGE;
-
-/// A rest after each piece, of which one takes 250 to 500 us: filling huge pages with zeroes never waits for anything, so a vCPU on the same processor
-/// would get it back at the scheduler's next tick only, 4 ms later. Measured on two processors of which a guest keeps one busy, moves of 1 GiB
-/// in 7 or 8 runs each. Wherever the scheduler put it, this thread stayed beside the receiving ones: 530 to 545 ms, and the guest's largest gap 5.9 to
-/// 6.5 ms. Kept off their processors with a rest of 20 us: 481 ms and 5.7 ms; with this rest: 452 ms and 3.5 ms; with a rest of 500 us after each 8 MiB:
-/// 515 ms and 3.4 ms.
-const BETWEEN_PIECES: Duration = Duration::from_micros(200);
-
-/// How far ahead of the data memory is backed, in frames: 256 MiB.
-const LEAD_FRAMES: u64 = 64 << 10;
+use crate::guest::{FRAMES_PER_HUGE_PAGE, FrameRun, MemoryShape, Population, Region};
+use crate::precopy::{for_each_word, word_of, words_for};
 
 /// The runs below which huge pages are wanted: whole huge pages, ascending, neighbours merged.
 pub(super) fn wanted_huge(population: &Population, shape: &MemoryShape) -> Vec<FrameRun> {
@@ -60,122 +46,76 @@ pub(super) fn wanted_huge(population: &Population, shape: &MemoryShape) -> Vec<F
     wanted
 }
 
-/// The populating threads' plan, and how far the data has come.
-#[derive(Default)]
-pub(super) struct Ahead {
-    state: Mutex<State>,
-    changed: Condvar,
+/// The huge pages that are wanted and not yet backed: a bit each, taken by the receiving thread whose data comes first.
+///
+/// Relaxed is enough: backing a page twice is harmless, and the memory itself orders what is written there.
+pub(super) struct Backing {
+    shape: MemoryShape,
+    wanted: Vec<Vec<AtomicU64>>,
 }
 
-#[derive(Default)]
-struct State {
-    /// What is still to be backed: ascending, the next one last.
-    pieces: Vec<FrameRun>,
-    /// Given out and not yet reached by the data: ascending.
-    ahead: VecDeque<FrameRun>,
-    /// The data has reached this frame.
-    reached: u64,
-    /// The processor on which each stream was received last.
-    receivers: BTreeMap<u16, usize>,
-    closed: bool,
-}
-
-impl State {
-    /// The next piece, unless enough is backed ahead of the data.
-    fn next(&mut self) -> Option<FrameRun> {
-        let reached = self.reached;
-        while self.ahead.front().is_some_and(|piece| piece.end() <= reached) {
-            self.ahead.pop_front();
+impl Backing {
+    /// Nothing is wanted yet.
+    pub(super) fn new(shape: &MemoryShape) -> Self {
+        let words =
+            |region: &Region| (0..words_for(block_in(region, region.run().end() - 1) + 1)).map(|_| AtomicU64::new(0));
+        Self {
+            shape: shape.clone(),
+            wanted: shape.regions().iter().map(|region| words(region).collect()).collect(),
         }
-        while self.pieces.last().is_some_and(|piece| piece.end() <= reached) {
-            self.pieces.pop();
-        }
-        let lead: u64 = self.ahead.iter().map(|piece| piece.count).sum();
-        let piece = self.pieces.pop_if(|_| lead < LEAD_FRAMES)?;
-        self.ahead.push_back(piece);
-        Some(piece)
-    }
-}
-
-impl Ahead {
-    /// Gives the threads their plan.
-    pub(super) fn plan(&self, wanted: &[FrameRun]) {
-        let pieces_of = |run: &FrameRun| {
-            let run = *run;
-            (0..run.count.div_ceil(PIECE_FRAMES)).map(move |index| {
-                let first = run.first + index * PIECE_FRAMES;
-                FrameRun {
-                    first,
-                    count: PIECE_FRAMES.min(run.end() - first),
-                }
-            })
-        };
-        let mut pieces: Vec<FrameRun> = wanted.iter().flat_map(pieces_of).collect();
-        pieces.reverse();
-        self.lock().pieces = pieces;
-        self.changed.notify_all();
     }
 
-    /// Notes that data up to `frame` arrived on this stream. Called by the thread that receives it.
-    pub(super) fn reached(&self, frame: u64, stream: u16) {
-        let mut state = self.lock();
-        state.receivers.insert(stream, sched_getcpu());
-        if frame > state.reached {
-            state.reached = frame;
-            if !state.pieces.is_empty() {
-                drop(state);
-                self.changed.notify_all();
+    /// Wants what [`wanted_huge`] found.
+    pub(super) fn want(&self, huge: &[FrameRun]) {
+        for run in huge {
+            if let Some((index, first, end)) = self.blocks(run) {
+                for_each_word(first, end, |word, mask| {
+                    self.wanted[index][word].fetch_or(mask, Ordering::Relaxed);
+                });
             }
         }
     }
 
-    /// Ends the threads.
-    pub(super) fn close(&self) {
-        self.lock().closed = true;
-        self.changed.notify_all();
-    }
-
-    /// Backs memory ahead of the data until closed.
+    /// Calls `back` with each huge page below `runs` that is wanted and was given to nobody yet. Before their data is read into them.
     ///
     /// # Errors
-    /// If the host has no memory; the receiving threads would learn the same by faulting.
-    pub(super) fn populate(&self, memory: &impl GuestMemory) -> Result<(), GuestError> {
-        // Receiving and filling are two halves of the same work: on one processor neither is ahead of the other.
-        let receivers = Placement::default();
-        let mut place = Place::new(&receivers);
-        while let Some((piece, processors)) = self.next() {
-            receivers.taken(processors);
-            place.set(true);
-            memory.populate(piece)?;
-            thread::sleep(BETWEEN_PIECES);
+    /// The first that `back` has.
+    pub(super) fn take<E>(&self, runs: &[FrameRun], mut back: impl FnMut(FrameRun) -> Result<(), E>) -> Result<(), E> {
+        for run in runs {
+            let Some((index, first, end)) = self.blocks(run) else {
+                continue;
+            };
+            for block in first..end {
+                let (word, bit) = (&self.wanted[index][word_of(block)], 1 << (block % 64));
+                if word.load(Ordering::Relaxed) & bit != 0 && word.fetch_and(!bit, Ordering::Relaxed) & bit != 0 {
+                    let region = &self.shape.regions()[index];
+                    back(FrameRun {
+                        first: (region.start_frame / FRAMES_PER_HUGE_PAGE + block) * FRAMES_PER_HUGE_PAGE,
+                        count: FRAMES_PER_HUGE_PAGE,
+                    })?;
+                }
+            }
         }
         Ok(())
     }
 
-    /// Waits for the next piece within the lead, and says where the receiving threads are; what the data has passed already backs itself.
-    fn next(&self) -> Option<(FrameRun, Vec<usize>)> {
-        let mut state = self.lock();
-        loop {
-            if state.closed {
-                return None;
-            }
-            if let Some(piece) = state.next() {
-                let mut processors: Vec<usize> = state.receivers.values().copied().collect();
-                processors.sort_unstable();
-                processors.dedup();
-                return Some((piece, processors));
-            }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
+    /// The run's region, and the blocks of it that the run touches: from, and to without.
+    fn blocks(&self, run: &FrameRun) -> Option<(usize, u64, u64)> {
+        let (index, _) = self.shape.locate(run.first)?;
+        let region = &self.shape.regions()[index];
+        Some((index, block_in(region, run.first), block_in(region, run.end() - 1) + 1))
     }
+}
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// In which block of 2 MiB, counted from the one in which its region begins, a frame is.
+fn block_in(region: &Region, frame: u64) -> u64 {
+    frame / FRAMES_PER_HUGE_PAGE - region.start_frame / FRAMES_PER_HUGE_PAGE
 }
 
 #[cfg(test)]
 mod tests {
+    use std::convert::Infallible;
+
     use super::*;
     use crate::guest::Region;
 
@@ -229,46 +169,43 @@ mod tests {
         assert_eq!(wanted_huge(&population, &shape), [run(0, 1024), run(1024, 512)]);
     }
 
-    #[test]
-    fn backing_keeps_a_bounded_lead_and_leaps_over_holes() {
-        let ahead = Ahead::default();
-        ahead.plan(&[run(0, LEAD_FRAMES), run(1 << 21, 2 * PIECE_FRAMES)]);
-        let mut state = ahead.lock();
-        let lead = std::iter::from_fn(|| state.next())
-            .map(|piece| piece.count)
-            .sum::<u64>();
-        assert_eq!(lead, LEAD_FRAMES);
-        drop(state);
-        ahead.reached(PIECE_FRAMES, 0);
-        assert_eq!(ahead.lock().next(), Some(run(1 << 21, PIECE_FRAMES)));
-        assert_eq!(ahead.lock().next(), None);
+    fn taken(backing: &Backing, runs: &[FrameRun]) -> Vec<FrameRun> {
+        let mut taken = Vec::new();
+        let Ok(()) = backing.take(runs, |run| {
+            taken.push(run);
+            Ok::<(), Infallible>(())
+        });
+        taken
     }
 
     #[test]
-    fn what_the_data_has_passed_is_not_backed_any_more() {
-        let ahead = Ahead::default();
-        ahead.plan(&[run(0, 4 * PIECE_FRAMES)]);
-        ahead.reached(3 * PIECE_FRAMES, 0);
-        let (piece, _) = ahead.next().unwrap();
-        assert_eq!(piece, run(3 * PIECE_FRAMES, PIECE_FRAMES));
-        ahead.close();
-        assert_eq!(ahead.next(), None);
-    }
-
-    #[test]
-    fn where_the_data_is_received_is_known_with_each_piece() {
-        let ahead = Ahead::default();
-        ahead.plan(&[run(0, 4 * PIECE_FRAMES)]);
-        assert_eq!(ahead.next().unwrap().1, []);
-        ahead.reached(1, 0);
-        ahead.reached(1, 1);
-        let allowed = rustix::thread::sched_getaffinity(None).unwrap();
-        let processors = ahead.next().unwrap().1;
-        // This thread may have been moved between the two.
-        assert!((1..=2).contains(&processors.len()), "{processors:?}");
-        assert!(
-            processors.iter().all(|&processor| allowed.is_set(processor)),
-            "{processors:?}"
+    fn what_is_wanted_is_given_to_whose_data_comes_first_and_to_nobody_else() {
+        let backing = Backing::new(&shape());
+        backing.want(&[run(0, 1024), run(1 << 21, 512)]);
+        assert_eq!(taken(&backing, &[run(500, 13)]), [run(0, 512), run(512, 512)]);
+        assert_eq!(taken(&backing, &[run(0, 512)]), []);
+        assert_eq!(
+            taken(&backing, &[run(2000, 100), run((1 << 21) + 511, 600)]),
+            [run(1 << 21, 512)]
         );
+    }
+
+    #[test]
+    fn regions_may_begin_and_end_inside_a_huge_page() {
+        let region = |start_frame, frames| Region { start_frame, frames };
+        let backing = Backing::new(&MemoryShape::new(vec![region(100, 2000), region(5000, 1)]).unwrap());
+        backing.want(&[run(512, 1024)]);
+        assert_eq!(
+            taken(&backing, &[run(100, 2000), run(5000, 1)]),
+            [run(512, 512), run(1024, 512)]
+        );
+        assert_eq!(taken(&backing, &[run(2099, 1)]), []);
+    }
+
+    #[test]
+    fn one_that_could_not_be_backed_ends_it() {
+        let backing = Backing::new(&shape());
+        backing.want(&[run(0, 1024)]);
+        assert_eq!(backing.take(&[run(0, 1024)], |run| Err(run)), Err(run(0, 512)));
     }
 }

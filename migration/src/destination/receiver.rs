@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::destination::population::Ahead;
+use crate::destination::population::Backing;
 use crate::destination::received::Received;
 use crate::guest::{FRAME_SIZE, FrameRun, GuestError, GuestMemory};
 use crate::link::Sockets;
@@ -82,7 +82,7 @@ pub(super) struct Receiver<'a, M> {
     pub(super) sockets: &'a Sockets,
     pub(super) memory: &'a M,
     pub(super) received: &'a Received,
-    pub(super) ahead: &'a Ahead,
+    pub(super) backing: &'a Backing,
     pub(super) delivered: &'a Delivered,
     /// The round whose barrier comes next.
     pub(super) round: &'a AtomicU32,
@@ -128,6 +128,9 @@ impl<M: GuestMemory> Receiver<'_, M> {
 
     fn take_in(&self, data: &[FrameRun], zero: &[FrameRun], overhead: u64) -> Result<StreamTotals, ReceiveError> {
         if !data.is_empty() {
+            self.backing
+                .take(data, |run| self.memory.populate(run))
+                .map_err(ReceiveError::Guest)?;
             let taken = self.memory.receive(self.socket.as_fd(), data);
             taken.map_err(|error| ReceiveError::Frame(FrameError::from_pages(error)))?;
         }
@@ -135,9 +138,6 @@ impl<M: GuestMemory> Receiver<'_, M> {
         for &run in zero {
             let zeroed = self.received.runs_in(run, |run| self.memory.write_zeroes(run));
             zeroed.map_err(ReceiveError::Guest)?;
-        }
-        if let Some(last) = data.last() {
-            self.ahead.reached(last.end(), self.stream);
         }
         let count = |runs: &[FrameRun]| runs.iter().map(|run| run.count).sum::<u64>();
         let pages = count(data);
