@@ -12,7 +12,6 @@ pub mod fuzz;
 pub mod guest;
 pub mod handover;
 mod link;
-mod placement;
 pub mod policy;
 mod precopy;
 pub mod source;

@@ -135,7 +135,6 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         let (began, before, pages) = (Instant::now(), self.streams.sum(), self.pending.count());
         let number = self.round;
         if pages > 0 {
-            self.streams.placement.taken(self.guest.busy_processors());
             let clearer = Some(self.guest.clearer());
             let set = self.take_pending();
             self.meter.round_begins(&set, pages);
@@ -203,7 +202,6 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
     pub(super) fn wait(&mut self, wanted: impl Fn(&Heard) -> bool) -> Result<(), Stop> {
         loop {
             self.conversation.look_after(self.guest)?;
-            self.streams.placement.taken(self.guest.busy_processors());
             self.tell_progress();
             match self.conversation.next(TICK)? {
                 Some(heard) if wanted(&heard) => return Ok(()),

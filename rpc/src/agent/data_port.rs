@@ -30,9 +30,12 @@ const PROOF: usize = 32;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Connections that are proving themselves at the same time; more wait in the listen queue.
 const MOST_UNPROVEN: usize = 256;
-/// Bytes in the send buffer, and in the receive buffer, of a connection within one machine. The kernel doubles it for its
-/// own bookkeeping.
-const LOCAL_BUFFER: usize = 64 << 10;
+/// Bytes in the send and in the receive buffer of a connection within one machine; the kernel doubles them for its own bookkeeping.
+///
+/// Measured on two processors of which the guest keeps one busy, moves of 1 GiB, medians of 12 in turn: 405 ms with these, 425 with
+/// twice the receive buffer, 409 with half of each, 438 with 64 KiB both.
+const LOCAL_SEND_BUFFER: usize = 128 << 10;
+const LOCAL_RECEIVE_BUFFER: usize = 512 << 10;
 
 /// The secret of one preparation.
 pub(crate) type Secret = [u8; 32];
@@ -155,8 +158,8 @@ async fn connect_one(address: &str, secret: &[u8], migration: Uuid, index: u16) 
 /// in tens of MiB, which cost the copy a trip to memory and hide nothing.
 fn fit_buffers(stream: &TcpStream) -> io::Result<()> {
     if stream.local_addr()?.ip() == stream.peer_addr()?.ip() {
-        rustix::net::sockopt::set_socket_send_buffer_size(stream, LOCAL_BUFFER)?;
-        rustix::net::sockopt::set_socket_recv_buffer_size(stream, LOCAL_BUFFER)?;
+        rustix::net::sockopt::set_socket_send_buffer_size(stream, LOCAL_SEND_BUFFER)?;
+        rustix::net::sockopt::set_socket_recv_buffer_size(stream, LOCAL_RECEIVE_BUFFER)?;
     }
     Ok(())
 }

@@ -65,10 +65,6 @@ impl SourceGuest for LocalGuest {
         Clearer(self.machine.dirty_clearer())
     }
 
-    fn busy_processors(&mut self) -> Vec<usize> {
-        self.machine.busy_processors()
-    }
-
     fn stop_tracking(&mut self) {
         self.copied.drain(..).for_each(|(_, written)| written.stop());
         if let Err(error) = self.machine.stop_dirty_tracking() {

@@ -10,6 +10,5 @@
 
 mod kick;
 mod thread;
-mod usage;
 
 pub(crate) use thread::{ANSWER_DEADLINE, Pending, VcpuError, VcpuHandle, VcpuSetup};

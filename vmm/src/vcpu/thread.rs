@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use super::kick::{KickTarget, Kicker};
-use super::usage::{Usage, Whereabouts};
 use crate::arch::x86_64::boot::{EntryPoint, enter};
 use crate::arch::x86_64::cpuid::CpuidEntry;
 use crate::arch::x86_64::vcpu_state::{SavePlan, TscTarget, VcpuState};
@@ -67,7 +66,6 @@ pub(crate) struct VcpuHandle {
     index: u8,
     commands: Sender<Command>,
     kicker: Kicker,
-    usage: Usage,
     thread: Option<JoinHandle<()>>,
     /// Closed when the thread has ended.
     ended: Receiver<()>,
@@ -87,8 +85,6 @@ impl VcpuHandle {
         let (commands, inbox) = channel();
         let (ending, ended) = channel();
         let (registered, registration) = channel();
-        let whereabouts = Whereabouts::default();
-        let own_whereabouts = whereabouts.clone();
         let thread = Builder::new().name(format!("vcpu{index}")).spawn(move || {
             let ending: Sender<()> = ending;
             let mut setup = setup;
@@ -96,12 +92,7 @@ impl VcpuHandle {
             match KickTarget::register(&mut setup.vcpu) {
                 Ok(kick) => {
                     let _ = registered.send(Ok(kick.kicker()));
-                    let thread = VcpuThread {
-                        kick,
-                        inbox,
-                        setup,
-                        whereabouts: own_whereabouts,
-                    };
+                    let thread = VcpuThread { kick, inbox, setup };
                     thread.live();
                 }
                 Err(error) => {
@@ -115,15 +106,9 @@ impl VcpuHandle {
             index,
             commands,
             kicker,
-            usage: Usage::new(kicker.thread(), whereabouts),
             thread: Some(thread),
             ended,
         })
-    }
-
-    /// The host's processor that it keeps busy; `None` if it mostly waits.
-    pub(crate) fn busy_processor(&mut self) -> Option<usize> {
-        self.usage.busy_processor()
     }
 
     /// Lets it run. Answered when it is about to enter the guest.
@@ -238,7 +223,6 @@ struct VcpuThread {
     kick: KickTarget,
     inbox: Receiver<Command>,
     setup: VcpuSetup,
-    whereabouts: Whereabouts,
 }
 
 impl VcpuThread {
@@ -345,7 +329,6 @@ impl VcpuThread {
         } = &mut self.setup;
         let index = vcpu.index();
         let exit = vcpu.run();
-        self.whereabouts.note();
         let event = match exit {
             Ok(Exit::Interrupted) => return After::Interrupted,
             Ok(Exit::PortIn { port, size, data }) => {
