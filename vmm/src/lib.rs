@@ -12,6 +12,7 @@ mod host;
 mod host_files;
 mod kvm;
 mod machine;
+pub mod measuring;
 mod memory;
 mod state;
 mod tap;
@@ -51,7 +52,7 @@ pub use machine::{
 };
 pub use memory::{
     DirtyBitmap, FrameRun, GuestMemory, HUGE_PAGE_SIZE, ImageError, MemoryError, MemoryRegion, MemoryShape, PAGE_SIZE,
-    PieceTable, Population, TableError, probe_rings, warm_host_memory,
+    PieceTable, Population, TableError, probe_rings,
 };
 pub use state::{MachineProfile, MachineState, StateError, UnitKind};
 pub use tap::{Tap, TapError, TapProblem, VNET_HEADER_SIZE};

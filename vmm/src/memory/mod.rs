@@ -14,7 +14,6 @@
 //! | `ring` | the same with many of them under way at once (io_uring) |
 //! | `contents` | zero pages, zeroing, digests |
 //! | `pieces`, `image` | all of it as a file, with a table that says what is in it |
-//! | `warm` | the host's own free memory, for those who measure |
 
 #![expect(
     unsafe_code,
@@ -31,7 +30,6 @@ mod ring;
 mod shape;
 mod spans;
 mod transfer;
-mod warm;
 
 pub use dirty::DirtyBitmap;
 pub(crate) use dirty::word_mask;
@@ -44,4 +42,3 @@ pub use ring::probe_rings;
 pub(crate) use ring::{Ring, keep_rings};
 pub use shape::{FrameRun, HUGE_PAGE_SIZE, MemoryRegion, MemoryShape, PAGE_SIZE};
 pub(crate) use spans::{Span, total};
-pub use warm::warm_host_memory;

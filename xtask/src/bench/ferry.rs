@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use ferry_tests::witness::Beat as WitnessBeat;
 use ferry_tests::{Guest, Pair, Witness, until};
+use ferry_vmm::measuring::CpuMeter;
 
 use super::console::{Beat, compare};
 use super::workload::Workload;
@@ -58,8 +59,12 @@ impl Binary {
         wait_for_beats(&witness, "a", before + BEATS_BEFORE)?;
         warm(workload)?;
 
+        let agents = [&pair.a, &pair.b].map(|host| host.pid().context("an agent is gone"));
+        let [source, destination] = agents;
+        let meter = CpuMeter::start([source?, destination?]);
         let began = Instant::now();
         let moved = pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
+        let cpu_s = meter.stop().iter().sum();
         wait_for_beats(&witness, "b", BEATS_AFTER)?;
         witness.check()?;
 
@@ -71,6 +76,7 @@ impl Binary {
             reader_gap_ms: Some(seen.reader_gap_ms),
             bytes: moved.number("bytes_sent").ok(),
             clock_lost_ms: Some(seen.clock_lost_ms),
+            cpu_s: Some(cpu_s),
         })
     }
 }

@@ -11,6 +11,7 @@ mod devices;
 mod ferry;
 mod linux;
 mod qemu;
+mod raw;
 mod table;
 mod workload;
 
@@ -20,7 +21,7 @@ use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
-use ferry_vmm::warm_host_memory;
+use ferry_vmm::measuring::warm_host_memory;
 use serde_json::{Value, json};
 
 use table::Contender;
@@ -74,6 +75,8 @@ struct Sample {
     bytes: Option<f64>,
     /// How much the guest's clock lost over the move.
     clock_lost_ms: Option<f64>,
+    /// Seconds of processor time on both sides, without the threads that run the guest.
+    cpu_s: Option<f64>,
 }
 
 /// Builds, warms the memory, runs in turn, prints the table.
@@ -105,12 +108,13 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let mut record = Vec::new();
     let mut failed = false;
     for workload in workloads {
-        let contenders = measure(workload, options, &ferry)?;
-        table::print(workload, &contenders);
-        failed |= contenders.iter().any(Contender::has_failed);
+        let (contenders, limit) = measure(workload, options, &ferry)?;
+        table::print(workload, &contenders, &limit);
+        failed |= contenders.iter().any(Contender::has_failed) || limit.has_failed();
         record.push(json!({
             "workload": workload.name,
             "contenders": contenders.iter().map(Contender::to_json).collect::<Vec<_>>(),
+            "limit": limit.to_json(),
         }));
     }
     write_record(options, record)?;
@@ -146,13 +150,15 @@ fn own_bench(options: &Options, ferry: &ferry::Binary) -> Result<ExitCode> {
     })
 }
 
-fn measure(workload: &Workload, options: &Options, ferry: &ferry::Binary) -> Result<Vec<Contender>> {
+/// The contenders, Ferry first, and what the host could do at best.
+fn measure(workload: &Workload, options: &Options, ferry: &ferry::Binary) -> Result<(Vec<Contender>, Contender)> {
     let modes: &[qemu::Mode] = match options.peer {
         Some(Peer::Qemu) => &qemu::MODES,
         None => &[],
     };
     let mut contenders = vec![Contender::new("ferry")];
     contenders.extend(modes.iter().map(|mode| Contender::new(mode.name())));
+    let mut limit = Contender::new("raw copy");
     let tsc_khz = clock::tsc_khz()?;
     for round in 1..=options.runs {
         eprintln!("{}: run {round} of {}", workload.name, options.runs);
@@ -160,8 +166,9 @@ fn measure(workload: &Workload, options: &Options, ferry: &ferry::Binary) -> Res
         for (mode, contender) in modes.iter().zip(&mut contenders[1..]) {
             contender.add(qemu::run(*mode, workload, tsc_khz));
         }
+        limit.add(raw::run(workload));
     }
-    Ok(contenders)
+    Ok((contenders, limit))
 }
 
 /// Has the host back as much memory as the destination will use, right before a move: on a nested host the first touch

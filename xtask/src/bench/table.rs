@@ -56,6 +56,7 @@ impl Contender {
                 "reader_gap_ms": sample.reader_gap_ms,
                 "bytes": sample.bytes,
                 "clock_lost_ms": sample.clock_lost_ms,
+                "cpu_s": sample.cpu_s,
             })
         });
         json!({
@@ -73,22 +74,22 @@ impl Contender {
 }
 
 /// Prints one workload's table; the first contender is Ferry.
-pub(super) fn print(workload: &Workload, contenders: &[Contender]) {
+pub(super) fn print(workload: &Workload, contenders: &[Contender], limit: &Contender) {
     println!(
         "\n{} ({} MiB guest, {})",
         workload.name, workload.memory_mib, workload.work
     );
     println!(
-        "{:<16} {:>5} {:>10} {:>10} {:>12} {:>12} {:>10} {:>11}",
-        "medians of", "runs", "total ms", "gap ms", "reader gap", "reported ms", "MiB sent", "clock lost"
+        "{:<16} {:>5} {:>10} {:>10} {:>12} {:>12} {:>10} {:>11} {:>8}",
+        "medians of", "runs", "total ms", "gap ms", "reader gap", "reported ms", "MiB sent", "clock lost", "CPU s"
     );
-    for contender in contenders {
+    for contender in contenders.iter().chain([limit]) {
         let show = |of: fn(&Sample) -> Option<f64>| match contender.median(of) {
             Some(value) => format!("{value:.1}"),
             None => "-".to_owned(),
         };
         println!(
-            "{:<16} {:>5} {:>10} {:>10} {:>12} {:>12} {:>10} {:>11}",
+            "{:<16} {:>5} {:>10} {:>10} {:>12} {:>12} {:>10} {:>11} {:>8}",
             contender.name,
             contender.samples.len(),
             show(|s| Some(s.total_ms)),
@@ -97,6 +98,9 @@ pub(super) fn print(workload: &Workload, contenders: &[Contender]) {
             show(|s| s.reported_downtime_ms),
             show(|s| s.bytes.map(|bytes| bytes / f64::from(1 << 20))),
             show(|s| s.clock_lost_ms),
+            contender
+                .median(|s| s.cpu_s)
+                .map_or_else(|| "-".to_owned(), |seconds| format!("{seconds:.2}")),
         );
         for failure in &contender.failures {
             println!("{:<16} failed: {failure}", contender.name);
@@ -105,6 +109,13 @@ pub(super) fn print(workload: &Workload, contenders: &[Contender]) {
     let [ferry, peers @ ..] = contenders else { return };
     ratio("total time", ferry, peers, |s| Some(s.total_ms));
     ratio("gap", ferry, peers, |s| Some(s.gap_ms));
+    ratio("processor time", ferry, peers, |s| Some(s.cpu_s? * 1e3));
+    if let (Some(own), Some(raw)) = (ferry.median(|s| Some(s.total_ms)), limit.median(|s| Some(s.total_ms))) {
+        println!(
+            "a raw copy of as much takes {raw:.1} ms: {:.2} of what it moves a second",
+            raw / own
+        );
+    }
 }
 
 fn ratio(what: &str, ferry: &Contender, peers: &[Contender], of: fn(&Sample) -> Option<f64>) {

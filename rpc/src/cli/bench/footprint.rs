@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use super::super::lab::process_children;
+use ferry_vmm::measuring::process_children;
 
 /// Keeps the largest footprint of any VMM, until it is asked for it.
 pub(super) struct FootprintMeter {

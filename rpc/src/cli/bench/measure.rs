@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use ferry_vmm::warm_host_memory;
+use ferry_vmm::measuring::{CpuMeter, warm_host_memory};
 use tokio::time::sleep;
 
 use super::super::doctor::meminfo;
@@ -11,7 +11,6 @@ use super::super::lab::{Beat, Lab, MoveOrder, ProbeGuest, in_a_lab};
 use super::super::output::{human_bytes, note};
 use super::super::terminal::LiveLine;
 use super::clock::{self, Reading};
-use super::cpu::CpuMeter;
 use super::footprint::{self, FootprintMeter};
 use super::report::{Figures, Run, VmmMemory};
 use super::workloads::Workload;
@@ -106,7 +105,7 @@ async fn timed_move(
         })
         .await;
     if let Some(meter) = meter {
-        meter.stop();
+        let _ = meter.stop();
     }
     let cpu = over.unwrap_or([f64::NAN; 2]);
     Ok(Run {

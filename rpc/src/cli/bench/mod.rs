@@ -5,7 +5,6 @@
 //! not disturb the timed ones.
 
 mod clock;
-mod cpu;
 mod footprint;
 mod measure;
 mod report;

@@ -21,7 +21,6 @@ use super::failure::{Exit, Failure};
 pub(super) use self::gate::Gate;
 pub(super) use self::hosts::{Lab, ProbeGuest};
 pub(super) use self::journey::{Move, MoveOrder};
-pub(super) use self::processes::process_children;
 pub(super) use self::record::Beat;
 
 /// What the guest in a lab is made of.

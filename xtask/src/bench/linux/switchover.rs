@@ -5,7 +5,7 @@ use std::fs::File;
 use anyhow::{Context, Result};
 use ferry_tests::Pair;
 use ferry_tests::linux::{BOOT, Linux, wait_printed};
-use ferry_vmm::warm_host_memory;
+use ferry_vmm::measuring::warm_host_memory;
 
 use super::Samples;
 use crate::bench::devices::network;

@@ -72,6 +72,11 @@ impl Machine {
         })
     }
 
+    /// The process.
+    pub(super) fn pid(&self) -> u32 {
+        self.process.child.0.id()
+    }
+
     /// Has it listen for a migration on a free port and gives the address.
     ///
     /// # Errors
@@ -94,7 +99,15 @@ pub(in crate::bench) fn command(memory_mib: u64, kernel: &Path, cmdline: &str) -
     command
         .args(["-M", "microvm,accel=kvm,acpi=off,rtc=off,pit=on"])
         .args(["-cpu", "host,-arch-capabilities"])
-        .args(["-nodefaults", "-no-user-config", "-nographic", "-monitor", "none"])
+        .args([
+            "-name",
+            "guest=probe,debug-threads=on",
+            "-nodefaults",
+            "-no-user-config",
+            "-nographic",
+            "-monitor",
+            "none",
+        ])
         .args(["-m", &memory_mib.to_string(), "-smp", "1"])
         .arg("-kernel")
         .arg(kernel)

@@ -8,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use ferry_vmm::measuring::CpuMeter;
 use serde_json::{Value, json};
 
 use super::console::compare;
@@ -99,12 +100,14 @@ pub(super) fn run(mode: Mode, workload: &Workload, tsc_khz: u64) -> Result<Sampl
     let uri = destination.listen()?;
     warm(workload)?;
 
+    let meter = CpuMeter::start([source.pid(), destination.pid()]);
     let began = Instant::now();
     source.qmp.execute("migrate", json!({ "uri": uri }))?;
     let total = destination
         .qmp
         .wait_for_event("RESUME", Duration::from_secs(120))?
         .duration_since(began);
+    let cpu_s = meter.stop().iter().sum();
     let report = wait_completed(&mut source)?;
     destination
         .console
@@ -119,6 +122,7 @@ pub(super) fn run(mode: Mode, workload: &Workload, tsc_khz: u64) -> Result<Sampl
         reader_gap_ms: Some(seen.reader_gap_ms),
         bytes: report["ram"]["transferred"].as_f64(),
         clock_lost_ms: Some(seen.clock_lost_ms),
+        cpu_s: Some(cpu_s),
     })
 }
 

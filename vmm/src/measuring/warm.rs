@@ -4,8 +4,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use super::mapping::{GuestMemory, MemoryError, MemoryOptions};
-use super::shape::HUGE_PAGE_SIZE;
+use crate::memory::{GuestMemory, HUGE_PAGE_SIZE, MemoryError, MemoryOptions};
 
 /// Has the host hold `bytes` of free memory that an outer host has backed, as huge pages: touches as much and frees it.
 ///

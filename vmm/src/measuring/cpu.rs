@@ -1,4 +1,4 @@
-//! CPU time of a migration, on both sides: the agents and the VMMs, without the threads that run the guest.
+//! Processor time of a migration, on both sides, without the threads that run the guest.
 //!
 //! A VMM that gave its guest away ends at once, and its figures with it; so they are read again and again while the
 //! migration runs, and the last reading counts. What is lost is at most the time between two readings.
@@ -10,21 +10,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use super::super::lab::process_children;
-
-/// Reads CPU times until it is asked for the sums.
-pub(super) struct CpuMeter {
+/// Reads processor times until it is asked for the sums.
+pub struct CpuMeter {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<[f64; 2]>,
 }
 
 impl CpuMeter {
-    /// Begins to measure the agents' processes and their children.
-    pub(super) fn start(agents: [u32; 2]) -> Self {
+    /// Begins to measure these two processes and their children, those that are yet to come too. What was used before is not counted.
+    #[must_use]
+    pub fn start(processes: [u32; 2]) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
-        // What was used before this call is not counted, that of processes yet to come is.
-        let mut sides = agents.map(Side::new);
+        let mut sides = processes.map(Side::new);
         let thread = thread::spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
                 thread::sleep(INTERVAL);
@@ -35,24 +33,25 @@ impl CpuMeter {
         Self { stop, thread }
     }
 
-    /// CPU seconds used on each side since the start.
-    pub(super) fn stop(self) -> [f64; 2] {
+    /// Seconds of processor time used on each side since the start. One more reading is made first.
+    #[must_use]
+    pub fn stop(self) -> [f64; 2] {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().unwrap_or([f64::NAN; 2])
     }
 }
 
-/// An agent and its VMMs.
+/// A process and its children: an agent and its VMMs, or a peer's VMM.
 struct Side {
-    agent: u32,
+    process: u32,
     /// By process and thread: when counting began, and the last reading.
     threads: HashMap<(u32, u32), (u64, u64)>,
 }
 
 impl Side {
-    fn new(agent: u32) -> Self {
+    fn new(process: u32) -> Self {
         let mut side = Self {
-            agent,
+            process,
             threads: HashMap::new(),
         };
         side.read();
@@ -63,8 +62,8 @@ impl Side {
     }
 
     fn read(&mut self) {
-        let mut processes = process_children(self.agent);
-        processes.push(self.agent);
+        let mut processes = process_children(self.process);
+        processes.push(self.process);
         for process in processes {
             for (thread, used_ns) in threads_of(process) {
                 self.threads.entry((process, thread)).or_insert((0, 0)).1 = used_ns;
@@ -81,6 +80,23 @@ impl Side {
     }
 }
 
+/// The processes that a process started and that live.
+#[must_use]
+pub fn process_children(pid: u32) -> Vec<u32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    let lists = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+    lists
+        .flat_map(|list| {
+            list.split_whitespace()
+                .filter_map(|pid| pid.parse().ok())
+                .collect::<Vec<_>>()
+        })
+        .collect()
+}
+
 /// The threads of a process that do not run a guest, each with the CPU time it used.
 fn threads_of(process: u32) -> Vec<(u32, u64)> {
     let tasks = fs::read_dir(format!("/proc/{process}/task"))
@@ -89,7 +105,7 @@ fn threads_of(process: u32) -> Vec<(u32, u64)> {
         .flatten();
     let used = tasks.filter_map(|task| {
         let name = fs::read_to_string(task.path().join("comm")).ok()?;
-        if name.starts_with(VCPU_THREADS) {
+        if VCPU_THREADS.iter().any(|threads| name.starts_with(threads)) {
             return None;
         }
         let times = fs::read_to_string(task.path().join("schedstat")).ok()?;
@@ -101,8 +117,8 @@ fn threads_of(process: u32) -> Vec<(u32, u64)> {
     used.collect()
 }
 
-/// What VMMs call the threads that run the guest.
-const VCPU_THREADS: &str = "vcpu";
+/// What Ferry and QEMU (with `-name debug-threads=on`) call the threads that run the guest.
+const VCPU_THREADS: [&str; 2] = ["vcpu", "CPU "];
 const INTERVAL: Duration = Duration::from_millis(10);
 
 #[cfg(test)]
