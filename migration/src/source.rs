@@ -39,7 +39,7 @@ use conversation::{Conversation, Event, Heard, Outbox};
 pub use meter::{Amounts, Copied, MOST_BEFORE_THE_END};
 pub use parked::{NotResumable, Parked};
 pub use report::{
-    Blackout, Manner, Overhead, Progress, RoundSummary, SourceOrder, SourceParameters, SourceReport, SourceSummary,
+    Blackout, Decided, Manner, Overhead, Progress, RoundSummary, SourceOrder, SourceParameters, SourceReport, SourceSummary,
 };
 use rounds::Copy;
 use switchover::Switched;

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use crate::guest::{GuestWas, StopTimes};
 use crate::handover::{Attempt, Epoch};
 use crate::link::Liveness;
-use crate::policy::Decision;
+use crate::policy::{Decision, Forecast};
 use crate::source::Copied;
 
 /// How one migration is to be done.
@@ -105,7 +105,7 @@ pub enum SourceReport {
         /// How far the copy is with it.
         copied: Copied,
         /// What follows from it.
-        decision: Decision,
+        decided: Decided,
     },
     /// The budget allows the switchover: a grant for this attempt is awaited while small rounds go on.
     Converged {
@@ -162,11 +162,41 @@ pub struct RoundSummary {
     pub dirty_pages: u64,
 }
 
+/// A decision as the migration's report has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Decided {
+    /// The round that it was made on.
+    pub round: u32,
+    /// What was decided, in a word for scripts.
+    pub deed: &'static str,
+    /// The grounds, for a person.
+    pub words: String,
+    /// The blackout if the guest had been stopped then.
+    pub blackout: Duration,
+    /// What the copy was expected to come to.
+    pub forecast: Forecast,
+}
+
+impl Decided {
+    /// What the policy decided on a round.
+    pub(super) fn on(round: &RoundSummary, decision: &Decision) -> Self {
+        Self {
+            round: round.number,
+            deed: decision.verdict.as_str(),
+            words: decision.words.clone(),
+            blackout: decision.predicted,
+            forecast: decision.forecast,
+        }
+    }
+}
+
 /// Everything measured by a source, whatever its outcome.
 #[derive(Clone, Debug, Default)]
 pub struct SourceSummary {
     /// The rounds, in order; the last one is that of the blackout if there was one.
     pub rounds: Vec<RoundSummary>,
+    /// What was decided on them, in order.
+    pub decisions: Vec<Decided>,
     /// Bytes put on all page streams.
     pub bytes_sent: u64,
     /// Zero pages told and not sent.

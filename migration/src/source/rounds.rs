@@ -7,12 +7,12 @@ use ferry_proto::stream::v1::{self, from_source::Message as Said};
 use crate::PageSet;
 use crate::guest::{DiskCondition, FRAME_SIZE, GuestMemory as _, SourceGuest};
 use crate::handover::Attempt;
-use crate::policy::{Decision, Policy, Verdict};
+use crate::policy::{Decision, Moment, Policy, Verdict};
 use crate::precopy::{Pace, Round, Streams};
 use crate::source::cold::Halt;
 use crate::source::conversation::{Conversation, Heard, TICK, unexpected};
 use crate::source::meter::Meter;
-use crate::source::{Journey, Manner, Progress, RoundSummary, SourceError, SourceReport, SourceSummary, Stop};
+use crate::source::{Decided, Journey, Manner, Progress, RoundSummary, SourceError, SourceReport, SourceSummary, Stop};
 use crate::wire::{StreamTotals, population_to_wire};
 
 /// How long a small round waits for the grant before the next one: the guest dirties little in it, and the host rests.
@@ -82,7 +82,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             copied: meter.copied(),
         });
         let parameters = conversation.asked.parameters;
-        let policy = Policy::new(parameters.manner, parameters.overhead);
+        let policy = Policy::new(parameters.manner, parameters.timeout, parameters.overhead);
         let spare = Some(PageSet::new(guest.memory().shape()));
         let now = Instant::now();
         let (round, announced, told, copying_since, rest_until) = (1, None, (now, 0), now, now);
@@ -120,7 +120,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
                     self.announce(&decision);
                     BETWEEN_SMALL_ROUNDS
                 }
-                Verdict::Continue => BETWEEN_SMALL_ROUNDS.saturating_sub(began.elapsed()),
+                Verdict::Continue | Verdict::Infeasible => BETWEEN_SMALL_ROUNDS.saturating_sub(began.elapsed()),
             };
             let grant = self.wait_for_grant(pause)?;
             if let Some(grant) = grant.filter(|_| decision.within_budget) {
@@ -170,7 +170,12 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         if self.conversation.is_forced() {
             self.policy.force();
         }
-        let decision = self.policy.judge(&round, self.conversation.round_trip());
+        let now = Moment {
+            elapsed: self.copying_since.elapsed(),
+            bytes: sent.bytes,
+            round_trip: self.conversation.round_trip(),
+        };
+        let decision = self.policy.judge(&round, now);
         if pages > 0 || self.summary.rounds.is_empty() {
             self.note(round, &decision);
         }
@@ -284,10 +289,12 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         self.summary.throughput_bytes_per_s = per_second(bytes, self.copying_since.elapsed());
         self.summary.dirty_bytes_per_s = per_second(round.dirty_pages * FRAME_SIZE, round.elapsed);
         self.summary.rounds.push(round);
+        let decided = Decided::on(&round, decision);
+        self.summary.decisions.push(decided.clone());
         self.conversation.asked.report(SourceReport::Round {
             round,
             copied: self.meter.copied(),
-            decision: decision.clone(),
+            decided,
         });
     }
 

@@ -351,6 +351,8 @@ pub(super) enum MigrationVerb {
     List,
     /// Show a migration
     Show(Identified),
+    /// Tell a migration's rounds, and what was decided on each of them and why
+    Report(Identified),
     /// Watch a migration to its end; the exit code is that of `migrate`
     Watch(Identified),
     /// Call a migration off, as long as the guest has not been handed over

@@ -1,4 +1,4 @@
-//! `migration list`, `show`, `watch`, `abort`, `force-complete`, `resolve`.
+//! `migration list`, `show`, `report`, `watch`, `abort`, `force-complete`, `resolve`.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use super::client::{Agent, LONG_PATIENCE, PATIENCE, within};
 use super::failure::{Exit, Failure, Outcome};
 use super::migrate::{self, Show};
 use super::output::Format;
-use super::progress::{account, moment, table, whereabouts};
+use super::progress::{account, moment, report, table, whereabouts};
 
 pub(super) async fn run(agent: &Agent, verb: MigrationVerb, format: Format) -> Outcome {
     match verb {
@@ -20,6 +20,10 @@ pub(super) async fn run(agent: &Agent, verb: MigrationVerb, format: Format) -> O
         }
         MigrationVerb::Show(identified) => {
             format.one(&show(agent, &identified.id).await?, in_full)?;
+            Ok(Exit::Done)
+        }
+        MigrationVerb::Report(identified) => {
+            format.one(&show(agent, &identified.id).await?, report)?;
             Ok(Exit::Done)
         }
         MigrationVerb::Watch(identified) => {

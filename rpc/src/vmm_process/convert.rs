@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use ferry_migration::guest::{GuestEnd, GuestWas};
 use ferry_migration::handover::{Attempt, Epoch};
 use ferry_migration::source::{
-    Amounts, Copied, Manner, Overhead, Parked, RoundSummary, SourceParameters, SourceSummary,
+    Amounts, Copied, Decided, Manner, Overhead, Parked, RoundSummary, SourceParameters, SourceSummary,
 };
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::{InvalidField, required, wire_uuid};
@@ -103,13 +103,13 @@ pub(super) fn guest_ended(end: &GuestEnd) -> wire::GuestEnded {
 
 /// What was measured so far.
 pub(super) fn progress(summary: &SourceSummary) -> wire::Progress {
-    let mut rounds = Vec::new();
-    summary
-        .rounds
-        .iter()
-        .for_each(|done| add_round(&mut rounds, round(done)));
+    let (mut rounds, mut decisions) = (Vec::new(), Vec::new());
+    summary.rounds.iter().for_each(|done| add(&mut rounds, round(done)));
+    let decided = summary.decisions.iter().map(decision);
+    decided.for_each(|decided| add(&mut decisions, decided));
     wire::Progress {
         rounds,
+        decisions,
         bytes_sent: summary.bytes_sent,
         zero_pages: summary.zero_pages,
         remaining_pages: 0,
@@ -135,15 +135,32 @@ pub(super) fn copied(copied: Copied) -> wire::Copied {
     }
 }
 
-/// The most rounds that are told of one migration. A guest that waits long for its grant makes many small ones.
+/// The most rounds that are told of one migration, and the most decisions. A guest that waits long for its grant makes many small ones.
 const MOST_ROUNDS: usize = 64;
 
-/// Adds a round; of many, the first ones and the last are kept.
-pub(super) fn add_round(rounds: &mut Vec<wire::Round>, round: wire::Round) {
-    if rounds.len() >= MOST_ROUNDS {
-        rounds.remove(MOST_ROUNDS / 2);
+/// Adds a round, or a decision; of many, the first ones and the last are kept.
+pub(super) fn add<T>(told: &mut Vec<T>, one: T) {
+    if told.len() >= MOST_ROUNDS {
+        told.remove(MOST_ROUNDS / 2);
     }
-    rounds.push(round);
+    told.push(one);
+}
+
+/// One decision.
+pub(super) fn decision(decided: &Decided) -> wire::Decision {
+    let forecast = &decided.forecast;
+    wire::Decision {
+        round: decided.round,
+        deed: decided.deed.to_owned(),
+        words: decided.words.clone(),
+        blackout_ms: ms(decided.blackout),
+        throughput_bytes_per_s: forecast.bytes_per_second.map(|rate| rate as f64),
+        dirty_bytes_per_s: forecast.dirty_bytes_per_second.map(|rate| rate as f64),
+        predicted_rounds: forecast.rounds,
+        predicted_blackout_ms: forecast.blackout.map(ms),
+        predicted_total_ms: forecast.total.map(ms),
+        predicted_bytes: forecast.bytes,
+    }
 }
 
 /// One round.

@@ -161,12 +161,13 @@ impl Vmm {
             SourceReport::Round {
                 round,
                 copied,
-                decision,
+                decided,
             } => {
                 current.copied = Some(convert::copied(copied));
-                convert::add_round(&mut current.rounds, convert::round(&round));
+                convert::add(&mut current.rounds, convert::round(&round));
                 current.remaining_pages = round.dirty_pages;
-                current.decision = decision.words;
+                current.decision.clone_from(&decided.words);
+                convert::add(&mut current.decisions, convert::decision(&decided));
                 Body::Progress(current.clone())
             }
             SourceReport::Converged { attempt, predicted } => {

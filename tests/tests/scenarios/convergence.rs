@@ -1,0 +1,79 @@
+//! Whether a copy comes to an end, what is decided about that, and what its user can change meanwhile.
+
+use anyhow::{Context, Result, ensure};
+use ferry_tests::{Answer, Guest, Host, Migration, Pair};
+use libtest_mimic::Trial;
+use serde_json::Value;
+
+use crate::scenario::on_kvm;
+
+pub(crate) fn trials() -> Vec<Trial> {
+    on_kvm![
+        a_copy_that_does_not_converge_says_so_after_one_stalled_round,
+        a_copy_that_ends_tells_what_was_decided_and_expected,
+    ]
+}
+
+/// Writes 32 MiB again and again, as fast as it can.
+const ALL_THE_TIME: &str = "fill=random fill_mib=32 work=uniform work_mib=32 rate=max heartbeat_ms=20";
+/// Slower than that, so that each round leaves all of it; and less time for it than 32 MiB take.
+const TOO_SLOW: [&str; 5] = ["--bandwidth", "400Mbit", "--max-downtime", "150ms", "--digests"];
+
+fn a_copy_that_does_not_converge_says_so_after_one_stalled_round(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g").work(ALL_THE_TIME))?;
+    let underway = pair.migrate_until("g", &TOO_SLOW, |record| Ok(record.rounds() >= 4))?;
+    pair.a.ferry(&["migration", "abort", &underway.id])?.exit(0)?;
+
+    let record = underway.call.wait()?.exit(1)?.migration()?.is("cancelled", "a")?;
+    let rounds = record.record["rounds"].as_array().context("no rounds")?;
+    let left = |round: &Value| round["dirty_pages"].as_f64().zip(round["pages"].as_f64());
+    let stalled = rounds
+        .iter()
+        .position(|round| left(round).is_some_and(|(dirty, sent)| dirty >= 0.95 * sent))
+        .context("no round stalled")?;
+    let decision = &decisions(&record)?[stalled];
+    ensure!(decision["deed"] == "infeasible", "{decision}");
+    ensure!(decision["predicted_total_ms"].is_null(), "{decision}");
+    ensure!(decision["dirty_bytes_per_s"].as_f64() > Some(0.0), "{decision}");
+    let why = "the round left as much as it sent";
+    ensure!(decision["words"].as_str().is_some_and(|words| words.contains(why)), "{decision}");
+    // At the other host it is the source's word, too.
+    report(&pair.b, &underway.id)?.says(why)?;
+    pair.runs_only_at(&pair.a, "g", &witness)
+}
+
+fn a_copy_that_ends_tells_what_was_decided_and_expected(pair: &mut Pair) -> Result<()> {
+    let work = "fill=random fill_mib=64 work=uniform work_mib=16 rate=500 heartbeat_ms=20";
+    let witness = pair.run(&Guest::new("g").work(work))?;
+
+    let record = pair
+        .migrate("g", &["--bandwidth", "400Mbit", "--digests"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+
+    let decisions = decisions(&record)?;
+    let last = decisions.last().context("no decision")?;
+    ensure!(last["deed"] == "switch", "{last}");
+    let expected = |field: &str| last[field].as_f64().with_context(|| format!("no {field} in {last}"));
+    ensure!(expected("predicted_blackout_ms")? <= 300.0, "{last}");
+    // What is sent while the guest stands still is all that is added to it.
+    let (sent, foreseen) = (record.number("bytes_sent")?, expected("predicted_bytes")?);
+    ensure!((0.8..1.25).contains(&(sent / foreseen)), "{sent} of {foreseen}: {last}");
+    // The cap is what the link carries, as far as the policy knows.
+    let carried = expected("throughput_bytes_per_s")?;
+    ensure!((25e6..52.5e6).contains(&carried), "{last}");
+    let report = report(&pair.a, record.text("id")?)?;
+    report.says("switch: ")?.says("g is on b")?;
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+/// In words, as people see it.
+fn report(host: &Host, id: &str) -> Result<Answer> {
+    host.plain_ferry(&["migration", "report", id, "--agent", &host.url()])?.exit(0)
+}
+
+fn decisions(record: &Migration) -> Result<&Vec<Value>> {
+    let decisions = record.record["decisions"].as_array();
+    decisions.with_context(|| format!("no decisions in {}", record.record))
+}
