@@ -12,7 +12,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use crate::guest::FRAME_SIZE;
-use crate::source::{Manner, Overhead, RoundSummary};
+use crate::source::{Manner, Overhead, RoundSummary, Terms};
 use forecast::{Course, HOPELESS_SHARE, bytes_of};
 pub use forecast::{Forecast, Moment};
 
@@ -72,8 +72,7 @@ pub struct Decision {
 /// What is known about one migration's convergence.
 #[derive(Clone, Debug)]
 pub struct Policy {
-    manner: Manner,
-    timeout: Duration,
+    terms: Terms,
     overhead: Overhead,
     round_trip: Duration,
     bytes_per_second: Option<f64>,
@@ -95,12 +94,11 @@ struct Left {
 }
 
 impl Policy {
-    /// A policy that has not seen a round yet. The copy is given up after `timeout`.
+    /// A policy that has not seen a round yet.
     #[must_use]
-    pub fn new(manner: Manner, timeout: Duration, overhead: Overhead) -> Self {
+    pub fn new(terms: Terms, overhead: Overhead) -> Self {
         Self {
-            manner,
-            timeout,
+            terms,
             overhead,
             round_trip: Duration::ZERO,
             bytes_per_second: None,
@@ -108,6 +106,20 @@ impl Policy {
             disarmed: 0,
             is_forced: false,
         }
+    }
+
+    /// These terms hold from now on. What was learned of the link under another cap is worth what that leaves of it.
+    pub fn follow(&mut self, terms: Terms) {
+        if self.terms.bandwidth != terms.bandwidth {
+            let most = terms.bandwidth.map_or(f64::INFINITY, |cap| cap.get() as f64);
+            let was_most = self.terms.bandwidth.map_or(f64::INFINITY, |cap| cap.get() as f64);
+            // Under a tighter cap it had been found to carry more; under a looser one it was never tried.
+            self.bytes_per_second = self
+                .bytes_per_second
+                .filter(|_| most < was_most)
+                .map(|rate| rate.min(most));
+        }
+        self.terms = terms;
     }
 
     /// From now on every round is the last one while the guest runs: its user wants it completed whatever its budget.
@@ -119,7 +131,7 @@ impl Policy {
     pub fn judge(&mut self, round: &RoundSummary, now: Moment) -> Decision {
         self.learn_throughput(round);
         self.round_trip = now.round_trip.unwrap_or(self.round_trip);
-        let Manner::Live { max_downtime } = self.manner else {
+        let Manner::Live { max_downtime } = self.terms.manner else {
             return self.handed_over_cold(round, now);
         };
         let left = self.left(round, now, max_downtime);
@@ -180,7 +192,8 @@ impl Policy {
         let alone = self.overhead.stop + self.after_stop(0);
         if alone > max_downtime {
             let alone = milliseconds(alone);
-            let grounds = format!("infeasible, over the budget without a page to send: stop and start take {alone:.1} ms");
+            let grounds =
+                format!("infeasible, over the budget without a page to send: stop and start take {alone:.1} ms");
             return (Verdict::Infeasible, grounds);
         }
         if left.share >= HOPELESS_SHARE {
@@ -188,8 +201,8 @@ impl Policy {
             return (Verdict::Infeasible, grounds.to_owned());
         }
         match left.forecast.total {
-            Some(total) if total > self.timeout => {
-                let (total, timeout) = (total.as_secs_f64(), self.timeout.as_secs_f64());
+            Some(total) if total > self.terms.timeout => {
+                let (total, timeout) = (total.as_secs_f64(), self.terms.timeout.as_secs_f64());
                 let grounds = format!("infeasible, over the budget for {total:.1} s in all, of {timeout:.1} s allowed");
                 (Verdict::Infeasible, grounds)
             }
@@ -245,7 +258,7 @@ impl Policy {
     /// Takes in how long stopping and exporting took. One slow stop weighs half, and never so much that no further one
     /// would be tried.
     pub fn stopped(&mut self, took: Duration) {
-        let Manner::Live { max_downtime } = self.manner else {
+        let Manner::Live { max_downtime } = self.terms.manner else {
             return;
         };
         let learned = (self.overhead.stop + took) / 2;
@@ -272,7 +285,9 @@ impl Policy {
         let seconds = round.elapsed.as_secs_f64();
         let dirty_rate = (seconds > 0.0).then(|| bytes_of(pages as f64) / seconds);
         // A round of pages that are zero, or were not sent at all, is over sooner than one of what it left.
-        let by_rates = dirty_rate.zip(self.bytes_per_second).map(|(dirty, sent)| ratio(dirty, sent));
+        let by_rates = dirty_rate
+            .zip(self.bytes_per_second)
+            .map(|(dirty, sent)| ratio(dirty, sent));
         let next_share = share.max(by_rates.unwrap_or(0.0));
         let course = Course {
             left: pages as f64,
@@ -342,7 +357,10 @@ impl Forecast {
         let megabytes = |bytes: u64| bytes as f64 / 1e6;
         if let (Some(dirty), Some(sent)) = (self.dirty_bytes_per_second, self.bytes_per_second) {
             let (dirty, sent) = (megabytes(dirty), megabytes(sent));
-            let _ = write!(words, "; the guest writes {dirty:.1} MB/s, the link carries {sent:.1} MB/s");
+            let _ = write!(
+                words,
+                "; the guest writes {dirty:.1} MB/s, the link carries {sent:.1} MB/s"
+            );
         }
         if let (Some(rounds), Some(blackout), Some(total), Some(bytes)) =
             (self.rounds, self.blackout, self.total, self.bytes)

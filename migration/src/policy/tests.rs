@@ -1,3 +1,5 @@
+use std::num::NonZeroU64;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -16,8 +18,14 @@ const OVERHEAD: Overhead = Overhead {
     start: Duration::from_millis(5),
 };
 
+const TERMS: Terms = Terms {
+    manner: BUDGET,
+    timeout: TIMEOUT,
+    bandwidth: None,
+};
+
 fn policy(manner: Manner) -> Policy {
-    Policy::new(manner, TIMEOUT, OVERHEAD)
+    Policy::new(Terms { manner, ..TERMS }, OVERHEAD)
 }
 
 /// A round at 1 GB/s.
@@ -103,7 +111,11 @@ fn one_stalled_round_is_enough_to_say_that_it_is_infeasible_and_why() {
     let rounds = [(400_000, 200_000), (200_000, 200_000)];
     let last = decisions(&mut policy(BUDGET), &rounds).pop().unwrap();
     assert_eq!(last.verdict, Infeasible);
-    assert!(last.words.contains("the round left as much as it sent"), "{}", last.words);
+    assert!(
+        last.words.contains("the round left as much as it sent"),
+        "{}",
+        last.words
+    );
     let rates = "the guest writes 1000.0 MB/s, the link carries 1000.0 MB/s";
     assert!(last.words.contains(rates), "{}", last.words);
     assert_eq!((last.forecast.total, last.forecast.rounds), (None, None));
@@ -119,7 +131,7 @@ fn overhead_above_the_budget_is_infeasible_whatever_is_left() {
 
 #[test]
 fn a_copy_that_ends_after_its_time_is_infeasible() {
-    let hurried = |timeout| Policy::new(BUDGET, timeout, OVERHEAD);
+    let hurried = |timeout| Policy::new(Terms { timeout, ..TERMS }, OVERHEAD);
     let rounds = [(1_000_000, 500_000)];
     let in_time = verdicts(&mut hurried(Duration::from_secs(60)), &rounds);
     assert_eq!(in_time, [Continue]);
@@ -130,7 +142,12 @@ fn a_copy_that_ends_after_its_time_is_infeasible() {
 
 #[test]
 fn what_is_expected_of_rounds_that_halve_is_what_comes_of_them() {
-    let rounds = [(1 << 20, 1 << 19), (1 << 19, 1 << 18), (1 << 18, 1 << 17), (1 << 17, 1 << 16)];
+    let rounds = [
+        (1 << 20, 1 << 19),
+        (1 << 19, 1 << 18),
+        (1 << 18, 1 << 17),
+        (1 << 17, 1 << 16),
+    ];
     let decisions = decisions(&mut policy(BUDGET), &rounds);
     let first = &decisions[0];
     assert_eq!(first.forecast.rounds, Some(3));
@@ -139,7 +156,10 @@ fn what_is_expected_of_rounds_that_halve_is_what_comes_of_them() {
     assert_eq!(first.forecast.bytes, Some(pages * FRAME_SIZE));
     let total = Duration::from_nanos(pages * FRAME_SIZE) + OVERHEAD.stop + OVERHEAD.start;
     let expected = first.forecast.total.unwrap();
-    assert!(expected.abs_diff(total) < Duration::from_micros(1), "{expected:?} {total:?}");
+    assert!(
+        expected.abs_diff(total) < Duration::from_micros(1),
+        "{expected:?} {total:?}"
+    );
     let last = &decisions[3];
     assert!(last.within_budget);
     assert!(first.forecast.blackout.unwrap().abs_diff(last.predicted) < Duration::from_micros(1));
@@ -180,6 +200,38 @@ fn eight_rounds_within_the_budget_are_enough() {
     let verdicts = verdicts(&mut policy(BUDGET), &rounds);
     assert_eq!(verdicts[..7], [Continue; 7]);
     assert_eq!(verdicts[7], Switch);
+}
+
+#[test]
+fn a_longer_blackout_that_is_allowed_later_ends_what_was_infeasible() {
+    let mut policy = policy(BUDGET);
+    assert_eq!(
+        verdicts(&mut policy, &[(400_000, 200_000), (200_000, 200_000)])[1],
+        Infeasible
+    );
+    policy.follow(Terms {
+        manner: live(900),
+        ..TERMS
+    });
+    assert_eq!(judged(&mut policy, 200_000, 200_000).verdict, Switch);
+    policy.follow(TERMS);
+    assert_eq!(judged(&mut policy, 200_000, 200_000).verdict, Infeasible);
+}
+
+#[test]
+fn what_was_learned_of_a_link_holds_under_a_tighter_cap_and_not_under_a_looser_one() {
+    let capped = |cap| Terms {
+        bandwidth: NonZeroU64::new(cap),
+        ..TERMS
+    };
+    let mut policy = policy(BUDGET);
+    judged(&mut policy, 100_000, 10);
+    policy.follow(capped(100_000_000));
+    assert_eq!(policy.throughput(), Some(100_000_000));
+    policy.follow(capped(100_000_000));
+    assert_eq!(policy.throughput(), Some(100_000_000));
+    policy.follow(capped(200_000_000));
+    assert_eq!(policy.throughput(), None);
 }
 
 #[test]
@@ -267,7 +319,8 @@ proptest! {
         share in 0.0f64..1.5,
         budget in 1u64..5_000,
     ) {
-        let mut policy = Policy::new(live(budget), Duration::MAX, OVERHEAD);
+        let terms = Terms { manner: live(budget), timeout: Duration::MAX, bandwidth: None };
+        let mut policy = Policy::new(terms, OVERHEAD);
         let mut sent = pages;
         let ended = (0..2_000).any(|_| {
             let dirty = (sent as f64 * share) as u64;

@@ -1,6 +1,6 @@
 //! What the script hears while it waits, and what it looks after meanwhile: the guest, orders, the clock, the peer.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
@@ -8,8 +8,8 @@ use ferry_proto::stream::v1::{self, from_destination, from_source};
 
 use crate::guest::{GuestCondition, SourceGuest};
 use crate::link::{FAREWELL, Outgoing, Sockets};
-use crate::precopy::SendError;
-use crate::source::{Asked, SourceError, SourceOrder, Stop};
+use crate::precopy::{Bandwidth, SendError};
+use crate::source::{Asked, Decided, NewTerms, SourceError, SourceOrder, SourceReport, Stop, Terms};
 use crate::wire::{ControlError, StreamIdentity};
 
 /// How long the script waits at most before it looks after the guest and its orders again.
@@ -51,10 +51,22 @@ pub(super) struct Conversation<'a> {
     started: Instant,
     /// Set for good by [`SourceOrder::ForceComplete`].
     is_forced: Cell<bool>,
+    /// What holds now, by its parameters and what its user changed since.
+    terms: Cell<Terms>,
+    bandwidth: &'a Bandwidth,
+    /// The round that goes on.
+    round: Cell<u32>,
+    decided: RefCell<Vec<Decided>>,
 }
 
 impl<'a> Conversation<'a> {
-    pub(super) fn new(events: Receiver<Event>, outbox: Outbox, sockets: &'a Sockets, asked: Asked<'a>) -> Self {
+    pub(super) fn new(
+        events: Receiver<Event>,
+        outbox: Outbox,
+        sockets: &'a Sockets,
+        asked: Asked<'a>,
+        bandwidth: &'a Bandwidth,
+    ) -> Self {
         Self {
             events,
             outbox,
@@ -62,6 +74,10 @@ impl<'a> Conversation<'a> {
             asked,
             started: Instant::now(),
             is_forced: Cell::new(false),
+            terms: Cell::new(asked.parameters.into()),
+            bandwidth,
+            round: Cell::new(0),
+            decided: RefCell::default(),
         }
     }
 
@@ -79,6 +95,35 @@ impl<'a> Conversation<'a> {
     /// Whether its user wants it completed whatever its budget.
     pub(super) fn is_forced(&self) -> bool {
         self.is_forced.get()
+    }
+
+    /// What holds now.
+    pub(super) fn terms(&self) -> Terms {
+        self.terms.get()
+    }
+
+    /// This round goes on from now on.
+    pub(super) fn round_begins(&self, round: u32) {
+        self.round.set(round);
+    }
+
+    /// Keeps a decision for the report.
+    pub(super) fn note(&self, decided: Decided) {
+        self.decided.borrow_mut().push(decided);
+    }
+
+    /// What was decided so far.
+    pub(super) fn decided(&self) -> Vec<Decided> {
+        self.decided.borrow().clone()
+    }
+
+    fn retune(&self, new: NewTerms) {
+        let terms = self.terms.get().changed(new);
+        self.terms.set(terms);
+        self.bandwidth.set(terms.bandwidth);
+        let decided = Decided::retuned(self.round.get(), &terms);
+        self.note(decided.clone());
+        self.asked.report(SourceReport::Decided(decided));
     }
 
     /// The round trip of the control stream, if one was measured.
@@ -123,7 +168,7 @@ impl<'a> Conversation<'a> {
     /// Looks at everything but the guest that can end the migration.
     pub(super) fn look_around(&mut self) -> Result<(), Stop> {
         self.obey()?;
-        let (timeout, silence) = (self.asked.parameters.timeout, self.sockets.silence());
+        let (timeout, silence) = (self.terms.get().timeout, self.sockets.silence());
         if self.started.elapsed() >= timeout {
             return Err(SourceError::TimedOut(timeout).into());
         }
@@ -139,6 +184,10 @@ impl<'a> Conversation<'a> {
             Ok(SourceOrder::Abort { reason }) => Err(SourceError::Aborted(reason).into()),
             Ok(SourceOrder::ForceComplete) => {
                 self.is_forced.set(true);
+                Ok(())
+            }
+            Ok(SourceOrder::Retune(new)) => {
+                self.retune(new);
                 Ok(())
             }
             Err(TryRecvError::Empty | TryRecvError::Disconnected) => Ok(()),

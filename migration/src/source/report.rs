@@ -9,7 +9,7 @@ use crate::guest::{GuestWas, StopTimes};
 use crate::handover::{Attempt, Epoch};
 use crate::link::Liveness;
 use crate::policy::{Decision, Forecast};
-use crate::source::Copied;
+use crate::source::{Copied, NewTerms, Terms};
 
 /// How one migration is to be done.
 #[derive(Clone, Debug)]
@@ -79,6 +79,8 @@ pub enum SourceOrder {
     /// Switch over after the round that goes on, whatever the budget for the downtime: all that is still to be sent then is sent while the
     /// guest stands still. The timeout holds, and an abort.
     ForceComplete,
+    /// Other terms hold from now on: the bandwidth at once, the rest with the next decision.
+    Retune(NewTerms),
 }
 
 /// What a running source tells. Never blocks it.
@@ -107,6 +109,8 @@ pub enum SourceReport {
         /// What follows from it.
         decided: Decided,
     },
+    /// Something was decided beside the rounds.
+    Decided(Decided),
     /// The budget allows the switchover: a grant for this attempt is awaited while small rounds go on.
     Converged {
         /// The attempt to arm.
@@ -165,14 +169,14 @@ pub struct RoundSummary {
 /// A decision as the migration's report has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Decided {
-    /// The round that it was made on.
+    /// The round that it was made on, or that went on.
     pub round: u32,
     /// What was decided, in a word for scripts.
     pub deed: &'static str,
     /// The grounds, for a person.
     pub words: String,
-    /// The blackout if the guest had been stopped then.
-    pub blackout: Duration,
+    /// The blackout if the guest had been stopped then; `None` where the decision is not about that.
+    pub blackout: Option<Duration>,
     /// What the copy was expected to come to.
     pub forecast: Forecast,
 }
@@ -184,8 +188,19 @@ impl Decided {
             round: round.number,
             deed: decision.verdict.as_str(),
             words: decision.words.clone(),
-            blackout: decision.predicted,
+            blackout: Some(decision.predicted),
             forecast: decision.forecast,
+        }
+    }
+
+    /// What its user decided while this round went on.
+    pub(super) fn retuned(round: u32, terms: &Terms) -> Self {
+        Self {
+            round,
+            deed: "retune",
+            words: format!("its user allows from now on: {}", terms.words()),
+            blackout: None,
+            forecast: Forecast::default(),
         }
     }
 }
@@ -195,7 +210,7 @@ impl Decided {
 pub struct SourceSummary {
     /// The rounds, in order; the last one is that of the blackout if there was one.
     pub rounds: Vec<RoundSummary>,
-    /// What was decided on them, in order.
+    /// What was decided on them and beside them, in order.
     pub decisions: Vec<Decided>,
     /// Bytes put on all page streams.
     pub bytes_sent: u64,

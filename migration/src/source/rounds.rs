@@ -82,7 +82,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             copied: meter.copied(),
         });
         let parameters = conversation.asked.parameters;
-        let policy = Policy::new(parameters.manner, parameters.timeout, parameters.overhead);
+        let policy = Policy::new(conversation.terms(), parameters.overhead);
         let spare = Some(PageSet::new(guest.memory().shape()));
         let now = Instant::now();
         let (round, announced, told, copying_since, rest_until) = (1, None, (now, 0), now, now);
@@ -134,6 +134,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         self.conversation.look_after(self.guest)?;
         let (began, before, pages) = (Instant::now(), self.streams.sum(), self.pending.count());
         let number = self.round;
+        self.conversation.round_begins(number);
         if pages > 0 {
             self.streams.placement.taken(self.guest.busy_processors());
             let clearer = Some(self.guest.clearer());
@@ -167,6 +168,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             elapsed,
             dirty_pages,
         };
+        self.policy.follow(self.conversation.terms());
         if self.conversation.is_forced() {
             self.policy.force();
         }
@@ -184,10 +186,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
 
     /// Nothing is kept from a guest that stands still: only its user's cap slows the copy.
     fn pace(&self) -> Pace {
-        match (self.is_cold(), self.conversation.asked.parameters.bandwidth) {
-            (true, None) => Pace::Unlimited,
-            _ => Pace::Capped,
-        }
+        if self.is_cold() { Pace::Hurried } else { Pace::Yielding }
     }
 
     /// The barrier: returns the round's set once the destination has all of it. Every page of the round was written to
@@ -290,7 +289,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         self.summary.dirty_bytes_per_s = per_second(round.dirty_pages * FRAME_SIZE, round.elapsed);
         self.summary.rounds.push(round);
         let decided = Decided::on(&round, decision);
-        self.summary.decisions.push(decided.clone());
+        self.conversation.note(decided.clone());
         self.conversation.asked.report(SourceReport::Round {
             round,
             copied: self.meter.copied(),

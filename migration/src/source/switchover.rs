@@ -72,7 +72,7 @@ fn hand_over<G: SourceGuest>(
 ) -> Result<Blackout, Setback> {
     let parameters = copy.conversation.asked.parameters;
     let began = Instant::now();
-    let mut budget = Budget::new(parameters.manner, copy.conversation.is_forced(), began);
+    let mut budget = Budget::new(copy.conversation.terms().manner, copy.conversation.is_forced(), began);
     let stop = stop_guest(copy, budget.deadline.unwrap_or(began + STOP_TRY))?;
     // A guest that moves cold stands still for long.
     let (pause_began, stop, copied_cold) = match &*copy.halt {

@@ -359,8 +359,26 @@ pub(super) enum MigrationVerb {
     Abort(Identified),
     /// Have a migration that copies switch over after its round, however long the guest stands still for that
     ForceComplete(Identified),
+    /// Change what a migration that copies may take
+    Retune(RetuneArguments),
     /// End an indeterminate migration at the asked host, whose other host is gone for good
     Resolve(ResolveArguments),
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("terms").required(true).multiple(true).args(["max_downtime", "bandwidth", "timeout"]))]
+pub(super) struct RetuneArguments {
+    #[command(flatten)]
+    pub(super) identified: Identified,
+    /// How long the guest may stand still, everything counted
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    pub(super) max_downtime: Option<Duration>,
+    /// Do not send faster than this, for example 5Gbit; `none` takes a limit away
+    #[arg(long, value_name = "RATE|none", value_parser = parse::cap)]
+    pub(super) bandwidth: Option<u64>,
+    /// How long the migration may take, from its begin
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    pub(super) timeout: Option<Duration>,
 }
 
 #[derive(Debug, Args)]

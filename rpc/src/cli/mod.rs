@@ -258,19 +258,6 @@ mod tests {
     }
 
     #[test]
-    fn verbs_that_do_not_work_yet_are_named() {
-        for verb in ["migration retune"] {
-            let last = verb.split(' ').next_back().unwrap();
-            let error = line(&format!("ferry {verb} x")).unwrap_err();
-            assert_eq!(
-                (error.exit_code(), error.to_string().contains(last)),
-                (2, true),
-                "{verb}"
-            );
-        }
-    }
-
-    #[test]
     fn bad_values_name_their_flag() {
         for (text, flag) in [
             ("ferry run web --kernel k --memory 5", "--memory"),

@@ -27,6 +27,7 @@ pub(crate) fn brought_by(order: &Command) -> (u32, &'static str) {
         Command::PressPowerButton(_) => (2, "the power button"),
         Command::SetBalloon(_) => (2, "the balloon"),
         Command::ForceComplete(_) => (2, "completing by force"),
+        Command::Retune(_) => (2, "retuning a migration"),
         Command::Profile(_) => (2, "telling what it needs of a host"),
     }
 }

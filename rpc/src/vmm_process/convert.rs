@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use ferry_migration::guest::{GuestEnd, GuestWas};
 use ferry_migration::handover::{Attempt, Epoch};
 use ferry_migration::source::{
-    Amounts, Copied, Decided, Manner, Overhead, Parked, RoundSummary, SourceParameters, SourceSummary,
+    Amounts, Copied, Decided, Manner, NewTerms, Overhead, Parked, RoundSummary, SourceParameters, SourceSummary,
 };
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::{InvalidField, required, wire_uuid};
@@ -67,6 +67,15 @@ pub(super) fn source_parameters(send: &wire::Send, instance: Uuid) -> Result<Sou
         overhead: Overhead::default(),
         liveness: Default::default(),
     })
+}
+
+/// What its user changes of a migration under way.
+pub(super) fn new_terms(retune: &wire::Retune) -> NewTerms {
+    NewTerms {
+        max_downtime: retune.max_downtime_us.map(Duration::from_micros),
+        timeout: retune.timeout_ms.map(Duration::from_millis),
+        bandwidth: retune.bandwidth_bytes_per_s.map(NonZeroU64::new),
+    }
 }
 
 fn manner(send: &wire::Send) -> Manner {
@@ -153,7 +162,7 @@ pub(super) fn decision(decided: &Decided) -> wire::Decision {
         round: decided.round,
         deed: decided.deed.to_owned(),
         words: decided.words.clone(),
-        blackout_ms: ms(decided.blackout),
+        blackout_ms: decided.blackout.map(ms),
         throughput_bytes_per_s: forecast.bytes_per_second.map(|rate| rate as f64),
         dirty_bytes_per_s: forecast.dirty_bytes_per_second.map(|rate| rate as f64),
         predicted_rounds: forecast.rounds,

@@ -1,16 +1,21 @@
 //! Whether a copy comes to an end, what is decided about that, and what its user can change meanwhile.
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{Answer, Guest, Host, Migration, Pair};
+use ferry_tests::waiting::MOVE;
+use ferry_tests::{Answer, Guest, Host, Migration, Pair, until};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
-use crate::scenario::on_kvm;
+use crate::scenario::{expect_a_lost_peer_and, on_kvm};
 
 pub(crate) fn trials() -> Vec<Trial> {
     on_kvm![
         a_copy_that_does_not_converge_says_so_after_one_stalled_round,
         a_copy_that_ends_tells_what_was_decided_and_expected,
+        a_cap_on_bandwidth_holds,
+        a_longer_blackout_that_is_allowed_meanwhile_ends_the_copy,
+        an_agent_that_restarts_has_the_terms_that_were_changed,
+        retuning_is_refused_while_nothing_is_copied_and_when_all_is_over,
     ]
 }
 
@@ -36,7 +41,10 @@ fn a_copy_that_does_not_converge_says_so_after_one_stalled_round(pair: &mut Pair
     ensure!(decision["predicted_total_ms"].is_null(), "{decision}");
     ensure!(decision["dirty_bytes_per_s"].as_f64() > Some(0.0), "{decision}");
     let why = "the round left as much as it sent";
-    ensure!(decision["words"].as_str().is_some_and(|words| words.contains(why)), "{decision}");
+    ensure!(
+        decision["words"].as_str().is_some_and(|words| words.contains(why)),
+        "{decision}"
+    );
     // At the other host it is the source's word, too.
     report(&pair.b, &underway.id)?.says(why)?;
     pair.runs_only_at(&pair.a, "g", &witness)
@@ -68,9 +76,108 @@ fn a_copy_that_ends_tells_what_was_decided_and_expected(pair: &mut Pair) -> Resu
     pair.runs_only_at(&pair.b, "g", &witness)
 }
 
+fn a_cap_on_bandwidth_holds(pair: &mut Pair) -> Result<()> {
+    let work = "fill=random fill_mib=96 work=uniform work_mib=4 rate=100 heartbeat_ms=20";
+    let witness = pair.run(&Guest::new("g").work(work))?;
+
+    let record = pair
+        .migrate("g", &["--bandwidth", "160Mbit", "--digests"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+
+    let first = &record.record["rounds"][0];
+    let (bytes, ms) = first["bytes"]
+        .as_f64()
+        .zip(first["ms"].as_f64())
+        .context("no first round")?;
+    let share = bytes / (ms / 1e3) / 20e6;
+    ensure!((0.8..=1.05).contains(&share), "{share} of the cap: {first}");
+    ensure!(record.number("bandwidth_bytes_per_s")? == 20e6, "{}", record.record);
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn a_longer_blackout_that_is_allowed_meanwhile_ends_the_copy(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g").work(ALL_THE_TIME))?;
+    let underway = pair.migrate_until("g", &TOO_SLOW, |record| Ok(record.rounds() >= 3))?;
+
+    // At the other host: it is forwarded to the source.
+    let retune = ["migration", "retune", &underway.id, "--max-downtime", "20s"];
+    let answer = pair.b.ferry(&retune)?.exit(0)?.migration()?;
+
+    ensure!(answer.number("max_downtime_ms")? == 20_000.0, "{}", answer.record);
+    let record = underway.call.wait()?.exit(0)?.migration()?.is("completed", "b")?;
+    let deeds: Vec<_> = decisions(&record)?
+        .iter()
+        .map(|decision| decision["deed"].clone())
+        .collect();
+    let at = deeds
+        .iter()
+        .position(|deed| deed == "retune")
+        .context("it is not in the report")?;
+    ensure!(deeds[..at].contains(&"infeasible".into()), "{deeds:?}");
+    only_switched(&deeds[at + 1..])?;
+    pair.a.ferry(&["events", "g"])?.exit(0)?.says("retune")?;
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn an_agent_that_restarts_has_the_terms_that_were_changed(pair: &mut Pair) -> Result<()> {
+    expect_a_lost_peer_and(pair, &["transport", "source"]);
+    let witness = pair.run(&Guest::new("g").work(ALL_THE_TIME))?;
+    let underway = pair.migrate_until("g", &TOO_SLOW, |record| Ok(record.rounds() >= 2))?;
+    let retune = ["migration", "retune", &underway.id];
+    let first = ["--bandwidth", "480Mbit", "--timeout", "20m"];
+    pair.a.ferry(&[&retune[..], &first].concat())?.exit(0)?;
+
+    pair.a.kill();
+    pair.a.start()?;
+
+    let show = || pair.a.ferry(&["migration", "show", &underway.id])?.exit(0)?.migration();
+    until("the VMM is heard again", MOVE, || {
+        Ok((show()?.rounds() >= 3).then_some(()))
+    })?;
+    let record = show()?;
+    ensure!(record.number("bandwidth_bytes_per_s")? == 60e6, "{}", record.record);
+    ensure!(record.number("timeout_ms")? == 1_200_000.0, "{}", record.record);
+    ensure!(record.number("max_downtime_ms")? == 150.0, "{}", record.record);
+    pair.a
+        .ferry(&[&retune[..], &["--max-downtime", "20s"]].concat())?
+        .exit(0)?;
+    underway.call.wait()?.exit(0)?.migration()?.is("completed", "b")?;
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn retuning_is_refused_while_nothing_is_copied_and_when_all_is_over(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g"))?;
+    let underway = pair.migrate_until("g", &["--hold-at", "preparing"], |record| {
+        Ok(record.text("status")? == "preparing")
+    })?;
+
+    let retune = ["migration", "retune", &underway.id, "--bandwidth", "none"];
+    pair.a.ferry(&retune)?.exit(4)?.says("nothing is being copied")?;
+    pair.a.ferry(&retune[..3])?.exit(2)?;
+    pair.a.ferry(&["migration", "abort", &underway.id])?.exit(0)?;
+    underway.call.wait()?.exit(1)?;
+    pair.a.ferry(&retune)?.exit(4)?.says("it is over")?;
+
+    let nobody = "00000000-0000-4000-8000-000000000000";
+    pair.a
+        .ferry(&["migration", "retune", nobody, "--timeout", "1m"])?
+        .exit(3)?;
+    pair.runs_only_at(&pair.a, "g", &witness)
+}
+
+/// Once more for each round that the grant took.
+fn only_switched(deeds: &[Value]) -> Result<()> {
+    let only = deeds.iter().all(|deed| deed == "switch");
+    ensure!(only && !deeds.is_empty(), "{deeds:?}");
+    Ok(())
+}
+
 /// In words, as people see it.
 fn report(host: &Host, id: &str) -> Result<Answer> {
-    host.plain_ferry(&["migration", "report", id, "--agent", &host.url()])?.exit(0)
+    host.plain_ferry(&["migration", "report", id, "--agent", &host.url()])?
+        .exit(0)
 }
 
 fn decisions(record: &Migration) -> Result<&Vec<Value>> {

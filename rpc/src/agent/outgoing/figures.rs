@@ -110,7 +110,7 @@ const LONGEST_WORDS: usize = 1000;
 /// A decision, if its figures are some.
 fn decision(told: &wire::Decision) -> Option<MigrationDecision> {
     let figures = [
-        Some(told.blackout_ms),
+        told.blackout_ms,
         told.throughput_bytes_per_s,
         told.dirty_bytes_per_s,
         told.predicted_blackout_ms,
