@@ -42,6 +42,15 @@ pub enum Verdict {
     Switch,
 }
 
+/// Why a migration is to be completed whatever its budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Force {
+    /// Its user wants it.
+    User,
+    /// Its time is up, and its user wants that then.
+    TimeUp,
+}
+
 impl Verdict {
     /// As records have it.
     #[must_use]
@@ -78,7 +87,7 @@ pub struct Policy {
     bytes_per_second: Option<f64>,
     rounds_within_budget: u32,
     disarmed: u32,
-    is_forced: bool,
+    force: Option<Force>,
 }
 
 /// What a round left, and what that leads to.
@@ -104,7 +113,7 @@ impl Policy {
             bytes_per_second: None,
             rounds_within_budget: 0,
             disarmed: 0,
-            is_forced: false,
+            force: None,
         }
     }
 
@@ -122,9 +131,9 @@ impl Policy {
         self.terms = terms;
     }
 
-    /// From now on every round is the last one while the guest runs: its user wants it completed whatever its budget.
-    pub fn force(&mut self) {
-        self.is_forced = true;
+    /// Where it is to be completed whatever its budget, every round is the last one while the guest runs.
+    pub fn force(&mut self, force: Option<Force>) {
+        self.force = force;
     }
 
     /// Judges a round that ended at this moment of the copy.
@@ -142,8 +151,8 @@ impl Policy {
         } else {
             self.rounds_within_budget = 0;
         }
-        if self.is_forced {
-            return self.handed_over_by_force(&left, predicted, max_downtime);
+        if let Some(force) = self.force {
+            return handed_over_by_force(force, &left, predicted, max_downtime);
         }
         let (verdict, grounds) = if within_budget {
             self.within_budget(&left)
@@ -207,21 +216,6 @@ impl Policy {
                 (Verdict::Infeasible, grounds)
             }
             Some(_) | None => (Verdict::Continue, "over the budget".to_owned()),
-        }
-    }
-
-    fn handed_over_by_force(&self, left: &Left, predicted: Duration, max_downtime: Duration) -> Decision {
-        Decision {
-            verdict: Verdict::Switch,
-            predicted,
-            within_budget: true,
-            forecast: left.forecast,
-            words: format!(
-                "its user wants it completed: {} dirty pages, a blackout of {:.1} ms, whatever the {:.1} ms allowed",
-                left.pages,
-                milliseconds(predicted),
-                milliseconds(max_downtime),
-            ),
         }
     }
 
@@ -348,6 +342,25 @@ impl Policy {
             Some(before) => (before + measured) / 2.0,
             None => measured,
         });
+    }
+}
+
+fn handed_over_by_force(force: Force, left: &Left, predicted: Duration, max_downtime: Duration) -> Decision {
+    let why = match force {
+        Force::User => "its user wants it completed",
+        Force::TimeUp => "its time is up, and it is to be completed",
+    };
+    Decision {
+        verdict: Verdict::Switch,
+        predicted,
+        within_budget: true,
+        forecast: left.forecast,
+        words: format!(
+            "{why}: {} dirty pages, a blackout of {:.1} ms, whatever the {:.1} ms allowed",
+            left.pages,
+            milliseconds(predicted),
+            milliseconds(max_downtime),
+        ),
     }
 }
 

@@ -40,8 +40,8 @@ use conversation::{Conversation, Event, Heard, Outbox};
 pub use meter::{Amounts, Copied, MOST_BEFORE_THE_END};
 pub use parked::{NotResumable, Parked};
 pub use report::{
-    Blackout, Decided, Manner, Overhead, Progress, RoundSummary, SourceOrder, SourceParameters, SourceReport,
-    SourceSummary,
+    Blackout, Decided, Manner, OnTimeout, Overhead, Progress, RoundSummary, SourceOrder, SourceParameters,
+    SourceReport, SourceSummary,
 };
 use rounds::Copy;
 use switchover::Switched;

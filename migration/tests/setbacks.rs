@@ -18,7 +18,7 @@ use ferry_migration::Liveness;
 use ferry_migration::destination::{self, DestinationError, DestinationOrder};
 use ferry_migration::guest::{GuestEnd, MemoryShape, Region};
 use ferry_migration::handover::{GrantRefused, Grants, Traded};
-use ferry_migration::source::{self, SourceError, SourceOutcome, SourceReport};
+use ferry_migration::source::{self, OnTimeout, SourceError, SourceOutcome, SourceReport};
 use ferry_proto::stream::v1::{self, from_destination::Message as Reply, from_source::Message as Said};
 
 /// More writes than the link takes: never converges.
@@ -149,6 +149,34 @@ fn a_guest_that_never_converges_is_given_up_in_time() {
     scene.parameters.timeout = Duration::from_millis(700);
     let ends = migrate(scene);
     assert!(matches!(ends.cancelled(), SourceError::TimedOut(_)));
+}
+
+#[test]
+fn a_guest_that_never_converges_is_completed_when_its_time_is_up() {
+    let mut scene = never_converging(arming());
+    scene.parameters.timeout = Duration::from_millis(900);
+    scene.parameters.on_timeout = OnTimeout::Pause;
+    // Its disks never settle: nothing is waited for that has no end.
+    scene.source.settles_after = [u32::MAX].into();
+    let ends = migrate(scene);
+    let (summary, _) = ends.arrived();
+    assert!(ends.took >= Duration::from_millis(900), "{:?}", ends.took);
+    let deeds: Vec<_> = summary.decisions.iter().map(|decided| decided.deed).collect();
+    assert_eq!(deeds.iter().filter(|&&deed| deed == "pause").count(), 1, "{deeds:?}");
+    let last = summary.decisions.last().unwrap();
+    assert!(
+        last.deed == "switch" && last.words.contains("its time is up"),
+        "{last:?}"
+    );
+}
+
+#[test]
+fn an_abort_after_the_time_is_up_leaves_the_guest_running() {
+    let is_paused = |report: &SourceReport| matches!(report, SourceReport::Decided(decided) if decided.deed == "pause");
+    let mut scene = never_converging(arming_and(is_paused, Controls::abort));
+    scene.parameters.timeout = Duration::from_millis(900);
+    scene.parameters.on_timeout = OnTimeout::Pause;
+    assert!(is_aborted(&migrate(scene)));
 }
 
 #[test]

@@ -186,11 +186,17 @@ fn a_first_pass_over_zero_pages_does_not_promise_what_the_link_does_not_keep() {
 fn one_that_its_user_wants_completed_is_switched_whatever_it_costs() {
     let mut policy = policy(BUDGET);
     judged(&mut policy, 100_000, 100_000);
-    policy.force();
+    policy.force(Some(Force::User));
     let decision = judged(&mut policy, 100_000, 100_000);
     assert!(decision.verdict == Switch && decision.within_budget, "{decision:?}");
     assert!(decision.predicted > Duration::from_millis(300), "{decision:?}");
     assert!(decision.words.contains("its user wants it"), "{decision:?}");
+    policy.force(Some(Force::TimeUp));
+    let decision = judged(&mut policy, 100_000, 100_000);
+    assert!(
+        decision.verdict == Switch && decision.words.contains("its time is up"),
+        "{decision:?}"
+    );
 }
 
 #[test]

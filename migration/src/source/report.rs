@@ -22,8 +22,10 @@ pub struct SourceParameters {
     pub epoch: Epoch,
     /// Whether the guest runs while it is copied.
     pub manner: Manner,
-    /// How long the whole copy may take before it is given up.
+    /// How long the whole copy may take.
     pub timeout: Duration,
+    /// What happens then.
+    pub on_timeout: OnTimeout,
     /// The most bytes a second over all page streams while the guest runs, or is copied cold; the last pages are sent without it.
     pub bandwidth: Option<NonZeroU64>,
     /// Whether its user had paused the guest.
@@ -47,6 +49,17 @@ pub enum Manner {
     },
     /// It stands still from before the first page until it runs at the destination, or on here: one pass, however long that takes.
     Cold,
+}
+
+/// What happens to a guest whose copy is not done in its time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnTimeout {
+    /// The migration is given up, and the guest runs on here.
+    #[default]
+    Abort,
+    /// It is completed as by [`SourceOrder::ForceComplete`], and there is no other end to its time: the rest of the copy ends, because
+    /// the guest stands still for it.
+    Pause,
 }
 
 /// The parts of a blackout that do not depend on the last pages.
@@ -190,6 +203,20 @@ impl Decided {
             words: decision.words.clone(),
             blackout: Some(decision.predicted),
             forecast: decision.forecast,
+        }
+    }
+
+    /// The time is up, and the migration is completed all the same.
+    pub(super) fn time_up(round: u32, terms: &Terms) -> Self {
+        Self {
+            round,
+            deed: "pause",
+            words: format!(
+                "its {:.1} s are up: after this round the guest stands still until the rest of it has been sent",
+                terms.timeout.as_secs_f64()
+            ),
+            blackout: None,
+            forecast: Forecast::default(),
         }
     }
 

@@ -169,9 +169,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             dirty_pages,
         };
         self.policy.follow(self.conversation.terms());
-        if self.conversation.is_forced() {
-            self.policy.force();
-        }
+        self.policy.force(self.conversation.force());
         let now = Moment {
             elapsed: self.copying_since.elapsed(),
             bytes: sent.bytes,
@@ -258,7 +256,9 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             self.attempt.attempt = cancelled.attempt + 1;
         }
         let (attempt, predicted) = (self.attempt.attempt, decision.predicted);
-        if self.announced == Some(attempt) || self.guest.settle_disks() == DiskCondition::Settling {
+        // One that must be completed does not wait for a guest that never stops writing.
+        let must_settle = self.conversation.force().is_none();
+        if self.announced == Some(attempt) || (self.guest.settle_disks() == DiskCondition::Settling && must_settle) {
             return;
         }
         self.announced = Some(attempt);

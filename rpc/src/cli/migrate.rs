@@ -191,6 +191,11 @@ fn request(arguments: &MigrateArguments) -> LiveMigrateRequest {
             verify: arguments.digests,
             hold_at: arguments.hold_at.clone(),
             storage: arguments.storage.clone(),
+            on_timeout: if arguments.cold {
+                String::new()
+            } else {
+                arguments.on_timeout.clone()
+            },
             mode: if arguments.cold { "cold" } else { &arguments.mode }.to_owned(),
         }),
         request_id: uuid::Uuid::new_v4().to_string(),

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use ferry_migration::guest::{GuestEnd, GuestWas};
 use ferry_migration::handover::{Attempt, Epoch};
 use ferry_migration::source::{
-    Amounts, Copied, Decided, Manner, NewTerms, Overhead, Parked, RoundSummary, SourceParameters, SourceSummary,
+    Amounts, Copied, Decided, Manner, NewTerms, OnTimeout, Overhead, Parked, RoundSummary, SourceParameters,
+    SourceSummary,
 };
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::{InvalidField, required, wire_uuid};
@@ -61,6 +62,10 @@ pub(super) fn source_parameters(send: &wire::Send, instance: Uuid) -> Result<Sou
         epoch: Epoch(send.epoch),
         manner: manner(send),
         timeout: Duration::from_millis(send.timeout_ms),
+        on_timeout: match send.pause_on_timeout {
+            true => OnTimeout::Pause,
+            false => OnTimeout::Abort,
+        },
         bandwidth: NonZeroU64::new(send.bandwidth_bytes_per_s),
         guest_was: guest_was(send.user_paused),
         verify: send.verify,

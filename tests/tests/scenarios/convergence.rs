@@ -167,6 +167,32 @@ fn retuning_is_refused_while_nothing_is_copied_and_when_all_is_over(pair: &mut P
     pair.runs_only_at(&pair.a, "g", &witness)
 }
 
+fn a_guest_that_does_not_converge_is_completed_when_its_time_is_up(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g").work(ALL_THE_TIME))?;
+
+    let in_time = ["--timeout", "4s", "--on-timeout", "pause"];
+    let record = pair
+        .migrate("g", &[&TOO_SLOW[..], &in_time].concat())?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+
+    ensure!(record.number("total_ms")? >= 4000.0, "{}", record.record);
+    let deeds: Vec<_> = decisions(&record)?
+        .iter()
+        .map(|decision| decision["deed"].clone())
+        .collect();
+    let at = deeds
+        .iter()
+        .position(|deed| deed == "pause")
+        .context("it is not in the report")?;
+    only_switched(&deeds[at + 1..])?;
+    let words = record.text("decision")?;
+    ensure!(words.contains("its time is up"), "{words}");
+    ensure!(record.number("downtime_ms.total")? > 150.0, "{}", record.record);
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
 /// Once more for each round that the grant took.
 fn only_switched(deeds: &[Value]) -> Result<()> {
     let only = deeds.iter().all(|deed| deed == "switch");

@@ -192,6 +192,9 @@ fn epoch_of_move(row: &InstanceRow) -> u64 {
     }
 }
 
+/// When the time is up, the guest is paused until the rest of it has been sent.
+pub(crate) const PAUSE: &str = "pause";
+
 /// What a guest may be allowed to stand still.
 pub(super) const DOWNTIMES_US: RangeInclusive<u64> = 1..=60_000_000;
 pub(super) const NO_DOWNTIME: &str = "is not between 1 and 60 seconds' worth";
@@ -223,6 +226,14 @@ pub(crate) fn check_options(options: MigrationOptions) -> Result<MigrationOption
             "options.hold_at",
             "is no point at which a migration can be held".to_owned(),
         );
+    }
+    if options.on_timeout == PAUSE && Mode::parse(&options.mode)? == Mode::Cold {
+        let problem = "does not apply to a cold migration: its guest stands still as it is".to_owned();
+        return invalid("options.on_timeout", problem);
+    }
+    if !["", "abort", PAUSE].contains(&options.on_timeout.as_str()) {
+        let problem = format!("{:?} is not one of abort, {PAUSE}", options.on_timeout);
+        return invalid("options.on_timeout", problem);
     }
     if options.timeout_ms == 0 {
         return invalid("options.timeout_ms", "is zero".to_owned());

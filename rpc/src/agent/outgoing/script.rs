@@ -15,6 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
+use super::begin::PAUSE;
 use super::handle::{Outgoing, PeerNews, Resolving};
 use super::retuning::Retuning;
 use crate::agent::backends::storage;
@@ -361,6 +362,7 @@ impl Script {
             user_paused: self.row.user_paused,
             copied_disks,
             cold: self.row.is_cold(),
+            pause_on_timeout: self.row.options.on_timeout == PAUSE,
         };
         let (sender, news) = mpsc::unbounded_channel();
         let mut state = self.instance.state.lock().await;
