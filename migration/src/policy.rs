@@ -28,6 +28,13 @@ const ENOUGH_ROUNDS: u32 = 8;
 /// A round below this many bytes measures latency, not throughput.
 const TELLING_BYTES: u64 = 4 << 20;
 
+/// What a round is to leave of what it sends once vCPUs are throttled.
+const THROTTLED_SHARE: f64 = 0.5;
+
+/// The least that vCPUs are throttled by at first, and by how much more each time that was not enough, in percent: as QEMU does.
+const FIRST_THROTTLE: u32 = 20;
+const THROTTLE_STEP: u32 = 10;
+
 /// What is assumed of a link on which no round has told anything yet: slow, so that a guess errs towards copying on.
 const UNMEASURED_BYTES_PER_SECOND: f64 = 200e6;
 
@@ -36,6 +43,8 @@ const UNMEASURED_BYTES_PER_SECOND: f64 = 200e6;
 pub enum Verdict {
     /// Another round: the end comes nearer, or it is too early to tell.
     Continue,
+    /// Another round, in which vCPUs are kept from running for more of the time.
+    Throttle,
     /// Another round, for lack of anything better: as things are there is no end. The guest may come to write less.
     Infeasible,
     /// Stop the guest and hand it over.
@@ -57,6 +66,7 @@ impl Verdict {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Continue => "continue",
+            Self::Throttle => "throttle",
             Self::Infeasible => "infeasible",
             Self::Switch => "switch",
         }
@@ -74,6 +84,8 @@ pub struct Decision {
     pub within_budget: bool,
     /// What the copy is expected to come to.
     pub forecast: Forecast,
+    /// For how much of the time vCPUs are to be kept from running from now on, in percent.
+    pub throttle: u32,
     /// The grounds, for a person.
     pub words: String,
 }
@@ -88,6 +100,8 @@ pub struct Policy {
     rounds_within_budget: u32,
     disarmed: u32,
     force: Option<Force>,
+    throttle: u32,
+    most_throttle: u32,
 }
 
 /// What a round left, and what that leads to.
@@ -103,9 +117,9 @@ struct Left {
 }
 
 impl Policy {
-    /// A policy that has not seen a round yet.
+    /// A policy that has not seen a round yet. It may have vCPUs kept from running for so much of the time, in percent.
     #[must_use]
-    pub fn new(terms: Terms, overhead: Overhead) -> Self {
+    pub fn new(terms: Terms, overhead: Overhead, most_throttle: u32) -> Self {
         Self {
             terms,
             overhead,
@@ -114,6 +128,8 @@ impl Policy {
             rounds_within_budget: 0,
             disarmed: 0,
             force: None,
+            throttle: 0,
+            most_throttle,
         }
     }
 
@@ -152,7 +168,7 @@ impl Policy {
             self.rounds_within_budget = 0;
         }
         if let Some(force) = self.force {
-            return handed_over_by_force(force, &left, predicted, max_downtime);
+            return self.handed_over_by_force(force, &left, predicted, max_downtime);
         }
         let (verdict, grounds) = if within_budget {
             self.within_budget(&left)
@@ -174,8 +190,15 @@ impl Policy {
             predicted,
             within_budget,
             forecast: left.forecast,
+            throttle: self.throttle,
             words,
         }
+    }
+
+    /// For how much of the time vCPUs are kept from running, in percent.
+    #[must_use]
+    pub fn throttle(&self) -> u32 {
+        self.throttle
     }
 
     /// Within the budget: whether another round would leave so much less that it is worth its time.
@@ -197,7 +220,7 @@ impl Policy {
     }
 
     /// Over the budget: whether the rounds to come lead into it, and in time.
-    fn over_budget(&self, left: &Left, max_downtime: Duration) -> (Verdict, String) {
+    fn over_budget(&mut self, left: &Left, max_downtime: Duration) -> (Verdict, String) {
         let alone = self.overhead.stop + self.after_stop(0);
         if alone > max_downtime {
             let alone = milliseconds(alone);
@@ -206,16 +229,62 @@ impl Policy {
             return (Verdict::Infeasible, grounds);
         }
         if left.share >= HOPELESS_SHARE {
-            let grounds = "infeasible, over the budget, and the round left as much as it sent";
-            return (Verdict::Infeasible, grounds.to_owned());
+            return self.without_end(left, "over the budget, and the round left as much as it sent");
         }
         match left.forecast.total {
             Some(total) if total > self.terms.timeout => {
                 let (total, timeout) = (total.as_secs_f64(), self.terms.timeout.as_secs_f64());
-                let grounds = format!("infeasible, over the budget for {total:.1} s in all, of {timeout:.1} s allowed");
-                (Verdict::Infeasible, grounds)
+                let grounds = format!("over the budget for {total:.1} s in all, of {timeout:.1} s allowed");
+                self.without_end(left, &grounds)
             }
             Some(_) | None => (Verdict::Continue, "over the budget".to_owned()),
+        }
+    }
+
+    /// As things are, the rounds to come do not lead into the budget: the guest has to write less, as far as its user allows that.
+    fn without_end(&mut self, left: &Left, why: &str) -> (Verdict, String) {
+        let wanted = self.wanted_throttle(left.next_share).min(self.most_throttle);
+        if wanted > self.throttle {
+            let before = std::mem::replace(&mut self.throttle, wanted);
+            let grounds = format!("{why}; vCPUs are kept from running for {wanted} % of the time, before {before} %");
+            return (Verdict::Throttle, grounds);
+        }
+        let grounds = match self.throttle {
+            0 => format!("infeasible, {why}"),
+            most => format!("infeasible, {why}, with vCPUs kept from running for {most} % of the time as it is"),
+        };
+        (Verdict::Infeasible, grounds)
+    }
+
+    /// So much that a round leaves half of what it sends, were the guest to write as much less as it runs less. It may write the same pages less
+    /// often only, or catch up on what it was kept from: so each time by a step at least.
+    fn wanted_throttle(&self, share: f64) -> u32 {
+        let runs = f64::from(100 - self.throttle) * (THROTTLED_SHARE / share).min(1.0);
+        let step = if self.throttle == 0 {
+            FIRST_THROTTLE
+        } else {
+            THROTTLE_STEP
+        };
+        (100 - runs as u32).max(self.throttle + step)
+    }
+
+    fn handed_over_by_force(&self, force: Force, left: &Left, predicted: Duration, max_downtime: Duration) -> Decision {
+        let why = match force {
+            Force::User => "its user wants it completed",
+            Force::TimeUp => "its time is up, and it is to be completed",
+        };
+        Decision {
+            verdict: Verdict::Switch,
+            predicted,
+            within_budget: true,
+            forecast: left.forecast,
+            throttle: self.throttle,
+            words: format!(
+                "{why}: {} dirty pages, a blackout of {:.1} ms, whatever the {:.1} ms allowed",
+                left.pages,
+                milliseconds(predicted),
+                milliseconds(max_downtime),
+            ),
         }
     }
 
@@ -235,6 +304,7 @@ impl Policy {
                 blackout: Some(now.elapsed + predicted),
                 dirty_bytes_per_second: None,
             },
+            throttle: 0,
             words: format!(
                 "the guest stands still: {} pages are there, the rest takes {:.1} ms",
                 round.pages,
@@ -345,25 +415,6 @@ impl Policy {
     }
 }
 
-fn handed_over_by_force(force: Force, left: &Left, predicted: Duration, max_downtime: Duration) -> Decision {
-    let why = match force {
-        Force::User => "its user wants it completed",
-        Force::TimeUp => "its time is up, and it is to be completed",
-    };
-    Decision {
-        verdict: Verdict::Switch,
-        predicted,
-        within_budget: true,
-        forecast: left.forecast,
-        words: format!(
-            "{why}: {} dirty pages, a blackout of {:.1} ms, whatever the {:.1} ms allowed",
-            left.pages,
-            milliseconds(predicted),
-            milliseconds(max_downtime),
-        ),
-    }
-}
-
 impl Forecast {
     /// Adds what it comes to, for a person.
     fn describe(&self, words: &mut String) {
@@ -375,13 +426,14 @@ impl Forecast {
                 "; the guest writes {dirty:.1} MB/s, the link carries {sent:.1} MB/s"
             );
         }
+        let rounds = self.rounds.filter(|&rounds| rounds > 0);
         if let (Some(rounds), Some(blackout), Some(total), Some(bytes)) =
-            (self.rounds, self.blackout, self.total, self.bytes)
+            (rounds, self.blackout, self.total, self.bytes)
         {
             let (blackout, total, megabytes) = (milliseconds(blackout), total.as_secs_f64(), megabytes(bytes));
             let _ = write!(
                 words,
-                "; expected: {rounds} more rounds, a blackout of {blackout:.1} ms, {total:.1} s and {megabytes:.1} MB in all"
+                "; expected: rounds to go {rounds}, a blackout of {blackout:.1} ms, {total:.1} s and {megabytes:.1} MB in all"
             );
         }
     }

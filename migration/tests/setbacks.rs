@@ -171,6 +171,40 @@ fn a_guest_that_never_converges_is_completed_when_its_time_is_up() {
 }
 
 #[test]
+fn a_guest_that_never_converges_is_throttled_until_it_does() {
+    for (tracking, whom) in [
+        (Tracking::Log, "all vCPUs"),
+        (Tracking::Harvest, "the vCPU that writes"),
+    ] {
+        let mut scene = never_converging(arming());
+        scene.source = guest(tracking, WILD);
+        scene.parameters.manner = live(Duration::from_millis(100));
+        scene.parameters.most_throttle = std::num::NonZeroU32::new(99);
+        let ends = migrate(scene);
+        let (summary, _) = ends.arrived();
+        let throttling = summary
+            .decisions
+            .iter()
+            .find(|decided| decided.deed == "throttle")
+            .unwrap();
+        assert!(throttling.words.contains(whom), "{throttling:?}");
+        assert!(summary.throttle > 0 && summary.throttle <= 99);
+    }
+}
+
+#[test]
+fn an_abort_leaves_nothing_throttled() {
+    let is_throttled =
+        |report: &SourceReport| matches!(report, SourceReport::Round { decided, .. } if decided.throttle > 0);
+    let mut scene = never_converging(arming_and(is_throttled, Controls::abort));
+    scene.parameters.manner = live(Duration::from_millis(20));
+    scene.parameters.most_throttle = std::num::NonZeroU32::new(50);
+    let notes = scene.source.notes.clone();
+    assert!(is_aborted(&migrate(scene)));
+    assert_eq!(notes.throttle.load(std::sync::atomic::Ordering::Relaxed), 0);
+}
+
+#[test]
 fn an_abort_after_the_time_is_up_leaves_the_guest_running() {
     let is_paused = |report: &SourceReport| matches!(report, SourceReport::Decided(decided) if decided.deed == "pause");
     let mut scene = never_converging(arming_and(is_paused, Controls::abort));

@@ -25,7 +25,7 @@ const TERMS: Terms = Terms {
 };
 
 fn policy(manner: Manner) -> Policy {
-    Policy::new(Terms { manner, ..TERMS }, OVERHEAD)
+    Policy::new(Terms { manner, ..TERMS }, OVERHEAD, 0)
 }
 
 /// A round at 1 GB/s.
@@ -61,7 +61,7 @@ fn judged(policy: &mut Policy, pages: u64, dirty_pages: u64) -> Decision {
     policy.judge(&round(pages, dirty_pages), Moment::default())
 }
 
-use Verdict::{Continue, Infeasible, Switch};
+use Verdict::{Continue, Infeasible, Switch, Throttle};
 
 /// Rounds at 1 GB/s, and what follows from each, with 300 ms allowed: 71,500 pages or so.
 #[test]
@@ -131,7 +131,7 @@ fn overhead_above_the_budget_is_infeasible_whatever_is_left() {
 
 #[test]
 fn a_copy_that_ends_after_its_time_is_infeasible() {
-    let hurried = |timeout| Policy::new(Terms { timeout, ..TERMS }, OVERHEAD);
+    let hurried = |timeout| Policy::new(Terms { timeout, ..TERMS }, OVERHEAD, 0);
     let rounds = [(1_000_000, 500_000)];
     let in_time = verdicts(&mut hurried(Duration::from_secs(60)), &rounds);
     assert_eq!(in_time, [Continue]);
@@ -240,6 +240,63 @@ fn what_was_learned_of_a_link_holds_under_a_tighter_cap_and_not_under_a_looser_o
     assert_eq!(policy.throughput(), None);
 }
 
+fn throttling(most: u32) -> Policy {
+    Policy::new(TERMS, OVERHEAD, most)
+}
+
+#[test]
+fn a_guest_that_writes_too_much_is_throttled_until_it_converges() {
+    let mut policy = throttling(99);
+    // It writes twice what the link carries while it runs, 200,000 pages a round at most.
+    let mut sent = 400_000;
+    let mut throttles = Vec::new();
+    let ended = (0..20).any(|_| {
+        let runs = f64::from(100 - policy.throttle()) / 100.0;
+        let dirty = ((sent as f64 * 2.0 * runs) as u64).min(200_000);
+        let decision = judged(&mut policy, sent, dirty);
+        throttles.push(decision.throttle);
+        assert_ne!(decision.verdict, Infeasible, "{}", decision.words);
+        sent = dirty.max(1);
+        decision.verdict == Switch
+    });
+    assert!(ended, "{throttles:?}");
+    assert!(
+        throttles.is_sorted() && throttles.iter().all(|&percent| percent <= 99),
+        "{throttles:?}"
+    );
+    assert!(throttles.contains(&50) && throttles.last() < Some(&99), "{throttles:?}");
+}
+
+#[test]
+fn a_guest_that_one_may_not_throttle_enough_is_infeasible() {
+    let mut policy = throttling(30);
+    let stalled = [(200_000, 200_000); 4];
+    let verdicts = verdicts(&mut policy, &stalled);
+    assert_eq!(verdicts, [Throttle, Infeasible, Infeasible, Infeasible]);
+    let words = judged(&mut policy, 200_000, 200_000).words;
+    assert!(
+        words.contains("kept from running for 30 % of the time as it is"),
+        "{words}"
+    );
+}
+
+#[test]
+fn what_throttling_does_not_mend_is_not_throttled() {
+    let terms = Terms {
+        manner: live(5),
+        ..TERMS
+    };
+    let mut policy = Policy::new(terms, OVERHEAD, 99);
+    assert_eq!(verdicts(&mut policy, &[(200_000, 200_000)]), [Infeasible]);
+    assert_eq!(policy.throttle(), 0);
+    let mut policy = throttling(99);
+    assert_eq!(
+        verdicts(&mut policy, &[(400_000, 200_000), (200_000, 60_000)]),
+        [Continue, Continue]
+    );
+    assert_eq!(policy.throttle(), 0);
+}
+
 #[test]
 fn a_disarmed_switchover_makes_the_same_prediction_count_for_more() {
     let mut policy = policy(BUDGET);
@@ -324,17 +381,35 @@ proptest! {
         pages in 1u64..1 << 30,
         share in 0.0f64..1.5,
         budget in 1u64..5_000,
+        most_throttle in 0u32..100,
     ) {
         let terms = Terms { manner: live(budget), timeout: Duration::MAX, bandwidth: None };
-        let mut policy = Policy::new(terms, OVERHEAD);
+        let mut policy = Policy::new(terms, OVERHEAD, most_throttle);
         let mut sent = pages;
         let ended = (0..2_000).any(|_| {
             let dirty = (sent as f64 * share) as u64;
             let decision = judged(&mut policy, sent, dirty);
             sent = dirty.max(1);
-            decision.verdict != Continue
+            matches!(decision.verdict, Switch | Infeasible)
         });
         prop_assert!(ended);
+    }
+
+    #[test]
+    fn the_throttle_only_grows_and_never_beyond_what_is_allowed(
+        rounds in prop::collection::vec(any_round(), 1..40),
+        budget in 0u64..10_000,
+        most in 0u32..100,
+    ) {
+        let terms = Terms { manner: live(budget), ..TERMS };
+        let mut policy = Policy::new(terms, OVERHEAD, most);
+        let mut before = 0;
+        for round in rounds {
+            let decision = policy.judge(&round, Moment::default());
+            prop_assert!((before..=most).contains(&decision.throttle));
+            prop_assert_eq!(decision.verdict == Throttle, decision.throttle > before);
+            before = decision.throttle;
+        }
     }
 
     #[test]

@@ -55,8 +55,8 @@ pub(super) struct Conversation<'a> {
     /// What holds now, by its parameters and what its user changed since.
     terms: Cell<Terms>,
     bandwidth: &'a Bandwidth,
-    /// The round that goes on.
-    round: Cell<u32>,
+    /// The round that goes on, and the throttle in it.
+    round: Cell<(u32, u32)>,
     decided: RefCell<Vec<Decided>>,
 }
 
@@ -77,7 +77,7 @@ impl<'a> Conversation<'a> {
             force: Cell::new(None),
             terms: Cell::new(asked.parameters.into()),
             bandwidth,
-            round: Cell::new(0),
+            round: Cell::default(),
             decided: RefCell::default(),
         }
     }
@@ -103,9 +103,9 @@ impl<'a> Conversation<'a> {
         self.terms.get()
     }
 
-    /// This round goes on from now on.
-    pub(super) fn round_begins(&self, round: u32) {
-        self.round.set(round);
+    /// This round goes on from now on, with vCPUs throttled so much.
+    pub(super) fn round_begins(&self, round: u32, throttle: u32) {
+        self.round.set((round, throttle));
     }
 
     /// Keeps a decision for the report.

@@ -1,11 +1,11 @@
 //! What goes into a source's run, and what it tells while it runs.
 
-use std::num::NonZeroU64;
+use std::num::{NonZeroU32, NonZeroU64};
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use crate::guest::{GuestWas, StopTimes};
+use crate::guest::{GuestWas, StopTimes, Throttled};
 use crate::handover::{Attempt, Epoch};
 use crate::link::Liveness;
 use crate::policy::{Decision, Forecast};
@@ -26,6 +26,9 @@ pub struct SourceParameters {
     pub timeout: Duration,
     /// What happens then.
     pub on_timeout: OnTimeout,
+    /// How much of the time vCPUs may be kept from running, in percent, where the guest writes more than the link carries; `None`: they are
+    /// left alone.
+    pub most_throttle: Option<NonZeroU32>,
     /// The most bytes a second over all page streams while the guest runs, or is copied cold; the last pages are sent without it.
     pub bandwidth: Option<NonZeroU64>,
     /// Whether its user had paused the guest.
@@ -192,6 +195,8 @@ pub struct Decided {
     pub blackout: Option<Duration>,
     /// What the copy was expected to come to.
     pub forecast: Forecast,
+    /// For how much of the time vCPUs are kept from running from then on, in percent.
+    pub throttle: u32,
 }
 
 impl Decided {
@@ -203,11 +208,24 @@ impl Decided {
             words: decision.words.clone(),
             blackout: Some(decision.predicted),
             forecast: decision.forecast,
+            throttle: decision.throttle,
         }
     }
 
+    /// Which vCPUs that comes to.
+    pub(super) fn throttled(mut self, throttled: Throttled) -> Self {
+        let whom = match throttled {
+            Throttled::None => return self,
+            Throttled::All => "all vCPUs, for the dirty log does not tell which of them write".to_owned(),
+            Throttled::Writers(1) => "the vCPU that writes".to_owned(),
+            Throttled::Writers(count) => format!("the {count} vCPUs that write"),
+        };
+        self.words = format!("{}; throttled: {whom}", self.words);
+        self
+    }
+
     /// The time is up, and the migration is completed all the same.
-    pub(super) fn time_up(round: u32, terms: &Terms) -> Self {
+    pub(super) fn time_up((round, throttle): (u32, u32), terms: &Terms) -> Self {
         Self {
             round,
             deed: "pause",
@@ -217,17 +235,19 @@ impl Decided {
             ),
             blackout: None,
             forecast: Forecast::default(),
+            throttle,
         }
     }
 
     /// What its user decided while this round went on.
-    pub(super) fn retuned(round: u32, terms: &Terms) -> Self {
+    pub(super) fn retuned((round, throttle): (u32, u32), terms: &Terms) -> Self {
         Self {
             round,
             deed: "retune",
             words: format!("its user allows from now on: {}", terms.words()),
             blackout: None,
             forecast: Forecast::default(),
+            throttle,
         }
     }
 }
@@ -243,6 +263,8 @@ pub struct SourceSummary {
     pub bytes_sent: u64,
     /// Zero pages told and not sent.
     pub zero_pages: u64,
+    /// For how much of the time vCPUs were kept from running in the end, in percent.
+    pub throttle: u32,
     /// Page streams used.
     pub streams: u32,
     /// Bytes a second over the running rounds; `None` before the first one ended.

@@ -1,11 +1,12 @@
 //! Rounds: what the guest has ever populated, then what it wrote meanwhile, until the budget allows the switchover.
 
+use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
 
 use ferry_proto::stream::v1::{self, from_source::Message as Said};
 
 use crate::PageSet;
-use crate::guest::{DiskCondition, FRAME_SIZE, GuestMemory as _, SourceGuest};
+use crate::guest::{DiskCondition, FRAME_SIZE, GuestMemory as _, SourceGuest, Throttled};
 use crate::handover::Attempt;
 use crate::policy::{Decision, Moment, Policy, Verdict};
 use crate::precopy::{Pace, Round, Streams};
@@ -82,7 +83,8 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             copied: meter.copied(),
         });
         let parameters = conversation.asked.parameters;
-        let policy = Policy::new(conversation.terms(), parameters.overhead);
+        let most_throttle = parameters.most_throttle.map_or(0, NonZeroU32::get);
+        let policy = Policy::new(conversation.terms(), parameters.overhead, most_throttle);
         let spare = Some(PageSet::new(guest.memory().shape()));
         let now = Instant::now();
         let (round, announced, told, copying_since, rest_until) = (1, None, (now, 0), now, now);
@@ -120,7 +122,9 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
                     self.announce(&decision);
                     BETWEEN_SMALL_ROUNDS
                 }
-                Verdict::Continue | Verdict::Infeasible => BETWEEN_SMALL_ROUNDS.saturating_sub(began.elapsed()),
+                Verdict::Continue | Verdict::Throttle | Verdict::Infeasible => {
+                    BETWEEN_SMALL_ROUNDS.saturating_sub(began.elapsed())
+                }
             };
             let grant = self.wait_for_grant(pause)?;
             if let Some(grant) = grant.filter(|_| decision.within_budget) {
@@ -134,7 +138,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         self.conversation.look_after(self.guest)?;
         let (began, before, pages) = (Instant::now(), self.streams.sum(), self.pending.count());
         let number = self.round;
-        self.conversation.round_begins(number);
+        self.conversation.round_begins(number, self.policy.throttle());
         if pages > 0 {
             self.streams.placement.taken(self.guest.busy_processors());
             let clearer = Some(self.guest.clearer());
@@ -176,10 +180,22 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             round_trip: self.conversation.round_trip(),
         };
         let decision = self.policy.judge(&round, now);
+        let throttled = self.throttle(decision.throttle);
         if pages > 0 || self.summary.rounds.is_empty() {
-            self.note(round, &decision);
+            self.note(round, Decided::on(&round, &decision).throttled(throttled));
         }
         Ok(decision)
+    }
+
+    /// Has the guest's vCPUs throttled as the policy wants it; again after each round, for other ones may write by now.
+    fn throttle(&mut self, percent: u32) -> Throttled {
+        if percent == 0 {
+            return Throttled::None;
+        }
+        self.guest.throttle(percent).unwrap_or_else(|cause| {
+            tracing::warn!(%cause, percent, "the vCPUs cannot be throttled");
+            Throttled::None
+        })
     }
 
     /// Nothing is kept from a guest that stands still: only its user's cap slows the copy.
@@ -281,14 +297,14 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         Ok(Some(grant))
     }
 
-    fn note(&mut self, round: RoundSummary, decision: &Decision) {
+    fn note(&mut self, round: RoundSummary, decided: Decided) {
         let StreamTotals { bytes, zero_pages, .. } = self.streams.sum();
         self.summary.bytes_sent = bytes;
         self.summary.zero_pages = zero_pages;
+        self.summary.throttle = decided.throttle;
         self.summary.throughput_bytes_per_s = per_second(bytes, self.copying_since.elapsed());
         self.summary.dirty_bytes_per_s = per_second(round.dirty_pages * FRAME_SIZE, round.elapsed);
         self.summary.rounds.push(round);
-        let decided = Decided::on(&round, decision);
         self.conversation.note(decided.clone());
         self.conversation.asked.report(SourceReport::Round {
             round,

@@ -81,6 +81,7 @@ pub fn parameters() -> SourceParameters {
         manner: live(Duration::from_millis(300)),
         timeout: Duration::from_secs(20),
         on_timeout: OnTimeout::Abort,
+        most_throttle: None,
         bandwidth: None,
         guest_was: GuestWas::Running,
         verify: true,

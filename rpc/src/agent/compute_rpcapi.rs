@@ -100,9 +100,14 @@ impl Agent {
 /// What of these options an agent before 4.3 does not know; it would take no notice.
 fn novelty(options: &MigrationOptions) -> Option<&'static str> {
     let is_cold = Mode::parse(&options.mode) == Ok(Mode::Cold);
-    is_cold
-        .then_some("a cold migration")
-        .or_else(|| (options.on_timeout == PAUSE).then_some("a pause when the time is up"))
+    let novelties = [
+        (is_cold, "a cold migration"),
+        (options.on_timeout == PAUSE, "a pause when the time is up"),
+        (options.max_throttle_percent > 0, "throttling the guest"),
+    ];
+    novelties
+        .into_iter()
+        .find_map(|(is_asked_for, what)| is_asked_for.then_some(what))
 }
 
 fn knows_not(what: &str, host: &str, version: RpcVersion) -> Failure {

@@ -315,6 +315,12 @@ pub(super) struct MigrateArguments {
     /// How memory moves
     #[arg(long, value_name = "MODE", default_value = "precopy", value_parser = ["precopy"])]
     pub(super) mode: String,
+    /// Keep vCPUs from running for a part of the time where the guest writes more than the link carries
+    #[arg(long)]
+    pub(super) auto_converge: bool,
+    /// How much of the time that may be
+    #[arg(long, value_name = "PERCENT", default_value_t = 99, requires = "auto_converge", value_parser = clap::value_parser!(u32).range(1..=99))]
+    pub(super) max_throttle: u32,
     /// Page streams, each a TCP connection
     #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = parse::streams)]
     pub(super) streams: u32,
@@ -326,7 +332,7 @@ pub(super) struct MigrateArguments {
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = ["auto", "shared", "copy"])]
     pub(super) storage: String,
     /// The guest stands still from the first page on, and runs there when all is there; a stopped instance moves with its disks and stays stopped
-    #[arg(long, conflicts_with_all = ["max_downtime", "on_timeout", "mode"])]
+    #[arg(long, conflicts_with_all = ["max_downtime", "on_timeout", "mode", "auto_converge"])]
     pub(super) cold: bool,
     /// Check and choose only: tell of each host why it would be taken or left
     #[arg(long, conflicts_with_all = ["detach", "wait"])]

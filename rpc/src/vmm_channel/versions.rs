@@ -20,6 +20,7 @@ pub(crate) fn brought_by(order: &Command) -> (u32, &'static str) {
         Command::Send(send) if send.cold => (2, "moving its guest cold"),
         // One of version 1 would give up.
         Command::Send(send) if send.pause_on_timeout => (2, "pausing its guest when the time is up"),
+        Command::Send(send) if send.max_throttle_percent > 0 => (2, "throttling its guest"),
         Command::Send(_) => (1, "sending its guest"),
         Command::Grant(_) => (1, "the switch grant"),
         Command::CallOff(_) => (1, "calling a switchover off"),

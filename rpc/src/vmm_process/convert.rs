@@ -1,6 +1,6 @@
 //! Between the engine's terms and what is said to an agent.
 
-use std::num::NonZeroU64;
+use std::num::{NonZeroU32, NonZeroU64};
 use std::time::{Duration, Instant};
 
 use ferry_migration::guest::{GuestEnd, GuestWas};
@@ -11,6 +11,7 @@ use ferry_migration::source::{
 };
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::{InvalidField, required, wire_uuid};
+use ferry_vmm::MOST_PERCENT as MOST_THROTTLE_PERCENT;
 use rustix::time::{ClockId, clock_gettime};
 use uuid::Uuid;
 
@@ -66,6 +67,7 @@ pub(super) fn source_parameters(send: &wire::Send, instance: Uuid) -> Result<Sou
             true => OnTimeout::Pause,
             false => OnTimeout::Abort,
         },
+        most_throttle: NonZeroU32::new(send.max_throttle_percent.min(MOST_THROTTLE_PERCENT)),
         bandwidth: NonZeroU64::new(send.bandwidth_bytes_per_s),
         guest_was: guest_was(send.user_paused),
         verify: send.verify,
@@ -130,6 +132,7 @@ pub(super) fn progress(summary: &SourceSummary) -> wire::Progress {
         throughput_bytes_per_s: summary.throughput_bytes_per_s.unwrap_or(0) as f64,
         dirty_bytes_per_s: summary.dirty_bytes_per_s.unwrap_or(0) as f64,
         streams: summary.streams,
+        throttle_percent: summary.throttle,
         copied: summary.copied.map(copied),
         ..wire::Progress::default()
     }
@@ -174,6 +177,7 @@ pub(super) fn decision(decided: &Decided) -> wire::Decision {
         predicted_blackout_ms: forecast.blackout.map(ms),
         predicted_total_ms: forecast.total.map(ms),
         predicted_bytes: forecast.bytes,
+        throttle_percent: decided.throttle,
     }
 }
 

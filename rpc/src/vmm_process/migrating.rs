@@ -167,6 +167,7 @@ impl Vmm {
                 current.copied = Some(convert::copied(copied));
                 convert::add(&mut current.rounds, convert::round(&round));
                 current.remaining_pages = round.dirty_pages;
+                current.throttle_percent = decided.throttle;
                 current.decision.clone_from(&decided.words);
                 convert::add(&mut current.decisions, convert::decision(&decided));
                 Body::Progress(current.clone())

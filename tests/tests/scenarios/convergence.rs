@@ -1,8 +1,8 @@
 //! Whether a copy comes to an end, what is decided about that, and what its user can change meanwhile.
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::waiting::MOVE;
-use ferry_tests::{Answer, Guest, Host, Migration, Pair, until};
+use ferry_tests::waiting::{CALL, MOVE};
+use ferry_tests::{Answer, Guest, Host, Migration, Pair, process, until};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
@@ -16,6 +16,11 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_longer_blackout_that_is_allowed_meanwhile_ends_the_copy,
         an_agent_that_restarts_has_the_terms_that_were_changed,
         retuning_is_refused_while_nothing_is_copied_and_when_all_is_over,
+        a_guest_that_does_not_converge_is_completed_when_its_time_is_up,
+        an_agent_that_knows_no_pause_at_the_timeout_is_named,
+        a_guest_that_writes_more_than_the_link_carries_is_throttled_until_it_moves,
+        with_the_ring_only_the_vcpu_that_writes_is_throttled,
+        an_abort_leaves_nothing_throttled,
     ]
 }
 
@@ -189,8 +194,92 @@ fn a_guest_that_does_not_converge_is_completed_when_its_time_is_up(pair: &mut Pa
     only_switched(&deeds[at + 1..])?;
     let words = record.text("decision")?;
     ensure!(words.contains("its time is up"), "{words}");
-    ensure!(record.number("downtime_ms.total")? > 150.0, "{}", record.record);
     pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn an_agent_that_knows_no_pause_at_the_timeout_is_named(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g"))?;
+    pair.b.terminate()?;
+    pair.b.arguments.extend(["--rpc-cap", "4.2"].map(str::to_owned));
+    pair.b.start()?;
+
+    let pause = ["--on-timeout", "pause"];
+    let refused = until("the older agent is heard", CALL, || {
+        let answer = pair.migrate("g", &pause)?;
+        Ok((answer.code == Some(4)).then_some(answer))
+    })?;
+
+    refused.says("host b speaks RPC version 4.2: a pause when the time is up needs 4.3")?;
+    let throttled = pair.migrate("g", &["--auto-converge"])?.exit(4)?;
+    throttled.says("throttling the guest needs 4.3")?;
+    pair.runs_only_at(&pair.a, "g", &witness)
+}
+
+/// Writes more than the link carries, and ends by itself with a blackout in its budget.
+fn throttled(pair: &Pair, guest: &Guest, whom: &str) -> Result<()> {
+    let witness = pair.run(guest)?;
+
+    let further = ["--auto-converge", "--bandwidth", "400Mbit", "--digests"];
+    let record = pair
+        .migrate("g", &further)?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+
+    let throttling = decisions(&record)?
+        .iter()
+        .find(|decision| decision["deed"] == "throttle");
+    let throttling = throttling.with_context(|| format!("it was not throttled: {}", record.record))?;
+    ensure!(
+        throttling["words"].as_str().is_some_and(|words| words.contains(whom)),
+        "{throttling}"
+    );
+    ensure!(
+        (1.0..=99.0).contains(&record.number("throttle_percent")?),
+        "{}",
+        record.record
+    );
+    // What comparing digests takes is left out of the budget.
+    let parts = ["pause", "drain", "last_pages", "state", "claim", "start"];
+    let parts = parts.map(|part| record.number(&format!("downtime_ms.{part}")));
+    let blackout: f64 = parts.into_iter().sum::<Result<f64>>()?;
+    ensure!(blackout <= 300.0, "{blackout} ms: {}", record.record);
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn a_guest_that_writes_more_than_the_link_carries_is_throttled_until_it_moves(pair: &mut Pair) -> Result<()> {
+    throttled(pair, &Guest::new("g").work(ALL_THE_TIME), "all vCPUs")
+}
+
+fn with_the_ring_only_the_vcpu_that_writes_is_throttled(pair: &mut Pair) -> Result<()> {
+    // The second one is never brought up.
+    let guest = Guest::new("g")
+        .work(&format!("{ALL_THE_TIME} cpus=1"))
+        .vcpus(2)
+        .dirty("ring");
+    throttled(pair, &guest, "the vCPU that writes")
+}
+
+fn an_abort_leaves_nothing_throttled(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g").work(ALL_THE_TIME))?;
+    let source = pair.a.vmm()?;
+    let threads = process::threads(source);
+    // It writes more than that with the little that it may be throttled.
+    let slow = ["--bandwidth", "160Mbit", "--max-downtime", "150ms"];
+    let little = ["--auto-converge", "--max-throttle", "30"];
+    let underway = pair.migrate_until("g", &[&slow[..], &little].concat(), |record| {
+        Ok(record.number("throttle_percent")? > 0.0 && record.rounds() >= 4)
+    })?;
+
+    pair.a.ferry(&["migration", "abort", &underway.id])?.exit(0)?;
+
+    let record = underway.call.wait()?.exit(1)?.migration()?.is("cancelled", "a")?;
+    let last = decisions(&record)?.last().context("no decision")?;
+    ensure!(last["deed"] == "infeasible" && last["throttle_percent"] == 30, "{last}");
+    until("the source's VMM is as it was", CALL, || {
+        Ok((process::threads(source) == threads).then_some(()))
+    })?;
+    pair.runs_only_at(&pair.a, "g", &witness)
 }
 
 /// Once more for each round that the grant took.

@@ -10,6 +10,9 @@
 
 mod kick;
 mod thread;
+mod throttle;
 mod usage;
 
 pub(crate) use thread::{ANSWER_DEADLINE, Pending, VcpuError, VcpuHandle, VcpuSetup};
+pub(crate) use throttle::Throttle;
+pub use throttle::{LONGEST_REST, MOST_PERCENT};

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use super::kick::{KickTarget, Kicker};
+use super::throttle::{Rests, Throttle, Throttled};
 use super::usage::{Usage, Whereabouts};
 use crate::arch::x86_64::boot::{EntryPoint, enter};
 use crate::arch::x86_64::cpuid::CpuidEntry;
@@ -68,6 +69,7 @@ pub(crate) struct VcpuHandle {
     commands: Sender<Command>,
     kicker: Kicker,
     usage: Usage,
+    rests: Arc<Rests>,
     thread: Option<JoinHandle<()>>,
     /// Closed when the thread has ended.
     ended: Receiver<()>,
@@ -89,6 +91,8 @@ impl VcpuHandle {
         let (registered, registration) = channel();
         let whereabouts = Whereabouts::default();
         let own_whereabouts = whereabouts.clone();
+        let rests = Arc::<Rests>::default();
+        let own_rests = Arc::clone(&rests);
         let thread = Builder::new().name(format!("vcpu{index}")).spawn(move || {
             let ending: Sender<()> = ending;
             let mut setup = setup;
@@ -101,6 +105,7 @@ impl VcpuHandle {
                         inbox,
                         setup,
                         whereabouts: own_whereabouts,
+                        rests: own_rests,
                     };
                     thread.live();
                 }
@@ -116,6 +121,7 @@ impl VcpuHandle {
             commands,
             kicker,
             usage: Usage::new(kicker.thread(), whereabouts),
+            rests,
             thread: Some(thread),
             ended,
         })
@@ -124,6 +130,19 @@ impl VcpuHandle {
     /// The host's processor that it keeps busy; `None` if it mostly waits.
     pub(crate) fn busy_processor(&mut self) -> Option<usize> {
         self.usage.busy_processor()
+    }
+
+    /// A throttle for these vCPUs, which leaves them alone until it is set.
+    ///
+    /// # Errors
+    ///
+    /// If its thread cannot be started.
+    pub(crate) fn throttle(vcpus: &[Self]) -> io::Result<Throttle> {
+        let throttled = |vcpu: &Self| Throttled {
+            kicker: vcpu.kicker,
+            rests: Arc::clone(&vcpu.rests),
+        };
+        Throttle::start(vcpus.iter().map(throttled).collect())
     }
 
     /// Lets it run. Answered when it is about to enter the guest.
@@ -239,6 +258,7 @@ struct VcpuThread {
     inbox: Receiver<Command>,
     setup: VcpuSetup,
     whereabouts: Whereabouts,
+    rests: Arc<Rests>,
 }
 
 impl VcpuThread {
@@ -266,11 +286,23 @@ impl VcpuThread {
                     other => return other,
                 }
             }
+            if let Some(command) = self.rest() {
+                match self.obey_running(command) {
+                    Phase::Running => continue,
+                    other => return other,
+                }
+            }
             match self.enter_guest() {
                 After::Again | After::Interrupted => {}
                 After::Stopped => return Phase::Paused,
             }
         }
+    }
+
+    /// Stands still for as long as the throttle has it, or until there is something else to do.
+    fn rest(&mut self) -> Option<Command> {
+        let time = self.rests.take()?;
+        self.inbox.recv_timeout(time).ok()
     }
 
     fn obey_running(&mut self, command: Command) -> Phase {

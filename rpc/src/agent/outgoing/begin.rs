@@ -8,6 +8,7 @@ use ferry_proto::agent::v1::{LiveMigrationCast, MigrationInfo, MigrationOptions,
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{self as wire};
 use ferry_proto::{InvalidField, required, wire_uuid};
+use ferry_vmm::MOST_PERCENT as MOST_THROTTLE_PERCENT;
 use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
@@ -234,6 +235,10 @@ pub(crate) fn check_options(options: MigrationOptions) -> Result<MigrationOption
     if !["", "abort", PAUSE].contains(&options.on_timeout.as_str()) {
         let problem = format!("{:?} is not one of abort, {PAUSE}", options.on_timeout);
         return invalid("options.on_timeout", problem);
+    }
+    if options.max_throttle_percent > MOST_THROTTLE_PERCENT {
+        let problem = format!("{} is over {MOST_THROTTLE_PERCENT}", options.max_throttle_percent);
+        return invalid("options.max_throttle_percent", problem);
     }
     if options.timeout_ms == 0 {
         return invalid("options.timeout_ms", "is zero".to_owned());

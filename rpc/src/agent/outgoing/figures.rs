@@ -30,6 +30,7 @@ impl Script {
         info.bytes_sent = progress.bytes_sent;
         info.zero_pages = progress.zero_pages;
         info.remaining_pages = progress.remaining_pages;
+        info.throttle_percent = progress.throttle_percent.min(100);
         // Never measured is told as 0 by the VMM, and as unknown to users.
         info.throughput_bytes_per_s =
             Some(progress.throughput_bytes_per_s).filter(|&measured| measured > 0.0 && is_sane(measured));
@@ -129,6 +130,7 @@ fn decision(told: &wire::Decision) -> Option<MigrationDecision> {
         predicted_blackout_ms: told.predicted_blackout_ms,
         predicted_total_ms: told.predicted_total_ms,
         predicted_bytes: told.predicted_bytes,
+        throttle_percent: told.throttle_percent.min(100),
     })
 }
 

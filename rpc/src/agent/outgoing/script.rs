@@ -363,6 +363,7 @@ impl Script {
             copied_disks,
             cold: self.row.is_cold(),
             pause_on_timeout: self.row.options.on_timeout == PAUSE,
+            max_throttle_percent: self.row.options.max_throttle_percent,
         };
         let (sender, news) = mpsc::unbounded_channel();
         let mut state = self.instance.state.lock().await;
