@@ -63,10 +63,13 @@ fn judged(policy: &mut Policy, pages: u64, dirty_pages: u64) -> Decision {
 
 use Verdict::{Continue, Infeasible, Switch, Throttle};
 
+/// A name, rounds, and what follows from each.
+type Case = (&'static str, &'static [(u64, u64)], &'static [Verdict]);
+
 /// Rounds at 1 GB/s, and what follows from each, with 300 ms allowed: 71,500 pages or so.
 #[test]
 fn what_follows_from_rounds() {
-    let table: &[(&str, &[(u64, u64)], &[Verdict])] = &[
+    let table: &[Case] = &[
         ("an idle guest", &[(100_000, 10)], &[Switch]),
         ("nothing dirty", &[(100_000, 0)], &[Switch]),
         ("nothing to send", &[(0, 0)], &[Switch]),
