@@ -32,6 +32,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "MigrationOptions",
             "DowntimeMs",
             "Round",
+            "MigrationDecision",
             "HostInfo",
             "HostVerdict",
             "Check",

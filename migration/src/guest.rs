@@ -208,6 +208,17 @@ pub enum DiskCondition {
     Settling,
 }
 
+/// Which vCPUs are kept from running, so that the guest writes less.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Throttled {
+    /// None.
+    None,
+    /// All of them: nothing tells which of them write.
+    All,
+    /// Those that write, so many.
+    Writers(usize),
+}
+
 /// Guest memory, shared by every thread of a migration. Runs lie inside one region each; callers check that before.
 pub trait GuestMemory: Send + Sync + 'static {
     /// Where there is memory.
@@ -317,8 +328,16 @@ pub trait SourceGuest: Send {
     /// The handle with which senders re-arm.
     fn clearer(&self) -> Self::Clearer;
 
-    /// Ends tracking. Called once on every way out but GO.
+    /// Ends tracking, and leaves the vCPUs alone. Called once on every way out but GO.
     fn stop_tracking(&mut self);
+
+    /// Keeps the vCPUs that write from running for so many percent of the time, 99 at most, in rests that are too short to be noticed as
+    /// such. 0 leaves them alone. Called again while it lasts: which of them write may have changed, and a guest that was stopped is
+    /// left alone from then on.
+    ///
+    /// # Errors
+    /// If the host cannot; the migration goes on without.
+    fn throttle(&mut self, percent: u32) -> Result<Throttled, GuestError>;
 
     /// Looks after the running guest: carries out a reset, notices its end. Called every 10 ms or more often while it runs,
     /// and once after [`SourceGuest::stop`].

@@ -1,12 +1,26 @@
-//! When to stop the guest: a measured round in, a decision out. Pure; time is only ever an argument.
+//! When to stop the guest: a measured round in, a decision out, with its grounds in words. Pure; time is only ever an argument.
+//!
+//! Each round tells what the link carries and what share of what it sent the guest has dirtied again. From that follows what the rounds to
+//! come will leave, and so whether and when the blackout will be within its budget. Within it, the guest is stopped at the first round after
+//! which another one would not leave clearly less; without an end in sight that is said, after the first round that brought the end no nearer.
 
+mod forecast;
+#[cfg(test)]
+mod tests;
+
+use std::fmt::Write as _;
 use std::time::Duration;
 
 use crate::guest::FRAME_SIZE;
-use crate::source::{Manner, Overhead, RoundSummary};
+use crate::source::{Manner, Overhead, RoundSummary, Terms};
+use forecast::{Course, HOPELESS_SHARE, bytes_of};
+pub use forecast::{Forecast, Moment};
 
 /// Last pages that cost no more than this are not worth another round.
 const CHEAP_LAST_PAGES: Duration = Duration::from_millis(2);
+
+/// Within the budget, a round that is expected to leave more of what it sends than this is not worth its time: this is the minimum.
+const WORTHWHILE_SHARE: f64 = 0.75;
 
 /// After so many rounds within the budget, more rounds are not expected to make it better.
 const ENOUGH_ROUNDS: u32 = 8;
@@ -14,16 +28,49 @@ const ENOUGH_ROUNDS: u32 = 8;
 /// A round below this many bytes measures latency, not throughput.
 const TELLING_BYTES: u64 = 4 << 20;
 
+/// What a round is to leave of what it sends once vCPUs are throttled.
+const THROTTLED_SHARE: f64 = 0.5;
+
+/// The least that vCPUs are throttled by at first, and by how much more each time that was not enough, in percent: as QEMU does.
+const FIRST_THROTTLE: u32 = 20;
+const THROTTLE_STEP: u32 = 10;
+
 /// What is assumed of a link on which no round has told anything yet: slow, so that a guess errs towards copying on.
 const UNMEASURED_BYTES_PER_SECOND: f64 = 200e6;
 
 /// What follows from a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Another round.
+    /// Another round: the end comes nearer, or it is too early to tell.
     Continue,
+    /// Another round, in which vCPUs are kept from running for more of the time.
+    Throttle,
+    /// Another round, for lack of anything better: as things are there is no end. The guest may come to write less.
+    Infeasible,
     /// Stop the guest and hand it over.
     Switch,
+}
+
+/// Why a migration is to be completed whatever its budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Force {
+    /// Its user wants it.
+    User,
+    /// Its time is up, and its user wants that then.
+    TimeUp,
+}
+
+impl Verdict {
+    /// As records have it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Continue => "continue",
+            Self::Throttle => "throttle",
+            Self::Infeasible => "infeasible",
+            Self::Switch => "switch",
+        }
+    }
 }
 
 /// A verdict with its grounds.
@@ -35,6 +82,10 @@ pub struct Decision {
     pub predicted: Duration,
     /// Whether `predicted` is within the budget: enough for a switchover that is armed already.
     pub within_budget: bool,
+    /// What the copy is expected to come to.
+    pub forecast: Forecast,
+    /// For how much of the time vCPUs are to be kept from running from now on, in percent.
+    pub throttle: u32,
     /// The grounds, for a person.
     pub words: String,
 }
@@ -42,47 +93,73 @@ pub struct Decision {
 /// What is known about one migration's convergence.
 #[derive(Clone, Debug)]
 pub struct Policy {
-    manner: Manner,
+    terms: Terms,
     overhead: Overhead,
     round_trip: Duration,
     bytes_per_second: Option<f64>,
     rounds_within_budget: u32,
-    dirty_before: Option<u64>,
     disarmed: u32,
-    is_forced: bool,
+    force: Option<Force>,
+    throttle: u32,
+    most_throttle: u32,
+}
+
+/// What a round left, and what that leads to.
+struct Left {
+    pages: u64,
+    /// What sending them while the guest stands still takes.
+    last_pages: Duration,
+    /// What the round left of what it sent.
+    share: f64,
+    /// What the next one is expected to leave of these.
+    next_share: f64,
+    forecast: Forecast,
 }
 
 impl Policy {
-    /// A policy that has not seen a round yet.
+    /// A policy that has not seen a round yet. It may have vCPUs kept from running for so much of the time, in percent.
     #[must_use]
-    pub fn new(manner: Manner, overhead: Overhead) -> Self {
+    pub fn new(terms: Terms, overhead: Overhead, most_throttle: u32) -> Self {
         Self {
-            manner,
+            terms,
             overhead,
             round_trip: Duration::ZERO,
             bytes_per_second: None,
             rounds_within_budget: 0,
-            dirty_before: None,
             disarmed: 0,
-            is_forced: false,
+            force: None,
+            throttle: 0,
+            most_throttle,
         }
     }
 
-    /// From now on every round is the last one while the guest runs: its user wants it completed whatever its budget.
-    pub fn force(&mut self) {
-        self.is_forced = true;
+    /// These terms hold from now on. What was learned of the link under another cap is worth what that leaves of it.
+    pub fn follow(&mut self, terms: Terms) {
+        if self.terms.bandwidth != terms.bandwidth {
+            let most = terms.bandwidth.map_or(f64::INFINITY, |cap| cap.get() as f64);
+            let was_most = self.terms.bandwidth.map_or(f64::INFINITY, |cap| cap.get() as f64);
+            // Under a tighter cap it had been found to carry more; under a looser one it was never tried.
+            self.bytes_per_second = self
+                .bytes_per_second
+                .filter(|_| most < was_most)
+                .map(|rate| rate.min(most));
+        }
+        self.terms = terms;
     }
 
-    /// Judges a round that ended, given the control stream's round trip if one was measured.
-    pub fn judge(&mut self, round: &RoundSummary, round_trip: Option<Duration>) -> Decision {
-        self.learn_throughput(round);
-        self.round_trip = round_trip.unwrap_or(self.round_trip);
-        let before = self.dirty_before.replace(round.dirty_pages).unwrap_or(round.pages);
+    /// Where it is to be completed whatever its budget, every round is the last one while the guest runs.
+    pub fn force(&mut self, force: Option<Force>) {
+        self.force = force;
+    }
 
-        let Manner::Live { max_downtime } = self.manner else {
-            return self.handed_over_cold(round);
+    /// Judges a round that ended at this moment of the copy.
+    pub fn judge(&mut self, round: &RoundSummary, now: Moment) -> Decision {
+        self.learn_throughput(round);
+        self.round_trip = now.round_trip.unwrap_or(self.round_trip);
+        let Manner::Live { max_downtime } = self.terms.manner else {
+            return self.handed_over_cold(round, now);
         };
-        let last_pages = self.last_pages(round.dirty_pages);
+        let left = self.left(round, now, max_downtime);
         let predicted = self.overhead.stop + self.after_stop(round.dirty_pages);
         let within_budget = predicted <= max_downtime;
         if within_budget {
@@ -90,53 +167,121 @@ impl Policy {
         } else {
             self.rounds_within_budget = 0;
         }
-        if self.is_forced {
-            return self.handed_over_by_force(round, predicted, max_downtime);
+        if let Some(force) = self.force {
+            return self.handed_over_by_force(force, &left, predicted, max_downtime);
         }
-        let shrank = round.dirty_pages.saturating_mul(4) <= before.saturating_mul(3);
-        let (verdict, grounds) = if !within_budget {
-            (Verdict::Continue, "over the budget".to_owned())
-        } else if last_pages <= CHEAP_LAST_PAGES {
-            (Verdict::Switch, "the last pages are cheap".to_owned())
-        } else if !shrank {
-            (
-                Verdict::Switch,
-                format!("within the budget, and the dirty set no longer shrinks ({before} pages before)"),
-            )
-        } else if self.rounds_within_budget >= ENOUGH_ROUNDS {
-            (
-                Verdict::Switch,
-                format!("{} rounds within the budget", self.rounds_within_budget),
-            )
+        let (verdict, grounds) = if within_budget {
+            self.within_budget(&left)
         } else {
-            (
-                Verdict::Continue,
-                format!("within the budget, but the dirty set still shrinks ({before} pages before)"),
-            )
+            self.over_budget(&left, max_downtime)
         };
-        let words = format!(
+        let mut words = format!(
             "{grounds}: {} dirty pages cost {:.1} ms, a blackout of {:.1} ms of {:.1} ms allowed",
-            round.dirty_pages,
-            milliseconds(last_pages),
+            left.pages,
+            milliseconds(left.last_pages),
             milliseconds(predicted),
             milliseconds(max_downtime),
         );
+        if verdict != Verdict::Switch {
+            left.forecast.describe(&mut words);
+        }
         Decision {
             verdict,
             predicted,
             within_budget,
+            forecast: left.forecast,
+            throttle: self.throttle,
             words,
         }
     }
 
-    fn handed_over_by_force(&self, round: &RoundSummary, predicted: Duration, max_downtime: Duration) -> Decision {
+    /// For how much of the time vCPUs are kept from running, in percent.
+    #[must_use]
+    pub fn throttle(&self) -> u32 {
+        self.throttle
+    }
+
+    /// Within the budget: whether another round would leave so much less that it is worth its time.
+    fn within_budget(&self, left: &Left) -> (Verdict, String) {
+        if left.last_pages <= CHEAP_LAST_PAGES {
+            return (Verdict::Switch, "the last pages are cheap".to_owned());
+        }
+        if left.next_share > WORTHWHILE_SHARE {
+            let grounds = "within the budget, and another round would leave no less";
+            return (Verdict::Switch, grounds.to_owned());
+        }
+        if self.rounds_within_budget >= ENOUGH_ROUNDS {
+            let grounds = format!("{} rounds within the budget", self.rounds_within_budget);
+            return (Verdict::Switch, grounds);
+        }
+        let next = percent(left.next_share);
+        let grounds = format!("within the budget, and another round is expected to leave {next} % of it");
+        (Verdict::Continue, grounds)
+    }
+
+    /// Over the budget: whether the rounds to come lead into it, and in time.
+    fn over_budget(&mut self, left: &Left, max_downtime: Duration) -> (Verdict, String) {
+        let alone = self.overhead.stop + self.after_stop(0);
+        if alone > max_downtime {
+            let alone = milliseconds(alone);
+            let grounds =
+                format!("infeasible, over the budget without a page to send: stop and start take {alone:.1} ms");
+            return (Verdict::Infeasible, grounds);
+        }
+        if left.share >= HOPELESS_SHARE {
+            return self.without_end(left, "over the budget, and the round left as much as it sent");
+        }
+        match left.forecast.total {
+            Some(total) if total > self.terms.timeout => {
+                let (total, timeout) = (total.as_secs_f64(), self.terms.timeout.as_secs_f64());
+                let grounds = format!("over the budget for {total:.1} s in all, of {timeout:.1} s allowed");
+                self.without_end(left, &grounds)
+            }
+            Some(_) | None => (Verdict::Continue, "over the budget".to_owned()),
+        }
+    }
+
+    /// As things are, the rounds to come do not lead into the budget: the guest has to write less, as far as its user allows that.
+    fn without_end(&mut self, left: &Left, why: &str) -> (Verdict, String) {
+        let wanted = self.wanted_throttle(left.next_share).min(self.most_throttle);
+        if wanted > self.throttle {
+            let before = std::mem::replace(&mut self.throttle, wanted);
+            let grounds = format!("{why}; vCPUs are kept from running for {wanted} % of the time, before {before} %");
+            return (Verdict::Throttle, grounds);
+        }
+        let grounds = match self.throttle {
+            0 => format!("infeasible, {why}"),
+            most => format!("infeasible, {why}, with vCPUs kept from running for {most} % of the time as it is"),
+        };
+        (Verdict::Infeasible, grounds)
+    }
+
+    /// So much that a round leaves half of what it sends, were the guest to write as much less as it runs less. It may write the same pages less
+    /// often only, or catch up on what it was kept from: so each time by a step at least.
+    fn wanted_throttle(&self, share: f64) -> u32 {
+        let runs = f64::from(100 - self.throttle) * (THROTTLED_SHARE / share).min(1.0);
+        let step = if self.throttle == 0 {
+            FIRST_THROTTLE
+        } else {
+            THROTTLE_STEP
+        };
+        (100 - runs as u32).max(self.throttle + step)
+    }
+
+    fn handed_over_by_force(&self, force: Force, left: &Left, predicted: Duration, max_downtime: Duration) -> Decision {
+        let why = match force {
+            Force::User => "its user wants it completed",
+            Force::TimeUp => "its time is up, and it is to be completed",
+        };
         Decision {
             verdict: Verdict::Switch,
             predicted,
             within_budget: true,
+            forecast: left.forecast,
+            throttle: self.throttle,
             words: format!(
-                "its user wants it completed: {} dirty pages, a blackout of {:.1} ms, whatever the {:.1} ms allowed",
-                round.dirty_pages,
+                "{why}: {} dirty pages, a blackout of {:.1} ms, whatever the {:.1} ms allowed",
+                left.pages,
                 milliseconds(predicted),
                 milliseconds(max_downtime),
             ),
@@ -144,12 +289,22 @@ impl Policy {
     }
 
     /// A guest that stands still is handed over after its one pass: nothing that it could still write is waited for, and it has no budget.
-    fn handed_over_cold(&self, round: &RoundSummary) -> Decision {
+    fn handed_over_cold(&self, round: &RoundSummary, now: Moment) -> Decision {
         let predicted = self.after_stop(round.dirty_pages);
         Decision {
             verdict: Verdict::Switch,
             predicted,
             within_budget: true,
+            forecast: Forecast {
+                bytes_per_second: self.throughput(),
+                rounds: Some(0),
+                total: Some(now.elapsed + predicted),
+                bytes: Some(now.bytes + round.dirty_pages * FRAME_SIZE),
+                // It has stood still from the beginning.
+                blackout: Some(now.elapsed + predicted),
+                dirty_bytes_per_second: None,
+            },
+            throttle: 0,
             words: format!(
                 "the guest stands still: {} pages are there, the rest takes {:.1} ms",
                 round.pages,
@@ -167,7 +322,7 @@ impl Policy {
     /// Takes in how long stopping and exporting took. One slow stop weighs half, and never so much that no further one
     /// would be tried.
     pub fn stopped(&mut self, took: Duration) {
-        let Manner::Live { max_downtime } = self.manner else {
+        let Manner::Live { max_downtime } = self.terms.manner else {
             return;
         };
         let learned = (self.overhead.stop + took) / 2;
@@ -187,12 +342,65 @@ impl Policy {
         self.bytes_per_second.map(|rate| rate as u64)
     }
 
+    /// What a round left, and what that leads to.
+    fn left(&self, round: &RoundSummary, now: Moment, max_downtime: Duration) -> Left {
+        let pages = round.dirty_pages;
+        let share = ratio(pages as f64, round.pages as f64);
+        let seconds = round.elapsed.as_secs_f64();
+        let dirty_rate = (seconds > 0.0).then(|| bytes_of(pages as f64) / seconds);
+        // A round of pages that are zero, or were not sent at all, is over sooner than one of what it left.
+        let by_rates = dirty_rate
+            .zip(self.bytes_per_second)
+            .map(|(dirty, sent)| ratio(dirty, sent));
+        let next_share = share.max(by_rates.unwrap_or(0.0));
+        let course = Course {
+            left: pages as f64,
+            share: next_share,
+        };
+        let rounds = course.rounds_until(self.allowed_pages(max_downtime));
+        let mut forecast = Forecast {
+            bytes_per_second: self.throughput(),
+            dirty_bytes_per_second: dirty_rate.map(|rate| rate as u64),
+            rounds,
+            ..Forecast::default()
+        };
+        if let Some(rounds) = rounds {
+            let (sent, last) = (course.sent_in(rounds), course.left_after(rounds));
+            let blackout = self.overhead.stop + self.after_stop(last as u64);
+            forecast.blackout = Some(blackout);
+            forecast.total = Some(now.elapsed + self.time_for(sent) + blackout);
+            forecast.bytes = Some(now.bytes + bytes_of(sent + last) as u64);
+        }
+        Left {
+            pages,
+            last_pages: self.last_pages(pages),
+            share,
+            next_share,
+            forecast,
+        }
+    }
+
+    /// The most pages that can be sent while the guest stands still for so long.
+    fn allowed_pages(&self, max_downtime: Duration) -> f64 {
+        let time = max_downtime.saturating_sub(self.overhead.stop + self.after_stop(0));
+        time.as_secs_f64() * self.rate() / self.caution() / FRAME_SIZE as f64
+    }
+
     /// The cost of sending this many pages, half as much again for each switchover that was called off.
     fn last_pages(&self, pages: u64) -> Duration {
-        let rate = self.bytes_per_second.unwrap_or(UNMEASURED_BYTES_PER_SECOND).max(1.0);
-        let caution = 1.5f64.powi(self.disarmed.min(8).cast_signed());
-        let seconds = pages as f64 * FRAME_SIZE as f64 / rate * caution;
-        Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX / 4)
+        self.time_for(pages as f64 * self.caution())
+    }
+
+    fn time_for(&self, pages: f64) -> Duration {
+        Duration::try_from_secs_f64(bytes_of(pages) / self.rate()).unwrap_or(Duration::MAX / 4)
+    }
+
+    fn rate(&self) -> f64 {
+        self.bytes_per_second.unwrap_or(UNMEASURED_BYTES_PER_SECOND).max(1.0)
+    }
+
+    fn caution(&self) -> f64 {
+        1.5f64.powi(self.disarmed.min(8).cast_signed())
     }
 
     fn learn_throughput(&mut self, round: &RoundSummary) {
@@ -207,172 +415,39 @@ impl Policy {
     }
 }
 
-fn milliseconds(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
+impl Forecast {
+    /// Adds what it comes to, for a person.
+    fn describe(&self, words: &mut String) {
+        let megabytes = |bytes: u64| bytes as f64 / 1e6;
+        if let (Some(dirty), Some(sent)) = (self.dirty_bytes_per_second, self.bytes_per_second) {
+            let (dirty, sent) = (megabytes(dirty), megabytes(sent));
+            let _ = write!(
+                words,
+                "; the guest writes {dirty:.1} MB/s, the link carries {sent:.1} MB/s"
+            );
+        }
+        let rounds = self.rounds.filter(|&rounds| rounds > 0);
+        if let (Some(rounds), Some(blackout), Some(total), Some(bytes)) =
+            (rounds, self.blackout, self.total, self.bytes)
+        {
+            let (blackout, total, megabytes) = (milliseconds(blackout), total.as_secs_f64(), megabytes(bytes));
+            let _ = write!(
+                words,
+                "; expected: rounds to go {rounds}, a blackout of {blackout:.1} ms, {total:.1} s and {megabytes:.1} MB in all"
+            );
+        }
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
+/// What a share is of; of nothing, nothing is left.
+fn ratio(part: f64, of: f64) -> f64 {
+    if part == 0.0 { 0.0 } else { part / of.max(1.0) }
+}
 
-    use super::*;
+fn percent(share: f64) -> u64 {
+    (share * 100.0) as u64
+}
 
-    const BUDGET: Manner = live(300);
-
-    const fn live(milliseconds: u64) -> Manner {
-        Manner::Live {
-            max_downtime: Duration::from_millis(milliseconds),
-        }
-    }
-
-    const OVERHEAD: Overhead = Overhead {
-        stop: Duration::from_millis(2),
-        start: Duration::from_millis(5),
-    };
-
-    /// A round at 1 GB/s.
-    fn round(pages: u64, dirty_pages: u64) -> RoundSummary {
-        let bytes = pages * FRAME_SIZE;
-        RoundSummary {
-            pages,
-            bytes,
-            elapsed: Duration::from_nanos(bytes),
-            dirty_pages,
-            ..RoundSummary::default()
-        }
-    }
-
-    fn verdicts(policy: &mut Policy, rounds: &[(u64, u64)]) -> Vec<Verdict> {
-        rounds
-            .iter()
-            .map(|&(pages, dirty)| policy.judge(&round(pages, dirty), None).verdict)
-            .collect()
-    }
-
-    #[test]
-    fn an_idle_guest_is_switched_after_the_first_pass() {
-        let mut policy = Policy::new(BUDGET, OVERHEAD);
-        assert_eq!(verdicts(&mut policy, &[(100_000, 10)]), [Verdict::Switch]);
-    }
-
-    #[test]
-    fn rounds_go_on_while_they_shrink_the_dirty_set() {
-        let mut policy = Policy::new(BUDGET, OVERHEAD);
-        let rounds = [(100_000, 50_000), (50_000, 25_000), (25_000, 12_000), (12_000, 400)];
-        assert_eq!(
-            verdicts(&mut policy, &rounds),
-            [Verdict::Continue, Verdict::Continue, Verdict::Continue, Verdict::Switch]
-        );
-    }
-
-    #[test]
-    fn a_dirty_set_that_no_longer_shrinks_is_switched_once_within_the_budget() {
-        let mut policy = Policy::new(BUDGET, OVERHEAD);
-        assert_eq!(
-            verdicts(&mut policy, &[(100_000, 30_000), (30_000, 29_000)]),
-            [Verdict::Continue, Verdict::Switch]
-        );
-    }
-
-    #[test]
-    fn a_guest_over_the_budget_is_never_switched() {
-        let mut policy = Policy::new(BUDGET, OVERHEAD);
-        assert_eq!(
-            verdicts(&mut policy, &[(100_000, 100_000); 50]),
-            [Verdict::Continue; 50]
-        );
-    }
-
-    #[test]
-    fn one_that_its_user_wants_completed_is_switched_whatever_it_costs() {
-        let mut policy = Policy::new(BUDGET, OVERHEAD);
-        policy.judge(&round(100_000, 100_000), None);
-        policy.force();
-        let decision = policy.judge(&round(100_000, 100_000), None);
-        assert!(
-            decision.verdict == Verdict::Switch && decision.within_budget,
-            "{decision:?}"
-        );
-        assert!(decision.predicted > Duration::from_millis(300), "{decision:?}");
-        assert!(decision.words.contains("its user wants it"), "{decision:?}");
-    }
-
-    #[test]
-    fn eight_rounds_within_the_budget_are_enough() {
-        let mut policy = Policy::new(BUDGET, OVERHEAD);
-        let dirty = [60_000, 45_000, 33_000, 24_000, 18_000, 13_000, 9_700, 7_200, 5_400];
-        let rounds: Vec<(u64, u64)> = dirty.windows(2).map(|pair| (pair[0], pair[1])).collect();
-        let verdicts = verdicts(&mut policy, &rounds);
-        assert_eq!(verdicts[..7], [Verdict::Continue; 7]);
-        assert_eq!(verdicts[7], Verdict::Switch);
-    }
-
-    #[test]
-    fn a_disarmed_switchover_makes_the_same_prediction_count_for_more() {
-        let mut policy = Policy::new(BUDGET, OVERHEAD);
-        let before = policy.judge(&round(100_000, 50_000), None).predicted;
-        policy.disarmed();
-        let after = policy.judge(&round(100_000, 50_000), None).predicted;
-        assert!(after > before);
-    }
-
-    #[test]
-    fn a_slow_stop_is_learned_without_ruling_out_the_next_one() {
-        let mut policy = Policy::new(BUDGET, OVERHEAD);
-        let before = policy.judge(&round(100_000, 10), None).predicted;
-        policy.stopped(Duration::from_secs(5));
-        let decision = policy.judge(&round(100_000, 10), None);
-        assert!(decision.predicted > before);
-        assert_eq!(decision.verdict, Verdict::Switch);
-    }
-
-    #[test]
-    fn overhead_above_the_budget_is_said_to_be_over_it() {
-        let mut policy = Policy::new(live(5), OVERHEAD);
-        let decision = policy.judge(&round(10_000, 0), None);
-        assert_eq!(decision.verdict, Verdict::Continue);
-        assert!(decision.words.starts_with("over the budget"), "{}", decision.words);
-    }
-
-    proptest! {
-        #[test]
-        fn a_guest_that_stands_still_is_handed_over_whatever_is_left(
-            pages in 0u64..1 << 40,
-            dirty_pages in 0u64..1 << 40,
-            stopped in 0u64..1 << 40,
-        ) {
-            let mut policy = Policy::new(Manner::Cold, OVERHEAD);
-            policy.stopped(Duration::from_nanos(stopped));
-            let decision = policy.judge(&round(pages, dirty_pages), None);
-            prop_assert_eq!(decision.verdict, Verdict::Switch);
-            prop_assert!(decision.within_budget);
-        }
-
-        #[test]
-        fn switching_is_never_predicted_over_the_budget(
-            rounds in prop::collection::vec((0u64..1 << 40, 0u64..1 << 40, 0u64..1 << 40), 1..30),
-            budget in 0u64..10_000,
-            round_trip in 0u64..1_000,
-        ) {
-            let mut policy = Policy::new(live(budget), OVERHEAD);
-            let budget = Duration::from_millis(budget);
-            for (bytes, nanoseconds, dirty_pages) in rounds {
-                let round = RoundSummary {
-                    bytes,
-                    elapsed: Duration::from_nanos(nanoseconds),
-                    dirty_pages,
-                    ..RoundSummary::default()
-                };
-                let decision = policy.judge(&round, Some(Duration::from_millis(round_trip)));
-                prop_assert_eq!(decision.within_budget, decision.predicted <= budget);
-                prop_assert!(decision.verdict == Verdict::Continue || decision.within_budget);
-            }
-        }
-
-        #[test]
-        fn more_pages_never_cost_less(left in 0u64..1 << 40, right in 0u64..1 << 40) {
-            let policy = Policy::new(BUDGET, OVERHEAD);
-            prop_assert!(policy.after_stop(left.min(right)) <= policy.after_stop(left.max(right)));
-        }
-    }
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
 }

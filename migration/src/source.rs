@@ -20,6 +20,7 @@ mod parked;
 mod report;
 mod rounds;
 mod switchover;
+mod terms;
 
 use std::cell::Cell;
 use std::io;
@@ -39,10 +40,12 @@ use conversation::{Conversation, Event, Heard, Outbox};
 pub use meter::{Amounts, Copied, MOST_BEFORE_THE_END};
 pub use parked::{NotResumable, Parked};
 pub use report::{
-    Blackout, Manner, Overhead, Progress, RoundSummary, SourceOrder, SourceParameters, SourceReport, SourceSummary,
+    Blackout, Decided, Manner, OnTimeout, Overhead, Progress, RoundSummary, SourceOrder, SourceParameters,
+    SourceReport, SourceSummary,
 };
 use rounds::Copy;
 use switchover::Switched;
+pub use terms::{Cap, NewTerms, Terms};
 
 /// What became of the guest.
 #[derive(Debug)]
@@ -299,7 +302,7 @@ fn with_threads<G: SourceGuest>(
     asked: &Asked<'_>,
 ) -> Result<(), Stop> {
     let memory = journey.guest.memory();
-    let streams = Streams::<G::Clearer>::new(sockets.streams(), asked.parameters.bandwidth.map(Into::into));
+    let streams = Streams::<G::Clearer>::new(sockets.streams(), asked.parameters.bandwidth);
     let (events_in, events) = mpsc::sync_channel(64);
     let (outbox, outgoing) = mpsc::channel();
     journey.summary.streams = sockets.streams();
@@ -309,7 +312,7 @@ fn with_threads<G: SourceGuest>(
             streams: &streams,
             parked: Cell::new(false),
         };
-        let mut conversation = Conversation::new(events, outbox, sockets, *asked);
+        let mut conversation = Conversation::new(events, outbox, sockets, *asked, &streams.bandwidth);
         let writer = start_control(scope, sockets, asked, &conversation.outbox, outgoing, &events_in)?;
         let identity = conversation.identity();
         for (stream, socket) in (0u16..).zip(&sockets.pages) {
@@ -338,6 +341,7 @@ fn with_threads<G: SourceGuest>(
         }
         let ended = script(journey, &mut conversation, &streams);
         update(journey.summary, &streams, sockets);
+        journey.summary.decisions = conversation.decided();
         match ended {
             Ok(()) => {
                 conversation.end();

@@ -294,7 +294,7 @@ fn rounds_are_reported_with_their_decisions() {
         },
     )));
     let rounds = ends.reports.iter().filter_map(|report| match report {
-        SourceReport::Round { round, decision, .. } => Some((round.number, !decision.words.is_empty())),
+        SourceReport::Round { round, decided, .. } => Some((round.number, !decided.words.is_empty())),
         _ => None,
     });
     assert_eq!(rounds.take(1).collect::<Vec<_>>(), [(1, true)]);

@@ -18,7 +18,7 @@ use ferry_migration::Liveness;
 use ferry_migration::destination::{self, DestinationError, DestinationOrder};
 use ferry_migration::guest::{GuestEnd, MemoryShape, Region};
 use ferry_migration::handover::{GrantRefused, Grants, Traded};
-use ferry_migration::source::{self, SourceError, SourceOutcome, SourceReport};
+use ferry_migration::source::{self, OnTimeout, SourceError, SourceOutcome, SourceReport};
 use ferry_proto::stream::v1::{self, from_destination::Message as Reply, from_source::Message as Said};
 
 /// More writes than the link takes: never converges.
@@ -149,6 +149,68 @@ fn a_guest_that_never_converges_is_given_up_in_time() {
     scene.parameters.timeout = Duration::from_millis(700);
     let ends = migrate(scene);
     assert!(matches!(ends.cancelled(), SourceError::TimedOut(_)));
+}
+
+#[test]
+fn a_guest_that_never_converges_is_completed_when_its_time_is_up() {
+    let mut scene = never_converging(arming());
+    scene.parameters.timeout = Duration::from_millis(900);
+    scene.parameters.on_timeout = OnTimeout::Pause;
+    // Its disks never settle: nothing is waited for that has no end.
+    scene.source.settles_after = [u32::MAX].into();
+    let ends = migrate(scene);
+    let (summary, _) = ends.arrived();
+    assert!(ends.took >= Duration::from_millis(900), "{:?}", ends.took);
+    let deeds: Vec<_> = summary.decisions.iter().map(|decided| decided.deed).collect();
+    assert_eq!(deeds.iter().filter(|&&deed| deed == "pause").count(), 1, "{deeds:?}");
+    let last = summary.decisions.last().unwrap();
+    assert!(
+        last.deed == "switch" && last.words.contains("its time is up"),
+        "{last:?}"
+    );
+}
+
+#[test]
+fn a_guest_that_never_converges_is_throttled_until_it_does() {
+    for (tracking, whom) in [
+        (Tracking::Log, "all vCPUs"),
+        (Tracking::Harvest, "the vCPU that writes"),
+    ] {
+        let mut scene = never_converging(arming());
+        scene.source = guest(tracking, WILD);
+        scene.parameters.manner = live(Duration::from_millis(100));
+        scene.parameters.most_throttle = std::num::NonZeroU32::new(99);
+        let ends = migrate(scene);
+        let (summary, _) = ends.arrived();
+        let throttling = summary
+            .decisions
+            .iter()
+            .find(|decided| decided.deed == "throttle")
+            .unwrap();
+        assert!(throttling.words.contains(whom), "{throttling:?}");
+        assert!(summary.throttle > 0 && summary.throttle <= 99);
+    }
+}
+
+#[test]
+fn an_abort_leaves_nothing_throttled() {
+    let is_throttled =
+        |report: &SourceReport| matches!(report, SourceReport::Round { decided, .. } if decided.throttle > 0);
+    let mut scene = never_converging(arming_and(is_throttled, Controls::abort));
+    scene.parameters.manner = live(Duration::from_millis(20));
+    scene.parameters.most_throttle = std::num::NonZeroU32::new(50);
+    let notes = scene.source.notes.clone();
+    assert!(is_aborted(&migrate(scene)));
+    assert_eq!(notes.throttle.load(std::sync::atomic::Ordering::Relaxed), 0);
+}
+
+#[test]
+fn an_abort_after_the_time_is_up_leaves_the_guest_running() {
+    let is_paused = |report: &SourceReport| matches!(report, SourceReport::Decided(decided) if decided.deed == "pause");
+    let mut scene = never_converging(arming_and(is_paused, Controls::abort));
+    scene.parameters.timeout = Duration::from_millis(900);
+    scene.parameters.on_timeout = OnTimeout::Pause;
+    assert!(is_aborted(&migrate(scene)));
 }
 
 #[test]

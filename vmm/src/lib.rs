@@ -48,7 +48,7 @@ pub use host_files::keep_host_files;
 pub use kvm::{DirtyClearer, HostError, KvmError};
 pub use machine::{
     Backends, BlankMachine, ConsoleInput, CpuModel, DirtyMode, DiskAccess, DiskBackend, EventSink, Machine,
-    MachineConfig, MachineError, MachineEvent, NicBackend, PauseTimes, RunState,
+    MachineConfig, MachineError, MachineEvent, NicBackend, PauseTimes, RunState, ThrottledVcpus,
 };
 pub use memory::{
     DirtyBitmap, FrameRun, GuestMemory, HUGE_PAGE_SIZE, ImageError, MemoryError, MemoryRegion, MemoryShape, PAGE_SIZE,
@@ -57,3 +57,4 @@ pub use memory::{
 pub use state::{MachineProfile, MachineState, StateError, UnitKind};
 pub use tap::{Tap, TapError, TapProblem, VNET_HEADER_SIZE};
 pub use threads::{ThreadHook, ThreadKind};
+pub use vcpu::{LONGEST_REST, MOST_PERCENT};

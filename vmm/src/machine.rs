@@ -13,6 +13,7 @@
 mod backends;
 mod blank;
 mod running;
+mod throttling;
 mod virtio;
 
 use std::sync::Arc;
@@ -24,6 +25,7 @@ use thiserror::Error;
 pub use self::backends::{Backends, DiskAccess, DiskBackend, NicBackend};
 pub use self::blank::BlankMachine;
 pub use self::running::{ConsoleInput, Machine};
+pub use self::throttling::ThrottledVcpus;
 use crate::arch::x86_64::board::Board;
 use crate::arch::x86_64::boot::LoadError;
 use crate::arch::x86_64::cpuid::CpuidEntry;

@@ -1,21 +1,23 @@
 //! The cap on what all page streams send together: a token bucket in bytes.
 
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::num::NonZeroU64;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// What may be sent at once after a pause, in time at the full rate.
 const BURST: Duration = Duration::from_millis(50);
 
-/// A cap shared by the sending threads; each asks before it sends.
+/// A cap shared by the sending threads; each asks before it sends. It can be changed while they do.
 #[derive(Debug)]
 pub(crate) struct Bandwidth {
-    bucket: Option<Mutex<Bucket>>,
-    closed: Condvar,
+    bucket: Mutex<Bucket>,
+    changed: Condvar,
 }
 
 #[derive(Debug)]
 struct Bucket {
-    bytes_per_second: f64,
+    /// None: no cap, and nothing is counted.
+    bytes_per_second: Option<f64>,
     /// Bytes that may be sent; below zero while somebody's bytes are being paid for.
     credit: f64,
     counted: Instant,
@@ -24,69 +26,88 @@ struct Bucket {
 
 impl Bandwidth {
     /// A cap of so many bytes a second, or none.
-    pub(crate) fn new(bytes_per_second: Option<u64>) -> Self {
-        let bucket = |rate: u64| {
-            let bytes_per_second = rate as f64;
-            Mutex::new(Bucket {
-                bytes_per_second,
-                credit: 0.0,
-                counted: Instant::now(),
-                open: true,
-            })
-        };
+    pub(crate) fn new(cap: Option<NonZeroU64>) -> Self {
         Self {
-            bucket: bytes_per_second.map(bucket),
-            closed: Condvar::new(),
+            bucket: Mutex::new(Bucket::new(cap, Instant::now())),
+            changed: Condvar::new(),
         }
+    }
+
+    /// Another cap, or none, from now on, for those who wait already too.
+    pub(crate) fn set(&self, cap: Option<NonZeroU64>) {
+        self.lock().set(cap, Instant::now());
+        self.changed.notify_all();
     }
 
     /// Waits until `bytes` may be sent, or the migration is over.
     pub(crate) fn wait(&self, bytes: u64) {
-        let Some(bucket) = &self.bucket else { return };
-        let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bucket = self.lock();
         while let Some(pause) = bucket.pause(Instant::now()) {
-            bucket = self
-                .closed
-                .wait_timeout(bucket, pause)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            let waited = self.changed.wait_timeout(bucket, pause);
+            bucket = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        bucket.credit -= bytes as f64;
+        bucket.take(bytes);
     }
 
     /// Lets everybody through from now on.
     pub(crate) fn close(&self) {
-        if let Some(bucket) = &self.bucket {
-            bucket.lock().unwrap_or_else(PoisonError::into_inner).open = false;
-            self.closed.notify_all();
-        }
+        self.lock().open = false;
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Bucket> {
+        self.bucket.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Bucket {
+    fn new(cap: Option<NonZeroU64>, now: Instant) -> Self {
+        Self {
+            bytes_per_second: cap.map(|cap| cap.get() as f64),
+            credit: 0.0,
+            counted: now,
+            open: true,
+        }
+    }
+
+    fn set(&mut self, cap: Option<NonZeroU64>, now: Instant) {
+        // What was earned so far was earned at the old rate.
+        self.pause(now);
+        self.bytes_per_second = cap.map(|cap| cap.get() as f64);
+        self.counted = now;
+        // Under the old cap more may have been saved up than the new one allows at once. What is owed stays owed, unless nobody counts.
+        self.credit = match self.bytes_per_second {
+            Some(rate) => self.credit.min(rate * BURST.as_secs_f64()),
+            None => 0.0,
+        };
+    }
+
     /// How long to wait until debts are paid; `None` if bytes may be sent.
     fn pause(&mut self, now: Instant) -> Option<Duration> {
-        let earned = now.saturating_duration_since(self.counted).as_secs_f64() * self.bytes_per_second;
+        let rate = self.bytes_per_second?;
+        let earned = now.saturating_duration_since(self.counted).as_secs_f64() * rate;
         self.counted = now;
-        self.credit = (self.credit + earned).min(self.bytes_per_second * BURST.as_secs_f64());
-        let seconds = -self.credit / self.bytes_per_second;
+        self.credit = (self.credit + earned).min(rate * BURST.as_secs_f64());
         let owes = self.open && self.credit < 0.0;
         // A millisecond at least: shorter waits would only spin.
-        owes.then(|| Duration::from_secs_f64(seconds.clamp(0.001, 3600.0)))
+        owes.then(|| Duration::from_secs_f64((-self.credit / rate).clamp(0.001, 3600.0)))
+    }
+
+    fn take(&mut self, bytes: u64) {
+        if self.bytes_per_second.is_some() {
+            self.credit -= bytes as f64;
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn bucket(now: Instant) -> Bucket {
-        Bucket {
-            bytes_per_second: 1e6,
-            credit: 0.0,
-            counted: now,
-            open: true,
-        }
+        Bucket::new(NonZeroU64::new(1_000_000), now)
     }
 
     #[test]
@@ -94,7 +115,7 @@ mod tests {
         let now = Instant::now();
         let mut bucket = bucket(now);
         assert_eq!(bucket.pause(now), None);
-        bucket.credit -= 500_000.0;
+        bucket.take(500_000);
         assert_eq!(bucket.pause(now), Some(Duration::from_millis(500)));
         assert_eq!(bucket.pause(now + Duration::from_millis(500)), None);
     }
@@ -108,10 +129,56 @@ mod tests {
     }
 
     #[test]
+    fn what_is_owed_under_one_cap_is_paid_under_the_next() {
+        let now = Instant::now();
+        let mut bucket = bucket(now);
+        bucket.take(1_500_000);
+        bucket.set(NonZeroU64::new(10_000_000), now + Duration::from_millis(500));
+        let later = now + Duration::from_millis(500);
+        assert_eq!(bucket.pause(later), Some(Duration::from_millis(100)));
+        bucket.set(None, later);
+        assert_eq!(bucket.pause(later), None);
+    }
+
+    #[test]
     fn a_closed_cap_lets_debtors_through() {
-        let bandwidth = Bandwidth::new(Some(1));
+        let bandwidth = Bandwidth::new(NonZeroU64::new(1));
         bandwidth.wait(1_000_000_000);
         bandwidth.close();
         bandwidth.wait(1);
+    }
+
+    #[test]
+    fn a_lifted_cap_lets_through_who_waits_already() {
+        let bandwidth = Bandwidth::new(NonZeroU64::new(1));
+        bandwidth.wait(1_000_000_000);
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| bandwidth.wait(1));
+            bandwidth.set(None);
+            waiting.join().unwrap();
+        });
+    }
+
+    proptest! {
+        /// However frames and pauses come: what was sent is no more than what the cap allows in the time, a burst and the last frame.
+        #[test]
+        fn the_cap_holds(
+            rate in 1_000_000u64..10_000_000_000,
+            frames in prop::collection::vec((1u64..2 << 20, 0u64..100_000_000), 1..200),
+        ) {
+            let began = Instant::now();
+            let (mut now, mut sent, mut last) = (began, 0, 0);
+            let mut bucket = Bucket::new(NonZeroU64::new(rate), now);
+            for (bytes, idle) in frames {
+                now += Duration::from_nanos(idle);
+                while let Some(pause) = bucket.pause(now) {
+                    now += pause;
+                }
+                bucket.take(bytes);
+                (sent, last) = (sent + bytes, bytes);
+            }
+            let allowed = (now - began + BURST).as_secs_f64() * rate as f64 + last as f64;
+            prop_assert!(sent as f64 <= allowed * 1.000_001, "{sent} of {allowed}");
+        }
     }
 }

@@ -19,12 +19,14 @@ const REARM_FRAMES: u64 = 32 << 10;
 /// The fewest pages worth a frame of their own, when a small round is shared among streams.
 const MIN_CHUNK_PAGES: u64 = 32;
 
-/// Whether the bandwidth cap applies to a round.
+/// What slows a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pace {
     /// The guest runs: the cap applies, and the copy yields to the vCPUs.
-    Capped,
-    /// The guest stands still: nothing yields.
+    Yielding,
+    /// The guest stands still while all of it is copied: the cap applies.
+    Hurried,
+    /// The guest stands still for the last pages: nothing.
     Unlimited,
 }
 
@@ -301,7 +303,7 @@ mod tests {
             number: 1,
             set,
             clearer,
-            pace: Pace::Capped,
+            pace: Pace::Yielding,
         }
     }
 

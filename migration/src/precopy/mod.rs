@@ -6,6 +6,7 @@ mod page_set;
 mod sender;
 mod streams;
 
+pub(crate) use bandwidth::Bandwidth;
 pub(crate) use feed::{Pace, Round, Standing};
 pub use page_set::PageSet;
 pub(crate) use page_set::{for_each_word, word_of, words_for};

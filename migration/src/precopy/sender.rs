@@ -58,12 +58,12 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
                 .next(&mut runs, || yielding.set(false))
                 .map_err(SendError::Guest)?;
             let Some(chunk) = chunk else { return Ok(()) };
-            let guest_runs = chunk.pace == Pace::Capped;
+            let guest_runs = chunk.pace == Pace::Yielding;
             yielding.set(guest_runs);
             contents.split(self.memory, &runs).map_err(SendError::Guest)?;
             let prefix = frames.pages(chunk.round, contents.table.iter().copied());
             let sent = contents.totals(prefix.len());
-            if guest_runs {
+            if chunk.pace != Pace::Unlimited {
                 self.bandwidth.wait(sent.bytes);
             }
             self.memory

@@ -1,5 +1,6 @@
 //! The sending threads of all page streams, seen from the script.
 
+use std::num::NonZeroU64;
 use std::sync::{Mutex, PoisonError};
 
 use crate::guest::DirtyClearer;
@@ -15,10 +16,10 @@ pub(crate) struct Streams<C> {
 }
 
 impl<C: DirtyClearer> Streams<C> {
-    pub(crate) fn new(streams: u32, bytes_per_second: Option<u64>) -> Self {
+    pub(crate) fn new(streams: u32, cap: Option<NonZeroU64>) -> Self {
         Self {
             feed: Feed::new(streams),
-            bandwidth: Bandwidth::new(bytes_per_second),
+            bandwidth: Bandwidth::new(cap),
             totals: (0..streams).map(|_| Mutex::default()).collect(),
         }
     }

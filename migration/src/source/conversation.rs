@@ -1,6 +1,6 @@
 //! What the script hears while it waits, and what it looks after meanwhile: the guest, orders, the clock, the peer.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
@@ -8,8 +8,9 @@ use ferry_proto::stream::v1::{self, from_destination, from_source};
 
 use crate::guest::{GuestCondition, SourceGuest};
 use crate::link::{FAREWELL, Outgoing, Sockets};
-use crate::precopy::SendError;
-use crate::source::{Asked, SourceError, SourceOrder, Stop};
+use crate::policy::Force;
+use crate::precopy::{Bandwidth, SendError};
+use crate::source::{Asked, Decided, NewTerms, OnTimeout, SourceError, SourceOrder, SourceReport, Stop, Terms};
 use crate::wire::{ControlError, StreamIdentity};
 
 /// How long the script waits at most before it looks after the guest and its orders again.
@@ -49,19 +50,35 @@ pub(super) struct Conversation<'a> {
     sockets: &'a Sockets,
     pub(super) asked: Asked<'a>,
     started: Instant,
-    /// Set for good by [`SourceOrder::ForceComplete`].
-    is_forced: Cell<bool>,
+    /// Set for good, by [`SourceOrder::ForceComplete`] or when the time was up.
+    force: Cell<Option<Force>>,
+    /// What holds now, by its parameters and what its user changed since.
+    terms: Cell<Terms>,
+    bandwidth: &'a Bandwidth,
+    /// The round that goes on, and the throttle in it.
+    round: Cell<(u32, u32)>,
+    decided: RefCell<Vec<Decided>>,
 }
 
 impl<'a> Conversation<'a> {
-    pub(super) fn new(events: Receiver<Event>, outbox: Outbox, sockets: &'a Sockets, asked: Asked<'a>) -> Self {
+    pub(super) fn new(
+        events: Receiver<Event>,
+        outbox: Outbox,
+        sockets: &'a Sockets,
+        asked: Asked<'a>,
+        bandwidth: &'a Bandwidth,
+    ) -> Self {
         Self {
             events,
             outbox,
             sockets,
             asked,
             started: Instant::now(),
-            is_forced: Cell::new(false),
+            force: Cell::new(None),
+            terms: Cell::new(asked.parameters.into()),
+            bandwidth,
+            round: Cell::default(),
+            decided: RefCell::default(),
         }
     }
 
@@ -76,9 +93,56 @@ impl<'a> Conversation<'a> {
         }
     }
 
-    /// Whether its user wants it completed whatever its budget.
-    pub(super) fn is_forced(&self) -> bool {
-        self.is_forced.get()
+    /// Why it is to be completed whatever its budget, if it is.
+    pub(super) fn force(&self) -> Option<Force> {
+        self.force.get()
+    }
+
+    /// What holds now.
+    pub(super) fn terms(&self) -> Terms {
+        self.terms.get()
+    }
+
+    /// This round goes on from now on, with vCPUs throttled so much.
+    pub(super) fn round_begins(&self, round: u32, throttle: u32) {
+        self.round.set((round, throttle));
+    }
+
+    /// Keeps a decision for the report.
+    pub(super) fn note(&self, decided: Decided) {
+        self.decided.borrow_mut().push(decided);
+    }
+
+    /// What was decided so far.
+    pub(super) fn decided(&self) -> Vec<Decided> {
+        self.decided.borrow().clone()
+    }
+
+    /// The time is up: for good, or only for the guest to run.
+    fn time_up(&self) -> Result<(), Stop> {
+        let terms = self.terms.get();
+        match (self.asked.parameters.on_timeout, self.force.get()) {
+            (OnTimeout::Abort, _) => Err(SourceError::TimedOut(terms.timeout).into()),
+            (OnTimeout::Pause, Some(Force::TimeUp)) => Ok(()),
+            (OnTimeout::Pause, None | Some(Force::User)) => {
+                self.force.set(Some(Force::TimeUp));
+                self.tell(Decided::time_up(self.round.get(), &terms));
+                Ok(())
+            }
+        }
+    }
+
+    /// Keeps a decision that is about no round's figures, and tells it.
+    fn tell(&self, decided: Decided) {
+        self.note(decided.clone());
+        self.asked.report(SourceReport::Decided(decided));
+    }
+
+    fn retune(&self, new: NewTerms) {
+        let terms = self.terms.get().changed(new);
+        self.terms.set(terms);
+        self.bandwidth.set(terms.bandwidth);
+        self.tell(Decided::retuned(self.round.get(), &terms));
     }
 
     /// The round trip of the control stream, if one was measured.
@@ -123,9 +187,9 @@ impl<'a> Conversation<'a> {
     /// Looks at everything but the guest that can end the migration.
     pub(super) fn look_around(&mut self) -> Result<(), Stop> {
         self.obey()?;
-        let (timeout, silence) = (self.asked.parameters.timeout, self.sockets.silence());
-        if self.started.elapsed() >= timeout {
-            return Err(SourceError::TimedOut(timeout).into());
+        let silence = self.sockets.silence();
+        if self.started.elapsed() >= self.terms.get().timeout {
+            self.time_up()?;
         }
         if silence >= self.asked.parameters.liveness.silence {
             return Err(SourceError::Silent(silence).into());
@@ -138,7 +202,11 @@ impl<'a> Conversation<'a> {
         match self.asked.orders.try_recv() {
             Ok(SourceOrder::Abort { reason }) => Err(SourceError::Aborted(reason).into()),
             Ok(SourceOrder::ForceComplete) => {
-                self.is_forced.set(true);
+                self.force.set(self.force.get().or(Some(Force::User)));
+                Ok(())
+            }
+            Ok(SourceOrder::Retune(new)) => {
+                self.retune(new);
                 Ok(())
             }
             Err(TryRecvError::Empty | TryRecvError::Disconnected) => Ok(()),

@@ -1,15 +1,15 @@
 //! What goes into a source's run, and what it tells while it runs.
 
-use std::num::NonZeroU64;
+use std::num::{NonZeroU32, NonZeroU64};
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use crate::guest::{GuestWas, StopTimes};
+use crate::guest::{GuestWas, StopTimes, Throttled};
 use crate::handover::{Attempt, Epoch};
 use crate::link::Liveness;
-use crate::policy::Decision;
-use crate::source::Copied;
+use crate::policy::{Decision, Forecast};
+use crate::source::{Copied, NewTerms, Terms};
 
 /// How one migration is to be done.
 #[derive(Clone, Debug)]
@@ -22,8 +22,13 @@ pub struct SourceParameters {
     pub epoch: Epoch,
     /// Whether the guest runs while it is copied.
     pub manner: Manner,
-    /// How long the whole copy may take before it is given up.
+    /// How long the whole copy may take.
     pub timeout: Duration,
+    /// What happens then.
+    pub on_timeout: OnTimeout,
+    /// How much of the time vCPUs may be kept from running, in percent, where the guest writes more than the link carries; `None`: they are
+    /// left alone.
+    pub most_throttle: Option<NonZeroU32>,
     /// The most bytes a second over all page streams while the guest runs, or is copied cold; the last pages are sent without it.
     pub bandwidth: Option<NonZeroU64>,
     /// Whether its user had paused the guest.
@@ -47,6 +52,17 @@ pub enum Manner {
     },
     /// It stands still from before the first page until it runs at the destination, or on here: one pass, however long that takes.
     Cold,
+}
+
+/// What happens to a guest whose copy is not done in its time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnTimeout {
+    /// The migration is given up, and the guest runs on here.
+    #[default]
+    Abort,
+    /// It is completed as by [`SourceOrder::ForceComplete`], and there is no other end to its time: the rest of the copy ends, because
+    /// the guest stands still for it.
+    Pause,
 }
 
 /// The parts of a blackout that do not depend on the last pages.
@@ -79,6 +95,8 @@ pub enum SourceOrder {
     /// Switch over after the round that goes on, whatever the budget for the downtime: all that is still to be sent then is sent while the
     /// guest stands still. The timeout holds, and an abort.
     ForceComplete,
+    /// Other terms hold from now on: the bandwidth at once, the rest with the next decision.
+    Retune(NewTerms),
 }
 
 /// What a running source tells. Never blocks it.
@@ -105,8 +123,10 @@ pub enum SourceReport {
         /// How far the copy is with it.
         copied: Copied,
         /// What follows from it.
-        decision: Decision,
+        decided: Decided,
     },
+    /// Something was decided beside the rounds.
+    Decided(Decided),
     /// The budget allows the switchover: a grant for this attempt is awaited while small rounds go on.
     Converged {
         /// The attempt to arm.
@@ -162,15 +182,89 @@ pub struct RoundSummary {
     pub dirty_pages: u64,
 }
 
+/// A decision as the migration's report has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Decided {
+    /// The round that it was made on, or that went on.
+    pub round: u32,
+    /// What was decided, in a word for scripts.
+    pub deed: &'static str,
+    /// The grounds, for a person.
+    pub words: String,
+    /// The blackout if the guest had been stopped then; `None` where the decision is not about that.
+    pub blackout: Option<Duration>,
+    /// What the copy was expected to come to.
+    pub forecast: Forecast,
+    /// For how much of the time vCPUs are kept from running from then on, in percent.
+    pub throttle: u32,
+}
+
+impl Decided {
+    /// What the policy decided on a round.
+    pub(super) fn on(round: &RoundSummary, decision: &Decision) -> Self {
+        Self {
+            round: round.number,
+            deed: decision.verdict.as_str(),
+            words: decision.words.clone(),
+            blackout: Some(decision.predicted),
+            forecast: decision.forecast,
+            throttle: decision.throttle,
+        }
+    }
+
+    /// Which vCPUs that comes to.
+    pub(super) fn throttled(mut self, throttled: Throttled) -> Self {
+        let whom = match throttled {
+            Throttled::None => return self,
+            Throttled::All => "all vCPUs, for the dirty log does not tell which of them write".to_owned(),
+            Throttled::Writers(1) => "the vCPU that writes".to_owned(),
+            Throttled::Writers(count) => format!("the {count} vCPUs that write"),
+        };
+        self.words = format!("{}; throttled: {whom}", self.words);
+        self
+    }
+
+    /// The time is up, and the migration is completed all the same.
+    pub(super) fn time_up((round, throttle): (u32, u32), terms: &Terms) -> Self {
+        Self {
+            round,
+            deed: "pause",
+            words: format!(
+                "its {:.1} s are up: after this round the guest stands still until the rest of it has been sent",
+                terms.timeout.as_secs_f64()
+            ),
+            blackout: None,
+            forecast: Forecast::default(),
+            throttle,
+        }
+    }
+
+    /// What its user decided while this round went on.
+    pub(super) fn retuned((round, throttle): (u32, u32), terms: &Terms) -> Self {
+        Self {
+            round,
+            deed: "retune",
+            words: format!("its user allows from now on: {}", terms.words()),
+            blackout: None,
+            forecast: Forecast::default(),
+            throttle,
+        }
+    }
+}
+
 /// Everything measured by a source, whatever its outcome.
 #[derive(Clone, Debug, Default)]
 pub struct SourceSummary {
     /// The rounds, in order; the last one is that of the blackout if there was one.
     pub rounds: Vec<RoundSummary>,
+    /// What was decided on them and beside them, in order.
+    pub decisions: Vec<Decided>,
     /// Bytes put on all page streams.
     pub bytes_sent: u64,
     /// Zero pages told and not sent.
     pub zero_pages: u64,
+    /// For how much of the time vCPUs were kept from running in the end, in percent.
+    pub throttle: u32,
     /// Page streams used.
     pub streams: u32,
     /// Bytes a second over the running rounds; `None` before the first one ended.

@@ -1,18 +1,19 @@
 //! Rounds: what the guest has ever populated, then what it wrote meanwhile, until the budget allows the switchover.
 
+use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
 
 use ferry_proto::stream::v1::{self, from_source::Message as Said};
 
 use crate::PageSet;
-use crate::guest::{DiskCondition, FRAME_SIZE, GuestMemory as _, SourceGuest};
+use crate::guest::{DiskCondition, FRAME_SIZE, GuestMemory as _, SourceGuest, Throttled};
 use crate::handover::Attempt;
-use crate::policy::{Decision, Policy, Verdict};
+use crate::policy::{Decision, Moment, Policy, Verdict};
 use crate::precopy::{Pace, Round, Streams};
 use crate::source::cold::Halt;
 use crate::source::conversation::{Conversation, Heard, TICK, unexpected};
 use crate::source::meter::Meter;
-use crate::source::{Journey, Manner, Progress, RoundSummary, SourceError, SourceReport, SourceSummary, Stop};
+use crate::source::{Decided, Journey, Manner, Progress, RoundSummary, SourceError, SourceReport, SourceSummary, Stop};
 use crate::wire::{StreamTotals, population_to_wire};
 
 /// How long a small round waits for the grant before the next one: the guest dirties little in it, and the host rests.
@@ -82,7 +83,8 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             copied: meter.copied(),
         });
         let parameters = conversation.asked.parameters;
-        let policy = Policy::new(parameters.manner, parameters.overhead);
+        let most_throttle = parameters.most_throttle.map_or(0, NonZeroU32::get);
+        let policy = Policy::new(conversation.terms(), parameters.overhead, most_throttle);
         let spare = Some(PageSet::new(guest.memory().shape()));
         let now = Instant::now();
         let (round, announced, told, copying_since, rest_until) = (1, None, (now, 0), now, now);
@@ -120,7 +122,9 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
                     self.announce(&decision);
                     BETWEEN_SMALL_ROUNDS
                 }
-                Verdict::Continue => BETWEEN_SMALL_ROUNDS.saturating_sub(began.elapsed()),
+                Verdict::Continue | Verdict::Throttle | Verdict::Infeasible => {
+                    BETWEEN_SMALL_ROUNDS.saturating_sub(began.elapsed())
+                }
             };
             let grant = self.wait_for_grant(pause)?;
             if let Some(grant) = grant.filter(|_| decision.within_budget) {
@@ -134,6 +138,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         self.conversation.look_after(self.guest)?;
         let (began, before, pages) = (Instant::now(), self.streams.sum(), self.pending.count());
         let number = self.round;
+        self.conversation.round_begins(number, self.policy.throttle());
         if pages > 0 {
             let clearer = Some(self.guest.clearer());
             let set = self.take_pending();
@@ -166,22 +171,35 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             elapsed,
             dirty_pages,
         };
-        if self.conversation.is_forced() {
-            self.policy.force();
-        }
-        let decision = self.policy.judge(&round, self.conversation.round_trip());
+        self.policy.follow(self.conversation.terms());
+        self.policy.force(self.conversation.force());
+        let now = Moment {
+            elapsed: self.copying_since.elapsed(),
+            bytes: sent.bytes,
+            round_trip: self.conversation.round_trip(),
+        };
+        let decision = self.policy.judge(&round, now);
+        let throttled = self.throttle(decision.throttle);
         if pages > 0 || self.summary.rounds.is_empty() {
-            self.note(round, &decision);
+            self.note(round, Decided::on(&round, &decision).throttled(throttled));
         }
         Ok(decision)
     }
 
+    /// Has the guest's vCPUs throttled as the policy wants it; again after each round, for other ones may write by now.
+    fn throttle(&mut self, percent: u32) -> Throttled {
+        if percent == 0 {
+            return Throttled::None;
+        }
+        self.guest.throttle(percent).unwrap_or_else(|cause| {
+            tracing::warn!(%cause, percent, "the vCPUs cannot be throttled");
+            Throttled::None
+        })
+    }
+
     /// Nothing is kept from a guest that stands still: only its user's cap slows the copy.
     fn pace(&self) -> Pace {
-        match (self.is_cold(), self.conversation.asked.parameters.bandwidth) {
-            (true, None) => Pace::Unlimited,
-            _ => Pace::Capped,
-        }
+        if self.is_cold() { Pace::Hurried } else { Pace::Yielding }
     }
 
     /// The barrier: returns the round's set once the destination has all of it. Every page of the round was written to
@@ -252,7 +270,9 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             self.attempt.attempt = cancelled.attempt + 1;
         }
         let (attempt, predicted) = (self.attempt.attempt, decision.predicted);
-        if self.announced == Some(attempt) || self.guest.settle_disks() == DiskCondition::Settling {
+        // One that must be completed does not wait for a guest that never stops writing.
+        let must_settle = self.conversation.force().is_none();
+        if self.announced == Some(attempt) || (self.guest.settle_disks() == DiskCondition::Settling && must_settle) {
             return;
         }
         self.announced = Some(attempt);
@@ -275,17 +295,19 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         Ok(Some(grant))
     }
 
-    fn note(&mut self, round: RoundSummary, decision: &Decision) {
+    fn note(&mut self, round: RoundSummary, decided: Decided) {
         let StreamTotals { bytes, zero_pages, .. } = self.streams.sum();
         self.summary.bytes_sent = bytes;
         self.summary.zero_pages = zero_pages;
+        self.summary.throttle = decided.throttle;
         self.summary.throughput_bytes_per_s = per_second(bytes, self.copying_since.elapsed());
         self.summary.dirty_bytes_per_s = per_second(round.dirty_pages * FRAME_SIZE, round.elapsed);
         self.summary.rounds.push(round);
+        self.conversation.note(decided.clone());
         self.conversation.asked.report(SourceReport::Round {
             round,
             copied: self.meter.copied(),
-            decision: decision.clone(),
+            decided,
         });
     }
 

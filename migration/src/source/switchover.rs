@@ -10,6 +10,7 @@ use ferry_proto::stream::v1::{self, from_source::Message as Said};
 use crate::digest;
 use crate::guest::{GuestCondition, GuestEnd, GuestError, GuestWas, SourceGuest, StopTimes};
 use crate::handover::{Attempt, Traded};
+use crate::policy::Force;
 use crate::precopy::{Pace, Round, Standing};
 use crate::source::cold::STOP_TRY;
 use crate::source::conversation::{Heard, TICK, unexpected};
@@ -72,7 +73,7 @@ fn hand_over<G: SourceGuest>(
 ) -> Result<Blackout, Setback> {
     let parameters = copy.conversation.asked.parameters;
     let began = Instant::now();
-    let mut budget = Budget::new(parameters.manner, copy.conversation.is_forced(), began);
+    let mut budget = Budget::new(copy.conversation.terms().manner, copy.conversation.force(), began);
     let stop = stop_guest(copy, budget.deadline.unwrap_or(began + STOP_TRY))?;
     // A guest that moves cold stands still for long.
     let (pause_began, stop, copied_cold) = match &*copy.halt {
@@ -169,9 +170,9 @@ struct Budget {
 }
 
 impl Budget {
-    fn new(manner: Manner, is_forced: bool, began: Instant) -> Self {
+    fn new(manner: Manner, force: Option<Force>, began: Instant) -> Self {
         match manner {
-            Manner::Live { max_downtime } if !is_forced => Self {
+            Manner::Live { max_downtime } if force.is_none() => Self {
                 deadline: Some(began + max_downtime),
                 allowed: max_downtime,
             },

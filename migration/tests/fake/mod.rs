@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use ferry_migration::PageSet;
 use ferry_migration::guest::{
     DestinationGuest, DirtyClearer, DiskCondition, FrameRun, GuestCondition, GuestEnd, GuestError, GuestWas,
-    Population, RestoredGuest, SourceGuest, StopTimes,
+    Population, RestoredGuest, SourceGuest, StopTimes, Throttled,
 };
 use memory::FakeMemory;
 
@@ -156,6 +156,8 @@ pub struct Notes {
     pub resumed: AtomicU64,
     pub tracking_stopped: AtomicBool,
     pub writes: AtomicU64,
+    /// For how many percent of the time it is kept from running.
+    pub throttle: AtomicU64,
     pub end: Mutex<Option<GuestEnd>>,
     /// When the disks were let go, each time.
     pub released: Mutex<Vec<Instant>>,
@@ -244,7 +246,7 @@ impl Drop for FakeSource {
 }
 
 fn run_guest(memory: &FakeMemory, tracker: &Mutex<Tracker>, vcpu: &Vcpu, notes: &Notes, workload: Workload) {
-    let (began, mut random, mut done) = (Instant::now(), 88_172_645_463_325_252_u64, 0u64);
+    let (mut looked, mut allowed, mut random, mut done) = (Instant::now(), 0.0, 88_172_645_463_325_252_u64, 0u64);
     while vcpu.may_run() {
         let rate = match workload {
             Workload::Idle => 0,
@@ -253,7 +255,10 @@ fn run_guest(memory: &FakeMemory, tracker: &Mutex<Tracker>, vcpu: &Vcpu, notes: 
             | Workload::HotCold { rate, .. }
             | Workload::ZeroFlip { rate, .. } => rate,
         };
-        let due = (began.elapsed().as_secs_f64() * rate as f64) as u64;
+        let rate = rate * (100 - notes.throttle.load(Ordering::Relaxed)) / 100;
+        allowed += (Instant::now() - looked).as_secs_f64() * rate as f64;
+        looked = Instant::now();
+        let due = allowed as u64;
         // No catching up in one go after a pause.
         done = done.max(due.saturating_sub(rate / 50 + 1));
         while done < due {
@@ -323,7 +328,16 @@ impl SourceGuest for FakeSource {
         FakeClearer(self.tracker.clone())
     }
 
+    fn throttle(&mut self, percent: u32) -> Result<Throttled, GuestError> {
+        self.notes.throttle.store(percent.into(), Ordering::Relaxed);
+        Ok(match self.tracker.lock().unwrap().kind {
+            Tracking::Log => Throttled::All,
+            Tracking::Harvest => Throttled::Writers(1),
+        })
+    }
+
     fn stop_tracking(&mut self) {
+        self.notes.throttle.store(0, Ordering::Relaxed);
         self.tracker.lock().unwrap().on = false;
         self.notes.tracking_stopped.store(true, Ordering::Relaxed);
     }

@@ -12,7 +12,8 @@ use ferry_migration::destination::{
 use ferry_migration::guest::{FrameRun, GuestWas, MemoryShape, Region, SourceGuest};
 use ferry_migration::handover::{Attempt, Epoch, Grants};
 use ferry_migration::source::{
-    self, Manner, Overhead, SourceError, SourceOrder, SourceOutcome, SourceParameters, SourceReport, SourceSummary,
+    self, Manner, OnTimeout, Overhead, SourceError, SourceOrder, SourceOutcome, SourceParameters, SourceReport,
+    SourceSummary,
 };
 use ferry_migration::{Link, Liveness};
 use uuid::Uuid;
@@ -79,6 +80,8 @@ pub fn parameters() -> SourceParameters {
         epoch,
         manner: live(Duration::from_millis(300)),
         timeout: Duration::from_secs(20),
+        on_timeout: OnTimeout::Abort,
+        most_throttle: None,
         bandwidth: None,
         guest_was: GuestWas::Running,
         verify: true,

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use ferry_proto::agent::v1::{
     CheckDestinationReply, CheckDestinationRequest, CheckSourceReply, CheckSourceRequest, HostInfo, LiveMigrationCast,
-    PreLiveMigrationReply, PreLiveMigrationRequest, Receipt,
+    MigrationOptions, PreLiveMigrationReply, PreLiveMigrationRequest, Receipt,
 };
 use tonic::{Request, Status};
 
@@ -19,6 +19,7 @@ use super::context::RequestContext;
 use super::failure::Failure;
 use super::instances::Agent;
 use super::mode::Mode;
+use super::outgoing::PAUSE;
 use super::peers::{CALL_TIME, Call, ComputeClient, PREPARE_TIME, Peer, PeerError};
 use super::reason::Reason;
 use super::versions::RpcVersion;
@@ -71,14 +72,15 @@ impl Agent {
         theirs.fold(self.config.rpc_cap, |cap, version| cap.common(version).unwrap_or(cap))
     }
 
-    /// Whether each agent that is up knows that a migration can be cold: messages go out at the lowest version of all.
+    /// Whether each agent that is up knows what these options ask for: messages go out at the lowest version of all.
     ///
     /// # Errors
     /// Names one that does not.
-    pub(crate) fn check_all_know_cold(&self) -> Result<(), Failure> {
+    pub(crate) fn check_all_know(&self, options: &MigrationOptions) -> Result<(), Failure> {
+        let Some(what) = novelty(options) else { return Ok(()) };
         let knows = |version: RpcVersion| version.understands(RpcVersion::V4_3);
         if !knows(self.config.rpc_cap) {
-            return Err(knows_no_cold(self.host(), self.config.rpc_cap));
+            return Err(knows_not(what, self.host(), self.config.rpc_cap));
         }
         for peer in self.peers.all() {
             let heard = peer.heard();
@@ -88,18 +90,31 @@ impl Agent {
             // Of another language none is thought of, as in `rpc_cap`.
             let is_older = |version: &RpcVersion| version.common(self.config.rpc_cap).is_some() && !knows(*version);
             if let Some(version) = told.flatten().filter(is_older) {
-                return Err(knows_no_cold(&peer.host, version));
+                return Err(knows_not(what, &peer.host, version));
             }
         }
         Ok(())
     }
 }
 
-fn knows_no_cold(host: &str, version: RpcVersion) -> Failure {
+/// What of these options an agent before 4.3 does not know; it would take no notice.
+fn novelty(options: &MigrationOptions) -> Option<&'static str> {
+    let is_cold = Mode::parse(&options.mode) == Ok(Mode::Cold);
+    let novelties = [
+        (is_cold, "a cold migration"),
+        (options.on_timeout == PAUSE, "a pause when the time is up"),
+        (options.max_throttle_percent > 0, "throttling the guest"),
+    ];
+    novelties
+        .into_iter()
+        .find_map(|(is_asked_for, what)| is_asked_for.then_some(what))
+}
+
+fn knows_not(what: &str, host: &str, version: RpcVersion) -> Failure {
     Failure::denied(
         Reason::RpcVersion,
         format!(
-            "host {host} speaks RPC version {version}: a cold migration needs {} of every agent that is up",
+            "host {host} speaks RPC version {version}: {what} needs {} of every agent that is up",
             RpcVersion::V4_3
         ),
     )
@@ -217,14 +232,17 @@ impl ComputeRpcApi {
     /// A host that does not know what cold means would move the guest live.
     fn check_can_say(&self, peer: &Peer, mode: &str) -> Result<(), Failure> {
         match Mode::parse(mode)? {
-            Mode::Cold if !self.can_send_version(RpcVersion::V4_3) => Err(knows_no_cold(&peer.host, self.version())),
+            Mode::Cold if !self.can_send_version(RpcVersion::V4_3) => {
+                Err(knows_not("a cold migration", &peer.host, self.version()))
+            }
             Mode::Cold | Mode::Precopy => Ok(()),
         }
     }
 
     async fn create_and_cast(&self, peer: &Peer, record: &LiveMigrationCast) -> Result<Receipt, Failure> {
-        if let Some(options) = &record.options {
-            self.check_can_say(peer, &options.mode)?;
+        let what = record.options.as_ref().and_then(novelty);
+        if let Some(what) = what.filter(|_| !self.can_send_version(RpcVersion::V4_3)) {
+            return Err(knows_not(what, &peer.host, self.version()));
         }
         let created = self
             .call(peer, CALL_TIME, |mut client, version| {

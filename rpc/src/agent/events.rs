@@ -41,6 +41,7 @@ pub(crate) enum Action {
     MigrateIn,
     Abort,
     ForceComplete,
+    Retune,
     Resolve,
     /// Its restart policy starts it.
     Restart,
@@ -68,6 +69,7 @@ impl Action {
             Self::MigrateIn => MIGRATE_IN,
             Self::Abort => "abort",
             Self::ForceComplete => "force-complete",
+            Self::Retune => "retune",
             Self::Resolve => "resolve",
             Self::Restart => "restart",
             Self::DestroyStale => "destroy-stale",

@@ -309,12 +309,18 @@ pub(super) struct MigrateArguments {
     /// How long the migration may take
     #[arg(long, value_name = "DURATION", default_value = "15m", value_parser = parse::duration)]
     pub(super) timeout: Duration,
-    /// What happens when the time is up
-    #[arg(long, value_name = "WHAT", default_value = "abort", value_parser = ["abort"])]
+    /// What happens when the time is up: the guest runs on where it is, or stands still until the rest of it is there
+    #[arg(long, value_name = "WHAT", default_value = "abort", value_parser = ["abort", "pause"])]
     pub(super) on_timeout: String,
     /// How memory moves
     #[arg(long, value_name = "MODE", default_value = "precopy", value_parser = ["precopy"])]
     pub(super) mode: String,
+    /// Keep vCPUs from running for a part of the time where the guest writes more than the link carries
+    #[arg(long)]
+    pub(super) auto_converge: bool,
+    /// How much of the time that may be
+    #[arg(long, value_name = "PERCENT", default_value_t = 99, requires = "auto_converge", value_parser = clap::value_parser!(u32).range(1..=99))]
+    pub(super) max_throttle: u32,
     /// Page streams, each a TCP connection
     #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = parse::streams)]
     pub(super) streams: u32,
@@ -326,7 +332,7 @@ pub(super) struct MigrateArguments {
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = ["auto", "shared", "copy"])]
     pub(super) storage: String,
     /// The guest stands still from the first page on, and runs there when all is there; a stopped instance moves with its disks and stays stopped
-    #[arg(long, conflicts_with_all = ["max_downtime", "on_timeout", "mode"])]
+    #[arg(long, conflicts_with_all = ["max_downtime", "on_timeout", "mode", "auto_converge"])]
     pub(super) cold: bool,
     /// Check and choose only: tell of each host why it would be taken or left
     #[arg(long, conflicts_with_all = ["detach", "wait"])]
@@ -351,14 +357,34 @@ pub(super) enum MigrationVerb {
     List,
     /// Show a migration
     Show(Identified),
+    /// Tell a migration's rounds, and what was decided on each of them and why
+    Report(Identified),
     /// Watch a migration to its end; the exit code is that of `migrate`
     Watch(Identified),
     /// Call a migration off, as long as the guest has not been handed over
     Abort(Identified),
     /// Have a migration that copies switch over after its round, however long the guest stands still for that
     ForceComplete(Identified),
+    /// Change what a migration that copies may take
+    Retune(RetuneArguments),
     /// End an indeterminate migration at the asked host, whose other host is gone for good
     Resolve(ResolveArguments),
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("terms").required(true).multiple(true).args(["max_downtime", "bandwidth", "timeout"]))]
+pub(super) struct RetuneArguments {
+    #[command(flatten)]
+    pub(super) identified: Identified,
+    /// How long the guest may stand still, everything counted
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    pub(super) max_downtime: Option<Duration>,
+    /// Do not send faster than this, for example 5Gbit; `none` takes a limit away
+    #[arg(long, value_name = "RATE|none", value_parser = parse::cap)]
+    pub(super) bandwidth: Option<u64>,
+    /// How long the migration may take, from its begin
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    pub(super) timeout: Option<Duration>,
 }
 
 #[derive(Debug, Args)]

@@ -191,6 +191,16 @@ fn request(arguments: &MigrateArguments) -> LiveMigrateRequest {
             verify: arguments.digests,
             hold_at: arguments.hold_at.clone(),
             storage: arguments.storage.clone(),
+            max_throttle_percent: if arguments.auto_converge {
+                arguments.max_throttle
+            } else {
+                0
+            },
+            on_timeout: if arguments.cold {
+                String::new()
+            } else {
+                arguments.on_timeout.clone()
+            },
             mode: if arguments.cold { "cold" } else { &arguments.mode }.to_owned(),
         }),
         request_id: uuid::Uuid::new_v4().to_string(),

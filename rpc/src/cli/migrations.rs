@@ -1,16 +1,16 @@
-//! `migration list`, `show`, `watch`, `abort`, `force-complete`, `resolve`.
+//! `migration list`, `show`, `report`, `watch`, `abort`, `force-complete`, `retune`, `resolve`.
 
 use std::time::Duration;
 
 use ferry_migration::handover::Wish;
-use ferry_proto::agent::v1::{ListMigrationsRequest, MigrationInfo, MigrationRequest, ResolveRequest};
+use ferry_proto::agent::v1::{ListMigrationsRequest, MigrationInfo, MigrationRequest, ResolveRequest, RetuneRequest};
 
-use super::arguments::{MigrationVerb, ResolveArguments};
+use super::arguments::{MigrationVerb, ResolveArguments, RetuneArguments};
 use super::client::{Agent, LONG_PATIENCE, PATIENCE, within};
 use super::failure::{Exit, Failure, Outcome};
 use super::migrate::{self, Show};
 use super::output::Format;
-use super::progress::{account, moment, table, whereabouts};
+use super::progress::{account, moment, report, table, whereabouts};
 
 pub(super) async fn run(agent: &Agent, verb: MigrationVerb, format: Format) -> Outcome {
     match verb {
@@ -20,6 +20,10 @@ pub(super) async fn run(agent: &Agent, verb: MigrationVerb, format: Format) -> O
         }
         MigrationVerb::Show(identified) => {
             format.one(&show(agent, &identified.id).await?, in_full)?;
+            Ok(Exit::Done)
+        }
+        MigrationVerb::Report(identified) => {
+            format.one(&show(agent, &identified.id).await?, report)?;
             Ok(Exit::Done)
         }
         MigrationVerb::Watch(identified) => {
@@ -38,6 +42,10 @@ pub(super) async fn run(agent: &Agent, verb: MigrationVerb, format: Format) -> O
         }
         MigrationVerb::ForceComplete(identified) => {
             format.one(&force_complete(agent, &identified.id).await?, in_full)?;
+            Ok(Exit::Done)
+        }
+        MigrationVerb::Retune(arguments) => {
+            format.one(&retune(agent, arguments).await?, in_full)?;
             Ok(Exit::Done)
         }
         MigrationVerb::Resolve(arguments) => {
@@ -83,6 +91,26 @@ async fn force_complete(agent: &Agent, id: &str) -> Result<MigrationInfo, Failur
     let request = named(id, PATIENCE);
     let answered = agent.conductor().await?.force_complete_migration(request).await;
     let info = answered.map_err(|status| Failure::of_status(&format!("complete migration {id} by force"), &status))?;
+    Ok(info.into_inner())
+}
+
+async fn retune(agent: &Agent, arguments: RetuneArguments) -> Result<MigrationInfo, Failure> {
+    let id = arguments.identified.id;
+    check("retune", &id)?;
+    let whole = |number: u128| u64::try_from(number).unwrap_or(u64::MAX);
+    let request = RetuneRequest {
+        migration: id.clone(),
+        forwarded: false,
+        max_downtime_us: arguments.max_downtime.map(|time| whole(time.as_micros())),
+        timeout_ms: arguments.timeout.map(|time| whole(time.as_millis())),
+        bandwidth_bytes_per_s: arguments.bandwidth,
+    };
+    let answered = agent
+        .conductor()
+        .await?
+        .retune_migration(within(PATIENCE, request))
+        .await;
+    let info = answered.map_err(|status| Failure::of_status(&format!("retune migration {id}"), &status))?;
     Ok(info.into_inner())
 }
 

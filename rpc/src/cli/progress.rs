@@ -1,6 +1,6 @@
 //! A migration in words: the line while it runs, and the account when it is over.
 
-use ferry_proto::agent::v1::{DowntimeMs, MigrationInfo, Round};
+use ferry_proto::agent::v1::{DowntimeMs, MigrationDecision, MigrationInfo, Round};
 
 use super::output::{Table, human_bytes, human_count, human_ms, human_rate, note, or_dash};
 use super::terminal::LiveLine;
@@ -131,6 +131,21 @@ pub(super) fn blackout(downtime: &DowntimeMs) -> String {
         human_ms(downtime.total),
         human_ms(downtime.upper_bound)
     )
+}
+
+/// How it went, or goes: the rounds, and what was decided on them and why. The last line says where the guest is.
+pub(super) fn report(info: &MigrationInfo) -> String {
+    let mut lines = vec![format!("migration {} {}{}", info.id, info.status, reason(info))];
+    if !info.rounds.is_empty() {
+        lines.push(rounds(&info.rounds).to_string().trim_end().to_owned());
+    }
+    lines.extend(info.decisions.iter().map(decision));
+    lines.push(whereabouts(info));
+    lines.join("\n")
+}
+
+fn decision(decision: &MigrationDecision) -> String {
+    format!("after round {}: {}: {}", decision.round, decision.deed, decision.words)
 }
 
 /// The rounds as a table.

@@ -58,6 +58,14 @@ pub(super) fn bandwidth(text: &str) -> Result<u64, String> {
     Ok(bytes.round() as u64)
 }
 
+/// A limit on bandwidth, in bytes a second; 0 where there is to be none.
+pub(super) fn cap(text: &str) -> Result<u64, String> {
+    match text {
+        "none" => Ok(0),
+        rate => bandwidth(rate),
+    }
+}
+
 /// A span of time longer than zero: `300ms`, `15m`, `1h 30m`.
 pub(super) fn duration(text: &str) -> Result<Duration, String> {
     let span =

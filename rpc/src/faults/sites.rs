@@ -322,6 +322,7 @@ fn order_and_answer(order: &Command) -> Option<(Site, Site)> {
         | Command::PressPowerButton(_)
         | Command::SetBalloon(_)
         | Command::ForceComplete(_)
+        | Command::Retune(_)
         | Command::Profile(_) => None,
     }
 }

@@ -18,6 +18,9 @@ pub(crate) fn brought_by(order: &Command) -> (u32, &'static str) {
         Command::Ping(_) => (1, "asking how it is"),
         // One of version 1 would let its guest run.
         Command::Send(send) if send.cold => (2, "moving its guest cold"),
+        // One of version 1 would give up.
+        Command::Send(send) if send.pause_on_timeout => (2, "pausing its guest when the time is up"),
+        Command::Send(send) if send.max_throttle_percent > 0 => (2, "throttling its guest"),
         Command::Send(_) => (1, "sending its guest"),
         Command::Grant(_) => (1, "the switch grant"),
         Command::CallOff(_) => (1, "calling a switchover off"),
@@ -27,6 +30,7 @@ pub(crate) fn brought_by(order: &Command) -> (u32, &'static str) {
         Command::PressPowerButton(_) => (2, "the power button"),
         Command::SetBalloon(_) => (2, "the balloon"),
         Command::ForceComplete(_) => (2, "completing by force"),
+        Command::Retune(_) => (2, "retuning a migration"),
         Command::Profile(_) => (2, "telling what it needs of a host"),
     }
 }

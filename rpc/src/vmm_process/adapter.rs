@@ -6,9 +6,9 @@ use std::time::Instant;
 use ferry_migration::PageSet;
 use ferry_migration::guest::{
     DestinationGuest, DirtyClearer, DiskCondition, FrameRun, GuestCondition, GuestEnd, GuestError, GuestWas,
-    Population, RestoredGuest, SourceGuest, StopTimes,
+    Population, RestoredGuest, SourceGuest, StopTimes, Throttled,
 };
-use ferry_vmm::{MachineEvent, MachineProfile, MachineState};
+use ferry_vmm::{MachineEvent, MachineProfile, MachineState, RunState, ThrottledVcpus};
 
 use super::copied::CopiedDisk;
 use super::guest::{BlankGuest, LocalGuest, Reset, RestoredMachine};
@@ -65,7 +65,21 @@ impl SourceGuest for LocalGuest {
         Clearer(self.machine.dirty_clearer())
     }
 
+    fn throttle(&mut self, percent: u32) -> Result<Throttled, GuestError> {
+        // A vCPU that its user has paused writes nothing.
+        if self.machine.run_state() == RunState::Paused {
+            return Ok(Throttled::None);
+        }
+        let throttled = self.machine.throttle(percent).map_err(GuestError::new)?;
+        Ok(match throttled {
+            ThrottledVcpus::None => Throttled::None,
+            ThrottledVcpus::All => Throttled::All,
+            ThrottledVcpus::Writers(count) => Throttled::Writers(count),
+        })
+    }
+
     fn stop_tracking(&mut self) {
+        self.machine.end_throttle();
         self.copied.drain(..).for_each(|(_, written)| written.stop());
         if let Err(error) = self.machine.stop_dirty_tracking() {
             tracing::warn!(%error, "failed to stop dirty tracking: the guest runs on, more slowly");

@@ -1,15 +1,17 @@
 //! Between the engine's terms and what is said to an agent.
 
-use std::num::NonZeroU64;
+use std::num::{NonZeroU32, NonZeroU64};
 use std::time::{Duration, Instant};
 
 use ferry_migration::guest::{GuestEnd, GuestWas};
 use ferry_migration::handover::{Attempt, Epoch};
 use ferry_migration::source::{
-    Amounts, Copied, Manner, Overhead, Parked, RoundSummary, SourceParameters, SourceSummary,
+    Amounts, Copied, Decided, Manner, NewTerms, OnTimeout, Overhead, Parked, RoundSummary, SourceParameters,
+    SourceSummary,
 };
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::{InvalidField, required, wire_uuid};
+use ferry_vmm::MOST_PERCENT as MOST_THROTTLE_PERCENT;
 use rustix::time::{ClockId, clock_gettime};
 use uuid::Uuid;
 
@@ -61,12 +63,26 @@ pub(super) fn source_parameters(send: &wire::Send, instance: Uuid) -> Result<Sou
         epoch: Epoch(send.epoch),
         manner: manner(send),
         timeout: Duration::from_millis(send.timeout_ms),
+        on_timeout: match send.pause_on_timeout {
+            true => OnTimeout::Pause,
+            false => OnTimeout::Abort,
+        },
+        most_throttle: NonZeroU32::new(send.max_throttle_percent.min(MOST_THROTTLE_PERCENT)),
         bandwidth: NonZeroU64::new(send.bandwidth_bytes_per_s),
         guest_was: guest_was(send.user_paused),
         verify: send.verify,
         overhead: Overhead::default(),
         liveness: Default::default(),
     })
+}
+
+/// What its user changes of a migration under way.
+pub(super) fn new_terms(retune: &wire::Retune) -> NewTerms {
+    NewTerms {
+        max_downtime: retune.max_downtime_us.map(Duration::from_micros),
+        timeout: retune.timeout_ms.map(Duration::from_millis),
+        bandwidth: retune.bandwidth_bytes_per_s.map(NonZeroU64::new),
+    }
 }
 
 fn manner(send: &wire::Send) -> Manner {
@@ -103,19 +119,20 @@ pub(super) fn guest_ended(end: &GuestEnd) -> wire::GuestEnded {
 
 /// What was measured so far.
 pub(super) fn progress(summary: &SourceSummary) -> wire::Progress {
-    let mut rounds = Vec::new();
-    summary
-        .rounds
-        .iter()
-        .for_each(|done| add_round(&mut rounds, round(done)));
+    let (mut rounds, mut decisions) = (Vec::new(), Vec::new());
+    summary.rounds.iter().for_each(|done| add(&mut rounds, round(done)));
+    let decided = summary.decisions.iter().map(decision);
+    decided.for_each(|decided| add(&mut decisions, decided));
     wire::Progress {
         rounds,
+        decisions,
         bytes_sent: summary.bytes_sent,
         zero_pages: summary.zero_pages,
         remaining_pages: 0,
         throughput_bytes_per_s: summary.throughput_bytes_per_s.unwrap_or(0) as f64,
         dirty_bytes_per_s: summary.dirty_bytes_per_s.unwrap_or(0) as f64,
         streams: summary.streams,
+        throttle_percent: summary.throttle,
         copied: summary.copied.map(copied),
         ..wire::Progress::default()
     }
@@ -135,15 +152,33 @@ pub(super) fn copied(copied: Copied) -> wire::Copied {
     }
 }
 
-/// The most rounds that are told of one migration. A guest that waits long for its grant makes many small ones.
+/// The most rounds that are told of one migration, and the most decisions. A guest that waits long for its grant makes many small ones.
 const MOST_ROUNDS: usize = 64;
 
-/// Adds a round; of many, the first ones and the last are kept.
-pub(super) fn add_round(rounds: &mut Vec<wire::Round>, round: wire::Round) {
-    if rounds.len() >= MOST_ROUNDS {
-        rounds.remove(MOST_ROUNDS / 2);
+/// Adds a round, or a decision; of many, the first ones and the last are kept.
+pub(super) fn add<T>(told: &mut Vec<T>, one: T) {
+    if told.len() >= MOST_ROUNDS {
+        told.remove(MOST_ROUNDS / 2);
     }
-    rounds.push(round);
+    told.push(one);
+}
+
+/// One decision.
+pub(super) fn decision(decided: &Decided) -> wire::Decision {
+    let forecast = &decided.forecast;
+    wire::Decision {
+        round: decided.round,
+        deed: decided.deed.to_owned(),
+        words: decided.words.clone(),
+        blackout_ms: decided.blackout.map(ms),
+        throughput_bytes_per_s: forecast.bytes_per_second.map(|rate| rate as f64),
+        dirty_bytes_per_s: forecast.dirty_bytes_per_second.map(|rate| rate as f64),
+        predicted_rounds: forecast.rounds,
+        predicted_blackout_ms: forecast.blackout.map(ms),
+        predicted_total_ms: forecast.total.map(ms),
+        predicted_bytes: forecast.bytes,
+        throttle_percent: decided.throttle,
+    }
 }
 
 /// One round.

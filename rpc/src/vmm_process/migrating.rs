@@ -34,6 +34,11 @@ impl Sending {
         let _ = self.orders.send(SourceOrder::ForceComplete);
     }
 
+    /// Tells the migration what it may take from now on.
+    pub(super) fn retune(&self, retune: &wire::Retune) {
+        let _ = self.orders.send(SourceOrder::Retune(convert::new_terms(retune)));
+    }
+
     /// Asks the migration to end. Before, its attempt must have been traded for CANCELLED.
     pub(super) fn abort(&self, reason: String) {
         // A migration that is over has nobody to ask; its outcome is on the way.
@@ -158,15 +163,19 @@ impl Vmm {
                 current.copied = Some(convert::copied(now.copied));
                 Body::Progress(current.clone())
             }
-            SourceReport::Round {
-                round,
-                copied,
-                decision,
-            } => {
+            SourceReport::Round { round, copied, decided } => {
                 current.copied = Some(convert::copied(copied));
-                convert::add_round(&mut current.rounds, convert::round(&round));
+                convert::add(&mut current.rounds, convert::round(&round));
                 current.remaining_pages = round.dirty_pages;
-                current.decision = decision.words;
+                current.throttle_percent = decided.throttle;
+                current.decision.clone_from(&decided.words);
+                convert::add(&mut current.decisions, convert::decision(&decided));
+                Body::Progress(current.clone())
+            }
+            SourceReport::Decided(decided) => {
+                tracing::info!(deed = decided.deed, words = decided.words, "decided");
+                current.decision.clone_from(&decided.words);
+                convert::add(&mut current.decisions, convert::decision(&decided));
                 Body::Progress(current.clone())
             }
             SourceReport::Converged { attempt, predicted } => {

@@ -188,13 +188,14 @@ impl Vmm {
             Command::ConsoleInput(input) => self.console_input(&input.bytes),
             Command::SetBalloon(order) => self.set_balloon(order),
             Command::Profile(_) => self.profile(),
-            Command::ForceComplete(_) => match &self.holding {
-                Holding::Sending(sending) => {
-                    sending.force_complete();
-                    Ok(Body::Done(wire::Done {}))
-                }
-                _ => anyhow::bail!("nothing is being sent: the machine is {}", self.machine_word()),
-            },
+            Command::ForceComplete(_) => {
+                self.sending()?.force_complete();
+                Ok(Body::Done(wire::Done {}))
+            }
+            Command::Retune(retune) => {
+                self.sending()?.retune(&retune);
+                Ok(Body::Done(wire::Done {}))
+            }
             Command::Send(send) => self.send(&send, descriptors),
             Command::Receive(receive) => self.receive(&receive, descriptors),
             Command::Snapshot(snapshot) => self.snapshot(&snapshot, descriptors),
@@ -221,6 +222,15 @@ impl Vmm {
                     go_sent: traded == Traded::GoSent,
                 }))
             }
+        }
+    }
+
+    /// The migration out of here, as long as its guest has not been given away.
+    fn sending(&self) -> anyhow::Result<&Sending> {
+        match &self.holding {
+            Holding::Sending(sending) => Ok(sending),
+            Holding::Parked(_) => anyhow::bail!("the guest was handed over"),
+            _ => anyhow::bail!("nothing is being sent: the machine is {}", self.machine_word()),
         }
     }
 

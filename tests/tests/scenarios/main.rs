@@ -10,6 +10,7 @@ mod alphabet;
 mod callers;
 mod clients;
 mod cold;
+mod convergence;
 mod data_port;
 mod device_work;
 mod disks;
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
         events::trials(),
         aborts::trials(),
         cold::trials(),
+        convergence::trials(),
         agents::trials(),
         progress::trials(),
         upgrades::trials(),

@@ -12,6 +12,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     on_kvm![
         a_vmm_of_an_earlier_build_finishes_its_migration_under_a_new_agent,
         what_a_vmm_of_an_earlier_build_does_not_know_is_refused_by_name,
+        a_migration_of_a_vmm_of_an_earlier_build_is_not_retuned,
     ]
 }
 
@@ -69,6 +70,33 @@ fn what_a_vmm_of_an_earlier_build_does_not_know_is_refused_by_name(pair: &mut Pa
         .migration()?
         .is("completed", "b")?;
     pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn a_migration_of_a_vmm_of_an_earlier_build_is_not_retuned(pair: &mut Pair) -> Result<()> {
+    expect_a_lost_peer_and(pair, &["transport", "source"]);
+    start_old(pair)?;
+    let witness = pair.run(&Guest::new("g").work(WORK))?;
+    let began = pair.migrate("g", &["--detach", "--hold-at", "running"])?;
+    let id = began.exit(0)?.migration()?.text("id")?.to_owned();
+    until("rounds go on", MOVE, || {
+        let record = pair.a.ferry(&["migration", "show", &id])?.exit(0)?.migration()?;
+        Ok((record.rounds() >= 2).then_some(()))
+    })?;
+    pair.keep_logs();
+    pair.a.kill();
+    upgrade(pair)?;
+
+    let retune = ["migration", "retune", &id, "--bandwidth", "8Mbit"];
+    let refused = pair.a.ferry(&retune)?.exit(4)?;
+
+    refused
+        .says("retuning a migration came with version 2")?
+        .says("speaks version 1")?;
+    let record = pair.a.ferry(&["migration", "show", &id])?.exit(0)?.migration()?;
+    ensure!(record.record["bandwidth_bytes_per_s"].is_null(), "{}", record.record);
+    pair.a.ferry(&["migration", "abort", &id])?.exit(0)?;
+    pair.wait_over(&id)?.is("cancelled", "a")?;
+    pair.runs_only_at(&pair.a, "g", &witness)
 }
 
 /// A's agent starts anew; the VMMs that it starts speak the version before this build's.

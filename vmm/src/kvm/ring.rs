@@ -93,6 +93,11 @@ impl DirtyRing {
         })
     }
 
+    /// How many entries it has.
+    pub(super) fn count(&self) -> usize {
+        self.count
+    }
+
     /// Hands each new entry (slot, page within the slot) to `found` and marks it harvested.
     ///
     /// The pages are protected again, and writes to them noticed again, only after KVM_RESET_DIRTY_RINGS: read no page before that.

@@ -33,6 +33,8 @@ pub(super) enum Tracking {
 pub(super) struct Rings {
     rings: Vec<DirtyRing>,
     found: DirtyBitmap,
+    /// Of each ring, how many pages it has told of so far.
+    told: Vec<u64>,
 }
 
 impl Tracking {
@@ -40,7 +42,9 @@ impl Tracking {
     pub(super) fn add_vcpu(&self, vcpu: BorrowedFd<'_>) -> Result<(), KvmError> {
         if let Self::Ring { bytes, rings } = self {
             let ring = DirtyRing::new(vcpu, *bytes).map_err(|source| KvmError::io("map the dirty ring", source))?;
-            lock(rings).rings.push(ring);
+            let mut rings = lock(rings);
+            rings.rings.push(ring);
+            rings.told.push(0);
         }
         Ok(())
     }
@@ -85,6 +89,15 @@ impl Vm {
         Ok(dirty)
     }
 
+    /// How many pages each vCPU has been found to have written so far, pages that it wrote again each time; none with the log, which does not
+    /// tell them apart.
+    pub(crate) fn written_by_vcpu(&self) -> Option<Vec<u64>> {
+        match &self.tracking {
+            Tracking::Log => None,
+            Tracking::Ring { rings, .. } => Some(lock(rings).told.clone()),
+        }
+    }
+
     /// Makes room in the ring of a vCPU that was put out of the guest because its ring is full; call on that vCPU's thread.
     pub(crate) fn relieve_ring(&self, vcpu: u8) -> Result<(), KvmError> {
         let Tracking::Ring { rings, .. } = &self.tracking else {
@@ -92,7 +105,7 @@ impl Vm {
         };
         let mut rings = lock(rings);
         self.harvest(&mut rings)?;
-        let Rings { rings, found } = &mut *rings;
+        let Rings { rings, found, .. } = &mut *rings;
         let ring = &mut rings[usize::from(vcpu)];
         // Else there is room now, or the ring is full again at once.
         if !ring.is_stuck() {
@@ -111,7 +124,7 @@ impl Vm {
     /// Reads all rings and has their pages protected again; returns what each had.
     fn harvest(&self, rings: &mut Rings) -> Result<Vec<Harvest>, KvmError> {
         let frames = self.memory.shape().runs();
-        let Rings { rings, found } = rings;
+        let Rings { rings, found, told } = rings;
         let mut harvests: Vec<Harvest> = rings
             .iter_mut()
             .map(|ring| {
@@ -126,6 +139,13 @@ impl Vm {
                 })
             })
             .collect();
+        for ((told, ring), harvest) in told.iter_mut().zip(&*rings).zip(&harvests) {
+            *told += match harvest {
+                Harvest::Complete(pages) => *pages as u64,
+                // At least.
+                Harvest::Overrun => ring.count() as u64,
+            };
+        }
         if harvests.iter().any(|harvest| *harvest != Harvest::Complete(0)) {
             self.reset_rings()?;
         }
@@ -274,6 +294,7 @@ pub(super) fn enable_tracking(
                 bytes,
                 rings: Mutex::new(Rings {
                     rings: Vec::new(),
+                    told: Vec::new(),
                     found: DirtyBitmap::empty(memory.shape()),
                 }),
             })

@@ -15,18 +15,22 @@ use crate::host::as_guests_see;
 use crate::kvm::{DirtyClearer, host_tsc};
 use crate::memory::{DirtyBitmap, GuestMemory, PAGE_SIZE};
 use crate::state::{MachineProfile, MachineState, unit_kinds};
-use crate::vcpu::{ANSWER_DEADLINE, Pending, VcpuHandle};
+use crate::vcpu::{ANSWER_DEADLINE, Pending, Throttle, VcpuHandle};
 
 /// A machine with a guest, paused or running. It has one owner; dropping it ends the vCPU threads and gives memory back.
 #[derive(Debug)]
 pub struct Machine {
-    parts: Parts,
-    run_state: RunState,
+    // Before the vCPUs that it kicks.
+    pub(super) throttle: Option<Throttle>,
+    pub(super) parts: Parts,
+    pub(super) run_state: RunState,
     kernel: Kernel,
     /// The guest's counter minus the host's, as far as this machine knows; a guest that writes its counter makes it old.
     tsc_offset: u64,
     /// MSRs of the saved state that this host did not take.
     refused_msrs: Vec<(u32, u64)>,
+    /// What each vCPU had written when it was last looked at.
+    pub(super) written_before: Vec<u64>,
 }
 
 /// Whether there is something to run.
@@ -48,6 +52,8 @@ impl Machine {
             kernel: Kernel::Loaded,
             tsc_offset,
             refused_msrs,
+            throttle: None,
+            written_before: Vec::new(),
         }
     }
 
@@ -100,6 +106,9 @@ impl Machine {
             return Err(MachineError::DeviceBusy(device));
         }
         self.run_state = RunState::Paused;
+        if let Some(throttle) = &self.throttle {
+            throttle.release();
+        }
         Ok(PauseTimes {
             vcpus: stopped - start,
             drain: stopped.elapsed(),

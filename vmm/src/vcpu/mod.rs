@@ -10,5 +10,8 @@
 
 mod kick;
 mod thread;
+mod throttle;
 
 pub(crate) use thread::{ANSWER_DEADLINE, Pending, VcpuError, VcpuHandle, VcpuSetup};
+pub(crate) use throttle::Throttle;
+pub use throttle::{LONGEST_REST, MOST_PERCENT};

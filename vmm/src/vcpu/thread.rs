@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use super::kick::{KickTarget, Kicker};
+use super::throttle::{Rests, Throttle, Throttled};
 use crate::arch::x86_64::boot::{EntryPoint, enter};
 use crate::arch::x86_64::cpuid::CpuidEntry;
 use crate::arch::x86_64::vcpu_state::{SavePlan, TscTarget, VcpuState};
@@ -66,6 +67,7 @@ pub(crate) struct VcpuHandle {
     index: u8,
     commands: Sender<Command>,
     kicker: Kicker,
+    rests: Arc<Rests>,
     thread: Option<JoinHandle<()>>,
     /// Closed when the thread has ended.
     ended: Receiver<()>,
@@ -85,6 +87,8 @@ impl VcpuHandle {
         let (commands, inbox) = channel();
         let (ending, ended) = channel();
         let (registered, registration) = channel();
+        let rests = Arc::<Rests>::default();
+        let own_rests = Arc::clone(&rests);
         let thread = Builder::new().name(format!("vcpu{index}")).spawn(move || {
             let ending: Sender<()> = ending;
             let mut setup = setup;
@@ -92,7 +96,12 @@ impl VcpuHandle {
             match KickTarget::register(&mut setup.vcpu) {
                 Ok(kick) => {
                     let _ = registered.send(Ok(kick.kicker()));
-                    let thread = VcpuThread { kick, inbox, setup };
+                    let thread = VcpuThread {
+                        kick,
+                        inbox,
+                        setup,
+                        rests: own_rests,
+                    };
                     thread.live();
                 }
                 Err(error) => {
@@ -106,9 +115,23 @@ impl VcpuHandle {
             index,
             commands,
             kicker,
+            rests,
             thread: Some(thread),
             ended,
         })
+    }
+
+    /// A throttle for these vCPUs, which leaves them alone until it is set.
+    ///
+    /// # Errors
+    ///
+    /// If its thread cannot be started.
+    pub(crate) fn throttle(vcpus: &[Self]) -> io::Result<Throttle> {
+        let throttled = |vcpu: &Self| Throttled {
+            kicker: vcpu.kicker,
+            rests: Arc::clone(&vcpu.rests),
+        };
+        Throttle::start(vcpus.iter().map(throttled).collect())
     }
 
     /// Lets it run. Answered when it is about to enter the guest.
@@ -223,6 +246,7 @@ struct VcpuThread {
     kick: KickTarget,
     inbox: Receiver<Command>,
     setup: VcpuSetup,
+    rests: Arc<Rests>,
 }
 
 impl VcpuThread {
@@ -250,11 +274,23 @@ impl VcpuThread {
                     other => return other,
                 }
             }
+            if let Some(command) = self.rest() {
+                match self.obey_running(command) {
+                    Phase::Running => continue,
+                    other => return other,
+                }
+            }
             match self.enter_guest() {
                 After::Again | After::Interrupted => {}
                 After::Stopped => return Phase::Paused,
             }
         }
+    }
+
+    /// Stands still for as long as the throttle has it, or until there is something else to do.
+    fn rest(&mut self) -> Option<Command> {
+        let time = self.rests.take()?;
+        self.inbox.recv_timeout(time).ok()
     }
 
     fn obey_running(&mut self, command: Command) -> Phase {

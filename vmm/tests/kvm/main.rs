@@ -9,6 +9,7 @@ mod micro;
 mod power_button;
 mod probe;
 mod saved_state;
+mod throttle;
 mod tracking;
 
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -28,6 +29,7 @@ fn main() {
         lifecycle::CASES,
         saved_state::CASES,
         tracking::CASES,
+        throttle::CASES,
         power_button::CASES,
         probe::CASES,
     ]

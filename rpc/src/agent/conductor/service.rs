@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ferry_proto::agent::v1::conductor_server::Conductor;
 use ferry_proto::agent::v1::{
     ListHostsReply, ListHostsRequest, ListMigrationsReply, ListMigrationsRequest, LiveMigrateReply, LiveMigrateRequest,
-    MigrationInfo, MigrationRequest, ResolveRequest,
+    MigrationInfo, MigrationRequest, ResolveRequest, RetuneRequest,
 };
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
@@ -22,6 +22,7 @@ use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
 use crate::agent::journal::{MigrationRow, Role};
+use crate::agent::outgoing::{Outgoing, check_retuning};
 use crate::agent::peers::{CALL_TIME, ConductorClient, Peer};
 
 /// The service over one agent.
@@ -156,6 +157,37 @@ impl Conductor for ConductorService {
         }
     }
 
+    async fn retune_migration(&self, request: Request<RetuneRequest>) -> Answer<MigrationInfo> {
+        let context = RequestContext::of(&request);
+        let request = request.into_inner();
+        let named = MigrationRequest {
+            migration: request.migration.clone(),
+            forwarded: request.forwarded,
+        };
+        match self.0.place(&context, &named).await? {
+            Place::Here(row) => {
+                let agent = Arc::clone(&self.0);
+                let retuned = whole(async move {
+                    let subject = Subject::migration(row.instance, &row.info.name, row.id);
+                    let instance = subject.instance.to_string();
+                    let retune = agent.retune(&context, *row, &request);
+                    let retuned = agent.recorded(&context, Action::Retune, Some(subject), retune).await;
+                    agent.audit(&context, "retune", &instance, &retuned).await;
+                    retuned
+                });
+                Ok(Response::new(retuned.await?))
+            }
+            Place::There(peer) => {
+                let request = RetuneRequest {
+                    forwarded: true,
+                    ..request
+                };
+                let retune = |mut client: ConductorClient| async move { client.retune_migration(request).await };
+                peer.forward(&context, retune).await
+            }
+        }
+    }
+
     async fn resolve_migration(&self, request: Request<ResolveRequest>) -> Answer<MigrationInfo> {
         let context = RequestContext::of(&request);
         let (agent, request) = (Arc::clone(&self.0), request.into_inner());
@@ -255,15 +287,7 @@ impl Agent {
     /// stands once its VMM has the order; that it ends is its own affair.
     async fn force_complete(&self, context: &RequestContext, row: MigrationRow) -> Result<MigrationInfo, Failure> {
         let refused = |why: &str| Failure::Refused(format!("migration {} cannot be completed by force: {why}", row.id));
-        if row.role == Role::Destination {
-            let source = format!("its source, host {}, does not answer", row.peer);
-            return Err(refused(&source));
-        }
-        let outgoing = self.outgoing.find(row.id).ok_or_else(|| refused("it is over"))?;
-        let status = outgoing.watch().borrow().status.clone();
-        if !matches!(status.as_str(), "running" | "switching") {
-            return Err(refused(&format!("nothing is being copied, it is {status}")));
-        }
+        let outgoing = self.copying(&row).map_err(|why| refused(&why))?;
         let instance = self
             .instances
             .by_id(row.instance)
@@ -273,6 +297,35 @@ impl Agent {
             .await
             .map_err(Failure::vmm("failed to have the VMM switch over"))?;
         Ok(outgoing.watch().borrow().clone())
+    }
+
+    /// Other terms for a copy: it goes by them once this is answered, and the journal has them.
+    async fn retune(
+        &self,
+        context: &RequestContext,
+        row: MigrationRow,
+        request: &RetuneRequest,
+    ) -> Result<MigrationInfo, Failure> {
+        check_retuning(request, row.is_cold())?;
+        let refused = |why: &str| Failure::Refused(format!("migration {} cannot be retuned: {why}", row.id));
+        let outgoing = self.copying(&row).map_err(|why| refused(&why))?;
+        context.check()?;
+        let retuned = outgoing.retune(request).await;
+        retuned.ok_or_else(|| refused("it is over"))??;
+        Ok(outgoing.watch().borrow().clone())
+    }
+
+    /// A migration out of here whose guest is being sent; or why it is not.
+    fn copying(&self, row: &MigrationRow) -> Result<Arc<Outgoing>, String> {
+        if row.role == Role::Destination {
+            return Err(format!("its source, host {}, does not answer", row.peer));
+        }
+        let outgoing = self.outgoing.find(row.id).ok_or("it is over")?;
+        let status = outgoing.watch().borrow().status.clone();
+        match status.as_str() {
+            "running" | "switching" => Ok(outgoing),
+            _ => Err(format!("nothing is being copied, it is {status}")),
+        }
     }
 
     /// Why an incoming migration is over here, for the source.

@@ -16,7 +16,6 @@ use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
 use crate::agent::journal::MigrationRow;
-use crate::agent::mode::Mode;
 use crate::agent::outgoing::{check_options, request_id};
 use crate::agent::peers::{CALL_TIME, ComputeClient, ConductorClient};
 use crate::agent::reason::Reason;
@@ -66,9 +65,7 @@ impl Agent {
             return Ok(reply);
         }
         let candidates = self.candidates(context).await;
-        if Mode::parse(&options.mode)? == Mode::Cold {
-            self.check_all_know_cold()?;
-        }
+        self.check_all_know(&options)?;
         let named = Some(request.destination).filter(|named| !named.is_empty());
         let wanted = Wanted {
             source: &source_info(&candidates, &source)?,

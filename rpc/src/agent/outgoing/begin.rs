@@ -1,5 +1,6 @@
 //! The cast: a migration is journalled, then its task starts. And what a restarted agent does with one in flight.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use ferry_migration::handover::{Decision, Epoch, SourceAgent, SourceCopy, SourceEvent, Wish};
@@ -7,10 +8,12 @@ use ferry_proto::agent::v1::{LiveMigrationCast, MigrationInfo, MigrationOptions,
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{self as wire};
 use ferry_proto::{InvalidField, required, wire_uuid};
+use ferry_vmm::MOST_PERCENT as MOST_THROTTLE_PERCENT;
 use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
 use super::handle::{MOST_STREAMS, Outgoing, now_ms, now_text};
+use super::retuning::note_terms;
 use super::script::Script;
 use crate::agent::backends::storage::Storage;
 use crate::agent::context::RequestContext;
@@ -111,7 +114,7 @@ impl Agent {
         self.check_destination(&cast.destination)?;
         self.check_settled(&mut state).await?;
 
-        let row = MigrationRow {
+        let mut row = MigrationRow {
             id,
             instance: instance.id,
             role: Role::Source,
@@ -140,6 +143,7 @@ impl Agent {
             },
             began: now_ms(),
         };
+        note_terms(&mut row.info, &row.options);
         let mut instance_row = state.row.clone();
         instance_row.migration = Some(id);
         instance_row.epoch = row.epoch;
@@ -189,6 +193,13 @@ fn epoch_of_move(row: &InstanceRow) -> u64 {
     }
 }
 
+/// When the time is up, the guest is paused until the rest of it has been sent.
+pub(crate) const PAUSE: &str = "pause";
+
+/// What a guest may be allowed to stand still.
+pub(super) const DOWNTIMES_US: RangeInclusive<u64> = 1..=60_000_000;
+pub(super) const NO_DOWNTIME: &str = "is not between 1 and 60 seconds' worth";
+
 /// Checks what a caller chose.
 ///
 /// # Errors
@@ -199,9 +210,8 @@ pub(crate) fn check_options(options: MigrationOptions) -> Result<MigrationOption
         return invalid("options.streams", format!("{} is over {MOST_STREAMS}", options.streams));
     }
     match Mode::parse(&options.mode)? {
-        Mode::Precopy if !(1..=60_000_000).contains(&options.max_downtime_us) => {
-            let problem = "is not between 1 and 60 seconds' worth".to_owned();
-            return invalid("options.max_downtime_us", problem);
+        Mode::Precopy if !DOWNTIMES_US.contains(&options.max_downtime_us) => {
+            return invalid("options.max_downtime_us", NO_DOWNTIME.to_owned());
         }
         Mode::Cold if options.max_downtime_us != 0 => {
             let problem = "does not apply to a cold migration: its guest stands still from the beginning".to_owned();
@@ -217,6 +227,18 @@ pub(crate) fn check_options(options: MigrationOptions) -> Result<MigrationOption
             "options.hold_at",
             "is no point at which a migration can be held".to_owned(),
         );
+    }
+    if options.on_timeout == PAUSE && Mode::parse(&options.mode)? == Mode::Cold {
+        let problem = "does not apply to a cold migration: its guest stands still as it is".to_owned();
+        return invalid("options.on_timeout", problem);
+    }
+    if !["", "abort", PAUSE].contains(&options.on_timeout.as_str()) {
+        let problem = format!("{:?} is not one of abort, {PAUSE}", options.on_timeout);
+        return invalid("options.on_timeout", problem);
+    }
+    if options.max_throttle_percent > MOST_THROTTLE_PERCENT {
+        let problem = format!("{} is over {MOST_THROTTLE_PERCENT}", options.max_throttle_percent);
+        return invalid("options.max_throttle_percent", problem);
     }
     if options.timeout_ms == 0 {
         return invalid("options.timeout_ms", "is zero".to_owned());
@@ -236,6 +258,7 @@ impl Script {
         let (peer_sender, peer_news) = mpsc::unbounded_channel();
         let (abort, _) = watch::channel(None);
         let (resolvings, asked_to_resolve) = mpsc::unbounded_channel();
+        let (retunings, asked_to_retune) = mpsc::unbounded_channel();
         let outgoing = Arc::new(Outgoing {
             id: row.id,
             context,
@@ -247,11 +270,13 @@ impl Script {
             abort,
             news: peer_sender,
             resolvings,
+            retunings,
             over: watch::channel(false).0,
         });
         agent.outgoing.add(Arc::clone(&outgoing));
         let mut script = Self::with_parts(Arc::clone(agent), outgoing, instance, row, peer_news, accepted_ns);
         script.asked_to_resolve = Some(asked_to_resolve);
+        script.asked_to_retune = Some(asked_to_retune);
         script
     }
 }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use ferry_migration::handover::Decision;
 use ferry_migration::source::MOST_BEFORE_THE_END;
-use ferry_proto::agent::v1::{DestinationPart, DowntimeMs, MigrationInfo, Round};
+use ferry_proto::agent::v1::{DestinationPart, DowntimeMs, MigrationDecision, MigrationInfo, Round};
 use ferry_proto::vmm::v1 as wire;
 
 use super::handle::now_ms;
@@ -30,6 +30,7 @@ impl Script {
         info.bytes_sent = progress.bytes_sent;
         info.zero_pages = progress.zero_pages;
         info.remaining_pages = progress.remaining_pages;
+        info.throttle_percent = progress.throttle_percent.min(100);
         // Never measured is told as 0 by the VMM, and as unknown to users.
         info.throughput_bytes_per_s =
             Some(progress.throughput_bytes_per_s).filter(|&measured| measured > 0.0 && is_sane(measured));
@@ -38,6 +39,8 @@ impl Script {
         if !progress.decision.is_empty() {
             info.decision = Some(progress.decision.clone());
         }
+        let decisions = progress.decisions.iter().take(MOST_DECISIONS);
+        info.decisions = decisions.filter_map(decision).collect();
         note_copied(info, progress.copied.as_ref());
     }
 
@@ -100,6 +103,36 @@ impl Script {
 
 /// How often how far a copy is goes to the journal: a write there is an fsync.
 const BETWEEN_REPORTS: Duration = Duration::from_secs(5);
+
+/// The most decisions that are taken of a VMM, and the longest words: what it says goes into the journal again and again.
+const MOST_DECISIONS: usize = 64;
+const LONGEST_WORDS: usize = 1000;
+
+/// A decision, if its figures are some.
+fn decision(told: &wire::Decision) -> Option<MigrationDecision> {
+    let figures = [
+        told.blackout_ms,
+        told.throughput_bytes_per_s,
+        told.dirty_bytes_per_s,
+        told.predicted_blackout_ms,
+        told.predicted_total_ms,
+    ];
+    let cut = |text: &str| text.chars().take(LONGEST_WORDS).collect();
+    let are_sane = figures.into_iter().flatten().all(is_sane);
+    are_sane.then(|| MigrationDecision {
+        round: told.round,
+        deed: cut(&told.deed),
+        words: cut(&told.words),
+        blackout_ms: told.blackout_ms,
+        throughput_bytes_per_s: told.throughput_bytes_per_s,
+        dirty_bytes_per_s: told.dirty_bytes_per_s,
+        predicted_rounds: told.predicted_rounds,
+        predicted_blackout_ms: told.predicted_blackout_ms,
+        predicted_total_ms: told.predicted_total_ms,
+        predicted_bytes: told.predicted_bytes,
+        throttle_percent: told.throttle_percent.min(100),
+    })
+}
 
 /// How far the copy is. A VMM of a version that does not tell leaves it unknown.
 fn note_copied(info: &mut MigrationInfo, copied: Option<&wire::Copied>) {

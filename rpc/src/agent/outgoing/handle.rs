@@ -5,10 +5,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ferry_migration::handover::{Decision, Wish};
-use ferry_proto::agent::v1::{DestinationPart, MigrationInfo};
+use ferry_proto::agent::v1::{DestinationPart, MigrationInfo, RetuneRequest};
 use tokio::sync::{mpsc, oneshot, watch};
 use uuid::Uuid;
 
+use super::retuning::Retuning;
 use crate::agent::context::RequestContext;
 use crate::agent::failure::Failure;
 
@@ -66,6 +67,7 @@ pub(crate) struct Outgoing {
     pub(super) abort: watch::Sender<Option<String>>,
     pub(super) news: mpsc::UnboundedSender<PeerNews>,
     pub(super) resolvings: mpsc::UnboundedSender<Resolving>,
+    pub(super) retunings: mpsc::UnboundedSender<Retuning>,
     pub(super) over: watch::Sender<bool>,
 }
 
@@ -93,6 +95,13 @@ impl Outgoing {
     pub(crate) async fn resolve(&self, wish: Wish, context: RequestContext) -> Option<Result<(), Failure>> {
         let (reply, answer) = oneshot::channel();
         self.resolvings.send(Resolving { wish, context, reply }).ok()?;
+        answer.await.ok()
+    }
+
+    /// Other terms hold for it from now on. None if it was over before.
+    pub(crate) async fn retune(&self, request: &RetuneRequest) -> Option<Result<(), Failure>> {
+        let (retuning, answer) = Retuning::new(request);
+        self.retunings.send(retuning).ok()?;
         answer.await.ok()
     }
 

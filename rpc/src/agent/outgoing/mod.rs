@@ -7,9 +7,11 @@ mod begin;
 mod ending;
 mod figures;
 mod handle;
+mod retuning;
 mod script;
 mod switchover;
 
-pub(crate) use begin::{check_options, recover, request_id};
+pub(crate) use begin::{PAUSE, check_options, recover, request_id};
 pub(crate) use figures::note_completed;
-pub(crate) use handle::{MOST_STREAMS, OutgoingMigrations, PeerNews, now_ms, now_text};
+pub(crate) use handle::{MOST_STREAMS, Outgoing, OutgoingMigrations, PeerNews, now_ms, now_text};
+pub(crate) use retuning::check_retuning;

@@ -15,7 +15,9 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
+use super::begin::PAUSE;
 use super::handle::{Outgoing, PeerNews, Resolving};
+use super::retuning::Retuning;
 use crate::agent::backends::storage;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
@@ -74,6 +76,7 @@ pub(super) struct Script {
     pub(super) peer_news: mpsc::UnboundedReceiver<PeerNews>,
     pub(super) news: Option<mpsc::UnboundedReceiver<VmmNews>>,
     pub(super) asked_to_resolve: Option<mpsc::UnboundedReceiver<Resolving>>,
+    pub(super) asked_to_retune: Option<mpsc::UnboundedReceiver<Retuning>>,
     /// A person ends it, and waits for that.
     pub(super) resolving: Option<Resolving>,
     /// What the VMM said while nobody listened, still to be taken.
@@ -119,6 +122,7 @@ impl Script {
             peer_news,
             news: None,
             asked_to_resolve: None,
+            asked_to_retune: None,
             resolving: None,
             made_up: VecDeque::new(),
             abort_seen: false,
@@ -358,6 +362,8 @@ impl Script {
             user_paused: self.row.user_paused,
             copied_disks,
             cold: self.row.is_cold(),
+            pause_on_timeout: self.row.options.on_timeout == PAUSE,
+            max_throttle_percent: self.row.options.max_throttle_percent,
         };
         let (sender, news) = mpsc::unbounded_channel();
         let mut state = self.instance.state.lock().await;

@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use super::begin::{attempt_of, call_off, ended, made_up};
 use super::ending::note_resolved;
 use super::handle::PeerNews;
+use super::retuning::Retuning;
 use super::script::{Script, Stop};
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Instance, VmmNews};
@@ -49,6 +50,8 @@ enum Outcome {
     EarlyNews,
     /// B had its time to say why the link broke.
     LinkLost,
+    /// The VMM goes by other terms.
+    Retuned(Retuning),
     /// The destination does not take part any more.
     PeerLost(String),
     /// The guest is this host's and does not run yet, for this reason. It is tried again.
@@ -170,6 +173,11 @@ impl Script {
                 self.resolving = Some(resolving);
                 Some(SourceEvent::Resolved(wish))
             }
+            Some(retuning) = next(&mut self.asked_to_retune) => {
+                let instance = Arc::clone(&self.instance);
+                calls.start(async move { retuning.carry_out(instance).await.map(Outcome::Retuned) });
+                None
+            }
             reason = aborted, if abort_is_news => {
                 self.abort_seen = true;
                 self.stop.get_or_insert(Stop::Aborted(reason.unwrap_or_default()));
@@ -207,6 +215,10 @@ impl Script {
                 Some(SourceEvent::Decided(news.attempt, news.decision))
             }
             Outcome::LinkLost => self.lost_link.take().map(|ended| self.copy_ended(*ended)),
+            Outcome::Retuned(retuning) => {
+                self.retuned(retuning).await;
+                None
+            }
             Outcome::PeerLost(reason) => {
                 self.stop.get_or_insert(Stop::Failed(reason));
                 Some(SourceEvent::Abort)

@@ -1,0 +1,301 @@
+//! Whether a copy comes to an end, what is decided about that, and what its user can change meanwhile.
+
+use anyhow::{Context, Result, ensure};
+use ferry_tests::waiting::{CALL, MOVE};
+use ferry_tests::{Answer, Guest, Host, Migration, Pair, process, until};
+use libtest_mimic::Trial;
+use serde_json::Value;
+
+use crate::scenario::{expect_a_lost_peer_and, on_kvm};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    on_kvm![
+        a_copy_that_does_not_converge_says_so_after_one_stalled_round,
+        a_copy_that_ends_tells_what_was_decided_and_expected,
+        a_cap_on_bandwidth_holds,
+        a_longer_blackout_that_is_allowed_meanwhile_ends_the_copy,
+        an_agent_that_restarts_has_the_terms_that_were_changed,
+        retuning_is_refused_while_nothing_is_copied_and_when_all_is_over,
+        a_guest_that_does_not_converge_is_completed_when_its_time_is_up,
+        an_agent_that_knows_no_pause_at_the_timeout_is_named,
+        a_guest_that_writes_more_than_the_link_carries_is_throttled_until_it_moves,
+        with_the_ring_only_the_vcpu_that_writes_is_throttled,
+        an_abort_leaves_nothing_throttled,
+    ]
+}
+
+/// Writes 32 MiB again and again, as fast as it can.
+const ALL_THE_TIME: &str = "fill=random fill_mib=32 work=uniform work_mib=32 rate=max heartbeat_ms=20";
+/// Slower than that, so that each round leaves all of it; and less time for it than 32 MiB take.
+const TOO_SLOW: [&str; 5] = ["--bandwidth", "400Mbit", "--max-downtime", "150ms", "--digests"];
+
+fn a_copy_that_does_not_converge_says_so_after_one_stalled_round(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g").work(ALL_THE_TIME))?;
+    let underway = pair.migrate_until("g", &TOO_SLOW, |record| Ok(record.rounds() >= 4))?;
+    pair.a.ferry(&["migration", "abort", &underway.id])?.exit(0)?;
+
+    let record = underway.call.wait()?.exit(1)?.migration()?.is("cancelled", "a")?;
+    let rounds = record.record["rounds"].as_array().context("no rounds")?;
+    let left = |round: &Value| round["dirty_pages"].as_f64().zip(round["pages"].as_f64());
+    let stalled = rounds
+        .iter()
+        .position(|round| left(round).is_some_and(|(dirty, sent)| dirty >= 0.95 * sent))
+        .context("no round stalled")?;
+    let decision = &decisions(&record)?[stalled];
+    ensure!(decision["deed"] == "infeasible", "{decision}");
+    ensure!(decision["predicted_total_ms"].is_null(), "{decision}");
+    ensure!(decision["dirty_bytes_per_s"].as_f64() > Some(0.0), "{decision}");
+    let why = "the round left as much as it sent";
+    ensure!(
+        decision["words"].as_str().is_some_and(|words| words.contains(why)),
+        "{decision}"
+    );
+    // At the other host it is the source's word, too.
+    report(&pair.b, &underway.id)?.says(why)?;
+    pair.runs_only_at(&pair.a, "g", &witness)
+}
+
+fn a_copy_that_ends_tells_what_was_decided_and_expected(pair: &mut Pair) -> Result<()> {
+    let work = "fill=random fill_mib=64 work=uniform work_mib=16 rate=500 heartbeat_ms=20";
+    let witness = pair.run(&Guest::new("g").work(work))?;
+
+    let record = pair
+        .migrate("g", &["--bandwidth", "400Mbit", "--digests"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+
+    let decisions = decisions(&record)?;
+    let last = decisions.last().context("no decision")?;
+    ensure!(last["deed"] == "switch", "{last}");
+    let expected = |field: &str| last[field].as_f64().with_context(|| format!("no {field} in {last}"));
+    ensure!(expected("predicted_blackout_ms")? <= 300.0, "{last}");
+    // What is sent while the guest stands still is all that is added to it.
+    let (sent, foreseen) = (record.number("bytes_sent")?, expected("predicted_bytes")?);
+    ensure!((0.8..1.25).contains(&(sent / foreseen)), "{sent} of {foreseen}: {last}");
+    // The cap is what the link carries, as far as the policy knows.
+    let carried = expected("throughput_bytes_per_s")?;
+    ensure!((25e6..52.5e6).contains(&carried), "{last}");
+    let report = report(&pair.a, record.text("id")?)?;
+    report.says("switch: ")?.says("g is on b")?;
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn a_cap_on_bandwidth_holds(pair: &mut Pair) -> Result<()> {
+    let work = "fill=random fill_mib=96 work=uniform work_mib=4 rate=100 heartbeat_ms=20";
+    let witness = pair.run(&Guest::new("g").work(work))?;
+
+    let record = pair
+        .migrate("g", &["--bandwidth", "160Mbit", "--digests"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+
+    let first = &record.record["rounds"][0];
+    let (bytes, ms) = first["bytes"]
+        .as_f64()
+        .zip(first["ms"].as_f64())
+        .context("no first round")?;
+    let share = bytes / (ms / 1e3) / 20e6;
+    ensure!((0.8..=1.05).contains(&share), "{share} of the cap: {first}");
+    ensure!(record.number("bandwidth_bytes_per_s")? == 20e6, "{}", record.record);
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn a_longer_blackout_that_is_allowed_meanwhile_ends_the_copy(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g").work(ALL_THE_TIME))?;
+    let underway = pair.migrate_until("g", &TOO_SLOW, |record| Ok(record.rounds() >= 3))?;
+
+    // At the other host: it is forwarded to the source.
+    let retune = ["migration", "retune", &underway.id, "--max-downtime", "20s"];
+    let answer = pair.b.ferry(&retune)?.exit(0)?.migration()?;
+
+    ensure!(answer.number("max_downtime_ms")? == 20_000.0, "{}", answer.record);
+    let record = underway.call.wait()?.exit(0)?.migration()?.is("completed", "b")?;
+    let deeds: Vec<_> = decisions(&record)?
+        .iter()
+        .map(|decision| decision["deed"].clone())
+        .collect();
+    let at = deeds
+        .iter()
+        .position(|deed| deed == "retune")
+        .context("it is not in the report")?;
+    ensure!(deeds[..at].contains(&"infeasible".into()), "{deeds:?}");
+    only_switched(&deeds[at + 1..])?;
+    pair.a.ferry(&["events", "g"])?.exit(0)?.says("retune")?;
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn an_agent_that_restarts_has_the_terms_that_were_changed(pair: &mut Pair) -> Result<()> {
+    expect_a_lost_peer_and(pair, &["transport", "source"]);
+    let witness = pair.run(&Guest::new("g").work(ALL_THE_TIME))?;
+    let underway = pair.migrate_until("g", &TOO_SLOW, |record| Ok(record.rounds() >= 2))?;
+    let retune = ["migration", "retune", &underway.id];
+    let first = ["--bandwidth", "480Mbit", "--timeout", "20m"];
+    pair.a.ferry(&[&retune[..], &first].concat())?.exit(0)?;
+
+    pair.a.kill();
+    pair.a.start()?;
+
+    let show = || pair.a.ferry(&["migration", "show", &underway.id])?.exit(0)?.migration();
+    until("the VMM is heard again", MOVE, || {
+        Ok((show()?.rounds() >= 3).then_some(()))
+    })?;
+    let record = show()?;
+    ensure!(record.number("bandwidth_bytes_per_s")? == 60e6, "{}", record.record);
+    ensure!(record.number("timeout_ms")? == 1_200_000.0, "{}", record.record);
+    ensure!(record.number("max_downtime_ms")? == 150.0, "{}", record.record);
+    pair.a
+        .ferry(&[&retune[..], &["--max-downtime", "20s"]].concat())?
+        .exit(0)?;
+    underway.call.wait()?.exit(0)?.migration()?.is("completed", "b")?;
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn retuning_is_refused_while_nothing_is_copied_and_when_all_is_over(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g"))?;
+    let underway = pair.migrate_until("g", &["--hold-at", "preparing"], |record| {
+        Ok(record.text("status")? == "preparing")
+    })?;
+
+    let retune = ["migration", "retune", &underway.id, "--bandwidth", "none"];
+    pair.a.ferry(&retune)?.exit(4)?.says("nothing is being copied")?;
+    pair.a.ferry(&retune[..3])?.exit(2)?;
+    pair.a.ferry(&["migration", "abort", &underway.id])?.exit(0)?;
+    underway.call.wait()?.exit(1)?;
+    pair.a.ferry(&retune)?.exit(4)?.says("it is over")?;
+
+    let nobody = "00000000-0000-4000-8000-000000000000";
+    pair.a
+        .ferry(&["migration", "retune", nobody, "--timeout", "1m"])?
+        .exit(3)?;
+    pair.runs_only_at(&pair.a, "g", &witness)
+}
+
+fn a_guest_that_does_not_converge_is_completed_when_its_time_is_up(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g").work(ALL_THE_TIME))?;
+
+    let in_time = ["--timeout", "4s", "--on-timeout", "pause"];
+    let record = pair
+        .migrate("g", &[&TOO_SLOW[..], &in_time].concat())?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+
+    ensure!(record.number("total_ms")? >= 4000.0, "{}", record.record);
+    let deeds: Vec<_> = decisions(&record)?
+        .iter()
+        .map(|decision| decision["deed"].clone())
+        .collect();
+    let at = deeds
+        .iter()
+        .position(|deed| deed == "pause")
+        .context("it is not in the report")?;
+    only_switched(&deeds[at + 1..])?;
+    let words = record.text("decision")?;
+    ensure!(words.contains("its time is up"), "{words}");
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn an_agent_that_knows_no_pause_at_the_timeout_is_named(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g"))?;
+    pair.b.terminate()?;
+    pair.b.arguments.extend(["--rpc-cap", "4.2"].map(str::to_owned));
+    pair.b.start()?;
+
+    let pause = ["--on-timeout", "pause"];
+    let refused = until("the older agent is heard", CALL, || {
+        let answer = pair.migrate("g", &pause)?;
+        Ok((answer.code == Some(4)).then_some(answer))
+    })?;
+
+    refused.says("host b speaks RPC version 4.2: a pause when the time is up needs 4.3")?;
+    let throttled = pair.migrate("g", &["--auto-converge"])?.exit(4)?;
+    throttled.says("throttling the guest needs 4.3")?;
+    pair.runs_only_at(&pair.a, "g", &witness)
+}
+
+/// Writes more than the link carries, and ends by itself with a blackout in its budget.
+fn throttled(pair: &Pair, guest: &Guest, whom: &str) -> Result<()> {
+    let witness = pair.run(guest)?;
+
+    let further = ["--auto-converge", "--bandwidth", "400Mbit", "--digests"];
+    let record = pair
+        .migrate("g", &further)?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+
+    let throttling = decisions(&record)?
+        .iter()
+        .find(|decision| decision["deed"] == "throttle");
+    let throttling = throttling.with_context(|| format!("it was not throttled: {}", record.record))?;
+    ensure!(
+        throttling["words"].as_str().is_some_and(|words| words.contains(whom)),
+        "{throttling}"
+    );
+    ensure!(
+        (1.0..=99.0).contains(&record.number("throttle_percent")?),
+        "{}",
+        record.record
+    );
+    // What comparing digests takes is left out of the budget.
+    let parts = ["pause", "drain", "last_pages", "state", "claim", "start"];
+    let parts = parts.map(|part| record.number(&format!("downtime_ms.{part}")));
+    let blackout: f64 = parts.into_iter().sum::<Result<f64>>()?;
+    ensure!(blackout <= 300.0, "{blackout} ms: {}", record.record);
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn a_guest_that_writes_more_than_the_link_carries_is_throttled_until_it_moves(pair: &mut Pair) -> Result<()> {
+    throttled(pair, &Guest::new("g").work(ALL_THE_TIME), "all vCPUs")
+}
+
+fn with_the_ring_only_the_vcpu_that_writes_is_throttled(pair: &mut Pair) -> Result<()> {
+    // The second one is never brought up.
+    let guest = Guest::new("g")
+        .work(&format!("{ALL_THE_TIME} cpus=1"))
+        .vcpus(2)
+        .dirty("ring");
+    throttled(pair, &guest, "the vCPU that writes")
+}
+
+fn an_abort_leaves_nothing_throttled(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g").work(ALL_THE_TIME))?;
+    let source = pair.a.vmm()?;
+    let threads = process::threads(source);
+    // It writes more than that with the little that it may be throttled.
+    let slow = ["--bandwidth", "160Mbit", "--max-downtime", "150ms"];
+    let little = ["--auto-converge", "--max-throttle", "30"];
+    let underway = pair.migrate_until("g", &[&slow[..], &little].concat(), |record| {
+        Ok(record.number("throttle_percent")? > 0.0 && record.rounds() >= 4)
+    })?;
+
+    pair.a.ferry(&["migration", "abort", &underway.id])?.exit(0)?;
+
+    let record = underway.call.wait()?.exit(1)?.migration()?.is("cancelled", "a")?;
+    let last = decisions(&record)?.last().context("no decision")?;
+    ensure!(last["deed"] == "infeasible" && last["throttle_percent"] == 30, "{last}");
+    until("the source's VMM is as it was", CALL, || {
+        Ok((process::threads(source) == threads).then_some(()))
+    })?;
+    pair.runs_only_at(&pair.a, "g", &witness)
+}
+
+/// Once more for each round that the grant took.
+fn only_switched(deeds: &[Value]) -> Result<()> {
+    let only = deeds.iter().all(|deed| deed == "switch");
+    ensure!(only && !deeds.is_empty(), "{deeds:?}");
+    Ok(())
+}
+
+/// In words, as people see it.
+fn report(host: &Host, id: &str) -> Result<Answer> {
+    host.plain_ferry(&["migration", "report", id, "--agent", &host.url()])?
+        .exit(0)
+}
+
+fn decisions(record: &Migration) -> Result<&Vec<Value>> {
+    let decisions = record.record["decisions"].as_array();
+    decisions.with_context(|| format!("no decisions in {}", record.record))
+}
