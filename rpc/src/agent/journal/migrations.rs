@@ -41,6 +41,19 @@ pub(crate) struct MigrationRow {
     pub(crate) began: i64,
 }
 
+/// What is to be known of a migration, as it was last written.
+pub(crate) struct Report(String);
+
+impl Report {
+    /// What it says.
+    ///
+    /// # Errors
+    /// It is not what this agent writes.
+    pub(crate) fn read(&self) -> serde_json::Result<MigrationInfo> {
+        serde_json::from_str(&self.0)
+    }
+}
+
 const COLUMNS: &str = "id,instance,role,peer,epoch,over,armed,said,resumed,user_paused,options,info,began";
 
 impl MigrationRow {
@@ -96,15 +109,12 @@ impl MigrationRow {
             .optional()
     }
 
-    /// Of each migration its id and the last report, the newest last. There may be thousands: nothing else of them is read.
-    pub(crate) fn reports(connection: &Connection) -> rusqlite::Result<Vec<(Uuid, MigrationInfo)>> {
-        let report = |row: &Row<'_>| {
-            let info = serde_json::from_str(row.get_ref(1)?.as_str()?).map_err(|error| bad_text(1, error))?;
-            Ok((uuid(row.get_ref(0)?.as_str()?, 0)?, info))
-        };
+    /// The last report of each migration, the newest last, as it was written. There may be thousands: nothing else of them is read,
+    /// and whoever asked for them makes sense of them, not the journal's thread.
+    pub(crate) fn reports(connection: &Connection) -> rusqlite::Result<Vec<Report>> {
         connection
-            .prepare("SELECT id, info FROM migrations ORDER BY began, id")?
-            .query_map((), report)?
+            .prepare("SELECT info FROM migrations ORDER BY began, id")?
+            .query_map((), |row| row.get(0).map(Report))?
             .collect()
     }
 
