@@ -75,37 +75,34 @@ impl MigrationRow {
     pub(crate) fn save(&self, transaction: &Transaction<'_>) -> rusqlite::Result<()> {
         let json = |error: serde_json::Error| rusqlite::Error::ToSqlConversionFailure(error.into());
         transaction
-            .execute(
-                &format!(
-                    "INSERT OR REPLACE INTO migrations({COLUMNS}) VALUES(?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13)"
-                ),
-                (
-                    self.id.to_string(),
-                    self.instance.to_string(),
-                    self.role.as_str(),
-                    &self.peer,
-                    self.epoch,
-                    self.over,
-                    self.armed,
-                    &self.said,
-                    self.resumed,
-                    self.user_paused,
-                    serde_json::to_string(&self.options).map_err(json)?,
-                    serde_json::to_string(&self.info).map_err(json)?,
-                    self.began,
-                ),
-            )
+            .prepare_cached(&format!(
+                "INSERT INTO migrations({COLUMNS}) VALUES(?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13)
+                     ON CONFLICT(id) DO UPDATE SET instance=?2,role=?3,peer=?4,epoch=?5,over=?6,armed=?7,said=?8,
+                                                   resumed=?9,user_paused=?10,options=?11,info=?12,began=?13"
+            ))?
+            .execute((
+                self.id.to_string(),
+                self.instance.to_string(),
+                self.role.as_str(),
+                &self.peer,
+                self.epoch,
+                self.over,
+                self.armed,
+                &self.said,
+                self.resumed,
+                self.user_paused,
+                serde_json::to_string(&self.options).map_err(json)?,
+                serde_json::to_string(&self.info).map_err(json)?,
+                self.began,
+            ))
             .map(drop)
     }
 
     /// The migration with this id.
     pub(crate) fn find(connection: &Connection, id: Uuid) -> rusqlite::Result<Option<Self>> {
         connection
-            .query_row(
-                &format!("SELECT {COLUMNS} FROM migrations WHERE id=?1"),
-                [id.to_string()],
-                Self::from_row,
-            )
+            .prepare_cached(&format!("SELECT {COLUMNS} FROM migrations WHERE id=?1"))?
+            .query_row([id.to_string()], Self::from_row)
             .optional()
     }
 
@@ -118,7 +115,7 @@ impl MigrationRow {
             .collect()
     }
 
-    /// The migrations that are not over.
+    /// The migrations that are not over, in the order in which they were accepted: a row keeps the place in which it was added.
     pub(crate) fn unfinished(connection: &Connection) -> rusqlite::Result<Vec<Self>> {
         connection
             .prepare(&format!(
