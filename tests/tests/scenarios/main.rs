@@ -31,6 +31,7 @@ mod moves;
 mod networks;
 mod placement;
 mod progress;
+mod queue;
 mod refusals;
 mod requests;
 mod resolves;
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
         requests::trials(),
         events::trials(),
         aborts::trials(),
+        queue::trials(),
         cold::trials(),
         agents::trials(),
         progress::trials(),

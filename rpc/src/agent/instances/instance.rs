@@ -11,7 +11,6 @@ use ferry_migration::handover::Origin;
 use ferry_proto::agent::v1::InstanceInfo;
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{self as wire};
-use tokio::sync::Semaphore;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 use uuid::Uuid;
@@ -23,7 +22,7 @@ use crate::agent::images;
 use crate::agent::incoming::IncomingMigrations;
 use crate::agent::journal::{Arrival, InstanceRow, Journal, Status};
 use crate::agent::mode::Mode;
-use crate::agent::outgoing::OutgoingMigrations;
+use crate::agent::outgoing::{OutgoingMigrations, Queue};
 use crate::agent::peers::Peers;
 use crate::agent::reason::Reason;
 use crate::agent::vmm_client::Vmm;
@@ -42,8 +41,8 @@ pub(crate) struct Agent {
     pub(crate) outgoing: OutgoingMigrations,
     pub(crate) incoming: IncomingMigrations,
     pub(crate) peers: Peers,
-    /// Nova's max_concurrent_live_migrations: migrations out of here beyond it are queued.
-    pub(crate) slots: Arc<Semaphore>,
+    /// The migrations out of here that wait for their turn.
+    pub(crate) queue: Queue,
     /// Instances whose next start is in the journal, to whoever starts them.
     pub(crate) due: UnboundedSender<Uuid>,
 }
@@ -186,6 +185,7 @@ impl InstanceState {
     fn is_snapshotting(&self) -> bool {
         self.outcome.is_some() && self.row.status != Status::Incoming
     }
+
     /// Whether a migration into here still has it. One that comes stopped is that from RUNNING on, and the machine that was held of it is
     /// not ended yet: who started it now would have the new machine ended in its place.
     pub(crate) fn is_arriving(&self) -> bool {
@@ -195,7 +195,6 @@ impl InstanceState {
             _ => false,
         }
     }
-
 
     /// Refuses what a user may not do to an instance that is migrating, or that a snapshot is written of.
     ///
@@ -400,6 +399,7 @@ impl Agent {
             }
         }
     }
+}
 
 #[cfg(test)]
 mod tests {
@@ -433,5 +433,4 @@ mod tests {
         assert!(refused.contains(&Uuid::from_u128(2).to_string()), "{refused}");
         assert!(state.check_can_migrate(Mode::Cold).is_err());
     }
-}
 }

@@ -118,9 +118,7 @@ impl MigrationRow {
     /// The migrations that are not over, in the order in which they were accepted: a row keeps the place in which it was added.
     pub(crate) fn unfinished(connection: &Connection) -> rusqlite::Result<Vec<Self>> {
         connection
-            .prepare(&format!(
-                "SELECT {COLUMNS} FROM migrations WHERE over=0 ORDER BY began, id"
-            ))?
+            .prepare(&format!("SELECT {COLUMNS} FROM migrations WHERE over=0 ORDER BY rowid"))?
             .query_map((), Self::from_row)?
             .collect()
     }

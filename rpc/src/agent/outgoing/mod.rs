@@ -7,9 +7,11 @@ mod begin;
 mod ending;
 mod figures;
 mod handle;
+mod queue;
 mod script;
 mod switchover;
 
-pub(crate) use begin::{check_options, recover, request_id};
+pub(crate) use begin::{check_options, recover, request_id, wait_on, waits};
 pub(crate) use figures::note_completed;
 pub(crate) use handle::{MOST_STREAMS, OutgoingMigrations, PeerNews, now_ms, now_text};
+pub(crate) use queue::Queue;
