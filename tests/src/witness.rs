@@ -105,6 +105,12 @@ impl Witness {
         })
     }
 
+    /// How often the guest has said READY so far.
+    #[must_use]
+    pub fn times_ready(&self) -> usize {
+        self.lock().ready
+    }
+
     /// Waits until the guest said READY so many times: once, and once more after each reboot.
     ///
     /// # Errors

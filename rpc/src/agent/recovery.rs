@@ -40,9 +40,10 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), Failure> {
     let arrivals = agent.journal.read(Arrival::all).await?;
 
     for row in rows {
+        // One that only waits has begun nothing: its guest is looked for as any other.
         let migration = unfinished
             .iter()
-            .find(|migration| migration.instance == row.id)
+            .find(|migration| migration.instance == row.id && !is_waiting(migration))
             .cloned();
         let instance = agent.instances.add(row);
         if let Some(arrival) = arrivals.iter().find(|arrival| arrival.instance == instance.id) {
@@ -54,6 +55,12 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), Failure> {
             None => find(agent, &instance).await,
             Some(migration) if migration.role == Role::Source => outgoing::recover(agent, migration, instance).await,
             Some(migration) => incoming::recover(agent, migration, instance).await?,
+        }
+    }
+    // Behind those that are under way, in the order in which they were accepted.
+    for migration in unfinished.iter().filter(|migration| is_waiting(migration)) {
+        if let Some(instance) = agent.instances.by_id(migration.instance) {
+            outgoing::wait_on(agent, migration.clone(), instance).await;
         }
     }
     for mut orphan in unfinished
@@ -93,6 +100,10 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), Failure> {
         agent.settle(&RequestContext::agent(), arrival, news);
     }
     Ok(())
+}
+
+fn is_waiting(migration: &MigrationRow) -> bool {
+    migration.role == Role::Source && outgoing::waits(migration)
 }
 
 /// An instance that no migration has: its VMM is found again, or it crashed while nobody looked.

@@ -12,7 +12,7 @@ use ferry_proto::agent::v1::compute_server::ComputeServer;
 use ferry_proto::agent::v1::conductor_server::ConductorServer;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Notify, Semaphore, mpsc};
+use tokio::sync::{Notify, mpsc};
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use uuid::Uuid;
@@ -25,6 +25,7 @@ use super::context::RequestContext;
 use super::health::Health;
 use super::instances::{Agent, restart_when_due};
 use super::journal::Journal;
+use super::outgoing::Queue;
 use super::peers::Peers;
 use super::unread::WithReasons;
 use super::{data_port, health, host, recovery};
@@ -132,7 +133,7 @@ async fn build(
         outgoing: Default::default(),
         incoming: Default::default(),
         peers,
-        slots: Arc::new(Semaphore::new(config.max_outgoing)),
+        queue: Queue::new(config.max_outgoing),
         due,
         config,
     })

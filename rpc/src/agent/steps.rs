@@ -81,13 +81,13 @@ impl SourceStep {
         let (word, does, journalled, undo) = match self {
             Self::Accept => (
                 "accept",
-                "writes the order down, and waits for its cast",
+                "at RPC 4.0 only: writes the order down, and waits for its cast",
                 Before,
                 Nothing("the record stays, and says how it ended"),
             ),
             Self::Queue => (
                 "queue",
-                "waits for its turn among the migrations out of the host",
+                "writes the order down with its number, and waits for its turn among the migrations out of the host",
                 Before,
                 By(SourceUndo::GiveUpTurn, "the turn is the next one's"),
             ),

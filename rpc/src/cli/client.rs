@@ -67,6 +67,8 @@ impl Agent {
         let endpoint = endpoint
             .connect_timeout(PATIENCE)
             .tcp_nodelay(true)
+            .initial_stream_window_size(WINDOW)
+            .initial_connection_window_size(WINDOW)
             .http2_keep_alive_interval(KEEP_ALIVE);
         let endpoint = endpoint.keep_alive_timeout(PATIENCE).keep_alive_while_idle(true);
         let connected = endpoint.connect().await;
@@ -107,6 +109,9 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 /// How long an agent may take for what needs a VMM, an image or a disk.
 pub(super) const LONG_PATIENCE: Duration = Duration::from_secs(60);
 
+/// How much an agent may send before it hears that it arrived: lists of thousands are megabytes, and HTTP/2's own 64 KiB would have it wait
+/// for a hundred words of the reader.
+const WINDOW: u32 = 8 << 20;
 const KEEP_ALIVE: Duration = Duration::from_secs(3);
 /// A migration of many rounds, or a console of many megabytes in one piece.
 const LARGEST_MESSAGE: usize = 64 << 20;

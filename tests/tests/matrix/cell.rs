@@ -6,6 +6,25 @@ use ferry_rpc::faults::{Kind, Moment, Site};
 
 use crate::course::Course;
 
+/// What the instance is that is moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Power {
+    /// Its guest runs.
+    On,
+    /// It is stopped, and moves cold: its machine is only held, at either host, and no guest runs in it.
+    Off,
+}
+
+impl Power {
+    /// The epoch under which it moves: its first, or of one that is off one more, under which its machine is held.
+    pub(crate) fn epoch(self) -> u64 {
+        match self {
+            Self::On => 1,
+            Self::Off => 2,
+        }
+    }
+}
+
 /// Who takes part in a switchover.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Actor {
@@ -64,6 +83,7 @@ impl fmt::Display for Fault {
 /// One cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Cell {
+    pub(crate) power: Power,
     pub(crate) course: Course,
     pub(crate) site: Site,
     pub(crate) moment: Moment,
@@ -73,12 +93,17 @@ pub(crate) struct Cell {
 impl fmt::Display for Cell {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
+            power,
             course,
             site,
             moment,
             fault,
         } = self;
-        write!(formatter, "{course}::{moment}::{site}::{fault}")
+        let power = match power {
+            Power::On => "",
+            Power::Off => "stopped-",
+        };
+        write!(formatter, "{power}{course}::{moment}::{site}::{fault}")
     }
 }
 
@@ -98,9 +123,9 @@ pub(crate) fn faults_at(site: Site) -> impl Iterator<Item = Fault> {
 /// How a cell may end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Ending {
-    /// The guest runs at A.
+    /// The guest runs at A; or the instance is stopped there, as it was.
     AtA,
-    /// The guest runs at B.
+    /// The guest runs at B; or the instance is stopped there.
     AtB,
     /// It crashed at A.
     CrashedAtA,

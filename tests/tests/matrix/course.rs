@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use ferry_rpc::faults::Site;
+use ferry_rpc::faults::{Kind, Site};
 
 /// A way through a migration when nothing else happens to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -52,6 +52,21 @@ pub(crate) enum Reach {
     AfterFault,
     /// Never: the core has no such move.
     Never,
+}
+
+/// Whether the site has cells with an instance that is stopped, on the same course: what the agents do of their cores' effects and what they
+/// write is another thing then, and so is what they have their VMMs do. Between the VMMs it is a machine like any other.
+pub(crate) fn is_for_a_stopped_one(site: Site) -> bool {
+    match site.kind() {
+        Kind::SourceEffect | Kind::DestinationEffect | Kind::Row => true,
+        Kind::Order | Kind::Answer => matches!(
+            site,
+            Site::OrderBuild | Site::AnswerToBuild | Site::OrderPermit | Site::AnswerToPermit
+        ),
+        Kind::Report => site == Site::ReportStarted,
+        Kind::Call => site == Site::CallPost,
+        Kind::Wire => false,
+    }
 }
 
 /// How a site is reached. No wildcard: a site that is new has to be thought about.

@@ -3,7 +3,7 @@
 
 use ferry_rpc::faults::{Kind, Site};
 
-use crate::cell::{Actor, Cell, Ending, Fault};
+use crate::cell::{Actor, Cell, Ending, Fault, Power};
 use crate::course::Course;
 
 /// Whether something has been said, as seen from outside.
@@ -27,8 +27,23 @@ pub(crate) struct Scene {
     pub(crate) marked: bool,
 }
 
-/// The endings that the table allows.
-pub(crate) fn allowed(cell: &Cell, scene: &Scene) -> &'static [Ending] {
+/// The endings that the table allows. Of an instance that is off no guest can crash: it is stopped where it would have.
+pub(crate) fn allowed(cell: &Cell, scene: &Scene) -> Vec<Ending> {
+    let of_a_guest = allowed_of_a_guest(cell, scene).iter().copied();
+    match cell.power {
+        Power::On => of_a_guest.collect(),
+        Power::Off => of_a_guest.map(stopped).collect(),
+    }
+}
+
+fn stopped(ending: Ending) -> Ending {
+    match ending {
+        Ending::AtA | Ending::CrashedAtA => Ending::AtA,
+        Ending::AtB | Ending::CrashedAtB => Ending::AtB,
+    }
+}
+
+fn allowed_of_a_guest(cell: &Cell, scene: &Scene) -> &'static [Ending] {
     use Ending::{AtA, AtB, CrashedAtA, CrashedAtB};
     let decision = scene.decision.as_deref();
     let refused = decision == Some("SRC") || cell.course == Course::Refused;

@@ -6,28 +6,25 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use ferry_tests::{Host, disk, process, until, waiting::CALL};
 
-use crate::cell::Ending;
+use crate::cell::{Ending, Power};
 use crate::journals::Look;
 use crate::run::{NAME, Stage};
 
-/// The epoch under which the guest runs before the migration: its first.
-const FIRST_EPOCH: u64 = 1;
-
 /// How it ended, as both journals have it.
-pub(crate) fn ending(looks: &[Look; 2]) -> Result<Ending> {
+pub(crate) fn ending(power: Power, looks: &[Look; 2]) -> Result<Ending> {
     let [a, b] = looks;
-    match (a.status(), b.status()) {
-        (Some("running"), None) => Ok(Ending::AtA),
-        (None, Some("running")) => Ok(Ending::AtB),
-        (Some("crashed"), None) => Ok(Ending::CrashedAtA),
-        (None, Some("crashed")) => Ok(Ending::CrashedAtB),
+    match (power, a.status(), b.status()) {
+        (Power::On, Some("running"), None) | (Power::Off, Some("stopped"), None) => Ok(Ending::AtA),
+        (Power::On, None, Some("running")) | (Power::Off, None, Some("stopped")) => Ok(Ending::AtB),
+        (Power::On, Some("crashed"), None) => Ok(Ending::CrashedAtA),
+        (Power::On, None, Some("crashed")) => Ok(Ending::CrashedAtB),
         _ => bail!("the journals do not name one place where the guest is: {looks:?}"),
     }
 }
 
 /// Judges what is there after an ending.
 pub(crate) fn judge(stage: &mut Stage, looks: &[Look; 2], ending: Ending) -> Result<()> {
-    agree(looks, ending).with_context(|| format!("the journals say {looks:?}"))?;
+    agree(stage.power, looks, ending).with_context(|| format!("the journals say {looks:?}"))?;
     one_copy(stage, ending)?;
     disk_is_the_runners(stage, looks, ending)?;
     stage.witness.check()?;
@@ -38,7 +35,8 @@ pub(crate) fn judge(stage: &mut Stage, looks: &[Look; 2], ending: Ending) -> Res
 }
 
 /// What both journals say of the switchover fits together, and no epoch is used twice.
-fn agree([a, b]: &[Look; 2], ending: Ending) -> Result<()> {
+fn agree(power: Power, [a, b]: &[Look; 2], ending: Ending) -> Result<()> {
+    let moved_under = power.epoch();
     let record = a.migration.as_ref().context("A has no record of the migration")?;
     let decision = b.decision();
     let epoch = [a, b]
@@ -56,10 +54,10 @@ fn agree([a, b]: &[Look; 2], ending: Ending) -> Result<()> {
         Ending::AtA => {
             ensure!(decision != Some("RUNNING"), "D is RUNNING, and the guest runs at A");
             ensure!(matches!(record.status.as_str(), "failed" | "cancelled"), "A's record");
-            let right = record.resumed.unwrap_or(FIRST_EPOCH);
+            let right = record.resumed.unwrap_or(moved_under);
             ensure!(epoch == right, "the guest runs at A under epoch {epoch}, not {right}");
             ensure!(
-                record.resumed.is_none_or(|resumed| resumed > FIRST_EPOCH + 1),
+                record.resumed.is_none_or(|resumed| resumed > moved_under + 1),
                 "an epoch was used twice"
             );
         }
@@ -72,7 +70,7 @@ fn agree([a, b]: &[Look; 2], ending: Ending) -> Result<()> {
             ensure!(decision == Some("RUNNING"), "the guest is at B, and D is not RUNNING");
             ensure!(record.status == "completed", "A's record");
             ensure!(record.resumed.is_none(), "A resumed a guest that is at B");
-            ensure!(epoch == FIRST_EPOCH + 1, "the guest is at B under epoch {epoch}");
+            ensure!(epoch == moved_under + 1, "the guest is at B under epoch {epoch}");
             let status = b.migration.as_ref().map(|record| record.status.as_str());
             ensure!(status == Some("completed"), "B's record");
         }
@@ -84,21 +82,28 @@ fn agree([a, b]: &[Look; 2], ending: Ending) -> Result<()> {
 fn one_copy(stage: &Stage, ending: Ending) -> Result<()> {
     let (a, b) = (&stage.pair.a, &stage.pair.b);
     match ending {
-        Ending::AtA => {
+        Ending::AtA if stage.power == Power::On => {
             stage.pair.runs_only_at(a, NAME, &stage.witness)?;
-            ensure!(a.vmm()? == stage.vmm_a, "another VMM has the guest at A");
+            ensure!(Some(a.vmm()?) == stage.vmm_a, "another VMM has the guest at A");
             Ok(())
         }
-        Ending::AtB => stage.pair.runs_only_at(b, NAME, &stage.witness),
-        Ending::CrashedAtA | Ending::CrashedAtB => until("no VMM is left", CALL, || {
+        Ending::AtB if stage.power == Power::On => stage.pair.runs_only_at(b, NAME, &stage.witness),
+        _ => until("no VMM is left", CALL, || {
             Ok((a.vmms().is_empty() && b.vmms().is_empty()).then_some(()))
         }),
     }
 }
 
-/// Who runs the guest has its disk, under the guest's epoch; of a guest that crashed nobody has it.
+/// Who runs the guest has its disk, under the guest's epoch; of a guest that crashed or is off nobody has it.
 fn disk_is_the_runners(stage: &Stage, looks: &[Look; 2], ending: Ending) -> Result<()> {
     let image = stage.disk();
+    if stage.power == Power::Off {
+        ensure!(
+            !disk::is_locked(&image)?,
+            "the disk of an instance that is off is locked"
+        );
+        return Ok(());
+    }
     let (host, look) = match ending {
         Ending::AtA => ("a", &looks[0]),
         Ending::AtB => ("b", &looks[1]),
@@ -137,18 +142,25 @@ fn never_two(stage: &Stage) -> Result<()> {
     Ok(())
 }
 
-/// A guest that crashed can be started where it did, under an epoch that nobody had.
+/// A guest that crashed, or that was off all the while, can be started where it is, under an epoch that nobody had.
 fn starts_again(stage: &Stage, ending: Ending) -> Result<()> {
-    let host = match ending {
-        Ending::AtA | Ending::AtB => return Ok(()),
-        Ending::CrashedAtA => &stage.pair.a,
-        Ending::CrashedAtB => &stage.pair.b,
+    let host = match (stage.power, ending) {
+        (Power::On, Ending::AtA | Ending::AtB) => return Ok(()),
+        (_, Ending::AtA | Ending::CrashedAtA) => &stage.pair.a,
+        (_, Ending::AtB | Ending::CrashedAtB) => &stage.pair.b,
     };
+    if stage.power == Power::Off {
+        // A guest that ran meanwhile would have been ready.
+        ensure!(
+            stage.witness.times_ready() == 1,
+            "the guest of an instance that is off was started"
+        );
+    }
     host.ferry(&["start", NAME])?.exit(0)?;
     let shown = host.wait_for_status(NAME, "running")?;
     let epoch = shown["epoch"].as_u64().context("no epoch is shown")?;
     ensure!(
-        epoch > FIRST_EPOCH,
+        epoch > stage.power.epoch(),
         "it was started under epoch {epoch}, which it had before"
     );
     stage.witness.wait_ready_times(2)

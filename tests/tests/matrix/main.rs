@@ -7,7 +7,8 @@
 //!
 //! A cell is a test of its own, named `course::moment::site::fault`, and has a pair of agents of its own. Cells run side by side: most of
 //! their time is spent waiting. All from ARM to CONFIRM are run always; the others take turns by commit, `FERRY_LONG_TESTS=1` runs all.
-//! With `FERRY_MATRIX_COLD=1` every migration is a cold one.
+//! Those named `stopped-course::…` move an instance that is off; they take turns, too. With `FERRY_MATRIX_COLD=1` every migration is a
+//! cold one.
 
 mod cell;
 mod choice;
@@ -29,9 +30,9 @@ use ferry_rpc::faults::{Moment, Site};
 use libtest_mimic::{Arguments, Trial};
 use rustix::fs::{Access, access};
 
-use crate::cell::{Cell, faults_at};
+use crate::cell::{Cell, Power, faults_at};
 use crate::choice::Choice;
-use crate::course::{Reach, Stretch, reach};
+use crate::course::{Reach, Stretch, is_for_a_stopped_one, reach};
 use crate::table::Table;
 
 /// How many cells run side by side, on whatever machine: two agents and two small guests each, and most of them wait for something.
@@ -62,10 +63,19 @@ fn cells() -> impl Iterator<Item = (Cell, Stretch)> {
         Reach::On(course, stretch) => Some((site, course, stretch)),
         Reach::AfterFault | Reach::Never => None,
     });
-    reached.flat_map(|(site, course, stretch)| {
+    let powers = |site| -> &'static [Power] {
+        match is_for_a_stopped_one(site) {
+            true => &[Power::On, Power::Off],
+            false => &[Power::On],
+        }
+    };
+    let with_power = reached
+        .flat_map(move |(site, course, stretch)| powers(site).iter().map(move |&power| (power, site, course, stretch)));
+    with_power.flat_map(|(power, site, course, stretch)| {
         [Moment::Before, Moment::After].into_iter().flat_map(move |moment| {
             faults_at(site).map(move |fault| {
                 let cell = Cell {
+                    power,
                     course,
                     site,
                     moment,

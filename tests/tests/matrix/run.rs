@@ -12,7 +12,7 @@ use ferry_rpc::faults::{Moment, Site, Word};
 use ferry_tests::{Call, Guest, Host, Pair, Relay, Tampering, Witness, disk, process, until};
 use rustix::process::Signal;
 
-use crate::cell::{Actor, Cell, Ending, Fault, LATE, STOPPED};
+use crate::cell::{Actor, Cell, Ending, Fault, LATE, Power, STOPPED};
 use crate::course::Course;
 use crate::cut;
 use crate::expectation::{Said, Scene, allowed};
@@ -35,7 +35,9 @@ pub(crate) struct Stage {
     pub(crate) gate: Gate,
     pub(crate) pair: Pair,
     pub(crate) witness: Witness,
-    pub(crate) vmm_a: u32,
+    pub(crate) power: Power,
+    /// That of a guest that runs; the machine of an instance that is off is not held yet.
+    pub(crate) vmm_a: Option<u32>,
     vmm_b: Option<u32>,
     pub(crate) migration: String,
     /// How it stood right after somebody was killed.
@@ -68,7 +70,7 @@ const HEALED: Duration = Duration::from_secs(90);
 /// # Errors
 /// What does not hold, and what passed the gate.
 pub(crate) fn run(cell: &Cell) -> Result<(Outcome, HashSet<Site>)> {
-    let mut stage = Stage::set()?;
+    let mut stage = Stage::set(cell.power)?;
     let outcome = stage.play(cell).with_context(|| {
         let (gate, story) = (stage.gate.story(), stage.pair.story());
         format!("{cell}\npassed the gate: {gate}\n{story}")
@@ -97,8 +99,20 @@ fn boot(pair: &Pair) -> Result<Witness> {
     Ok(witness)
 }
 
+/// Stops the guest that was booted; from then on none may run.
+fn switch_off(pair: &Pair, witness: &Witness) -> Result<()> {
+    pair.keep_logs();
+    pair.a.ferry(&["stop", NAME, "--force"])?.exit(0)?;
+    pair.a.wait_for_status(NAME, "stopped")?;
+    ensure!(
+        witness.is_silent(Duration::from_millis(50)),
+        "a guest that was stopped beats"
+    );
+    Ok(())
+}
+
 impl Stage {
-    fn set() -> Result<Self> {
+    fn set(power: Power) -> Result<Self> {
         let mut pair = Pair::prepare()?;
         EXPECTED.iter().for_each(|words| pair.expect_complaint(words));
         let gate = Gate::open(pair.folder())?;
@@ -110,11 +124,18 @@ impl Stage {
             host.start()?;
         }
         let witness = boot(&pair)?;
-        let vmm_a = pair.a.vmm()?;
+        let vmm_a = match power {
+            Power::On => Some(pair.a.vmm()?),
+            Power::Off => {
+                switch_off(&pair, &witness)?;
+                None
+            }
+        };
         Ok(Self {
             pair,
             gate,
             witness,
+            power,
             vmm_a,
             vmm_b: None,
             migration: String::new(),
@@ -127,6 +148,7 @@ impl Stage {
     fn play(&mut self, cell: &Cell) -> Result<Outcome> {
         self.set_out(cell)?;
         self.pair.keep_logs();
+        self.vmm_a = self.vmm_a.or_else(|| self.pair.a.vmms().first().copied());
         self.vmm_b = self.pair.b.vmms().first().copied();
         let before = self.scene()?;
         let struck = self.strike(cell.fault)?;
@@ -138,7 +160,7 @@ impl Stage {
             self.abort()?;
         }
         let looks = self.settle()?;
-        let ending = judge::ending(&looks)?;
+        let ending = judge::ending(self.power, &looks)?;
         // Who is held does not hold everybody: what it was at the very moment is one of the two, or between them.
         let after = self.struck.take().unwrap_or_else(|| before.clone());
         let allowed = [allowed(cell, &before), allowed(cell, &after)].concat();
@@ -172,9 +194,9 @@ impl Stage {
             Course::Recalled => self.gate.hold(Moment::Before, Site::GiveGrant),
         }
         let mut words = vec!["--detach", "--digests"];
-        words.extend_from_slice(match std::env::var_os(COLD) {
-            None => &["--max-downtime", "2s"],
-            Some(_) => &["--cold"],
+        words.extend_from_slice(match (cell.power, std::env::var_os(COLD)) {
+            (Power::On, None) => &["--max-downtime", "2s"],
+            (Power::Off, _) | (_, Some(_)) => &["--cold"],
         });
         if cell.course == Course::Aborted {
             words.extend(["--hold-at", "armed"]);
@@ -286,7 +308,7 @@ impl Stage {
     fn process(&self, actor: Actor) -> Option<u32> {
         let id = match actor {
             Actor::AgentA => self.pair.a.pid(),
-            Actor::VmmA => Some(self.vmm_a),
+            Actor::VmmA => self.vmm_a,
             Actor::VmmB => self.vmm_b,
             Actor::AgentB => self.pair.b.pid(),
         };

@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ferry_rpc::faults::{Moment, Site};
 
-use crate::cell::{Actor, Cell, Ending, Fault};
+use crate::cell::{Actor, Cell, Ending, Fault, Power};
 use crate::run::Outcome;
 
 /// Outcomes by row and column; none of a cell that failed.
@@ -30,9 +30,17 @@ impl Table {
     /// Enters what came of a cell, and the sites that somebody came by in it; none of one that failed.
     pub(crate) fn enter(&self, cell: &Cell, ran: Option<&(Outcome, HashSet<Site>)>) {
         let at = Site::ALL.iter().position(|site| *site == cell.site).unwrap_or_default();
-        let number = 2 * at + usize::from(cell.moment == Moment::After);
+        let block = match cell.power {
+            Power::On => 0,
+            Power::Off => Site::ALL.len(),
+        };
+        let number = 2 * (block + at) + usize::from(cell.moment == Moment::After);
+        let title = format!("{} {} {}", cell.course, cell.moment, cell.site);
         let row = || Row {
-            title: format!("{} {} {}", cell.course, cell.moment, cell.site),
+            title: match cell.power {
+                Power::On => title,
+                Power::Off => format!("stopped-{title}"),
+            },
             columns: BTreeMap::new(),
         };
         let mut told = self.lock();
@@ -52,15 +60,15 @@ impl Table {
             return;
         }
         println!(
-            "\nwhere the guest was in the end: A, B; a, b where it crashed; - nobody there to fail; ! not as it must be\n"
+            "\nwhere the guest (of stopped-…: the instance) was in the end: A, B; a, b where it crashed; - nobody there to fail; ! not as it must be\n"
         );
-        print!("{:44}", "");
+        print!("{:52}", "");
         for column in COLUMNS {
             print!(" {column}");
         }
         println!();
         for row in rows.values() {
-            print!("{:44}", row.title);
+            print!("{:52}", row.title);
             for column in COLUMNS {
                 let mark = row.columns.get(column).map_or(' ', |outcome| mark(*outcome));
                 print!(" {mark:^width$}", width = column.len());

@@ -142,7 +142,7 @@ fn a_source_agent_killed_while_preparing_undoes_it_and_says_what(pair: &mut Pair
     let record = pair.wait_over(&underway.id)?.is("failed", "a")?;
     ensure!(record.text("restarted_in")? == "prepare", "{}", record.record);
     ensure!(record.text("error")?.contains("in step prepare"), "{}", record.record);
-    ensure!(undone(&record) == ["prepare"], "{}", record.record);
+    ensure!(undone(&record) == ["prepare", "queue"], "{}", record.record);
     stays_and_moves_later(pair, &witness)
 }
 
@@ -219,7 +219,7 @@ fn a_stopped_instance_stays_stopped_when_its_agent_is_killed(pair: &mut Pair) ->
     pair.a.start()?;
 
     let record = pair.wait_over(&underway.id)?.is("failed", "a")?;
-    ensure!(undone(&record) == ["prepare", "build"], "{}", record.record);
+    ensure!(undone(&record) == ["prepare", "build", "queue"], "{}", record.record);
     is_stopped_at_the_source(pair)
 }
 

@@ -32,6 +32,7 @@ mod moves;
 mod networks;
 mod placement;
 mod progress;
+mod queue;
 mod refusals;
 mod requests;
 mod resolves;
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
         requests::trials(),
         events::trials(),
         aborts::trials(),
+        queue::trials(),
         cold::trials(),
         convergence::trials(),
         agents::trials(),

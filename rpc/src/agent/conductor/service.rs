@@ -21,7 +21,7 @@ use crate::agent::context::RequestContext;
 use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
-use crate::agent::journal::{MigrationRow, Role};
+use crate::agent::journal::{MigrationRow, Report, Role};
 use crate::agent::outgoing::{Outgoing, check_retuning};
 use crate::agent::peers::{CALL_TIME, ConductorClient, Peer};
 
@@ -64,25 +64,25 @@ impl Conductor for ConductorService {
 
     async fn list_migrations(&self, request: Request<ListMigrationsRequest>) -> Answer<ListMigrationsReply> {
         let wanted = request.into_inner().instance;
-        let reports = self
-            .0
-            .journal
-            .read(MigrationRow::reports)
-            .await
-            .map_err(Failure::from)?;
+        let reports = self.0.journal.read(MigrationRow::reports).await;
+        let reports = reports.map_err(Failure::from)?;
+        // Tens of milliseconds for thousands: other tasks go elsewhere meanwhile.
+        let read = tokio::task::block_in_place(|| reports.iter().map(Report::read).collect::<Result<Vec<_>, _>>());
+        let read = read.map_err(|source| Failure::Host {
+            what: "failed to read the journal's records of migrations".to_owned(),
+            source: source.into(),
+        })?;
         let is_wanted = |info: &MigrationInfo| wanted.is_empty() || info.instance == wanted || info.name == wanted;
-        let migrations = reports
-            .into_iter()
-            .map(|(id, info)| self.0.current(id, info))
-            .filter(is_wanted)
-            .collect();
-        Ok(Response::new(ListMigrationsReply { migrations }))
+        let migrations = read.into_iter().map(|info| self.0.newest(info)).filter(is_wanted);
+        Ok(Response::new(ListMigrationsReply {
+            migrations: migrations.collect(),
+        }))
     }
 
     async fn show_migration(&self, request: Request<MigrationRequest>) -> Answer<MigrationInfo> {
         let (context, request) = (RequestContext::of_question(&request), request.into_inner());
         match self.0.place(&context, &request).await? {
-            Place::Here(row) => Ok(Response::new(self.0.current(row.id, row.info))),
+            Place::Here(row) => Ok(Response::new(self.0.newest(row.info))),
             Place::There(peer) => {
                 let show = |mut client: ConductorClient| async move { client.show_migration(forwarded(request)).await };
                 peer.forward(&context, show).await
@@ -236,11 +236,13 @@ impl Agent {
         }
     }
 
-    /// The record as it stands: the task's, while there is one.
-    fn current(&self, id: Uuid, journalled: MigrationInfo) -> MigrationInfo {
-        match self.outgoing.find(id) {
+    /// The record as it stands: the task's, while there is one. One that has ended stands as it was written.
+    fn newest(&self, written: MigrationInfo) -> MigrationInfo {
+        let goes_on = written.ended.is_none();
+        let id = goes_on.then(|| wire_uuid("migration", &written.id).ok()).flatten();
+        match id.and_then(|id| self.outgoing.find(id)) {
             Some(outgoing) => outgoing.watch().borrow().clone(),
-            None => journalled,
+            None => written,
         }
     }
 

@@ -11,7 +11,6 @@ use ferry_migration::handover::Origin;
 use ferry_proto::agent::v1::InstanceInfo;
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{self as wire};
-use tokio::sync::Semaphore;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 use uuid::Uuid;
@@ -23,7 +22,7 @@ use crate::agent::images;
 use crate::agent::incoming::IncomingMigrations;
 use crate::agent::journal::{Arrival, InstanceRow, Journal, Status};
 use crate::agent::mode::Mode;
-use crate::agent::outgoing::OutgoingMigrations;
+use crate::agent::outgoing::{OutgoingMigrations, Queue};
 use crate::agent::peers::Peers;
 use crate::agent::reason::Reason;
 use crate::agent::vmm_client::Vmm;
@@ -42,8 +41,8 @@ pub(crate) struct Agent {
     pub(crate) outgoing: OutgoingMigrations,
     pub(crate) incoming: IncomingMigrations,
     pub(crate) peers: Peers,
-    /// Nova's max_concurrent_live_migrations: migrations out of here beyond it are queued.
-    pub(crate) slots: Arc<Semaphore>,
+    /// The migrations out of here that wait for their turn.
+    pub(crate) queue: Queue,
     /// Instances whose next start is in the journal, to whoever starts them.
     pub(crate) due: UnboundedSender<Uuid>,
 }
@@ -187,6 +186,16 @@ impl InstanceState {
         self.outcome.is_some() && self.row.status != Status::Incoming
     }
 
+    /// Whether a migration into here still has it. One that comes stopped is that from RUNNING on, and the machine that was held of it is
+    /// not ended yet: who started it now would have the new machine ended in its place.
+    pub(crate) fn is_arriving(&self) -> bool {
+        match self.row.status {
+            Status::Incoming => true,
+            Status::Stopped => self.news.is_some() && self.migrating.is_none(),
+            _ => false,
+        }
+    }
+
     /// Refuses what a user may not do to an instance that is migrating, or that a snapshot is written of.
     ///
     /// # Errors
@@ -198,7 +207,7 @@ impl InstanceState {
                 self.row.spec.name
             )));
         }
-        let arriving = self.row.migration.filter(|_| self.row.status == Status::Incoming);
+        let arriving = self.row.migration.filter(|_| self.is_arriving());
         match self.migrating.or(arriving) {
             None => Ok(()),
             Some(migration) => Err(Failure::Refused(format!(
@@ -389,5 +398,39 @@ impl Agent {
                 super::super::spawn::remove_cgroup(&id.to_string());
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ferry_proto::agent::v1::InstanceSpec;
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    fn stopped() -> Instance {
+        Instance::new(InstanceRow {
+            id: Uuid::from_u128(1),
+            status: Status::Stopped,
+            epoch: 3,
+            known_epoch: 3,
+            spec: InstanceSpec::default(),
+            migration: Some(Uuid::from_u128(2)),
+            reason: None,
+            boot_id: String::new(),
+            restarts: Default::default(),
+        })
+    }
+
+    #[tokio::test]
+    async fn an_instance_that_came_stopped_is_its_migrations_until_its_machine_is_ended() {
+        let instance = stopped();
+        let mut state = instance.state.lock().await;
+        assert!(state.check_idle("start").is_ok());
+        let (news, _) = mpsc::unbounded_channel();
+        state.news = Some(news);
+        let refused = state.check_idle("start").unwrap_err().chain();
+        assert!(refused.contains(&Uuid::from_u128(2).to_string()), "{refused}");
+        assert!(state.check_can_migrate(Mode::Cold).is_err());
     }
 }

@@ -208,11 +208,11 @@ impl Agent {
 
     /// Aborts the migration of an instance, or waits until it is decided.
     async fn end_migration(&self, instance: &Arc<Instance>, patience: Duration) -> Result<(), Failure> {
-        let (migrating, row) = {
+        let (migrating, is_arriving, row) = {
             let state = instance.state.lock().await;
-            (state.migrating, state.row.clone())
+            (state.migrating, state.is_arriving(), state.row.clone())
         };
-        if row.status == Status::Incoming {
+        if is_arriving {
             return self.refuse_incoming(instance, &row, patience).await;
         }
         let Some(migration) = migrating else {

@@ -27,17 +27,15 @@ impl AuditRow {
     pub(crate) fn add(&self, transaction: &Transaction<'_>) -> rusqlite::Result<()> {
         let result: String = self.result.chars().take(MOST_RESULT).collect();
         transaction
-            .execute(
-                "INSERT INTO audit(time,actor,request,what,instance,result) VALUES(?1,?2,?3,?4,?5,?6)",
-                (
-                    &self.time,
-                    &self.actor,
-                    &self.request,
-                    self.what,
-                    &self.instance,
-                    result,
-                ),
-            )
+            .prepare_cached("INSERT INTO audit(time,actor,request,what,instance,result) VALUES(?1,?2,?3,?4,?5,?6)")?
+            .execute((
+                &self.time,
+                &self.actor,
+                &self.request,
+                self.what,
+                &self.instance,
+                result,
+            ))
             .map(drop)
     }
 }

@@ -19,17 +19,17 @@ pub(crate) struct DecisionRow {
 impl DecisionRow {
     /// Moves the register. The value that is there never goes back from a final one.
     pub(crate) fn save(&self, transaction: &Transaction<'_>) -> rusqlite::Result<()> {
-        let changed = transaction.execute(
+        let mut save = transaction.prepare_cached(
             "INSERT INTO decisions VALUES(?1,?2,?3,?4)
              ON CONFLICT(migration, attempt) DO UPDATE SET decision=?3, boot_id=?4
              WHERE decision NOT IN ('RUNNING','SRC') OR decision=?3",
-            (
-                self.migration.to_string(),
-                self.attempt,
-                self.decision.as_str(),
-                &self.boot_id,
-            ),
         )?;
+        let changed = save.execute((
+            self.migration.to_string(),
+            self.attempt,
+            self.decision.as_str(),
+            &self.boot_id,
+        ))?;
         if changed == 1 {
             Ok(())
         } else {

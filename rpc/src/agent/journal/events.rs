@@ -57,18 +57,18 @@ const COLUMNS: &str = "instance,name,action,actor,request,migration,started,fini
 impl EventRow {
     /// Adds an event that begins, and gives its number back. What is too old makes room for it.
     pub(crate) fn begin(&self, transaction: &Transaction<'_>) -> rusqlite::Result<i64> {
-        transaction.execute(
+        let mut add = transaction.prepare_cached(
             "INSERT INTO events(instance,name,action,actor,request,migration,started) VALUES(?1,?2,?3,?4,?5,?6,?7)",
-            (
-                &self.instance,
-                &self.name,
-                self.action,
-                &self.actor,
-                &self.request,
-                &self.migration,
-                &self.started,
-            ),
         )?;
+        add.execute((
+            &self.instance,
+            &self.name,
+            self.action,
+            &self.actor,
+            &self.request,
+            &self.migration,
+            &self.started,
+        ))?;
         let id = transaction.last_insert_rowid();
         prune(transaction, "events", &self.instance, [MOST_OF_ONE, MOST])?;
         Ok(id)
@@ -101,10 +101,9 @@ impl EventEnd {
     /// Ends the event with this number, unless it has ended.
     pub(crate) fn of_event(&self, transaction: &Transaction<'_>, id: i64) -> rusqlite::Result<()> {
         let message = self.message.as_ref().map(|message| shortened(message, MOST_MESSAGE));
-        transaction.execute(
-            "UPDATE events SET finished=?2, result=?3, message=?4 WHERE id=?1 AND finished IS NULL",
-            (id, &self.finished, self.result, message),
-        )?;
+        transaction
+            .prepare_cached("UPDATE events SET finished=?2, result=?3, message=?4 WHERE id=?1 AND finished IS NULL")?
+            .execute((id, &self.finished, self.result, message))?;
         self.fault.as_ref().map_or(Ok(()), |fault| fault.add(transaction))
     }
 
@@ -112,7 +111,8 @@ impl EventEnd {
     pub(crate) fn of_migration(&self, transaction: &Transaction<'_>, migration: &str) -> rusqlite::Result<()> {
         let query = format!("SELECT id FROM events WHERE migration=?1 AND {IS_MIGRATION}");
         let found: Option<i64> = transaction
-            .query_row(&query, [migration], |row| row.get(0))
+            .prepare_cached(&query)?
+            .query_row([migration], |row| row.get(0))
             .optional()?;
         found.map_or(Ok(()), |id| self.of_event(transaction, id))
     }
@@ -141,18 +141,16 @@ pub(super) fn prune(
         "events" => "AND finished IS NOT NULL",
         _ => "",
     };
-    transaction.execute(
-        &format!(
-            "DELETE FROM {table} WHERE instance=?1 {ended} AND id <=
+    let mut of_one = transaction.prepare_cached(&format!(
+        "DELETE FROM {table} WHERE instance=?1 {ended} AND id <=
              (SELECT id FROM {table} WHERE instance=?1 ORDER BY id DESC LIMIT 1 OFFSET ?2)"
-        ),
-        (instance, most_of_one),
-    )?;
+    ))?;
+    of_one.execute((instance, most_of_one))?;
     transaction
-        .execute(
-            &format!("DELETE FROM {table} WHERE id <= (SELECT max(id) FROM {table}) - ?1 {ended}"),
-            [most],
-        )
+        .prepare_cached(&format!(
+            "DELETE FROM {table} WHERE id <= (SELECT max(id) FROM {table}) - ?1 {ended}"
+        ))?
+        .execute([most])
         .map(drop)
 }
 

@@ -81,30 +81,32 @@ pub(crate) struct Restarts {
 impl InstanceRow {
     /// Writes the row, new or changed.
     pub(crate) fn save(&self, transaction: &Transaction<'_>) -> rusqlite::Result<()> {
-        transaction.execute(
+        let mut save = transaction.prepare_cached(
             "INSERT INTO instances(id,name,status,epoch,known_epoch,spec,migration,reason,boot_id,
                                    restarts,restart_at,asked_off,started)
              VALUES(?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13)
              ON CONFLICT(id) DO UPDATE SET name=?2,status=?3,epoch=?4,known_epoch=?5,spec=?6,migration=?7,reason=?8,boot_id=?9,
                                            restarts=?10,restart_at=?11,asked_off=?12,started=?13",
-            (
-                self.id.to_string(),
-                &self.spec.name,
-                self.status.as_str(),
-                self.epoch,
-                self.known_epoch,
-                serde_json::to_string(&self.spec).map_err(|e| rusqlite::Error::ToSqlConversionFailure(e.into()))?,
-                self.migration.map(|id| id.to_string()),
-                &self.reason,
-                &self.boot_id,
-                self.restarts.count,
-                self.restarts.due,
-                self.restarts.asked_off,
-                self.restarts.started,
-            ),
         )?;
-        transaction.execute("DELETE FROM departed WHERE id=?1", [self.id.to_string()])?;
-        Ok(())
+        save.execute((
+            self.id.to_string(),
+            &self.spec.name,
+            self.status.as_str(),
+            self.epoch,
+            self.known_epoch,
+            serde_json::to_string(&self.spec).map_err(|e| rusqlite::Error::ToSqlConversionFailure(e.into()))?,
+            self.migration.map(|id| id.to_string()),
+            &self.reason,
+            &self.boot_id,
+            self.restarts.count,
+            self.restarts.due,
+            self.restarts.asked_off,
+            self.restarts.started,
+        ))?;
+        transaction
+            .prepare_cached("DELETE FROM departed WHERE id=?1")?
+            .execute([self.id.to_string()])
+            .map(drop)
     }
 
     /// Every instance of this host.

@@ -41,6 +41,19 @@ pub(crate) struct MigrationRow {
     pub(crate) began: i64,
 }
 
+/// What is to be known of a migration, as it was last written.
+pub(crate) struct Report(String);
+
+impl Report {
+    /// What it says.
+    ///
+    /// # Errors
+    /// It is not what this agent writes.
+    pub(crate) fn read(&self) -> serde_json::Result<MigrationInfo> {
+        serde_json::from_str(&self.0)
+    }
+}
+
 const COLUMNS: &str = "id,instance,role,peer,epoch,over,armed,said,resumed,user_paused,options,info,began";
 
 impl MigrationRow {
@@ -62,58 +75,50 @@ impl MigrationRow {
     pub(crate) fn save(&self, transaction: &Transaction<'_>) -> rusqlite::Result<()> {
         let json = |error: serde_json::Error| rusqlite::Error::ToSqlConversionFailure(error.into());
         transaction
-            .execute(
-                &format!(
-                    "INSERT OR REPLACE INTO migrations({COLUMNS}) VALUES(?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13)"
-                ),
-                (
-                    self.id.to_string(),
-                    self.instance.to_string(),
-                    self.role.as_str(),
-                    &self.peer,
-                    self.epoch,
-                    self.over,
-                    self.armed,
-                    &self.said,
-                    self.resumed,
-                    self.user_paused,
-                    serde_json::to_string(&self.options).map_err(json)?,
-                    serde_json::to_string(&self.info).map_err(json)?,
-                    self.began,
-                ),
-            )
+            .prepare_cached(&format!(
+                "INSERT INTO migrations({COLUMNS}) VALUES(?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13)
+                     ON CONFLICT(id) DO UPDATE SET instance=?2,role=?3,peer=?4,epoch=?5,over=?6,armed=?7,said=?8,
+                                                   resumed=?9,user_paused=?10,options=?11,info=?12,began=?13"
+            ))?
+            .execute((
+                self.id.to_string(),
+                self.instance.to_string(),
+                self.role.as_str(),
+                &self.peer,
+                self.epoch,
+                self.over,
+                self.armed,
+                &self.said,
+                self.resumed,
+                self.user_paused,
+                serde_json::to_string(&self.options).map_err(json)?,
+                serde_json::to_string(&self.info).map_err(json)?,
+                self.began,
+            ))
             .map(drop)
     }
 
     /// The migration with this id.
     pub(crate) fn find(connection: &Connection, id: Uuid) -> rusqlite::Result<Option<Self>> {
         connection
-            .query_row(
-                &format!("SELECT {COLUMNS} FROM migrations WHERE id=?1"),
-                [id.to_string()],
-                Self::from_row,
-            )
+            .prepare_cached(&format!("SELECT {COLUMNS} FROM migrations WHERE id=?1"))?
+            .query_row([id.to_string()], Self::from_row)
             .optional()
     }
 
-    /// Of each migration its id and the last report, the newest last. There may be thousands: nothing else of them is read.
-    pub(crate) fn reports(connection: &Connection) -> rusqlite::Result<Vec<(Uuid, MigrationInfo)>> {
-        let report = |row: &Row<'_>| {
-            let info = serde_json::from_str(row.get_ref(1)?.as_str()?).map_err(|error| bad_text(1, error))?;
-            Ok((uuid(row.get_ref(0)?.as_str()?, 0)?, info))
-        };
+    /// The last report of each migration, the newest last, as it was written. There may be thousands: nothing else of them is read,
+    /// and whoever asked for them makes sense of them, not the journal's thread.
+    pub(crate) fn reports(connection: &Connection) -> rusqlite::Result<Vec<Report>> {
         connection
-            .prepare("SELECT id, info FROM migrations ORDER BY began, id")?
-            .query_map((), report)?
+            .prepare("SELECT info FROM migrations ORDER BY began, id")?
+            .query_map((), |row| row.get(0).map(Report))?
             .collect()
     }
 
-    /// The migrations that are not over.
+    /// The migrations that are not over, in the order in which they were accepted: a row keeps the place in which it was added.
     pub(crate) fn unfinished(connection: &Connection) -> rusqlite::Result<Vec<Self>> {
         connection
-            .prepare(&format!(
-                "SELECT {COLUMNS} FROM migrations WHERE over=0 ORDER BY began, id"
-            ))?
+            .prepare(&format!("SELECT {COLUMNS} FROM migrations WHERE over=0 ORDER BY rowid"))?
             .query_map((), Self::from_row)?
             .collect()
     }

@@ -1,4 +1,6 @@
 //! The thread that owns the database.
+//!
+//! Writes that wait for it at the same time share one commit (`together.rs`): each is answered when that is on the disk.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,6 +13,7 @@ use rusqlite::{Connection, ErrorCode, Transaction};
 use tokio::sync::{oneshot, watch};
 
 use super::schema::{self, NotOpened};
+use super::together::{self, Waiting, Write};
 
 /// Why the journal did not take a write, or could not be read. What was acknowledged before is not touched by it.
 #[derive(Debug, thiserror::Error)]
@@ -90,7 +93,13 @@ impl JournalError {
     }
 }
 
-type Job = Box<dyn FnOnce(&mut Connection) + Send>;
+/// What the thread is given to do.
+pub(super) enum Job {
+    /// Something of its own.
+    Alone(Box<dyn FnOnce(&mut Connection) + Send>),
+    /// A write that may share its commit with others.
+    Write(Box<dyn Write>),
+}
 
 /// A handle on the journal; clones share it.
 #[derive(Clone)]
@@ -112,6 +121,8 @@ impl Drop for Switchover {
 
 /// How long the journal is idle before its WAL is moved into the database.
 const IDLE: Duration = Duration::from_secs(1);
+/// How many statements are kept compiled. There are some forty.
+const STATEMENTS: usize = 64;
 
 impl Journal {
     /// Opens the journal, creating it where there is none.
@@ -127,6 +138,7 @@ impl Journal {
                 source,
             },
         })?;
+        connection.set_prepared_statement_cache_capacity(STATEMENTS);
         let (jobs, receiver) = mpsc::channel();
         let switchovers = Arc::new(AtomicUsize::new(0));
         let writable = Arc::new(watch::channel(true).0);
@@ -143,7 +155,8 @@ impl Journal {
         })
     }
 
-    /// Runs `work` in a transaction of its own; when this returns, it is durable.
+    /// Runs `work`, all of it or nothing; when this returns, it is durable. Others' works that wait at the same moment are committed
+    /// with it, and one of them that fails takes nothing of it along.
     ///
     /// # Errors
     /// Nothing of it is in the journal, or it cannot be told whether it is.
@@ -151,7 +164,8 @@ impl Journal {
         &self,
         work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, JournalError> {
-        let written = self.run(move |connection| in_transaction(connection, work)).await;
+        let (waiting, answer) = Waiting::new(work);
+        let written = self.ask(Job::Write(Box::new(waiting)), answer).await;
         let is_writable = !matches!(&written, Err(error) if error.is_of_the_disk());
         tell_writable(&self.writable, is_writable);
         written
@@ -171,13 +185,13 @@ impl Journal {
 
     /// The same, by whoever cannot wait for it.
     pub(crate) fn note_later(&self, work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<()> + Send + 'static) {
-        let job: Job = Box::new(move |connection| {
+        let job = Box::new(move |connection: &mut Connection| {
             if let Err(error) = without_sync(connection, work) {
                 tracing::error!(%error, "the journal did not take a note");
             }
         });
         // A journal that has ended takes no note.
-        let _ = self.jobs.send(job);
+        let _ = self.jobs.send(Job::Alone(job));
     }
 
     /// Whether it takes writes, by the last one. One that does not is tried again each second.
@@ -207,10 +221,14 @@ impl Journal {
         work: impl FnOnce(&mut Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, JournalError> {
         let (reply, answer) = oneshot::channel();
-        let job: Job = Box::new(move |connection| {
+        let job = Box::new(move |connection: &mut Connection| {
             // Whoever asked may have given up waiting.
             let _ = reply.send(work(connection));
         });
+        self.ask(Job::Alone(job), answer).await
+    }
+
+    async fn ask<T>(&self, job: Job, answer: oneshot::Receiver<rusqlite::Result<T>>) -> Result<T, JournalError> {
         self.jobs.send(job).map_err(|_| JournalError::Ended)?;
         let result = answer.await.map_err(|_| JournalError::Ended)?;
         result.map_err(|source| JournalError::of(&self.path, source))
@@ -246,10 +264,15 @@ fn tell_writable(writable: &watch::Sender<bool>, now: bool) {
 
 fn write(mut connection: Connection, jobs: &Receiver<Job>, switchovers: &AtomicUsize, writable: &watch::Sender<bool>) {
     let mut written = false;
+    let mut next = None;
     loop {
-        match jobs.recv_timeout(IDLE) {
-            Ok(job) => {
+        match next.take().map_or_else(|| jobs.recv_timeout(IDLE), Ok) {
+            Ok(Job::Alone(job)) => {
                 job(&mut connection);
+                written = true;
+            }
+            Ok(Job::Write(first)) => {
+                next = together::commit(&mut connection, first, jobs);
                 written = true;
             }
             Err(RecvTimeoutError::Timeout) => {

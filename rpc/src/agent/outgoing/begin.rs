@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
 use super::handle::{MOST_STREAMS, Outgoing, now_ms, now_text};
+use super::queue::Place;
 use super::retuning::note_terms;
 use super::script::Script;
 use crate::agent::backends::storage::Storage;
@@ -27,6 +28,23 @@ use crate::agent::spawn;
 use crate::agent::steps::SourceStep;
 use crate::agent::vmm_client::Vmm;
 use crate::vmm_process::monotonic_ns;
+
+/// Whether what is accepted begins at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Begins {
+    /// The cast has its record: it takes its number with its receipt.
+    Now,
+    /// At 4.0 a cast of its own follows: until then nobody waits behind it.
+    WithItsCast,
+}
+
+/// What the journal makes of a cast.
+enum Accepted {
+    /// It is written down, with its number in the queue if it begins now.
+    Now(Option<Place>),
+    /// It was before, under this epoch.
+    Before(u64),
+}
 
 impl Agent {
     /// Nova's live_migration cast: answered once the journal has it, before the work. The same id twice is one migration.
@@ -43,7 +61,7 @@ impl Agent {
         if cast.migration.is_empty() {
             return self.begin_accepted(&cast.instance).await;
         }
-        let receipt = self.accept(context, cast).await?;
+        let receipt = self.accept(context, cast, Begins::Now).await?;
         if let Some(outgoing) = wire_uuid("migration", &receipt.migration)
             .ok()
             .and_then(|id| self.outgoing.find(id))
@@ -62,7 +80,7 @@ impl Agent {
         context: &RequestContext,
         record: LiveMigrationCast,
     ) -> Result<Receipt, Failure> {
-        self.accept(context, record).await
+        self.accept(context, record, Begins::WithItsCast).await
     }
 
     async fn begin_accepted(&self, instance: &str) -> Result<Receipt, Failure> {
@@ -79,27 +97,39 @@ impl Agent {
         })
     }
 
-    async fn accept(self: &Arc<Self>, context: &RequestContext, cast: LiveMigrationCast) -> Result<Receipt, Failure> {
+    async fn accept(
+        self: &Arc<Self>,
+        context: &RequestContext,
+        cast: LiveMigrationCast,
+        begins: Begins,
+    ) -> Result<Receipt, Failure> {
         let id = wire_uuid("migration", &cast.migration)?;
-        let receipt = |replay, generation| Receipt {
-            migration: id.to_string(),
-            replay,
-            generation,
+        let refused = match self.accept_new(context, id, cast, begins).await {
+            Ok(receipt) => return Ok(receipt),
+            Err(refused) => refused,
         };
+        // One that was accepted before has its receipt, whatever would be said to it today: its guest may have left.
         let known = self
             .journal
             .read(move |connection| MigrationRow::find(connection, id))
             .await?;
-        if let Some(known) = known {
-            return Ok(receipt(true, known.epoch));
-        }
+        known.map_or(Err(refused), |known| Ok(receipt(id, true, known.epoch)))
+    }
+
+    async fn accept_new(
+        self: &Arc<Self>,
+        context: &RequestContext,
+        id: Uuid,
+        cast: LiveMigrationCast,
+        begins: Begins,
+    ) -> Result<Receipt, Failure> {
         let options = check_options(required("options", cast.options)?)?;
         let mode = Mode::parse(&options.mode)?;
         let instance = self.instance(&cast.instance).await?;
         let mut state = instance.state.lock().await;
         // The very same cast may have come meanwhile: it was sent again before its receipt was there.
         if state.row.migration == Some(id) {
-            return Ok(receipt(true, state.row.epoch));
+            return Ok(receipt(id, true, state.row.epoch));
         }
         state.check_can_migrate(mode)?;
         if cast.expected_epoch != 0 && cast.expected_epoch != state.row.epoch {
@@ -114,6 +144,10 @@ impl Agent {
         self.check_destination(&cast.destination)?;
         self.check_settled(&mut state).await?;
 
+        let step = match begins {
+            Begins::Now => SourceStep::Queue,
+            Begins::WithItsCast => SourceStep::Accept,
+        };
         let mut row = MigrationRow {
             id,
             instance: instance.id,
@@ -133,10 +167,10 @@ impl Agent {
                 name: state.row.spec.name.clone(),
                 source: self.host().to_owned(),
                 destination: cast.destination,
-                status: "accepted".to_owned(),
+                status: step.status().unwrap_or_default().to_owned(),
                 mode: mode.as_str().to_owned(),
                 guest_was: state.row.status.to_string(),
-                step: SourceStep::Accept.to_string(),
+                step: step.to_string(),
                 started: Some(now_text()),
                 guest_location: Some(self.host().to_owned()),
                 ..MigrationInfo::default()
@@ -150,13 +184,21 @@ impl Agent {
         instance_row.known_epoch = instance_row.known_epoch.max(row.epoch);
         let (saved, saved_instance) = (row.clone(), instance_row.clone());
         let event = Subject::migration(row.instance, &row.info.name, id).begins(context, Action::Migrate);
-        self.journal
-            .write(move |transaction| {
-                saved.save(transaction)?;
-                saved_instance.save(transaction)?;
-                event.begin(transaction)
-            })
-            .await?;
+        let queue = self.queue.clone();
+        let accepted = self.journal.write(move |transaction| {
+            if let Some(known) = MigrationRow::find(transaction, id)? {
+                return Ok(Accepted::Before(known.epoch));
+            }
+            saved.save(transaction)?;
+            saved_instance.save(transaction)?;
+            event.begin(transaction)?;
+            // Last, so that a row which is not written leaves no place behind.
+            Ok(Accepted::Now((begins == Begins::Now).then(|| queue.enter())))
+        });
+        let place = match accepted.await? {
+            Accepted::Now(place) => place,
+            Accepted::Before(epoch) => return Ok(receipt(id, true, epoch)),
+        };
         // Only what is durable has a receipt: a write that failed leaves no trace.
         state.row = instance_row;
         state.migrating = Some(id);
@@ -165,9 +207,10 @@ impl Agent {
             migration = %id, instance = %instance.id, destination = row.peer, request = context.request(), "migration accepted"
         );
         let generation = row.epoch;
-        let script = Script::new(self, context.without_deadline(), row, instance, Some(monotonic_ns()));
+        let mut script = Script::new(self, context.without_deadline(), row, instance, Some(monotonic_ns()));
+        script.place = place;
         tokio::spawn(script.run());
-        Ok(receipt(false, generation))
+        Ok(receipt(id, false, generation))
     }
 
     /// The destination is named, known, and another host.
@@ -182,6 +225,14 @@ impl Agent {
             ));
         }
         self.peers.named(destination).map(drop)
+    }
+}
+
+fn receipt(migration: Uuid, replay: bool, generation: u64) -> Receipt {
+    Receipt {
+        migration: migration.to_string(),
+        replay,
+        generation,
     }
 }
 
@@ -281,6 +332,24 @@ impl Script {
     }
 }
 
+/// Whether nothing was begun for a migration but that it was accepted: it only waits.
+pub(crate) fn waits(row: &MigrationRow) -> bool {
+    SourceStep::parse(&row.info.step).is_some_and(|step| step <= SourceStep::Queue)
+}
+
+/// Has a migration that [`waits`] wait on after a restart of the agent, behind those that this was called for before. The instance is
+/// marked as migrating before this returns.
+pub(crate) async fn wait_on(agent: &Arc<Agent>, mut row: MigrationRow, instance: Arc<Instance>) {
+    tracing::info!(migration = %row.id, step = row.info.step, "a migration waits on");
+    let has_its_cast = row.info.step == SourceStep::Queue.row().word;
+    row.info.restarted_in = Some(row.info.step.clone());
+    let context = agent.context_of(row.id).await;
+    instance.state.lock().await.migrating = Some(row.id);
+    let mut script = Script::new(agent, context, row, instance, None);
+    script.place = has_its_cast.then(|| agent.queue.enter());
+    tokio::spawn(script.run());
+}
+
 /// Goes on with an outgoing migration after a restart of the agent. The instance is marked as migrating before this returns.
 pub(crate) async fn recover(agent: &Arc<Agent>, mut row: MigrationRow, instance: Arc<Instance>) {
     let epoch = Epoch(row.epoch);
@@ -291,6 +360,7 @@ pub(crate) async fn recover(agent: &Arc<Agent>, mut row: MigrationRow, instance:
     let mut script = Script::new(agent, context, row, Arc::clone(&instance), None);
     let (news_sender, news) = mpsc::unbounded_channel();
     script.news = Some(news);
+    script.turn = Some(agent.queue.already_out());
     let mut state = instance.state.lock().await;
     state.migrating = Some(script.id());
     state.news = Some(news_sender);

@@ -127,7 +127,7 @@ impl Script {
                 SourceUndo::TakeMachineBack => self.take_machine_back().await && !self.is_decided(),
                 SourceUndo::RollBackDestination => self.destination_is_told().await,
                 SourceUndo::EndMachine => self.end_machine().await,
-                SourceUndo::GiveUpTurn => self.slot.take().is_some(),
+                SourceUndo::GiveUpTurn => self.turn.take().is_some(),
             };
             if undone {
                 tracing::info!(migration = %self.row.id, %step, "undone: {words}");

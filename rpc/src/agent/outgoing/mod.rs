@@ -7,11 +7,13 @@ mod begin;
 mod ending;
 mod figures;
 mod handle;
+mod queue;
 mod retuning;
 mod script;
 mod switchover;
 
-pub(crate) use begin::{PAUSE, check_options, recover, request_id};
+pub(crate) use begin::{PAUSE, check_options, recover, request_id, wait_on, waits};
 pub(crate) use figures::note_completed;
 pub(crate) use handle::{MOST_STREAMS, Outgoing, OutgoingMigrations, PeerNews, now_ms, now_text};
+pub(crate) use queue::Queue;
 pub(crate) use retuning::check_retuning;

@@ -11,12 +11,13 @@ use ferry_proto::agent::v1::{HeartbeatRequest, ImageChunk, PreLiveMigrationReply
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
-use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use super::begin::PAUSE;
 use super::handle::{Outgoing, PeerNews, Resolving};
+use super::queue::{Place, Turn};
 use super::retuning::Retuning;
 use crate::agent::backends::storage;
 use crate::agent::failure::Failure;
@@ -99,8 +100,10 @@ pub(super) struct Script {
     pub(super) rollback: Option<JoinHandle<bool>>,
     /// When how far the copy is was journalled last.
     pub(super) reported: Instant,
+    /// The number in the queue, until the turn has come.
+    pub(super) place: Option<Place>,
     /// The place among the migrations that run at the same time.
-    pub(super) slot: Option<OwnedSemaphorePermit>,
+    pub(super) turn: Option<Turn>,
 }
 
 impl Script {
@@ -136,7 +139,8 @@ impl Script {
             refusal: Mutex::new(None),
             rollback: None,
             reported: Instant::now(),
-            slot: None,
+            place: None,
+            turn: None,
         }
     }
 
@@ -178,11 +182,16 @@ impl Script {
 
     /// Queue, prepare, connect, and give the VMM its order. On an error nothing has been sent.
     async fn until_sending(&mut self) -> Result<(), Stop> {
-        self.wait_for_cast().await?;
-        self.enter(SourceStep::Queue).await?;
         let agent = Arc::clone(&self.agent);
-        let slot = self.unless_aborted(Arc::clone(&agent.slots).acquire_owned()).await?;
-        self.slot = Some(slot.map_err(|_| Stop::Failed("the agent is ending".to_owned()))?);
+        let place = match self.place.take() {
+            Some(place) => place,
+            None => {
+                self.wait_for_cast().await?;
+                self.enter(SourceStep::Queue).await?;
+                agent.queue.enter()
+            }
+        };
+        self.turn = Some(self.unless_aborted(place.turn()).await?);
         self.hold("queued").await?;
 
         if self.row.status_before() == Status::Stopped {
