@@ -1,13 +1,16 @@
-//! Ways in for the fuzz targets, which see only what is public.
+//! Ways in for the fuzz targets, which see only what is public. The tests feed them too.
 
 use std::io::{Cursor, Seek, SeekFrom};
 
-use ferry_proto::stream::v1::{self, from_source::Message as Said};
+use ferry_proto::stream::v1::{self, from_destination, from_source};
 use uuid::Uuid;
 
 use crate::guest::{FRAME_SIZE, MemoryShape, Region};
 use crate::handover::Epoch;
-use crate::wire::{FrameReader, StreamIdentity, Versions, check_hello, read_message, runs_from_wire};
+use crate::wire::{
+    FrameReader, StreamIdentity, Versions, attempt_from_wire, check_hello, digest_from_wire, read_message,
+    runs_from_wire, summed_up,
+};
 
 fn shape() -> MemoryShape {
     let region = |start_frame, frames| Region { start_frame, frames };
@@ -23,11 +26,12 @@ fn identity() -> StreamIdentity {
     }
 }
 
-/// A page stream: whatever is accepted lies in guest memory.
+/// A page stream whose frames sum up: whatever is accepted lies in guest memory.
 pub fn page_frames(bytes: &[u8]) {
-    let (mut reader, mut source, shape) = (FrameReader::new(0), Cursor::new(bytes), shape());
+    let (bytes, shape) = (summed_up(bytes), shape());
+    let (mut reader, mut source) = (FrameReader::new(0), Cursor::new(&bytes));
     if !matches!(reader.open(&mut source, &identity()), Ok(Some(()))) {
-        (reader, source) = (FrameReader::new(0), Cursor::new(bytes));
+        (reader, source) = (FrameReader::new(0), Cursor::new(&bytes));
     }
     while let Ok(Some(pages)) = reader.pages(&mut source, &shape) {
         assert!(pages.data.iter().chain(pages.zero).all(|&run| shape.contains(run)));
@@ -42,17 +46,151 @@ pub fn page_frames(bytes: &[u8]) {
 pub fn control_messages(bytes: &[u8]) {
     let (shape, mut source) = (shape(), Cursor::new(bytes));
     while let Ok(message) = read_message::<v1::FromSource>(&mut source) {
-        match message.message {
-            Some(Said::Hello(hello)) => {
-                let _ = check_hello(&hello, &identity(), &shape, Versions::OURS, |_| Vec::new());
-            }
-            Some(Said::Population(part)) => {
-                let runs = runs_from_wire(&part.populated, &shape).unwrap_or_default();
-                assert!(runs.into_iter().all(|run| shape.contains(run)));
-            }
-            _ => {}
-        }
+        message.message.into_iter().for_each(|said| from_a_source(said, &shape));
     }
     let mut source = Cursor::new(bytes);
-    while read_message::<v1::FromDestination>(&mut source).is_ok() {}
+    while let Ok(message) = read_message::<v1::FromDestination>(&mut source) {
+        if let Some(from_destination::Message::Refused(refused)) = message.message {
+            let _ = refused.reasons.concat();
+        }
+    }
+}
+
+fn from_a_source(said: from_source::Message, shape: &MemoryShape) {
+    use from_source::Message as Said;
+    match said {
+        Said::Hello(hello) => {
+            let _ = check_hello(&hello, &identity(), shape, Versions::OURS, |_| Vec::new());
+        }
+        Said::Population(v1::Population { populated, huge, .. }) => {
+            for runs in [populated, huge] {
+                let runs = runs_from_wire(&runs, shape).unwrap_or_default();
+                assert!(runs.into_iter().all(|run| shape.contains(run)));
+            }
+        }
+        Said::State(v1::State { attempt, .. })
+        | Said::DigestRequest(v1::DigestRequest { attempt, .. })
+        | Said::Disarm(v1::Disarm { attempt, .. }) => drop(attempt_from_wire(attempt)),
+        Said::Go(v1::Go { manifest }) => {
+            let manifest = manifest.unwrap_or_default();
+            let _ = attempt_from_wire(manifest.attempt);
+            let digests = manifest.digests.unwrap_or_default();
+            for digest in [manifest.state_checksum, digests.memory, digests.state] {
+                assert_eq!(digest_from_wire(&digest, "it").is_ok(), digest.len() == 16);
+            }
+        }
+        Said::Barrier(_) | Said::Abort(_) | Said::Ping(_) | Said::Pong(_) => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ferry_fuzz_inputs::feed;
+
+    use super::*;
+    use crate::guest::{FrameRun, Population};
+    use crate::handover::Attempt;
+    use crate::wire::{Content, FrameWriter, attempt_to_wire, hello, population_to_wire, write_message};
+
+    fn run(first: u64, count: u64) -> FrameRun {
+        FrameRun { first, count }
+    }
+
+    #[test]
+    fn page_frames_are_read_or_refused() {
+        let mut writer = FrameWriter::new(0);
+        let mut opened = writer.open(&identity()).to_vec();
+        let data = [(run(3, 1), Content::Data), (run(1 << 20, 1), Content::Data)];
+        opened.extend(writer.pages(0, data.into_iter()));
+        opened.extend(vec![7; 2 * FRAME_SIZE as usize]);
+        opened.extend(writer.pages(1, [(run(0, 4096), Content::Zero)].into_iter()));
+        let many = (0..500).map(|index| (run(index * 2, 1), Content::Zero));
+        let not_opened = FrameWriter::new(0).pages(9, many).to_vec();
+        feed("page_frames", &[opened, not_opened], page_frames);
+    }
+
+    #[test]
+    fn sums_are_made_right() {
+        let mut frame = FrameWriter::new(0)
+            .pages(0, [(run(3, 1), Content::Zero)].into_iter())
+            .to_vec();
+        let whole = frame.clone();
+        frame[28] ^= 1;
+        assert_eq!(summed_up(&frame), whole);
+    }
+
+    #[test]
+    fn control_messages_are_read_or_refused() {
+        use from_source::Message as Said;
+        let attempt = Some(attempt_to_wire(Attempt {
+            instance: Uuid::nil(),
+            migration: Uuid::nil(),
+            attempt: 1,
+            epoch: Epoch(1),
+        }));
+        let population = Population {
+            populated: vec![run(1, 5), run(100, 1000), run(1 << 20, 1000)],
+            huge: vec![run(512, 512)],
+        };
+        let totals = vec![v1::StreamTotals {
+            frames: 1,
+            pages: 2,
+            zero_pages: 3,
+            bytes: 9000,
+        }];
+        let digests = v1::Digests {
+            memory: vec![1; 16],
+            state: vec![2; 16],
+        };
+        let manifest = v1::Manifest {
+            attempt: attempt.clone(),
+            rounds: 3,
+            totals: totals.clone(),
+            state_checksum: vec![3; 16],
+            paused_by_user: false,
+            digests: Some(digests),
+        };
+        let mut said = vec![Said::Hello(hello(&identity(), &shape(), vec![1, 2, 3]))];
+        said.extend(population_to_wire(&population).into_iter().map(Said::Population));
+        said.extend([
+            Said::Barrier(v1::Barrier {
+                round: 1,
+                totals: totals.clone(),
+            }),
+            Said::State(v1::State {
+                attempt: attempt.clone(),
+                machine_state: vec![5; 100],
+            }),
+            Said::DigestRequest(v1::DigestRequest {
+                attempt: attempt.clone(),
+                totals,
+            }),
+            Said::Go(v1::Go {
+                manifest: Some(manifest),
+            }),
+            Said::Disarm(v1::Disarm {
+                attempt,
+                reason: "late".to_owned(),
+            }),
+        ]);
+        let written = |said: Said| {
+            let mut bytes = Vec::new();
+            let message = v1::FromSource { message: Some(said) };
+            write_message(&mut bytes, &message).expect("a vector takes everything");
+            bytes
+        };
+        let each: Vec<Vec<u8>> = said.into_iter().map(written).collect();
+        let mut samples = vec![each.concat()];
+        samples.extend(each);
+        let refused = v1::Refused {
+            reasons: vec!["cpu".to_owned(), "memory".to_owned()],
+        };
+        let mut refusal = Vec::new();
+        let message = v1::FromDestination {
+            message: Some(from_destination::Message::Refused(refused)),
+        };
+        write_message(&mut refusal, &message).expect("a vector takes everything");
+        samples.push(refusal);
+        feed("control_messages", &samples, control_messages);
+    }
 }

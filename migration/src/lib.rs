@@ -7,7 +7,7 @@
 
 pub mod destination;
 mod digest;
-#[cfg(fuzzing)]
+#[cfg(any(fuzzing, test))]
 pub mod fuzz;
 pub mod guest;
 pub mod handover;

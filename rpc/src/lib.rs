@@ -5,6 +5,8 @@ pub mod agent;
 pub mod cli;
 mod error_chain;
 pub mod faults;
+#[cfg(any(fuzzing, test))]
+pub mod fuzz;
 mod lock_file;
 mod mac;
 mod request;

@@ -8,6 +8,8 @@
 
 mod arch;
 mod devices;
+#[cfg(any(fuzzing, test))]
+pub mod fuzz;
 mod host;
 mod host_files;
 mod kvm;
@@ -18,27 +20,6 @@ mod state;
 mod tap;
 mod threads;
 mod vcpu;
-
-/// A way in for the fuzz targets, which see only what is public.
-#[cfg(fuzzing)]
-pub mod fuzz {
-    /// A kernel's file, of whatever kind.
-    pub fn kernel(bytes: &[u8]) {
-        let _ = crate::arch::x86_64::boot::Kernel::parse(&bytes.to_vec());
-    }
-
-    /// The rings and buffers of a virtio device: the first byte says of which.
-    pub fn virtio(bytes: &[u8]) {
-        crate::devices::work_on_hostile_memory(bytes);
-    }
-
-    /// A bzImage: its setup header, filled with these bytes, and what follows it.
-    pub fn bzimage(bytes: &[u8]) {
-        let mut file = vec![0; 0x1f1];
-        file.extend(bytes);
-        kernel(&file);
-    }
-}
 
 pub use arch::x86_64::boot::{BootPayload, KernelError, LoadError};
 pub use arch::x86_64::cpuid::CpuidEntry;

@@ -8,6 +8,8 @@ mod messages;
 pub use control::ControlError;
 pub(crate) use control::{read_message, write_message};
 pub use frame::FrameError;
+#[cfg(any(fuzzing, test))]
+pub(crate) use frame::summed_up;
 pub(crate) use frame::{Content, FrameReader, FrameWriter, MAX_DATA_PAGES, MAX_RUNS, StreamIdentity};
 pub use handshake::{OLDEST_PROTOCOL, PROTOCOL};
 pub(crate) use handshake::{Versions, check_hello, hello};

@@ -62,6 +62,8 @@ pub use config::AgentConfig;
 pub(crate) use host::remove_leftovers;
 pub(crate) use peers::Call;
 pub use serve::serve;
+#[cfg(any(fuzzing, test))]
+pub(crate) use snapshots::read_hostile_manifest;
 pub use spawn::cgroup_root;
 pub use versions::RpcVersion;
 pub use vmm_user::UserRange;

@@ -17,10 +17,10 @@ use thiserror::Error;
 pub use self::power::ButtonPress;
 pub(crate) use self::power::{PowerControl, PowerRequest};
 pub(crate) use self::serial::SerialPort;
-#[cfg(fuzzing)]
-pub(crate) use self::virtio::work_on_hostile_memory;
 pub(crate) use self::virtio::{Balloon, Block, Device, Entropy, InterruptFd, MmioDevice, Net, schema_of, set_macs};
 pub use self::virtio::{BalloonLevel, WrittenBlocks};
+#[cfg(any(fuzzing, test))]
+pub(crate) use self::virtio::{program_hostile_registers, restore_hostile_state, work_on_hostile_memory};
 use crate::arch::x86_64::layout::{
     KEYBOARD_COMMAND_PORT, PANIC_PORT, POWER_CONTROL_PORT, POWER_EVENT_PORT, POWER_EVENT_PORT_END, RESET_CONTROL_PORT,
     SERIAL_PORT, VIRTIO_SLOT_BYTES, virtio_slot,

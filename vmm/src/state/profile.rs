@@ -150,12 +150,12 @@ impl MachineProfile {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use proptest::prelude::*;
 
     use super::*;
 
-    fn profile() -> MachineProfile {
+    pub(in super::super) fn profile() -> MachineProfile {
         MachineProfile {
             page_size: PAGE_SIZE,
             shape: MemoryShape::from_size(5 << 30),

@@ -422,6 +422,12 @@ mod tests {
         assert_ne!(other.digest(), before.digest());
     }
 
+    #[test]
+    fn hostile_states_are_read_or_refused() {
+        let profile = super::super::profile::tests::profile().to_bytes();
+        ferry_fuzz_inputs::feed("saved_state", &[state().to_bytes(), profile], crate::fuzz::saved_state);
+    }
+
     proptest! {
         #[test]
         fn random_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {

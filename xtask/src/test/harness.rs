@@ -1,5 +1,6 @@
 //! Builds the test programs with cargo and runs each of them.
 
+use std::env;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdout, Command, Stdio};
@@ -32,6 +33,9 @@ pub(super) struct TestProgram {
     file: PathBuf,
     package: PathBuf,
 }
+
+/// How long each fuzz target is fed (`fuzz/inputs`).
+const FUZZ_SECONDS: &str = "FERRY_FUZZ_SECONDS";
 
 /// Builds everything and tells what there is to run.
 pub(super) fn build() -> Result<Vec<TestProgram>> {
@@ -100,6 +104,9 @@ impl TestProgram {
         command.args(filter);
         if long {
             command.env("FERRY_LONG_TESTS", "1").arg("--include-ignored");
+            if env::var_os(FUZZ_SECONDS).is_none() {
+                command.env(FUZZ_SECONDS, "60");
+            }
         }
         if self.standard {
             // A test that needs KVM and finds none says so and passes: what passing tests print is needed.

@@ -26,7 +26,7 @@ pub(crate) struct Options {
     /// Only tests (unit and scenario) with this in their name.
     #[arg(long, value_name = "TEXT")]
     filter: Option<String>,
-    /// Also soaks and long matrices.
+    /// Also soaks and long matrices, and each fuzz target for a minute.
     #[arg(long)]
     long: bool,
 }
@@ -53,6 +53,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
                     .env("RUSTDOCFLAGS", "-D warnings"),
             )
         });
+    }
+    if options.long && !options.is_partial() {
+        report.step("fuzz targets", check_fuzz_targets);
     }
     let mut programs = Vec::new();
     report.step("build", || {
@@ -149,6 +152,16 @@ fn close(report: &Report, tally: &Tally, elapsed: Duration) -> ExitCode {
         tally.passed, tally.failed, tally.skipped
     );
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Compiles what `cargo fuzz` runs. It is not in the workspace, and what it depends on is compiled anew for it: minutes.
+fn check_fuzz_targets() -> Result<()> {
+    let mut check = workspace::cargo();
+    check
+        .args(["check", "--quiet", "--manifest-path", "fuzz/Cargo.toml", "--target-dir"])
+        .arg(workspace::target().join("fuzz"))
+        .env("RUSTFLAGS", "--cfg fuzzing");
+    succeed(&mut check)
 }
 
 /// Whether KVM tests can run here, and if not why.

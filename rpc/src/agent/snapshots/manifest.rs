@@ -200,6 +200,29 @@ fn digest(content: &RawValue) -> String {
     blake3::hash(content.get().as_bytes()).to_hex().to_string()
 }
 
+/// What fuzzing does: the bytes are a file, and its content, of which whoever made it says what it sums up to.
+#[cfg(any(fuzzing, test))]
+pub(crate) fn read_hostile(bytes: &[u8]) {
+    let _ = Manifest::from_bytes(bytes);
+    let Ok(content) = serde_json::from_slice::<Box<RawValue>>(bytes) else {
+        return;
+    };
+    let envelope = Envelope {
+        format: FORMAT.to_owned(),
+        version: VERSION,
+        digest: digest(&content),
+        content,
+    };
+    let file = serde_json::to_vec(&envelope).expect("nothing of it can fail to be JSON");
+    if let Ok(manifest) = Manifest::from_bytes(&file) {
+        let again = manifest.to_bytes().expect("nothing of it can fail to be JSON");
+        assert_eq!(
+            Manifest::from_bytes(&again).expect("what was written is read"),
+            manifest
+        );
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use ferry_proto::agent::v1::DiskSpec;
@@ -297,6 +320,13 @@ mod tests {
         assert!(refusal(&summed_up(|it| it.disks.clear())).contains("other disks"));
         assert!(refusal(&summed_up(|it| it.digests.state.push('0'))).contains("not a BLAKE3"));
         assert!(refusal(&summed_up(|it| it.spec.kernel = "../../etc/passwd".to_owned())).contains("passwd"));
+    }
+
+    #[test]
+    fn hostile_files_are_read_or_refused() {
+        let content = serde_json::to_vec(&manifest()).unwrap();
+        let samples = [manifest().to_bytes().unwrap(), content];
+        ferry_fuzz_inputs::feed("snapshot_manifest", &samples, crate::fuzz::snapshot_manifest);
     }
 
     proptest! {

@@ -17,6 +17,8 @@ use std::path::{Path, PathBuf};
 
 use ferry_proto::InvalidField;
 
+#[cfg(any(fuzzing, test))]
+pub(crate) use self::manifest::read_hostile as read_hostile_manifest;
 pub(crate) use self::restoring::Identity;
 use super::failure::Failure;
 use super::images;

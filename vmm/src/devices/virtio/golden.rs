@@ -69,6 +69,12 @@ fn bytes(hex: &str) -> Vec<u8> {
     (0..hex.len()).step_by(2).map(byte).collect()
 }
 
+/// Every golden state.
+pub(super) fn states() -> Vec<saved::VirtioDevice> {
+    let state = |(schema, golden): (&str, &str)| saved::VirtioDevice::decode(bytes(golden).as_slice()).expect(schema);
+    VERSION_1.into_iter().map(state).collect()
+}
+
 #[test]
 fn states_of_version_1_restore_and_are_saved_as_they_were() {
     for (schema, golden) in VERSION_1 {

@@ -38,8 +38,8 @@ pub(crate) use self::block::Block;
 pub use self::block::WrittenBlocks;
 pub(crate) use self::device::Device;
 pub(crate) use self::entropy::Entropy;
-#[cfg(fuzzing)]
-pub(crate) use self::hostile::work_on as work_on_hostile_memory;
+#[cfg(any(fuzzing, test))]
+pub(crate) use self::hostile::{program_hostile_registers, restore_hostile_state, work_on_hostile_memory};
 pub(crate) use self::interrupt::InterruptFd;
 pub(crate) use self::mmio::MmioDevice;
 pub(crate) use self::net::Net;

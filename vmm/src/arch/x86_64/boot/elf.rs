@@ -218,7 +218,7 @@ fn pvh_entry(notes: &[u8], align: u64) -> Option<u32> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use proptest::prelude::*;
 
     use super::*;
@@ -234,7 +234,7 @@ mod tests {
     }
 
     /// A 64-bit file with a note at 0x100 and eight bytes of code at 0x200 that go to 1 MiB.
-    fn wide() -> Vec<u8> {
+    pub(in super::super) fn wide() -> Vec<u8> {
         let mut file = vec![0u8; 0x208];
         file[..6].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1]);
         file[16..20].copy_from_slice(&[2, 0, 62, 0]);
@@ -261,7 +261,7 @@ mod tests {
     }
 
     /// The same as a 32-bit file.
-    fn narrow() -> Vec<u8> {
+    pub(in super::super) fn narrow() -> Vec<u8> {
         let mut file = vec![0u8; 0x208];
         file[..6].copy_from_slice(&[0x7f, b'E', b'L', b'F', 1, 1]);
         file[16..20].copy_from_slice(&[2, 0, 3, 0]);

@@ -169,7 +169,7 @@ impl Fields<'_> {
     }
 }
 
-#[cfg(any(test, fuzzing))]
+#[cfg(test)]
 impl Image for Vec<u8> {
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         let start = usize::try_from(offset).map_err(io::Error::other)?;

@@ -14,6 +14,8 @@ mod cmdline;
 mod elf;
 mod entry;
 mod firmware;
+#[cfg(any(fuzzing, test))]
+mod hostile;
 mod kernel;
 mod load;
 mod place;
@@ -21,8 +23,8 @@ mod start_info;
 
 pub(crate) use self::entry::{EntryPoint, enter};
 pub(crate) use self::firmware::renew_generation_id;
-#[cfg(fuzzing)]
-pub(crate) use self::kernel::Kernel;
+#[cfg(any(fuzzing, test))]
+pub(crate) use self::hostile::load_hostile_kernel;
 pub use self::kernel::KernelError;
 pub use self::load::{BootPayload, LoadError};
 pub(crate) use self::load::{MemoryBefore, load};
