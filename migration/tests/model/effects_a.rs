@@ -151,8 +151,8 @@ fn carry_out(world: &mut World, config: &Config, effect: SourceEffect, write: Wr
             world.network.send(message);
         }
         SourceEffect::SayIndeterminate => {
-            // Said as well as it can be; a write that fails is only logged.
-            let _ = save_migration(world, write);
+            // Said as well as it can be; a write that fails is only logged. Both rows: one that was said to have failed before may be there.
+            let _ = save(world, write);
         }
         SourceEffect::DestroyCopy if config.postcopy => {
             postcopy::begin(world, config, write)?;

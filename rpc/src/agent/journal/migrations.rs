@@ -109,10 +109,12 @@ impl MigrationRow {
     /// The last report of each migration, the newest last, as it was written. There may be thousands: nothing else of them is read,
     /// and whoever asked for them makes sense of them, not the journal's thread.
     pub(crate) fn reports(connection: &Connection) -> rusqlite::Result<Vec<Report>> {
-        connection
-            .prepare("SELECT info FROM migrations ORDER BY began, id")?
-            .query_map((), |row| row.get(0).map(Report))?
-            .collect()
+        let report = |row: &Row<'_>| Ok((row.get(0)?, Report(row.get(1)?)));
+        let mut query = connection.prepare("SELECT began, info FROM migrations ORDER BY rowid")?;
+        let mut reports: Vec<(i64, Report)> = query.query_map((), report)?.collect::<Result<_, _>>()?;
+        // Most often they are in order. SQLite would sort them with all that they say, in a file.
+        reports.sort_by_key(|&(began, _)| began);
+        Ok(reports.into_iter().map(|(_, report)| report).collect())
     }
 
     /// The migrations that are not over, in the order in which they were accepted: a row keeps the place in which it was added.

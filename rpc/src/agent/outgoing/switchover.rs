@@ -576,8 +576,15 @@ impl Script {
     async fn become_indeterminate(&mut self, location: Option<String>) {
         self.row.info.status = "indeterminate".to_owned();
         self.row.info.guest_location = location;
-        self.instance.state.lock().await.row.status = Status::Indeterminate;
-        if let Err(failure) = self.save().await {
+        // Written as it was, beside the record: a person's resolution that could not be written may be there all the same, and half of it
+        // must not stay. That nobody knows is told by the record.
+        let mut instance = {
+            let mut state = self.instance.state.lock().await;
+            state.row.status = Status::Indeterminate;
+            state.row.clone()
+        };
+        instance.status = self.row.status_before();
+        if let Err(failure) = self.save_with(instance).await {
             tracing::error!(
                 error = failure.chain(),
                 "failed to journal that the guest is indeterminate"
