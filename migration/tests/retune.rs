@@ -72,7 +72,8 @@ fn a_cap_that_is_set_holds_from_then_on() {
     let is_first_round = |report: &SourceReport| matches!(report, SourceReport::Round { .. });
     let mut scene = retuned(BUSY, is_first_round, capped);
     scene.parameters.bandwidth = None;
-    scene.parameters.manner = live(Duration::from_millis(8));
+    // Less than stop and start take: it goes on until its time is up.
+    scene.parameters.manner = live(Duration::from_millis(1));
     scene.parameters.timeout = Duration::from_secs(3);
     let ends = migrate(scene);
     assert!(matches!(ends.cancelled(), SourceError::TimedOut(_)));
