@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 
 use ferry_proto::vmm::v1::{Order, Report, order, report};
 
+use crate::lock_file::parse;
 use crate::vmm_channel::receive;
 use crate::vmm_process::attempt_from_wire;
 
@@ -39,6 +40,14 @@ fn each<M: prost::Message + Default>(bytes: &[u8], take: impl Fn(M)) {
 /// A snapshot's `snapshot.json`, and the content of one.
 pub fn snapshot_manifest(bytes: &[u8]) {
     crate::agent::read_hostile_manifest(bytes);
+}
+
+/// A disk's lock file, which whoever may write beside the image may write.
+pub fn lock_file(bytes: &[u8]) {
+    if let Some(holder) = parse(bytes) {
+        let line = serde_json::to_vec(&holder).expect("nothing of it can fail to be JSON");
+        assert_eq!(parse(&line), Some(holder));
+    }
 }
 
 #[cfg(test)]
@@ -119,5 +128,15 @@ mod tests {
     #[test]
     fn vmm_frames_are_read_or_refused() {
         feed("vmm_frames", &[orders(), reports()], vmm_frames);
+    }
+
+    #[test]
+    fn lock_files_name_somebody_or_nobody() {
+        let line = format!(
+            r#"{{"host":"a","instance":"{}","name":"web","epoch":3,"pid":4711}}"#,
+            uuid::Uuid::nil()
+        );
+        assert!(parse(line.as_bytes()).is_some());
+        feed("lock_file", &[line.into_bytes()], lock_file);
     }
 }

@@ -39,7 +39,12 @@ pub(crate) fn path_of(image: &Path) -> PathBuf {
 pub(crate) fn read(file: &File) -> Option<Holder> {
     let mut bytes = [0; LONGEST_LINE];
     let count = file.read_at(&mut bytes, 0).ok()?;
-    serde_json::from_slice(&bytes[..count]).ok()
+    parse(&bytes[..count])
+}
+
+/// Whom these bytes name, if they name anybody.
+pub(crate) fn parse(bytes: &[u8]) -> Option<Holder> {
+    serde_json::from_slice(bytes).ok()
 }
 
 /// Names `holder`. It is not synced: whoever asks on this host sees it at once, and after a crash of the host it matters no more.

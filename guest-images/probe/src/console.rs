@@ -187,6 +187,26 @@ mod tests {
     }
 
     #[test]
+    fn no_line_harms_its_reader() {
+        let lines = [
+            "PROBE version=1\nREADY tsc_khz=2000000 tsc_from=cpuid mem_mib=128 cpus=1 fill_mib=16 work_mib=16\n"
+                .to_owned(),
+            (1..4)
+                .map(|seq| format!("{}\n", Line::Heartbeat(heartbeat(seq))))
+                .collect(),
+            "FAULT page=1 want=2 got=3 kind=lost area=fill holds=4 gpa=5 cpu=0\n".to_owned(),
+            "IO ops=7 bytes=28672 ns=1000 median_ns=10 p99_ns=20 failed=0 wrong=0\n".to_owned(),
+        ];
+        let samples = lines.map(String::into_bytes);
+        ferry_fuzz_inputs::feed("console_lines", &samples, |bytes| {
+            let mut tally = Tally::default();
+            let (first, second) = bytes.split_at(bytes.len() / 2);
+            tally.feed(first, Instant::now());
+            tally.feed(second, Instant::now());
+        });
+    }
+
+    #[test]
     fn what_the_guest_prints_is_read_back() {
         let back = Heartbeat {
             tsc_back: 2,

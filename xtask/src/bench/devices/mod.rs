@@ -71,8 +71,10 @@ fn measure(row: &Row, options: &Options, host: &Host) -> Vec<Runs> {
     let mut all: Vec<_> = contenders.iter().copied().map(Runs::of).collect();
     for round in 1..=options.runs {
         eprintln!("{}: run {round} of {}", row.name, options.runs);
-        for (contender, runs) in contenders.iter().zip(&mut all) {
-            runs.add(run_once(*contender, row, host));
+        // Each is first now and then: a disk is slower, or faster, after it has had a rest.
+        for turn in 0..contenders.len() {
+            let index = (turn + round as usize) % contenders.len();
+            all[index].add(run_once(contenders[index], row, host));
         }
     }
     all
