@@ -50,8 +50,8 @@ pub use machine::{
     MachineConfig, MachineError, MachineEvent, NicBackend, PauseTimes, RunState,
 };
 pub use memory::{
-    DirtyBitmap, FrameRun, GuestMemory, HUGE_PAGE_SIZE, ImageError, MemoryError, MemoryRegion, MemoryShape, PAGE_SIZE,
-    PieceTable, Population, TableError, probe_rings, warm_host_memory,
+    AbsentPages, DirtyBitmap, FrameRun, GuestMemory, HUGE_PAGE_SIZE, ImageError, MemoryError, MemoryRegion,
+    MemoryShape, PAGE_SIZE, PieceTable, Population, TableError, probe_rings, probe_watching, warm_host_memory,
 };
 pub use state::{MachineProfile, MachineState, StateError, UnitKind};
 pub use tap::{Tap, TapError, TapProblem, VNET_HEADER_SIZE};
