@@ -23,8 +23,18 @@ fn identity() -> StreamIdentity {
     }
 }
 
-/// A page stream: whatever is accepted lies in guest memory.
+/// A page stream: whatever is accepted lies in guest memory. And what asks for late pages.
 pub fn page_frames(bytes: &[u8]) {
+    let (mut reader, mut source) = (FrameReader::new(0), Cursor::new(bytes));
+    while let Ok(Some(asked)) = reader.asked(&mut source, &shape()) {
+        assert!(
+            asked
+                .touched
+                .iter()
+                .chain(asked.beside)
+                .all(|&run| shape().contains(run))
+        );
+    }
     let (mut reader, mut source, shape) = (FrameReader::new(0), Cursor::new(bytes), shape());
     if !matches!(reader.open(&mut source, &identity()), Ok(Some(()))) {
         (reader, source) = (FrameReader::new(0), Cursor::new(bytes));
@@ -48,6 +58,10 @@ pub fn control_messages(bytes: &[u8]) {
             }
             Some(Said::Population(part)) => {
                 let runs = runs_from_wire(&part.populated, &shape).unwrap_or_default();
+                assert!(runs.into_iter().all(|run| shape.contains(run)));
+            }
+            Some(Said::Missing(part)) => {
+                let runs = runs_from_wire(&part.runs, &shape).unwrap_or_default();
                 assert!(runs.into_iter().all(|run| shape.contains(run)));
             }
             _ => {}

@@ -14,6 +14,7 @@ pub mod handover;
 mod link;
 mod placement;
 pub mod policy;
+pub mod postcopy;
 mod precopy;
 pub mod source;
 mod wire;

@@ -190,6 +190,7 @@ sites! {
         WireRefused = "wire.refused",
         WirePing = "wire.ping",
         WirePong = "wire.pong",
+        WireMissing = "wire.missing",
     }
 }
 
@@ -284,6 +285,7 @@ impl From<&from_source::Message> for Site {
             Message::Abort(_) => Self::WireAbort,
             Message::Ping(_) => Self::WirePing,
             Message::Pong(_) => Self::WirePong,
+            Message::Missing(_) => Self::WireMissing,
         }
     }
 }
@@ -298,6 +300,8 @@ impl From<&from_destination::Message> for Site {
             Message::Refused(_) => Self::WireRefused,
             Message::Ping(_) => Self::WirePing,
             Message::Pong(_) => Self::WirePong,
+            // On the connections of late pages, which come after the handover.
+            Message::Missing(_) | Message::AllHere(_) => Self::WireMissing,
         }
     }
 }

@@ -60,6 +60,7 @@ pub(super) fn source_parameters(send: &wire::Send, instance: Uuid) -> Result<Sou
         migration: wire_uuid("migration", &send.migration)?,
         epoch: Epoch(send.epoch),
         manner: manner(send),
+        lateness: Default::default(),
         timeout: Duration::from_millis(send.timeout_ms),
         bandwidth: NonZeroU64::new(send.bandwidth_bytes_per_s),
         guest_was: guest_was(send.user_paused),

@@ -271,7 +271,11 @@ fn link(descriptors: Vec<OwnedFd>) -> anyhow::Result<Link> {
             .set_nonblocking(false)
             .context("failed to make a connection blocking")?;
     }
-    Ok(Link { control, pages })
+    Ok(Link {
+        control,
+        pages,
+        late: None,
+    })
 }
 
 fn forward<T: Send + 'static>(
