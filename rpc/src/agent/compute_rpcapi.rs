@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ferry_proto::agent::v1::{
-    CheckDestinationReply, CheckDestinationRequest, CheckSourceReply, CheckSourceRequest, HostInfo, LiveMigrationCast,
-    PreLiveMigrationReply, PreLiveMigrationRequest, Receipt,
+    CheckDestinationReply, CheckDestinationRequest, CheckSourceReply, CheckSourceRequest, HostInfo, LateLinkReply,
+    LateLinkRequest, LiveMigrationCast, PreLiveMigrationReply, PreLiveMigrationRequest, Receipt,
 };
 use tonic::{Request, Status};
 
@@ -71,14 +71,14 @@ impl Agent {
         theirs.fold(self.config.rpc_cap, |cap, version| cap.common(version).unwrap_or(cap))
     }
 
-    /// Whether each agent that is up knows that a migration can be cold: messages go out at the lowest version of all.
+    /// Whether each agent that is up knows this mode, which 4.3 brought: messages go out at the lowest version of all.
     ///
     /// # Errors
     /// Names one that does not.
-    pub(crate) fn check_all_know_cold(&self) -> Result<(), Failure> {
+    pub(crate) fn check_all_know(&self, mode: Mode) -> Result<(), Failure> {
         let knows = |version: RpcVersion| version.understands(RpcVersion::V4_3);
         if !knows(self.config.rpc_cap) {
-            return Err(knows_no_cold(self.host(), self.config.rpc_cap));
+            return Err(knows_not(mode, self.host(), self.config.rpc_cap));
         }
         for peer in self.peers.all() {
             let heard = peer.heard();
@@ -88,18 +88,22 @@ impl Agent {
             // Of another language none is thought of, as in `rpc_cap`.
             let is_older = |version: &RpcVersion| version.common(self.config.rpc_cap).is_some() && !knows(*version);
             if let Some(version) = told.flatten().filter(is_older) {
-                return Err(knows_no_cold(&peer.host, version));
+                return Err(knows_not(mode, &peer.host, version));
             }
         }
         Ok(())
     }
 }
 
-fn knows_no_cold(host: &str, version: RpcVersion) -> Failure {
+fn knows_not(mode: Mode, host: &str, version: RpcVersion) -> Failure {
+    let what = match mode {
+        Mode::Cold => "a cold migration",
+        Mode::Precopy | Mode::Postcopy | Mode::Hybrid => "a migration with pages that come late",
+    };
     Failure::denied(
         Reason::RpcVersion,
         format!(
-            "host {host} speaks RPC version {version}: a cold migration needs {} of every agent that is up",
+            "host {host} speaks RPC version {version}: {what} needs {} of every agent that is up",
             RpcVersion::V4_3
         ),
     )
@@ -155,6 +159,23 @@ impl ComputeRpcApi {
         }
     }
 
+    /// Whether the destination still needs pages that come late, and how they get there.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub(crate) async fn late_link(&self, request: LateLinkRequest) -> Result<LateLinkReply, Failure> {
+        match &self.to {
+            To::Here(agent) => agent.late_link(request).await,
+            To::There(peer) => {
+                self.call(peer, CALL_TIME, |mut client, version| {
+                    let request = at(version, request.clone());
+                    async move { client.late_link(request).await }
+                })
+                .await
+            }
+        }
+    }
+
     /// Nova's pre_live_migration: the destination prepares, or says which images it lacks.
     ///
     /// # Errors
@@ -191,7 +212,8 @@ impl ComputeRpcApi {
 
     /// Casts a migration: the receipt says that this host's journal has it. The same id again is the same migration.
     ///
-    /// At 4.2 the cast carries the record. Before, the record is made by a call, and the cast finds it by its instance. A cold one needs 4.3.
+    /// At 4.2 the cast carries the record. Before, the record is made by a call, and the cast finds it by its instance. Other modes than
+    /// pre-copy need 4.3.
     ///
     /// # Errors
     /// The host refuses it, or does not answer: then it may have it.
@@ -214,11 +236,12 @@ impl ComputeRpcApi {
         }
     }
 
-    /// A host that does not know what cold means would move the guest live.
+    /// A host that does not know the mode would take it for another.
     fn check_can_say(&self, peer: &Peer, mode: &str) -> Result<(), Failure> {
         match Mode::parse(mode)? {
-            Mode::Cold if !self.can_send_version(RpcVersion::V4_3) => Err(knows_no_cold(&peer.host, self.version())),
-            Mode::Cold | Mode::Precopy => Ok(()),
+            Mode::Precopy => Ok(()),
+            _ if self.can_send_version(RpcVersion::V4_3) => Ok(()),
+            mode => Err(knows_not(mode, &peer.host, self.version())),
         }
     }
 

@@ -34,7 +34,10 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), Failure> {
     }
     let rows = agent.journal.read(InstanceRow::all).await?;
     let unfinished = agent.journal.read(MigrationRow::unfinished).await?;
-    let known: Vec<_> = rows.iter().map(|row| row.id).collect();
+    let mut known: Vec<_> = rows.iter().map(|row| row.id).collect();
+    // What serves the last pages of a guest that left is in its folder.
+    let serving: Vec<_> = unfinished.iter().filter(|row| row.is_serving()).cloned().collect();
+    known.extend(serving.iter().map(|row| row.instance));
     Agent::remove_orphans(&agent.config.data_dir.join("instances"), &known);
 
     let arrivals = agent.journal.read(Arrival::all).await?;
@@ -55,6 +58,9 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), Failure> {
             Some(migration) if migration.role == Role::Source => outgoing::recover(agent, migration, instance).await,
             Some(migration) => incoming::recover(agent, migration, instance).await?,
         }
+    }
+    for row in serving {
+        outgoing::recover_serving(agent, row).await;
     }
     for mut orphan in unfinished
         .into_iter()

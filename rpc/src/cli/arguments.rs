@@ -313,7 +313,7 @@ pub(super) struct MigrateArguments {
     #[arg(long, value_name = "WHAT", default_value = "abort", value_parser = ["abort"])]
     pub(super) on_timeout: String,
     /// How memory moves
-    #[arg(long, value_name = "MODE", default_value = "precopy", value_parser = ["precopy"])]
+    #[arg(long, value_name = "MODE", default_value = "precopy", value_parser = ["precopy", "postcopy", "hybrid"])]
     pub(super) mode: String,
     /// Page streams, each a TCP connection
     #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = parse::streams)]

@@ -326,7 +326,10 @@ fn order_and_answer(order: &Command) -> Option<(Site, Site)> {
         | Command::PressPowerButton(_)
         | Command::SetBalloon(_)
         | Command::ForceComplete(_)
-        | Command::Profile(_) => None,
+        | Command::Profile(_)
+        // After the handover.
+        | Command::ServePages(_)
+        | Command::LateLink(_) => None,
     }
 }
 
@@ -353,7 +356,7 @@ pub(crate) fn report(report: &Body) -> Option<Site> {
         Body::LoadFailed(_) => Some(Site::ReportLoadFailed),
         Body::GuestEnded(_) => Some(Site::ReportGuestEnded),
         Body::Done(_) | Body::Refused(_) | Body::Standing(_) | Body::Traded(_) | Body::Pressed(_) => None,
-        Body::SnapshotEnded(_) | Body::Restored(_) | Body::Profiled(_) => None,
+        Body::SnapshotEnded(_) | Body::Restored(_) | Body::Profiled(_) | Body::Late(_) => None,
     }
 }
 

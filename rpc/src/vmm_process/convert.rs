@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use ferry_migration::guest::{GuestEnd, GuestWas};
 use ferry_migration::handover::{Attempt, Epoch};
+use ferry_migration::postcopy::Lateness;
 use ferry_migration::source::{
     Amounts, Copied, Manner, Overhead, Parked, RoundSummary, SourceParameters, SourceSummary,
 };
@@ -60,7 +61,7 @@ pub(super) fn source_parameters(send: &wire::Send, instance: Uuid) -> Result<Sou
         migration: wire_uuid("migration", &send.migration)?,
         epoch: Epoch(send.epoch),
         manner: manner(send),
-        lateness: Default::default(),
+        lateness: lateness(&send.lateness)?,
         timeout: Duration::from_millis(send.timeout_ms),
         bandwidth: NonZeroU64::new(send.bandwidth_bytes_per_s),
         guest_was: guest_was(send.user_paused),
@@ -76,6 +77,18 @@ fn manner(send: &wire::Send) -> Manner {
     }
     Manner::Live {
         max_downtime: Duration::from_micros(send.max_downtime_us),
+    }
+}
+
+fn lateness(word: &str) -> Result<Lateness, InvalidField> {
+    match word {
+        "" => Ok(Lateness::Never),
+        "at-once" => Ok(Lateness::AtOnce),
+        "when-it-pays" => Ok(Lateness::WhenItPays),
+        other => Err(InvalidField {
+            field: "lateness",
+            problem: format!("{other:?} is not one of at-once, when-it-pays"),
+        }),
     }
 }
 
@@ -164,6 +177,7 @@ pub(super) fn go_sent(parked: &Parked<LocalGuest>) -> wire::GoSent {
         attempt: Some(attempt_to_wire(parked.attempt())),
         progress: Some(progress(summary)),
         round_trip_ms: summary.round_trip.map(ms).unwrap_or_default(),
+        late_pages: summary.late_pages,
         ..wire::GoSent::default()
     };
     if let Some(blackout) = &summary.blackout {

@@ -66,8 +66,9 @@ impl Agent {
             return Ok(reply);
         }
         let candidates = self.candidates(context).await;
-        if Mode::parse(&options.mode)? == Mode::Cold {
-            self.check_all_know_cold()?;
+        match Mode::parse(&options.mode)? {
+            Mode::Precopy => {}
+            mode => self.check_all_know(mode)?,
         }
         let named = Some(request.destination).filter(|named| !named.is_empty());
         let wanted = Wanted {

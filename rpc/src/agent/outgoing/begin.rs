@@ -199,7 +199,7 @@ pub(crate) fn check_options(options: MigrationOptions) -> Result<MigrationOption
         return invalid("options.streams", format!("{} is over {MOST_STREAMS}", options.streams));
     }
     match Mode::parse(&options.mode)? {
-        Mode::Precopy if !(1..=60_000_000).contains(&options.max_downtime_us) => {
+        Mode::Precopy | Mode::Postcopy | Mode::Hybrid if !(1..=60_000_000).contains(&options.max_downtime_us) => {
             let problem = "is not between 1 and 60 seconds' worth".to_owned();
             return invalid("options.max_downtime_us", problem);
         }
@@ -207,7 +207,11 @@ pub(crate) fn check_options(options: MigrationOptions) -> Result<MigrationOption
             let problem = "does not apply to a cold migration: its guest stands still from the beginning".to_owned();
             return invalid("options.max_downtime_us", problem);
         }
-        Mode::Precopy | Mode::Cold => {}
+        Mode::Postcopy | Mode::Hybrid if options.verify => {
+            let problem = "pages that come late cannot be compared before the guest is handed over".to_owned();
+            return invalid("options.verify", problem);
+        }
+        Mode::Precopy | Mode::Postcopy | Mode::Hybrid | Mode::Cold => {}
     }
     if let Err(problem) = Storage::parse(&options.storage) {
         return invalid("options.storage", problem);

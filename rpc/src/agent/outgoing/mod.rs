@@ -8,8 +8,10 @@ mod ending;
 mod figures;
 mod handle;
 mod script;
+mod serving;
 mod switchover;
 
 pub(crate) use begin::{check_options, recover, request_id};
 pub(crate) use figures::note_completed;
 pub(crate) use handle::{MOST_STREAMS, OutgoingMigrations, PeerNews, now_ms, now_text};
+pub(crate) use serving::{late_streams, recover_serving};
