@@ -30,6 +30,7 @@ mod memory;
 mod moves;
 mod networks;
 mod placement;
+mod postcopy;
 mod progress;
 mod refusals;
 mod requests;
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
         events::trials(),
         aborts::trials(),
         cold::trials(),
+        postcopy::trials(),
         agents::trials(),
         progress::trials(),
         upgrades::trials(),
