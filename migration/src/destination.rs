@@ -25,9 +25,11 @@ use std::time::{Duration, Instant};
 
 use ferry_proto::stream::v1::{self, from_destination::Message as Reply, from_source::Message as Said};
 
+use crate::PageSet;
 use crate::guest::{DestinationGuest, GuestMemory, GuestWas, Population, RestoredGuest};
 use crate::handover::Attempt;
 use crate::link::{Link, Sockets};
+use crate::postcopy::{Awaited, LatePages};
 use crate::wire::{StreamIdentity, StreamTotals, Versions, check_hello, runs_from_wire};
 use crew::Crew;
 pub use error::DestinationError;
@@ -49,11 +51,12 @@ pub use report::{
 /// Why the guest did not arrive. Nothing was started and nothing was claimed.
 pub fn run<G: DestinationGuest>(
     guest: G,
-    link: Link,
+    mut link: Link,
     parameters: &DestinationParameters,
     orders: &Receiver<DestinationOrder>,
     reports: &Sender<DestinationReport>,
 ) -> Result<Loaded<G::Restored>, DestinationError> {
+    let late_link = link.late.take();
     let sockets = Sockets::new(link, parameters.liveness).map_err(|cause| DestinationError::Host {
         step: "set up the connections",
         cause,
@@ -69,8 +72,9 @@ pub fn run<G: DestinationGuest>(
         backing: Backing::new(memory.shape()),
         delivered: sockets.pages.iter().map(|_| Delivered::default()).collect(),
         round: AtomicU32::new(1),
+        late_streams: late_link.as_ref().map_or(0, |late| late.pages.len() as u32),
     };
-    thread::scope(|scope| {
+    let arrived = thread::scope(|scope| {
         let _ending = Ending { sockets: &sockets };
         let (events_in, events) = mpsc::sync_channel(64);
         let (outbox, outgoing) = mpsc::channel();
@@ -85,16 +89,68 @@ pub fn run<G: DestinationGuest>(
         crew.start_control(&hearing.outbox, outgoing, parameters.liveness.heartbeat)?;
         let ended = receive(&guest, &mut hearing, &crew);
         match ended {
+            // Its memory must be nobody else's when its missing pages begin to be awaited: not of those who back it ahead, either.
+            Ok(arrived) if arrived.missing.is_some() => Ok(Come::InPart(guest, arrived)),
             Ok(arrived) => {
                 // The threads go home while the machine is being built.
                 sockets.cut();
-                load(guest, arrived, &shared)
+                load(guest, arrived, &shared).map(Come::Whole)
             }
             Err(error) => {
                 hearing.farewell(&error);
                 Err(error)
             }
         }
+    })?;
+    match (arrived, late_link) {
+        (Come::Whole(loaded), _) => Ok(loaded),
+        (Come::InPart(guest, mut arrived), Some(link)) => {
+            let late = await_late(&*memory, &mut arrived, *link, parameters, reports)?;
+            let loaded = load(guest, arrived, &shared)?;
+            Ok(Loaded {
+                late: Some(late),
+                ..loaded
+            })
+        }
+        (Come::InPart(..), None) => Err(DestinationError::ManifestRefused(vec![
+            "pages are missing, and there are no connections on which they could come".to_owned(),
+        ])),
+    }
+}
+
+/// A guest that is here.
+enum Come<G: DestinationGuest> {
+    Whole(Loaded<G::Restored>),
+    /// But for pages that come late; its machine is not built yet.
+    InPart(G, Arrived),
+}
+
+/// From here on whoever touches a missing page waits for it: restoring the machine may be the first to do so.
+fn await_late<M: GuestMemory>(
+    memory: &M,
+    arrived: &mut Arrived,
+    link: Link,
+    parameters: &DestinationParameters,
+    reports: &Sender<DestinationReport>,
+) -> Result<LatePages, DestinationError> {
+    let missing = arrived.missing.take().unwrap_or_else(|| PageSet::new(memory.shape()));
+    let pages = memory.await_late(&missing).map_err(|cause| DestinationError::Guest {
+        step: "wait for its missing pages",
+        cause,
+    })?;
+    let awaited = Awaited {
+        pages,
+        missing,
+        shape: memory.shape().clone(),
+        attempt: arrived.attempt,
+        liveness: parameters.liveness,
+    };
+    let reports = reports.clone();
+    // Whoever does not listen does not want to know.
+    let report = move |report| drop(reports.send(DestinationReport::Late(report)));
+    LatePages::start(awaited, link, report).map_err(|cause| DestinationError::Host {
+        step: "start a thread",
+        cause,
     })
 }
 
@@ -119,6 +175,8 @@ struct Shared {
     backing: Backing,
     delivered: Vec<Delivered>,
     round: AtomicU32,
+    /// Page streams for pages that come late.
+    late_streams: u32,
 }
 
 impl Shared {
@@ -135,6 +193,8 @@ struct Arrived {
     attempt: Attempt,
     state: Vec<u8>,
     guest_was: GuestWas,
+    /// Pages that come late, if some do.
+    missing: Option<PageSet>,
     /// That of memory was compared; that of the state is the source's, still to be compared.
     digests: Option<Digests>,
     go_received: Instant,
@@ -185,7 +245,8 @@ fn handshake<G: DestinationGuest>(
         epoch,
         streams: crew.sockets.streams(),
     };
-    let check = |profile: &[u8]| guest.check(profile);
+    let late = late_refusals(&hello, crew);
+    let check = |profile: &[u8]| guest.check(profile).into_iter().chain(late).collect();
     match check_hello(&hello, &expected, crew.memory.shape(), Versions::OURS, check) {
         Ok(protocol) => {
             hearing.say(Reply::HelloReply(v1::HelloReply {
@@ -203,6 +264,21 @@ fn handshake<G: DestinationGuest>(
             Err(DestinationError::Incompatible(refusals))
         }
     }
+}
+
+/// Why pages cannot come late, if the source wants that.
+fn late_refusals<M: GuestMemory>(hello: &v1::Hello, crew: &Crew<'_, '_, M>) -> Vec<String> {
+    let (theirs, ours) = (hello.late_streams, crew.shared.late_streams);
+    let mut refusals = Vec::new();
+    if theirs != ours {
+        refusals.push(format!("streams of late pages: {theirs} at the source, {ours} here"));
+    }
+    if theirs > 0
+        && let Err(error) = crew.memory.check_late()
+    {
+        refusals.push(format!("late pages: {error}"));
+    }
+    refusals
 }
 
 /// Takes in the map of what the source has populated, and asks for huge pages.
@@ -288,6 +364,7 @@ fn load<G: DestinationGuest>(
             totals: shared.sum(),
         },
         digests,
+        late: None,
     })
 }
 

@@ -26,9 +26,14 @@ fn identity() -> StreamIdentity {
     }
 }
 
-/// A page stream whose frames sum up: whatever is accepted lies in guest memory.
+/// A page stream whose frames sum up: whatever is accepted lies in guest memory. And what asks for late pages.
 pub fn page_frames(bytes: &[u8]) {
     let (bytes, shape) = (summed_up(bytes), shape());
+    let (mut reader, mut source) = (FrameReader::new(0), Cursor::new(&bytes));
+    while let Ok(Some(asked)) = reader.asked(&mut source, &shape) {
+        let runs = asked.touched.iter().chain(asked.beside);
+        assert!(runs.into_iter().all(|&run| shape.contains(run)));
+    }
     let (mut reader, mut source) = (FrameReader::new(0), Cursor::new(&bytes));
     if !matches!(reader.open(&mut source, &identity()), Ok(Some(()))) {
         (reader, source) = (FrameReader::new(0), Cursor::new(&bytes));
@@ -67,6 +72,10 @@ fn from_a_source(said: from_source::Message, shape: &MemoryShape) {
                 let runs = runs_from_wire(&runs, shape).unwrap_or_default();
                 assert!(runs.into_iter().all(|run| shape.contains(run)));
             }
+        }
+        Said::Missing(part) => {
+            let runs = runs_from_wire(&part.runs, shape).unwrap_or_default();
+            assert!(runs.into_iter().all(|run| shape.contains(run)));
         }
         Said::State(v1::State { attempt, .. })
         | Said::DigestRequest(v1::DigestRequest { attempt, .. })

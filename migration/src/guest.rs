@@ -17,6 +17,8 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::PageSet;
+
 /// Bytes in a frame: the unit in which memory is tracked and sent.
 pub const FRAME_SIZE: u64 = 4096;
 
@@ -279,6 +281,51 @@ pub trait GuestMemory: Send + Sync + 'static {
     fn make_durable(&self) -> Result<(), GuestError> {
         Ok(())
     }
+
+    /// Whether its pages could come late: after the machine was restored, when they are touched.
+    ///
+    /// # Errors
+    /// Why not, for a person.
+    fn check_late(&self) -> Result<(), GuestError> {
+        Err(GuestError::new("its memory cannot be filled while it is in use"))
+    }
+
+    /// Gives up what is in the pages of `missing`; from now on whoever touches one waits until it is supplied. A page that is absent and
+    /// not in `missing` is zero, and whoever touches it waits all the same. Nobody else uses the memory yet.
+    ///
+    /// # Errors
+    /// If the host cannot do it.
+    fn await_late(&self, _missing: &PageSet) -> Result<Box<dyn AbsentPages>, GuestError> {
+        Err(GuestError::new("its memory cannot be filled while it is in use"))
+    }
+}
+
+/// Memory with pages that whoever touches waits for.
+pub trait AbsentPages: Send + Sync {
+    /// Waits until pages are touched, `patience` at most, and adds their frames to `frames`: one may come several times.
+    ///
+    /// # Errors
+    /// If the host does not tell: nobody who waits can be helped any more.
+    fn touched(&self, patience: Duration, frames: &mut Vec<u64>) -> Result<(), GuestError>;
+
+    /// Supplies the pages of `runs` with `contents`, all of them in this order; those that are there already are left as they are. Contents
+    /// are copied, because whoever waits must see all of a page or nothing.
+    ///
+    /// # Errors
+    /// If the host has no memory left.
+    fn supply(&self, runs: &[FrameRun], contents: &[u8]) -> Result<(), GuestError>;
+
+    /// Supplies the pages of `run` as zeroes; those that are there already are left as they are.
+    ///
+    /// # Errors
+    /// If the host has no memory left.
+    fn supply_zeroes(&self, run: FrameRun) -> Result<(), GuestError>;
+
+    /// Every page that was missing is there: nobody waits for any page from now on.
+    ///
+    /// # Errors
+    /// If the host refuses.
+    fn end(&self) -> Result<(), GuestError>;
 }
 
 /// Re-arms tracking range by range; each sending thread may call it.
@@ -323,7 +370,7 @@ pub trait SourceGuest: Send {
     ///
     /// # Errors
     /// If tracking fails.
-    fn fetch_dirty(&mut self, dirty: &mut crate::PageSet) -> Result<(), GuestError>;
+    fn fetch_dirty(&mut self, dirty: &mut PageSet) -> Result<(), GuestError>;
 
     /// The handle with which senders re-arm.
     fn clearer(&self) -> Self::Clearer;
@@ -392,7 +439,7 @@ pub trait DestinationGuest: Send {
     /// Why the guest with this profile cannot run here, one reason by name each; empty if it can.
     fn check(&self, profile: &[u8]) -> Vec<String>;
 
-    /// Builds the paused machine from the saved state; its memory is complete.
+    /// Builds the paused machine from the saved state; its memory is complete, or what is missing of it is awaited.
     ///
     /// # Errors
     /// If a unit is unknown, missing or does not fit. Half a machine never exists.

@@ -13,6 +13,7 @@ pub mod guest;
 pub mod handover;
 mod link;
 pub mod policy;
+pub mod postcopy;
 mod precopy;
 pub mod source;
 mod wire;

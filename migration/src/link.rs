@@ -20,6 +20,16 @@ pub struct Link {
     pub control: TcpStream,
     /// The page streams, in the order of their index; at least one, and as many as the peer has.
     pub pages: Vec<TcpStream>,
+    /// Further ones for pages that come after GO, if some may; the first [`URGENT_STREAMS`](crate::postcopy::URGENT_STREAMS) of their page
+    /// streams are for those that somebody waits for.
+    pub late: Option<Box<Link>>,
+}
+
+impl Link {
+    /// How many page streams there are for pages that come late.
+    pub(crate) fn late_streams(&self) -> u32 {
+        self.late.as_ref().map_or(0, |late| late.pages.len() as u32)
+    }
 }
 
 /// When a peer counts as dead.

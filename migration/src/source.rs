@@ -30,11 +30,13 @@ use std::time::Duration;
 
 use ferry_proto::stream::v1::{self, from_source::Message as Said};
 
+use crate::PageSet;
 use crate::guest::{DirtyClearer, GuestEnd, GuestError, SourceGuest};
 use crate::handover::{Attempt, Grants, Traded};
 use crate::link::{self, Link, Outgoing, Sockets};
+use crate::postcopy::{PagesToServe, ServeParameters};
 use crate::precopy::{Sender as PageSender, Streams};
-use crate::wire::{ControlError, OLDEST_PROTOCOL, PROTOCOL, hello};
+use crate::wire::{ControlError, LATE_PAGES_SINCE, OLDEST_PROTOCOL, PROTOCOL, hello};
 use cold::Halt;
 use conversation::{Conversation, Event, Heard, Outbox};
 pub use meter::{Amounts, Copied, MOST_BEFORE_THE_END};
@@ -151,7 +153,7 @@ impl From<SourceError> for Stop {
 /// `orders` and `reports` may have lost their other end: then nothing is ordered, and nobody listens.
 pub fn run<G: SourceGuest>(
     mut guest: G,
-    link: Link,
+    mut link: Link,
     parameters: &SourceParameters,
     grants: &Grants,
     orders: &Receiver<SourceOrder>,
@@ -170,7 +172,8 @@ pub fn run<G: SourceGuest>(
         epoch,
     };
     let mut summary = SourceSummary::default();
-    let mut halt = None;
+    let (mut halt, mut missing) = (None, None);
+    let (late_streams, late_link) = (link.late_streams(), link.late.take());
     let asked = Asked {
         parameters,
         grants,
@@ -184,6 +187,8 @@ pub fn run<G: SourceGuest>(
                 attempt: &mut attempt,
                 summary: &mut summary,
                 halt: &mut halt,
+                late_streams,
+                missing: &mut missing,
             };
             with_threads(&mut journey, &sockets, &asked).map(|()| sockets.into_streams())
         }
@@ -195,11 +200,21 @@ pub fn run<G: SourceGuest>(
     };
     let stop = match ended {
         Ok(sockets) => {
+            let late = missing.zip(late_link).map(|(missing, link)| PagesToServe {
+                missing,
+                link: *link,
+                parameters: ServeParameters {
+                    attempt,
+                    bandwidth: parameters.bandwidth,
+                    liveness: parameters.liveness,
+                },
+            });
             return SourceOutcome::GoSent(Parked {
                 guest,
                 attempt,
                 summary,
                 sockets,
+                late,
             });
         }
         Err(stop) => stop,
@@ -250,6 +265,10 @@ struct Journey<'a, G> {
     summary: &'a mut SourceSummary,
     /// Set once a guest that moves cold stands still.
     halt: &'a mut Option<Halt>,
+    /// Page streams for pages that come late.
+    late_streams: u32,
+    /// Set with GO, if pages come late.
+    missing: &'a mut Option<PageSet>,
 }
 
 /// The whole migration, once the threads are there.
@@ -277,7 +296,9 @@ fn handshake<G: SourceGuest>(journey: &mut Journey<'_, G>, conversation: &mut Co
 
     let memory = journey.guest.memory();
     let identity = conversation.identity();
-    conversation.say(Said::Hello(hello(&identity, memory.shape(), journey.guest.profile())));
+    let late_streams = journey.late_streams;
+    let profile = journey.guest.profile();
+    conversation.say(Said::Hello(hello(&identity, memory.shape(), profile, late_streams)));
     let reply = conversation.wait_for(journey.guest, |heard| match heard {
         Heard::HelloReply(reply) => Ok(reply),
         other => Err(other),
@@ -288,6 +309,13 @@ fn handshake<G: SourceGuest>(journey: &mut Journey<'_, G>, conversation: &mut Co
     if !(OLDEST_PROTOCOL..=PROTOCOL).contains(&reply.protocol) {
         let what = format!("it chose protocol version {}, which was not offered", reply.protocol);
         return Err(SourceError::Misbehaved(what).into());
+    }
+    if late_streams > 0 && reply.protocol < LATE_PAGES_SINCE {
+        let reason = format!(
+            "it speaks protocol version {}, in which no page comes late",
+            reply.protocol
+        );
+        return Err(SourceError::Incompatible(vec![reason]).into());
     }
     conversation.asked.report(SourceReport::Accepted {
         protocol: reply.protocol,

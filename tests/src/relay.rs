@@ -38,6 +38,8 @@ pub enum Tampering {
         /// What becomes of it, of equal length.
         change: fn(&mut [u8]),
     },
+    /// Nothing. Page streams come by, and can be [cut](Relay::cut).
+    Cuts,
     /// Each message of the control stream is looked at, in both directions and as long as the relay lives.
     Messages(Observer),
 }
@@ -64,6 +66,9 @@ struct State {
     /// Times that what is to be held back went by.
     passed: u32,
     connections: Vec<TcpStream>,
+    /// Those to the data port.
+    streams: Vec<TcpStream>,
+    is_cut: bool,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -82,6 +87,8 @@ impl Relay {
                 released: false,
                 passed: 0,
                 connections: Vec::new(),
+                streams: Vec::new(),
+                is_cut: false,
                 threads: Vec::new(),
             }),
             over: AtomicBool::new(false),
@@ -124,6 +131,20 @@ impl Relay {
         until("the relay does its work", CALL, || {
             Ok(self.has_tampered().then_some(()))
         })
+    }
+
+    /// Cuts every page stream, and lets no other through until [`Relay::heal`].
+    pub fn cut(&self) {
+        let mut state = self.shared.lock();
+        state.is_cut = true;
+        for stream in state.streams.drain(..) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Lets page streams through again.
+    pub fn heal(&self) {
+        self.shared.lock().is_cut = false;
     }
 
     /// Passes on what it held back.
@@ -284,7 +305,7 @@ impl Shared {
             return;
         };
         match self.tampering() {
-            Tampering::Hello(_) | Tampering::Frame { .. } | Tampering::Messages(_) => {
+            Tampering::Hello(_) | Tampering::Frame { .. } | Tampering::Messages(_) | Tampering::Cuts => {
                 let own = self.own_address();
                 bytes[at..at + own.len()].copy_from_slice(own.as_bytes());
             }
@@ -313,6 +334,14 @@ impl Shared {
 
     fn relay_data(self: &Arc<Self>, caller: TcpStream) -> io::Result<()> {
         let callee = self.connect(&caller, self.peer_data)?;
+        {
+            let mut state = self.lock();
+            if state.is_cut {
+                let _ = caller.shutdown(Shutdown::Both);
+                return Ok(());
+            }
+            state.streams.extend([caller.try_clone()?, callee.try_clone()?]);
+        }
         let shared = Arc::clone(self);
         self.spawn(move || {
             if shared.relay_connection(&caller, &callee).is_err() {

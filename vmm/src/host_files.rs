@@ -11,7 +11,7 @@ use rustix::fs::{Mode, OFlags, open};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 
 use crate::arch::x86_64::layout::VIRTIO_SLOTS;
-use crate::memory::keep_rings;
+use crate::memory::{keep_rings, open_watcher};
 
 const KVM_PATH: &str = "/dev/kvm";
 
@@ -23,6 +23,7 @@ static KEPT: OnceLock<HostFiles> = OnceLock::new();
 struct HostFiles {
     kvm: Result<OwnedFd, KvmDenied>,
     pagemap: Result<OwnedFd, Errno>,
+    watcher: Result<OwnedFd, Errno>,
     boot_id: String,
     memory: Option<u64>,
     is_pvm: bool,
@@ -35,6 +36,7 @@ pub fn keep_host_files() {
     KEPT.get_or_init(|| HostFiles {
         kvm: open_kvm(),
         pagemap: open_pagemap(),
+        watcher: open_watcher(),
         boot_id: read_boot_id(),
         memory: read_memory().ok(),
         is_pvm: look_for_pvm(),
@@ -69,6 +71,13 @@ pub(crate) fn pagemap() -> io::Result<File> {
     };
     let pagemap = kept.pagemap.as_ref().map_err(|&error| error)?;
     Ok(fcntl_dupfd_cloexec(pagemap, 0)?.into())
+}
+
+/// What tells of absent pages of guest memory that are touched (`admin-guide/mm/userfaultfd.rst`). All copies of one are the same.
+pub(crate) fn watcher() -> Result<OwnedFd, Errno> {
+    let Some(kept) = KEPT.get() else { return open_watcher() };
+    let watcher = kept.watcher.as_ref().map_err(|&error| error)?;
+    fcntl_dupfd_cloexec(watcher, 0)
 }
 
 /// Names this boot of this host; counters of two boots do not compare. Empty where the kernel does not tell.

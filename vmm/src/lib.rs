@@ -32,8 +32,8 @@ pub use machine::{
     MachineConfig, MachineError, MachineEvent, NicBackend, PauseTimes, RunState, ThrottledVcpus,
 };
 pub use memory::{
-    DirtyBitmap, FrameRun, GuestMemory, HUGE_PAGE_SIZE, ImageError, MemoryError, MemoryRegion, MemoryShape, PAGE_SIZE,
-    PieceTable, Population, TableError, probe_rings,
+    AbsentPages, DirtyBitmap, FrameRun, GuestMemory, HUGE_PAGE_SIZE, ImageError, MemoryError, MemoryRegion,
+    MemoryShape, PAGE_SIZE, PieceTable, Population, TableError, probe_rings, probe_watching,
 };
 pub use state::{MachineProfile, MachineState, StateError, UnitKind};
 pub use tap::{Tap, TapError, TapProblem, VNET_HEADER_SIZE};

@@ -57,6 +57,7 @@ impl<'scope, M: GuestMemory> Crew<'scope, '_, M> {
                 backing,
                 delivered,
                 round,
+                late_streams: _,
             } = shared;
             let delivered = &delivered[usize::from(stream)];
             let receiver = PageReceiver {

@@ -12,6 +12,7 @@ use crate::destination::{Arrived, DestinationError, DestinationParameters, Desti
 use crate::digest;
 use crate::guest::{GuestMemory, GuestWas};
 use crate::handover::Attempt;
+use crate::postcopy::{self, Table};
 use crate::wire::{StreamTotals, attempt_from_wire, digest_from_wire};
 
 /// What the source does, as far as it told.
@@ -28,6 +29,8 @@ pub(super) struct Held {
     state: Vec<u8>,
     memory_digest: Option<u128>,
     verify: Duration,
+    /// Pages that come late, as far as their table is here.
+    missing: Option<Table>,
 }
 
 pub(super) enum Step {
@@ -60,6 +63,7 @@ impl Phase {
                     state,
                     memory_digest,
                     verify,
+                    missing: None,
                 })))
             }
             // Called off before the state was exported.
@@ -80,6 +84,18 @@ impl Phase {
                 Ok(Step::Next(Self::Copying {
                     disarmed: attempt.attempt,
                 }))
+            }
+            (Self::GuestStopped(mut held), Said::Missing(part)) => {
+                let attempt = checked_attempt(part.attempt.clone(), hearing)?;
+                if attempt != held.attempt {
+                    return Err(DestinationError::Misbehaved(format!(
+                        "pages are missing of {attempt} in {}",
+                        held.attempt
+                    )));
+                }
+                let table = held.missing.get_or_insert_with(|| Table::new(crew.memory.shape()));
+                table.take(&part, crew.memory).map_err(DestinationError::Misbehaved)?;
+                Ok(Step::Next(Self::GuestStopped(held)))
             }
             (Self::GuestStopped(held), Said::DigestRequest(request)) => {
                 let attempt = checked_attempt(request.attempt, hearing)?;
@@ -193,6 +209,7 @@ fn check_manifest<M: GuestMemory>(
     } else if held.memory_digest.is_some() {
         reasons.push("digests were asked for and are not listed".to_owned());
     }
+    let missing = check_late(held.missing, manifest.late, &mut reasons);
     if !reasons.is_empty() {
         return Err(DestinationError::ManifestRefused(reasons));
     }
@@ -207,11 +224,41 @@ fn check_manifest<M: GuestMemory>(
         attempt,
         state,
         guest_was,
+        missing,
         digests: compared,
         go_received,
         last_pages,
         verify,
     })
+}
+
+/// The pages that come late, if the table that came is the one that the manifest lists.
+fn check_late(
+    table: Option<Table>,
+    listed: Option<v1::LateTable>,
+    reasons: &mut Vec<String>,
+) -> Option<crate::PageSet> {
+    let (table, listed) = match (table, listed) {
+        (None, None) => return None,
+        (Some(table), Some(listed)) => (table.whole(), listed),
+        (Some(_), None) => {
+            reasons.push("pages are missing that GO does not list".to_owned());
+            return None;
+        }
+        (None, Some(_)) => {
+            reasons.push("pages come late, and which they are was not told".to_owned());
+            return None;
+        }
+    };
+    let Some(missing) = table else {
+        reasons.push("the table of missing pages has no end".to_owned());
+        return None;
+    };
+    let checksum = digest_from_wire(&listed.checksum, "the checksum of the missing pages");
+    if listed.pages != missing.count() || checksum != Ok(postcopy::checksum(&missing)) {
+        reasons.push("the missing pages are not those that GO lists".to_owned());
+    }
+    (!missing.is_empty()).then_some(missing)
 }
 
 fn checked_attempt(wire: Option<v1::Attempt>, hearing: &Hearing<'_>) -> Result<Attempt, DestinationError> {
@@ -273,5 +320,6 @@ fn name(message: &Said) -> &'static str {
         Said::Abort(_) => "abort",
         Said::Ping(_) => "ping",
         Said::Pong(_) => "pong",
+        Said::Missing(_) => "missing pages",
     }
 }

@@ -7,6 +7,7 @@ use uuid::Uuid;
 use crate::guest::GuestWas;
 use crate::handover::{Attempt, Epoch};
 use crate::link::Liveness;
+use crate::postcopy::{LatePages, LateReport};
 use crate::wire::StreamTotals;
 
 /// Which guest is expected.
@@ -71,6 +72,8 @@ pub enum DestinationReport {
         /// The attempt.
         attempt: Attempt,
     },
+    /// About pages that come late. Told after the guest was loaded, too.
+    Late(LateReport),
 }
 
 /// The guest, loaded and not run: the VMM tells its agent that it is ready and waits for the permit.
@@ -88,6 +91,8 @@ pub struct Loaded<R> {
     pub summary: DestinationSummary,
     /// The digests that both sides found, where they compared.
     pub digests: Option<Digests>,
+    /// What takes in the pages that come late, if some do. It is kept until they are here: without it whoever waits for one waits for ever.
+    pub late: Option<LatePages>,
 }
 
 /// What memory and state digest to, the same at both ends.

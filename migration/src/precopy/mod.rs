@@ -9,6 +9,6 @@ mod streams;
 pub(crate) use bandwidth::Bandwidth;
 pub(crate) use feed::{Pace, Round, Standing};
 pub use page_set::PageSet;
-pub(crate) use page_set::{for_each_word, word_of, words_for};
-pub(crate) use sender::{SendError, Sender};
+pub(crate) use page_set::{for_each_word, next_run, word_of, words_for};
+pub(crate) use sender::{Contents, SendError, Sender};
 pub(crate) use streams::Streams;

@@ -48,6 +48,14 @@ impl PageSet {
         })
     }
 
+    /// The index of the region that holds `frame`, and the frame's offset in it.
+    pub(crate) fn locate(&self, frame: u64) -> Option<(usize, u64)> {
+        self.parts.iter().enumerate().find_map(|(index, part)| {
+            let offset = frame.checked_sub(part.region.start_frame)?;
+            (offset < part.region.frames).then_some((index, offset))
+        })
+    }
+
     /// How many frames are in the set.
     #[must_use]
     pub fn count(&self) -> u64 {

@@ -34,10 +34,10 @@ pub(crate) struct Sender<'a, M, C> {
 
 /// What goes into the frame that is being made; kept to save allocations.
 #[derive(Default)]
-struct Contents {
+pub(crate) struct Contents {
     zero: Vec<FrameRun>,
-    table: Vec<(FrameRun, Content)>,
-    data: Vec<FrameRun>,
+    pub(crate) table: Vec<(FrameRun, Content)>,
+    pub(crate) data: Vec<FrameRun>,
 }
 
 impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
@@ -81,7 +81,7 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
 
 impl Contents {
     /// Splits `runs` into data and zero runs.
-    fn split(&mut self, memory: &impl GuestMemory, runs: &[FrameRun]) -> Result<(), GuestError> {
+    pub(crate) fn split(&mut self, memory: &impl GuestMemory, runs: &[FrameRun]) -> Result<(), GuestError> {
         self.table.clear();
         self.data.clear();
         for &run in runs {
@@ -98,7 +98,8 @@ impl Contents {
         Ok(())
     }
 
-    fn totals(&self, prefix: usize) -> StreamTotals {
+    /// What a frame of them carries, given the bytes before its pages.
+    pub(crate) fn totals(&self, prefix: usize) -> StreamTotals {
         let pages = self.data.iter().map(|run| run.count).sum();
         let told: u64 = self.table.iter().map(|(run, _)| run.count).sum();
         StreamTotals {

@@ -297,6 +297,9 @@ fn understand(message: v1::FromDestination) -> Result<Heard, SourceError> {
         Some(Message::PopulationReady(v1::PopulationReady {})) => Ok(Heard::PopulationReady),
         Some(Message::BarrierReached(reached)) => Ok(Heard::BarrierReached(reached.round)),
         Some(Message::Refused(refused)) => Err(SourceError::Refused(refused.reasons)),
+        Some(Message::Missing(_) | Message::AllHere(_)) => {
+            Err(SourceError::Misbehaved("it wants late pages before GO".to_owned()))
+        }
         Some(Message::Ping(_) | Message::Pong(_)) | None => {
             Err(SourceError::Misbehaved("it sent an empty message".to_owned()))
         }

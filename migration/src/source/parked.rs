@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::TcpStream;
 
 use crate::handover::{Attempt, Permit};
+use crate::postcopy::PagesToServe;
 use crate::source::SourceSummary;
 
 /// A guest whose GO was sent. It cannot run: only a permit of a higher epoch, which its agent gives on D = SRC, brings it
@@ -15,6 +16,7 @@ pub struct Parked<G> {
     pub(super) attempt: Attempt,
     pub(super) summary: SourceSummary,
     pub(super) sockets: Vec<TcpStream>,
+    pub(super) late: Option<PagesToServe>,
 }
 
 /// Why a parked guest did not come back.
@@ -45,6 +47,13 @@ impl<G> Parked<G> {
     #[must_use]
     pub fn guest(&self) -> &G {
         &self.guest
+    }
+
+    /// What is to be served, if GO listed missing pages; once. Whoever serves it reads the guest's memory only, so the guest may be given
+    /// back, or be destroyed but for its memory, meanwhile.
+    #[must_use]
+    pub fn take_late(&mut self) -> Option<PagesToServe> {
+        self.late.take()
     }
 
     /// Gives the guest back, still stopped and still tracked, against a permit of an epoch that it has not had.

@@ -9,6 +9,7 @@ use crate::guest::{GuestWas, StopTimes, Throttled};
 use crate::handover::{Attempt, Epoch};
 use crate::link::Liveness;
 use crate::policy::{Decision, Forecast};
+use crate::postcopy::Lateness;
 use crate::source::{Copied, NewTerms, Terms};
 
 /// How one migration is to be done.
@@ -22,6 +23,8 @@ pub struct SourceParameters {
     pub epoch: Epoch,
     /// Whether the guest runs while it is copied.
     pub manner: Manner,
+    /// Whether pages may come after GO.
+    pub lateness: Lateness,
     /// How long the whole copy may take.
     pub timeout: Duration,
     /// What happens then.
@@ -93,7 +96,7 @@ pub enum SourceOrder {
         reason: String,
     },
     /// Switch over after the round that goes on, whatever the budget for the downtime: all that is still to be sent then is sent while the
-    /// guest stands still. The timeout holds, and an abort.
+    /// guest stands still, or comes late where pages may. The timeout holds, and an abort.
     ForceComplete,
     /// Other terms hold from now on: the bandwidth at once, the rest with the next decision.
     Retune(NewTerms),
@@ -273,6 +276,8 @@ pub struct SourceSummary {
     pub dirty_bytes_per_s: Option<u64>,
     /// The smallest round trip of the control stream lately; `None` if none was measured.
     pub round_trip: Option<Duration>,
+    /// Pages that come after GO.
+    pub late_pages: u64,
     /// How far the copy came; `None` before the first pass.
     pub copied: Option<Copied>,
     /// The blackout's source part; `None` if the guest was never stopped, or went on running.

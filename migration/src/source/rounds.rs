@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 use ferry_proto::stream::v1::{self, from_source::Message as Said};
 
 use crate::PageSet;
-use crate::guest::{DiskCondition, FRAME_SIZE, GuestMemory as _, SourceGuest, Throttled};
+use crate::guest::{DiskCondition, FRAME_SIZE, GuestMemory as _, Population, SourceGuest, Throttled};
 use crate::handover::Attempt;
-use crate::policy::{Decision, Moment, Policy, Verdict};
+use crate::policy::{Decision, Force, Moment, Policy, Verdict};
+use crate::postcopy::{Lateness, pays};
 use crate::precopy::{Pace, Round, Streams};
 use crate::source::cold::Halt;
 use crate::source::conversation::{Conversation, Heard, TICK, unexpected};
@@ -33,6 +34,10 @@ pub(super) struct Copy<'c, 'a, G: SourceGuest> {
     pub(super) summary: &'c mut SourceSummary,
     /// Set once a guest that moves cold stands still.
     pub(super) halt: &'c mut Option<Halt>,
+    /// Set with GO, if pages come late.
+    pub(super) missing: &'c mut Option<PageSet>,
+    /// What rounds did not bring comes late.
+    pub(super) is_late: bool,
     pub(super) conversation: &'c mut Conversation<'a>,
     pub(super) streams: &'c Streams<G::Clearer>,
     pub(super) policy: Policy,
@@ -63,11 +68,16 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             attempt,
             summary,
             halt,
+            late_streams: _,
+            missing,
         } = journey;
         let failed = |step| move |cause| SourceError::Guest { step, cause };
         guest.start_tracking().map_err(failed("track its writes"))?;
         let population = guest.populated().map_err(failed("tell what is populated"))?;
-        for part in population_to_wire(&population) {
+        let is_late = conversation.asked.parameters.lateness == Lateness::AtOnce;
+        // Nothing is to be backed ahead of pages that come when they are touched.
+        let told = if is_late { &Population::default() } else { &population };
+        for part in population_to_wire(told) {
             conversation.say(Said::Population(part));
         }
         let mut pending = PageSet::new(guest.memory().shape());
@@ -93,6 +103,8 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             attempt,
             summary,
             halt,
+            missing,
+            is_late,
             conversation,
             streams,
             policy,
@@ -115,11 +127,17 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
     /// Rounds until the budget allows the switchover, and small ones on until a grant is held.
     pub(super) fn until_armed(&mut self) -> Result<Attempt, Stop> {
         loop {
+            if self.is_late {
+                return self.until_armed_late();
+            }
             let began = Instant::now();
             let decision = self.running_round()?;
+            if self.is_late {
+                continue;
+            }
             let pause = match decision.verdict {
                 Verdict::Switch => {
-                    self.announce(&decision);
+                    self.announce(decision.predicted);
                     BETWEEN_SMALL_ROUNDS
                 }
                 Verdict::Continue | Verdict::Throttle | Verdict::Infeasible => {
@@ -128,6 +146,21 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             };
             let grant = self.wait_for_grant(pause)?;
             if let Some(grant) = grant.filter(|_| decision.within_budget) {
+                return Ok(grant);
+            }
+        }
+    }
+
+    /// No more rounds: the guest runs on until a grant is held.
+    fn until_armed_late(&mut self) -> Result<Attempt, Stop> {
+        loop {
+            self.conversation.look_after(self.guest)?;
+            if let Some(heard) = self.conversation.next(Duration::ZERO)? {
+                return Err(unexpected(&heard).into());
+            }
+            let predicted = self.policy.after_stop(0);
+            self.announce(predicted);
+            if let Some(grant) = self.wait_for_grant(BETWEEN_SMALL_ROUNDS)? {
                 return Ok(grant);
             }
         }
@@ -172,15 +205,20 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             dirty_pages,
         };
         self.policy.follow(self.conversation.terms());
-        self.policy.force(self.conversation.force());
+        let may_be_late = self.conversation.asked.parameters.lateness == Lateness::WhenItPays;
+        // Where pages may come late, what must be completed is completed so.
+        self.policy.force(self.conversation.force().filter(|_| !may_be_late));
         let now = Moment {
             elapsed: self.copying_since.elapsed(),
             bytes: sent.bytes,
             round_trip: self.conversation.round_trip(),
         };
-        let decision = self.policy.judge(&round, now);
+        let mut decision = self.policy.judge(&round, now);
+        if may_be_late && !decision.within_budget {
+            self.consider_late(round, &mut decision);
+        }
         let throttled = self.throttle(decision.throttle);
-        if pages > 0 || self.summary.rounds.is_empty() {
+        if pages > 0 || self.is_late || self.summary.rounds.is_empty() {
             self.note(round, Decided::on(&round, &decision).throttled(throttled));
         }
         Ok(decision)
@@ -195,6 +233,22 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             tracing::warn!(%cause, percent, "the vCPUs cannot be throttled");
             Throttled::None
         })
+    }
+
+    /// A guest that cannot be handed over within its budget: does the rest come late?
+    fn consider_late(&mut self, round: RoundSummary, decision: &mut Decision) {
+        let rounds: Vec<_> = self.summary.rounds.iter().copied().chain([round]).collect();
+        let why = match self.conversation.force() {
+            Some(Force::User) => Some("its user wants it completed: the rest comes late".to_owned()),
+            Some(Force::TimeUp) => Some("its time is up, and it is to be completed: the rest comes late".to_owned()),
+            None => pays(&rounds),
+        };
+        if let Some(words) = why {
+            self.is_late = true;
+            decision.words = words;
+            // What comes late is not written any less by a guest that is kept from running.
+            decision.throttle = 0;
+        }
     }
 
     /// Nothing is kept from a guest that stands still: only its user's cap slows the copy.
@@ -258,7 +312,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
     }
 
     /// Tells, once for each attempt, that it may be armed: as soon as the disks are settled. Until then small rounds go on.
-    fn announce(&mut self, decision: &Decision) {
+    fn announce(&mut self, predicted: Duration) {
         if Instant::now() < self.rest_until {
             return;
         }
@@ -269,7 +323,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         {
             self.attempt.attempt = cancelled.attempt + 1;
         }
-        let (attempt, predicted) = (self.attempt.attempt, decision.predicted);
+        let attempt = self.attempt.attempt;
         // One that must be completed does not wait for a guest that never stops writing.
         let must_settle = self.conversation.force().is_none();
         if self.announced == Some(attempt) || (self.guest.settle_disks() == DiskCondition::Settling && must_settle) {

@@ -7,10 +7,12 @@ use std::time::{Duration, Instant};
 
 use ferry_proto::stream::v1::{self, from_source::Message as Said};
 
+use crate::PageSet;
 use crate::digest;
 use crate::guest::{GuestCondition, GuestEnd, GuestError, GuestWas, SourceGuest, StopTimes};
 use crate::handover::{Attempt, Traded};
 use crate::policy::Force;
+use crate::postcopy;
 use crate::precopy::{Pace, Round, Standing};
 use crate::source::cold::STOP_TRY;
 use crate::source::conversation::{Heard, TICK, unexpected};
@@ -74,6 +76,9 @@ fn hand_over<G: SourceGuest>(
     let parameters = copy.conversation.asked.parameters;
     let began = Instant::now();
     let mut budget = Budget::new(copy.conversation.terms().manner, copy.conversation.force(), began);
+    if copy.is_late {
+        budget.widen(grant.attempt);
+    }
     let stop = stop_guest(copy, budget.deadline.unwrap_or(began + STOP_TRY))?;
     // A guest that moves cold stands still for long.
     let (pause_began, stop, copied_cold) = match &*copy.halt {
@@ -103,7 +108,12 @@ fn hand_over<G: SourceGuest>(
     let last_pages_began = Instant::now();
     copy.policy.stopped(began.elapsed());
 
-    send_last_pages(copy, &budget, last_round)?;
+    let late = if copy.is_late {
+        Some(leave_late(copy, grant)?)
+    } else {
+        send_last_pages(copy, &budget, last_round)?;
+        None
+    };
     let totals: Vec<_> = copy.streams.each().into_iter().map(v1::StreamTotals::from).collect();
     let last_pages = copied_cold + last_pages_began.elapsed();
 
@@ -137,6 +147,10 @@ fn hand_over<G: SourceGuest>(
         state_checksum: state_checksum.to_le_bytes().to_vec(),
         paused_by_user: parameters.guest_was == GuestWas::PausedByUser,
         digests,
+        late: late.as_ref().map(|missing| v1::LateTable {
+            pages: missing.count(),
+            checksum: postcopy::checksum(missing).to_le_bytes().to_vec(),
+        }),
     };
     copy.conversation.look_around()?;
     // What was heard meanwhile ends the migration: nothing is awaited here.
@@ -151,6 +165,8 @@ fn hand_over<G: SourceGuest>(
     copy.conversation.say(Said::Go(v1::Go {
         manifest: Some(manifest),
     }));
+    copy.summary.late_pages = late.as_ref().map_or(0, PageSet::count);
+    *copy.missing = late.filter(|missing| !missing.is_empty());
     let state = last_pages_began - export_began;
     Ok(Blackout {
         pause_began,
@@ -183,6 +199,14 @@ impl Budget {
         }
     }
 
+    /// With pages that come late nothing is left to wait for that could make the next try shorter: what stopping and exporting take is what
+    /// it is. So that it ends, each try has twice the time of the one before it.
+    fn widen(&mut self, attempt: u32) {
+        let further = self.allowed.saturating_mul((1 << attempt.clamp(1, 16) >> 1) - 1);
+        self.allowed = self.allowed.saturating_add(further);
+        self.extend(further);
+    }
+
     fn left(&self) -> Duration {
         self.deadline.map_or(Duration::MAX, |deadline| {
             deadline.saturating_duration_since(Instant::now())
@@ -213,6 +237,18 @@ fn stop_guest<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, deadline: Instant) -> 
         return Err(Setback::End(Stop::GuestEnded(end)));
     }
     stopped.map_err(|cause| Setback::CallOff(format!("the guest did not stand still: {cause}")))
+}
+
+/// Fetches the last dirty log and says what is missing. It all stays pending: the switchover may be called off.
+fn leave_late<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, grant: Attempt) -> Result<PageSet, Setback> {
+    copy.fetch_dirty()?;
+    let missing = copy.pending.clone();
+    for part in postcopy::parts(&missing, grant) {
+        copy.conversation.say(Said::Missing(part));
+    }
+    copy.meter.last_round_ends();
+    copy.summary.copied = Some(copy.meter.copied());
+    Ok(missing)
 }
 
 /// Fetches the last dirty log and sends what is pending, unless that cannot be done within the budget.

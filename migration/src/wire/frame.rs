@@ -24,8 +24,12 @@ const VERSION: u16 = 1;
 
 const KIND_OPEN: u8 = 1;
 const KIND_PAGES: u8 = 2;
+const KIND_ASKED: u8 = 3;
 const RUN_DATA: u32 = 1;
 const RUN_ZERO: u32 = 2;
+/// In a frame that asks.
+const RUN_TOUCHED: u32 = 1;
+const RUN_BESIDE: u32 = 2;
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
@@ -88,6 +92,15 @@ pub(crate) enum Content {
     Data,
     /// They are all zero.
     Zero,
+}
+
+/// Why pages that come late are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wish {
+    /// Somebody waits for them.
+    Touched,
+    /// They are beside one that somebody waits for.
+    Beside,
 }
 
 /// Why a page stream cannot be read on.
@@ -256,6 +269,28 @@ impl FrameWriter {
         self.seal(KIND_PAGES, round, entries, payload)
     }
 
+    /// A frame that asks for late pages: 1 to [`MAX_RUNS`] runs, ascending and apart. Nothing follows it.
+    pub(crate) fn asked(&mut self, runs: impl Iterator<Item = (FrameRun, Wish)>) -> &[u8] {
+        self.buffer.clear();
+        self.buffer.resize(HEADER_BYTES, 0);
+        let mut entries = 0u16;
+        for (run, wish) in runs {
+            let kind = match wish {
+                Wish::Touched => RUN_TOUCHED,
+                Wish::Beside => RUN_BESIDE,
+            };
+            let count = u32::try_from(run.count).expect("a run of one frame is far below 2^32 pages");
+            let entry = Entry {
+                first: run.first.into(),
+                count: count.into(),
+                kind: kind.into(),
+            };
+            self.buffer.extend_from_slice(entry.as_bytes());
+            entries += 1;
+        }
+        self.seal(KIND_ASKED, 0, entries, 0)
+    }
+
     fn seal(&mut self, kind: u8, round: u32, entries: u16, payload: u32) -> &[u8] {
         let mut header = Header {
             magic: MAGIC.into(),
@@ -274,6 +309,15 @@ impl FrameWriter {
         self.sequence += 1;
         &self.buffer
     }
+}
+
+/// A checked table of late pages that are asked for.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct AskedPages<'a> {
+    /// Runs that somebody waits for, ascending.
+    pub(crate) touched: &'a [FrameRun],
+    /// Runs beside them, ascending.
+    pub(crate) beside: &'a [FrameRun],
 }
 
 /// Reads the frames of one stream up to their pages.
@@ -368,6 +412,32 @@ impl FrameReader {
             data: &self.data,
             zero: &self.zero,
             overhead,
+        }))
+    }
+
+    /// Reads the next frame that asks for late pages. `None` if the stream ended before it.
+    pub(crate) fn asked(
+        &mut self,
+        source: &mut impl Read,
+        shape: &MemoryShape,
+    ) -> Result<Option<AskedPages<'_>>, FrameError> {
+        let Some(header) = self.header(source, KIND_ASKED)? else {
+            return Ok(None);
+        };
+        if header.payload.get() != 0 {
+            return Err(FrameError::Length {
+                header: header.payload.get().into(),
+                table: 0,
+            });
+        }
+        self.table(source, &header)?;
+        self.sort_runs(header.entries.get(), shape)?;
+        self.sequence += 1;
+        // The kinds of runs have the numbers of those in a frame of pages.
+        const { assert!(RUN_TOUCHED == RUN_DATA && RUN_BESIDE == RUN_ZERO) };
+        Ok(Some(AskedPages {
+            touched: &self.data,
+            beside: &self.zero,
         }))
     }
 

@@ -7,9 +7,12 @@ use super::frame::StreamIdentity;
 use crate::guest::{FRAME_SIZE, MemoryShape, Region};
 
 /// The newest version of the protocol between two VMMs that this build speaks.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 /// The oldest version of it that this build speaks.
 pub const OLDEST_PROTOCOL: u32 = 1;
+
+/// The version that brought pages that come after GO.
+pub(crate) const LATE_PAGES_SINCE: u32 = 2;
 
 /// Protocol versions that one side speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +35,7 @@ impl Versions {
 }
 
 /// The source's first message.
-pub(crate) fn hello(identity: &StreamIdentity, shape: &MemoryShape, profile: Vec<u8>) -> v1::Hello {
+pub(crate) fn hello(identity: &StreamIdentity, shape: &MemoryShape, profile: Vec<u8>, late_streams: u32) -> v1::Hello {
     let region = |region: &Region| v1::Region {
         start_frame: region.start_frame,
         frames: region.frames,
@@ -47,6 +50,7 @@ pub(crate) fn hello(identity: &StreamIdentity, shape: &MemoryShape, profile: Vec
         regions: shape.regions().iter().map(region).collect(),
         streams: identity.streams,
         profile,
+        late_streams,
     }
 }
 
@@ -159,7 +163,7 @@ mod tests {
     }
 
     fn ours() -> v1::Hello {
-        hello(&identity(), &shape(64), Vec::new())
+        hello(&identity(), &shape(64), Vec::new(), 0)
     }
 
     #[test]
@@ -186,7 +190,7 @@ mod tests {
         .unwrap_err();
         assert_eq!(
             reasons,
-            ["protocol version: the source speaks 8 to 9, this host 1 to 1"]
+            ["protocol version: the source speaks 8 to 9, this host 1 to 2"]
         );
     }
 
@@ -195,7 +199,7 @@ mod tests {
         let hello = v1::Hello {
             epoch: 9,
             page_size: 16384,
-            ..hello(&identity(), &shape(65), Vec::new())
+            ..hello(&identity(), &shape(65), Vec::new(), 0)
         };
         let check = |_: &[u8]| vec!["cpu feature avx512f is missing".to_owned()];
         let reasons = check_hello(&hello, &identity(), &shape(64), Versions::OURS, check).unwrap_err();

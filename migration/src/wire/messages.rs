@@ -6,8 +6,8 @@ use uuid::Uuid;
 use crate::guest::{FrameRun, MemoryShape, Population};
 use crate::handover::{Attempt, Epoch};
 
-/// Runs in one part of the population map: at most a megabyte on the wire.
-const RUNS_PER_PART: usize = 32 << 10;
+/// Runs in one part of the population map, or of a table of late pages: at most a megabyte on the wire.
+pub(crate) const RUNS_PER_PART: usize = 32 << 10;
 
 /// What page streams carried since they were opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -134,16 +134,12 @@ pub(crate) fn runs_from_wire(numbers: &[u64], shape: &MemoryShape) -> Result<Vec
     let mut end = 0u64;
     let run = |pair: &[u64]| {
         let &[gap, count] = pair else {
-            return Err("a run of the population map has no length".to_owned());
+            return Err("a run has no length".to_owned());
         };
-        let first = end
-            .checked_add(gap)
-            .ok_or("a run of the population map is beyond all memory")?;
+        let first = end.checked_add(gap).ok_or("a run is beyond all memory")?;
         let run = FrameRun { first, count };
         if !shape.contains(run) {
-            return Err(format!(
-                "{count} populated pages from page {first:#x} on are not guest memory"
-            ));
+            return Err(format!("{count} pages from page {first:#x} on are not guest memory"));
         }
         end = run.end();
         Ok(run)
@@ -151,7 +147,8 @@ pub(crate) fn runs_from_wire(numbers: &[u64], shape: &MemoryShape) -> Result<Vec
     numbers.chunks(2).map(run).collect()
 }
 
-fn gaps_and_lengths(runs: &[FrameRun]) -> Vec<u64> {
+/// Runs as pairs of numbers: the gap since the end of the one before it, and the length.
+pub(crate) fn gaps_and_lengths(runs: &[FrameRun]) -> Vec<u64> {
     let mut end = 0;
     let pair = |run: &FrameRun| {
         let gap = run.first - end;

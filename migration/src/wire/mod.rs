@@ -10,8 +10,11 @@ pub(crate) use control::{read_message, write_message};
 pub use frame::FrameError;
 #[cfg(any(fuzzing, test))]
 pub(crate) use frame::summed_up;
-pub(crate) use frame::{Content, FrameReader, FrameWriter, MAX_DATA_PAGES, MAX_RUNS, StreamIdentity};
+pub(crate) use frame::{Content, FrameReader, FrameWriter, MAX_DATA_PAGES, MAX_RUNS, StreamIdentity, Wish};
+pub(crate) use handshake::{LATE_PAGES_SINCE, Versions, check_hello, hello};
 pub use handshake::{OLDEST_PROTOCOL, PROTOCOL};
-pub(crate) use handshake::{Versions, check_hello, hello};
 pub use messages::StreamTotals;
-pub(crate) use messages::{attempt_from_wire, attempt_to_wire, digest_from_wire, population_to_wire, runs_from_wire};
+pub(crate) use messages::{
+    RUNS_PER_PART, attempt_from_wire, attempt_to_wire, digest_from_wire, gaps_and_lengths, population_to_wire,
+    runs_from_wire,
+};

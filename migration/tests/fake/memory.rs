@@ -3,17 +3,19 @@
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Condvar, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread;
 use std::time::Duration;
 
-use ferry_migration::guest::{FRAME_SIZE, FrameRun, GuestError, GuestMemory, MemoryShape};
+use ferry_migration::PageSet;
+use ferry_migration::guest::{AbsentPages, FRAME_SIZE, FrameRun, GuestError, GuestMemory, MemoryShape};
+
+/// Frames of the usual fake guest that hold nothing, and are absent when pages come late.
+pub const NEVER_POPULATED: FrameRun = FrameRun { first: 6500, count: 8 };
 
 #[derive(Debug)]
 pub struct FakeMemory {
-    shape: MemoryShape,
-    chunk_frames: u64,
-    chunks: Vec<RwLock<Vec<u8>>>,
+    store: Arc<Store>,
     send_delay_micros: AtomicU64,
     /// Frames that were made zero by order.
     pub zeroed: AtomicU64,
@@ -21,8 +23,29 @@ pub struct FakeMemory {
     pub advised: Mutex<Vec<FrameRun>>,
     /// Frames that were backed ahead.
     pub populated: AtomicU64,
+    /// Its pages cannot come late.
+    pub cannot_wait: bool,
     /// A frame whose first byte is damaged after it was received.
     pub damage: Option<u64>,
+}
+
+/// The bytes, which outlive the handle of those who wait for late pages.
+#[derive(Debug)]
+struct Store {
+    shape: MemoryShape,
+    chunk_frames: u64,
+    chunks: Vec<RwLock<Vec<u8>>>,
+    late: Mutex<Late>,
+    changed: Condvar,
+}
+
+/// Pages that are not there yet.
+#[derive(Debug, Default)]
+struct Late {
+    absent: Option<PageSet>,
+    touched: Vec<u64>,
+    /// Pages that came when they were there already.
+    doubled: u64,
 }
 
 /// A piece of a run inside one chunk: chunk, first byte, bytes.
@@ -32,14 +55,20 @@ impl FakeMemory {
     pub fn new(shape: MemoryShape, chunk_frames: u64) -> Self {
         let chunks = shape.frames().div_ceil(chunk_frames);
         let chunk = || RwLock::new(vec![0; (chunk_frames * FRAME_SIZE) as usize]);
-        Self {
+        let store = Store {
             shape,
             chunk_frames,
             chunks: (0..chunks).map(|_| chunk()).collect(),
+            late: Mutex::default(),
+            changed: Condvar::new(),
+        };
+        Self {
+            store: Arc::new(store),
             send_delay_micros: AtomicU64::new(0),
             zeroed: AtomicU64::new(0),
             advised: Mutex::default(),
             populated: AtomicU64::new(0),
+            cannot_wait: false,
             damage: None,
         }
     }
@@ -57,7 +86,7 @@ impl FakeMemory {
     /// Fills a frame as the guest does: `touch` runs before, under the same lock.
     pub fn write(&self, frame: u64, value: u64, touch: impl FnOnce()) {
         let (chunk, offset, length) = self.pieces(FrameRun { first: frame, count: 1 })[0];
-        let mut bytes = self.chunks[chunk].write().unwrap();
+        let mut bytes = self.store.chunks[chunk].write().unwrap();
         touch();
         let mut word = value;
         for bytes in bytes[offset..offset + length].chunks_exact_mut(8) {
@@ -68,6 +97,7 @@ impl FakeMemory {
 
     pub fn equals(&self, other: &Self) -> Result<(), String> {
         let regions = self
+            .store
             .shape
             .regions()
             .iter()
@@ -81,6 +111,35 @@ impl FakeMemory {
         Ok(())
     }
 
+    fn pieces(&self, run: FrameRun) -> Vec<Piece> {
+        self.store.pieces(run)
+    }
+
+    /// Touches a frame as a guest does that runs without all of its memory: returns once it is there.
+    pub fn touch(&self, frame: u64) {
+        let mut late = self.store.late.lock().unwrap();
+        let mut told = false;
+        while late.absent.as_ref().is_some_and(|absent| absent.contains(frame)) {
+            if !told {
+                late.touched.push(frame);
+                self.store.changed.notify_all();
+                told = true;
+            }
+            late = self.store.changed.wait(late).unwrap();
+        }
+    }
+
+    /// Pages that came late although they were there.
+    pub fn doubled(&self) -> u64 {
+        self.store.late.lock().unwrap().doubled
+    }
+
+    fn all_pieces(&self, runs: &[FrameRun]) -> Vec<Piece> {
+        runs.iter().flat_map(|&run| self.pieces(run)).collect()
+    }
+}
+
+impl Store {
     fn pieces(&self, run: FrameRun) -> Vec<Piece> {
         assert!(self.shape.contains(run), "{run:?} is not memory");
         let (region, offset) = self.shape.locate(run.first).unwrap();
@@ -97,14 +156,65 @@ impl FakeMemory {
         pieces
     }
 
-    fn all_pieces(&self, runs: &[FrameRun]) -> Vec<Piece> {
-        runs.iter().flat_map(|&run| self.pieces(run)).collect()
+    /// Puts bytes into those pages of a run that are absent.
+    fn put(&self, run: FrameRun, mut contents: impl FnMut(u64) -> Option<Vec<u8>>) {
+        let mut late = self.late.lock().unwrap();
+        for frame in run.first..run.end() {
+            let page = FrameRun { first: frame, count: 1 };
+            let bytes = contents(frame - run.first);
+            let absent = late.absent.as_mut().expect("late pages are awaited");
+            if !absent.contains(frame) {
+                late.doubled += 1;
+                continue;
+            }
+            absent.remove(page);
+            let (chunk, offset, length) = self.pieces(page)[0];
+            let mut chunk = self.chunks[chunk].write().unwrap();
+            match bytes {
+                Some(bytes) => chunk[offset..offset + length].copy_from_slice(&bytes),
+                None => chunk[offset..offset + length].fill(0),
+            }
+        }
+        self.changed.notify_all();
+    }
+}
+
+/// Those who wait for late pages.
+struct Waiting(Arc<Store>);
+
+impl AbsentPages for Waiting {
+    fn touched(&self, patience: Duration, frames: &mut Vec<u64>) -> Result<(), GuestError> {
+        let mut late = self.0.late.lock().unwrap();
+        if late.touched.is_empty() {
+            late = self.0.changed.wait_timeout(late, patience).unwrap().0;
+        }
+        frames.append(&mut late.touched);
+        Ok(())
+    }
+
+    fn supply(&self, runs: &[FrameRun], contents: &[u8]) -> Result<(), GuestError> {
+        let mut pages = contents.chunks_exact(FRAME_SIZE as usize);
+        runs.iter()
+            .for_each(|&run| self.0.put(run, |_| Some(pages.next().unwrap().to_vec())));
+        assert!(pages.next().is_none(), "more contents than pages");
+        Ok(())
+    }
+
+    fn supply_zeroes(&self, run: FrameRun) -> Result<(), GuestError> {
+        self.0.put(run, |_| None);
+        Ok(())
+    }
+
+    fn end(&self) -> Result<(), GuestError> {
+        self.0.late.lock().unwrap().absent = None;
+        self.0.changed.notify_all();
+        Ok(())
     }
 }
 
 impl GuestMemory for FakeMemory {
     fn shape(&self) -> &MemoryShape {
-        &self.shape
+        &self.store.shape
     }
 
     fn send(&self, socket: BorrowedFd<'_>, prefix: &[u8], runs: &[FrameRun]) -> io::Result<()> {
@@ -116,7 +226,7 @@ impl GuestMemory for FakeMemory {
         let mut guards: Vec<(usize, RwLockReadGuard<'_, Vec<u8>>)> = Vec::new();
         for &(chunk, ..) in &pieces {
             if guards.last().is_none_or(|(last, _)| *last != chunk) {
-                guards.push((chunk, self.chunks[chunk].read().unwrap()));
+                guards.push((chunk, self.store.chunks[chunk].read().unwrap()));
             }
         }
         let mut slices = vec![IoSlice::new(prefix)];
@@ -140,7 +250,7 @@ impl GuestMemory for FakeMemory {
         let mut guards: Vec<(usize, RwLockWriteGuard<'_, Vec<u8>>)> = Vec::new();
         for &(chunk, ..) in &pieces {
             if guards.last().is_none_or(|(last, _)| *last != chunk) {
-                guards.push((chunk, self.chunks[chunk].write().unwrap()));
+                guards.push((chunk, self.store.chunks[chunk].write().unwrap()));
             }
         }
         let mut slices = Vec::new();
@@ -173,7 +283,7 @@ impl GuestMemory for FakeMemory {
         let mut frame = run.first;
         let mut last: Option<FrameRun> = None;
         for (chunk, offset, length) in self.pieces(run) {
-            let bytes = self.chunks[chunk].read().unwrap();
+            let bytes = self.store.chunks[chunk].read().unwrap();
             for page in bytes[offset..offset + length].chunks_exact(FRAME_SIZE as usize) {
                 let zero = page[..16] == [0; 16] && page.iter().all(|&byte| byte == 0);
                 match &mut last {
@@ -197,7 +307,7 @@ impl GuestMemory for FakeMemory {
     fn digest(&self, run: FrameRun) -> Result<u128, GuestError> {
         let mut hasher = xxhash_rust::xxh3::Xxh3::new();
         for (chunk, offset, length) in self.pieces(run) {
-            hasher.update(&self.chunks[chunk].read().unwrap()[offset..offset + length]);
+            hasher.update(&self.store.chunks[chunk].read().unwrap()[offset..offset + length]);
         }
         Ok(hasher.digest128())
     }
@@ -210,5 +320,24 @@ impl GuestMemory for FakeMemory {
     fn populate(&self, run: FrameRun) -> Result<(), GuestError> {
         self.populated.fetch_add(run.count, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn check_late(&self) -> Result<(), GuestError> {
+        match self.cannot_wait {
+            true => Err(GuestError::new("userfaultfd is not permitted")),
+            false => Ok(()),
+        }
+    }
+
+    fn await_late(&self, missing: &PageSet) -> Result<Box<dyn AbsentPages>, GuestError> {
+        // What is in them is given up, and some that were never populated are absent as well.
+        missing
+            .runs()
+            .flat_map(|run| run.first..run.end())
+            .for_each(|frame| self.fill(frame, 0x0bad));
+        let mut absent = missing.clone();
+        absent.insert(NEVER_POPULATED);
+        self.store.late.lock().unwrap().absent = Some(absent);
+        Ok(Box::new(Waiting(Arc::clone(&self.store))))
     }
 }

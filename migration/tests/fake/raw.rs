@@ -73,6 +73,7 @@ impl RawSource {
             regions: shape().regions().iter().map(region).collect(),
             streams: self.link.pages.len() as u32,
             profile: b"cpu: sse2".to_vec(),
+            late_streams: 0,
         }
     }
 

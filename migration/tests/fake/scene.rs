@@ -11,6 +11,7 @@ use ferry_migration::destination::{
 };
 use ferry_migration::guest::{FrameRun, GuestWas, MemoryShape, Region, SourceGuest};
 use ferry_migration::handover::{Attempt, Epoch, Grants};
+use ferry_migration::postcopy::{Lateness, URGENT_STREAMS};
 use ferry_migration::source::{
     self, Manner, OnTimeout, Overhead, SourceError, SourceOrder, SourceOutcome, SourceParameters, SourceReport,
     SourceSummary,
@@ -79,6 +80,7 @@ pub fn parameters() -> SourceParameters {
         migration,
         epoch,
         manner: live(Duration::from_millis(300)),
+        lateness: Lateness::Never,
         timeout: Duration::from_secs(20),
         on_timeout: OnTimeout::Abort,
         most_throttle: None,
@@ -118,13 +120,25 @@ pub fn links(streams: usize) -> (Link, Link) {
         Link {
             control: near_control,
             pages: near,
+            late: None,
         },
         Link {
             control: far_control,
             pages: far,
+            late: None,
         },
     )
 }
+
+/// As [`links`], with connections for pages that come late.
+pub fn links_with_late(streams: usize) -> (Link, Link) {
+    let ((mut near, mut far), (near_late, far_late)) = (links(streams), links(LATE_STREAMS));
+    (near.late, far.late) = (Some(Box::new(near_late)), Some(Box::new(far_late)));
+    (near, far)
+}
+
+/// Streams of a session of late pages: those for whoever waits, and two more.
+pub const LATE_STREAMS: usize = URGENT_STREAMS + 2;
 
 /// What an agent can do to a migration.
 pub struct Controls {
@@ -232,7 +246,10 @@ pub fn migrate(scene: Scene) -> Ends {
         destination_parameters,
         mut agent,
     } = scene;
-    let (near, far) = links(streams);
+    let (near, far) = match parameters.lateness {
+        Lateness::Never => links(streams),
+        Lateness::AtOnce | Lateness::WhenItPays => links_with_late(streams),
+    };
     let (source_orders, source_orders_out) = mpsc::channel();
     let (destination_orders, destination_orders_out) = mpsc::channel();
     let (reports_in, reports_out) = mpsc::channel();
@@ -269,7 +286,7 @@ pub fn migrate(scene: Scene) -> Ends {
             outcome,
             loaded: receiving.join().unwrap(),
             reports: watcher.join().unwrap(),
-            destination_reports: destination_reports.into_iter().collect(),
+            destination_reports: destination_reports.try_iter().collect(),
             took: began.elapsed(),
         }
     })

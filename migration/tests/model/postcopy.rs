@@ -6,8 +6,8 @@
 //!                                      └──► B's guest lacks pages: it is lost, its restart policy decides
 //! ```
 //!
-//! The product does not have post-copy yet, so this is the protocol's own text and not production's code. The cores
-//! around it are: D, permits and epochs are the same.
+//! Production does it around the same cores, in the place where they have the copy destroyed (`rpc/src/agent/outgoing/serving.rs`,
+//! `rpc/src/agent/incoming/late.rs`): D, permits and epochs are the same.
 
 use crate::config::Config;
 use crate::effects_a::{save, save_migration};

@@ -76,15 +76,15 @@ fn frame_is_refused(frame: &RawFrame, reason: &str) {
 fn another_protocol_version_is_refused_by_its_numbers() {
     let (error, reasons) = against(|source| {
         source.say(Said::Hello(v1::Hello {
-            protocol_newest: 3,
-            protocol_oldest: 2,
+            protocol_newest: 4,
+            protocol_oldest: 3,
             ..source.hello()
         }));
     });
     assert!(matches!(error, DestinationError::Incompatible(_)));
     assert_eq!(
         reasons,
-        ["protocol version: the source speaks 2 to 3, this host 1 to 1"]
+        ["protocol version: the source speaks 3 to 4, this host 1 to 2"]
     );
 }
 

@@ -46,14 +46,13 @@ impl Agent {
         // A VMM of an earlier build does not know the question.
         let mut machine_profile = Vec::new();
         if let Some(vmm) = vmm {
-            if mode == Mode::Cold {
-                let cold = wire::Send {
-                    cold: true,
-                    ..Default::default()
-                };
-                vmm.check_knows(&Command::Send(cold))
-                    .map_err(Failure::vmm("failed to ask for a cold move"))?;
-            }
+            let send = wire::Send {
+                cold: mode == Mode::Cold,
+                lateness: mode.lateness().to_owned(),
+                ..Default::default()
+            };
+            vmm.check_knows(&Command::Send(send))
+                .map_err(Failure::vmm("failed to ask for such a move"))?;
             if let Ok(Body::Profiled(profiled)) = vmm.order(Command::Profile(wire::Profile {})).await {
                 machine_profile = profiled.profile;
             }

@@ -11,10 +11,10 @@ use ferry_proto::agent::v1::{
     AttemptRequest, BalloonInstanceRequest, CheckDestinationReply, CheckDestinationRequest, CheckSourceReply,
     CheckSourceRequest, ConsoleInputReply, ConsoleInputRequest, ConsoleOutput, ConsoleRequest, DecisionReply,
     DeleteInstanceReply, DeleteInstanceRequest, HeartbeatReply, HeartbeatRequest, HostInfo, HostRequest, ImageChunk,
-    InstanceInfo, InstanceRequest, ListEventsReply, ListEventsRequest, ListInstancesReply, ListInstancesRequest,
-    LiveMigrationCast, PostLiveMigrationReply, PostLiveMigrationRequest, PreLiveMigrationReply,
-    PreLiveMigrationRequest, PutImageReply, Receipt, RestoreInstanceRequest, RollbackReply, RollbackRequest,
-    RunInstanceRequest, SnapshotInfo, SnapshotInstanceRequest, StopInstanceRequest,
+    InstanceInfo, InstanceRequest, LateLinkReply, LateLinkRequest, ListEventsReply, ListEventsRequest,
+    ListInstancesReply, ListInstancesRequest, LiveMigrationCast, PostLiveMigrationReply, PostLiveMigrationRequest,
+    PreLiveMigrationReply, PreLiveMigrationRequest, PutImageReply, Receipt, RestoreInstanceRequest, RollbackReply,
+    RollbackRequest, RunInstanceRequest, SnapshotInfo, SnapshotInstanceRequest, StopInstanceRequest,
 };
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
@@ -460,6 +460,13 @@ impl Compute for ComputeService {
             let _ = tokio::time::timeout(CALL_TIME / 2, incoming.over()).await;
         }
         Ok(Response::new(RollbackReply {}))
+    }
+
+    async fn late_link(&self, request: Request<LateLinkRequest>) -> Answer<LateLinkReply> {
+        let request = request.into_inner();
+        let migration = wire_uuid("migration", &request.migration).map_err(Failure::from)?;
+        self.check_peer(migration, &request.source).await?;
+        answer(self.0.late_link(request).await)
     }
 
     async fn heartbeat(&self, request: Request<HeartbeatRequest>) -> Answer<HeartbeatReply> {

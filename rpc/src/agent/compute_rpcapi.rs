@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ferry_proto::agent::v1::{
-    CheckDestinationReply, CheckDestinationRequest, CheckSourceReply, CheckSourceRequest, HostInfo, LiveMigrationCast,
-    MigrationOptions, PreLiveMigrationReply, PreLiveMigrationRequest, Receipt,
+    CheckDestinationReply, CheckDestinationRequest, CheckSourceReply, CheckSourceRequest, HostInfo, LateLinkReply,
+    LateLinkRequest, LiveMigrationCast, MigrationOptions, PreLiveMigrationReply, PreLiveMigrationRequest, Receipt,
 };
 use tonic::{Request, Status};
 
@@ -99,15 +99,23 @@ impl Agent {
 
 /// What of these options an agent before 4.3 does not know; it would take no notice.
 fn novelty(options: &MigrationOptions) -> Option<&'static str> {
-    let is_cold = Mode::parse(&options.mode) == Ok(Mode::Cold);
     let novelties = [
-        (is_cold, "a cold migration"),
         (options.on_timeout == PAUSE, "a pause when the time is up"),
         (options.max_throttle_percent > 0, "throttling the guest"),
     ];
-    novelties
+    let of_options = novelties
         .into_iter()
-        .find_map(|(is_asked_for, what)| is_asked_for.then_some(what))
+        .find_map(|(is_asked_for, what)| is_asked_for.then_some(what));
+    Mode::parse(&options.mode).ok().and_then(new_mode).or(of_options)
+}
+
+/// What an agent before 4.3 does not know of this mode.
+fn new_mode(mode: Mode) -> Option<&'static str> {
+    match mode {
+        Mode::Precopy => None,
+        Mode::Cold => Some("a cold migration"),
+        Mode::Postcopy | Mode::Hybrid => Some("a migration with pages that come late"),
+    }
 }
 
 fn knows_not(what: &str, host: &str, version: RpcVersion) -> Failure {
@@ -170,6 +178,23 @@ impl ComputeRpcApi {
         }
     }
 
+    /// Whether the destination still needs pages that come late, and how they get there.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub(crate) async fn late_link(&self, request: LateLinkRequest) -> Result<LateLinkReply, Failure> {
+        match &self.to {
+            To::Here(agent) => agent.late_link(request).await,
+            To::There(peer) => {
+                self.call(peer, CALL_TIME, |mut client, version| {
+                    let request = at(version, request.clone());
+                    async move { client.late_link(request).await }
+                })
+                .await
+            }
+        }
+    }
+
     /// Nova's pre_live_migration: the destination prepares, or says which images it lacks.
     ///
     /// # Errors
@@ -206,7 +231,8 @@ impl ComputeRpcApi {
 
     /// Casts a migration: the receipt says that this host's journal has it. The same id again is the same migration.
     ///
-    /// At 4.2 the cast carries the record. Before, the record is made by a call, and the cast finds it by its instance. A cold one needs 4.3.
+    /// At 4.2 the cast carries the record. Before, the record is made by a call, and the cast finds it by its instance. Other modes than
+    /// pre-copy need 4.3.
     ///
     /// # Errors
     /// The host refuses it, or does not answer: then it may have it.
@@ -229,13 +255,11 @@ impl ComputeRpcApi {
         }
     }
 
-    /// A host that does not know what cold means would move the guest live.
+    /// A host that does not know the mode would take it for another.
     fn check_can_say(&self, peer: &Peer, mode: &str) -> Result<(), Failure> {
-        match Mode::parse(mode)? {
-            Mode::Cold if !self.can_send_version(RpcVersion::V4_3) => {
-                Err(knows_not("a cold migration", &peer.host, self.version()))
-            }
-            Mode::Cold | Mode::Precopy => Ok(()),
+        match new_mode(Mode::parse(mode)?) {
+            Some(what) if !self.can_send_version(RpcVersion::V4_3) => Err(knows_not(what, &peer.host, self.version())),
+            _ => Ok(()),
         }
     }
 

@@ -10,6 +10,7 @@
 //! connection, so nothing that was on the wire can be used again.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -111,13 +112,18 @@ async fn take(agent: &Arc<Agent>, mut stream: TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Opens the connections of a migration, proven and in order: the control stream and `streams` page streams.
+/// Opens the connections of a migration with these indexes, proven and in order: a control stream and page streams.
 ///
 /// # Errors
 /// The data port cannot be reached, is something else, or refuses.
-pub(crate) async fn connect(address: &str, secret: &[u8], migration: Uuid, streams: u16) -> io::Result<Vec<OwnedFd>> {
-    let mut connections = Vec::with_capacity(usize::from(streams) + 1);
-    for index in 0..=streams {
+pub(crate) async fn connect(
+    address: &str,
+    secret: &[u8],
+    migration: Uuid,
+    indexes: Range<u16>,
+) -> io::Result<Vec<OwnedFd>> {
+    let mut connections = Vec::with_capacity(indexes.len());
+    for index in indexes {
         let connect = connect_one(address, secret, migration, index);
         let timed_out = |_| io::Error::new(io::ErrorKind::TimedOut, format!("{address} does not answer"));
         connections.push(tokio::time::timeout(PATIENCE, connect).await.map_err(timed_out)??);

@@ -34,7 +34,10 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), Failure> {
     }
     let rows = agent.journal.read(InstanceRow::all).await?;
     let unfinished = agent.journal.read(MigrationRow::unfinished).await?;
-    let known: Vec<_> = rows.iter().map(|row| row.id).collect();
+    let mut known: Vec<_> = rows.iter().map(|row| row.id).collect();
+    // What serves the last pages of a guest that left is in its folder.
+    let serving: Vec<_> = unfinished.iter().filter(|row| row.is_serving()).cloned().collect();
+    known.extend(serving.iter().map(|row| row.instance));
     Agent::remove_orphans(&agent.config.data_dir.join("instances"), &known);
 
     let arrivals = agent.journal.read(Arrival::all).await?;
@@ -62,6 +65,9 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), Failure> {
         if let Some(instance) = agent.instances.by_id(migration.instance) {
             outgoing::wait_on(agent, migration.clone(), instance).await;
         }
+    }
+    for row in serving {
+        outgoing::recover_serving(agent, row).await;
     }
     for mut orphan in unfinished
         .into_iter()

@@ -6,6 +6,9 @@
 
 use std::fmt;
 
+/// The status of a migration whose guest runs at the destination without all of its memory.
+pub(crate) const POST_COPY: &str = "running (post-copy)";
+
 /// When the journal has that a step was reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Journalled {
@@ -48,6 +51,7 @@ pub(crate) enum SourceStep {
     Grant,
     Go,
     Confirm,
+    Serve,
 }
 
 /// How a step of agent A is undone.
@@ -61,7 +65,7 @@ pub(crate) enum SourceUndo {
 
 impl SourceStep {
     /// All of them, in order.
-    pub(crate) const ALL: [Self; 10] = [
+    pub(crate) const ALL: [Self; 11] = [
         Self::Accept,
         Self::Queue,
         Self::Build,
@@ -72,6 +76,7 @@ impl SourceStep {
         Self::Grant,
         Self::Go,
         Self::Confirm,
+        Self::Serve,
     ];
 
     /// Its row of the table.
@@ -147,6 +152,12 @@ impl SourceStep {
                 Before,
                 Nothing("the guest is the destination's"),
             ),
+            Self::Serve => (
+                "serve",
+                "where pages come late: writes POSTCOPY down, and keeps the memory until the destination has the last one",
+                Before,
+                Nothing("the guest is the destination's"),
+            ),
         };
         StepRow {
             word,
@@ -171,6 +182,7 @@ impl SourceStep {
             Self::Arm | Self::Grant => Some("switching"),
             // Indeterminate it may be meanwhile, and not be any more.
             Self::Go | Self::Confirm => None,
+            Self::Serve => Some(POST_COPY),
         }
     }
 
@@ -334,9 +346,9 @@ mod tests {
     fn all_steps_are_listed_once_and_in_order() {
         assert!(SourceStep::ALL.is_sorted_by(|one, next| one < next));
         assert!(DestinationStep::ALL.is_sorted_by(|one, next| one < next));
-        assert_eq!(SourceStep::ALL.last(), Some(&SourceStep::Confirm));
+        assert_eq!(SourceStep::ALL.last(), Some(&SourceStep::Serve));
         assert_eq!(DestinationStep::ALL.last(), Some(&DestinationStep::Run));
-        assert_eq!(SourceStep::Confirm as usize + 1, SourceStep::ALL.len());
+        assert_eq!(SourceStep::Serve as usize + 1, SourceStep::ALL.len());
         assert_eq!(DestinationStep::Run as usize + 1, DestinationStep::ALL.len());
     }
 

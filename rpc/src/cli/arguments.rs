@@ -313,7 +313,7 @@ pub(super) struct MigrateArguments {
     #[arg(long, value_name = "WHAT", default_value = "abort", value_parser = ["abort", "pause"])]
     pub(super) on_timeout: String,
     /// How memory moves
-    #[arg(long, value_name = "MODE", default_value = "precopy", value_parser = ["precopy"])]
+    #[arg(long, value_name = "MODE", default_value = "precopy", value_parser = ["precopy", "postcopy", "hybrid"])]
     pub(super) mode: String,
     /// Keep vCPUs from running for a part of the time where the guest writes more than the link carries
     #[arg(long)]

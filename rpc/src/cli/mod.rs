@@ -253,8 +253,8 @@ mod tests {
                 "{flag}"
             );
         }
-        let error = line("ferry migrate web --mode postcopy").unwrap_err().to_string();
-        assert!(error.contains("--mode") && error.contains("postcopy"), "{error}");
+        let error = line("ferry migrate web --mode lukewarm").unwrap_err().to_string();
+        assert!(error.contains("--mode") && error.contains("lukewarm"), "{error}");
     }
 
     #[test]

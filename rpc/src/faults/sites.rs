@@ -190,6 +190,7 @@ sites! {
         WireRefused = "wire.refused",
         WirePing = "wire.ping",
         WirePong = "wire.pong",
+        WireMissing = "wire.missing",
     }
 }
 
@@ -284,6 +285,7 @@ impl From<&from_source::Message> for Site {
             Message::Abort(_) => Self::WireAbort,
             Message::Ping(_) => Self::WirePing,
             Message::Pong(_) => Self::WirePong,
+            Message::Missing(_) => Self::WireMissing,
         }
     }
 }
@@ -298,6 +300,8 @@ impl From<&from_destination::Message> for Site {
             Message::Refused(_) => Self::WireRefused,
             Message::Ping(_) => Self::WirePing,
             Message::Pong(_) => Self::WirePong,
+            // On the connections of late pages, which come after the handover.
+            Message::Missing(_) | Message::AllHere(_) => Self::WireMissing,
         }
     }
 }
@@ -323,7 +327,10 @@ fn order_and_answer(order: &Command) -> Option<(Site, Site)> {
         | Command::SetBalloon(_)
         | Command::ForceComplete(_)
         | Command::Retune(_)
-        | Command::Profile(_) => None,
+        | Command::Profile(_)
+        // After the handover.
+        | Command::ServePages(_)
+        | Command::LateLink(_) => None,
     }
 }
 
@@ -350,7 +357,7 @@ pub(crate) fn report(report: &Body) -> Option<Site> {
         Body::LoadFailed(_) => Some(Site::ReportLoadFailed),
         Body::GuestEnded(_) => Some(Site::ReportGuestEnded),
         Body::Done(_) | Body::Refused(_) | Body::Standing(_) | Body::Traded(_) | Body::Pressed(_) => None,
-        Body::SnapshotEnded(_) | Body::Restored(_) | Body::Profiled(_) => None,
+        Body::SnapshotEnded(_) | Body::Restored(_) | Body::Profiled(_) | Body::Late(_) => None,
     }
 }
 

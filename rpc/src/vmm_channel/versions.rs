@@ -21,10 +21,15 @@ pub(crate) fn brought_by(order: &Command) -> (u32, &'static str) {
         // One of version 1 would give up.
         Command::Send(send) if send.pause_on_timeout => (2, "pausing its guest when the time is up"),
         Command::Send(send) if send.max_throttle_percent > 0 => (2, "throttling its guest"),
+        // One of version 1 would send all pages before it hands the guest over.
+        Command::Send(send) if !send.lateness.is_empty() => (2, "moving its guest by post-copy"),
         Command::Send(_) => (1, "sending its guest"),
         Command::Grant(_) => (1, "the switch grant"),
         Command::CallOff(_) => (1, "calling a switchover off"),
+        Command::Receive(receive) if receive.late_streams > 0 => (2, "receiving a guest by post-copy"),
         Command::Receive(_) => (1, "receiving a guest"),
+        Command::ServePages(_) => (2, "serving late pages"),
+        Command::LateLink(_) => (2, "other connections for late pages"),
         Command::Snapshot(_) => (2, "snapshots"),
         Command::Restore(_) => (2, "restoring a snapshot"),
         Command::PressPowerButton(_) => (2, "the power button"),

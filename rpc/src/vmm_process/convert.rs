@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use ferry_migration::guest::{GuestEnd, GuestWas};
 use ferry_migration::handover::{Attempt, Epoch};
+use ferry_migration::postcopy::Lateness;
 use ferry_migration::source::{
     Amounts, Copied, Decided, Manner, NewTerms, OnTimeout, Overhead, Parked, RoundSummary, SourceParameters,
     SourceSummary,
@@ -62,6 +63,7 @@ pub(super) fn source_parameters(send: &wire::Send, instance: Uuid) -> Result<Sou
         migration: wire_uuid("migration", &send.migration)?,
         epoch: Epoch(send.epoch),
         manner: manner(send),
+        lateness: lateness(&send.lateness)?,
         timeout: Duration::from_millis(send.timeout_ms),
         on_timeout: match send.pause_on_timeout {
             true => OnTimeout::Pause,
@@ -91,6 +93,18 @@ fn manner(send: &wire::Send) -> Manner {
     }
     Manner::Live {
         max_downtime: Duration::from_micros(send.max_downtime_us),
+    }
+}
+
+fn lateness(word: &str) -> Result<Lateness, InvalidField> {
+    match word {
+        "" => Ok(Lateness::Never),
+        "at-once" => Ok(Lateness::AtOnce),
+        "when-it-pays" => Ok(Lateness::WhenItPays),
+        other => Err(InvalidField {
+            field: "lateness",
+            problem: format!("{other:?} is not one of at-once, when-it-pays"),
+        }),
     }
 }
 
@@ -198,6 +212,7 @@ pub(super) fn go_sent(parked: &Parked<LocalGuest>) -> wire::GoSent {
         attempt: Some(attempt_to_wire(parked.attempt())),
         progress: Some(progress(summary)),
         round_trip_ms: summary.round_trip.map(ms).unwrap_or_default(),
+        late_pages: summary.late_pages,
         ..wire::GoSent::default()
     };
     if let Some(blackout) = &summary.blackout {

@@ -8,6 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use ferry_migration::destination::{DestinationError, DestinationReport, Loaded};
+use ferry_migration::postcopy::{ServeReport, Served};
 use ferry_migration::source::{SourceOutcome, SourceReport};
 use ferry_proto::vmm::v1::Order;
 
@@ -30,6 +31,10 @@ pub(super) enum Event {
     SendReport(SourceReport),
     /// The migration out of here is over, and gives the guest back.
     SendOutcome(Box<SourceOutcome<LocalGuest>>),
+    /// The source of late pages tells how far it is.
+    ServeReport(ServeReport),
+    /// It serves no more.
+    Served(Served),
     /// The migration into here tells how far it is.
     LoadReport(DestinationReport),
     /// The migration into here is over.

@@ -2,8 +2,10 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
-use ferry_migration::guest::{FrameRun, GuestError, GuestMemory, MemoryShape, Population, Region};
+use ferry_migration::PageSet;
+use ferry_migration::guest::{AbsentPages, FrameRun, GuestError, GuestMemory, MemoryShape, Population, Region};
 use ferry_vmm::PAGE_SIZE;
 
 use super::copied::CopiedDisk;
@@ -127,6 +129,36 @@ impl GuestMemory for SharedMemory {
         self.disks
             .iter()
             .try_for_each(|disk| disk.sync().map_err(GuestError::new))
+    }
+
+    fn check_late(&self) -> Result<(), GuestError> {
+        self.memory.check_watchable().map_err(GuestError::new)
+    }
+
+    fn await_late(&self, missing: &PageSet) -> Result<Box<dyn AbsentPages>, GuestError> {
+        let watched = self.memory.watch(missing.runs().map(to_vmm)).map_err(GuestError::new)?;
+        Ok(Box::new(Watched(watched)))
+    }
+}
+
+/// Memory that waits for pages.
+struct Watched(ferry_vmm::AbsentPages);
+
+impl AbsentPages for Watched {
+    fn touched(&self, patience: Duration, frames: &mut Vec<u64>) -> Result<(), GuestError> {
+        self.0.touched(patience, frames).map_err(GuestError::new)
+    }
+
+    fn supply(&self, runs: &[FrameRun], contents: &[u8]) -> Result<(), GuestError> {
+        self.0.supply(&all_to_vmm(runs), contents).map_err(GuestError::new)
+    }
+
+    fn supply_zeroes(&self, run: FrameRun) -> Result<(), GuestError> {
+        self.0.supply_zeroes(to_vmm(run)).map_err(GuestError::new)
+    }
+
+    fn end(&self) -> Result<(), GuestError> {
+        self.0.stop_watching().map_err(GuestError::new)
     }
 }
 

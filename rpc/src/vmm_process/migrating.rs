@@ -67,11 +67,12 @@ impl Vmm {
             self.user_paused == order.user_paused,
             "the agent and this VMM do not agree on whether the user paused the guest"
         );
+        self.late.check_whole()?;
         let parameters = convert::source_parameters(order, self.instance)?;
         if let Holding::Here(guest) = &mut self.holding {
             guest.copy_disks(&order.copied_disks)?;
         }
-        let link = link(descriptors)?;
+        let link = whole_link(descriptors, order.late_streams)?;
         let (orders, order_receiver) = mpsc::channel();
         let (reports, report_receiver) = mpsc::channel();
         forward(report_receiver, self.events.clone(), Event::SendReport)?;
@@ -94,6 +95,7 @@ impl Vmm {
         anyhow::ensure!(hand_in.send(guest).is_ok(), "the migration's thread ended");
         self.standing.migration.clone_from(&order.migration);
         self.standing.send_ended = None;
+        self.standing.late = None;
         self.standing.converged_attempt = 0;
         Ok(Body::Done(wire::Done {}))
     }
@@ -115,7 +117,7 @@ impl Vmm {
             Holding::Blank(blank) => blank.disks.to_copy(&order.copied_disks)?,
             _ => Vec::new(),
         };
-        let link = link(descriptors)?;
+        let link = whole_link(descriptors, order.late_streams)?;
         // Nothing is ordered of a migration into here: the agent ends it by ending this process.
         let (_, no_orders) = mpsc::channel();
         let (reports, report_receiver) = mpsc::channel();
@@ -206,8 +208,12 @@ impl Vmm {
         self.standing.converged_attempt = 0;
         self.standing.progress = None;
         match outcome {
-            SourceOutcome::GoSent(parked) => {
+            SourceOutcome::GoSent(mut parked) => {
                 let go = go_sent(&parked);
+                if let Some(pages) = parked.take_late() {
+                    // Before anything else: the guest may wait for one already.
+                    self.serve_late(parked.guest().moving(), pages);
+                }
                 self.standing.last_go = Some(go.clone());
                 self.holding = Holding::Parked(Box::new(parked));
                 self.report(0, Body::GoSent(go));
@@ -245,7 +251,10 @@ impl Vmm {
     /// The migration into here is over.
     pub(super) fn load_outcome(&mut self, outcome: Result<Loaded<RestoredMachine>, DestinationError>) {
         match outcome {
-            Ok(loaded) => {
+            Ok(mut loaded) => {
+                if let Some(pages) = loaded.late.take() {
+                    self.await_late(pages);
+                }
                 let hex = |digest: Option<u128>| digest.map(|digest| format!("{digest:032x}")).unwrap_or_default();
                 let ready = wire::Ready {
                     attempt: Some(attempt_to_wire(loaded.attempt)),
@@ -253,6 +262,7 @@ impl Vmm {
                     go_read_ns: instant_ns(loaded.timings.go_received),
                     memory_digest: hex(loaded.digests.map(|digests| digests.memory)),
                     state_digest: hex(loaded.digests.map(|digests| digests.state)),
+                    late_pages: self.standing.late.as_ref().map_or(0, |late| late.pages),
                 };
                 self.standing.ready = Some(ready.clone());
                 self.holding = Holding::Ready(Box::new(ReadyGuest(loaded)));
@@ -268,8 +278,20 @@ impl Vmm {
     }
 }
 
+/// The connections of a migration: behind its own, those for so many streams of late pages, if there are any.
+fn whole_link(mut descriptors: Vec<OwnedFd>, late_streams: u32) -> anyhow::Result<Link> {
+    if late_streams == 0 {
+        return link(descriptors);
+    }
+    let own = descriptors.len().checked_sub(late_streams as usize + 1);
+    let late = descriptors.split_off(own.context("there are fewer connections than late streams")?);
+    let mut whole = link(descriptors)?;
+    whole.late = Some(Box::new(link(late)?));
+    Ok(whole)
+}
+
 /// The control stream, then the page streams.
-fn link(descriptors: Vec<OwnedFd>) -> anyhow::Result<Link> {
+pub(super) fn link(descriptors: Vec<OwnedFd>) -> anyhow::Result<Link> {
     let mut streams = descriptors.into_iter().map(TcpStream::from);
     let control = streams.next().context("no connections came with the order")?;
     let pages: Vec<_> = streams.collect();
@@ -280,10 +302,14 @@ fn link(descriptors: Vec<OwnedFd>) -> anyhow::Result<Link> {
             .set_nonblocking(false)
             .context("failed to make a connection blocking")?;
     }
-    Ok(Link { control, pages })
+    Ok(Link {
+        control,
+        pages,
+        late: None,
+    })
 }
 
-fn forward<T: Send + 'static>(
+pub(super) fn forward<T: Send + 'static>(
     from: Receiver<T>,
     to: Sender<Event>,
     wrap: impl Fn(T) -> Event + Send + 'static,

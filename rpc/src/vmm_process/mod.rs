@@ -25,6 +25,7 @@ mod disks;
 mod events;
 mod guest;
 mod jail;
+mod late;
 mod memory;
 mod migrating;
 mod snapshot;

@@ -8,6 +8,7 @@
 //!                            └───restore──► loading ─────────► here, without a right to run yet
 //!   here ─snapshot─► snapshotting ─written, or not─► here
 //!   here, sending ─the guest ended─► ended
+//!   parked, with pages missing at its destination ─it runs there─► serving
 //! ```
 //!
 //! A guest starts to run in one place, [`Vmm::permit`], and only with a permit of its agent.
@@ -21,6 +22,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
+use ferry_migration::destination::DestinationReport;
 use ferry_migration::guest::GuestEnd;
 use ferry_migration::handover::{Epoch, Grants, Permit, Permits, Traded};
 use ferry_migration::source::Parked;
@@ -36,6 +38,7 @@ use super::console::ConsoleLog;
 use super::convert::{attempt_from_wire, guest_ended, monotonic_ns};
 use super::events::{Connection, Event};
 use super::guest::{BlankGuest, Blueprint, LocalGuest, Purpose, Reset};
+use super::late::Late;
 use super::migrating::{ReadyGuest, Sending};
 use crate::vmm_channel;
 
@@ -49,6 +52,8 @@ pub(super) enum Holding {
     Snapshotting,
     Sending(Sending),
     Parked(Box<Parked<LocalGuest>>),
+    /// Nothing but memory, which `late` serves.
+    Serving,
     Blank(Box<BlankGuest>),
     Loading,
     Ready(Box<ReadyGuest>),
@@ -69,6 +74,7 @@ pub(super) struct Vmm {
     started_mark: PathBuf,
     console: Option<ConsoleInput>,
     balloon: Option<BalloonLevel>,
+    pub(super) late: Late,
     agent: Option<(UnixStream, Connection)>,
     newest_connection: Option<Connection>,
     /// The newest version of the protocol that it speaks.
@@ -97,6 +103,7 @@ impl Vmm {
             started_mark: PathBuf::new(),
             console: None,
             balloon: None,
+            late: Late::default(),
             agent: None,
             newest_connection: None,
             protocol,
@@ -153,6 +160,9 @@ impl Vmm {
             Event::Guest => self.look_at_guest(),
             Event::SendReport(report) => self.send_report(report),
             Event::SendOutcome(outcome) => self.send_outcome(*outcome),
+            Event::ServeReport(report) => self.serve_report(report),
+            Event::Served(served) => self.served(served),
+            Event::LoadReport(DestinationReport::Late(report)) => self.late_report(report),
             Event::LoadReport(report) => tracing::debug!(?report, "loading"),
             Event::LoadOutcome(outcome) => self.load_outcome(*outcome),
             Event::SnapshotOutcome(outcome) => self.snapshot_outcome(outcome),
@@ -196,6 +206,8 @@ impl Vmm {
                 self.sending()?.retune(&retune);
                 Ok(Body::Done(wire::Done {}))
             }
+            Command::ServePages(_) => self.serve_only(),
+            Command::LateLink(link) => self.late_link(&link, descriptors),
             Command::Send(send) => self.send(&send, descriptors),
             Command::Receive(receive) => self.receive(&receive, descriptors),
             Command::Snapshot(snapshot) => self.snapshot(&snapshot, descriptors),
@@ -297,6 +309,8 @@ impl Vmm {
             }
             Holding::Parked(parked) => match parked.resume(permit) {
                 Ok(mut guest) => {
+                    self.late.stop_serving();
+                    self.standing.late = None;
                     self.grants.superseded();
                     ferry_migration::guest::SourceGuest::stop_tracking(&mut guest);
                     Box::new(guest)
@@ -383,6 +397,7 @@ impl Vmm {
 
     fn reboot(&mut self) -> anyhow::Result<Body> {
         self.check_user_order(self.permits.had().0)?;
+        self.late.check_whole()?;
         if let Holding::Here(guest) = &mut self.holding
             && let Reset::NotYet(why) = guest.reset()?
         {
@@ -416,6 +431,7 @@ impl Vmm {
 
     fn set_balloon(&mut self, order: wire::SetBalloon) -> anyhow::Result<Body> {
         self.check_user_order(order.epoch)?;
+        self.late.check_whole()?;
         if let Holding::Here(guest) = &mut self.holding {
             guest.machine.want_balloon(order.wanted_pages)?;
         }
@@ -458,6 +474,10 @@ impl Vmm {
         };
         let ended = match guest.inbox.take() {
             None => return,
+            // Loading its kernel could have to wait for pages, and whoever brings connections for them waits for this thread.
+            Some(reset @ MachineEvent::ResetRequested) if self.late.check_whole().is_err() => {
+                return guest.inbox.put_back(reset);
+            }
             Some(MachineEvent::ResetRequested) => match guest.reset_asked() {
                 Ok(_) => return,
                 Err(error) => GuestEnd::Crashed(format!("failed to reset: {error:#}")),
@@ -474,7 +494,8 @@ impl Vmm {
         self.balloon = None;
         let ended = guest_ended(&end);
         self.standing.ended = Some(ended.clone());
-        self.holding = Holding::Ended;
+        let before = std::mem::replace(&mut self.holding, Holding::Ended);
+        self.late.keep_unless_whole(before);
         self.report(0, Body::GuestEnded(ended));
     }
 
@@ -505,6 +526,7 @@ impl Vmm {
             Holding::Snapshotting => "snapshotting",
             Holding::Sending(_) => "sending",
             Holding::Parked(_) => "parked",
+            Holding::Serving => "serving",
             Holding::Blank(_) => "blank",
             Holding::Loading => "loading",
             Holding::Ready(_) => "ready",

@@ -134,5 +134,7 @@ pub(crate) fn reach(site: Site) -> Reach {
         Site::WireAbort => Reach::AfterFault,
         Site::WireDisarm | Site::WireRefused => Reach::AfterFault,
         Site::WirePing | Site::WirePong => Reach::On(Straight, Outside),
+        // All courses are of pre-copy; the scenarios of post-copy go by it.
+        Site::WireMissing => Reach::AfterFault,
     }
 }

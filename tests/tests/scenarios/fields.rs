@@ -247,6 +247,7 @@ fn may_answer(method: &Method) -> bool {
             | "Logs"
             | "Decide"
             | "Heartbeat"
+            | "LateLink"
             | "RollbackLiveMigration"
             | "PostLiveMigration"
     )

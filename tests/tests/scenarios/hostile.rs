@@ -33,7 +33,7 @@ fn a_message_of_an_unknown_rpc_version_is_sent_again_at_one_that_is_known(pair: 
 }
 
 fn a_peer_of_another_protocol_version_is_refused_by_name(pair: &mut Pair) -> Result<()> {
-    let says = ["protocol version", "the source speaks 8 to 9", "this host 1 to 1"];
+    let says = ["protocol version", "the source speaks 8 to 9", "this host 1 to 2"];
     stays(pair, Tampering::Hello(speak_8_to_9), &says)
 }
 
@@ -116,9 +116,9 @@ fn frame(stream: u16, number: u64, change: fn(&mut [u8])) -> Tampering {
     Tampering::Frame { stream, number, change }
 }
 
-/// Versions 8 to 9 instead of 1 to 1: the first two fields of the message in the message.
+/// Versions 8 to 9 instead of 1 to 2: the first two fields of the message in the message.
 fn speak_8_to_9(hello: &mut [u8]) {
-    let versions = hello.windows(4).position(|window| window == [0x08, 1, 0x10, 1]);
+    let versions = hello.windows(4).position(|window| window == [0x08, 2, 0x10, 1]);
     let at = versions.expect("the first message names the versions");
     hello[at + 1] = 9;
     hello[at + 3] = 8;

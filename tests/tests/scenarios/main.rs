@@ -31,6 +31,7 @@ mod memory;
 mod moves;
 mod networks;
 mod placement;
+mod postcopy;
 mod progress;
 mod queue;
 mod refusals;
@@ -73,6 +74,7 @@ fn main() -> ExitCode {
         queue::trials(),
         cold::trials(),
         convergence::trials(),
+        postcopy::trials(),
         agents::trials(),
         progress::trials(),
         upgrades::trials(),

@@ -168,9 +168,9 @@ fn what_does_not_work_yet_is_a_usage_error_that_names_itself(pair: &mut Pair) ->
         pair.a.ferry(&["migrate", "g", flag])?.exit(2)?.says(name)?;
     }
     pair.a
-        .ferry(&["migrate", "g", "--mode", "postcopy"])?
+        .ferry(&["migrate", "g", "--mode", "lukewarm"])?
         .exit(2)?
-        .says("postcopy")?;
+        .says("lukewarm")?;
     pair.a
         .ferry(&["migrate", "g", "--cold", "--max-downtime", "1s"])?
         .exit(2)?

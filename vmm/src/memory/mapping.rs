@@ -68,6 +68,18 @@ pub enum MemoryError {
     /// What the host has backed could not be read.
     #[error("read which guest pages the host has backed")]
     Population(#[source] io::Error),
+    /// This process may not watch for absent pages.
+    #[error(
+        "watch for absent pages: this process may not; the system administrator may set the sysctl vm.unprivileged_userfaultfd to 1, give \
+         it access to /dev/userfaultfd, or run it as root"
+    )]
+    WatchDenied,
+    /// Memory from the pool of huge pages is not watched.
+    #[error("watch for absent pages: not in memory from the pool of huge pages (hugetlbfs)")]
+    WatchPool,
+    /// Watching for absent pages, or supplying one, failed.
+    #[error("watch for absent pages")]
+    Watch(#[source] io::Error),
     /// A write of the VMM itself into guest memory failed.
     #[error("write {len} bytes to guest physical address {address:#x}")]
     Write {
@@ -238,6 +250,11 @@ impl GuestMemory {
             .mappings
             .iter()
             .map(|mapping| (mapping.start.as_ptr(), mapping.len))
+    }
+
+    /// Whether it is from the pool of huge pages.
+    pub(super) fn is_hugetlb(&self) -> bool {
+        self.inner.hugetlb
     }
 
     /// Host address of a run after checking that all of it is guest memory.

@@ -9,6 +9,7 @@
 //! | `dirty` | a bitmap over the shape, plain numbers |
 //! | `mapping` | the mapping itself, advice, and writes that the device bitmap sees |
 //! | `population` | what the host has ever backed (PAGEMAP_SCAN, or pagemap) |
+//! | `absent` | pages that come when they are touched (userfaultfd) |
 //! | `transfer` | vectored copies between descriptors and guest memory |
 //! | `spans` | the same for any bytes, as a device's request names them |
 //! | `ring` | the same with many of them under way at once (io_uring) |
@@ -17,9 +18,10 @@
 
 #![expect(
     unsafe_code,
-    reason = "guest memory is reached through raw pointers, mmap, madvise, readv, writev and io_uring"
+    reason = "guest memory is reached through raw pointers, mmap, madvise, readv, writev, userfaultfd and io_uring"
 )]
 
+mod absent;
 mod contents;
 mod dirty;
 mod image;
@@ -31,6 +33,8 @@ mod shape;
 mod spans;
 mod transfer;
 
+pub(crate) use absent::open_watcher;
+pub use absent::{AbsentPages, probe_watching};
 pub use dirty::DirtyBitmap;
 pub(crate) use dirty::word_mask;
 pub use image::ImageError;

@@ -183,3 +183,42 @@ fn each_lie_of_a_table_is_named() {
     let kind = read(&resealed(two_runs(), |bytes| bytes[HEADER_BYTES + 12] = 9)).unwrap_err();
     assert!(matches!(kind, FrameError::RunKind(9)));
 }
+
+#[test]
+fn what_is_asked_for_comes_out_as_it_went_in() {
+    let mut writer = FrameWriter::new(3);
+    let wishes = [
+        (run(20, 1), Wish::Touched),
+        (run(21, 11), Wish::Beside),
+        (run(40, 2), Wish::Touched),
+    ];
+    let mut bytes = writer.asked(wishes.into_iter()).to_vec();
+    bytes.extend_from_slice(writer.asked([(run(16, 1), Wish::Touched)].into_iter()));
+    let (mut reader, mut source) = (FrameReader::new(3), &*bytes);
+    let asked = reader.asked(&mut source, &shape()).unwrap().unwrap();
+    assert_eq!(
+        (asked.touched, asked.beside),
+        (&[run(20, 1), run(40, 2)][..], &[run(21, 11)][..])
+    );
+    assert_eq!(
+        reader.asked(&mut source, &shape()).unwrap().unwrap().touched,
+        [run(16, 1)]
+    );
+    assert_eq!(reader.asked(&mut source, &shape()).unwrap(), None);
+}
+
+#[test]
+fn pages_and_what_asks_for_them_are_not_taken_for_each_other() {
+    let mut writer = FrameWriter::new(3);
+    let asked = writer.asked([(run(20, 1), Wish::Touched)].into_iter()).to_vec();
+    let mut reader = FrameReader::new(3);
+    assert!(matches!(
+        reader.pages(&mut &*asked, &shape()),
+        Err(FrameError::Kind { found: 3, expected: 2 })
+    ));
+    let longer = resealed(asked, |bytes| bytes[25] = 16);
+    assert!(matches!(
+        FrameReader::new(3).asked(&mut &*longer, &shape()),
+        Err(FrameError::Length { header: 4096, table: 0 })
+    ));
+}

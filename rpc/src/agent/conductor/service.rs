@@ -24,6 +24,7 @@ use crate::agent::instances::Agent;
 use crate::agent::journal::{MigrationRow, Report, Role};
 use crate::agent::outgoing::{Outgoing, check_retuning};
 use crate::agent::peers::{CALL_TIME, ConductorClient, Peer};
+use crate::agent::steps::SourceStep;
 
 /// The service over one agent.
 pub(crate) struct ConductorService(pub(crate) Arc<Agent>);
@@ -272,6 +273,16 @@ impl Agent {
             )));
         }
         let outgoing = self.outgoing.find(row.id).ok_or_else(over)?;
+        let serves = || SourceStep::parse(&outgoing.watch().borrow().step) == Some(SourceStep::Serve);
+        let too_late = || {
+            Failure::Refused(format!(
+                "migration {} cannot be aborted: its guest runs on host {}, and pages of it are on their way",
+                row.id, row.peer
+            ))
+        };
+        if serves() {
+            return Err(too_late());
+        }
         outgoing.abort("aborted by its user");
         // Before GO this takes well under a second. Later the record tells where it stands.
         let _ = tokio::time::timeout(context.left(CALL_TIME), outgoing.over()).await;
@@ -281,6 +292,9 @@ impl Agent {
                 "migration {} had switched over before the abort",
                 row.id
             )));
+        }
+        if serves() {
+            return Err(too_late());
         }
         Ok(now)
     }

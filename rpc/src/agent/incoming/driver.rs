@@ -15,6 +15,7 @@ use ferry_proto::vmm::v1::report::Report as Body;
 use tokio::sync::{mpsc, oneshot};
 
 use super::handle::{Answer, Incoming, Request};
+use super::late::{FIRST_LATE, LOOK, LateEnd, LateSession};
 use super::undoing::step_of;
 use crate::agent::events::end_of_migration;
 use crate::agent::failure::Failure;
@@ -80,6 +81,16 @@ pub(super) struct Driver {
     pub(super) called_off: bool,
     /// The host's boot in which CLAIMED was written.
     pub(super) claimed_boot: String,
+    /// How many page streams there are for pages that come late; none if none does.
+    pub(super) late_streams: Option<u16>,
+    /// How late pages are, as the VMM said last.
+    pub(super) late: Option<wire::Late>,
+    /// Connections for another session of them.
+    pub(super) late_session: LateSession,
+    /// The guest is this host's, and lacks pages.
+    pub(super) is_adopted: bool,
+    /// Why the guest ended before it had all of its pages, if it did.
+    pub(super) ended_late: Option<LateEnd>,
 }
 
 impl Driver {
@@ -107,6 +118,7 @@ impl Driver {
                     None => return,
                 },
                 Some(news) = news.recv() => self.take_news(news).await,
+                () = tokio::time::sleep(LOOK), if self.is_adopted => self.look_at_guest().await,
                 () = tokio::time::sleep_until((heard + SILENCE).into()), if self.may_give_up() => {
                     self.reason = Some(format!("nothing was heard from host {} for 30 s", self.row.peer));
                     heard = Instant::now();
@@ -137,17 +149,22 @@ impl Driver {
             Request::Heartbeat => {}
             Request::Connected(index, connection) => self.connected(index, connection).await,
             Request::PermitAnswered(answer) => self.permit_answered(answer).await,
+            Request::LateLink(asked, reply) => self.late_link(asked, reply).await,
             Request::WriteAgain(attempt, decision) => self.write_again(attempt, decision).await,
         }
     }
 
     /// All connections of the migration, in order, go to the VMM at once.
     async fn connected(&mut self, index: u16, connection: OwnedFd) {
-        if index > self.streams {
+        if index >= FIRST_LATE {
+            return self.late_connected(index, connection).await;
+        }
+        let all = self.streams + 1 + self.late_streams.map_or(0, |late| late + 1);
+        if index >= all {
             return;
         }
         self.connections.insert(index, connection);
-        if self.connections.len() <= usize::from(self.streams) {
+        if self.connections.len() < usize::from(all) {
             return;
         }
         self.enter(DestinationStep::Load);
@@ -156,6 +173,7 @@ impl Driver {
             migration: self.row.id.to_string(),
             epoch: self.row.epoch,
             copied_disks: self.copied_disks.clone(),
+            late_streams: self.late_streams.unwrap_or(0).into(),
         };
         let Some(vmm) = self.vmm().await else { return };
         if let Err(error) = vmm.order_with(Command::Receive(receive), descriptors).await {
@@ -165,6 +183,14 @@ impl Driver {
     }
 
     async fn take_news(&mut self, news: VmmNews) {
+        if let VmmNews::Event(event) = &news
+            && let Body::Late(late) = &**event
+        {
+            return self.late_news(late.clone()).await;
+        }
+        if self.is_adopted {
+            return self.news_of_adopted(news).await;
+        }
         match news {
             VmmNews::Gone => self.vmm_gone().await,
             VmmNews::Standing(standing) => self.found(*standing).await,
@@ -194,6 +220,7 @@ impl Driver {
         let expected = (self.row.instance, self.row.id, Epoch(self.row.epoch));
         match attempt_from_wire(ready.attempt.clone()) {
             Ok(attempt) if (attempt.instance, attempt.migration, attempt.epoch) == expected => {
+                self.expect_late(ready.late_pages);
                 self.part.ready = Some(ready);
                 self.step(DestinationEvent::Ready(attempt.attempt), None).await;
             }
@@ -456,6 +483,12 @@ impl Driver {
     /// The guest is this host's from now on.
     async fn adopt(&mut self, crashed: Option<String>) {
         let mut state = self.instance.state.lock().await;
+        if crashed.is_none() && self.lacks_pages() {
+            // Its VMM's news go on coming here, until the last page is in.
+            state.late = Some(self.row.id);
+            drop(state);
+            return self.adopted_without_its_pages().await;
+        }
         state.news = None;
         if self.row.status_before() == Status::Stopped {
             // Its machine was only held, and so nothing crashed.
@@ -479,6 +512,7 @@ impl Driver {
         if self.core.decision() == Some(Decision::Running) {
             note_completed(&mut self.row.info);
             self.row.info.guest_location = Some(self.agent.host().to_owned());
+            self.end_late().await;
             // What the VMM said since it started, while the row was being written.
             news.close();
             while let Some(late) = news.recv().await {
@@ -563,6 +597,11 @@ pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc
         reason: None,
         called_off: false,
         claimed_boot: newest.map_or_else(|| agent.boot_id.clone(), |row| row.boot_id),
+        late_streams: None,
+        late: None,
+        late_session: LateSession::default(),
+        is_adopted: false,
+        ended_late: None,
     };
     agent.incoming.add(incoming);
 
@@ -588,6 +627,9 @@ pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc
 impl Driver {
     /// The VMM is alive after this agent restarted or its connection broke: what it said meanwhile is made up for.
     async fn found(&mut self, standing: wire::Standing) {
+        if let Some(late) = standing.late.clone() {
+            self.late_news(late).await;
+        }
         self.step(DestinationEvent::VmmFound, None).await;
         if let Some(started) = standing.started {
             self.started(started).await;

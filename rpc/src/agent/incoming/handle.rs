@@ -5,15 +5,18 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ferry_migration::handover::Decision;
-use ferry_proto::agent::v1::DestinationPart;
+use ferry_proto::agent::v1::{DestinationPart, LateLinkReply, LateLinkRequest};
+use ferry_proto::{InvalidField, wire_uuid};
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
+use super::late::reply_of;
 use crate::agent::context::RequestContext;
 use crate::agent::data_port::Secret;
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
-use crate::agent::journal::DecisionRow;
+use crate::agent::journal::{DecisionRow, MigrationRow};
+use crate::agent::outgoing::{MOST_STREAMS, late_streams};
 
 /// D, and B's part of the blackout where it is known.
 pub(crate) type Answer = (Decision, Option<DestinationPart>);
@@ -32,6 +35,8 @@ pub(super) enum Request {
     Connected(u16, OwnedFd),
     /// What the VMM answered to its permit.
     PermitAnswered(Result<(), crate::agent::vmm_client::VmmError>),
+    /// Agent A asks whether pages that come late are needed still.
+    LateLink(LateLinkRequest, oneshot::Sender<LateLinkReply>),
     /// A row that could not be written is to be tried again.
     WriteAgain(u32, Decision),
 }
@@ -143,6 +148,46 @@ impl IncomingMigrations {
 }
 
 impl Agent {
+    /// Agent A asks whether pages that come late are needed still. Of a migration that is over here they are not.
+    ///
+    /// # Errors
+    /// A field cannot be used, or the journal cannot be read.
+    pub(crate) async fn late_link(&self, mut request: LateLinkRequest) -> Result<LateLinkReply, Failure> {
+        let migration = wire_uuid("migration", &request.migration)?;
+        let most = u32::from(late_streams(MOST_STREAMS));
+        if !(1..=most).contains(&request.streams) {
+            let problem = format!("{} is not between 1 and {most}", request.streams);
+            return Err(InvalidField {
+                field: "streams",
+                problem,
+            }
+            .into());
+        }
+        request.lost = request.lost.chars().take(MOST_REASON).collect();
+        if let Some(incoming) = self.incoming.find(migration) {
+            let (reply, answer) = oneshot::channel();
+            let asked = incoming.requests.send(Request::LateLink(request, reply)).is_ok();
+            if asked && let Ok(answer) = answer.await {
+                return Ok(answer);
+            }
+        }
+        let row = self
+            .journal
+            .read(move |connection| MigrationRow::find(connection, migration))
+            .await?;
+        match row {
+            Some(row) if row.over => Ok(reply_of(&row.info)),
+            Some(_) => Err(Failure::Unavailable(format!(
+                "migration {migration} is being taken up on host {}",
+                self.host()
+            ))),
+            None => Ok(LateLinkReply {
+                ended: format!("host {} does not know the migration", self.host()),
+                ..LateLinkReply::default()
+            }),
+        }
+    }
+
     /// Agent A asks to expect an attempt: D becomes OPEN, durably.
     ///
     /// # Errors

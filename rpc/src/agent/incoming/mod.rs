@@ -5,6 +5,7 @@
 
 mod driver;
 mod handle;
+mod late;
 mod prepare;
 mod undoing;
 

@@ -13,6 +13,7 @@ use uuid::Uuid;
 
 use super::driver::{Driver, Part};
 use super::handle::Incoming;
+use super::late::LateSession;
 use crate::agent::backends::storage::{self, Coming, Storage};
 use crate::agent::backends::{Occasion, Whose};
 use crate::agent::context::RequestContext;
@@ -21,7 +22,7 @@ use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, check_incoming};
 use crate::agent::journal::{InstanceRow, MigrationRow, Role, Status};
 use crate::agent::mode::Mode;
-use crate::agent::outgoing::{MOST_STREAMS, now_ms, now_text};
+use crate::agent::outgoing::{MOST_STREAMS, late_streams, now_ms, now_text};
 use crate::agent::reason::Reason;
 use crate::agent::steps::DestinationStep;
 use crate::agent::versions::RpcVersion;
@@ -181,6 +182,12 @@ impl Agent {
                     self.host(),
                     self.config.max_incoming
                 ),
+            ));
+        }
+        if self.outgoing.has(guest.instance) {
+            return Err(Failure::denied(
+                Reason::HostBusy,
+                format!("host {} still sees the instance off that is to come back", self.host()),
             ));
         }
         self.clear_the_way(guest.instance).await;
@@ -368,6 +375,11 @@ impl Agent {
             reason: None,
             called_off: false,
             claimed_boot: self.boot_id.clone(),
+            late_streams: guest.mode.may_be_late().then(|| late_streams(guest.streams)),
+            late: None,
+            late_session: LateSession::default(),
+            is_adopted: false,
+            ended_late: None,
         };
         let failed = built.as_ref().err().map(Failure::chain);
         tokio::spawn(driver.run(request_receiver, news_receiver, failed));

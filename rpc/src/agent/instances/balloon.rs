@@ -30,6 +30,7 @@ impl Agent {
         let instance = self.instance(name).await?;
         let state = context.wait(instance.state.lock()).await?;
         state.check_idle("be given another amount of memory")?;
+        state.check_whole("be given another amount of memory")?;
         self.expect_status(&state, Status::Running)?;
         let wanted_pages = pages_to_give_up(&state.row.spec, memory_bytes)?;
         let vmm = state.vmm()?.clone();

@@ -119,6 +119,11 @@ pub(crate) struct Instance {
 }
 
 impl Instance {
+    /// An instance that is this host's no more, or not yet: none finds it.
+    pub(crate) fn apart(row: InstanceRow) -> Arc<Self> {
+        Arc::new(Self::new(row))
+    }
+
     fn new(row: InstanceRow) -> Self {
         Self {
             id: row.id,
@@ -128,6 +133,7 @@ impl Instance {
                 vmm: None,
                 news: None,
                 migrating: None,
+                late: None,
                 outcome: None,
                 arrival: None,
                 origin: Origin::Settled,
@@ -144,6 +150,8 @@ pub(crate) struct InstanceState {
     pub(crate) news: Option<UnboundedSender<VmmNews>>,
     /// The migration out of here that is in flight.
     pub(crate) migrating: Option<Uuid>,
+    /// The migration that brought it here, while pages of its memory are still on their way.
+    pub(crate) late: Option<Uuid>,
     /// Set while a snapshot is written or loaded: whoever waits for what becomes of it. Gone with the VMM.
     pub(crate) outcome: Option<oneshot::Sender<Body>>,
     /// The migration that brought it here, until its source has acknowledged that.
@@ -218,26 +226,49 @@ impl InstanceState {
         }
     }
 
+    /// Refuses what needs all of the guest's memory, or gives some of it up, while pages of it are on their way.
+    ///
+    /// # Errors
+    /// They are.
+    pub(crate) fn check_whole(&self, what: &str) -> Result<(), Failure> {
+        match self.late {
+            None => Ok(()),
+            Some(migration) => Err(Failure::Refused(format!(
+                "instance {} cannot {what} before the last page of its memory is here, which migration {migration} brings: wait for that",
+                self.row.spec.name
+            ))),
+        }
+    }
+
     /// Refuses a migration of an instance that has no guest to move this way, or that something else is done with.
     ///
     /// # Errors
     /// Says what it is, or what is in flight.
     pub(crate) fn check_can_migrate(&self, mode: Mode) -> Result<(), Failure> {
         self.check_idle("migrate")
+            .and_then(|()| self.check_whole("migrate"))
             .map_err(|failure| failure.because(Reason::InstanceBusy))?;
         let name = &self.row.spec.name;
+        if mode.may_be_late() && self.row.spec.hugepages {
+            return Err(Failure::denied(
+                Reason::Machine,
+                format!(
+                    "instance {name} has its memory from the pool of huge pages, of which none comes late: --mode precopy moves it"
+                ),
+            ));
+        }
         let why = match (self.row.status, mode) {
             (Status::Running | Status::Paused, _) => return Ok(()),
             (Status::Stopped, Mode::Cold) if self.row.restarts.due.is_none() => return Ok(()),
             (Status::Stopped, Mode::Cold) => {
                 format!("instance {name} is about to be started again: `ferry stop` leaves it stopped")
             }
-            (Status::Stopped, Mode::Precopy) => {
+            (Status::Stopped, Mode::Precopy | Mode::Postcopy | Mode::Hybrid) => {
                 format!(
                     "instance {name} is stopped: only one that is running or paused can migrate; --cold moves a stopped one"
                 )
             }
-            (status, Mode::Precopy) => {
+            (status, Mode::Precopy | Mode::Postcopy | Mode::Hybrid) => {
                 format!("instance {name} is {status}: only one that is running or paused can migrate")
             }
             (status, Mode::Cold) => {

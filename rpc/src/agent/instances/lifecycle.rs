@@ -345,6 +345,7 @@ impl Agent {
         let instance = self.instance(name).await?;
         let mut state = context.wait(instance.state.lock()).await?;
         state.check_idle("reboot")?;
+        state.check_whole("reboot")?;
         self.expect_status(&state, Status::Running)?;
         if std::mem::take(&mut state.row.restarts.asked_off) {
             self.save(&state.row).await?;

@@ -6,6 +6,7 @@ use uuid::Uuid;
 
 use super::instances::{Status, bad_text, uuid};
 use crate::agent::mode::Mode;
+use crate::agent::steps::SourceStep;
 
 /// This host's part in a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +70,16 @@ impl MigrationRow {
     /// How the guest moves.
     pub(crate) fn is_cold(&self) -> bool {
         self.info.mode == Mode::Cold.as_str()
+    }
+
+    /// Whether pages may come after the guest was handed over.
+    pub(crate) fn may_be_late(&self) -> bool {
+        Mode::parse(&self.info.mode).is_ok_and(Mode::may_be_late)
+    }
+
+    /// POSTCOPY: the guest is the destination's, and only its memory is kept here.
+    pub(crate) fn is_serving(&self) -> bool {
+        self.role == Role::Source && !self.over && self.info.step == SourceStep::Serve.row().word
     }
 
     /// Writes the row, new or changed.

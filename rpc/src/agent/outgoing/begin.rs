@@ -261,14 +261,18 @@ pub(crate) fn check_options(options: MigrationOptions) -> Result<MigrationOption
         return invalid("options.streams", format!("{} is over {MOST_STREAMS}", options.streams));
     }
     match Mode::parse(&options.mode)? {
-        Mode::Precopy if !DOWNTIMES_US.contains(&options.max_downtime_us) => {
+        Mode::Precopy | Mode::Postcopy | Mode::Hybrid if !DOWNTIMES_US.contains(&options.max_downtime_us) => {
             return invalid("options.max_downtime_us", NO_DOWNTIME.to_owned());
         }
         Mode::Cold if options.max_downtime_us != 0 => {
             let problem = "does not apply to a cold migration: its guest stands still from the beginning".to_owned();
             return invalid("options.max_downtime_us", problem);
         }
-        Mode::Precopy | Mode::Cold => {}
+        Mode::Postcopy | Mode::Hybrid if options.verify => {
+            let problem = "pages that come late cannot be compared before the guest is handed over".to_owned();
+            return invalid("options.verify", problem);
+        }
+        Mode::Precopy | Mode::Postcopy | Mode::Hybrid | Mode::Cold => {}
     }
     if let Err(problem) = Storage::parse(&options.storage) {
         return invalid("options.storage", problem);

@@ -69,6 +69,7 @@ impl Script {
     /// The last lines of the script.
     pub(super) async fn finish(mut self, ending: Ending) {
         match ending {
+            Ending::Arrived if self.serving => self.serve_pages().await,
             Ending::Arrived => self.arrived(),
             Ending::Resolved(wish) => self.resolved(wish).await,
             Ending::Stayed => {
@@ -190,7 +191,7 @@ impl Script {
         }
     }
 
-    fn arrived(&mut self) {
+    pub(super) fn arrived(&mut self) {
         note_completed(&mut self.row.info);
         self.row.info.guest_location = Some(self.row.peer.clone());
         self.row.info.error = None;

@@ -139,6 +139,11 @@ impl OutgoingMigrations {
             .cloned()
     }
 
+    /// Whether a migration of this instance has a task.
+    pub(crate) fn has(&self, instance: Uuid) -> bool {
+        self.lock().values().any(|outgoing| outgoing.instance == instance)
+    }
+
     /// How many there are, the queued ones among them.
     pub(crate) fn count(&self) -> usize {
         self.lock().len()

@@ -10,6 +10,7 @@ mod handle;
 mod queue;
 mod retuning;
 mod script;
+mod serving;
 mod switchover;
 
 pub(crate) use begin::{PAUSE, check_options, recover, request_id, wait_on, waits};
@@ -17,3 +18,4 @@ pub(crate) use figures::note_completed;
 pub(crate) use handle::{MOST_STREAMS, Outgoing, OutgoingMigrations, PeerNews, now_ms, now_text};
 pub(crate) use queue::Queue;
 pub(crate) use retuning::check_retuning;
+pub(crate) use serving::{late_streams, recover_serving};

@@ -19,10 +19,12 @@ use super::begin::PAUSE;
 use super::handle::{Outgoing, PeerNews, Resolving};
 use super::queue::{Place, Turn};
 use super::retuning::Retuning;
+use super::serving::late_streams;
 use crate::agent::backends::storage;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{InstanceRow, MigrationRow, Status};
+use crate::agent::mode::Mode;
 use crate::agent::peers::{CALL_TIME, Call, ComputeClient, PREPARE_TIME, Peer, PeerError};
 use crate::agent::reason::Reason;
 use crate::agent::steps::{Journalled, SourceStep};
@@ -94,6 +96,8 @@ pub(super) struct Script {
     pub(super) stop: Option<Stop>,
     pub(super) go: Option<wire::GoSent>,
     pub(super) guest_ended: Option<wire::GuestEnded>,
+    /// The guest is the destination's, and needs pages of the memory that is kept here.
+    pub(super) serving: bool,
     /// What the destination said no with before anything was sent.
     pub(super) refusal: Mutex<Option<Failure>>,
     /// Telling agent B that it is over; true once it has answered.
@@ -136,6 +140,7 @@ impl Script {
             stop: None,
             go: None,
             guest_ended: None,
+            serving: false,
             refusal: Mutex::new(None),
             rollback: None,
             reported: Instant::now(),
@@ -206,7 +211,9 @@ impl Script {
 
         self.enter(SourceStep::Connect).await?;
         let streams = self.streams();
-        let connect = data_port::connect(&prepared.data_address, &prepared.secret, self.row.id, streams);
+        let own = streams + 1;
+        let all = own + self.late_streams().map_or(0, |late| late + 1);
+        let connect = data_port::connect(&prepared.data_address, &prepared.secret, self.row.id, 0..all);
         let connections = self.unless_aborted(connect).await?;
         let failed = || {
             format!(
@@ -217,6 +224,13 @@ impl Script {
         let connections = connections.map_err(|source| Failure::Host { what: failed(), source })?;
 
         let copied = prepared.copied_disks;
+        if self.row.may_be_late() && !copied.is_empty() {
+            let paths = self.paths_of(&copied).await?.join(", ");
+            return Err(Stop::Failed(format!(
+                "host {} has not got {paths}: a disk does not come late, --mode precopy copies it",
+                peer.host
+            )));
+        }
         self.row.info.copied_disks = self.paths_of(&copied).await?;
         self.row.info.streams = streams.into();
         if !copied.is_empty() {
@@ -373,6 +387,11 @@ impl Script {
             cold: self.row.is_cold(),
             pause_on_timeout: self.row.options.on_timeout == PAUSE,
             max_throttle_percent: self.row.options.max_throttle_percent,
+            lateness: Mode::parse(&self.row.info.mode)
+                .map_err(Failure::from)?
+                .lateness()
+                .to_owned(),
+            late_streams: self.late_streams().unwrap_or(0).into(),
         };
         let (sender, news) = mpsc::unbounded_channel();
         let mut state = self.instance.state.lock().await;
@@ -390,11 +409,16 @@ impl Script {
     /// How many page streams: as asked, else one for each CPU, up to four. Measured on two CPUs of which the guest keeps one busy,
     /// eight moves each: with two streams a move takes 521 ms and the guest's largest gap is 4.6 ms, with one 548 and 3.4, with three
     /// 580 and 5.2.
-    fn streams(&self) -> u16 {
+    pub(super) fn streams(&self) -> u16 {
         match u16::try_from(self.row.options.streams).unwrap_or(0) {
             0 => std::thread::available_parallelism().map_or(1, |cpus| cpus.get().clamp(1, 4) as u16),
             asked => asked,
         }
+    }
+
+    /// How many page streams there are for pages that come late; none if none does.
+    fn late_streams(&self) -> Option<u16> {
+        self.row.may_be_late().then(|| late_streams(self.streams()))
     }
 
     /// Waits for `work`, unless the migration is aborted first.

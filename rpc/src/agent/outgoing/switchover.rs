@@ -366,7 +366,10 @@ impl Script {
             }
             SourceEffect::JournalResumed(epoch) => self.journal_resumed(epoch).await?,
             SourceEffect::SendPermit(epoch) => self.send_permit(epoch, calls),
-            SourceEffect::DestroyCopy => self.destroy_copy().await?,
+            SourceEffect::DestroyCopy => match self.serves_pages().await {
+                true => self.become_page_source().await?,
+                false => self.destroy_copy().await?,
+            },
             SourceEffect::RollBackDestination => self.roll_back_destination(),
             SourceEffect::JournalResolved(wish, epoch) => self.journal_resolved(wish, epoch).await?,
             SourceEffect::SayIndeterminate => self.say_indeterminate().await,
@@ -625,7 +628,7 @@ impl Script {
 }
 
 /// Gives an order again until the VMM answers, however long it is stopped: only its word counts. None once it is dead.
-async fn order_until_answered(instance: &Instance, order: Command) -> Option<Result<Body, String>> {
+pub(super) async fn order_until_answered(instance: &Instance, order: Command) -> Option<Result<Body, String>> {
     loop {
         // A connection that broke is made anew by whoever looks after the VMM.
         let vmm = instance.state.lock().await.vmm.clone()?;
@@ -641,7 +644,7 @@ async fn order_until_answered(instance: &Instance, order: Command) -> Option<Res
     }
 }
 
-async fn next<T>(news: &mut Option<mpsc::UnboundedReceiver<T>>) -> Option<T> {
+pub(super) async fn next<T>(news: &mut Option<mpsc::UnboundedReceiver<T>>) -> Option<T> {
     match news {
         Some(news) => news.recv().await,
         None => std::future::pending().await,

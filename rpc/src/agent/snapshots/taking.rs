@@ -96,6 +96,7 @@ impl Agent {
 /// A guest is here that can be written, and can be restored from what is written.
 fn check(state: &InstanceState) -> Result<(), Failure> {
     state.check_idle("be snapshotted")?;
+    state.check_whole("be snapshotted")?;
     let spec = &state.row.spec;
     if !matches!(state.row.status, Status::Running | Status::Paused) {
         return Err(Failure::Refused(format!(

@@ -6,7 +6,7 @@ use super::super::output::human_bytes;
 use super::{Need, kernel_file};
 
 pub(super) fn needs() -> Vec<Need> {
-    vec![amount(), huge_pages(), pagemap_scan(), locked()]
+    vec![amount(), huge_pages(), pagemap_scan(), userfaultfd(), locked()]
 }
 
 /// A field of /proc/meminfo in bytes.
@@ -66,6 +66,18 @@ fn pagemap_scan() -> Need {
             "Linux 5.15 or newer",
             "boot a newer kernel",
         ),
+    }
+}
+
+/// Asked as whoever runs this; VMMs open theirs as their agent's user.
+fn userfaultfd() -> Need {
+    let (need, wanted) = ("userfaultfd", "allowed, for faults of the kernel too");
+    match ferry_vmm::probe_watching() {
+        Ok(()) => Need::fact(need, "allowed", wanted),
+        Err(error) => {
+            let remedy = "no guest moves here by post-copy: set the sysctl vm.unprivileged_userfaultfd to 1, give access to /dev/userfaultfd, or run the agent as root";
+            Need::poor(need, crate::error_chain(&error), wanted, remedy)
+        }
     }
 }
 

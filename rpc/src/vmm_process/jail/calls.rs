@@ -149,6 +149,8 @@ pub(super) fn migration() -> Calls {
         libc::SYS_poll,
         libc::SYS_ppoll,
     ]));
+    // On what was opened before the jail (`ferry_vmm::keep_host_files`): nobody in here opens another.
+    calls.push((libc::SYS_ioctl, equal(1, &UFFDIO)));
     calls
 }
 
@@ -364,6 +366,8 @@ const FIONBIO: u64 = 0x5421;
 const FIOCLEX: u64 = 0x5451;
 const TUN_SET_OFFLOAD: u64 = 0x4004_54d0;
 const PAGEMAP_SCAN: u64 = 0xc060_6610;
+/// Of memory whose absent pages are watched: to begin and to end that, to wake who waits, to supply a page, or zeroes.
+const UFFDIO: [u64; 5] = [0xc020_aa00, 0x8010_aa01, 0x8010_aa02, 0xc028_aa03, 0xc020_aa04];
 /// Of the flags of `io_uring_enter`: to wait, and to have the kernel catch up.
 const IORING_ENTER_GETEVENTS: u32 = 1;
 

@@ -1,0 +1,653 @@
+//! The destination of late pages: a guest that is about to run, or runs, without all of its memory.
+//!
+//! ```text
+//!   ferry-faults ─ a page is touched: zero at once if it is not missing, else asked for ─┐ urgent streams
+//!   ferry-late   ─ sessions, one after the other:                                        ▼
+//!                    each stream has a thread that takes frames in and supplies their pages ─► whoever waits goes on
+//!                    the last one: nobody watches any more, AllHere, over
+//! ```
+//!
+//! Both threads outlive the migration's own and end by themselves. A page leaves the set of missing ones after it was supplied, never
+//! before: one that is touched and not in it is filled with zeroes.
+
+use std::collections::HashMap;
+use std::io::{self, Read, Write as _};
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::{self, Scope};
+use std::time::{Duration, Instant};
+
+use ferry_proto::stream::v1::{
+    AllHere, FromDestination, FromSource, from_destination::Message as Reply, from_source::Message as Said,
+};
+
+use super::{Latency, SessionLost, URGENT_STREAMS, chain, parts};
+use crate::PageSet;
+use crate::guest::{AbsentPages, FRAME_SIZE, FrameRun, GuestError, MemoryShape};
+use crate::handover::Attempt;
+use crate::link::{self, FAREWELL, Link, Liveness, Outgoing, Sockets};
+use crate::wire::{ControlError, FrameError, FrameReader, FrameWriter, MAX_RUNS, StreamIdentity, Wish};
+use crate::yielding::Yielding;
+
+/// How long the threads wait at most before they look at what they were told.
+const TICK: Duration = Duration::from_millis(20);
+
+/// How often progress is told.
+const PROGRESS: Duration = Duration::from_millis(250);
+
+/// A page that is touched brings its neighbours along, those of the same 64 KiB.
+const NEIGHBOURHOOD: u64 = 16;
+
+/// What a guest without all of its pages tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LateReport {
+    /// How many pages are missing still.
+    Progress {
+        /// Pages.
+        missing: u64,
+    },
+    /// The session is lost: who needs a page waits for the next one.
+    LinkLost {
+        /// Why, in words.
+        reason: String,
+    },
+    /// Every page is here.
+    AllHere(LateOutcome),
+    /// This host cannot take pages in any more: whoever waits for one waits for ever.
+    Failed {
+        /// Why, in words.
+        reason: String,
+    },
+}
+
+/// What was measured of late pages.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LateOutcome {
+    /// Pages that were missing when the guest was handed over.
+    pub pages: u64,
+    /// How long they were waited for by whoever touched one.
+    pub latency: Latency,
+    /// From GO until the last one was here.
+    pub took: Duration,
+}
+
+/// The pages of one guest that come late.
+#[derive(Debug)]
+pub struct LatePages {
+    links: Sender<Link>,
+    shared: Arc<Shared>,
+}
+
+impl LatePages {
+    /// Begins to take pages in. The threads have the rights of the calling one.
+    pub(crate) fn start(
+        awaited: Awaited,
+        link: Link,
+        reports: impl Fn(LateReport) + Send + 'static,
+    ) -> io::Result<Self> {
+        let Awaited {
+            pages,
+            missing,
+            shape,
+            attempt,
+            liveness,
+        } = awaited;
+        let left = missing.count();
+        let shared = Arc::new(Shared {
+            pages,
+            state: Mutex::new(State {
+                asked: PageSet::new(&shape),
+                missing,
+                left,
+                waiting: HashMap::new(),
+                latency: Latency::default(),
+                asking: None,
+                outcome: None,
+            }),
+            shape,
+            total: left,
+            began: Instant::now(),
+            over: AtomicBool::new(false),
+            failure: OnceLock::new(),
+        });
+        let (links, links_out) = mpsc::channel();
+        let (faults, late) = (Arc::clone(&shared), Arc::clone(&shared));
+        thread::Builder::new().name("ferry-faults".into()).spawn(move || {
+            if let Err(error) = faults.watch()
+                && !faults.over.load(Ordering::Acquire)
+            {
+                faults.fail(chain(&error));
+            }
+        })?;
+        let supervisor = Supervisor {
+            shared: late,
+            links: links_out,
+            reports: Box::new(reports),
+            attempt,
+            liveness,
+        };
+        thread::Builder::new()
+            .name("ferry-late".into())
+            .spawn(move || supervisor.run(link))?;
+        Ok(Self { links, shared })
+    }
+
+    /// Gives connections for another session. They take the place of those that are there.
+    pub fn attach(&self, link: Link) {
+        // Over: nothing is missing.
+        let _ = self.links.send(link);
+    }
+
+    /// How many pages are missing.
+    #[must_use]
+    pub fn missing(&self) -> u64 {
+        self.shared.lock().left
+    }
+
+    /// How it came out, once every page is here.
+    #[must_use]
+    pub fn outcome(&self) -> Option<LateOutcome> {
+        self.shared.lock().outcome.clone()
+    }
+}
+
+/// Memory whose missing pages are awaited.
+pub(crate) struct Awaited {
+    pub(crate) pages: Box<dyn AbsentPages>,
+    pub(crate) missing: PageSet,
+    pub(crate) shape: MemoryShape,
+    pub(crate) attempt: Attempt,
+    pub(crate) liveness: Liveness,
+}
+
+struct Shared {
+    pages: Box<dyn AbsentPages>,
+    shape: MemoryShape,
+    state: Mutex<State>,
+    total: u64,
+    began: Instant,
+    /// Nobody is to hear any more which pages are touched.
+    over: AtomicBool,
+    /// Why no page can be taken in any more.
+    failure: OnceLock<String>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("Shared")
+            .field("total", &self.total)
+            .finish_non_exhaustive()
+    }
+}
+
+struct State {
+    missing: PageSet,
+    /// How many there are.
+    left: u64,
+    /// Asked for in this session.
+    asked: PageSet,
+    /// Touched and missing, and since when.
+    waiting: HashMap<u64, Instant>,
+    latency: Latency,
+    /// Where to ask; none between sessions.
+    asking: Option<Asking>,
+    outcome: Option<LateOutcome>,
+}
+
+/// The asking direction of a session's urgent streams.
+struct Asking {
+    sockets: Arc<Sockets>,
+    writers: Vec<FrameWriter>,
+    turn: usize,
+}
+
+impl Asking {
+    /// Asks for these on the stream whose turn it is. One that breaks is noticed by who reads it.
+    fn ask(&mut self, table: &[(FrameRun, Wish)]) {
+        for part in table.chunks(MAX_RUNS) {
+            self.turn = (self.turn + 1) % self.writers.len();
+            let frame = self.writers[self.turn].asked(part.iter().copied());
+            if (&self.sockets.pages[self.turn]).write_all(frame).is_err() {
+                self.sockets.cut();
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The thread that hears which pages are touched.
+    fn watch(&self) -> Result<(), GuestError> {
+        let mut frames = Vec::new();
+        while !self.over.load(Ordering::Acquire) {
+            frames.clear();
+            self.pages.touched(TICK, &mut frames)?;
+            if !frames.is_empty() {
+                frames.sort_unstable();
+                frames.dedup();
+                self.take_touched(&frames)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Zeroes for pages that are not missing; the others are asked for, once in a session.
+    fn take_touched(&self, frames: &[u64]) -> Result<(), GuestError> {
+        let now = Instant::now();
+        let mut zero = Vec::new();
+        let mut state = self.lock();
+        let mut table = Table::default();
+        for &frame in frames {
+            if state.missing.contains(frame) {
+                state.waiting.entry(frame).or_insert(now);
+                state.wish(frame, &self.shape, &mut table);
+            } else {
+                zero.push(frame);
+            }
+        }
+        if let Some(asking) = &mut state.asking
+            && !table.0.is_empty()
+        {
+            asking.ask(&table.sorted());
+        }
+        drop(state);
+        for first in zero {
+            self.pages.supply_zeroes(FrameRun { first, count: 1 })?;
+        }
+        Ok(())
+    }
+
+    /// These pages are there now.
+    fn supplied(&self, runs: &[FrameRun]) {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        for &run in runs {
+            let Some((region, offset)) = state.missing.locate(run.first) else {
+                continue;
+            };
+            state.left -= state.missing.count_in(region, offset, run.count);
+            state.missing.remove(run);
+        }
+        let latency = &mut state.latency;
+        state.waiting.retain(|&frame, since| {
+            let is_here = runs.iter().any(|run| (run.first..run.end()).contains(&frame));
+            if is_here {
+                latency.add(since.elapsed());
+            }
+            !is_here
+        });
+    }
+
+    /// The last page is here: nobody waits for one any more.
+    fn finish(&self) -> Result<(), GuestError> {
+        // Before it: a page that is touched from here on is zero, as in any memory.
+        self.over.store(true, Ordering::Release);
+        self.pages.end()?;
+        let mut state = self.lock();
+        state.outcome = Some(LateOutcome {
+            pages: self.total,
+            latency: state.latency.clone(),
+            took: self.began.elapsed(),
+        });
+        Ok(())
+    }
+
+    fn fail(&self, reason: String) {
+        tracing::error!(reason, "late pages cannot be taken in any more");
+        self.over.store(true, Ordering::Release);
+        // The first reason is the one that counts.
+        let _ = self.failure.set(reason);
+        if let Some(asking) = self.lock().asking.take() {
+            asking.sockets.cut();
+        }
+    }
+}
+
+impl State {
+    /// Adds a page that somebody waits for, and its neighbours, unless they were asked for.
+    fn wish(&mut self, frame: u64, shape: &MemoryShape, table: &mut Table) {
+        if self.asking.is_none() {
+            // The next session begins with all that is waited for.
+            return;
+        }
+        let Some((region, _)) = shape.locate(frame) else { return };
+        let region = shape.regions()[region].run();
+        let first = (frame - frame % NEIGHBOURHOOD).max(region.first);
+        let end = (frame - frame % NEIGHBOURHOOD + NEIGHBOURHOOD).min(region.end());
+        for near in first..end {
+            let page = FrameRun { first: near, count: 1 };
+            let is_touched = near == frame;
+            // What came along with another is on its way; what was pushed may be far behind.
+            if self.missing.contains(near) && !self.asked.contains(near) {
+                self.asked.insert(page);
+                table
+                    .0
+                    .push((page, if is_touched { Wish::Touched } else { Wish::Beside }));
+            }
+        }
+    }
+}
+
+/// What a frame asks for.
+#[derive(Default)]
+struct Table(Vec<(FrameRun, Wish)>);
+
+impl Table {
+    /// Ascending, neighbours of one kind merged.
+    fn sorted(mut self) -> Vec<(FrameRun, Wish)> {
+        self.0.sort_unstable_by_key(|(run, _)| run.first);
+        let mut merged: Vec<(FrameRun, Wish)> = Vec::new();
+        for (run, wish) in self.0 {
+            match merged.last_mut() {
+                Some((last, kind)) if *kind == wish && last.end() == run.first => last.count += run.count,
+                _ => merged.push((run, wish)),
+            }
+        }
+        merged
+    }
+}
+
+/// What the threads of a session tell.
+enum Event {
+    Said(FromSource),
+    ControlLost(ControlError),
+    StreamLost(u16, Option<FrameError>),
+    Failed(GuestError),
+    /// Pages were supplied, and none is missing.
+    AllHere,
+}
+
+struct Supervisor {
+    shared: Arc<Shared>,
+    links: Receiver<Link>,
+    reports: Box<dyn Fn(LateReport) + Send>,
+    attempt: Attempt,
+    liveness: Liveness,
+}
+
+/// How a session ended.
+enum Session {
+    /// Every page is here.
+    AllHere,
+    Failed(String),
+    Lost(SessionLost),
+    /// Nobody wants the guest any more.
+    Stopped,
+}
+
+impl Supervisor {
+    fn run(self, first: Link) {
+        let mut next = Some(first);
+        let ended = loop {
+            let link = match next.take() {
+                Some(link) => link,
+                None => match self.links.recv() {
+                    Ok(link) => link,
+                    Err(_) => break Session::Stopped,
+                },
+            };
+            let lost = match self.session(link, &mut next) {
+                Session::Lost(lost) => lost,
+                ended => break ended,
+            };
+            if let Some(reason) = self.shared.failure.get() {
+                break Session::Failed(reason.clone());
+            }
+            if self.shared.lock().left == 0 {
+                // It was lost with the last page: the source's agent asks ours.
+                break match self.shared.finish() {
+                    Ok(()) => Session::AllHere,
+                    Err(error) => Session::Failed(chain(&error)),
+                };
+            }
+            if !matches!(lost, SessionLost::Replaced) {
+                let reason = chain(&lost);
+                tracing::info!(reason, "a session of late pages is lost, whoever needs one waits");
+                (self.reports)(LateReport::LinkLost { reason });
+            }
+        };
+        match ended {
+            Session::AllHere => {
+                let outcome = self.shared.lock().outcome.clone().unwrap_or_default();
+                (self.reports)(LateReport::AllHere(outcome));
+            }
+            Session::Failed(reason) => {
+                self.shared.fail(reason.clone());
+                (self.reports)(LateReport::Failed { reason });
+            }
+            // What is missing stays so: whoever waits goes with the process.
+            Session::Stopped | Session::Lost(_) => self.shared.over.store(true, Ordering::Release),
+        }
+    }
+
+    fn session(&self, link: Link, next: &mut Option<Link>) -> Session {
+        let sockets = match Sockets::new(link, self.liveness) {
+            Ok(sockets) => Arc::new(sockets),
+            Err(error) => return Session::Lost(SessionLost::Host(error)),
+        };
+        let identity = StreamIdentity {
+            instance: self.attempt.instance,
+            migration: self.attempt.migration,
+            epoch: self.attempt.epoch,
+            streams: sockets.streams(),
+        };
+        let (events_in, events) = mpsc::sync_channel(64);
+        let (outbox, outgoing) = mpsc::channel::<Outgoing<FromDestination>>();
+        let ended = thread::scope(|scope| {
+            let _ending = Ending(&sockets);
+            let started = self.start(scope, &sockets, identity, (&outbox, outgoing), events_in);
+            if let Err(error) = started {
+                return Session::Lost(SessionLost::Host(error));
+            }
+            self.begin(&sockets, &outbox);
+            self.until_all_here(&sockets, &events, &outbox, next)
+        });
+        self.shared.lock().asking = None;
+        ended
+    }
+
+    /// Says what is missing, and asks for what is waited for.
+    fn begin(&self, sockets: &Arc<Sockets>, outbox: &Sender<Outgoing<FromDestination>>) {
+        let mut state = self.shared.lock();
+        let state = &mut *state;
+        for part in parts(&state.missing, self.attempt) {
+            let message = Some(Reply::Missing(part));
+            let _ = outbox.send(Outgoing::Say(FromDestination { message }));
+        }
+        let urgent = URGENT_STREAMS.min(sockets.pages.len()) as u16;
+        for socket in &sockets.pages[..urgent.into()] {
+            // Whoever asks must not wait for ever for a source that reads nothing.
+            if socket.set_write_timeout(Some(self.liveness.silence)).is_err() {
+                sockets.cut();
+            }
+        }
+        state.asked.clear();
+        state.asking = Some(Asking {
+            sockets: Arc::clone(sockets),
+            writers: (0..urgent).map(FrameWriter::new).collect(),
+            turn: 0,
+        });
+        let mut table = Table::default();
+        let waiting: Vec<u64> = state.waiting.keys().copied().collect();
+        for frame in waiting {
+            state.wish(frame, &self.shared.shape, &mut table);
+        }
+        if let Some(asking) = &mut state.asking
+            && !table.0.is_empty()
+        {
+            asking.ask(&table.sorted());
+        }
+    }
+
+    fn start<'scope>(
+        &'scope self,
+        scope: &'scope Scope<'scope, '_>,
+        sockets: &'scope Sockets,
+        identity: StreamIdentity,
+        (outbox, outgoing): (&Sender<Outgoing<FromDestination>>, Receiver<Outgoing<FromDestination>>),
+        events: SyncSender<Event>,
+    ) -> io::Result<()> {
+        let (heard, outbox) = (events.clone(), outbox.clone());
+        spawn(scope, "ferry-late-in".into(), move || {
+            let deliver = |message| heard.send(Event::Said(message)).is_ok();
+            if let Err(error) = link::read_control(sockets, &outbox, deliver) {
+                let _ = heard.send(Event::ControlLost(error));
+            }
+        })?;
+        let (lost, heartbeat) = (events.clone(), self.liveness.heartbeat);
+        spawn(scope, "ferry-late-out".into(), move || {
+            if let Err(error) = link::write_control(sockets, &outgoing, heartbeat) {
+                let _ = lost.send(Event::ControlLost(error));
+            }
+        })?;
+        let shared: &Shared = &self.shared;
+        for (stream, socket) in (0u16..).zip(&sockets.pages) {
+            let events = events.clone();
+            spawn(scope, format!("ferry-late-{stream}"), move || {
+                let taker = Taker {
+                    stream,
+                    socket,
+                    sockets,
+                    shared,
+                };
+                // Nobody listens once the session is over.
+                let event = match taker.run(&identity) {
+                    Ok(event) => event,
+                    Err(error) => Event::StreamLost(stream, error),
+                };
+                let _ = events.send(event);
+            })?;
+        }
+        Ok(())
+    }
+
+    fn until_all_here(
+        &self,
+        sockets: &Sockets,
+        events: &Receiver<Event>,
+        outbox: &Sender<Outgoing<FromDestination>>,
+        next: &mut Option<Link>,
+    ) -> Session {
+        let mut told = Instant::now();
+        loop {
+            match self.links.try_recv() {
+                Ok(link) => {
+                    *next = Some(link);
+                    return Session::Lost(SessionLost::Replaced);
+                }
+                Err(TryRecvError::Disconnected) => return Session::Stopped,
+                Err(TryRecvError::Empty) => {}
+            }
+            let silence = sockets.silence();
+            if silence >= self.liveness.silence {
+                return Session::Lost(SessionLost::Silent(silence));
+            }
+            if told.elapsed() >= PROGRESS {
+                told = Instant::now();
+                let missing = self.shared.lock().left;
+                (self.reports)(LateReport::Progress { missing });
+            }
+            match events.recv_timeout(TICK) {
+                Ok(Event::AllHere) => return self.end(events, outbox),
+                Ok(Event::Failed(error)) => return Session::Failed(chain(&error)),
+                Ok(Event::Said(FromSource {
+                    message: Some(Said::Ping(_) | Said::Pong(_)),
+                })) => {}
+                Ok(Event::Said(other)) => {
+                    return Session::Lost(SessionLost::Misbehaved(format!("unexpected: {other:?}")));
+                }
+                Ok(Event::ControlLost(error)) => return Session::Lost(SessionLost::Control(error)),
+                Ok(Event::StreamLost(stream, error)) => return Session::Lost(SessionLost::Stream(stream, error)),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Session::Lost(SessionLost::Control(ControlError::Closed));
+                }
+            }
+        }
+    }
+
+    /// The last page is here: nobody waits for one any more, and the source is told.
+    fn end(&self, events: &Receiver<Event>, outbox: &Sender<Outgoing<FromDestination>>) -> Session {
+        if let Err(error) = self.shared.finish() {
+            return Session::Failed(chain(&error));
+        }
+        let message = Some(Reply::AllHere(AllHere {}));
+        let _ = outbox.send(Outgoing::Say(FromDestination { message }));
+        let _ = outbox.send(Outgoing::HangUp);
+        // The source hangs up once it has heard it; if it does not, its agent asks ours.
+        let deadline = Instant::now() + FAREWELL;
+        loop {
+            match events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Event::ControlLost(_)) | Err(_) => return Session::AllHere,
+                Ok(_) => {}
+            }
+        }
+    }
+}
+
+fn spawn<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    name: String,
+    work: impl FnOnce() + Send + 'scope,
+) -> io::Result<()> {
+    thread::Builder::new().name(name).spawn_scoped(scope, work).map(drop)
+}
+
+/// Sends the threads of a session home.
+struct Ending<'a>(&'a Sockets);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.cut();
+    }
+}
+
+/// Takes the frames of one stream in.
+struct Taker<'a> {
+    stream: u16,
+    socket: &'a TcpStream,
+    sockets: &'a Sockets,
+    shared: &'a Shared,
+}
+
+impl Taker<'_> {
+    /// Until the last page is here, or its memory fails.
+    ///
+    /// # Errors
+    /// The stream ended, or broke.
+    fn run(&self, identity: &StreamIdentity) -> Result<Event, Option<FrameError>> {
+        let mut reader = FrameReader::new(self.stream);
+        let mut socket = self.socket;
+        let mut contents = Vec::new();
+        // What nobody waits for yields to the guest, and to what somebody waits for.
+        Yielding::default().set(usize::from(self.stream) >= URGENT_STREAMS);
+        reader.open(&mut socket, identity)?.ok_or(None)?;
+        loop {
+            let pages = reader.pages(&mut socket, &self.shared.shape)?.ok_or(None)?;
+            self.sockets.hear();
+            let bytes = pages.data.iter().map(|run| run.count).sum::<u64>() * FRAME_SIZE;
+            contents.resize(contents.len().max(bytes as usize), 0);
+            let contents = &mut contents[..bytes as usize];
+            socket.read_exact(contents).map_err(FrameError::from_pages)?;
+            self.sockets.hear();
+            let supplied = self.shared.pages.supply(pages.data, contents).and_then(|()| {
+                let mut zero = pages.zero.iter();
+                zero.try_for_each(|&run| self.shared.pages.supply_zeroes(run))
+            });
+            if let Err(error) = supplied {
+                return Ok(Event::Failed(error));
+            }
+            self.shared.supplied(pages.data);
+            self.shared.supplied(pages.zero);
+            if self.shared.lock().left == 0 {
+                return Ok(Event::AllHere);
+            }
+        }
+    }
+}

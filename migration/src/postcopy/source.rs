@@ -1,0 +1,411 @@
+//! The source of late pages: a stopped copy of a guest that runs elsewhere, or is about to.
+//!
+//! [`serve`] blocks until the destination has every page or nobody wants it to go on. It reads the memory and decides nothing: that the
+//! guest is another host's by now is for its agent to know.
+
+use std::io::{self, Write as _};
+use std::net::TcpStream;
+use std::num::NonZeroU64;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvError};
+use std::thread::{self, Scope};
+use std::time::{Duration, Instant};
+
+use ferry_proto::stream::v1::{FromDestination, FromSource, from_destination::Message as Reply};
+
+use super::unsent::Unsent;
+use super::{SessionLost, Table, URGENT_STREAMS, chain};
+use crate::PageSet;
+use crate::guest::{FrameRun, GuestMemory};
+use crate::handover::Attempt;
+use crate::link::{self, Link, Liveness, Outgoing, Sockets};
+use crate::precopy::{Bandwidth, Contents};
+use crate::wire::{ControlError, FrameError, FrameReader, FrameWriter, MAX_DATA_PAGES, StreamIdentity};
+use crate::yielding::Yielding;
+
+/// How long a session waits at most before it looks at its orders and the clock again.
+const TICK: Duration = Duration::from_millis(20);
+
+/// How often progress is told.
+const PROGRESS: Duration = Duration::from_millis(250);
+
+/// What is left to be sent of a guest whose GO listed missing pages, and the first connections for it.
+#[derive(Debug)]
+pub struct PagesToServe {
+    /// The pages that GO called missing.
+    pub missing: PageSet,
+    /// For the first session.
+    pub link: Link,
+    /// How they are served.
+    pub parameters: ServeParameters,
+}
+
+/// How pages are served.
+#[derive(Clone, Debug)]
+pub struct ServeParameters {
+    /// The attempt whose GO listed them.
+    pub attempt: Attempt,
+    /// The most bytes a second over the streams on which nobody waits.
+    pub bandwidth: Option<NonZeroU64>,
+    /// When the destination counts as dead, and the session as lost.
+    pub liveness: Liveness,
+}
+
+/// What a source of pages tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ServeReport {
+    /// How far it is: pages not sent yet of this session, and bytes put on all streams so far.
+    Progress {
+        /// Pages not sent yet.
+        left: u64,
+        /// Bytes sent, of all sessions.
+        bytes_sent: u64,
+    },
+    /// The session is lost: other connections are wanted.
+    LinkLost {
+        /// Why, in words.
+        reason: String,
+    },
+}
+
+/// How serving ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Served {
+    /// The destination has every page, and said so.
+    All,
+    /// Nobody wants it to go on: the other end of the links is gone.
+    Stopped,
+}
+
+/// Serves pages over the first link, and after it is lost over each that comes through `links`, until the destination has them all or
+/// the other end of `links` is dropped. Every thread that it started is joined when it returns.
+pub fn serve<M: GuestMemory>(
+    memory: &M,
+    pages: PagesToServe,
+    links: &Receiver<Link>,
+    reports: &Sender<ServeReport>,
+) -> Served {
+    let mut source = Source {
+        memory,
+        parameters: &pages.parameters,
+        links,
+        reports,
+        bytes_sent: 0,
+        next: None,
+    };
+    let mut link = Some(pages.link);
+    tracing::debug!(pages = pages.missing.count(), "pages come late");
+    loop {
+        let current = match link.take().or_else(|| source.next.take()) {
+            Some(link) => link,
+            None => match links.recv() {
+                Ok(link) => link,
+                Err(_) => return Served::Stopped,
+            },
+        };
+        match source.session(current) {
+            Ok(served) => return served,
+            Err(SessionLost::Replaced) => {}
+            Err(lost) => {
+                let reason = chain(&lost);
+                tracing::info!(reason, "a session of late pages is lost");
+                // Whoever does not listen does not want to know.
+                let _ = reports.send(ServeReport::LinkLost { reason });
+            }
+        }
+    }
+}
+
+struct Source<'a, M> {
+    memory: &'a M,
+    parameters: &'a ServeParameters,
+    links: &'a Receiver<Link>,
+    reports: &'a Sender<ServeReport>,
+    /// By sessions before this one.
+    bytes_sent: u64,
+    /// Came while another session went on.
+    next: Option<Link>,
+}
+
+/// What the threads tell.
+enum Event {
+    Said(FromDestination),
+    ControlLost(ControlError),
+    StreamLost(u16, Option<FrameError>),
+}
+
+/// What the threads of a session share.
+struct Shared<'a, M> {
+    memory: &'a M,
+    sockets: &'a Sockets,
+    unsent: Unsent,
+    bandwidth: Bandwidth,
+    sent: AtomicU64,
+}
+
+impl<M: GuestMemory> Source<'_, M> {
+    fn session(&mut self, link: Link) -> Result<Served, SessionLost> {
+        let liveness = self.parameters.liveness;
+        let sockets = Sockets::new(link, liveness).map_err(SessionLost::Host)?;
+        let shared = Shared {
+            memory: self.memory,
+            sockets: &sockets,
+            unsent: Unsent::default(),
+            bandwidth: Bandwidth::new(self.parameters.bandwidth.map(Into::into)),
+            sent: 0.into(),
+        };
+        let Attempt {
+            instance,
+            migration,
+            epoch,
+            ..
+        } = self.parameters.attempt;
+        let identity = StreamIdentity {
+            instance,
+            migration,
+            epoch,
+            streams: sockets.streams(),
+        };
+        let (events_in, events) = mpsc::sync_channel(64);
+        let (outbox, outgoing) = mpsc::channel::<Outgoing<FromSource>>();
+        let ended = thread::scope(|scope| {
+            let ending = Ending(&shared);
+            start_control(scope, &sockets, outbox, outgoing, liveness.heartbeat, &events_in)?;
+            for (stream, socket) in (0u16..).zip(&sockets.pages) {
+                let (shared, events) = (&shared, events_in.clone());
+                let is_urgent = usize::from(stream) < URGENT_STREAMS;
+                spawn(scope, format!("ferry-late-{stream}"), move || {
+                    let mut frames = LateFrames::new(stream, socket, shared);
+                    let ended = match frames.open(&identity) {
+                        Ok(()) if is_urgent => frames.answer(),
+                        Ok(()) => frames.push(),
+                        Err(error) => Err(error),
+                    };
+                    // Nobody listens once the session is over.
+                    let _ = events.send(Event::StreamLost(stream, ended.err()));
+                })?;
+            }
+            let ended = self.until_all_here(&shared, &events);
+            drop(ending);
+            ended
+        });
+        self.bytes_sent += shared.sent.into_inner();
+        ended
+    }
+
+    fn until_all_here(&mut self, shared: &Shared<'_, M>, events: &Receiver<Event>) -> Result<Served, SessionLost> {
+        let mut table = Some(Table::new(self.memory.shape()));
+        let mut told = Instant::now();
+        loop {
+            match self.links.try_recv() {
+                Ok(link) => {
+                    self.next = Some(link);
+                    return Err(SessionLost::Replaced);
+                }
+                Err(TryRecvError::Disconnected) => return Ok(Served::Stopped),
+                Err(TryRecvError::Empty) => {}
+            }
+            let silence = shared.sockets.silence();
+            if silence >= self.parameters.liveness.silence {
+                return Err(SessionLost::Silent(silence));
+            }
+            if told.elapsed() >= PROGRESS
+                && let Some(left) = shared.unsent.left()
+            {
+                told = Instant::now();
+                let bytes_sent = self.bytes_sent + shared.sent.load(Ordering::Relaxed);
+                let _ = self.reports.send(ServeReport::Progress { left, bytes_sent });
+            }
+            match events.recv_timeout(TICK) {
+                Ok(Event::Said(message)) => match message.message {
+                    Some(Reply::Missing(part)) => {
+                        let Some(mut growing) = table.take() else {
+                            return Err(SessionLost::Misbehaved("it told twice what is missing".to_owned()));
+                        };
+                        growing.take(&part, self.memory).map_err(SessionLost::Misbehaved)?;
+                        if part.last {
+                            growing.whole().into_iter().for_each(|set| shared.unsent.begin(set));
+                        } else {
+                            table = Some(growing);
+                        }
+                    }
+                    Some(Reply::AllHere(_)) => return Ok(Served::All),
+                    other => return Err(SessionLost::Misbehaved(format!("unexpected: {other:?}"))),
+                },
+                Ok(Event::ControlLost(error)) => return Err(SessionLost::Control(error)),
+                Ok(Event::StreamLost(stream, error)) => return Err(SessionLost::Stream(stream, error)),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(SessionLost::Control(ControlError::Closed)),
+            }
+        }
+    }
+}
+
+fn start_control<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    sockets: &'scope Sockets,
+    outbox: Sender<Outgoing<FromSource>>,
+    outgoing: Receiver<Outgoing<FromSource>>,
+    heartbeat: Duration,
+    events: &SyncSender<Event>,
+) -> Result<(), SessionLost> {
+    let heard = events.clone();
+    spawn(scope, "ferry-late-in".into(), move || {
+        let deliver = |message| heard.send(Event::Said(message)).is_ok();
+        if let Err(error) = link::read_control(sockets, &outbox, deliver) {
+            let _ = heard.send(Event::ControlLost(error));
+        }
+    })?;
+    let events = events.clone();
+    spawn(scope, "ferry-late-out".into(), move || {
+        if let Err(error) = link::write_control(sockets, &outgoing, heartbeat) {
+            let _ = events.send(Event::ControlLost(error));
+        }
+    })
+}
+
+fn spawn<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    name: String,
+    work: impl FnOnce() + Send + 'scope,
+) -> Result<(), SessionLost> {
+    let spawned = thread::Builder::new().name(name).spawn_scoped(scope, work);
+    spawned.map(drop).map_err(SessionLost::Host)
+}
+
+/// Sends the threads of a session home.
+struct Ending<'a, 'b, M>(&'a Shared<'b, M>);
+
+impl<M> Drop for Ending<'_, '_, M> {
+    fn drop(&mut self) {
+        self.0.unsent.close();
+        self.0.bandwidth.close();
+        self.0.sockets.cut();
+    }
+}
+
+/// The frames of one stream.
+struct LateFrames<'a, 'b, M> {
+    socket: &'a TcpStream,
+    shared: &'a Shared<'b, M>,
+    writer: FrameWriter,
+    reader: FrameReader,
+    contents: Contents,
+}
+
+impl<'a, 'b, M: GuestMemory> LateFrames<'a, 'b, M> {
+    fn new(stream: u16, socket: &'a TcpStream, shared: &'a Shared<'b, M>) -> Self {
+        Self {
+            socket,
+            shared,
+            writer: FrameWriter::new(stream),
+            reader: FrameReader::new(stream),
+            contents: Contents::default(),
+        }
+    }
+
+    fn open(&mut self, identity: &StreamIdentity) -> Result<(), FrameError> {
+        self.socket
+            .write_all(self.writer.open(identity))
+            .map_err(FrameError::Io)
+    }
+
+    /// Sends what nobody asked for, until closed.
+    fn push(&mut self) -> Result<(), FrameError> {
+        let mut runs = Vec::new();
+        Yielding::default().set(true);
+        while self.shared.unsent.next(&mut runs) {
+            self.send(&runs, Urgency::CanWait)?;
+        }
+        Ok(())
+    }
+
+    /// Sends what is asked for on this stream, until the stream ends.
+    fn answer(&mut self) -> Result<(), FrameError> {
+        loop {
+            let asked = self.reader.asked(&mut &*self.socket, self.shared.memory.shape())?;
+            let Some(asked) = asked else { return Ok(()) };
+            let (touched, beside) = (asked.touched.to_vec(), asked.beside.to_vec());
+            self.shared.sockets.hear();
+            self.shared.unsent.asked(&touched);
+            self.shared.unsent.asked(&beside);
+            // What somebody waits for has a frame of its own, before its neighbours.
+            for runs in [touched, beside] {
+                for piece in pieces(&runs) {
+                    self.send(&piece, Urgency::AwaitedNow)?;
+                }
+            }
+        }
+    }
+
+    fn send(&mut self, runs: &[FrameRun], urgency: Urgency) -> Result<(), FrameError> {
+        let memory = self.shared.memory;
+        let guest = |error| FrameError::Io(io::Error::other(error));
+        self.contents.split(memory, runs).map_err(guest)?;
+        let prefix = self.writer.pages(0, self.contents.table.iter().copied());
+        let bytes = self.contents.totals(prefix.len()).bytes;
+        if urgency == Urgency::CanWait {
+            self.shared.bandwidth.wait(bytes);
+        }
+        memory
+            .send(self.socket.as_fd(), prefix, &self.contents.data)
+            .map_err(FrameError::Io)?;
+        self.shared.sent.fetch_add(bytes, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// Whether the cap applies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Urgency {
+    AwaitedNow,
+    CanWait,
+}
+
+/// Runs as they fit into frames.
+fn pieces(runs: &[FrameRun]) -> Vec<Vec<FrameRun>> {
+    let (mut pieces, mut piece, mut pages) = (Vec::new(), Vec::new(), 0);
+    for &run in runs {
+        let mut rest = run;
+        while rest.count > 0 {
+            if pages == MAX_DATA_PAGES {
+                pieces.push(std::mem::take(&mut piece));
+                pages = 0;
+            }
+            let count = rest.count.min(MAX_DATA_PAGES - pages);
+            piece.push(FrameRun {
+                first: rest.first,
+                count,
+            });
+            pages += count;
+            rest = FrameRun {
+                first: rest.first + count,
+                count: rest.count - count,
+            };
+        }
+    }
+    if !piece.is_empty() {
+        pieces.push(piece);
+    }
+    pieces
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_cut_to_the_size_of_frames() {
+        let run = |first, count| FrameRun { first, count };
+        assert_eq!(pieces(&[]), Vec::<Vec<FrameRun>>::new());
+        assert_eq!(
+            pieces(&[run(0, 500), run(1000, 600)]),
+            [
+                vec![run(0, 500), run(1000, 12)],
+                vec![run(1012, 512)],
+                vec![run(1524, 76)]
+            ]
+        );
+    }
+}

@@ -1,0 +1,247 @@
+//! Pages that come late: the guest runs at the destination without them, waits for those that it touches, and gets them all.
+
+mod fake;
+
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use fake::memory::{FakeMemory, NEVER_POPULATED};
+use fake::scene::{Ends, LATE_STREAMS, Scene, arming_and, attempt, guest, links, live, memory, migrate};
+use fake::{FakeDestination, LoadFault, Tracking, Workload};
+use ferry_migration::Link;
+use ferry_migration::destination::DestinationError;
+use ferry_migration::guest::SourceGuest;
+use ferry_migration::postcopy::{LateOutcome, LatePages, Lateness, ServeReport, Served, serve};
+use ferry_migration::source::{SourceError, SourceOrder, SourceOutcome, SourceReport};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+const BUSY: Workload = Workload::Uniform {
+    frames: 4000,
+    rate: 200_000,
+};
+
+fn late(lateness: Lateness, workload: Workload) -> Scene {
+    let mut scene = Scene::new(guest(Tracking::Log, workload));
+    scene.parameters.lateness = lateness;
+    scene.parameters.verify = false;
+    scene
+}
+
+/// Both ends after GO: a source that serves, and a destination that waits for pages.
+struct Late {
+    source: Arc<FakeMemory>,
+    destination: Arc<FakeMemory>,
+    pages: LatePages,
+    serving: JoinHandle<Served>,
+    links: Sender<Link>,
+    served: Receiver<ServeReport>,
+    ends: Ends,
+}
+
+impl Late {
+    /// Serves what is missing once GO was sent.
+    #[track_caller]
+    fn of(mut ends: Ends) -> Self {
+        let SourceOutcome::GoSent(parked) = &mut ends.outcome else {
+            panic!("GO was not sent: {:?}", ends.loaded.as_ref().err())
+        };
+        assert!(parked.guest().is_stopped(), "the guest runs twice");
+        let to_serve = parked.take_late().expect("pages are missing");
+        let (source, loaded) = (parked.guest().memory(), ends.loaded.as_mut().unwrap());
+        let pages = loaded.late.take().expect("pages are awaited");
+        assert_eq!(pages.missing(), to_serve.missing.count());
+        let (links, links_out) = mpsc::channel();
+        let (reports, served) = mpsc::channel();
+        let serving = thread::spawn({
+            let source = source.clone();
+            move || serve(&*source, to_serve, &links_out, &reports)
+        });
+        Self {
+            source,
+            destination: loaded.restored.memory.clone(),
+            pages,
+            serving,
+            links,
+            served,
+            ends,
+        }
+    }
+
+    /// Every page comes, and both memories are the same then.
+    #[track_caller]
+    fn comes(self) -> LateOutcome {
+        let deadline = Instant::now() + PATIENCE;
+        while self.pages.outcome().is_none() {
+            assert!(Instant::now() < deadline, "{} pages are missing", self.pages.missing());
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(self.serving.join().unwrap(), Served::All);
+        self.source.equals(&self.destination).unwrap();
+        self.pages.outcome().unwrap()
+    }
+
+    fn touch(&self, frames: impl Iterator<Item = u64>) {
+        let memory = &*self.destination;
+        thread::scope(|scope| frames.for_each(|frame| drop(scope.spawn(move || memory.touch(frame)))));
+    }
+}
+
+#[test]
+fn a_guest_is_handed_over_at_once_and_all_of_it_comes_late() {
+    let ends = migrate(late(Lateness::AtOnce, Workload::Idle));
+    let SourceOutcome::GoSent(parked) = &ends.outcome else {
+        panic!("not sent")
+    };
+    assert_eq!((parked.summary().late_pages, parked.summary().bytes_sent), (6300, 0));
+    let outcome = Late::of(ends).comes();
+    assert_eq!((outcome.pages, outcome.latency.count()), (6300, 0));
+}
+
+#[test]
+fn who_touches_a_page_gets_it_before_the_others() {
+    let late = Late::of(migrate(late(Lateness::AtOnce, BUSY)));
+    late.source.slow_sends(Duration::from_millis(2));
+    late.touch((0..40).map(|index| 5990 - 149 * index));
+    late.touch([NEVER_POPULATED.first, NEVER_POPULATED.first + 3].into_iter());
+    assert!(late.pages.missing() > 0, "all came before they were touched");
+    late.source.slow_sends(Duration::ZERO);
+    let outcome = late.comes();
+    assert!((1..=40).contains(&outcome.latency.count()), "{outcome:?}");
+}
+
+#[test]
+fn what_rounds_do_not_bring_comes_late() {
+    let mut scene = late(Lateness::WhenItPays, BUSY);
+    scene.parameters.manner = live(Duration::from_micros(500));
+    let late = Late::of(migrate(scene));
+    let missing = late.pages.missing();
+    assert!((1..6300).contains(&missing), "{missing}");
+    let decided = |report: &SourceReport| matches!(report, SourceReport::Round { decision, .. } if decision.words.contains("comes late"));
+    assert!(late.ends.reports.iter().any(decided));
+    late.comes();
+}
+
+#[test]
+fn a_guest_that_rounds_bring_within_its_budget_arrives_whole() {
+    let ends = migrate(late(Lateness::WhenItPays, Workload::Idle));
+    let (summary, loaded) = ends.arrived();
+    assert_eq!(summary.late_pages, 0);
+    assert!(loaded.late.is_none());
+}
+
+#[test]
+fn who_wants_it_completed_need_not_wait_for_rounds_to_tell() {
+    let mut scene = late(Lateness::WhenItPays, BUSY);
+    scene.parameters.manner = live(Duration::from_micros(500));
+    scene.agent = arming_and(
+        |report| matches!(report, SourceReport::Copying { .. }),
+        |controls| controls.source_orders.send(SourceOrder::ForceComplete).unwrap(),
+    );
+    let late = Late::of(migrate(scene));
+    assert_eq!(
+        late.ends
+            .reports
+            .iter()
+            .filter(|report| matches!(report, SourceReport::Round { .. }))
+            .count(),
+        1
+    );
+    late.comes();
+}
+
+#[test]
+fn a_switchover_that_is_called_off_leaves_nothing_late_behind() {
+    let mut scene = late(Lateness::AtOnce, BUSY);
+    scene.source.stop_faults = [fake::StopFault::Fails].into();
+    let ends = migrate(scene);
+    let SourceOutcome::GoSent(parked) = &ends.outcome else {
+        panic!("not sent")
+    };
+    assert_eq!(parked.attempt(), attempt(2));
+    assert_eq!(
+        parked.guest().notes.resumed.load(std::sync::atomic::Ordering::Relaxed),
+        1
+    );
+}
+
+#[test]
+fn a_session_that_is_lost_is_taken_up_by_the_next_one() {
+    let late = Late::of(migrate(late(Lateness::AtOnce, Workload::Idle)));
+    late.source.slow_sends(Duration::from_millis(20));
+    late.touch([5000].into_iter());
+    // Both ends have it anew, whatever was under way.
+    for _ in 0..2 {
+        let (near, far) = links(LATE_STREAMS);
+        late.links.send(near).unwrap();
+        late.pages.attach(far);
+        late.touch([300 + late.pages.missing() % 1000].into_iter());
+    }
+    late.source.slow_sends(Duration::ZERO);
+    let reports: Vec<_> = late.served.try_iter().collect();
+    let outcome = late.comes();
+    assert_eq!(outcome.pages, 6300, "{reports:?}");
+}
+
+#[test]
+fn a_cut_link_is_told_at_both_ends_and_who_waits_waits_on() {
+    let late = Late::of(migrate(late(Lateness::AtOnce, Workload::Idle)));
+    late.source.slow_sends(Duration::from_millis(20));
+    let waits = thread::spawn({
+        let destination = late.destination.clone();
+        move || destination.touch(4321)
+    });
+    // A link that is dead from the beginning takes the place of the one that lives.
+    let ((near, _), (_, far)) = (links(LATE_STREAMS), links(LATE_STREAMS));
+    late.links.send(near).unwrap();
+    late.pages.attach(far);
+    let deadline = Instant::now() + PATIENCE;
+    let lost = |report: &ServeReport| matches!(report, ServeReport::LinkLost { .. });
+    loop {
+        assert!(Instant::now() < deadline, "nobody says that the link is lost");
+        if late.served.recv_timeout(PATIENCE).is_ok_and(|report| lost(&report)) {
+            break;
+        }
+    }
+    let (near, far) = links(LATE_STREAMS);
+    late.links.send(near).unwrap();
+    late.pages.attach(far);
+    late.source.slow_sends(Duration::ZERO);
+    waits.join().unwrap();
+    late.comes();
+}
+
+#[test]
+fn a_source_that_nobody_wants_stops_serving() {
+    let Late {
+        links,
+        serving,
+        source,
+        pages,
+        ..
+    } = Late::of(migrate(late(Lateness::AtOnce, Workload::Idle)));
+    source.slow_sends(Duration::from_millis(20));
+    drop(links);
+    assert_eq!(serving.join().unwrap(), Served::Stopped);
+    assert!(pages.missing() > 0);
+}
+
+#[test]
+fn a_destination_whose_memory_cannot_wait_is_refused_before_anything_is_sent() {
+    let mut scene = late(Lateness::AtOnce, Workload::Idle);
+    let mut cannot = memory();
+    cannot.cannot_wait = true;
+    scene.destination = FakeDestination::new(cannot);
+    let ends = migrate(scene);
+    assert!(matches!(ends.cancelled(), SourceError::Incompatible(reasons) if reasons[0].contains("userfaultfd")));
+}
+
+#[test]
+fn a_machine_that_does_not_load_ends_the_wait_for_its_pages() {
+    let mut scene = late(Lateness::AtOnce, Workload::Idle);
+    scene.destination.fault = LoadFault::Restore;
+    let ends = migrate(scene);
+    assert!(matches!(ends.loaded, Err(DestinationError::Restore(_))));
+}

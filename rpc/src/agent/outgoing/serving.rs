@@ -1,0 +1,326 @@
+//! POSTCOPY: the guest is the destination's and runs there, and pages of its memory are still here.
+//!
+//! ```text
+//!   RUNNING ─► VMM A drops its vCPUs ─► POSTCOPY journalled, the instance has left ─► serving ─ the last page is there ─► over, freed
+//!                                                                        │   ▲
+//!                                        connections lost: B is asked ───┘   └─ others, as long as B needs pages
+//!                                        VMM A lost: B is told, whose guest is lost with it
+//! ```
+//!
+//! Nothing is decided here: D is RUNNING. VMM A serves by itself; an agent that ends meanwhile, at either host, changes nothing.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ferry_migration::handover::{Ending, RestartPolicy};
+use ferry_migration::postcopy::URGENT_STREAMS;
+use ferry_proto::agent::v1::{InstanceSpec, LateLinkReply, LateLinkRequest, MigrationInfo};
+use ferry_proto::vmm::v1 as wire;
+use ferry_proto::vmm::v1::order::Order as Command;
+use ferry_proto::vmm::v1::report::Report as Body;
+use tokio::sync::mpsc;
+
+use super::script::Script;
+use super::switchover::{next, order_until_answered};
+use crate::agent::data_port;
+use crate::agent::failure::Failure;
+use crate::agent::instances::{Agent, Instance, VmmNews};
+use crate::agent::journal::{InstanceRow, MigrationRow, Status};
+use crate::agent::spawn;
+use crate::agent::steps::SourceStep;
+use crate::agent::vmm_client::{Vmm, VmmError};
+use crate::faults::{self, Moment, Site};
+
+/// The pauses between two times that the destination is asked for other connections; the last one for ever.
+const PAUSES: [Duration; 5] = [
+    Duration::from_millis(50),
+    Duration::from_millis(200),
+    Duration::from_millis(500),
+    Duration::from_secs(1),
+    Duration::from_secs(2),
+];
+
+/// How long the destination's own figures are waited for, once it has every page.
+const FIGURES: Duration = Duration::from_secs(3);
+
+/// How many page streams there are for late pages beside so many for those that come before: those on which somebody waits, and as many.
+pub(crate) fn late_streams(streams: u16) -> u16 {
+    streams + URGENT_STREAMS as u16
+}
+
+/// What ends serving.
+enum End {
+    /// The destination needs no more pages. What it says of that, if it said something.
+    NotNeeded(Option<Box<LateLinkReply>>),
+    /// The pages are lost, and with them the guest.
+    Lost(String),
+}
+
+impl Script {
+    /// Whether the destination's guest needs pages of the copy here: its VMM says so, and drops all but the memory. One that is dead cannot
+    /// say; the destination can.
+    pub(super) async fn serves_pages(&mut self) -> bool {
+        if !self.row.may_be_late() {
+            return false;
+        }
+        match order_until_answered(&self.instance, Command::ServePages(wire::ServePages {})).await {
+            Some(Ok(_)) | None => true,
+            Some(Err(reason)) => {
+                tracing::debug!(migration = %self.row.id, reason, "no page comes late");
+                false
+            }
+        }
+    }
+
+    /// POSTCOPY is journalled: the instance has left, and its memory stays for the destination.
+    pub(super) async fn become_page_source(&mut self) -> Result<(), Failure> {
+        let before = self.row.info.clone();
+        self.note_step(SourceStep::Serve);
+        self.row.info.guest_location = Some(self.row.peer.clone());
+        let instance = self.instance.state.lock().await.row.clone();
+        let (row, host, migration) = (self.row.clone(), self.row.peer.clone(), self.row.id);
+        faults::reach(Site::RowDeparted, Moment::Before).await;
+        let written = self.agent.journal.write(move |transaction| {
+            InstanceRow::depart(transaction, &instance, &host, migration)?;
+            row.save(transaction)
+        });
+        if let Err(error) = written.await {
+            self.row.info = before;
+            return Err(error.into());
+        }
+        faults::reach(Site::RowDeparted, Moment::After).await;
+        self.agent.instances.remove(self.row.instance);
+        self.serving = true;
+        self.show();
+        Ok(())
+    }
+
+    /// Looks after the page source until it is not needed any more, and frees it.
+    pub(super) async fn serve_pages(&mut self) {
+        let end = match self.until_not_needed().await {
+            End::Lost(reason) => self.tell_lost(reason).await,
+            end => end,
+        };
+        self.free().await;
+        self.arrived();
+        match end {
+            End::NotNeeded(reply) => reply.iter().for_each(|reply| note_reply(&mut self.row.info, reply)),
+            End::Lost(reason) => {
+                tracing::error!(migration = %self.row.id, reason, "a guest is lost with the pages that it lacked");
+                self.row.info.status = "error".to_owned();
+                self.row.info.guest_ended = Some("lost".to_owned());
+                self.row.info.error = Some(format!("on host {}: {reason}", self.row.peer));
+            }
+        }
+    }
+
+    async fn until_not_needed(&mut self) -> End {
+        let vmm = self.instance.state.lock().await.vmm.clone();
+        let Some(vmm) = vmm.filter(|vmm| !vmm.is_dead()) else {
+            return End::Lost("the VMM that kept its memory is gone".to_owned());
+        };
+        // What it said while nobody listened.
+        let standing = match order_until_answered(&self.instance, Command::Ping(wire::Ping {})).await {
+            Some(Ok(Body::Standing(standing))) => standing.late,
+            _ => None,
+        };
+        drop(vmm);
+        let mut said = standing;
+        loop {
+            if let Some(late) = said.take()
+                && let Some(end) = self.take_late(late).await
+            {
+                return end;
+            }
+            tokio::select! {
+                biased;
+                news = next(&mut self.news) => match news {
+                    None | Some(VmmNews::Gone) => {
+                        return End::Lost(format!("on host {} {}", self.agent.host(), self.obituary().await));
+                    }
+                    Some(VmmNews::Event(event)) => if let Body::Late(late) = *event {
+                        said = Some(late);
+                    },
+                    Some(VmmNews::Standing(standing)) => said = standing.late,
+                },
+                Some(resolving) = next(&mut self.asked_to_resolve) => {
+                    resolving.answer(Err(Failure::Refused(format!("its guest runs on host {}", self.row.peer))));
+                },
+            }
+        }
+    }
+
+    async fn obituary(&self) -> String {
+        self.instance.state.lock().await.vmm_obituary().await
+    }
+
+    /// What the page source says. Where it ends that, how.
+    async fn take_late(&mut self, late: wire::Late) -> Option<End> {
+        self.note_late(&late);
+        match late.what.as_str() {
+            "served" => Some(End::NotNeeded(self.figures().await)),
+            "link-lost" => self.connect_again(late.reason).await,
+            _ => None,
+        }
+    }
+
+    fn note_late(&mut self, late: &wire::Late) {
+        let info = &mut self.row.info;
+        info.late_pages = Some(late.pages);
+        info.late_missing = Some(late.missing_pages);
+        info.remaining_pages = late.missing_pages;
+        self.show();
+    }
+
+    /// The session is lost: as long as the destination needs pages, there are others.
+    async fn connect_again(&mut self, reason: String) -> Option<End> {
+        tracing::info!(migration = %self.row.id, reason, "the connections for late pages are lost");
+        self.row.info.decision = Some(format!("other connections for late pages are made: {reason}"));
+        self.show();
+        let mut pauses = PAUSES.into_iter();
+        loop {
+            match self.try_to_connect().await {
+                Ok(None) => {
+                    self.row.info.decision = None;
+                    self.show();
+                    return None;
+                }
+                Ok(Some(end)) => return Some(end),
+                Err(failure) => {
+                    tracing::info!(migration = %self.row.id, error = failure.chain(), "no connections for late pages yet");
+                    self.row.info.decision = Some(format!("the guest waits for pages: {}", failure.chain()));
+                    self.show();
+                }
+            }
+            tokio::time::sleep(pauses.next().unwrap_or(PAUSES[PAUSES.len() - 1])).await;
+        }
+    }
+
+    async fn try_to_connect(&mut self) -> Result<Option<End>, Failure> {
+        let vmm = self.instance.state.lock().await.vmm.clone();
+        let Some(vmm) = vmm.filter(|vmm| !vmm.is_dead()) else {
+            let why = format!("on host {} {}", self.agent.host(), self.obituary().await);
+            return Ok(Some(End::Lost(why)));
+        };
+        let reply = self.late_link(String::new()).await?;
+        if !reply.needed {
+            return Ok(Some(End::NotNeeded(Some(Box::new(reply)))));
+        }
+        let first = u16::try_from(reply.first_index).unwrap_or(u16::MAX - late_streams(self.streams()) - 1);
+        let indexes = first..first + late_streams(self.streams()) + 1;
+        let connected = data_port::connect(&reply.data_address, &reply.secret, self.row.id, indexes).await;
+        let failed = || format!("failed to connect to the data port {}", reply.data_address);
+        let connections = connected.map_err(|source| Failure::Host { what: failed(), source })?;
+        let link = Command::LateLink(wire::LateLink {
+            migration: self.row.id.to_string(),
+        });
+        match vmm.order_with(link, connections).await {
+            Ok(_) => Ok(None),
+            Err(VmmError::Refused(reason)) => Ok(Some(End::Lost(reason))),
+            Err(error) => Err(Failure::vmm("failed to hand the connections over")(error)),
+        }
+    }
+
+    async fn late_link(&self, lost: String) -> Result<LateLinkReply, Failure> {
+        let request = LateLinkRequest {
+            migration: self.row.id.to_string(),
+            source: self.agent.host().to_owned(),
+            lost,
+            streams: late_streams(self.streams()).into(),
+        };
+        let compute = self.agent.compute_rpcapi(&self.outgoing.context, &self.row.peer)?;
+        compute.late_link(request).await
+    }
+
+    /// What the destination measured, if it says so in time.
+    async fn figures(&self) -> Option<Box<LateLinkReply>> {
+        let asking = async {
+            loop {
+                match self.late_link(String::new()).await {
+                    Ok(reply) if !reply.needed => return Box::new(reply),
+                    _ => tokio::time::sleep(PAUSES[0]).await,
+                }
+            }
+        };
+        tokio::time::timeout(FIGURES, asking).await.ok()
+    }
+
+    /// Tells the destination that its guest's pages are lost, until it has heard it. It may have had all of them.
+    async fn tell_lost(&mut self, reason: String) -> End {
+        let mut pauses = PAUSES.into_iter();
+        loop {
+            match self.late_link(reason.clone()).await {
+                Ok(reply) if reply.lost => return End::Lost(reply.ended),
+                Ok(reply) => return End::NotNeeded(Some(Box::new(reply))),
+                Err(failure) => {
+                    self.row.info.decision = Some(format!("the guest is to be called lost: {}", failure.chain()));
+                    self.show();
+                }
+            }
+            tokio::time::sleep(pauses.next().unwrap_or(PAUSES[PAUSES.len() - 1])).await;
+        }
+    }
+
+    /// The memory goes, and what is left of the instance.
+    async fn free(&mut self) {
+        let vmm = self.instance.state.lock().await.vmm.take();
+        if let Some(vmm) = vmm {
+            while let Err(error) = vmm.kill().await {
+                tracing::error!(migration = %self.row.id, %error, "the VMM of a guest that has moved does not die, trying again");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        }
+        self.agent.remove_folder(self.row.instance);
+    }
+}
+
+fn note_reply(info: &mut MigrationInfo, reply: &LateLinkReply) {
+    info.late_pages = reply.late_pages.or(info.late_pages);
+    info.late_missing = reply.ended.is_empty().then_some(0).or(info.late_missing);
+    info.late_ms = reply.late_ms;
+    info.late_waits_log2_us.clone_from(&reply.late_waits_log2_us);
+    info.late_longest_wait_ms = reply.late_longest_wait_ms;
+    if !reply.ended.is_empty() {
+        info.decision = Some(format!("the last pages were not needed: {}", reply.ended));
+    }
+}
+
+/// Goes on serving after a restart of the agent. The instance has left: nobody finds it here.
+pub(crate) async fn recover_serving(agent: &Arc<Agent>, row: MigrationRow) {
+    let context = agent.context_of(row.id).await;
+    let instance = Instance::apart(departed(&row, agent));
+    let mut script = Script::new(agent, context, row, Arc::clone(&instance), None);
+    let (sender, news) = mpsc::unbounded_channel();
+    script.news = Some(news);
+    script.serving = true;
+    script.row.info.restarted_in = Some(SourceStep::Serve.to_string());
+    instance.state.lock().await.news = Some(sender);
+    let agent = Arc::clone(agent);
+    // One that is there and silent is waited for.
+    tokio::spawn(async move {
+        match Vmm::find(&agent.folder(instance.id).join(spawn::SOCKET)).await {
+            Some((vmm, _, events)) => agent.attach(&instance, &mut *instance.state.lock().await, vmm, events),
+            None => tracing::info!(instance = %instance.id, "the VMM that kept the memory of a guest is gone"),
+        }
+        script.finish(Ending::Arrived).await;
+    });
+}
+
+/// All that is known here of an instance that has left.
+fn departed(row: &MigrationRow, agent: &Agent) -> InstanceRow {
+    InstanceRow {
+        id: row.instance,
+        status: Status::Stopped,
+        epoch: row.epoch,
+        known_epoch: row.epoch + 1,
+        spec: InstanceSpec {
+            name: row.info.name.clone(),
+            restart: RestartPolicy::Never.as_str().to_owned(),
+            ..InstanceSpec::default()
+        },
+        migration: Some(row.id),
+        reason: None,
+        boot_id: agent.boot_id.clone(),
+        restarts: Default::default(),
+    }
+}

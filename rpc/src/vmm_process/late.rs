@@ -1,0 +1,204 @@
+//! Pages that come after GO: serving them out of a guest that was given away, and waiting for them in one that arrived.
+
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::{self, Sender};
+use std::thread;
+
+use anyhow::Context;
+use ferry_migration::Link;
+use ferry_migration::postcopy::{self, LateOutcome, LatePages, LateReport, PagesToServe, ServeReport, Served};
+use ferry_proto::vmm::v1::report::Report as Body;
+use ferry_proto::vmm::v1::{self as wire};
+
+use super::convert::ms;
+use super::events::Event;
+use super::jail;
+use super::memory::SharedMemory;
+use super::migrating::{forward, link};
+use super::vmm::{Holding, Vmm};
+
+/// This process's part in late pages; it has one at most at a time.
+#[derive(Default)]
+pub(super) struct Late {
+    /// Takes connections to who serves; dropping it ends that.
+    serving: Option<Sender<Link>>,
+    /// Until the last page is here.
+    awaited: Option<LatePages>,
+    /// A machine whose guest ended before all of its memory was there.
+    kept: Option<Holding>,
+}
+
+impl Late {
+    /// The memory of the guest is complete.
+    ///
+    /// # Errors
+    /// Pages of it are still on their way: what would need all of it, or give some of it up, has to wait.
+    pub(super) fn check_whole(&self) -> anyhow::Result<()> {
+        let missing = self.awaited.as_ref().map_or(0, LatePages::missing);
+        anyhow::ensure!(
+            missing == 0,
+            "{missing} pages of the guest are still on their way from the host that it came from"
+        );
+        Ok(())
+    }
+
+    /// The guest runs on here: nobody else needs its pages.
+    pub(super) fn stop_serving(&mut self) {
+        self.serving = None;
+    }
+
+    /// A machine that ended is given back, unless some of its threads may be waiting for pages: if it went, they would read zeroes, and
+    /// could write them to a disk. It goes with the process.
+    pub(super) fn keep_unless_whole(&mut self, ended: Holding) {
+        if self.check_whole().is_err() {
+            self.kept = Some(ended);
+        }
+    }
+}
+
+impl Vmm {
+    /// Begins to serve what GO called missing.
+    pub(super) fn serve_late(&mut self, memory: SharedMemory, pages: PagesToServe) {
+        let count = pages.missing.count();
+        self.standing.late = Some(wire::Late {
+            what: "progress".to_owned(),
+            pages: count,
+            missing_pages: count,
+            ..wire::Late::default()
+        });
+        if let Err(error) = self.start_serving(memory, pages) {
+            // GO is out. Its agent asks for another session, hears that there is none, and calls the pages lost.
+            let reason = format!("late pages cannot be served: {error:#}");
+            tracing::error!(reason, "nobody will get them");
+            self.say_late(|late| (late.what, late.reason) = ("link-lost".to_owned(), reason));
+        }
+    }
+
+    fn start_serving(&mut self, memory: SharedMemory, pages: PagesToServe) -> anyhow::Result<()> {
+        let (links, links_out) = mpsc::channel();
+        let (reports, report_receiver) = mpsc::channel();
+        forward(report_receiver, self.events.clone(), Event::ServeReport)?;
+        let events = self.events.clone();
+        let run = move || {
+            jail::narrow(jail::Kind::Migration);
+            let served = postcopy::serve(&memory, pages, &links_out, &reports);
+            let _ = events.send(Event::Served(served));
+        };
+        thread::Builder::new()
+            .name("migration".to_owned())
+            .spawn(run)
+            .context("failed to start a thread")?;
+        self.late.serving = Some(links);
+        Ok(())
+    }
+
+    /// The guest runs at its destination: vCPUs, devices and disks go, its memory stays.
+    pub(super) fn serve_only(&mut self) -> anyhow::Result<Body> {
+        match &self.holding {
+            Holding::Serving => {}
+            Holding::Parked(_) if self.standing.late.is_some() => {
+                // Who serves has a handle on the memory.
+                self.holding = Holding::Serving;
+                tracing::info!("the guest runs elsewhere: only its memory is kept");
+            }
+            _ => anyhow::bail!("no pages are served here: the machine is {}", self.machine_word()),
+        }
+        Ok(Body::Done(wire::Done {}))
+    }
+
+    /// Begins to wait for pages.
+    pub(super) fn await_late(&mut self, pages: LatePages) {
+        let missing = pages.missing();
+        self.standing.late.get_or_insert_with(|| wire::Late {
+            what: "progress".to_owned(),
+            pages: missing,
+            missing_pages: missing,
+            ..wire::Late::default()
+        });
+        self.late.awaited = Some(pages);
+    }
+
+    /// Other connections for a session of late pages.
+    pub(super) fn late_link(&mut self, order: &wire::LateLink, descriptors: Vec<OwnedFd>) -> anyhow::Result<Body> {
+        anyhow::ensure!(
+            self.standing.migration == order.migration,
+            "the connections are of migration {}, which is not the one here",
+            order.migration
+        );
+        let link = link(descriptors)?;
+        match (&self.late.serving, &self.late.awaited) {
+            (Some(serving), _) => {
+                let taken = serving.send(link);
+                anyhow::ensure!(taken.is_ok(), "pages are served no more");
+            }
+            (None, Some(awaited)) => awaited.attach(link),
+            (None, None) => anyhow::bail!("no pages come late here: the machine is {}", self.machine_word()),
+        }
+        Ok(Body::Done(wire::Done {}))
+    }
+
+    /// Who serves tells how far it is.
+    pub(super) fn serve_report(&mut self, report: ServeReport) {
+        if self.late.serving.is_none() {
+            // The guest runs on here meanwhile.
+            return;
+        }
+        match report {
+            ServeReport::Progress { left, bytes_sent } => self.say_late(|late| {
+                (late.what, late.missing_pages, late.bytes_sent) = ("progress".to_owned(), left, bytes_sent);
+            }),
+            ServeReport::LinkLost { reason } => self.say_late(|late| {
+                (late.what, late.reason) = ("link-lost".to_owned(), reason);
+            }),
+        }
+    }
+
+    /// It serves no more.
+    pub(super) fn served(&mut self, served: Served) {
+        if served == Served::All {
+            self.late.stop_serving();
+            self.say_late(|late| (late.what, late.missing_pages) = ("served".to_owned(), 0));
+        }
+    }
+
+    /// Who waits for pages tells how far that is.
+    pub(super) fn late_report(&mut self, report: LateReport) {
+        match report {
+            LateReport::Progress { missing } => self.say_late(|late| {
+                (late.what, late.missing_pages) = ("progress".to_owned(), missing);
+            }),
+            LateReport::LinkLost { reason } => self.say_late(|late| {
+                (late.what, late.reason) = ("link-lost".to_owned(), reason);
+            }),
+            LateReport::AllHere(outcome) => {
+                tracing::info!(
+                    pages = outcome.pages,
+                    took_ms = ms(outcome.took),
+                    "the last page is here"
+                );
+                self.say_late(|late| note_outcome(late, &outcome));
+                self.late.awaited = None;
+            }
+            LateReport::Failed { reason } => self.say_late(|late| {
+                (late.what, late.reason) = ("failed".to_owned(), reason);
+            }),
+        }
+    }
+
+    /// What an agent that connects later has to know as well.
+    fn say_late(&mut self, change: impl FnOnce(&mut wire::Late)) {
+        let late = self.standing.late.get_or_insert_default();
+        change(late);
+        let late = late.clone();
+        self.report(0, Body::Late(late));
+    }
+}
+
+fn note_outcome(late: &mut wire::Late, outcome: &LateOutcome) {
+    late.what = "all-here".to_owned();
+    late.pages = outcome.pages;
+    late.missing_pages = 0;
+    late.waits = outcome.latency.buckets().to_vec();
+    late.longest_wait_ms = ms(outcome.latency.longest());
+    late.took_ms = ms(outcome.took);
+}

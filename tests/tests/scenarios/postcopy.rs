@@ -1,0 +1,293 @@
+//! Guests that run at the destination before all of their memory is there: both modes, and what fails meanwhile.
+
+use anyhow::{Result, ensure};
+use ferry_tests::{
+    Guest, Migration, Pair, Relay, Tampering, Witness, pair::Underway, process, until, waiting::CALL, waiting::MOVE,
+};
+use libtest_mimic::Trial;
+use rustix::process::Signal;
+
+use crate::device_work::{stamped_image, transfers, with_disk};
+use crate::scenario::{self, expect_a_lost_peer_and, has_nothing, on_kvm};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    let mut trials = matrix();
+    trials.extend(on_kvm![
+        a_guest_that_moved_by_post_copy_moves_back_and_forth,
+        completing_a_hybrid_one_by_force_has_the_rest_come_late,
+        a_guest_that_its_user_paused_arrives_paused_and_whole,
+        what_needs_all_of_its_memory_waits_for_the_last_page,
+        a_source_agent_killed_while_pages_are_missing_changes_nothing,
+        a_destination_agent_killed_while_pages_are_missing_changes_nothing,
+        a_cut_link_pauses_what_needs_a_page_and_is_made_again,
+        a_guest_whose_page_source_dies_is_lost_and_started_anew,
+        a_guest_that_its_user_stops_needs_no_more_pages,
+        a_disk_on_the_way_does_its_work_before_its_memory_is_there,
+    ]);
+    trials
+}
+
+/// Both modes, with one vCPU and two, and both ways of tracking.
+fn matrix() -> Vec<Trial> {
+    let cells = [
+        ("postcopy", 1, "log"),
+        ("postcopy", 2, "ring"),
+        ("hybrid", 1, "ring"),
+        ("hybrid", 2, "log"),
+    ];
+    let trial = |(mode, vcpus, dirty): (&'static str, u32, &'static str)| {
+        let name = format!("scenarios::postcopy::a_busy_guest_moves_{mode}_with_{vcpus}_vcpus_{dirty}");
+        scenario::trial_on_kvm(&name, move |pair| moves(pair, mode, vcpus, dirty))
+    };
+    cells.into_iter().map(trial).collect()
+}
+
+const BUSY: &str = "fill=random fill_mib=48 work=uniform work_mib=24 rate=20000 heartbeat_ms=20";
+
+/// Pages that nobody waits for come within several seconds.
+const SLOW: [&str; 4] = ["--mode", "postcopy", "--bandwidth", "80Mbit"];
+
+fn moves(pair: &mut Pair, mode: &str, vcpus: u32, dirty: &'static str) -> Result<()> {
+    let witness = pair.run(&Guest::new("g").work(BUSY).vcpus(vcpus).dirty(dirty))?;
+
+    // No round brings a guest that writes so much within this.
+    let moved = pair
+        .migrate("g", &["--mode", mode, "--max-downtime", "1ms"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+
+    let waited = came_late(&moved)?;
+    ensure!(waited > 0 || mode == "hybrid", "nobody waited: {}", moved.record);
+    pair.runs_only_at(&pair.b, "g", &witness)?;
+    pair.a.wait_until_gone("g")?.says("moved_to")?;
+    nobody_waits_for_pages(pair)
+}
+
+/// Pages came late, and their record says how long they were waited for. How often.
+fn came_late(moved: &Migration) -> Result<u64> {
+    let pages = moved.number("late_pages")?;
+    let waits: Option<Vec<u64>> = moved.record["late_waits_log2_us"]
+        .as_array()
+        .map(|buckets| buckets.iter().filter_map(serde_json::Value::as_u64).collect());
+    ensure!(
+        pages > 0.0 && moved.number("late_missing")? == 0.0 && moved.number("late_ms")? > 0.0,
+        "{}",
+        moved.record
+    );
+    let waits = waits.unwrap_or_default();
+    eprintln!(
+        "{pages} pages came late in {} ms; waits by the logarithm of their microseconds: {waits:?}",
+        moved.number("late_ms")?
+    );
+    Ok(waits.iter().sum())
+}
+
+/// The threads that took pages in are gone.
+fn nobody_waits_for_pages(pair: &Pair) -> Result<()> {
+    until("the threads for late pages are gone", CALL, || {
+        let late = |name: &String| name.starts_with("ferry-late") || name.starts_with("ferry-faults");
+        let threads = process::threads(pair.b.vmm()?);
+        Ok((!threads.iter().any(late)).then_some(()))
+    })
+}
+
+fn a_guest_that_moved_by_post_copy_moves_back_and_forth(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g").work(BUSY))?;
+    for mode in ["postcopy", "precopy"] {
+        pair.a
+            .ferry(&["migrate", "g", "--to", "b", "--mode", mode])?
+            .exit(0)?
+            .migration()?
+            .is("completed", "b")?;
+        pair.runs_only_at(&pair.b, "g", &witness)?;
+        pair.b
+            .ferry(&["migrate", "g", "--to", "a", "--mode", "postcopy"])?
+            .exit(0)?
+            .migration()?
+            .is("completed", "a")?;
+        pair.runs_only_at(&pair.a, "g", &witness)?;
+    }
+    has_nothing(&pair.b)
+}
+
+fn completing_a_hybrid_one_by_force_has_the_rest_come_late(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g").work(BUSY))?;
+    let hybrid = ["--mode", "hybrid", "--bandwidth", "240Mbit", "--max-downtime", "1ms"];
+    let underway = pair.migrate_until("g", &hybrid, |record| Ok(record.record["status"] == "running"))?;
+
+    pair.a.ferry(&["migration", "force-complete", &underway.id])?.exit(0)?;
+
+    let moved = underway.call.wait()?.exit(0)?.migration()?.is("completed", "b")?;
+    ensure!(moved.number("late_pages")? > 0.0, "{}", moved.record);
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn a_guest_that_its_user_paused_arrives_paused_and_whole(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g").work(BUSY))?;
+    pair.a.ferry(&["pause", "g"])?.exit(0)?;
+
+    pair.migrate("g", &["--mode", "postcopy"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+
+    pair.b.wait_for_status("g", "paused")?;
+    pair.exists_only_at(&pair.b, "g")?;
+    pair.b.ferry(&["resume", "g"])?.exit(0)?;
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+/// Begins to move the guest and waits until it runs at B without all of its memory.
+fn begin(pair: &Pair) -> Result<Underway> {
+    let call = pair.begin_migrate("g", &SLOW)?;
+    let id = until("the guest runs without all of its memory", CALL, || {
+        let listed = pair.a.ferry(&["migration", "list"])?.exit(0)?.json_lines()?;
+        let Some(last) = listed.last() else { return Ok(None) };
+        ensure!(last["status"] != "completed", "it was too fast: {last}");
+        let is_late = last["status"] == "running (post-copy)" && last["guest_location"] == "b";
+        Ok(last["id"].as_str().filter(|_| is_late).map(str::to_owned))
+    })?;
+    pair.keep_logs();
+    Ok(Underway { id, call })
+}
+
+/// The migration completes, whoever watched it, and the guest is whole.
+fn completes(pair: &Pair, id: &str, witness: &Witness) -> Result<()> {
+    pair.wait_over(id)?.is("completed", "b")?;
+    pair.runs_only_at(&pair.b, "g", witness)?;
+    has_nothing(&pair.a)?;
+    nobody_waits_for_pages(pair)
+}
+
+fn what_needs_all_of_its_memory_waits_for_the_last_page(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g").work(BUSY))?;
+    let underway = begin(pair)?;
+
+    let refused = |words: &[&str]| pair.b.ferry(words)?.exit(4)?.says("last page").map(drop);
+    refused(&["migrate", "g", "--to", "a"])?;
+    refused(&["balloon", "g", "--size", "64M"])?;
+    let directory = pair.folder().join("snapshot").display().to_string();
+    refused(&["snapshot", "g", "--to", &directory])?;
+    refused(&["reboot", "g"])?;
+    pair.a
+        .ferry(&["migration", "abort", &underway.id])?
+        .exit(4)?
+        .says("runs on host b")?;
+    pair.b.ferry(&["pause", "g"])?.exit(0)?;
+    pair.b.ferry(&["resume", "g"])?.exit(0)?;
+
+    underway.call.wait()?.exit(0)?.migration()?.is("completed", "b")?;
+    completes(pair, &underway.id, &witness)
+}
+
+fn a_source_agent_killed_while_pages_are_missing_changes_nothing(pair: &mut Pair) -> Result<()> {
+    expect_a_lost_peer_and(pair, &["VMM", "source", "stream"]);
+    let witness = pair.run(&Guest::new("g").work(BUSY))?;
+    let underway = begin(pair)?;
+
+    pair.a.kill();
+    witness.wait_for_beats_at("b", 10)?;
+    pair.a.start()?;
+
+    let record = pair.wait_over(&underway.id)?.is("completed", "b")?;
+    ensure!(record.record["restarted_in"] == "serve", "{}", record.record);
+    completes(pair, &underway.id, &witness)
+}
+
+fn a_destination_agent_killed_while_pages_are_missing_changes_nothing(pair: &mut Pair) -> Result<()> {
+    expect_a_lost_peer_and(pair, &["VMM", "source", "stream"]);
+    let witness = pair.run(&Guest::new("g").work(BUSY))?;
+    let underway = begin(pair)?;
+
+    pair.b.kill();
+    witness.wait_for_beats_at("b", 10)?;
+    pair.b.start()?;
+
+    underway.call.wait()?.exit(0)?.migration()?.is("completed", "b")?;
+    completes(pair, &underway.id, &witness)
+}
+
+fn a_cut_link_pauses_what_needs_a_page_and_is_made_again(pair: &mut Pair) -> Result<()> {
+    expect_a_lost_peer_and(pair, &["VMM", "source", "stream"]);
+    let relay = Relay::before(&pair.b, Tampering::Cuts)?;
+    pair.a.set_peer("b", &relay.url());
+    pair.a.terminate()?;
+    pair.a.start()?;
+    let witness = pair.run(&Guest::new("g").work(BUSY))?;
+    let underway = begin(pair)?;
+
+    for _ in 0..2 {
+        relay.cut();
+        until("the source says that the guest waits", CALL, || {
+            let record = pair
+                .a
+                .ferry(&["migration", "show", &underway.id])?
+                .exit(0)?
+                .migration()?;
+            ensure!(!record.is_over(), "it ended: {}", record.record);
+            let waits = record.record["decision"]
+                .as_str()
+                .is_some_and(|words| words.contains("waits for pages"));
+            Ok(waits.then_some(()))
+        })?;
+        ensure!(pair.b.show("g")?["status"] == "running");
+        relay.heal();
+        witness.wait_for_beats_at("b", 10)?;
+    }
+
+    underway.call.wait()?.exit(0)?.migration()?.is("completed", "b")?;
+    completes(pair, &underway.id, &witness)
+}
+
+fn a_guest_whose_page_source_dies_is_lost_and_started_anew(pair: &mut Pair) -> Result<()> {
+    expect_a_lost_peer_and(pair, &["VMM", "source", "stream", "lost"]);
+    let witness = pair.run(&Guest::new("g").work(BUSY).restart("on-crash"))?;
+    let underway = begin(pair)?;
+
+    process::signal(pair.a.vmm()?, Signal::KILL)?;
+
+    let lost = underway.call.wait()?.exit(7)?.migration()?;
+    ensure!(
+        lost.record["status"] == "error" && lost.record["guest_ended"] == "lost",
+        "{}",
+        lost.record
+    );
+    witness.wait_ready_times(2)?;
+    let shown = pair.b.wait_for_status("g", "running")?;
+    ensure!(shown["epoch"] == 3, "{shown}");
+    pair.exists_only_at(&pair.b, "g")?;
+    has_nothing(&pair.a)
+}
+
+fn a_guest_that_its_user_stops_needs_no_more_pages(pair: &mut Pair) -> Result<()> {
+    pair.run(&Guest::new("g").work(BUSY))?;
+    let underway = begin(pair)?;
+
+    pair.b.ferry(&["stop", "g", "--force"])?.exit(0)?;
+
+    let record = until("the migration is over", MOVE, || {
+        let record = pair
+            .a
+            .ferry(&["migration", "show", &underway.id])?
+            .exit(0)?
+            .migration()?;
+        Ok(record.is_over().then_some(record))
+    })?;
+    ensure!(record.record["status"] == "completed", "{}", record.record);
+    pair.b.wait_for_status("g", "stopped")?;
+    has_nothing(&pair.a)
+}
+
+fn a_disk_on_the_way_does_its_work_before_its_memory_is_there(pair: &mut Pair) -> Result<()> {
+    let image = stamped_image(pair)?;
+    let guest = with_disk(&image, "fill=random fill_mib=32 io=randread depth=16 seconds=12");
+    let witness = pair.run(&guest)?;
+
+    pair.migrate("g", &SLOW)?.exit(0)?.migration()?.is("completed", "b")?;
+
+    pair.runs_only_at(&pair.b, "g", &witness)?;
+    let told = transfers(&pair.b)?;
+    ensure!(told.operations > 0 && told.failed == 0 && told.wrong == 0, "{told}");
+    Ok(())
+}
