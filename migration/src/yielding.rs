@@ -7,13 +7,14 @@
 
 use rustix::process::setpriority_process;
 
-/// Two thirds of a vCPU's weight (`sched_prio_to_weight` in the kernel). Measured on two processors of which the guest keeps one busy, moves of
+/// A third of a vCPU's weight (`sched_prio_to_weight` in the kernel). Measured on two processors of which the guest keeps one busy, moves of
 /// 1 GiB, medians of 12 and the guest's largest gap in each: at nice 5 312 ms and 2.2 ms, at 3 315 and 2.7, at 1 248 and 3.7, at 0 249 and 3.9; of a guest
-/// that writes 20,000 pages/s, medians of 8: at 5 339 ms and 3.6 ms, at 2 322 and 3.9, at 0 325 and 3.0.
+/// that writes 20,000 pages/s, medians of 8: at 5 339 ms and 3.6 ms, at 2 322 and 3.9, at 0 325 and 3.0. Where the host itself was disturbed, gaps at 2 were
+/// 7 to 47 ms.
 ///
 /// Sending threads that were kept off the vCPUs' processors as well took 381 to 407 ms, at gaps of 2.3 to 3.3 ms, whatever their weight: the scheduler
 /// places them better than we do.
-const COPYING_NICE: i32 = 2;
+const COPYING_NICE: i32 = 5;
 
 /// The calling thread's weight. Belongs to the thread that made it.
 #[derive(Debug, Default)]
