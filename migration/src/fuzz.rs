@@ -158,13 +158,19 @@ mod tests {
             state_checksum: vec![3; 16],
             paused_by_user: false,
             digests: Some(digests),
+            late: Some(v1::LateTable::default()),
         };
-        let mut said = vec![Said::Hello(hello(&identity(), &shape(), vec![1, 2, 3]))];
+        let mut said = vec![Said::Hello(hello(&identity(), &shape(), vec![1, 2, 3], 2))];
         said.extend(population_to_wire(&population).into_iter().map(Said::Population));
         said.extend([
             Said::Barrier(v1::Barrier {
                 round: 1,
                 totals: totals.clone(),
+            }),
+            Said::Missing(v1::Missing {
+                attempt: attempt.clone(),
+                runs: vec![1, 5, 100, 1000],
+                last: true,
             }),
             Said::State(v1::State {
                 attempt: attempt.clone(),

@@ -119,7 +119,7 @@ fn what_rounds_do_not_bring_comes_late() {
     let late = Late::of(migrate(scene));
     let missing = late.pages.missing();
     assert!((1..6300).contains(&missing), "{missing}");
-    let decided = |report: &SourceReport| matches!(report, SourceReport::Round { decision, .. } if decision.words.contains("comes late"));
+    let decided = |report: &SourceReport| matches!(report, SourceReport::Round { decided, .. } if decided.words.contains("comes late"));
     assert!(late.ends.reports.iter().any(decided));
     late.comes();
 }

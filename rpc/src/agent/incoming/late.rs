@@ -10,6 +10,7 @@ use ferry_migration::handover::{Decision, Ended};
 use ferry_proto::agent::v1::{LateLinkReply, LateLinkRequest, MigrationInfo};
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
+use ferry_proto::vmm::v1::report::Report;
 use tokio::sync::oneshot;
 
 use super::driver::Driver;
@@ -174,7 +175,13 @@ impl Driver {
     pub(super) async fn late_link(&mut self, request: LateLinkRequest, reply: oneshot::Sender<LateLinkReply>) {
         self.look_at_guest().await;
         if !request.lost.is_empty() && !self.is_over_late() {
-            self.lose(request.lost.clone()).await;
+            match self.ask_how_late().await.as_deref() {
+                // The last pages outlived who sent them.
+                Some("all-here") => {}
+                // What was sent before may still be on its way; the VMM will say that the session is lost, and A asks again.
+                Some("progress") => return,
+                _ => self.lose(request.lost.clone()).await,
+            }
         }
         let mut answer = LateLinkReply::default();
         if self.core.decision() == Some(Decision::Running) && self.row.over {
@@ -192,6 +199,18 @@ impl Driver {
             return;
         }
         let _ = reply.send(answer);
+    }
+
+    /// Has the VMM say how late pages are, which may be on its way here already. `None`: it does not answer.
+    async fn ask_how_late(&mut self) -> Option<String> {
+        let vmm = self.instance.state.lock().await.vmm.clone()?;
+        let Ok(Report::Standing(standing)) = vmm.order(Command::Ping(wire::Ping {})).await else {
+            return None;
+        };
+        let late = standing.late?;
+        let what = late.what.clone();
+        self.late_news(late).await;
+        Some(what)
     }
 
     /// A connection of a later session.
