@@ -11,8 +11,7 @@
 //! before: one that is touched and not in it is filled with zeroes.
 
 use std::collections::HashMap;
-use std::io::{self, Read, Write as _};
-use std::net::TcpStream;
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvError};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -23,13 +22,14 @@ use ferry_proto::stream::v1::{
     AllHere, FromDestination, FromSource, from_destination::Message as Reply, from_source::Message as Said,
 };
 
+use super::asking::{Asking, Wishes};
+use super::taking::Taker;
 use super::{Latency, SessionLost, URGENT_STREAMS, chain, parts};
 use crate::PageSet;
-use crate::guest::{AbsentPages, FRAME_SIZE, FrameRun, GuestError, MemoryShape};
+use crate::guest::{AbsentPages, FrameRun, GuestError, MemoryShape};
 use crate::handover::Attempt;
 use crate::link::{self, FAREWELL, Link, Liveness, Outgoing, Sockets};
-use crate::wire::{ControlError, FrameError, FrameReader, FrameWriter, MAX_RUNS, StreamIdentity, Wish};
-use crate::yielding::Yielding;
+use crate::wire::{ControlError, FrameError, StreamIdentity, Wish};
 
 /// How long the threads wait at most before they look at what they were told.
 const TICK: Duration = Duration::from_millis(20);
@@ -143,7 +143,7 @@ impl LatePages {
     /// How many pages are missing.
     #[must_use]
     pub fn missing(&self) -> u64 {
-        self.shared.lock().left
+        self.shared.left()
     }
 
     /// How it came out, once every page is here.
@@ -162,9 +162,9 @@ pub(crate) struct Awaited {
     pub(crate) liveness: Liveness,
 }
 
-struct Shared {
-    pages: Box<dyn AbsentPages>,
-    shape: MemoryShape,
+pub(super) struct Shared {
+    pub(super) pages: Box<dyn AbsentPages>,
+    pub(super) shape: MemoryShape,
     state: Mutex<State>,
     total: u64,
     began: Instant,
@@ -197,26 +197,6 @@ struct State {
     outcome: Option<LateOutcome>,
 }
 
-/// The asking direction of a session's urgent streams.
-struct Asking {
-    sockets: Arc<Sockets>,
-    writers: Vec<FrameWriter>,
-    turn: usize,
-}
-
-impl Asking {
-    /// Asks for these on the stream whose turn it is. One that breaks is noticed by who reads it.
-    fn ask(&mut self, table: &[(FrameRun, Wish)]) {
-        for part in table.chunks(MAX_RUNS) {
-            self.turn = (self.turn + 1) % self.writers.len();
-            let frame = self.writers[self.turn].asked(part.iter().copied());
-            if (&self.sockets.pages[self.turn]).write_all(frame).is_err() {
-                self.sockets.cut();
-            }
-        }
-    }
-}
-
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -242,7 +222,7 @@ impl Shared {
         let now = Instant::now();
         let mut zero = Vec::new();
         let mut state = self.lock();
-        let mut table = Table::default();
+        let mut table = Wishes::default();
         for &frame in frames {
             if state.missing.contains(frame) {
                 state.waiting.entry(frame).or_insert(now);
@@ -252,7 +232,7 @@ impl Shared {
             }
         }
         if let Some(asking) = &mut state.asking
-            && !table.0.is_empty()
+            && !table.is_empty()
         {
             asking.ask(&table.sorted());
         }
@@ -264,7 +244,7 @@ impl Shared {
     }
 
     /// These pages are there now.
-    fn supplied(&self, runs: &[FrameRun]) {
+    pub(super) fn supplied(&self, runs: &[FrameRun]) {
         let mut guard = self.lock();
         let state = &mut *guard;
         for &run in runs {
@@ -282,6 +262,11 @@ impl Shared {
             }
             !is_here
         });
+    }
+
+    /// How many pages are missing.
+    pub(super) fn left(&self) -> u64 {
+        self.lock().left
     }
 
     /// The last page is here: nobody waits for one any more.
@@ -311,7 +296,7 @@ impl Shared {
 
 impl State {
     /// Adds a page that somebody waits for, and its neighbours, unless they were asked for.
-    fn wish(&mut self, frame: u64, shape: &MemoryShape, table: &mut Table) {
+    fn wish(&mut self, frame: u64, shape: &MemoryShape, table: &mut Wishes) {
         if self.asking.is_none() {
             // The next session begins with all that is waited for.
             return;
@@ -326,35 +311,14 @@ impl State {
             // What came along with another is on its way; what was pushed may be far behind.
             if self.missing.contains(near) && !self.asked.contains(near) {
                 self.asked.insert(page);
-                table
-                    .0
-                    .push((page, if is_touched { Wish::Touched } else { Wish::Beside }));
+                table.add(page, if is_touched { Wish::Touched } else { Wish::Beside });
             }
         }
-    }
-}
-
-/// What a frame asks for.
-#[derive(Default)]
-struct Table(Vec<(FrameRun, Wish)>);
-
-impl Table {
-    /// Ascending, neighbours of one kind merged.
-    fn sorted(mut self) -> Vec<(FrameRun, Wish)> {
-        self.0.sort_unstable_by_key(|(run, _)| run.first);
-        let mut merged: Vec<(FrameRun, Wish)> = Vec::new();
-        for (run, wish) in self.0 {
-            match merged.last_mut() {
-                Some((last, kind)) if *kind == wish && last.end() == run.first => last.count += run.count,
-                _ => merged.push((run, wish)),
-            }
-        }
-        merged
     }
 }
 
 /// What the threads of a session tell.
-enum Event {
+pub(super) enum Event {
     Said(FromSource),
     ControlLost(ControlError),
     StreamLost(u16, Option<FrameError>),
@@ -399,7 +363,7 @@ impl Supervisor {
             if let Some(reason) = self.shared.failure.get() {
                 break Session::Failed(reason.clone());
             }
-            if self.shared.lock().left == 0 {
+            if self.shared.left() == 0 {
                 // It was lost with the last page: the source's agent asks ours.
                 break match self.shared.finish() {
                     Ok(()) => Session::AllHere,
@@ -468,18 +432,14 @@ impl Supervisor {
             }
         }
         state.asked.clear();
-        state.asking = Some(Asking {
-            sockets: Arc::clone(sockets),
-            writers: (0..urgent).map(FrameWriter::new).collect(),
-            turn: 0,
-        });
-        let mut table = Table::default();
+        state.asking = Some(Asking::new(Arc::clone(sockets), urgent));
+        let mut table = Wishes::default();
         let waiting: Vec<u64> = state.waiting.keys().copied().collect();
         for frame in waiting {
             state.wish(frame, &self.shared.shape, &mut table);
         }
         if let Some(asking) = &mut state.asking
-            && !table.0.is_empty()
+            && !table.is_empty()
         {
             asking.ask(&table.sorted());
         }
@@ -550,7 +510,7 @@ impl Supervisor {
             }
             if told.elapsed() >= PROGRESS {
                 told = Instant::now();
-                let missing = self.shared.lock().left;
+                let missing = self.shared.left();
                 (self.reports)(LateReport::Progress { missing });
             }
             match events.recv_timeout(TICK) {
@@ -605,49 +565,5 @@ struct Ending<'a>(&'a Sockets);
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
         self.0.cut();
-    }
-}
-
-/// Takes the frames of one stream in.
-struct Taker<'a> {
-    stream: u16,
-    socket: &'a TcpStream,
-    sockets: &'a Sockets,
-    shared: &'a Shared,
-}
-
-impl Taker<'_> {
-    /// Until the last page is here, or its memory fails.
-    ///
-    /// # Errors
-    /// The stream ended, or broke.
-    fn run(&self, identity: &StreamIdentity) -> Result<Event, Option<FrameError>> {
-        let mut reader = FrameReader::new(self.stream);
-        let mut socket = self.socket;
-        let mut contents = Vec::new();
-        // What nobody waits for yields to the guest, and to what somebody waits for.
-        Yielding::default().set(usize::from(self.stream) >= URGENT_STREAMS);
-        reader.open(&mut socket, identity)?.ok_or(None)?;
-        loop {
-            let pages = reader.pages(&mut socket, &self.shared.shape)?.ok_or(None)?;
-            self.sockets.hear();
-            let bytes = pages.data.iter().map(|run| run.count).sum::<u64>() * FRAME_SIZE;
-            contents.resize(contents.len().max(bytes as usize), 0);
-            let contents = &mut contents[..bytes as usize];
-            socket.read_exact(contents).map_err(FrameError::from_pages)?;
-            self.sockets.hear();
-            let supplied = self.shared.pages.supply(pages.data, contents).and_then(|()| {
-                let mut zero = pages.zero.iter();
-                zero.try_for_each(|&run| self.shared.pages.supply_zeroes(run))
-            });
-            if let Err(error) = supplied {
-                return Ok(Event::Failed(error));
-            }
-            self.shared.supplied(pages.data);
-            self.shared.supplied(pages.zero);
-            if self.shared.lock().left == 0 {
-                return Ok(Event::AllHere);
-            }
-        }
     }
 }

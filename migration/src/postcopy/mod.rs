@@ -11,11 +11,13 @@
 //! the agents make begins another session: the destination says anew which pages are missing, so nothing depends on what was under way.
 //! The source's copy does not change any more, so a page may be sent twice.
 
+mod asking;
 mod choice;
 mod destination;
 mod latency;
 mod source;
 mod table;
+mod taking;
 mod unsent;
 
 pub use choice::Lateness;

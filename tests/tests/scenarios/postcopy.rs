@@ -1,5 +1,7 @@
 //! Guests that run at the destination before all of their memory is there: both modes, and what fails meanwhile.
 
+use std::fs;
+
 use anyhow::{Result, ensure};
 use ferry_tests::{
     Guest, Migration, Pair, Relay, Tampering, Witness, pair::Underway, process, until, waiting::CALL, waiting::MOVE,
@@ -22,6 +24,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_cut_link_pauses_what_needs_a_page_and_is_made_again,
         a_guest_whose_page_source_dies_is_lost_and_started_anew,
         a_guest_that_its_user_stops_needs_no_more_pages,
+        a_guest_that_dies_with_its_vmm_needs_no_more_pages,
+        a_guest_that_resets_itself_boots_once_it_is_whole,
         a_disk_on_the_way_does_its_work_before_its_memory_is_there,
     ]);
     trials
@@ -49,6 +53,7 @@ const SLOW: [&str; 4] = ["--mode", "postcopy", "--bandwidth", "80Mbit"];
 
 fn moves(pair: &mut Pair, mode: &str, vcpus: u32, dirty: &'static str) -> Result<()> {
     let witness = pair.run(&Guest::new("g").work(BUSY).vcpus(vcpus).dirty(dirty))?;
+    let open_before = open_files(pair.a.vmm()?)?;
 
     // No round brings a guest that writes so much within this.
     let moved = pair
@@ -61,7 +66,20 @@ fn moves(pair: &mut Pair, mode: &str, vcpus: u32, dirty: &'static str) -> Result
     ensure!(waited > 0 || mode == "hybrid", "nobody waited: {}", moved.record);
     pair.runs_only_at(&pair.b, "g", &witness)?;
     pair.a.wait_until_gone("g")?.says("moved_to")?;
-    nobody_waits_for_pages(pair)
+    nobody_waits_for_pages(pair)?;
+    let open = open_files(pair.b.vmm()?)?;
+    ensure!(open == open_before, "open at b: {open:?}, at a before: {open_before:?}");
+    Ok(())
+}
+
+/// How many sockets and watchers of memory a VMM has open.
+fn open_files(vmm: u32) -> Result<(usize, usize)> {
+    let links = fs::read_dir(format!("/proc/{vmm}/fd"))?.flatten();
+    let names: Vec<String> = links
+        .filter_map(|link| Some(fs::read_link(link.path()).ok()?.to_string_lossy().into_owned()))
+        .collect();
+    let count = |word: &str| names.iter().filter(|name| name.contains(word)).count();
+    Ok((count("socket:"), count("userfaultfd")))
 }
 
 /// Pages came late, and their record says how long they were waited for. How often.
@@ -277,6 +295,36 @@ fn a_guest_that_its_user_stops_needs_no_more_pages(pair: &mut Pair) -> Result<()
     ensure!(record.record["status"] == "completed", "{}", record.record);
     pair.b.wait_for_status("g", "stopped")?;
     has_nothing(&pair.a)
+}
+
+fn a_guest_that_dies_with_its_vmm_needs_no_more_pages(pair: &mut Pair) -> Result<()> {
+    expect_a_lost_peer_and(pair, &["VMM", "source", "stream"]);
+    pair.run(&Guest::new("g").work(BUSY))?;
+    let underway = begin(pair)?;
+
+    process::signal(pair.b.vmm()?, Signal::KILL)?;
+
+    pair.wait_over(&underway.id)?.is("completed", "b")?;
+    pair.b.wait_for_status("g", "crashed")?;
+    has_nothing(&pair.a)?;
+    pair.b.ferry(&["start", "g"])?.exit(0)?;
+    let shown = pair.b.wait_for_status("g", "running")?;
+    ensure!(shown["epoch"] == 3, "{shown}");
+    Ok(())
+}
+
+fn a_guest_that_resets_itself_boots_once_it_is_whole(pair: &mut Pair) -> Result<()> {
+    // It resets itself after three seconds; its pages take four.
+    let work = "fill=random fill_mib=40 work=idle heartbeat_ms=20 reset_after_ms=3000";
+    let witness = pair.run(&Guest::new("g").work(work))?;
+    witness.wait_for_beats_at("a", 50)?;
+    let underway = begin(pair)?;
+
+    pair.wait_over(&underway.id)?.is("completed", "b")?;
+
+    witness.wait_ready_times(2)?;
+    pair.b.wait_for_status("g", "running")?;
+    pair.exists_only_at(&pair.b, "g")
 }
 
 fn a_disk_on_the_way_does_its_work_before_its_memory_is_there(pair: &mut Pair) -> Result<()> {
