@@ -152,7 +152,7 @@ impl<M: GuestMemory> Source<'_, M> {
             memory: self.memory,
             sockets: &sockets,
             unsent: Unsent::default(),
-            bandwidth: Bandwidth::new(self.parameters.bandwidth.map(Into::into)),
+            bandwidth: Bandwidth::new(self.parameters.bandwidth),
             sent: 0.into(),
         };
         let Attempt {
