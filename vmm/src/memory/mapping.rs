@@ -191,12 +191,9 @@ impl GuestMemory {
     ///
     /// # Errors
     ///
-    /// If the run is out of bounds or the host has no memory left. A kernel that does not know how to (before 5.14) backs it when it is touched.
+    /// If the run is out of bounds or the host has no memory left.
     pub fn populate(&self, run: FrameRun) -> Result<(), MemoryError> {
-        match self.advise(run, Advice::LinuxPopulateWrite, "populate") {
-            Err(MemoryError::Advise { source, .. }) if source.kind() == io::ErrorKind::InvalidInput => Ok(()),
-            other => other,
-        }
+        self.advise(run, Advice::LinuxPopulateWrite, "populate")
     }
 
     /// Gives the run's memory back to the host: it reads as zeroes from now on and is backed again when it is touched. A write of the VMM:
