@@ -12,6 +12,7 @@ pub mod fuzz;
 pub mod guest;
 pub mod handover;
 mod link;
+mod placement;
 pub mod policy;
 pub mod postcopy;
 mod precopy;

@@ -347,6 +347,7 @@ fn with_threads<G: SourceGuest>(
             let Streams {
                 feed,
                 bandwidth,
+                placement,
                 totals,
             } = &streams;
             let totals = &totals[usize::from(stream)];
@@ -356,6 +357,7 @@ fn with_threads<G: SourceGuest>(
                 memory: &*memory,
                 feed,
                 bandwidth,
+                placement,
                 totals,
             };
             let events = events_in.clone();

@@ -7,13 +7,13 @@
 
 use rustix::process::setpriority_process;
 
-/// A third of a vCPU's weight (`sched_prio_to_weight` in the kernel). Measured on two processors of which the guest keeps one busy, moves of
-/// 1 GiB, medians of 12 and the guest's largest gap in each: at nice 5 312 ms and 2.2 ms, at 3 315 and 2.7, at 1 248 and 3.7, at 0 249 and 3.9; of a guest
-/// that writes 20,000 pages/s, medians of 8: at 5 339 ms and 3.6 ms, at 2 322 and 3.9, at 0 325 and 3.0. Where the host itself was disturbed, gaps at 2 were
-/// 7 to 47 ms.
+/// A third of a vCPU's weight (`sched_prio_to_weight` in the kernel). Measured on two processors of which the guest keeps one busy, eight
+/// moves each: at nice 2 the guest's largest gap is 9 to 12 ms, at 5 to 7 it is 4 to 6, at 10 it is 4; the move takes 450 ms at 2, 510 to 520 from
+/// 5 on. A tenth of the weight made moves four times slower where guests keep all processors busy, which is not what somebody wants who
+/// empties an overloaded host.
 ///
-/// Sending threads that were kept off the vCPUs' processors as well took 381 to 407 ms, at gaps of 2.3 to 3.3 ms, whatever their weight: the scheduler
-/// places them better than we do.
+/// Sending threads are kept off the vCPUs' processors as well. Left to the scheduler a move is shorter by a fifth (medians of 7 and 10 beside QEMU: 343 and
+/// 349 ms) and the guest's largest gap is 6 to 9 ms.
 const COPYING_NICE: i32 = 5;
 
 /// The calling thread's weight. Belongs to the thread that made it.
