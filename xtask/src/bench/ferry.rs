@@ -7,11 +7,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use ferry_tests::witness::Beat as WitnessBeat;
 use ferry_tests::{Guest, Pair, Witness, until};
-use ferry_vmm::measuring::CpuMeter;
 
 use super::console::{Beat, compare};
 use super::workload::Workload;
-use super::{BEATS_AFTER, BEATS_BEFORE, Sample, warm};
+use super::{BEATS_AFTER, BEATS_BEFORE, Measured, Sample, warm};
 use crate::workspace;
 
 /// The release build of `ferry`.
@@ -43,11 +42,11 @@ impl Binary {
         &self.file
     }
 
-    /// Moves the guest once and measures; `tsc_khz` is what its clock runs at.
+    /// Moves the guest once and measures what is asked for; `tsc_khz` is what its clock runs at.
     ///
     /// # Errors
     /// If an agent or the guest does not come up, or does not live through the move.
-    pub(super) fn run(&self, workload: &Workload, tsc_khz: u64) -> Result<Sample> {
+    pub(super) fn run(&self, workload: &Workload, tsc_khz: u64, measured: Measured) -> Result<Sample> {
         let mut pair = Pair::prepare_with(&self.file)?;
         pair.a.start()?;
         pair.b.start()?;
@@ -61,10 +60,10 @@ impl Binary {
 
         let agents = [&pair.a, &pair.b].map(|host| host.pid().context("an agent is gone"));
         let [source, destination] = agents;
-        let meter = CpuMeter::start([source?, destination?]);
+        let meter = measured.meter([source?, destination?]);
         let began = Instant::now();
         let moved = pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
-        let cpu_s = meter.stop().iter().sum();
+        let cpu_s = meter.map(|meter| meter.stop().iter().sum());
         wait_for_beats(&witness, "b", BEATS_AFTER)?;
         witness.check()?;
 
@@ -76,7 +75,7 @@ impl Binary {
             reader_gap_ms: Some(seen.reader_gap_ms),
             bytes: moved.number("bytes_sent").ok(),
             clock_lost_ms: Some(seen.clock_lost_ms),
-            cpu_s: Some(cpu_s),
+            cpu_s,
         })
     }
 }

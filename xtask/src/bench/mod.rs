@@ -21,7 +21,7 @@ use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
-use ferry_vmm::measuring::warm_host_memory;
+use ferry_vmm::measuring::{CpuMeter, warm_host_memory};
 use serde_json::{Value, json};
 
 use table::Contender;
@@ -60,6 +60,25 @@ enum Peer {
     Qemu,
 }
 
+/// What a run is for. Who counts processor time reads it again and again, and disturbs the guest: that is done in runs of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Measured {
+    /// Times and gaps.
+    Time,
+    /// Processor time.
+    Processor,
+}
+
+impl Measured {
+    /// Begins to count for these processes, the source's and the destination's, if that is what the run is for.
+    fn meter(self, processes: [u32; 2]) -> Option<CpuMeter> {
+        (self == Self::Processor).then(|| CpuMeter::start(processes))
+    }
+}
+
+/// Runs of each contender in which processor time is counted.
+const PROCESSOR_RUNS: u32 = 3;
+
 /// One migration, measured.
 #[derive(Clone, Debug)]
 struct Sample {
@@ -75,7 +94,7 @@ struct Sample {
     bytes: Option<f64>,
     /// How much the guest's clock lost over the move.
     clock_lost_ms: Option<f64>,
-    /// Seconds of processor time on both sides, without the threads that run the guest.
+    /// Seconds of processor time on both sides, without the threads that run the guest; counted in runs of its own.
     cpu_s: Option<f64>,
 }
 
@@ -162,11 +181,18 @@ fn measure(workload: &Workload, options: &Options, ferry: &ferry::Binary) -> Res
     let tsc_khz = clock::tsc_khz()?;
     for round in 1..=options.runs {
         eprintln!("{}: run {round} of {}", workload.name, options.runs);
-        contenders[0].add(ferry.run(workload, tsc_khz));
+        contenders[0].add(ferry.run(workload, tsc_khz, Measured::Time));
         for (mode, contender) in modes.iter().zip(&mut contenders[1..]) {
-            contender.add(qemu::run(*mode, workload, tsc_khz));
+            contender.add(qemu::run(*mode, workload, tsc_khz, Measured::Time));
         }
         limit.add(raw::run(workload));
+    }
+    eprintln!("{}: processor time", workload.name);
+    for _ in 0..PROCESSOR_RUNS.min(options.runs) {
+        contenders[0].add_processor_time(ferry.run(workload, tsc_khz, Measured::Processor));
+        for (mode, contender) in modes.iter().zip(&mut contenders[1..]) {
+            contender.add_processor_time(qemu::run(*mode, workload, tsc_khz, Measured::Processor));
+        }
     }
     Ok((contenders, limit))
 }

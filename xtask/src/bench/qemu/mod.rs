@@ -8,12 +8,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use ferry_vmm::measuring::CpuMeter;
 use serde_json::{Value, json};
 
 use super::console::compare;
 use super::workload::Workload;
-use super::{BEATS_AFTER, BEATS_BEFORE, Sample, warm};
+use super::{BEATS_AFTER, BEATS_BEFORE, Measured, Sample, warm};
 use machine::Machine;
 pub(super) use machine::{Ended, command};
 
@@ -78,11 +77,11 @@ const INSTALL: &str =
     "    echo 'deb http://deb.debian.org/debian bookworm-backports main' > /etc/apt/sources.list.d/backports.list
     apt-get update && apt-get install -y -t bookworm-backports qemu-system-x86";
 
-/// Moves the guest once and measures; `tsc_khz` is what its clock runs at.
+/// Moves the guest once and measures what is asked for; `tsc_khz` is what its clock runs at.
 ///
 /// # Errors
 /// If QEMU does not start, does not migrate, or the guest does not live through it.
-pub(super) fn run(mode: Mode, workload: &Workload, tsc_khz: u64) -> Result<Sample> {
+pub(super) fn run(mode: Mode, workload: &Workload, tsc_khz: u64, measured: Measured) -> Result<Sample> {
     let folder = tempfile::Builder::new()
         .prefix("ferry-q")
         .tempdir()
@@ -100,14 +99,14 @@ pub(super) fn run(mode: Mode, workload: &Workload, tsc_khz: u64) -> Result<Sampl
     let uri = destination.listen()?;
     warm(workload)?;
 
-    let meter = CpuMeter::start([source.pid(), destination.pid()]);
+    let meter = measured.meter([source.pid(), destination.pid()]);
     let began = Instant::now();
     source.qmp.execute("migrate", json!({ "uri": uri }))?;
     let total = destination
         .qmp
         .wait_for_event("RESUME", Duration::from_secs(120))?
         .duration_since(began);
-    let cpu_s = meter.stop().iter().sum();
+    let cpu_s = meter.map(|meter| meter.stop().iter().sum());
     let report = wait_completed(&mut source)?;
     destination
         .console
@@ -122,7 +121,7 @@ pub(super) fn run(mode: Mode, workload: &Workload, tsc_khz: u64) -> Result<Sampl
         reader_gap_ms: Some(seen.reader_gap_ms),
         bytes: report["ram"]["transferred"].as_f64(),
         clock_lost_ms: Some(seen.clock_lost_ms),
-        cpu_s: Some(cpu_s),
+        cpu_s,
     })
 }
 
