@@ -375,11 +375,6 @@ pub trait SourceGuest: Send {
     /// The handle with which senders re-arm.
     fn clearer(&self) -> Self::Clearer;
 
-    /// The host's processors that the vCPUs keep busy, as far as that is known: the copy keeps off them where it can.
-    fn busy_processors(&mut self) -> Vec<usize> {
-        Vec::new()
-    }
-
     /// Ends tracking, and leaves the vCPUs alone. Called once on every way out but GO.
     fn stop_tracking(&mut self);
 

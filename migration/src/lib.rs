@@ -12,7 +12,6 @@ pub mod fuzz;
 pub mod guest;
 pub mod handover;
 mod link;
-mod placement;
 pub mod policy;
 pub mod postcopy;
 mod precopy;

@@ -347,7 +347,6 @@ fn with_threads<G: SourceGuest>(
             let Streams {
                 feed,
                 bandwidth,
-                placement,
                 totals,
             } = &streams;
             let totals = &totals[usize::from(stream)];
@@ -357,7 +356,6 @@ fn with_threads<G: SourceGuest>(
                 memory: &*memory,
                 feed,
                 bandwidth,
-                placement,
                 totals,
             };
             let events = events_in.clone();

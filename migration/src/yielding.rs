@@ -7,13 +7,13 @@
 
 use rustix::process::setpriority_process;
 
-/// A third of a vCPU's weight (`sched_prio_to_weight` in the kernel). Measured on two processors of which the guest keeps one busy, eight
-/// moves each: at nice 2 the guest's largest gap is 9 to 12 ms, at 5 to 7 it is 4 to 6, at 10 it is 4; the move takes 450 ms at 2, 510 to 520 from
-/// 5 on. A tenth of the weight made moves four times slower where guests keep all processors busy, which is not what somebody wants who
-/// empties an overloaded host.
+/// A third of a vCPU's weight (`sched_prio_to_weight` in the kernel). Measured on two processors of which the guest keeps one busy: moves of 1 GiB take
+/// 312 ms at nice 5, 315 at 3, 248 at 1, 249 at 0 (medians of 12). Beside QEMU, medians of 10, the guest's largest gap was 6.1 ms at 5 and 16.8 at 2, the
+/// second while the host itself was disturbed. A tenth of the weight made moves four times slower where guests keep all processors busy, which is not what
+/// somebody wants who empties an overloaded host.
 ///
-/// Sending threads are kept off the vCPUs' processors as well. Left to the scheduler a move is shorter by a fifth (medians of 7 and 10 beside QEMU: 343 and
-/// 349 ms) and the guest's largest gap is 6 to 9 ms.
+/// Sending threads that were kept off the vCPUs' processors as well took 381 to 407 ms, whatever their weight, and 600 to 2800 ms on a disturbed host, where the
+/// guest's gaps were 28 to 112 ms: the scheduler places them better than we do.
 const COPYING_NICE: i32 = 5;
 
 /// The calling thread's weight. Belongs to the thread that made it.

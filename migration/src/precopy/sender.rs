@@ -6,7 +6,6 @@ use std::os::fd::AsFd;
 use std::sync::{Mutex, PoisonError};
 
 use crate::guest::{DirtyClearer, FRAME_SIZE, FrameRun, GuestError, GuestMemory};
-use crate::placement::{Place, Placement};
 use crate::precopy::bandwidth::Bandwidth;
 use crate::precopy::feed::{Feed, Pace, Standing};
 use crate::wire::{Content, FrameWriter, StreamIdentity, StreamTotals};
@@ -30,7 +29,6 @@ pub(crate) struct Sender<'a, M, C> {
     pub(crate) memory: &'a M,
     pub(crate) feed: &'a Feed<C>,
     pub(crate) bandwidth: &'a Bandwidth,
-    pub(crate) placement: &'a Placement,
     pub(crate) totals: &'a Mutex<StreamTotals>,
 }
 
@@ -52,18 +50,16 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
         let mut socket = self.socket;
         socket.write_all(frames.open(identity)).map_err(SendError::Connection)?;
         let (mut runs, mut contents) = (Vec::new(), Contents::default());
-        let (mut yielding, mut place) = (Yielding::default(), Place::new(self.placement));
+        let mut yielding = Yielding::default();
         loop {
             // Whoever waits may be woken for the last pages, and must not be kept from a processor then.
-            let before_waiting = || {
-                yielding.set(false);
-                place.set(false);
-            };
-            let chunk = self.feed.next(&mut runs, before_waiting).map_err(SendError::Guest)?;
+            let chunk = self
+                .feed
+                .next(&mut runs, || yielding.set(false))
+                .map_err(SendError::Guest)?;
             let Some(chunk) = chunk else { return Ok(()) };
             let guest_runs = chunk.pace == Pace::Yielding;
             yielding.set(guest_runs);
-            place.set(guest_runs);
             contents.split(self.memory, &runs).map_err(SendError::Guest)?;
             let prefix = frames.pages(chunk.round, contents.table.iter().copied());
             let sent = contents.totals(prefix.len());

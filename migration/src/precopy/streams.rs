@@ -4,7 +4,6 @@ use std::num::NonZeroU64;
 use std::sync::{Mutex, PoisonError};
 
 use crate::guest::DirtyClearer;
-use crate::placement::Placement;
 use crate::precopy::bandwidth::Bandwidth;
 use crate::precopy::feed::Feed;
 use crate::wire::StreamTotals;
@@ -13,7 +12,6 @@ use crate::wire::StreamTotals;
 pub(crate) struct Streams<C> {
     pub(crate) feed: Feed<C>,
     pub(crate) bandwidth: Bandwidth,
-    pub(crate) placement: Placement,
     pub(crate) totals: Vec<Mutex<StreamTotals>>,
 }
 
@@ -22,7 +20,6 @@ impl<C: DirtyClearer> Streams<C> {
         Self {
             feed: Feed::new(streams),
             bandwidth: Bandwidth::new(cap),
-            placement: Placement::default(),
             totals: (0..streams).map(|_| Mutex::default()).collect(),
         }
     }

@@ -173,7 +173,6 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         let number = self.round;
         self.conversation.round_begins(number, self.policy.throttle());
         if pages > 0 {
-            self.streams.placement.taken(self.guest.busy_processors());
             let clearer = Some(self.guest.clearer());
             let set = self.take_pending();
             self.meter.round_begins(&set, pages);
@@ -275,7 +274,6 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
     pub(super) fn wait(&mut self, wanted: impl Fn(&Heard) -> bool) -> Result<(), Stop> {
         loop {
             self.conversation.look_after(self.guest)?;
-            self.streams.placement.taken(self.guest.busy_processors());
             self.tell_progress();
             match self.conversation.next(TICK)? {
                 Some(heard) if wanted(&heard) => return Ok(()),

@@ -65,10 +65,6 @@ impl SourceGuest for LocalGuest {
         Clearer(self.machine.dirty_clearer())
     }
 
-    fn busy_processors(&mut self) -> Vec<usize> {
-        self.machine.busy_processors()
-    }
-
     fn throttle(&mut self, percent: u32) -> Result<Throttled, GuestError> {
         // A vCPU that its user has paused writes nothing.
         if self.machine.run_state() == RunState::Paused {

@@ -223,15 +223,6 @@ impl Machine {
         &self.parts.memory
     }
 
-    /// The host's processors that vCPUs keep busy. A hint: a vCPU may have gone elsewhere since it last left the guest.
-    pub fn busy_processors(&mut self) -> Vec<usize> {
-        self.parts
-            .vcpus
-            .iter_mut()
-            .filter_map(VcpuHandle::busy_processor)
-            .collect()
-    }
-
     /// A handle that feeds the guest's console; works wherever the machine is.
     #[must_use]
     pub fn console_input(&self) -> ConsoleInput {

@@ -85,11 +85,6 @@ pub(super) struct Kicker {
 }
 
 impl Kicker {
-    /// The kernel's id of the thread.
-    pub(super) fn thread(self) -> i32 {
-        self.thread
-    }
-
     /// Gets the thread out of the guest. Enqueue first what it is to find.
     pub(super) fn kick(self) {
         // SAFETY: plain numbers; the kernel delivers only to a thread of this process, where the handler is installed.

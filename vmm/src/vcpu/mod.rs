@@ -11,7 +11,6 @@
 mod kick;
 mod thread;
 mod throttle;
-mod usage;
 
 pub(crate) use thread::{ANSWER_DEADLINE, Pending, VcpuError, VcpuHandle, VcpuSetup};
 pub(crate) use throttle::Throttle;

@@ -10,7 +10,6 @@ use thiserror::Error;
 
 use super::kick::{KickTarget, Kicker};
 use super::throttle::{Rests, Throttle, Throttled};
-use super::usage::{Usage, Whereabouts};
 use crate::arch::x86_64::boot::{EntryPoint, enter};
 use crate::arch::x86_64::cpuid::CpuidEntry;
 use crate::arch::x86_64::vcpu_state::{SavePlan, TscTarget, VcpuState};
@@ -69,7 +68,6 @@ pub(crate) struct VcpuHandle {
     commands: Sender<Command>,
     kicker: Kicker,
     rests: Arc<Rests>,
-    usage: Usage,
     thread: Option<JoinHandle<()>>,
     /// Closed when the thread has ended.
     ended: Receiver<()>,
@@ -91,8 +89,6 @@ impl VcpuHandle {
         let (registered, registration) = channel();
         let rests = Arc::<Rests>::default();
         let own_rests = Arc::clone(&rests);
-        let whereabouts = Whereabouts::default();
-        let own_whereabouts = whereabouts.clone();
         let thread = Builder::new().name(format!("vcpu{index}")).spawn(move || {
             let ending: Sender<()> = ending;
             let mut setup = setup;
@@ -105,7 +101,6 @@ impl VcpuHandle {
                         inbox,
                         setup,
                         rests: own_rests,
-                        whereabouts: own_whereabouts,
                     };
                     thread.live();
                 }
@@ -121,15 +116,9 @@ impl VcpuHandle {
             commands,
             kicker,
             rests,
-            usage: Usage::new(kicker.thread(), whereabouts),
             thread: Some(thread),
             ended,
         })
-    }
-
-    /// The host's processor that it keeps busy; `None` if it mostly waits.
-    pub(crate) fn busy_processor(&mut self) -> Option<usize> {
-        self.usage.busy_processor()
     }
 
     /// A throttle for these vCPUs, which leaves them alone until it is set.
@@ -258,7 +247,6 @@ struct VcpuThread {
     inbox: Receiver<Command>,
     setup: VcpuSetup,
     rests: Arc<Rests>,
-    whereabouts: Whereabouts,
 }
 
 impl VcpuThread {
@@ -377,7 +365,6 @@ impl VcpuThread {
         } = &mut self.setup;
         let index = vcpu.index();
         let exit = vcpu.run();
-        self.whereabouts.note();
         let event = match exit {
             Ok(Exit::Interrupted) => return After::Interrupted,
             Ok(Exit::PortIn { port, size, data }) => {

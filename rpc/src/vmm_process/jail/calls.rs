@@ -212,8 +212,6 @@ fn machine() -> Calls {
         (libc::SYS_ioctl, requests),
         (libc::SYS_fcntl, equal(1, &locks.map(|command| command as u64))),
         (libc::SYS_setpriority, vec![own_weight]),
-        // Of the calling thread only.
-        (libc::SYS_sched_setaffinity, equal(0, &[0])),
     ]);
     calls.extend(starting_threads());
     calls
