@@ -1,7 +1,7 @@
 //! Pages that come after GO: serving them out of a guest that was given away, and waiting for them in one that arrived.
 
 use std::os::fd::OwnedFd;
-use std::sync::mpsc::{self, Sender};
+use std::sync::mpsc::{self, Sender, SyncSender};
 use std::thread;
 
 use anyhow::Context;
@@ -22,10 +22,18 @@ use super::vmm::{Holding, Vmm};
 pub(super) struct Late {
     /// Takes connections to who serves; dropping it ends that.
     serving: Option<Sender<Link>>,
+    /// Waits for what to serve while the guest is sent.
+    pub(super) server: Option<Server>,
     /// Until the last page is here.
     awaited: Option<LatePages>,
     /// A machine whose guest ended before all of its memory was there.
     kept: Option<Holding>,
+}
+
+/// Threads that wait for what they are to serve; dropped before that, they end.
+pub(super) struct Server {
+    hand_in: SyncSender<(SharedMemory, PagesToServe)>,
+    links: Sender<Link>,
 }
 
 impl Late {
@@ -57,30 +65,20 @@ impl Late {
 }
 
 impl Vmm {
-    /// Begins to serve what GO called missing.
-    pub(super) fn serve_late(&mut self, memory: SharedMemory, pages: PagesToServe) {
-        let count = pages.missing.count();
-        self.standing.late = Some(wire::Late {
-            what: "progress".to_owned(),
-            pages: count,
-            missing_pages: count,
-            ..wire::Late::default()
-        });
-        if let Err(error) = self.start_serving(memory, pages) {
-            // GO is out. Its agent asks for another session, hears that there is none, and calls the pages lost.
-            let reason = format!("late pages cannot be served: {error:#}");
-            tracing::error!(reason, "nobody will get them");
-            self.say_late(|late| (late.what, late.reason) = ("link-lost".to_owned(), reason));
-        }
-    }
-
-    fn start_serving(&mut self, memory: SharedMemory, pages: PagesToServe) -> anyhow::Result<()> {
+    /// Starts the threads that will serve late pages, before the guest is given away: a host that has none left after GO would lose it.
+    ///
+    /// # Errors
+    /// The host has none left.
+    pub(super) fn prepare_to_serve(&self) -> anyhow::Result<Server> {
+        let (hand_in, handed_in) = mpsc::sync_channel::<(SharedMemory, PagesToServe)>(1);
         let (links, links_out) = mpsc::channel();
         let (reports, report_receiver) = mpsc::channel();
         forward(report_receiver, self.events.clone(), Event::ServeReport)?;
         let events = self.events.clone();
         let run = move || {
             jail::narrow(jail::Kind::Migration);
+            // All pages came before GO, or it never came.
+            let Ok((memory, pages)) = handed_in.recv() else { return };
             let served = postcopy::serve(&memory, pages, &links_out, &reports);
             let _ = events.send(Event::Served(served));
         };
@@ -88,8 +86,27 @@ impl Vmm {
             .name("migration".to_owned())
             .spawn(run)
             .context("failed to start a thread")?;
-        self.late.serving = Some(links);
-        Ok(())
+        Ok(Server { hand_in, links })
+    }
+
+    /// Begins to serve what GO called missing.
+    pub(super) fn serve_late(&mut self, server: Option<Server>, memory: SharedMemory, pages: PagesToServe) {
+        let count = pages.missing.count();
+        self.standing.late = Some(wire::Late {
+            what: "progress".to_owned(),
+            pages: count,
+            missing_pages: count,
+            ..wire::Late::default()
+        });
+        match server {
+            Some(Server { hand_in, links }) if hand_in.send((memory, pages)).is_ok() => self.late.serving = Some(links),
+            _ => {
+                // Its agent asks for another session, hears that there is none, and calls the pages lost.
+                let reason = "the thread that was to serve late pages has ended".to_owned();
+                tracing::error!(reason, "nobody will get them");
+                self.say_late(|late| (late.what, late.reason) = ("link-lost".to_owned(), reason));
+            }
+        }
     }
 
     /// The guest runs at its destination: vCPUs, devices and disks go, its memory stays.

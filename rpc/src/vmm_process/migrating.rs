@@ -73,6 +73,7 @@ impl Vmm {
             guest.copy_disks(&order.copied_disks)?;
         }
         let link = whole_link(descriptors, order.late_streams)?;
+        let server = (order.late_streams > 0).then(|| self.prepare_to_serve()).transpose()?;
         let (orders, order_receiver) = mpsc::channel();
         let (reports, report_receiver) = mpsc::channel();
         forward(report_receiver, self.events.clone(), Event::SendReport)?;
@@ -96,6 +97,7 @@ impl Vmm {
         self.standing.migration.clone_from(&order.migration);
         self.standing.send_ended = None;
         self.standing.late = None;
+        self.late.server = server;
         self.standing.converged_attempt = 0;
         Ok(Body::Done(wire::Done {}))
     }
@@ -207,12 +209,13 @@ impl Vmm {
     pub(super) fn send_outcome(&mut self, outcome: SourceOutcome<LocalGuest>) {
         self.standing.converged_attempt = 0;
         self.standing.progress = None;
+        let server = self.late.server.take();
         match outcome {
             SourceOutcome::GoSent(mut parked) => {
                 let go = go_sent(&parked);
                 if let Some(pages) = parked.take_late() {
                     // Before anything else: the guest may wait for one already.
-                    self.serve_late(parked.guest().moving(), pages);
+                    self.serve_late(server, parked.guest().moving(), pages);
                 }
                 self.standing.last_go = Some(go.clone());
                 self.holding = Holding::Parked(Box::new(parked));
