@@ -60,7 +60,7 @@ fn engine(mib: u64, streams: usize, rate: u64) -> String {
         destination: FakeDestination::new(destination),
         ..Scene::new(source)
     };
-    scene.parameters.verify = false;
+    scene.parameters.digests = false;
     let ends = migrate(scene);
     let (summary, loaded) = ends.arrived();
     let first = summary.rounds[0];

@@ -122,7 +122,7 @@ fn a_guest_arrives_without_digests() {
             rate: 20_000,
         },
     ));
-    scene.parameters.verify = false;
+    scene.parameters.digests = false;
     let ends = migrate(scene);
     let (summary, _) = ends.arrived();
     let blackout = summary.blackout.unwrap();

@@ -26,7 +26,7 @@ const BUSY: Workload = Workload::Uniform {
 fn late(lateness: Lateness, workload: Workload) -> Scene {
     let mut scene = Scene::new(guest(Tracking::Log, workload));
     scene.parameters.lateness = lateness;
-    scene.parameters.verify = false;
+    scene.parameters.digests = false;
     scene
 }
 

@@ -38,7 +38,7 @@ pub struct SourceParameters {
     pub guest_was: GuestWas,
     /// Whether both sides compare digests of all memory and state before the guest is handed over. For tests: the blackout
     /// grows by the time it takes, which the budget leaves out.
-    pub verify: bool,
+    pub digests: bool,
     /// What the switchover costs beside the last pages, as learned from earlier ones.
     pub overhead: Overhead,
     /// When the destination counts as dead.

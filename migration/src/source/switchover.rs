@@ -92,7 +92,7 @@ fn hand_over<G: SourceGuest>(
         .export()
         .map_err(|cause| could_not("export its state", cause))?;
     let state_checksum = digest::bytes(&state);
-    let verified_state = match parameters.verify {
+    let verified_state = match parameters.digests {
         true => Some(
             copy.guest
                 .state_digest(&state)

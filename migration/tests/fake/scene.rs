@@ -86,7 +86,7 @@ pub fn parameters() -> SourceParameters {
         most_throttle: None,
         bandwidth: None,
         guest_was: GuestWas::Running,
-        verify: true,
+        digests: true,
         overhead: Overhead::default(),
         liveness: Liveness::default(),
     }

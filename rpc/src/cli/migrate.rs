@@ -188,7 +188,7 @@ fn request(arguments: &MigrateArguments) -> LiveMigrateRequest {
             timeout_ms: u64::try_from(arguments.timeout.as_millis()).unwrap_or(u64::MAX),
             streams: arguments.streams,
             bandwidth_bytes_per_s: arguments.bandwidth.unwrap_or(0),
-            verify: arguments.digests,
+            digests: arguments.digests,
             hold_at: arguments.hold_at.clone(),
             storage: arguments.storage.clone(),
             max_throttle_percent: if arguments.auto_converge {

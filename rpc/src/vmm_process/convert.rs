@@ -72,7 +72,7 @@ pub(super) fn source_parameters(send: &wire::Send, instance: Uuid) -> Result<Sou
         most_throttle: NonZeroU32::new(send.max_throttle_percent.min(MOST_THROTTLE_PERCENT)),
         bandwidth: NonZeroU64::new(send.bandwidth_bytes_per_s),
         guest_was: guest_was(send.user_paused),
-        verify: send.verify,
+        digests: send.digests,
         overhead: Overhead::default(),
         liveness: Default::default(),
     })

@@ -268,9 +268,9 @@ pub(crate) fn check_options(options: MigrationOptions) -> Result<MigrationOption
             let problem = "does not apply to a cold migration: its guest stands still from the beginning".to_owned();
             return invalid("options.max_downtime_us", problem);
         }
-        Mode::Postcopy | Mode::Hybrid if options.verify => {
+        Mode::Postcopy | Mode::Hybrid if options.digests => {
             let problem = "pages that come late cannot be compared before the guest is handed over".to_owned();
-            return invalid("options.verify", problem);
+            return invalid("options.digests", problem);
         }
         Mode::Precopy | Mode::Postcopy | Mode::Hybrid | Mode::Cold => {}
     }
