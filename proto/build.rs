@@ -33,6 +33,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "DowntimeMs",
             "Round",
             "MigrationDecision",
+            "Verified",
             "HostInfo",
             "HostVerdict",
             "Check",

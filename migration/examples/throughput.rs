@@ -61,6 +61,7 @@ fn engine(mib: u64, streams: usize, rate: u64) -> String {
         ..Scene::new(source)
     };
     scene.parameters.digests = false;
+    scene.parameters.verify = std::env::args().any(|argument| argument == "--verify");
     let ends = migrate(scene);
     let (summary, loaded) = ends.arrived();
     let first = summary.rounds[0];

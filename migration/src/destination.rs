@@ -17,7 +17,9 @@ mod population;
 mod received;
 mod receiver;
 mod report;
+mod verifying;
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
@@ -30,7 +32,8 @@ use crate::guest::{DestinationGuest, GuestMemory, GuestWas, Population, Restored
 use crate::handover::Attempt;
 use crate::link::{Link, Sockets};
 use crate::postcopy::{Awaited, LatePages};
-use crate::wire::{StreamIdentity, StreamTotals, Versions, check_hello, runs_from_wire};
+use crate::verify::PageDigests;
+use crate::wire::{StreamIdentity, StreamTotals, VERIFY_SINCE, Versions, check_hello, runs_from_wire};
 use crew::Crew;
 pub use error::DestinationError;
 use hearing::Hearing;
@@ -39,7 +42,8 @@ use population::{Backing, wanted_huge};
 use received::Received;
 use receiver::Delivered;
 pub use report::{
-    DestinationOrder, DestinationParameters, DestinationReport, DestinationSummary, Digests, LoadTimings, Loaded,
+    DestinationOrder, DestinationParameters, DestinationReport, DestinationSummary, Digests, Leftovers, LoadTimings,
+    Loaded,
 };
 
 /// Receives the guest from the source at the other end of `link`. Blocks until the guest is loaded, or until it is
@@ -70,6 +74,7 @@ pub fn run<G: DestinationGuest>(
     let shared = Shared {
         received: Received::new(memory.shape()),
         backing: Backing::new(memory.shape()),
+        digests: OnceLock::new(),
         delivered: sockets.pages.iter().map(|_| Delivered::default()).collect(),
         round: AtomicU32::new(1),
         late_streams: late_link.as_ref().map_or(0, |late| late.pages.len() as u32),
@@ -103,7 +108,10 @@ pub fn run<G: DestinationGuest>(
         }
     })?;
     match (arrived, late_link) {
-        (Come::Whole(loaded), _) => Ok(loaded),
+        (Come::Whole(loaded), _) => Ok(Loaded {
+            leftovers: Leftovers::new(shared.digests.into_inner()),
+            ..loaded
+        }),
         (Come::InPart(guest, mut arrived), Some(link)) => {
             let late = await_late(&*memory, &mut arrived, *link, parameters, reports)?;
             let loaded = load(guest, arrived, &shared)?;
@@ -173,6 +181,8 @@ impl Asked<'_> {
 struct Shared {
     received: Received,
     backing: Backing,
+    /// Of what is received, if the source wants to compare: set with the handshake.
+    digests: OnceLock<PageDigests>,
     delivered: Vec<Delivered>,
     round: AtomicU32,
     /// Page streams for pages that come late.
@@ -249,6 +259,11 @@ fn handshake<G: DestinationGuest>(
     let check = |profile: &[u8]| guest.check(profile).into_iter().chain(late).collect();
     match check_hello(&hello, &expected, crew.memory.shape(), Versions::OURS, check) {
         Ok(protocol) => {
+            if hello.verify && protocol >= VERIFY_SINCE {
+                crew.shared
+                    .digests
+                    .get_or_init(|| PageDigests::new(crew.memory.shape()));
+            }
             hearing.say(Reply::HelloReply(v1::HelloReply {
                 protocol,
                 refusals: Vec::new(),
@@ -365,6 +380,7 @@ fn load<G: DestinationGuest>(
         },
         digests,
         late: None,
+        leftovers: Leftovers::default(),
     })
 }
 

@@ -79,6 +79,7 @@ fn from_a_source(said: from_source::Message, shape: &MemoryShape) {
         }
         Said::State(v1::State { attempt, .. })
         | Said::DigestRequest(v1::DigestRequest { attempt, .. })
+        | Said::Compare(v1::Compare { attempt, .. })
         | Said::Disarm(v1::Disarm { attempt, .. }) => drop(attempt_from_wire(attempt)),
         Said::Go(v1::Go { manifest }) => {
             let manifest = manifest.unwrap_or_default();
@@ -99,7 +100,7 @@ mod tests {
     use super::*;
     use crate::guest::{FrameRun, Population};
     use crate::handover::Attempt;
-    use crate::wire::{Content, FrameWriter, attempt_to_wire, hello, population_to_wire, write_message};
+    use crate::wire::{Content, FrameWriter, Wishes, attempt_to_wire, hello, population_to_wire, write_message};
 
     fn run(first: u64, count: u64) -> FrameRun {
         FrameRun { first, count }
@@ -160,7 +161,11 @@ mod tests {
             digests: Some(digests),
             late: Some(v1::LateTable::default()),
         };
-        let mut said = vec![Said::Hello(hello(&identity(), &shape(), vec![1, 2, 3], 2))];
+        let wishes = Wishes {
+            late_streams: 2,
+            verify: true,
+        };
+        let mut said = vec![Said::Hello(hello(&identity(), &shape(), vec![1, 2, 3], wishes))];
         said.extend(population_to_wire(&population).into_iter().map(Said::Population));
         said.extend([
             Said::Barrier(v1::Barrier {
@@ -178,7 +183,12 @@ mod tests {
             }),
             Said::DigestRequest(v1::DigestRequest {
                 attempt: attempt.clone(),
+                totals: totals.clone(),
+            }),
+            Said::Compare(v1::Compare {
+                attempt: attempt.clone(),
                 totals,
+                sums: vec![1 << 60, 2, 3],
             }),
             Said::Go(v1::Go {
                 manifest: Some(manifest),

@@ -261,6 +261,12 @@ pub trait GuestMemory: Send + Sync + 'static {
     /// If the memory cannot be read.
     fn digest(&self, run: FrameRun) -> Result<u128, GuestError>;
 
+    /// Appends the XXH3 of the bytes of each page of `run` to `digests`: 64 bits, without a seed. All of them are read.
+    ///
+    /// # Errors
+    /// If the memory cannot be read.
+    fn page_digests(&self, run: FrameRun, digests: &mut Vec<u64>) -> Result<(), GuestError>;
+
     /// Asks for huge pages below `run`, which begins and ends on huge page boundaries where its region does.
     ///
     /// # Errors

@@ -16,6 +16,7 @@ pub mod policy;
 pub mod postcopy;
 mod precopy;
 pub mod source;
+mod verify;
 mod wire;
 mod yielding;
 

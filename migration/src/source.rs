@@ -21,6 +21,7 @@ mod report;
 mod rounds;
 mod switchover;
 mod terms;
+mod verifying;
 
 use std::cell::Cell;
 use std::io;
@@ -36,14 +37,15 @@ use crate::handover::{Attempt, Grants, Traded};
 use crate::link::{self, Link, Outgoing, Sockets};
 use crate::postcopy::{PagesToServe, ServeParameters};
 use crate::precopy::{Sender as PageSender, Streams};
-use crate::wire::{ControlError, LATE_PAGES_SINCE, OLDEST_PROTOCOL, PROTOCOL, hello};
+use crate::verify::PageDigests;
+use crate::wire::{ControlError, LATE_PAGES_SINCE, OLDEST_PROTOCOL, PROTOCOL, VERIFY_SINCE, Wishes, hello};
 use cold::Halt;
 use conversation::{Conversation, Event, Heard, Outbox};
 pub use meter::{Amounts, Copied, MOST_BEFORE_THE_END};
 pub use parked::{NotResumable, Parked};
 pub use report::{
     Blackout, Decided, Manner, OnTimeout, Overhead, Progress, RoundSummary, SourceOrder, SourceParameters,
-    SourceReport, SourceSummary,
+    SourceReport, SourceSummary, Verified,
 };
 use rounds::Copy;
 use switchover::Switched;
@@ -108,6 +110,9 @@ pub enum SourceError {
         #[source]
         cause: io::Error,
     },
+    /// What the destination holds is not what was sent, again after it was sent again.
+    #[error("what the destination holds is not what was sent, and was not when it was sent again: {0}")]
+    Differs(String),
     /// The destination said something that makes no sense here.
     #[error("the destination misbehaved: {0}")]
     Misbehaved(String),
@@ -297,8 +302,14 @@ fn handshake<G: SourceGuest>(journey: &mut Journey<'_, G>, conversation: &mut Co
     let memory = journey.guest.memory();
     let identity = conversation.identity();
     let late_streams = journey.late_streams;
+    let verify = conversation.asked.parameters.verify;
+    if verify && late_streams > 0 {
+        let reason = "pages that come late cannot be compared before it is handed over".to_owned();
+        return Err(SourceError::Incompatible(vec![reason]).into());
+    }
     let profile = journey.guest.profile();
-    conversation.say(Said::Hello(hello(&identity, memory.shape(), profile, late_streams)));
+    let wishes = Wishes { late_streams, verify };
+    conversation.say(Said::Hello(hello(&identity, memory.shape(), profile, wishes)));
     let reply = conversation.wait_for(journey.guest, |heard| match heard {
         Heard::HelloReply(reply) => Ok(reply),
         other => Err(other),
@@ -317,6 +328,13 @@ fn handshake<G: SourceGuest>(journey: &mut Journey<'_, G>, conversation: &mut Co
         );
         return Err(SourceError::Incompatible(vec![reason]).into());
     }
+    if verify && reply.protocol < VERIFY_SINCE {
+        let reason = format!(
+            "it speaks protocol version {}, in which nothing is compared",
+            reply.protocol
+        );
+        return Err(SourceError::Incompatible(vec![reason]).into());
+    }
     conversation.asked.report(SourceReport::Accepted {
         protocol: reply.protocol,
     });
@@ -329,8 +347,11 @@ fn with_threads<G: SourceGuest>(
     sockets: &Sockets,
     asked: &Asked<'_>,
 ) -> Result<(), Stop> {
+    use crate::guest::GuestMemory as _;
+
     let memory = journey.guest.memory();
-    let streams = Streams::<G::Clearer>::new(sockets.streams(), asked.parameters.bandwidth);
+    let digests = asked.parameters.verify.then(|| PageDigests::new(memory.shape()));
+    let streams = Streams::<G::Clearer>::new(sockets.streams(), asked.parameters.bandwidth, digests);
     let (events_in, events) = mpsc::sync_channel(64);
     let (outbox, outgoing) = mpsc::channel();
     journey.summary.streams = sockets.streams();
@@ -348,6 +369,7 @@ fn with_threads<G: SourceGuest>(
                 feed,
                 bandwidth,
                 totals,
+                digests,
             } = &streams;
             let totals = &totals[usize::from(stream)];
             let sender = PageSender {
@@ -357,6 +379,7 @@ fn with_threads<G: SourceGuest>(
                 feed,
                 bandwidth,
                 totals,
+                digests: digests.as_ref(),
             };
             let events = events_in.clone();
             spawn(scope, format!("ferry-send-{stream}"), move || {

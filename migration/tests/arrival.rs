@@ -29,6 +29,9 @@ fn arrives(tracking: Tracking, workload: Workload, streams: usize) {
         summary.rounds.iter().map(|round| round.bytes).sum::<u64>(),
         summary.bytes_sent
     );
+    let verified = summary.verified.unwrap();
+    assert!(verified.pages >= 3000, "{verified:?}");
+    assert_eq!(verified.ranges_sent_again, 0);
 }
 
 #[test]
@@ -123,10 +126,12 @@ fn a_guest_arrives_without_digests() {
         },
     ));
     scene.parameters.digests = false;
+    scene.parameters.verify = false;
     let ends = migrate(scene);
     let (summary, _) = ends.arrived();
     let blackout = summary.blackout.unwrap();
     assert_eq!(blackout.verify, Duration::ZERO);
+    assert_eq!(summary.verified, None);
     assert!(blackout.go_sent - blackout.pause_began <= Duration::from_millis(300));
 }
 

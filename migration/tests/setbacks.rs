@@ -379,6 +379,7 @@ fn a_damaged_page_is_refused_by_the_digest_of_memory() {
     let mut memory = memory();
     memory.damage = Some(5000);
     scene.destination = FakeDestination::new(memory);
+    scene.parameters.verify = false;
     let ends = migrate(scene);
     assert!(matches!(ends.outcome, SourceOutcome::GoSent(_)));
     assert!(
@@ -495,7 +496,7 @@ fn answer_up_to_pages(control: &TcpStream) {
     loop {
         match fake::raw::hear::<v1::FromSource>(control).unwrap().message {
             Some(Said::Hello(_)) => reply(Reply::HelloReply(v1::HelloReply {
-                protocol: 1,
+                protocol: ferry_migration::PROTOCOL,
                 refusals: Vec::new(),
             })),
             Some(Said::Population(part)) if part.last => {

@@ -38,6 +38,17 @@ pub enum Tampering {
         /// What becomes of it, of equal length.
         change: fn(&mut [u8]),
     },
+    /// The pages of frames of one page stream, where there are any.
+    Pages {
+        /// The stream's index.
+        stream: u16,
+        /// Frames of the stream before the first one.
+        number: u64,
+        /// Of how many frames: the rest is honest. With none, of all.
+        frames: Option<u64>,
+        /// What becomes of a page, of equal length.
+        change: fn(&mut [u8]),
+    },
     /// Nothing. Page streams come by, and can be [cut](Relay::cut).
     Cuts,
     /// Each message of the control stream is looked at, in both directions and as long as the relay lives.
@@ -189,6 +200,8 @@ pub const HEADER: usize = 32;
 const CHECKED: usize = 28;
 /// Bytes of an entry of a frame's table.
 const ENTRY: usize = 16;
+/// Bytes of a page.
+const PAGE: usize = 4096;
 /// What a data port says first: a word and a nonce.
 const GREETING: usize = 8 + 32;
 /// What a connection to a data port says first: migration, index, proof.
@@ -305,7 +318,11 @@ impl Shared {
             return;
         };
         match self.tampering() {
-            Tampering::Hello(_) | Tampering::Frame { .. } | Tampering::Messages(_) | Tampering::Cuts => {
+            Tampering::Hello(_)
+            | Tampering::Frame { .. }
+            | Tampering::Pages { .. }
+            | Tampering::Messages(_)
+            | Tampering::Cuts => {
                 let own = self.own_address();
                 bytes[at..at + own.len()].copy_from_slice(own.as_bytes());
             }
@@ -410,6 +427,29 @@ impl Shared {
                 change(&mut frame);
                 self.done();
                 to.write_all(&frame)
+            }
+            (
+                Some(index),
+                Tampering::Pages {
+                    stream,
+                    number,
+                    frames,
+                    change,
+                },
+            ) if index == *stream => {
+                for at in 0.. {
+                    let (frame, length) = read_frame(from)?;
+                    to.write_all(&frame)?;
+                    let mut pages = vec![0; length as usize];
+                    from.read_exact(&mut pages)?;
+                    let is_chosen = at >= *number && frames.is_none_or(|frames| at - number < frames);
+                    if is_chosen && !pages.is_empty() {
+                        pages.chunks_exact_mut(PAGE).for_each(change);
+                        self.done();
+                    }
+                    to.write_all(&pages)?;
+                }
+                Ok(())
             }
             _ => Ok(()),
         }

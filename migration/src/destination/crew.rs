@@ -56,6 +56,7 @@ impl<'scope, M: GuestMemory> Crew<'scope, '_, M> {
                 received,
                 backing,
                 delivered,
+                digests,
                 round,
                 late_streams: _,
             } = shared;
@@ -68,6 +69,7 @@ impl<'scope, M: GuestMemory> Crew<'scope, '_, M> {
                 received,
                 backing,
                 delivered,
+                digests: digests.get(),
                 round,
             };
             let (events, identity) = (self.events.clone(), *identity);

@@ -8,6 +8,7 @@ use ferry_proto::stream::v1::{self, from_destination::Message as Reply, from_sou
 
 use crate::destination::crew::Crew;
 use crate::destination::hearing::Hearing;
+use crate::destination::verifying::{self, Compared};
 use crate::destination::{Arrived, DestinationError, DestinationParameters, DestinationReport, Digests};
 use crate::digest;
 use crate::guest::{GuestMemory, GuestWas};
@@ -29,6 +30,8 @@ pub(super) struct Held {
     state: Vec<u8>,
     memory_digest: Option<u128>,
     verify: Duration,
+    /// What came of comparing, if that was asked for.
+    compared: Option<Compared>,
     /// Pages that come late, as far as their table is here.
     missing: Option<Table>,
 }
@@ -63,6 +66,7 @@ impl Phase {
                     state,
                     memory_digest,
                     verify,
+                    compared: None,
                     missing: None,
                 })))
             }
@@ -95,6 +99,22 @@ impl Phase {
                 }
                 let table = held.missing.get_or_insert_with(|| Table::new(crew.memory.shape()));
                 table.take(&part, crew.memory).map_err(DestinationError::Misbehaved)?;
+                Ok(Step::Next(Self::GuestStopped(held)))
+            }
+            (Self::GuestStopped(mut held), Said::Compare(compare)) => {
+                let attempt = checked_attempt(compare.attempt.clone(), hearing)?;
+                if attempt != held.attempt {
+                    return Err(DestinationError::Misbehaved(format!(
+                        "it compares {attempt} in {}",
+                        held.attempt
+                    )));
+                }
+                held.compared = Some(verifying::compare(compare, hearing, crew)?);
+                Ok(Step::Next(Self::GuestStopped(held)))
+            }
+            // What differs is sent again, in a round of its own.
+            (Self::GuestStopped(held), Said::Barrier(barrier)) if held.compared == Some(Compared::Differs) => {
+                reach_barrier(barrier, hearing, crew)?;
                 Ok(Step::Next(Self::GuestStopped(held)))
             }
             (Self::GuestStopped(held), Said::DigestRequest(request)) => {
@@ -183,8 +203,9 @@ fn check_manifest<M: GuestMemory>(
     if attempt != held.attempt {
         return Err(refuse(format!("GO is for {attempt}, the state for {}", held.attempt)));
     }
+    let totals = from_wire(manifest.totals);
     hearing
-        .await_totals(&crew.shared.delivered, &from_wire(manifest.totals))
+        .await_totals(&crew.shared.delivered, &totals)
         .map_err(|error| refuse(chain(&error)))?;
     make_durable(crew).map_err(|error| refuse(chain(&error)))?;
     let last_pages = go_received.elapsed();
@@ -209,6 +230,11 @@ fn check_manifest<M: GuestMemory>(
     } else if held.memory_digest.is_some() {
         reasons.push("digests were asked for and are not listed".to_owned());
     }
+    reasons.extend(verifying::check(
+        crew.shared.digests.get(),
+        held.compared.as_ref(),
+        &totals,
+    ));
     let missing = check_late(held.missing, manifest.late, &mut reasons);
     if !reasons.is_empty() {
         return Err(DestinationError::ManifestRefused(reasons));
@@ -293,7 +319,7 @@ fn disarm_attempt(disarm: v1::Disarm, hearing: &Hearing<'_>) -> Result<Attempt, 
     Ok(attempt)
 }
 
-fn from_wire(totals: Vec<v1::StreamTotals>) -> Vec<StreamTotals> {
+pub(super) fn from_wire(totals: Vec<v1::StreamTotals>) -> Vec<StreamTotals> {
     totals.into_iter().map(StreamTotals::from).collect()
 }
 
@@ -315,6 +341,7 @@ fn name(message: &Said) -> &'static str {
         Said::Barrier(_) => "barrier",
         Said::State(_) => "state",
         Said::DigestRequest(_) => "digest request",
+        Said::Compare(_) => "compare",
         Said::Go(_) => "go",
         Said::Disarm(_) => "disarm",
         Said::Abort(_) => "abort",

@@ -9,6 +9,7 @@ use crate::destination::population::Backing;
 use crate::destination::received::Received;
 use crate::guest::{FRAME_SIZE, FrameRun, GuestError, GuestMemory};
 use crate::link::Sockets;
+use crate::verify::PageDigests;
 use crate::wire::{FrameError, FrameReader, StreamIdentity, StreamTotals};
 use crate::yielding::Yielding;
 
@@ -84,6 +85,7 @@ pub(super) struct Receiver<'a, M> {
     pub(super) received: &'a Received,
     pub(super) backing: &'a Backing,
     pub(super) delivered: &'a Delivered,
+    pub(super) digests: Option<&'a PageDigests>,
     /// The round whose barrier comes next.
     pub(super) round: &'a AtomicU32,
 }
@@ -96,7 +98,7 @@ impl<M: GuestMemory> Receiver<'_, M> {
     pub(super) fn run(&self, identity: &StreamIdentity, mut arrived: impl FnMut()) -> Result<(), ReceiveError> {
         let mut reader = FrameReader::new(self.stream);
         let mut socket = self.socket;
-        let mut yielding = Yielding::default();
+        let (mut yielding, mut scratch) = (Yielding::default(), Vec::new());
         if reader
             .open(&mut socket, identity)
             .map_err(ReceiveError::Frame)?
@@ -118,7 +120,7 @@ impl<M: GuestMemory> Receiver<'_, M> {
             }
             self.sockets.hear();
             yielding.set(pages.round == FIRST_ROUND);
-            let frame = self.take_in(pages.data, pages.zero, pages.overhead)?;
+            let frame = self.take_in(pages.data, pages.zero, pages.overhead, &mut scratch)?;
             self.sockets.hear();
             if self.delivered.add(frame) {
                 arrived();
@@ -126,7 +128,13 @@ impl<M: GuestMemory> Receiver<'_, M> {
         }
     }
 
-    fn take_in(&self, data: &[FrameRun], zero: &[FrameRun], overhead: u64) -> Result<StreamTotals, ReceiveError> {
+    fn take_in(
+        &self,
+        data: &[FrameRun],
+        zero: &[FrameRun],
+        overhead: u64,
+        scratch: &mut Vec<u64>,
+    ) -> Result<StreamTotals, ReceiveError> {
         if !data.is_empty() {
             self.backing
                 .take(data, |run| self.memory.populate(run))
@@ -134,9 +142,13 @@ impl<M: GuestMemory> Receiver<'_, M> {
             let taken = self.memory.receive(self.socket.as_fd(), data);
             taken.map_err(|error| ReceiveError::Frame(FrameError::from_pages(error)))?;
         }
+        self.digest(data, scratch).map_err(ReceiveError::Guest)?;
         data.iter().for_each(|&run| self.received.insert(run));
         for &run in zero {
-            let zeroed = self.received.runs_in(run, |run| self.memory.write_zeroes(run));
+            let zeroed = self.received.runs_in(run, |run| {
+                self.memory.write_zeroes(run)?;
+                self.digest(&[run], scratch)
+            });
             zeroed.map_err(ReceiveError::Guest)?;
         }
         let count = |runs: &[FrameRun]| runs.iter().map(|run| run.count).sum::<u64>();
@@ -147,5 +159,13 @@ impl<M: GuestMemory> Receiver<'_, M> {
             zero_pages: count(zero),
             bytes: overhead + pages * FRAME_SIZE,
         })
+    }
+
+    /// Digests what is in memory now, where both sides compare: what it was before it was put there does not count.
+    fn digest(&self, runs: &[FrameRun], scratch: &mut Vec<u64>) -> Result<(), GuestError> {
+        match self.digests {
+            Some(digests) => digests.take(self.memory, runs, scratch),
+            None => Ok(()),
+        }
     }
 }

@@ -128,6 +128,9 @@ mod tests {
         fn digest(&self, _: FrameRun) -> Result<u128, GuestError> {
             Ok(0)
         }
+        fn page_digests(&self, _: FrameRun, _: &mut Vec<u64>) -> Result<(), GuestError> {
+            Ok(())
+        }
         fn advise_huge(&self, _: FrameRun) -> Result<(), GuestError> {
             Ok(())
         }

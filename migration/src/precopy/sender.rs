@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use crate::guest::{DirtyClearer, FRAME_SIZE, FrameRun, GuestError, GuestMemory};
 use crate::precopy::bandwidth::Bandwidth;
 use crate::precopy::feed::{Feed, Pace, Standing};
+use crate::verify::PageDigests;
 use crate::wire::{Content, FrameWriter, StreamIdentity, StreamTotals};
 use crate::yielding::Yielding;
 
@@ -30,6 +31,7 @@ pub(crate) struct Sender<'a, M, C> {
     pub(crate) feed: &'a Feed<C>,
     pub(crate) bandwidth: &'a Bandwidth,
     pub(crate) totals: &'a Mutex<StreamTotals>,
+    pub(crate) digests: Option<&'a PageDigests>,
 }
 
 /// What goes into the frame that is being made; kept to save allocations.
@@ -38,6 +40,7 @@ pub(crate) struct Contents {
     zero: Vec<FrameRun>,
     pub(crate) table: Vec<(FrameRun, Content)>,
     pub(crate) data: Vec<FrameRun>,
+    digests: Vec<u64>,
 }
 
 impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
@@ -61,6 +64,10 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
             let guest_runs = chunk.pace == Pace::Yielding;
             yielding.set(guest_runs);
             contents.split(self.memory, &runs).map_err(SendError::Guest)?;
+            if let Some(digests) = self.digests {
+                let taken = contents.digest(self.memory, digests);
+                taken.map_err(SendError::Guest)?;
+            }
             let prefix = frames.pages(chunk.round, contents.table.iter().copied());
             let sent = contents.totals(prefix.len());
             if chunk.pace != Pace::Unlimited {
@@ -96,6 +103,13 @@ impl Contents {
             push_data(&mut self.table, &mut self.data, next, run.end());
         }
         Ok(())
+    }
+
+    /// Digests them as they are now, which is after their range was re-armed: whoever writes one from here on makes it dirty.
+    fn digest(&mut self, memory: &impl GuestMemory, digests: &PageDigests) -> Result<(), GuestError> {
+        let zero = self.table.iter().filter(|(_, content)| *content == Content::Zero);
+        zero.for_each(|&(run, _)| digests.note_zero(run));
+        digests.take(memory, &self.data, &mut self.digests)
     }
 
     /// What a frame of them carries, given the bytes before its pages.

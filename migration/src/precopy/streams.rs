@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use crate::guest::DirtyClearer;
 use crate::precopy::bandwidth::Bandwidth;
 use crate::precopy::feed::Feed;
+use crate::verify::PageDigests;
 use crate::wire::StreamTotals;
 
 /// What the script shares with its sending threads.
@@ -13,14 +14,17 @@ pub(crate) struct Streams<C> {
     pub(crate) feed: Feed<C>,
     pub(crate) bandwidth: Bandwidth,
     pub(crate) totals: Vec<Mutex<StreamTotals>>,
+    /// Of what is sent, where both sides compare.
+    pub(crate) digests: Option<PageDigests>,
 }
 
 impl<C: DirtyClearer> Streams<C> {
-    pub(crate) fn new(streams: u32, cap: Option<NonZeroU64>) -> Self {
+    pub(crate) fn new(streams: u32, cap: Option<NonZeroU64>, digests: Option<PageDigests>) -> Self {
         Self {
             feed: Feed::new(streams),
             bandwidth: Bandwidth::new(cap),
             totals: (0..streams).map(|_| Mutex::default()).collect(),
+            digests,
         }
     }
 

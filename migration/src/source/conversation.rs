@@ -39,6 +39,7 @@ pub(super) enum Heard {
     PopulationReady,
     BarrierReached(u32),
     RoundSent,
+    Compared(v1::Compared),
 }
 
 pub(super) type Outbox = Sender<Outgoing<v1::FromSource>>;
@@ -133,7 +134,7 @@ impl<'a> Conversation<'a> {
     }
 
     /// Keeps a decision that is about no round's figures, and tells it.
-    fn tell(&self, decided: Decided) {
+    pub(super) fn tell(&self, decided: Decided) {
         self.note(decided.clone());
         self.asked.report(SourceReport::Decided(decided));
     }
@@ -296,6 +297,7 @@ fn understand(message: v1::FromDestination) -> Result<Heard, SourceError> {
         Some(Message::HelloReply(reply)) => Ok(Heard::HelloReply(reply)),
         Some(Message::PopulationReady(v1::PopulationReady {})) => Ok(Heard::PopulationReady),
         Some(Message::BarrierReached(reached)) => Ok(Heard::BarrierReached(reached.round)),
+        Some(Message::Compared(compared)) => Ok(Heard::Compared(compared)),
         Some(Message::Refused(refused)) => Err(SourceError::Refused(refused.reasons)),
         Some(Message::Missing(_) | Message::AllHere(_)) => {
             Err(SourceError::Misbehaved("it wants late pages before GO".to_owned()))

@@ -39,6 +39,9 @@ pub struct SourceParameters {
     /// Whether both sides compare digests of all memory and state before the guest is handed over. For tests: the blackout
     /// grows by the time it takes, which the budget leaves out.
     pub digests: bool,
+    /// Whether both sides keep digests of pages as they go, and compare them before the guest is handed over. What differs is sent again, once. Not
+    /// where pages may come late.
+    pub verify: bool,
     /// What the switchover costs beside the last pages, as learned from earlier ones.
     pub overhead: Overhead,
     /// When the destination counts as dead.
@@ -242,6 +245,18 @@ impl Decided {
         }
     }
 
+    /// What the destination holds differs from what was sent.
+    pub(super) fn send_again((round, throttle): (u32, u32), what: &str) -> Self {
+        Self {
+            round,
+            deed: "verify",
+            words: format!("{what} differ at the destination: they are sent again"),
+            blackout: None,
+            forecast: Forecast::default(),
+            throttle,
+        }
+    }
+
     /// What its user decided while this round went on.
     pub(super) fn retuned((round, throttle): (u32, u32), terms: &Terms) -> Self {
         Self {
@@ -278,10 +293,23 @@ pub struct SourceSummary {
     pub round_trip: Option<Duration>,
     /// Pages that come after GO.
     pub late_pages: u64,
+    /// What came of comparing digests, if it came to that.
+    pub verified: Option<Verified>,
     /// How far the copy came; `None` before the first pass.
     pub copied: Option<Copied>,
     /// The blackout's source part; `None` if the guest was never stopped, or went on running.
     pub blackout: Option<Blackout>,
+}
+
+/// What came of comparing the digests that both sides kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Verified {
+    /// Pages that hold something and were compared. The others were compared as zero.
+    pub pages: u64,
+    /// Ranges of pages that differed, and were sent again, in all attempts.
+    pub ranges_sent_again: u64,
+    /// How long the guest stood still for that, the last time.
+    pub blackout: Duration,
 }
 
 /// The source's part of a blackout.
@@ -298,6 +326,6 @@ pub struct Blackout {
     /// Fetching the last dirty log and sending the last pages. Of a cold move, whose pages are all last ones: everything from the stop
     /// on that is not the state, the wait for the grant too.
     pub last_pages: Duration,
-    /// Digesting all memory; zero unless verifying.
+    /// Comparing digests, and digesting all memory; zero where neither is asked for.
     pub verify: Duration,
 }

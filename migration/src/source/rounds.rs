@@ -14,6 +14,7 @@ use crate::precopy::{Pace, Round, Streams};
 use crate::source::cold::Halt;
 use crate::source::conversation::{Conversation, Heard, TICK, unexpected};
 use crate::source::meter::Meter;
+use crate::source::verifying::Comparing;
 use crate::source::{Decided, Journey, Manner, Progress, RoundSummary, SourceError, SourceReport, SourceSummary, Stop};
 use crate::wire::{StreamTotals, population_to_wire};
 
@@ -45,6 +46,7 @@ pub(super) struct Copy<'c, 'a, G: SourceGuest> {
     /// being sent after its range was re-armed, and a barrier.
     pub(super) pending: PageSet,
     pub(super) meter: Meter,
+    pub(super) comparing: Comparing,
     /// The number of the next round.
     pub(super) round: u32,
     /// An empty set, kept to save allocations.
@@ -110,6 +112,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             policy,
             pending,
             meter,
+            comparing: Comparing::default(),
             round,
             spare,
             rest_until,
@@ -211,7 +214,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         let now = Moment {
             elapsed: self.copying_since.elapsed(),
             bytes: sent.bytes,
-            round_trip: self.conversation.round_trip(),
+            round_trip: self.round_trips(),
         };
         let mut decision = self.policy.judge(&round, now);
         if may_be_late && !decision.within_budget {
@@ -222,6 +225,12 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             self.note(round, Decided::on(&round, &decision).throttled(throttled));
         }
         Ok(decision)
+    }
+
+    /// What the blackout waits for the destination: comparing is a way to it and back more.
+    fn round_trips(&self) -> Option<Duration> {
+        let trips = 1 + u32::from(self.streams.digests.is_some());
+        self.conversation.round_trip().map(|trip| trip * trips)
     }
 
     /// Has the guest's vCPUs throttled as the policy wants it; again after each round, for other ones may write by now.
@@ -294,12 +303,15 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         })
     }
 
+    /// An empty set of its pages.
+    pub(super) fn empty_set(&mut self) -> PageSet {
+        let new = || PageSet::new(self.guest.memory().shape());
+        self.spare.take().unwrap_or_else(new)
+    }
+
     /// What is pending, to be sent as a round.
     pub(super) fn take_pending(&mut self) -> PageSet {
-        let empty = self
-            .spare
-            .take()
-            .unwrap_or_else(|| PageSet::new(self.guest.memory().shape()));
+        let empty = self.empty_set();
         std::mem::replace(&mut self.pending, empty)
     }
 

@@ -17,6 +17,7 @@ use crate::precopy::{Pace, Round, Standing};
 use crate::source::cold::STOP_TRY;
 use crate::source::conversation::{Heard, TICK, unexpected};
 use crate::source::rounds::Copy;
+use crate::source::verifying;
 use crate::source::{Blackout, Manner, RoundSummary, SourceError, SourceReport, Stop};
 use crate::wire::attempt_to_wire;
 
@@ -30,7 +31,7 @@ pub(super) enum Switched {
 }
 
 /// Why the guest is not given away.
-enum Setback {
+pub(super) enum Setback {
     /// Not this time: rounds go on.
     CallOff(String),
     /// The migration ends.
@@ -45,7 +46,7 @@ impl From<Stop> for Setback {
 
 /// How far the last round came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum LastRound {
+pub(super) enum LastRound {
     NotStarted,
     UnderWay,
     Sent,
@@ -114,10 +115,11 @@ fn hand_over<G: SourceGuest>(
         send_last_pages(copy, &budget, last_round)?;
         None
     };
-    let totals: Vec<_> = copy.streams.each().into_iter().map(v1::StreamTotals::from).collect();
     let last_pages = copied_cold + last_pages_began.elapsed();
+    let compared = verifying::agree(copy, &budget, grant, last_round)?;
+    let totals: Vec<_> = copy.streams.each().into_iter().map(v1::StreamTotals::from).collect();
 
-    let verify_began = Instant::now();
+    let digests_began = Instant::now();
     let digests = match verified_state {
         Some(state) => {
             let (attempt, totals) = (attempt.clone(), totals.clone());
@@ -132,12 +134,12 @@ fn hand_over<G: SourceGuest>(
         }
         None => None,
     };
-    let verify = if digests.is_some() {
-        verify_began.elapsed()
+    let digested = if digests.is_some() {
+        digests_began.elapsed()
     } else {
         Duration::ZERO
     };
-    budget.extend(verify);
+    budget.extend(digested);
     budget.check("the last pages were sent")?;
 
     let manifest = v1::Manifest {
@@ -174,12 +176,12 @@ fn hand_over<G: SourceGuest>(
         stop,
         state,
         last_pages,
-        verify,
+        verify: compared + digested,
     })
 }
 
 /// The time that the guest may stand still.
-struct Budget {
+pub(super) struct Budget {
     /// None for a guest that moves cold, or by force: it may for as long as the migration takes.
     deadline: Option<Instant>,
     allowed: Duration,
@@ -207,7 +209,7 @@ impl Budget {
         self.extend(further);
     }
 
-    fn left(&self) -> Duration {
+    pub(super) fn left(&self) -> Duration {
         self.deadline.map_or(Duration::MAX, |deadline| {
             deadline.saturating_duration_since(Instant::now())
         })
@@ -217,7 +219,7 @@ impl Budget {
         self.deadline = self.deadline.map(|deadline| deadline + by);
     }
 
-    fn check(&self, when: &str) -> Result<(), Setback> {
+    pub(super) fn check(&self, when: &str) -> Result<(), Setback> {
         let over = self.deadline.map_or(Duration::ZERO, |deadline| {
             Instant::now().saturating_duration_since(deadline)
         });
@@ -295,7 +297,7 @@ fn send_last_pages<G: SourceGuest>(
     Ok(())
 }
 
-fn wait_for_last_pages<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, budget: &Budget) -> Result<(), Setback> {
+pub(super) fn wait_for_last_pages<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, budget: &Budget) -> Result<(), Setback> {
     loop {
         match copy.conversation.next(TICK.min(budget.left()))? {
             Some(Heard::RoundSent) => return Ok(()),
@@ -347,6 +349,7 @@ fn call_off<G: SourceGuest>(
 /// Ends the round that was sent while the guest stood still. All of its pages stay pending: they were not re-armed, so
 /// a write to one of them since need not be reported.
 fn close_last_round<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, last_round: LastRound) -> Result<(), Stop> {
+    verifying::hear_out(copy)?;
     match last_round {
         LastRound::NotStarted => return Ok(()),
         LastRound::UnderWay if copy.streams.feed.cut() == Standing::Open => {

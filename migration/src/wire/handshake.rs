@@ -14,6 +14,18 @@ pub const OLDEST_PROTOCOL: u32 = 1;
 /// The version that brought pages that come after GO.
 pub(crate) const LATE_PAGES_SINCE: u32 = 2;
 
+/// The version that brought digests that are compared before the guest is handed over.
+pub(crate) const VERIFY_SINCE: u32 = 2;
+
+/// What the source asks for beside the guest's move.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Wishes {
+    /// Page streams for pages that come late.
+    pub(crate) late_streams: u32,
+    /// Both sides keep digests of pages, and compare.
+    pub(crate) verify: bool,
+}
+
 /// Protocol versions that one side speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Versions {
@@ -35,7 +47,7 @@ impl Versions {
 }
 
 /// The source's first message.
-pub(crate) fn hello(identity: &StreamIdentity, shape: &MemoryShape, profile: Vec<u8>, late_streams: u32) -> v1::Hello {
+pub(crate) fn hello(identity: &StreamIdentity, shape: &MemoryShape, profile: Vec<u8>, wishes: Wishes) -> v1::Hello {
     let region = |region: &Region| v1::Region {
         start_frame: region.start_frame,
         frames: region.frames,
@@ -50,7 +62,8 @@ pub(crate) fn hello(identity: &StreamIdentity, shape: &MemoryShape, profile: Vec
         regions: shape.regions().iter().map(region).collect(),
         streams: identity.streams,
         profile,
-        late_streams,
+        late_streams: wishes.late_streams,
+        verify: wishes.verify,
     }
 }
 
@@ -163,7 +176,7 @@ mod tests {
     }
 
     fn ours() -> v1::Hello {
-        hello(&identity(), &shape(64), Vec::new(), 0)
+        hello(&identity(), &shape(64), Vec::new(), Wishes::default())
     }
 
     #[test]
@@ -199,7 +212,7 @@ mod tests {
         let hello = v1::Hello {
             epoch: 9,
             page_size: 16384,
-            ..hello(&identity(), &shape(65), Vec::new(), 0)
+            ..hello(&identity(), &shape(65), Vec::new(), Wishes::default())
         };
         let check = |_: &[u8]| vec!["cpu feature avx512f is missing".to_owned()];
         let reasons = check_hello(&hello, &identity(), &shape(64), Versions::OURS, check).unwrap_err();

@@ -11,7 +11,7 @@ pub use frame::FrameError;
 #[cfg(any(fuzzing, test))]
 pub(crate) use frame::summed_up;
 pub(crate) use frame::{Content, FrameReader, FrameWriter, MAX_DATA_PAGES, MAX_RUNS, StreamIdentity, Wish};
-pub(crate) use handshake::{LATE_PAGES_SINCE, Versions, check_hello, hello};
+pub(crate) use handshake::{LATE_PAGES_SINCE, VERIFY_SINCE, Versions, Wishes, check_hello, hello};
 pub use handshake::{OLDEST_PROTOCOL, PROTOCOL};
 pub use messages::StreamTotals;
 pub(crate) use messages::{

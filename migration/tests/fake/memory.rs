@@ -25,8 +25,11 @@ pub struct FakeMemory {
     pub populated: AtomicU64,
     /// Its pages cannot come late.
     pub cannot_wait: bool,
-    /// A frame whose first byte is damaged after it was received.
+    /// A frame that is damaged after it was received.
     pub damage: Option<u64>,
+    /// How many times more that happens.
+    pub damages: AtomicU64,
+    digest_delay_micros: AtomicU64,
 }
 
 /// The bytes, which outlive the handle of those who wait for late pages.
@@ -70,12 +73,20 @@ impl FakeMemory {
             populated: AtomicU64::new(0),
             cannot_wait: false,
             damage: None,
+            damages: AtomicU64::new(u64::MAX),
+            digest_delay_micros: AtomicU64::new(0),
         }
     }
 
     /// Each write to a socket takes so long from now on.
     pub fn slow_sends(&self, time: Duration) {
         self.send_delay_micros.store(time.as_micros() as u64, Ordering::Relaxed);
+    }
+
+    /// The next digesting of pages takes so long.
+    pub fn slow_digest(&self, time: Duration) {
+        self.digest_delay_micros
+            .store(time.as_micros() as u64, Ordering::Relaxed);
     }
 
     /// Fills a frame with a pattern of `value`; zero makes it zero.
@@ -273,7 +284,10 @@ impl GuestMemory for FakeMemory {
         }
         drop(guards);
         let damaged = |frame: &u64| runs.iter().any(|run| (run.first..run.end()).contains(frame));
-        if let Some(frame) = self.damage.filter(damaged) {
+        if let Some(frame) = self.damage.filter(damaged)
+            && self.damages.load(Ordering::Relaxed) > 0
+        {
+            self.damages.fetch_sub(1, Ordering::Relaxed);
             self.fill(frame, 0x00ba_dbad);
         }
         Ok(())
@@ -310,6 +324,18 @@ impl GuestMemory for FakeMemory {
             hasher.update(&self.store.chunks[chunk].read().unwrap()[offset..offset + length]);
         }
         Ok(hasher.digest128())
+    }
+
+    fn page_digests(&self, run: FrameRun, digests: &mut Vec<u64>) -> Result<(), GuestError> {
+        thread::sleep(Duration::from_micros(
+            self.digest_delay_micros.swap(0, Ordering::Relaxed),
+        ));
+        for (chunk, offset, length) in self.pieces(run) {
+            let bytes = self.store.chunks[chunk].read().unwrap();
+            let pages = bytes[offset..offset + length].chunks_exact(FRAME_SIZE as usize);
+            digests.extend(pages.map(xxhash_rust::xxh3::xxh3_64));
+        }
+        Ok(())
     }
 
     fn advise_huge(&self, run: FrameRun) -> Result<(), GuestError> {

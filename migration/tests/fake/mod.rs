@@ -231,8 +231,10 @@ impl FakeSource {
         self.vcpu.wait_paused();
     }
 
+    /// Whether it stands still. One that may run does not, even if its thread has not been on a processor since.
     pub fn is_stopped(&self) -> bool {
-        self.vcpu.wanted.lock().unwrap().1
+        let (wanted, is_paused) = *self.vcpu.wanted.lock().unwrap();
+        wanted == Wanted::Pause && is_paused
     }
 }
 

@@ -87,6 +87,7 @@ pub fn parameters() -> SourceParameters {
         bandwidth: None,
         guest_was: GuestWas::Running,
         digests: true,
+        verify: true,
         overhead: Overhead::default(),
         liveness: Liveness::default(),
     }

@@ -205,6 +205,112 @@ fn a_stale_attempt_is_misbehaviour() {
     assert!(matches!(error, DestinationError::Misbehaved(what) if what.ends_with("was called off before")));
 }
 
+fn wire_attempt() -> v1::Attempt {
+    v1::Attempt {
+        instance: attempt(1).instance.as_bytes().to_vec(),
+        migration: attempt(1).migration.as_bytes().to_vec(),
+        attempt: 1,
+        epoch: attempt(1).epoch.0,
+    }
+}
+
+/// Up to the state of a guest without a page, by a source that wants to compare, or does not.
+fn up_to_state(source: &RawSource, verify: bool) {
+    source.say(Said::Hello(v1::Hello {
+        protocol_newest: 2,
+        verify,
+        ..source.hello()
+    }));
+    assert!(matches!(source.reply(), Some(Reply::HelloReply(reply)) if reply.refusals.is_empty()));
+    source.say(Said::Population(v1::Population {
+        last: true,
+        ..v1::Population::default()
+    }));
+    assert!(matches!(source.reply(), Some(Reply::PopulationReady(_))));
+    source.write(0, &raw::opening(1));
+    source.say(Said::State(v1::State {
+        attempt: Some(wire_attempt()),
+        machine_state: b"state".to_vec(),
+    }));
+}
+
+fn compare(sums: Vec<u64>) -> Said {
+    Said::Compare(v1::Compare {
+        attempt: Some(wire_attempt()),
+        totals: vec![v1::StreamTotals::default()],
+        sums,
+    })
+}
+
+#[test]
+fn comparing_what_was_not_asked_to_be_digested_is_misbehaviour() {
+    let (_, reasons) = against(|source| {
+        up_to_state(source, false);
+        source.say(compare(vec![0; 17]));
+    });
+    assert!(reasons[0].contains("compares what it did not ask"), "{reasons:?}");
+}
+
+#[test]
+fn comparing_other_ranges_than_there_are_is_misbehaviour() {
+    let (_, reasons) = against(|source| {
+        up_to_state(source, true);
+        source.say(compare(vec![0; 3]));
+    });
+    assert!(
+        reasons[0].contains("compares 3 ranges where there are 17"),
+        "{reasons:?}"
+    );
+}
+
+#[test]
+fn a_barrier_while_the_guest_stands_still_and_nothing_differs_is_misbehaviour() {
+    let (_, reasons) = against(|source| {
+        up_to_state(source, true);
+        source.say(compare(vec![0; 17]));
+        source.say(Said::Barrier(v1::Barrier {
+            round: 1,
+            totals: vec![v1::StreamTotals::default()],
+        }));
+    });
+    assert!(
+        reasons[0].contains("it said barrier while its guest was stopped"),
+        "{reasons:?}"
+    );
+}
+
+/// GO of a guest without a page, whatever was compared before.
+#[track_caller]
+fn go_is_refused_after(act: impl FnOnce(&RawSource)) {
+    let manifest = v1::Manifest {
+        attempt: Some(wire_attempt()),
+        totals: vec![v1::StreamTotals::default()],
+        state_checksum: xxhash_rust::xxh3::xxh3_128(b"state").to_le_bytes().to_vec(),
+        ..v1::Manifest::default()
+    };
+    let (error, _) = against(|source| {
+        up_to_state(source, true);
+        act(source);
+        source.say(Said::Go(v1::Go {
+            manifest: Some(manifest),
+        }));
+    });
+    assert!(
+        matches!(&error, DestinationError::ManifestRefused(reasons) if reasons[0].starts_with("what is here was not compared")),
+        "{error}"
+    );
+}
+
+#[test]
+fn go_of_what_was_not_compared_is_refused() {
+    go_is_refused_after(|_| ());
+}
+
+#[test]
+fn go_of_what_differs_is_refused() {
+    go_is_refused_after(|source| source.say(compare([vec![7], vec![0; 16]].concat())));
+}
+
 #[test]
 fn a_manifest_that_lists_other_pages_than_arrived_is_refused() {
     let wire = v1::Attempt {

@@ -327,6 +327,9 @@ pub(super) struct MigrateArguments {
     /// Do not send faster than this, for example 5Gbit [default: no limit]
     #[arg(long, value_name = "RATE", value_parser = parse::bandwidth)]
     pub(super) bandwidth: Option<u64>,
+    /// Keep digests of all that moves, on both hosts, and compare before the guest is handed over: what differs is sent again, once
+    #[arg(long)]
+    pub(super) verify: bool,
     /// What becomes of writable disks: `shared` ones are handed over, a `copy` moves with the guest and is removed at the source; `auto`
     /// takes each as the destination has it
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = ["auto", "shared", "copy"])]
@@ -450,6 +453,9 @@ pub(super) struct BenchArguments {
     /// Page streams, each a TCP connection
     #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = parse::streams)]
     pub(super) streams: u32,
+    /// Each migration as by `migrate --verify`
+    #[arg(long)]
+    pub(super) verify: bool,
     /// List the workloads and leave
     #[arg(long)]
     pub(super) list: bool,

@@ -116,6 +116,7 @@ async fn one_way(lab: &Lab, guest: &ProbeGuest, source: usize, told: &Teller) ->
     let order = MoveOrder {
         source,
         streams: 0,
+        verify: false,
         listen: Duration::from_millis(700),
     };
     told.line(&format!(

@@ -189,6 +189,7 @@ fn request(arguments: &MigrateArguments) -> LiveMigrateRequest {
             streams: arguments.streams,
             bandwidth_bytes_per_s: arguments.bandwidth.unwrap_or(0),
             digests: arguments.digests,
+            verify: arguments.verify,
             hold_at: arguments.hold_at.clone(),
             storage: arguments.storage.clone(),
             max_throttle_percent: if arguments.auto_converge {

@@ -245,7 +245,7 @@ mod tests {
                 "{flag}"
             );
         }
-        for flag in ["--verify", "--max-throttle", "--storage"] {
+        for flag in ["--max-throttle", "--storage"] {
             let error = line(&format!("ferry migrate web {flag}")).unwrap_err();
             assert_eq!(
                 (error.exit_code(), error.to_string().contains(flag)),

@@ -1,6 +1,6 @@
 //! A migration in words: the line while it runs, and the account when it is over.
 
-use ferry_proto::agent::v1::{DowntimeMs, MigrationDecision, MigrationInfo, Round};
+use ferry_proto::agent::v1::{DowntimeMs, MigrationDecision, MigrationInfo, Round, Verified};
 
 use super::output::{Table, human_bytes, human_count, human_ms, human_rate, note, or_dash};
 use super::terminal::LiveLine;
@@ -74,12 +74,27 @@ pub(super) fn account(info: &MigrationInfo) -> String {
             .as_ref()
             .map(|downtime| format!("blackout {}", blackout(downtime))),
     );
+    lines.extend(info.verified.as_ref().map(verified));
     if let (Some(memory), Some(state)) = (&info.memory_digest, &info.state_digest) {
         lines.push(format!("digests equal on both sides: memory {memory}, state {state}"));
     }
     lines.extend(steps(info));
     lines.push(whereabouts(info));
     lines.join("\n")
+}
+
+/// What came of comparing.
+fn verified(verified: &Verified) -> String {
+    let again = match verified.ranges_sent_again {
+        0 => String::new(),
+        1 => ", 1 range sent again".to_owned(),
+        ranges => format!(", {} ranges sent again", human_count(ranges)),
+    };
+    format!(
+        "verified: {} pages are what was sent{again}; {} of the blackout",
+        human_count(verified.pages),
+        human_ms(verified.blackout_ms)
+    )
 }
 
 /// How far one came that did not arrive, and what was undone of it.
@@ -279,6 +294,24 @@ mod tests {
             ..info("completed")
         };
         assert!(!account(&done).contains("step"));
+    }
+
+    #[test]
+    fn what_was_compared_is_told() {
+        let told = |ranges_sent_again| {
+            let verified = Verified {
+                pages: 20_000,
+                ranges_sent_again,
+                blackout_ms: 1.5,
+            };
+            account(&MigrationInfo {
+                verified: Some(verified),
+                ..info("completed")
+            })
+        };
+        assert!(told(0).contains("verified: 20,000 pages are what was sent; "), "{}", told(0));
+        assert!(told(1).contains("are what was sent, 1 range sent again; "), "{}", told(1));
+        assert!(!account(&info("completed")).contains("verified"));
     }
 
     #[test]

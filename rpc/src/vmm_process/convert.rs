@@ -8,7 +8,7 @@ use ferry_migration::handover::{Attempt, Epoch};
 use ferry_migration::postcopy::Lateness;
 use ferry_migration::source::{
     Amounts, Copied, Decided, Manner, NewTerms, OnTimeout, Overhead, Parked, RoundSummary, SourceParameters,
-    SourceSummary,
+    SourceSummary, Verified,
 };
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::{InvalidField, required, wire_uuid};
@@ -73,6 +73,7 @@ pub(super) fn source_parameters(send: &wire::Send, instance: Uuid) -> Result<Sou
         bandwidth: NonZeroU64::new(send.bandwidth_bytes_per_s),
         guest_was: guest_was(send.user_paused),
         digests: send.digests,
+        verify: send.verify,
         overhead: Overhead::default(),
         liveness: Default::default(),
     })
@@ -148,7 +149,17 @@ pub(super) fn progress(summary: &SourceSummary) -> wire::Progress {
         streams: summary.streams,
         throttle_percent: summary.throttle,
         copied: summary.copied.map(copied),
+        verified: summary.verified.map(verified),
         ..wire::Progress::default()
+    }
+}
+
+/// What came of comparing digests.
+fn verified(verified: Verified) -> wire::Verified {
+    wire::Verified {
+        pages: verified.pages,
+        ranges_sent_again: verified.ranges_sent_again,
+        blackout_ms: ms(verified.blackout),
     }
 }
 

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use ferry_migration::guest::{FRAME_SIZE, FrameRun, Region};
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
+use xxhash_rust::xxh3::xxh3_64;
 
 /// The first frame of the first disk: no guest has so much memory.
 const FIRST_FRAME: u64 = 1 << 40;
@@ -148,6 +149,16 @@ impl CopiedDisk {
         Ok(u128::from_le_bytes(half))
     }
 
+    /// Appends the XXH3 of each of the run's blocks, the last one filled up with zeroes. They are read from the disk again.
+    pub(super) fn block_digests(&self, run: FrameRun, digests: &mut Vec<u64>) -> io::Result<()> {
+        self.each_piece(run, |offset, len, frames| {
+            self.image.read_exact_at(&mut frames[..len], offset)?;
+            frames[len..].fill(0);
+            digests.extend(frames.chunks_exact(FRAME_SIZE as usize).map(xxh3_64));
+            Ok(())
+        })
+    }
+
     /// Waits until all that was received is on the disk.
     pub(super) fn sync(&self) -> io::Result<()> {
         self.image.sync_data()
@@ -265,6 +276,14 @@ mod tests {
             to.receive(theirs.as_fd(), run(0, 301)).unwrap();
         });
         assert_eq!(from.digest(run(0, 301)).unwrap(), to.digest(run(0, 301)).unwrap());
+        let blocks = |disk: &CopiedDisk| {
+            let mut digests = Vec::new();
+            disk.block_digests(run(298, 3), &mut digests).unwrap();
+            digests
+        };
+        let odd_end = [[8; 512].as_slice(), &[0; 3584]].concat();
+        assert_eq!(blocks(&to), [[0; 4096].as_slice(), &[7; 4096], &odd_end].map(xxh3_64));
+        assert_eq!(blocks(&from), blocks(&to));
         assert_eq!(to.image.metadata().unwrap().len(), 300 * 4096 + 512);
         to.sync().unwrap();
     }

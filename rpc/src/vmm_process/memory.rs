@@ -110,6 +110,13 @@ impl GuestMemory for SharedMemory {
         }
     }
 
+    fn page_digests(&self, run: FrameRun, digests: &mut Vec<u64>) -> Result<(), GuestError> {
+        match self.disk(run) {
+            Some(disk) => disk.block_digests(run, digests).map_err(GuestError::new),
+            None => self.memory.page_digests(to_vmm(run), digests).map_err(GuestError::new),
+        }
+    }
+
     fn advise_huge(&self, run: FrameRun) -> Result<(), GuestError> {
         match self.disk(run) {
             Some(_) => Ok(()),

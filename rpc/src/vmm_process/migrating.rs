@@ -132,8 +132,12 @@ impl Vmm {
         let events = self.events.clone();
         let run = move || {
             jail::narrow(jail::Kind::Migration);
-            let outcome = destination::run(*blank, link, &parameters, &no_orders, &reports);
+            let mut outcome = destination::run(*blank, link, &parameters, &no_orders, &reports);
+            let loaded = outcome.as_mut().ok();
+            let leftovers = loaded.map(|loaded| std::mem::take(&mut loaded.leftovers));
             let _ = events.send(Event::LoadOutcome(Box::new(outcome)));
+            // Only now: somebody waits for the guest.
+            drop(leftovers);
         };
         thread::Builder::new()
             .name("migration".to_owned())
@@ -339,7 +343,7 @@ fn kind(error: &SourceError) -> &'static str {
         SourceError::TimedOut(_) => "timeout",
         SourceError::Incompatible(_) | SourceError::Refused(_) => "refused",
         SourceError::Silent(_) | SourceError::ControlLost(_) | SourceError::StreamLost { .. } => "link",
-        SourceError::Misbehaved(_) => "peer",
+        SourceError::Misbehaved(_) | SourceError::Differs(_) => "peer",
         SourceError::ForeignGrant(_) | SourceError::Guest { .. } | SourceError::Host { .. } => "local",
     }
 }

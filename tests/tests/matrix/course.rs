@@ -129,7 +129,9 @@ pub(crate) fn reach(site: Site) -> Reach {
             Reach::On(Straight, Outside)
         }
         Site::WireBarrier | Site::WireBarrierReached => Reach::On(Straight, Outside),
-        Site::WireState | Site::WireDigestRequest | Site::WireGo => Reach::On(Straight, Switchover),
+        Site::WireState | Site::WireCompare | Site::WireCompared | Site::WireDigestRequest | Site::WireGo => {
+            Reach::On(Straight, Switchover)
+        }
         // The agents' roll-back is often faster than the VMM's word of an abort.
         Site::WireAbort => Reach::AfterFault,
         Site::WireDisarm | Site::WireRefused => Reach::AfterFault,

@@ -193,7 +193,7 @@ impl Stage {
             Course::Aborted => hold(),
             Course::Recalled => self.gate.hold(Moment::Before, Site::GiveGrant),
         }
-        let mut words = vec!["--detach", "--digests"];
+        let mut words = vec!["--detach", "--digests", "--verify"];
         words.extend_from_slice(match (cell.power, std::env::var_os(COLD)) {
             (Power::On, None) => &["--max-downtime", "2s"],
             (Power::Off, _) | (_, Some(_)) => &["--cold"],

@@ -201,6 +201,7 @@ fn an_agent_that_knows_no_pause_at_the_timeout_is_named(pair: &mut Pair) -> Resu
     let witness = pair.run(&Guest::new("g"))?;
     pair.b.terminate()?;
     pair.b.arguments.extend(["--rpc-cap", "4.2"].map(str::to_owned));
+    pair.verifies = false;
     pair.b.start()?;
 
     let pause = ["--on-timeout", "pause"];
@@ -212,6 +213,8 @@ fn an_agent_that_knows_no_pause_at_the_timeout_is_named(pair: &mut Pair) -> Resu
     refused.says("host b speaks RPC version 4.2: a pause when the time is up needs 4.3")?;
     let throttled = pair.migrate("g", &["--auto-converge"])?.exit(4)?;
     throttled.says("throttling the guest needs 4.3")?;
+    let verified = pair.migrate("g", &["--verify"])?.exit(4)?;
+    verified.says("comparing what is moved needs 4.3")?;
     pair.runs_only_at(&pair.a, "g", &witness)
 }
 

@@ -2,10 +2,10 @@
 //! destination is left with nothing.
 
 use anyhow::{Result, ensure};
-use ferry_tests::{Guest, Pair, Relay, Tampering, relay::HEADER, relay::reseal};
+use ferry_tests::{Guest, Pair, Tampering, relay::HEADER, relay::reseal};
 use libtest_mimic::Trial;
 
-use crate::scenario::{expect_a_lost_peer, has_nothing, on_kvm};
+use crate::scenario::{between, expect_a_lost_peer, has_nothing, on_kvm};
 
 pub(crate) fn trials() -> Vec<Trial> {
     on_kvm![
@@ -101,15 +101,6 @@ fn stays(pair: &mut Pair, tampering: Tampering, says: &[&str]) -> Result<()> {
         .migration()?
         .is("completed", "b")?;
     pair.runs_only_at(&pair.b, "g", &witness)
-}
-
-/// A relay between A and B, of which A knows nothing.
-fn between(pair: &mut Pair, tampering: Tampering) -> Result<Relay> {
-    let relay = Relay::before(&pair.b, tampering)?;
-    pair.a.set_peer("b", &relay.url());
-    pair.a.terminate()?;
-    pair.a.start()?;
-    Ok(relay)
 }
 
 fn frame(stream: u16, number: u64, change: fn(&mut [u8])) -> Tampering {

@@ -44,6 +44,7 @@ mod silence;
 mod snapshots;
 mod storage;
 mod upgrades;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -78,6 +79,7 @@ fn main() -> ExitCode {
         agents::trials(),
         progress::trials(),
         upgrades::trials(),
+        verify::trials(),
         resolves::trials(),
         data_port::trials(),
         faults::trials(),

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{Host, Pair, Witness, until, waiting::CALL};
+use ferry_tests::{Host, Pair, Relay, Tampering, Witness, until, waiting::CALL};
 use libtest_mimic::{Failed, Trial};
 use rustix::fs::{Access, access};
 use rustix::io::Errno;
@@ -156,4 +156,13 @@ pub(crate) fn stays_and_moves_later(pair: &Pair, witness: &Witness) -> Result<()
         .migration()?
         .is("completed", "b")?;
     pair.runs_only_at(&pair.b, "g", witness)
+}
+
+/// A relay between A and B, of which A knows nothing.
+pub(crate) fn between(pair: &mut Pair, tampering: Tampering) -> Result<Relay> {
+    let relay = Relay::before(&pair.b, tampering)?;
+    pair.a.set_peer("b", &relay.url());
+    pair.a.terminate()?;
+    pair.a.start()?;
+    Ok(relay)
 }

@@ -5,10 +5,10 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use ferry_tests::{Guest, Pair, Witness, until, waiting::CALL};
+use ferry_tests::{Guest, Pair, Tampering, Witness, until, waiting::CALL};
 use libtest_mimic::Trial;
 
-use crate::scenario::{command, has_nothing, on_kvm};
+use crate::scenario::{between, command, expect_a_lost_peer, has_nothing, on_kvm};
 
 pub(crate) fn trials() -> Vec<Trial> {
     on_kvm![
@@ -19,6 +19,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_shared_disk_is_not_copied,
         a_stopped_instance_moves_cold_with_its_disk,
         a_shared_disk_goes_with_a_stopped_instance,
+        a_disk_that_is_damaged_on_its_way_stays_where_it_is,
     ]
 }
 
@@ -219,4 +220,38 @@ fn a_shared_disk_goes_with_a_stopped_instance(pair: &mut Pair) -> Result<()> {
     pair.a.ferry(&other.arguments(&pair.kernel()))?.exit(4)?.says("g.img")?;
     Witness::of(&[&pair.b]).wait_ready()?;
     pair.exists_only_at(&pair.b, "g")
+}
+
+/// Blocks of disks are compared as pages are.
+fn a_disk_that_is_damaged_on_its_way_stays_where_it_is(pair: &mut Pair) -> Result<()> {
+    expect_a_lost_peer(pair);
+    pair.expect_complaint("is not what was sent");
+    let folders = apart(pair)?;
+    let damage = |page: &mut [u8]| {
+        if page.iter().all(|&byte| byte == PIECES[1].1) {
+            page[7] ^= 1;
+        }
+    };
+    let relay = between(
+        pair,
+        Tampering::Pages {
+            stream: 0,
+            number: 0,
+            frames: None,
+            change: damage,
+        },
+    )?;
+    let witness = run(pair, &folders)?;
+
+    let told = pair
+        .migrate("g", &["--storage", "copy", "--verify", "--streams", "1"])?
+        .exit(1)?;
+
+    ensure!(relay.has_tampered(), "nothing was tampered with: {told}");
+    let error = told.migration()?.is("failed", "a")?.text("error")?.to_owned();
+    ensure!(error.contains("is not what was sent"), "{error}");
+    pair.runs_only_at(&pair.a, "g", &witness)?;
+    is_whole(folders.a.join("g.img"))?;
+    has_nothing(&pair.b)?;
+    is_empty(&folders.b)
 }

@@ -9,7 +9,7 @@ use std::arch::x86_64::{
 use std::ptr;
 use std::sync::{Mutex, PoisonError};
 
-use xxhash_rust::xxh3::Xxh3;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::mapping::{GuestMemory, MemoryError};
 use super::shape::{FrameRun, PAGE_SIZE, push_run};
@@ -88,14 +88,28 @@ impl GuestMemory {
         Ok(hasher.digest128())
     }
 
+    /// Appends the sum of each page of the run (XXH3, 64 bits). All of them are read: for pages that are backed.
+    ///
+    /// # Errors
+    ///
+    /// If the run is out of bounds; `digests` is then unchanged.
+    pub fn page_digests(&self, run: FrameRun, digests: &mut Vec<u64>) -> Result<(), MemoryError> {
+        self.each_page(run, |page| digests.push(xxh3_64(page)))
+    }
+
     fn hash_pages(&self, hasher: &mut Xxh3, run: FrameRun) -> Result<(), MemoryError> {
+        self.each_page(run, |page| hasher.update(page))
+    }
+
+    /// Calls `each` with a copy of each page.
+    fn each_page(&self, run: FrameRun, mut each: impl FnMut(&[u8; PAGE_SIZE as usize])) -> Result<(), MemoryError> {
         let start: *const Block = self.host_address(run)?.cast_const().cast();
         let mut page = [0; PAGE_SIZE as usize];
         for index in 0..run.count {
             let address = start.wrapping_add(index as usize * BLOCKS);
             // SAFETY: `host_address` checked that the whole run is mapped, and pages are aligned.
             unsafe { read_page(address, &mut page) };
-            hasher.update(&page);
+            each(&page);
         }
         Ok(())
     }
@@ -215,6 +229,21 @@ mod tests {
     }
 
     #[test]
+    fn each_page_has_the_sum_of_its_bytes() {
+        let memory = memory();
+        let bytes: Vec<u8> = (0..PAGE_SIZE).map(|number| (number % 251) as u8).collect();
+        memory
+            .tracked()
+            .write_slice(&bytes, GuestAddress(PAGE_SIZE))
+            .expect("write");
+        let mut digests = Vec::new();
+        memory
+            .page_digests(FrameRun { first: 0, count: 2 }, &mut digests)
+            .expect("in bounds");
+        assert_eq!(digests, [xxh3_64(&ZEROES), xxh3_64(&bytes)]);
+    }
+
+    #[test]
     fn untouched_pages_count_as_zeroes_and_stay_untouched() {
         let (sparse, zeroed) = (memory(), memory());
         let run = FrameRun { first: 0, count: 900 };
@@ -241,6 +270,7 @@ mod tests {
     fn run_outside_memory_is_refused() {
         let run = FrameRun { first: 1023, count: 2 };
         assert!(memory().digest(run).is_err());
+        assert!(memory().page_digests(run, &mut Vec::new()).is_err());
         assert!(memory().zero_pages(run, &mut Vec::new()).is_err());
         assert!(memory().write_zeroes(run).is_err());
     }

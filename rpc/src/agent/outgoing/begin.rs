@@ -272,6 +272,10 @@ pub(crate) fn check_options(options: MigrationOptions) -> Result<MigrationOption
             let problem = "pages that come late cannot be compared before the guest is handed over".to_owned();
             return invalid("options.digests", problem);
         }
+        Mode::Postcopy | Mode::Hybrid if options.verify => {
+            let problem = "pages that come late cannot be compared before the guest is handed over".to_owned();
+            return invalid("options.verify", problem);
+        }
         Mode::Precopy | Mode::Postcopy | Mode::Hybrid | Mode::Cold => {}
     }
     if let Err(problem) = Storage::parse(&options.storage) {

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use ferry_migration::handover::Decision;
 use ferry_migration::source::MOST_BEFORE_THE_END;
-use ferry_proto::agent::v1::{DestinationPart, DowntimeMs, MigrationDecision, MigrationInfo, Round};
+use ferry_proto::agent::v1::{DestinationPart, DowntimeMs, MigrationDecision, MigrationInfo, Round, Verified};
 use ferry_proto::vmm::v1 as wire;
 
 use super::handle::now_ms;
@@ -41,6 +41,7 @@ impl Script {
         }
         let decisions = progress.decisions.iter().take(MOST_DECISIONS);
         info.decisions = decisions.filter_map(decision).collect();
+        info.verified = progress.verified.as_ref().and_then(verified);
         note_copied(info, progress.copied.as_ref());
     }
 
@@ -131,6 +132,15 @@ fn decision(told: &wire::Decision) -> Option<MigrationDecision> {
         predicted_total_ms: told.predicted_total_ms,
         predicted_bytes: told.predicted_bytes,
         throttle_percent: told.throttle_percent.min(100),
+    })
+}
+
+/// What came of comparing, if its figure is one.
+fn verified(told: &wire::Verified) -> Option<Verified> {
+    is_sane(told.blackout_ms).then_some(Verified {
+        pages: told.pages,
+        ranges_sent_again: told.ranges_sent_again,
+        blackout_ms: told.blackout_ms,
     })
 }
 

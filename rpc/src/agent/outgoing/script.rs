@@ -382,6 +382,7 @@ impl Script {
             timeout_ms: options.timeout_ms,
             bandwidth_bytes_per_s: options.bandwidth_bytes_per_s,
             digests: options.digests,
+            verify: options.verify,
             user_paused: self.row.user_paused,
             copied_disks,
             cold: self.row.is_cold(),

@@ -18,6 +18,8 @@ pub(in crate::cli) struct MoveOrder {
     /// From this host; to the other one.
     pub(in crate::cli) source: usize,
     pub(in crate::cli) streams: u32,
+    /// Digests are kept and compared.
+    pub(in crate::cli) verify: bool,
     /// How long to listen to the guest at the destination before the move is judged.
     pub(in crate::cli) listen: Duration,
 }
@@ -154,6 +156,7 @@ impl Lab {
                 max_downtime_us: 300_000,
                 timeout_ms: 120_000,
                 streams: order.streams,
+                verify: order.verify,
                 ..Default::default()
             }),
             dry_run: false,

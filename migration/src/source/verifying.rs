@@ -1,0 +1,177 @@
+//! Comparing what was sent with what arrived, while the guest stands still: the last thing before GO.
+//!
+//! What differs is sent again, in a round of its own, and compared again: the guest stands still, so this time it must be right. A second
+//! difference ends the migration, in a later attempt, too: that is a host or a link that damages what it carries.
+
+use std::fmt::Write as _;
+use std::time::{Duration, Instant};
+
+use ferry_proto::stream::v1::{self, from_source::Message as Said};
+
+use crate::guest::{FrameRun, SourceGuest};
+use crate::handover::Attempt;
+use crate::precopy::{Pace, Round};
+use crate::source::conversation::{Heard, TICK, unexpected};
+use crate::source::rounds::Copy;
+use crate::source::switchover::{Budget, LastRound, Setback, wait_for_last_pages};
+use crate::source::{Decided, RoundSummary, SourceError, Stop, Verified};
+use crate::verify::{PageDigests, Ranges};
+use crate::wire::attempt_to_wire;
+
+/// What came of comparing so far, in all attempts.
+#[derive(Debug, Default)]
+pub(super) struct Comparing {
+    /// The destination was asked and has not answered.
+    is_asked: bool,
+    /// Something differed before.
+    has_differed: bool,
+    sent_again: u64,
+}
+
+/// Compares, where that is wanted, until nothing differs. Every page was sent.
+pub(super) fn agree<G: SourceGuest>(
+    copy: &mut Copy<'_, '_, G>,
+    budget: &Budget,
+    grant: Attempt,
+    last_round: &mut LastRound,
+) -> Result<Duration, Setback> {
+    let streams = copy.streams;
+    let Some(digests) = &streams.digests else {
+        return Ok(Duration::ZERO);
+    };
+    let began = Instant::now();
+    loop {
+        let differing = compare(copy, digests, budget, grant)?;
+        if differing.is_empty() {
+            break;
+        }
+        let what = describe(digests.ranges(), &differing);
+        if copy.comparing.has_differed {
+            return Err(Setback::End(SourceError::Differs(what).into()));
+        }
+        tracing::warn!(what, "what the destination holds is not what was sent");
+        copy.comparing.has_differed = true;
+        copy.comparing.sent_again += differing.len() as u64;
+        let throttle = copy.policy.throttle();
+        copy.conversation
+            .tell(Decided::send_again((copy.round, throttle), &what));
+        send_again(copy, digests.ranges(), &differing, budget, last_round)?;
+    }
+    let took = began.elapsed();
+    copy.summary.verified = Some(Verified {
+        pages: digests.pages(),
+        ranges_sent_again: copy.comparing.sent_again,
+        blackout: took,
+    });
+    Ok(took)
+}
+
+/// Asks which ranges differ.
+fn compare<G: SourceGuest>(
+    copy: &mut Copy<'_, '_, G>,
+    digests: &PageDigests,
+    budget: &Budget,
+    grant: Attempt,
+) -> Result<Vec<u32>, Setback> {
+    let totals = copy.streams.each().into_iter().map(v1::StreamTotals::from).collect();
+    let attempt = Some(attempt_to_wire(grant));
+    copy.conversation.say(Said::Compare(v1::Compare {
+        attempt: attempt.clone(),
+        totals,
+        sums: digests.sums(),
+    }));
+    copy.comparing.is_asked = true;
+    loop {
+        match copy.conversation.next(TICK.min(budget.left()))? {
+            Some(Heard::Compared(compared)) => {
+                copy.comparing.is_asked = false;
+                let ranges = compared.ranges;
+                let ascend = ranges.windows(2).all(|pair| pair[0] < pair[1]);
+                let exist = ranges
+                    .last()
+                    .is_none_or(|&last| digests.ranges().run(last as usize).is_some());
+                if compared.attempt != attempt || !ascend || !exist {
+                    let what = "it compared something else than it was asked to".to_owned();
+                    return Err(Setback::End(SourceError::Misbehaved(what).into()));
+                }
+                return Ok(ranges);
+            }
+            Some(other) => return Err(Setback::End(unexpected(&other).into())),
+            None => {
+                budget.check("what arrived was being compared")?;
+                copy.conversation.look_around()?;
+            }
+        }
+    }
+}
+
+/// Sends these ranges once more, all of their pages; where the budget does not allow that, while the guest runs.
+fn send_again<G: SourceGuest>(
+    copy: &mut Copy<'_, '_, G>,
+    ranges: &Ranges,
+    differing: &[u32],
+    budget: &Budget,
+    last_round: &mut LastRound,
+) -> Result<(), Setback> {
+    let (began, before) = (Instant::now(), copy.streams.sum());
+    if *last_round == LastRound::Sent {
+        // A page travels once in a round. Its pages were not re-armed: they are owed if the guest is to run on.
+        let set = copy.close_round(copy.round)?;
+        copy.pending.union_with(&set);
+        *last_round = LastRound::NotStarted;
+    }
+    let mut set = copy.empty_set();
+    let runs = differing.iter().filter_map(|&number| ranges.run(number as usize));
+    runs.for_each(|run| set.insert(run));
+    let pages = set.count();
+    if copy.policy.after_stop(pages) > budget.left() {
+        copy.pending.union_with(&set);
+        return Err(Setback::CallOff(format!(
+            "{pages} pages that differ at the destination cannot be sent again within the budget"
+        )));
+    }
+    copy.meter.round_begins(&set, pages);
+    *last_round = LastRound::UnderWay;
+    copy.streams.feed.start(Round {
+        number: copy.round,
+        set,
+        clearer: None,
+        pace: Pace::Unlimited,
+    });
+    wait_for_last_pages(copy, budget)?;
+    *last_round = LastRound::Sent;
+    copy.meter.last_round_ends();
+    copy.summary.copied = Some(copy.meter.copied());
+    let sent = copy.streams.sum();
+    copy.summary.rounds.push(RoundSummary {
+        number: copy.round,
+        pages,
+        zero_pages: sent.zero_pages - before.zero_pages,
+        bytes: sent.bytes - before.bytes,
+        elapsed: began.elapsed(),
+        dirty_pages: 0,
+    });
+    Ok(())
+}
+
+/// Waits for an answer that nobody wants any more: it comes before that to anything that is said later.
+pub(super) fn hear_out<G: SourceGuest>(copy: &mut Copy<'_, '_, G>) -> Result<(), Stop> {
+    if std::mem::take(&mut copy.comparing.is_asked) {
+        copy.wait(|heard| matches!(heard, Heard::Compared(_)))?;
+    }
+    Ok(())
+}
+
+/// How many ranges differ, and where the first of them are.
+fn describe(ranges: &Ranges, differing: &[u32]) -> String {
+    const SHOWN: usize = 4;
+    let mut words = format!("{} of {} ranges, pages", differing.len(), ranges.count());
+    let runs = differing.iter().filter_map(|&number| ranges.run(number as usize));
+    for FrameRun { first, count } in runs.take(SHOWN) {
+        let _ = write!(words, " {first:#x}+{count:#x}");
+    }
+    if differing.len() > SHOWN {
+        words.push_str(" …");
+    }
+    words
+}
