@@ -309,8 +309,16 @@ mod tests {
                 ..info("completed")
             })
         };
-        assert!(told(0).contains("verified: 20,000 pages are what was sent; "), "{}", told(0));
-        assert!(told(1).contains("are what was sent, 1 range sent again; "), "{}", told(1));
+        assert!(
+            told(0).contains("verified: 20,000 pages are what was sent; "),
+            "{}",
+            told(0)
+        );
+        assert!(
+            told(1).contains("are what was sent, 1 range sent again; "),
+            "{}",
+            told(1)
+        );
         assert!(!account(&info("completed")).contains("verified"));
     }
 
