@@ -117,12 +117,13 @@ impl<M: GuestMemory> Receiver<'_, M> {
                 }));
             }
             self.sockets.hear();
-            yielding.set(pages.round == FIRST_ROUND);
+            yielding.set(pages.round == FIRST_ROUND, self.memory);
             let frame = self.take_in(pages.data, pages.zero, pages.overhead)?;
             self.sockets.hear();
             if self.delivered.add(frame) {
                 arrived();
             }
+            yielding.give_way();
         }
     }
 
