@@ -11,7 +11,8 @@ use ferry_proto::{InvalidField, required, wire_uuid};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use super::driver::{Driver, Part};
+use super::decisions::Part;
+use super::driver::Driver;
 use super::handle::Incoming;
 use super::late::LateSession;
 use crate::agent::backends::storage::{self, Coming, Storage};

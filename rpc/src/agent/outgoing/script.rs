@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ferry_migration::handover::{Ending, Epoch, SourceAgent, SourceEffect};
-use ferry_proto::agent::v1::{HeartbeatRequest, ImageChunk, PreLiveMigrationReply, PreLiveMigrationRequest};
+use ferry_proto::agent::v1::{ImageChunk, PreLiveMigrationReply, PreLiveMigrationRequest};
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
@@ -25,15 +25,11 @@ use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{InstanceRow, MigrationRow, Status};
 use crate::agent::mode::Mode;
-use crate::agent::peers::{CALL_TIME, Call, ComputeClient, PREPARE_TIME, Peer, PeerError};
+use crate::agent::peers::{Call, ComputeClient, PREPARE_TIME, Peer, PeerError};
 use crate::agent::reason::Reason;
 use crate::agent::steps::{Journalled, SourceStep};
 use crate::agent::{data_port, images};
 
-/// How often agent B is asked whether it still takes part.
-const HEARTBEAT: Duration = Duration::from_secs(1);
-/// After this long without an answer agent B counts as dead or hung.
-const SILENCE: Duration = Duration::from_secs(5);
 /// The pause between two questions to a destination that has its hands full.
 const BUSY_PAUSE: Duration = Duration::from_millis(500);
 /// How long a migration that was accepted waits for its cast.
@@ -518,38 +514,5 @@ impl Script {
     /// Shows how it stands to whoever watches.
     pub(super) fn show(&self) {
         self.outgoing.info.send_replace(self.row.info.clone());
-    }
-
-    /// Asks agent B each second whether it takes part; ends with why it does not.
-    pub(super) fn heartbeats(&self) -> impl Future<Output = String> + Send + 'static {
-        let peer = self.agent.peers.named(&self.row.peer).cloned();
-        let context = self.outgoing.context.clone();
-        let request = HeartbeatRequest {
-            migration: self.row.id.to_string(),
-            source: self.agent.host().to_owned(),
-        };
-        async move {
-            let Ok(peer) = peer else {
-                return "the destination is not a peer any more".to_owned();
-            };
-            let mut answered = Instant::now();
-            loop {
-                let send = |mut client: ComputeClient| {
-                    let request = request.clone();
-                    async move { client.heartbeat(request).await }
-                };
-                let left = SILENCE
-                    .saturating_sub(answered.elapsed())
-                    .max(Duration::from_millis(100));
-                match peer.call(&context, Call::Heartbeat, left.min(CALL_TIME), send).await {
-                    Ok(reply) if reply.taking_part => answered = Instant::now(),
-                    Ok(reply) => return format!("host {} does not take part any more: {}", peer.host, reply.reason),
-                    Err(PeerError::Refused { text, .. }) => return text,
-                    Err(PeerError::NoAnswer(reason)) if answered.elapsed() >= SILENCE => return reason,
-                    Err(PeerError::NoAnswer(_)) => {}
-                }
-                tokio::time::sleep(HEARTBEAT.min(SILENCE.saturating_sub(answered.elapsed()))).await;
-            }
-        }
     }
 }
