@@ -7,6 +7,7 @@
     reason = "each test binary uses a part of it"
 )]
 
+pub mod cutting;
 pub mod memory;
 pub mod raw;
 pub mod scene;

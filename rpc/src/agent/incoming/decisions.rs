@@ -158,6 +158,7 @@ impl Driver {
         // Another migration's mark keeps the folder; one that comes later makes it anew.
         let _ = std::fs::remove_dir(&self.agent.marks);
         self.row.info.ended = Some(crate::agent::outgoing::now_text());
+        self.row.info.link_lost_until = None;
         if self.core.decision() == Some(Decision::Running) {
             note_completed(&mut self.row.info);
             self.row.info.guest_location = Some(self.agent.host().to_owned());

@@ -25,7 +25,7 @@ use crate::faults::{self, Moment, Site};
 use crate::vmm_process::{attempt_from_wire, monotonic_ns};
 
 /// After this long without a word from agent A, the guest stays with it: OPEN moves to SRC.
-const SILENCE: Duration = Duration::from_secs(30);
+pub(super) const SILENCE: Duration = Duration::from_secs(30);
 
 type Reply = oneshot::Sender<Result<Answer, Failure>>;
 
@@ -87,8 +87,9 @@ impl Driver {
                 },
                 Some(news) = news.recv() => self.take_news(news).await,
                 () = tokio::time::sleep(LOOK), if self.is_adopted => self.look_at_guest().await,
-                () = tokio::time::sleep_until((heard + SILENCE).into()), if self.may_give_up() => {
-                    self.reason = Some(format!("nothing was heard from host {} for 30 s", self.row.peer));
+                () = tokio::time::sleep_until((heard + self.patience()).into()), if self.may_give_up() => {
+                    let patience = self.patience().as_secs();
+                    self.reason = Some(format!("nothing was heard from host {} for {patience} s", self.row.peer));
                     heard = Instant::now();
                     self.step(DestinationEvent::GiveUp, None).await;
                 }
@@ -142,6 +143,7 @@ impl Driver {
             epoch: self.row.epoch,
             copied_disks: self.copied_disks.clone(),
             late_streams: self.late_streams.unwrap_or(0).into(),
+            resume_window_ms: self.row.options.resume_window_ms,
         };
         let Some(vmm) = self.vmm().await else { return };
         if let Err(error) = vmm.order_with(Command::Receive(receive), descriptors).await {
@@ -165,6 +167,8 @@ impl Driver {
             VmmNews::Event(event) => match *event {
                 Body::Ready(ready) => self.ready(ready).await,
                 Body::Started(started) => self.started(started).await,
+                Body::LinkLost(lost) => self.link_lost(lost).await,
+                Body::LinkBack(_) => self.link_back().await,
                 Body::LoadFailed(failed) => {
                     self.reason.get_or_insert(failed.reason);
                     self.step(DestinationEvent::LoadFailed, None).await;

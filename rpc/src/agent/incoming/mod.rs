@@ -8,6 +8,7 @@ mod driver;
 mod handle;
 mod late;
 mod prepare;
+mod reconnecting;
 mod undoing;
 
 pub(crate) use driver::recover;

@@ -22,7 +22,7 @@ use crate::vmm_process::monotonic_ns;
 /// How often agent B is asked whether it still takes part.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// After this long without an answer agent B counts as dead or hung.
-const SILENCE: Duration = Duration::from_secs(5);
+pub(super) const SILENCE: Duration = Duration::from_secs(5);
 /// The pause between two tries to reach a VMM that lives and does not answer, and the first between two tries to resume.
 const RETRY: Duration = Duration::from_millis(200);
 /// The longest pause between two tries to resume.
@@ -229,6 +229,7 @@ impl Script {
             migration: self.row.id.to_string(),
             source: self.agent.host().to_owned(),
         };
+        let patience = self.peer_patience.subscribe();
         async move {
             let Ok(peer) = peer else {
                 return "the destination is not a peer any more".to_owned();
@@ -239,17 +240,18 @@ impl Script {
                     let request = request.clone();
                     async move { client.heartbeat(request).await }
                 };
-                let left = SILENCE
+                let patience = *patience.borrow();
+                let left = patience
                     .saturating_sub(answered.elapsed())
                     .max(Duration::from_millis(100));
                 match peer.call(&context, Call::Heartbeat, left.min(CALL_TIME), send).await {
                     Ok(reply) if reply.taking_part => answered = Instant::now(),
                     Ok(reply) => return format!("host {} does not take part any more: {}", peer.host, reply.reason),
                     Err(PeerError::Refused { text, .. }) => return text,
-                    Err(PeerError::NoAnswer(reason)) if answered.elapsed() >= SILENCE => return reason,
+                    Err(PeerError::NoAnswer(reason)) if answered.elapsed() >= patience => return reason,
                     Err(PeerError::NoAnswer(_)) => {}
                 }
-                tokio::time::sleep(HEARTBEAT.min(SILENCE.saturating_sub(answered.elapsed()))).await;
+                tokio::time::sleep(HEARTBEAT.min(patience.saturating_sub(answered.elapsed()))).await;
             }
         }
     }

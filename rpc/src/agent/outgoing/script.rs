@@ -16,8 +16,10 @@ use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use super::begin::PAUSE;
+use super::calls::SILENCE;
 use super::handle::{Outgoing, PeerNews, Resolving};
 use super::queue::{Place, Turn};
+use super::reconnecting::Reconnecting;
 use super::retuning::Retuning;
 use super::serving::late_streams;
 use crate::agent::backends::storage;
@@ -85,6 +87,10 @@ pub(super) struct Script {
     pub(super) questions: u32,
     /// RUNNING that was heard before the VMM said that it sent GO.
     pub(super) early: Option<PeerNews>,
+    /// For how long agent B may not answer before it counts as dead or hung.
+    pub(super) peer_patience: watch::Sender<Duration>,
+    /// Who tries to make the link of the copy again, while it is lost.
+    pub(super) reconnecting: Option<Reconnecting>,
     /// A copy that ended because the link broke, while B's word on why is waited for.
     pub(super) lost_link: Option<Box<wire::SendEnded>>,
     /// When the cast was accepted, CLOCK_MONOTONIC; none after a restart of this agent.
@@ -131,6 +137,8 @@ impl Script {
             abort_seen: false,
             questions: 0,
             early: None,
+            peer_patience: watch::Sender::new(SILENCE),
+            reconnecting: None,
             lost_link: None,
             accepted_ns,
             stop: None,
@@ -298,6 +306,7 @@ impl Script {
             disk_sizes,
             mode: self.row.options.mode.clone(),
             guest_was: self.row.info.guest_was.clone(),
+            resume_window_ms: self.row.options.resume_window_ms,
         };
         let compute = self.agent.compute_rpcapi(&self.outgoing.context, &peer.host)?;
         // Another migration may take an image between our sending it and our asking again.
@@ -388,6 +397,7 @@ impl Script {
                 .lateness()
                 .to_owned(),
             late_streams: self.late_streams().unwrap_or(0).into(),
+            resume_window_ms: self.row.options.resume_window_ms,
         };
         let (sender, news) = mpsc::unbounded_channel();
         let mut state = self.instance.state.lock().await;
@@ -413,7 +423,7 @@ impl Script {
     }
 
     /// How many page streams there are for pages that come late; none if none does.
-    fn late_streams(&self) -> Option<u16> {
+    pub(super) fn late_streams(&self) -> Option<u16> {
         self.row.may_be_late().then(|| late_streams(self.streams()))
     }
 

@@ -228,6 +228,8 @@ impl Script {
             source: self.agent.host().to_owned(),
             lost,
             streams: late_streams(self.streams()).into(),
+            copying: false,
+            late_streams: 0,
         };
         let compute = self.agent.compute_rpcapi(&self.outgoing.context, &self.row.peer)?;
         compute.late_link(request).await

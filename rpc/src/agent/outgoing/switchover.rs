@@ -12,7 +12,7 @@ use ferry_proto::vmm::v1::report::Report as Body;
 use tokio::sync::mpsc;
 
 use super::begin::{ended, made_up};
-use super::calls::{Calls, Outcome};
+use super::calls::{Calls, Outcome, SILENCE};
 use super::ending::note_resolved;
 use super::handle::PeerNews;
 use super::script::{Script, Stop};
@@ -33,6 +33,7 @@ impl Script {
     pub(super) async fn switchover(&mut self, mut core: SourceAgent, first: Vec<SourceEffect>) -> Ending {
         let (sender, mut outcomes) = mpsc::unbounded_channel();
         let calls = Calls { sender };
+        self.bear_with_peer(core.state());
         let heartbeats = self.heartbeats();
         calls.start(async move { Some(Outcome::PeerLost(heartbeats.await)) });
         let mut guard = None;
@@ -68,6 +69,7 @@ impl Script {
 
     /// The record follows the core through the steps of the switchover; what of it is journalled, an effect journals.
     fn follow(&mut self, state: SourceState) {
+        self.bear_with_peer(state);
         match state {
             SourceState::Copying => self.note_step(SourceStep::Copy),
             SourceState::Arming { .. } => self.note_step(SourceStep::Arm),
@@ -84,6 +86,16 @@ impl Script {
         }
     }
 
+    /// While its guest is copied, agent B may be away for as long as the link may. From ARM on it is needed at once.
+    fn bear_with_peer(&self, state: SourceState) {
+        let window = Duration::from_millis(self.row.options.resume_window_ms);
+        let patience = match state {
+            SourceState::Copying => SILENCE.max(window),
+            _ => SILENCE,
+        };
+        self.peer_patience.send_replace(patience);
+    }
+
     /// Waits until something happens; none if it means nothing to the core.
     async fn next_event(
         &mut self,
@@ -91,7 +103,7 @@ impl Script {
         calls: &Calls,
     ) -> Option<SourceEvent> {
         if let Some(body) = self.made_up.pop_front() {
-            return self.take_report(body, calls);
+            return self.take_report(body, calls).await;
         }
         let mut aborted = self.aborted.clone();
         let aborted = async {
@@ -108,8 +120,11 @@ impl Script {
             Some(peer_news) = self.peer_news.recv() => self.take_peer_news(peer_news, calls),
             Some(vmm_news) = next(&mut self.news) => match vmm_news {
                 VmmNews::Gone => Some(SourceEvent::VmmGone),
-                VmmNews::Event(event) => self.take_report(*event, calls),
+                VmmNews::Event(event) => self.take_report(*event, calls).await,
                 VmmNews::Standing(standing) => {
+                    if self.reconnecting.is_some() && standing.link_lost.is_none() && standing.machine == "sending" {
+                        self.made_up.push_back(Body::LinkBack(wire::LinkBack::default()));
+                    }
                     self.made_up.extend(made_up(*standing));
                     None
                 }
@@ -194,8 +209,16 @@ impl Script {
         Some(SourceEvent::Decided(news.attempt, news.decision))
     }
 
-    fn take_report(&mut self, event: Body, calls: &Calls) -> Option<SourceEvent> {
+    async fn take_report(&mut self, event: Body, calls: &Calls) -> Option<SourceEvent> {
         match event {
+            Body::LinkLost(lost) => {
+                self.link_lost(lost, calls).await;
+                None
+            }
+            Body::LinkBack(back) => {
+                self.link_back(back).await;
+                None
+            }
             Body::Progress(progress) => {
                 self.note_progress(&progress);
                 self.show();
@@ -222,6 +245,7 @@ impl Script {
                 Some(SourceEvent::GoSent(attempt))
             }
             Body::SendEnded(copy_ended) => {
+                self.end_reconnecting(Err(Failure::Unavailable(copy_ended.reason.clone())));
                 if copy_ended.kind != "link" || copy_ended.guest.is_some() || self.stop.is_some() {
                     return Some(self.copy_ended(copy_ended));
                 }
