@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Where its user allows that, a link that is lost while the source copies is not the end: what is here is kept, and over another link the
-//! source hears what that is ([`resume`]). Every thread of the old link has ended before, so that nothing of it is written later.
+//! source hears what that is (`resume.rs`). Every thread of the old link has ended before, so that nothing of it is written later.
 //!
 //! The guest is never started here: what comes out waits for a permit. On any error the machine is gone, and nothing of
 //! the guest is left on this host.

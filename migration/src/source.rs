@@ -11,7 +11,7 @@
 //! ```
 //!
 //! Where its user allows that, a link that is lost before the switchover is asked for is not the end: the copy is kept, the guest is what it
-//! was, and over another link all goes on from what the destination holds ([`resume`]).
+//! was, and over another link all goes on from what the destination holds (`resume.rs`).
 //!
 //! Every way out but GO goes through one place, [`run`]: the grant is traded for CANCELLED, the guest runs as it did, the
 //! destination is told, and every thread is joined.

@@ -232,6 +232,15 @@ impl FakeSource {
         self.vcpu.wait_paused();
     }
 
+    /// Whether its thread runs, or will as soon as it has a processor.
+    pub fn comes_to_run(&self) -> bool {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while self.is_stopped() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
+        !self.is_stopped()
+    }
+
     pub fn is_stopped(&self) -> bool {
         self.vcpu.wanted.lock().unwrap().1
     }

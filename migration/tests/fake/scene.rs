@@ -363,7 +363,7 @@ impl Ends {
             panic!("not cancelled: {:?}", self.reports.last())
         };
         assert!(self.loaded.is_err(), "the guest is here and there");
-        assert!(!guest.is_stopped(), "the guest does not run");
+        assert!(guest.comes_to_run(), "the guest does not run");
         assert!(guest.notes.tracking_stopped.load(std::sync::atomic::Ordering::Relaxed));
         error
     }
