@@ -54,9 +54,11 @@ impl<'scope, M: GuestMemory> Crew<'scope, '_, M> {
         for (stream, socket) in (0u16..).zip(&sockets.pages) {
             let Shared {
                 received,
+                whole,
                 backing,
                 delivered,
                 round,
+                before: _,
                 late_streams: _,
             } = shared;
             let delivered = &delivered[usize::from(stream)];
@@ -66,6 +68,7 @@ impl<'scope, M: GuestMemory> Crew<'scope, '_, M> {
                 sockets,
                 memory,
                 received,
+                whole,
                 backing,
                 delivered,
                 round,

@@ -82,6 +82,7 @@ pub(super) struct Receiver<'a, M> {
     pub(super) sockets: &'a Sockets,
     pub(super) memory: &'a M,
     pub(super) received: &'a Received,
+    pub(super) whole: &'a Received,
     pub(super) backing: &'a Backing,
     pub(super) delivered: &'a Delivered,
     /// The round whose barrier comes next.
@@ -128,6 +129,8 @@ impl<M: GuestMemory> Receiver<'_, M> {
     }
 
     fn take_in(&self, data: &[FrameRun], zero: &[FrameRun], overhead: u64) -> Result<StreamTotals, ReceiveError> {
+        // Before they are read: a stream that ends inside a frame leaves pages that hold something and count as not come.
+        data.iter().for_each(|&run| self.received.insert(run));
         if !data.is_empty() {
             self.backing
                 .take(data, |run| self.memory.populate(run))
@@ -135,11 +138,11 @@ impl<M: GuestMemory> Receiver<'_, M> {
             let taken = self.memory.receive(self.socket.as_fd(), data);
             taken.map_err(|error| ReceiveError::Frame(FrameError::from_pages(error)))?;
         }
-        data.iter().for_each(|&run| self.received.insert(run));
         for &run in zero {
             let zeroed = self.received.runs_in(run, |run| self.memory.write_zeroes(run));
             zeroed.map_err(ReceiveError::Guest)?;
         }
+        data.iter().chain(zero).for_each(|&run| self.whole.insert(run));
         let count = |runs: &[FrameRun]| runs.iter().map(|run| run.count).sum::<u64>();
         let pages = count(data);
         Ok(StreamTotals {

@@ -166,6 +166,7 @@ impl<M: GuestMemory> Source<'_, M> {
             migration,
             epoch,
             streams: sockets.streams(),
+            session: 0,
         };
         let (events_in, events) = mpsc::sync_channel(64);
         let (outbox, outgoing) = mpsc::channel::<Outgoing<FromSource>>();

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::guest::{GuestWas, StopTimes, Throttled};
 use crate::handover::{Attempt, Epoch};
-use crate::link::Liveness;
+use crate::link::{Link, Liveness};
 use crate::policy::{Decision, Forecast};
 use crate::postcopy::Lateness;
 use crate::source::{Copied, NewTerms, Terms};
@@ -43,6 +43,8 @@ pub struct SourceParameters {
     pub overhead: Overhead,
     /// When the destination counts as dead.
     pub liveness: Liveness,
+    /// How long a link that is lost before the switchover is asked for may take to be made again; zero: the migration ends with it.
+    pub resume_window: Duration,
 }
 
 /// Whether the guest runs while it is copied.
@@ -88,7 +90,7 @@ impl Default for Overhead {
 }
 
 /// An order to a running source.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum SourceOrder {
     /// Give up, unless GO was sent.
     Abort {
@@ -100,6 +102,8 @@ pub enum SourceOrder {
     ForceComplete,
     /// Other terms hold from now on: the bandwidth at once, the rest with the next decision.
     Retune(NewTerms),
+    /// Another link to the destination, in place of one that is lost.
+    Reconnect(Box<Link>),
 }
 
 /// What a running source tells. Never blocks it.
@@ -148,6 +152,20 @@ pub enum SourceReport {
         attempt: Attempt,
         /// Why, in words.
         reason: String,
+    },
+    /// The link is lost, the guest is what it was, and another link is waited for.
+    LinkLost {
+        /// Why, in words.
+        reason: String,
+        /// For so long from now on.
+        patience: Duration,
+    },
+    /// The destination said over another link what it holds, and the copy goes on.
+    Resumed {
+        /// Pages of the round that was cut which need not be sent again.
+        held_pages: u64,
+        /// Pages that are still to be sent, as far as is known.
+        due_pages: u64,
     },
 }
 

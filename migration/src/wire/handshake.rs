@@ -14,6 +14,9 @@ pub const OLDEST_PROTOCOL: u32 = 1;
 /// The version that brought pages that come after GO.
 pub(crate) const LATE_PAGES_SINCE: u32 = 2;
 
+/// The version that brought further links of one migration.
+pub(crate) const RESUMES_SINCE: u32 = 2;
+
 /// Protocol versions that one side speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Versions {
@@ -51,6 +54,7 @@ pub(crate) fn hello(identity: &StreamIdentity, shape: &MemoryShape, profile: Vec
         streams: identity.streams,
         profile,
         late_streams,
+        session: identity.session,
     }
 }
 
@@ -151,6 +155,7 @@ mod tests {
             migration: Uuid::from_u128(2),
             epoch: Epoch(3),
             streams: 2,
+            session: 0,
         }
     }
 

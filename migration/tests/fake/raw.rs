@@ -74,6 +74,7 @@ impl RawSource {
             streams: self.link.pages.len() as u32,
             profile: b"cpu: sse2".to_vec(),
             late_streams: 0,
+            session: 0,
         }
     }
 

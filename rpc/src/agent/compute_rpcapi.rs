@@ -102,6 +102,7 @@ fn novelty(options: &MigrationOptions) -> Option<&'static str> {
     let novelties = [
         (options.on_timeout == PAUSE, "a pause when the time is up"),
         (options.max_throttle_percent > 0, "throttling the guest"),
+        (options.resume_window_ms > 0, "waiting for a link that is lost"),
     ];
     let of_options = novelties
         .into_iter()

@@ -321,6 +321,10 @@ pub(super) struct MigrateArguments {
     /// How much of the time that may be
     #[arg(long, value_name = "PERCENT", default_value_t = 99, requires = "auto_converge", value_parser = clap::value_parser!(u32).range(1..=99))]
     pub(super) max_throttle: u32,
+    /// How long a link that is lost while the guest is copied may take to be made again; the guest runs meanwhile, and the copy goes on
+    /// [default: the migration ends with it]
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    pub(super) resume_window: Option<Duration>,
     /// Page streams, each a TCP connection
     #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = parse::streams)]
     pub(super) streams: u32,

@@ -201,6 +201,9 @@ fn request(arguments: &MigrateArguments) -> LiveMigrateRequest {
             } else {
                 arguments.on_timeout.clone()
             },
+            resume_window_ms: arguments
+                .resume_window
+                .map_or(0, |window| u64::try_from(window.as_millis()).unwrap_or(u64::MAX).max(1)),
             mode: if arguments.cold { "cold" } else { &arguments.mode }.to_owned(),
         }),
         request_id: uuid::Uuid::new_v4().to_string(),

@@ -191,6 +191,8 @@ sites! {
         WirePing = "wire.ping",
         WirePong = "wire.pong",
         WireMissing = "wire.missing",
+        WireHolding = "wire.holding",
+        WireProceed = "wire.proceed",
     }
 }
 
@@ -286,6 +288,7 @@ impl From<&from_source::Message> for Site {
             Message::Ping(_) => Self::WirePing,
             Message::Pong(_) => Self::WirePong,
             Message::Missing(_) => Self::WireMissing,
+            Message::Proceed(_) => Self::WireProceed,
         }
     }
 }
@@ -302,6 +305,7 @@ impl From<&from_destination::Message> for Site {
             Message::Pong(_) => Self::WirePong,
             // On the connections of late pages, which come after the handover.
             Message::Missing(_) | Message::AllHere(_) => Self::WireMissing,
+            Message::Holding(_) => Self::WireHolding,
         }
     }
 }
@@ -328,7 +332,9 @@ fn order_and_answer(order: &Command) -> Option<(Site, Site)> {
         | Command::ForceComplete(_)
         | Command::Retune(_)
         | Command::Profile(_)
-        // After the handover.
+        // Long before the handover.
+        | Command::Reconnect(_)
+        // After it.
         | Command::ServePages(_)
         | Command::LateLink(_) => None,
     }
@@ -358,6 +364,8 @@ pub(crate) fn report(report: &Body) -> Option<Site> {
         Body::GuestEnded(_) => Some(Site::ReportGuestEnded),
         Body::Done(_) | Body::Refused(_) | Body::Standing(_) | Body::Traded(_) | Body::Pressed(_) => None,
         Body::SnapshotEnded(_) | Body::Restored(_) | Body::Profiled(_) | Body::Late(_) => None,
+        // No cell's user waits for a link.
+        Body::LinkLost(_) | Body::LinkBack(_) => None,
     }
 }
 

@@ -75,6 +75,7 @@ pub(super) fn source_parameters(send: &wire::Send, instance: Uuid) -> Result<Sou
         verify: send.verify,
         overhead: Overhead::default(),
         liveness: Default::default(),
+        resume_window: Duration::from_millis(send.resume_window_ms),
     })
 }
 

@@ -22,7 +22,6 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
-use ferry_migration::destination::DestinationReport;
 use ferry_migration::guest::GuestEnd;
 use ferry_migration::handover::{Epoch, Grants, Permit, Permits, Traded};
 use ferry_migration::source::Parked;
@@ -39,7 +38,7 @@ use super::convert::{attempt_from_wire, guest_ended, monotonic_ns};
 use super::events::{Connection, Event};
 use super::guest::{BlankGuest, Blueprint, LocalGuest, Purpose, Reset};
 use super::late::Late;
-use super::migrating::{ReadyGuest, Sending};
+use super::migrating::{Loading, ReadyGuest, Sending};
 use crate::vmm_channel;
 
 /// The pause between two tries of what a guest asked for and cannot have yet.
@@ -55,7 +54,7 @@ pub(super) enum Holding {
     /// Nothing but memory, which `late` serves.
     Serving,
     Blank(Box<BlankGuest>),
-    Loading,
+    Loading(Loading),
     Ready(Box<ReadyGuest>),
     Ended,
 }
@@ -162,8 +161,7 @@ impl Vmm {
             Event::SendOutcome(outcome) => self.send_outcome(*outcome),
             Event::ServeReport(report) => self.serve_report(report),
             Event::Served(served) => self.served(served),
-            Event::LoadReport(DestinationReport::Late(report)) => self.late_report(report),
-            Event::LoadReport(report) => tracing::debug!(?report, "loading"),
+            Event::LoadReport(report) => self.load_report(report),
             Event::LoadOutcome(outcome) => self.load_outcome(*outcome),
             Event::SnapshotOutcome(outcome) => self.snapshot_outcome(outcome),
             Event::RestoreOutcome(outcome) => self.restore_outcome(outcome),
@@ -208,6 +206,7 @@ impl Vmm {
             }
             Command::ServePages(_) => self.serve_only(),
             Command::LateLink(link) => self.late_link(&link, descriptors),
+            Command::Reconnect(link) => self.reconnect(&link, descriptors),
             Command::Send(send) => self.send(&send, descriptors),
             Command::Receive(receive) => self.receive(&receive, descriptors),
             Command::Snapshot(snapshot) => self.snapshot(&snapshot, descriptors),
@@ -528,7 +527,7 @@ impl Vmm {
             Holding::Parked(_) => "parked",
             Holding::Serving => "serving",
             Holding::Blank(_) => "blank",
-            Holding::Loading => "loading",
+            Holding::Loading(_) => "loading",
             Holding::Ready(_) => "ready",
             Holding::Ended => "ended",
         }

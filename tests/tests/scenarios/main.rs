@@ -38,6 +38,7 @@ mod refusals;
 mod requests;
 mod resolves;
 mod restarts;
+mod resume;
 mod scenario;
 mod selftest;
 mod silence;
@@ -75,6 +76,7 @@ fn main() -> ExitCode {
         cold::trials(),
         convergence::trials(),
         postcopy::trials(),
+        resume::trials(),
         agents::trials(),
         progress::trials(),
         upgrades::trials(),

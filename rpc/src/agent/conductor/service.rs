@@ -24,7 +24,7 @@ use crate::agent::instances::Agent;
 use crate::agent::journal::{MigrationRow, Report, Role};
 use crate::agent::outgoing::{Outgoing, check_retuning};
 use crate::agent::peers::{CALL_TIME, ConductorClient, Peer};
-use crate::agent::steps::SourceStep;
+use crate::agent::steps::{LINK_LOST, SourceStep};
 
 /// The service over one agent.
 pub(crate) struct ConductorService(pub(crate) Arc<Agent>);
@@ -339,7 +339,7 @@ impl Agent {
         let outgoing = self.outgoing.find(row.id).ok_or("it is over")?;
         let status = outgoing.watch().borrow().status.clone();
         match status.as_str() {
-            "running" | "switching" => Ok(outgoing),
+            "running" | LINK_LOST | "switching" => Ok(outgoing),
             _ => Err(format!("nothing is being copied, it is {status}")),
         }
     }

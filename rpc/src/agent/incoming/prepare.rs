@@ -4,14 +4,17 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ferry_migration::handover::DestinationAgent;
-use ferry_proto::agent::v1::{DiskSize, InstanceSpec, MigrationInfo, PreLiveMigrationReply, PreLiveMigrationRequest};
+use ferry_proto::agent::v1::{
+    DiskSize, InstanceSpec, MigrationInfo, MigrationOptions, PreLiveMigrationReply, PreLiveMigrationRequest,
+};
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::{InvalidField, required, wire_uuid};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use super::driver::{Driver, Part};
+use super::decisions::Part;
+use super::driver::Driver;
 use super::handle::Incoming;
 use super::late::LateSession;
 use crate::agent::backends::storage::{self, Coming, Storage};
@@ -22,7 +25,7 @@ use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, check_incoming};
 use crate::agent::journal::{InstanceRow, MigrationRow, Role, Status};
 use crate::agent::mode::Mode;
-use crate::agent::outgoing::{MOST_STREAMS, late_streams, now_ms, now_text};
+use crate::agent::outgoing::{MOST_RESUME_WINDOW_MS, MOST_STREAMS, late_streams, now_ms, now_text};
 use crate::agent::reason::Reason;
 use crate::agent::steps::DestinationStep;
 use crate::agent::versions::RpcVersion;
@@ -45,6 +48,7 @@ struct Guest {
     disk_sizes: Vec<DiskSize>,
     /// Numbers of the disks whose contents come along.
     copied_disks: Vec<u32>,
+    resume_window_ms: u64,
 }
 
 impl Guest {
@@ -104,6 +108,7 @@ impl Guest {
             storage,
             disk_sizes: request.disk_sizes,
             copied_disks: Vec::new(),
+            resume_window_ms: request.resume_window_ms.min(MOST_RESUME_WINDOW_MS),
         })
     }
 }
@@ -300,7 +305,10 @@ impl Agent {
             said: None,
             resumed: None,
             user_paused: guest.user_paused,
-            options: Default::default(),
+            options: MigrationOptions {
+                resume_window_ms: guest.resume_window_ms,
+                ..MigrationOptions::default()
+            },
             info: first_info(&guest, self.host()),
             began: now_ms(),
         };

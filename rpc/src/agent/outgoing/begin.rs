@@ -247,6 +247,9 @@ fn epoch_of_move(row: &InstanceRow) -> u64 {
 /// When the time is up, the guest is paused until the rest of it has been sent.
 pub(crate) const PAUSE: &str = "pause";
 
+/// The longest that a lost link may be waited for: a day. The destination keeps memory for the guest that long.
+pub(crate) const MOST_RESUME_WINDOW_MS: u64 = 24 * 3600 * 1000;
+
 /// What a guest may be allowed to stand still.
 pub(super) const DOWNTIMES_US: RangeInclusive<u64> = 1..=60_000_000;
 pub(super) const NO_DOWNTIME: &str = "is not between 1 and 60 seconds' worth";
@@ -294,6 +297,10 @@ pub(crate) fn check_options(options: MigrationOptions) -> Result<MigrationOption
     if options.max_throttle_percent > MOST_THROTTLE_PERCENT {
         let problem = format!("{} is over {MOST_THROTTLE_PERCENT}", options.max_throttle_percent);
         return invalid("options.max_throttle_percent", problem);
+    }
+    if options.resume_window_ms > MOST_RESUME_WINDOW_MS {
+        let problem = format!("{} is over {MOST_RESUME_WINDOW_MS}", options.resume_window_ms);
+        return invalid("options.resume_window_ms", problem);
     }
     if options.timeout_ms == 0 {
         return invalid("options.timeout_ms", "is zero".to_owned());
@@ -408,6 +415,7 @@ pub(crate) async fn recover(agent: &Arc<Agent>, mut row: MigrationRow, instance:
 pub(super) fn made_up(standing: wire::Standing) -> Vec<Body> {
     let mut said = Vec::new();
     said.extend(standing.progress.map(Body::Progress));
+    said.extend(standing.link_lost.map(Body::LinkLost));
     // It says only once that it disarmed, and then no word of the next attempt means anything to one who missed it.
     let migration = standing.migration;
     if let Some(cancelled) = standing.cancelled.filter(|attempt| attempt.migration == migration) {

@@ -20,8 +20,9 @@ use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
 use tokio::sync::mpsc;
 
+use super::calls::order_until_answered;
 use super::script::Script;
-use super::switchover::{next, order_until_answered};
+use super::switchover::next;
 use crate::agent::data_port;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
@@ -227,6 +228,8 @@ impl Script {
             source: self.agent.host().to_owned(),
             lost,
             streams: late_streams(self.streams()).into(),
+            copying: false,
+            late_streams: 0,
         };
         let compute = self.agent.compute_rpcapi(&self.outgoing.context, &self.row.peer)?;
         compute.late_link(request).await
