@@ -45,6 +45,7 @@ pub use report::{
     Blackout, Decided, Manner, OnTimeout, Overhead, Progress, RoundSummary, SourceOrder, SourceParameters,
     SourceReport, SourceSummary,
 };
+pub(crate) use rounds::BETWEEN_SMALL_ROUNDS;
 use rounds::Copy;
 use switchover::Switched;
 pub use terms::{Cap, NewTerms, Terms};

@@ -18,7 +18,7 @@ use crate::source::{Decided, Journey, Manner, Progress, RoundSummary, SourceErro
 use crate::wire::{StreamTotals, population_to_wire};
 
 /// How long a small round waits for the grant before the next one: the guest dirties little in it, and the host rests.
-const BETWEEN_SMALL_ROUNDS: Duration = Duration::from_millis(5);
+pub(crate) const BETWEEN_SMALL_ROUNDS: Duration = Duration::from_millis(5);
 
 /// How long after the first switchover that was called off the next one is asked for, halved; doubled each time.
 const REST_AFTER_DISARM: Duration = Duration::from_millis(50);
