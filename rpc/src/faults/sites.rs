@@ -328,6 +328,8 @@ fn order_and_answer(order: &Command) -> Option<(Site, Site)> {
         | Command::ForceComplete(_)
         | Command::Retune(_)
         | Command::Profile(_)
+        | Command::Sample(_)
+        | Command::EndSample(_)
         // After the handover.
         | Command::ServePages(_)
         | Command::LateLink(_) => None,
@@ -357,7 +359,7 @@ pub(crate) fn report(report: &Body) -> Option<Site> {
         Body::LoadFailed(_) => Some(Site::ReportLoadFailed),
         Body::GuestEnded(_) => Some(Site::ReportGuestEnded),
         Body::Done(_) | Body::Refused(_) | Body::Standing(_) | Body::Traded(_) | Body::Pressed(_) => None,
-        Body::SnapshotEnded(_) | Body::Restored(_) | Body::Profiled(_) | Body::Late(_) => None,
+        Body::SnapshotEnded(_) | Body::Restored(_) | Body::Profiled(_) | Body::Late(_) | Body::Sampled(_) => None,
     }
 }
 
