@@ -36,6 +36,11 @@ fn main() -> Result<(), Box<dyn Error>> {
             "HostInfo",
             "HostVerdict",
             "Check",
+            "Refusal",
+            "MigrationPrediction",
+            "PredictedRemedy",
+            "WrittenBy",
+            "WrittenPart",
             "LiveMigrateReply",
         ] {
             builder = builder.type_attribute(
