@@ -12,9 +12,10 @@ use ferry_proto::agent::v1::{
     CheckSourceRequest, ConsoleInputReply, ConsoleInputRequest, ConsoleOutput, ConsoleRequest, DecisionReply,
     DeleteInstanceReply, DeleteInstanceRequest, HeartbeatReply, HeartbeatRequest, HostInfo, HostRequest, ImageChunk,
     InstanceInfo, InstanceRequest, LateLinkReply, LateLinkRequest, ListEventsReply, ListEventsRequest,
-    ListInstancesReply, ListInstancesRequest, LiveMigrationCast, PostLiveMigrationReply, PostLiveMigrationRequest,
-    MigrationPrediction, PreLiveMigrationReply, PreLiveMigrationRequest, PredictMigrationRequest, ProbeLinkReply, ProbeLinkRequest, PutImageReply, Receipt, RestoreInstanceRequest, RollbackReply,
-    RollbackRequest, RunInstanceRequest, SnapshotInfo, SnapshotInstanceRequest, StopInstanceRequest,
+    ListInstancesReply, ListInstancesRequest, LiveMigrationCast, MigrationPrediction, PostLiveMigrationReply,
+    PostLiveMigrationRequest, PreLiveMigrationReply, PreLiveMigrationRequest, PredictMigrationRequest, ProbeLinkReply,
+    ProbeLinkRequest, PutImageReply, Receipt, RestoreInstanceRequest, RollbackReply, RollbackRequest,
+    RunInstanceRequest, SnapshotInfo, SnapshotInstanceRequest, StopInstanceRequest,
 };
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;

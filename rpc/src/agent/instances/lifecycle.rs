@@ -398,7 +398,11 @@ impl Agent {
 /// # Errors
 /// This host cannot have it.
 pub(crate) async fn check_incoming(agent: &Agent, id: Uuid, spec: &InstanceSpec) -> Result<(), Failure> {
-    why_not_incoming(agent, id, spec).await.into_iter().next().map_or(Ok(()), Err)
+    why_not_incoming(agent, id, spec)
+        .await
+        .into_iter()
+        .next()
+        .map_or(Ok(()), Err)
 }
 
 /// Every reason why an instance cannot move in, as if it were to be run.
