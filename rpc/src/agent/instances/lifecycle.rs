@@ -408,7 +408,7 @@ pub(crate) async fn check_incoming(agent: &Agent, id: Uuid, spec: &InstanceSpec)
 /// Every reason why an instance cannot move in, as if it were to be run.
 pub(crate) async fn why_not_incoming(agent: &Agent, id: Uuid, spec: &InstanceSpec) -> Vec<Failure> {
     if let Err(invalid) = spec::check(spec) {
-        return vec![invalid.into()];
+        return vec![invalid];
     }
     // Its name and its addresses are there, too, then.
     if agent.instances.by_id(id).is_some() {

@@ -1,4 +1,4 @@
-//! What is known of the way to another host: what the last migration between the two had of it. What nobody has measured is assumed, and said to be.
+//! What is known of the way to another host: what the last migration there had of it. What nobody has measured is assumed, and said to be.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::agent::journal::{MigrationRow, Report};
 /// How many of the last migrations between two hosts are looked at.
 const LOOKED_AT: u32 = 20;
 
-const UNTOLD: &str = "for no migration between these hosts has told";
+const UNTOLD: &str = "for no migration there has told";
 
 /// Bytes a second that are assumed of a link of which nothing is known, as the policy does of one on which nothing was sent yet.
 const ASSUMED: f64 = 200e6;
@@ -53,10 +53,8 @@ impl KnownWay {
     }
 
     /// What these migrations tell, and of the link what a probe did, if none of them does.
-    fn learned(here: &str, infos: &[MigrationInfo], options: &MigrationOptions, probed: Option<f64>) -> Self {
-        // What went the same way tells most.
-        let (same_way, back): (Vec<_>, Vec<_>) = infos.iter().partition(|info| info.source == here);
-        let lately = || same_way.iter().chain(&back).copied();
+    fn learned(infos: &[MigrationInfo], options: &MigrationOptions, probed: Option<f64>) -> Self {
+        let lately = || infos.iter();
         let measured = lately().find_map(|info| Some((info, rate(info)?)));
         let cap = Some(options.bandwidth_bytes_per_s as f64).filter(|&cap| cap > 0.0);
         let (bytes_per_second, mut known_from) = match (measured, cap, probed) {
@@ -102,7 +100,9 @@ impl Agent {
             .await?;
         // One that cannot be read tells nothing.
         let infos: Vec<_> = reports.iter().map(Report::read).filter_map(Result::ok).collect();
-        let completed: Vec<_> = infos.into_iter().filter(|info| info.status == "completed").collect();
+        // Of one that came from there this host knows no rounds.
+        let there = |info: &MigrationInfo| info.status == "completed" && info.source == self.host();
+        let completed: Vec<_> = infos.into_iter().filter(there).collect();
         let is_told = completed.iter().any(|info| rate(info).is_some());
         // Nothing is sent faster than its user allows, and so nothing is found out.
         let probed = match is_told || options.bandwidth_bytes_per_s > 0 || destination.is_empty() {
@@ -113,7 +113,7 @@ impl Agent {
                 .inspect_err(|failure| tracing::info!(destination, error = failure.chain(), "the link is not known"))
                 .ok(),
         };
-        Ok(KnownWay::learned(self.host(), &completed, options, probed))
+        Ok(KnownWay::learned(&completed, options, probed))
     }
 }
 
@@ -216,8 +216,8 @@ mod tests {
     }
 
     #[test]
-    fn a_migration_the_same_way_tells_before_one_that_came_back() {
-        let known = KnownWay::learned("a", &[moved("b", 100, 50.3), moved("a", 100, 100.3)], &options(0), None);
+    fn the_last_migration_tells_of_the_way() {
+        let known = KnownWay::learned(&[moved("a", 100, 100.3), moved("older", 100, 50.3)], &options(0), None);
         assert!((known.way.bytes_per_second / 1e9 - 1.0).abs() < 0.01, "{:?}", known.way);
         assert_eq!(known.way.preparation, Duration::from_millis(46));
         assert_eq!(known.way.stop_and_start, Duration::from_millis(2));
@@ -247,13 +247,13 @@ mod tests {
     #[test]
     fn what_nobody_has_measured_is_said_to_be_assumed() {
         let tiny = [moved("a", 1, 3.0)];
-        let known = KnownWay::learned("a", &tiny, &options(0), None);
+        let known = KnownWay::learned(&tiny, &options(0), None);
         assert_eq!(known.way.bytes_per_second, ASSUMED);
         assert!(known.known_from.contains("assumed"));
-        let capped = KnownWay::learned("a", &[], &options(1_000_000), None);
+        let capped = KnownWay::learned(&[], &options(1_000_000), None);
         assert_eq!(capped.way.bytes_per_second, 1e6);
         assert!(capped.known_from.contains("--bandwidth"));
-        let probed = KnownWay::learned("a", &tiny, &options(0), Some(3e9));
+        let probed = KnownWay::learned(&tiny, &options(0), Some(3e9));
         assert_eq!(probed.way.bytes_per_second, 3e9);
     }
 }
