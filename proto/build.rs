@@ -41,6 +41,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "PredictedRemedy",
             "WrittenBy",
             "WrittenPart",
+            "DirtyPart",
             "LiveMigrateReply",
         ] {
             builder = builder.type_attribute(

@@ -43,7 +43,7 @@ pub use meter::{Amounts, Copied, MOST_BEFORE_THE_END};
 pub use parked::{NotResumable, Parked};
 pub use report::{
     Blackout, Decided, Manner, OnTimeout, Overhead, Progress, RoundSummary, SourceOrder, SourceParameters,
-    SourceReport, SourceSummary,
+    SourceReport, SourceSummary, Written,
 };
 pub(crate) use rounds::BETWEEN_SMALL_ROUNDS;
 use rounds::Copy;

@@ -14,7 +14,9 @@ use crate::precopy::{Pace, Round, Streams};
 use crate::source::cold::Halt;
 use crate::source::conversation::{Conversation, Heard, TICK, unexpected};
 use crate::source::meter::Meter;
-use crate::source::{Decided, Journey, Manner, Progress, RoundSummary, SourceError, SourceReport, SourceSummary, Stop};
+use crate::source::{
+    Decided, Journey, Manner, Progress, RoundSummary, SourceError, SourceReport, SourceSummary, Stop, Written,
+};
 use crate::wire::{StreamTotals, population_to_wire};
 
 /// How long a small round waits for the grant before the next one: the guest dirties little in it, and the host rests.
@@ -25,6 +27,10 @@ const REST_AFTER_DISARM: Duration = Duration::from_millis(50);
 
 /// How often progress is told.
 const PROGRESS: Duration = Duration::from_millis(250);
+
+/// The parts of memory of which is told which have most dirty pages, of 128 MiB, and how many are told.
+const PART_FRAMES: u64 = 32 << 10;
+const TOLD_PARTS: usize = 3;
 
 /// The copy while the guest runs.
 pub(super) struct Copy<'c, 'a, G: SourceGuest> {
@@ -52,6 +58,8 @@ pub(super) struct Copy<'c, 'a, G: SourceGuest> {
     /// After a switchover was called off, the next one is not asked for before this.
     rest_until: Instant,
     announced: Option<u32>,
+    /// What each vCPU had written when it was last asked.
+    written_before: Vec<u64>,
     told: (Instant, u64),
     copying_since: Instant,
 }
@@ -96,6 +104,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         let most_throttle = parameters.most_throttle.map_or(0, NonZeroU32::get);
         let policy = Policy::new(conversation.terms(), parameters.overhead, most_throttle);
         let spare = Some(PageSet::new(guest.memory().shape()));
+        let written_before = guest.written_by_vcpu().unwrap_or_default();
         let now = Instant::now();
         let (round, announced, told, copying_since, rest_until) = (1, None, (now, 0), now, now);
         Ok(Self {
@@ -114,6 +123,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             spare,
             rest_until,
             announced,
+            written_before,
             told,
             copying_since,
         })
@@ -219,9 +229,23 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         }
         let throttled = self.throttle(decision.throttle);
         if pages > 0 || self.is_late || self.summary.rounds.is_empty() {
-            self.note(round, Decided::on(&round, &decision).throttled(throttled));
+            let written = self.written();
+            let decided = Decided::on(&round, &decision).throttled(throttled);
+            self.note(round, decided.written(written));
         }
         Ok(decision)
+    }
+
+    /// Who wrote since this was asked last, and where.
+    fn written(&mut self) -> Written {
+        let now = self.guest.written_by_vcpu().unwrap_or_default();
+        let since = |(vcpu, now): (usize, &u64)| now.saturating_sub(*self.written_before.get(vcpu).unwrap_or(now));
+        let by_vcpu = now.iter().enumerate().map(since).collect();
+        self.written_before = now;
+        Written {
+            by_vcpu,
+            parts: self.pending.busiest(PART_FRAMES, TOLD_PARTS),
+        }
     }
 
     /// Has the guest's vCPUs throttled as the policy wants it; again after each round, for other ones may write by now.
