@@ -132,10 +132,14 @@ fn what_is_foretold_of_an_idle_guest_comes(pair: &mut Pair) -> Result<()> {
     let record = pair.migrate("g", &cap)?.exit(0)?.migration()?.is("completed", "b")?;
 
     let found = prediction(&told)?;
-    ensure!(found["end"] == "whole" && number(found, "rounds")? <= 3.0, "{found}");
+    ensure!(found["end"] == "whole" && number(found, "rounds")? < 8.0, "{found}");
     comes(found, &record.record, "bytes", "bytes_sent", 0.7..1.4)?;
-    // Half a second of it is sending; the rest is up to the machine.
-    comes(found, &record.record, "total_ms", "total_ms", 0.3..1.5)?;
+    // How long the rest takes is up to the machine.
+    let sending_ms = number(found, "bytes")? / 100e6 * 1e3;
+    ensure!(
+        (0.4..1.0).contains(&(sending_ms / number(found, "total_ms")?)),
+        "{found}"
+    );
     pair.runs_only_at(&pair.b, "g", &witness)
 }
 

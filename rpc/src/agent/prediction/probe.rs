@@ -34,7 +34,10 @@ const SENDING: Duration = Duration::from_millis(300);
 const PATIENCE: Duration = Duration::from_secs(3);
 
 /// How long a probe that was asked for may be begun, and keeps others away.
-const VALID: Duration = Duration::from_secs(5);
+const VALID: Duration = Duration::from_secs(2);
+
+/// How soon one that was not let is asked for again.
+const BETWEEN_TRIES: Duration = Duration::from_millis(200);
 
 /// What is written, and read, at once.
 const PIECE: usize = 256 << 10;
@@ -138,10 +141,17 @@ impl Agent {
         streams: u32,
     ) -> Result<f64, Failure> {
         let failed = || Failure::host(format!("failed to probe the way to host {destination}"));
-        let reply = self
-            .compute_rpcapi(context, destination)?
-            .probe_link(self.host())
-            .await?;
+        let api = self.compute_rpcapi(context, destination)?;
+        let began = Instant::now();
+        let reply = loop {
+            match api.probe_link(self.host()).await {
+                // Somebody else tries it now: it is over in a moment.
+                Err(busy) if busy.reason() == Some(Reason::HostBusy) && began.elapsed() < VALID * 2 => {
+                    tokio::time::sleep(BETWEEN_TRIES).await;
+                }
+                answer => break answer?,
+            }
+        };
         let id = wire_uuid("probe", &reply.probe)?;
         let streams = u16::try_from(streams).unwrap_or(MOST_STREAMS).clamp(1, MOST_STREAMS);
         let probed = async {

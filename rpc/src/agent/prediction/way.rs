@@ -33,6 +33,9 @@ const STOP_AND_START: Duration = Duration::from_millis(3);
 /// A smaller round tells of the latency more than of the link.
 const TELLING_BYTES: u64 = 4 << 20;
 
+/// Of how many migrations a time is the middle.
+const LAST_FEW: usize = 5;
+
 /// A smaller round tells of the latency alone.
 const SMALL_BYTES: u64 = 64 << 10;
 
@@ -72,10 +75,10 @@ impl KnownWay {
         Self {
             way: Way {
                 bytes_per_second,
-                round: lately().find_map(round).unwrap_or(ROUND),
+                round: lately().filter_map(round).min().unwrap_or(ROUND),
                 zero_pages_per_second: ZERO_PAGES,
-                preparation: lately().find_map(preparation).unwrap_or(PREPARATION),
-                stop_and_start: lately().find_map(stop_and_start).unwrap_or(STOP_AND_START),
+                preparation: typical(lately().filter_map(preparation)).unwrap_or(PREPARATION),
+                stop_and_start: typical(lately().filter_map(stop_and_start)).unwrap_or(STOP_AND_START),
             },
             known_from,
         }
@@ -146,6 +149,13 @@ fn rate(info: &MigrationInfo) -> Option<f64> {
         .bandwidth_bytes_per_s
         .is_some_and(|cap| rate > cap as f64 * BELOW_CAP);
     (rate.is_finite() && !was_capped).then_some(rate)
+}
+
+/// The middle of the last few: a single one may have been disturbed.
+fn typical(lately: impl Iterator<Item = Duration>) -> Option<Duration> {
+    let mut last: Vec<_> = lately.take(LAST_FEW).collect();
+    last.sort();
+    last.get(last.len() / 2).copied()
 }
 
 /// What a round of next to nothing took, by the quickest.
@@ -222,6 +232,18 @@ mod tests {
         assert_eq!(known.way.preparation, Duration::from_millis(46));
         assert_eq!(known.way.stop_and_start, Duration::from_millis(2));
         assert!(known.known_from.contains("from-a"), "{}", known.known_from);
+    }
+
+    #[test]
+    fn one_migration_that_was_disturbed_does_not_tell_how_long_the_next_takes() {
+        let slow = MigrationInfo {
+            total_ms: Some(5000.0),
+            ..moved("a", 100, 100.3)
+        };
+        let usual = || moved("a", 100, 100.3);
+        let known = KnownWay::learned(&[slow, usual(), usual()], &options(0), None);
+        assert_eq!(known.way.preparation, Duration::from_millis(46));
+        assert_eq!(typical(std::iter::empty()), None);
     }
 
     #[test]
