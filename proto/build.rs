@@ -36,6 +36,12 @@ fn main() -> Result<(), Box<dyn Error>> {
             "HostInfo",
             "HostVerdict",
             "Check",
+            "Refusal",
+            "MigrationPrediction",
+            "PredictedRemedy",
+            "WrittenBy",
+            "WrittenPart",
+            "DirtyPart",
             "LiveMigrateReply",
         ] {
             builder = builder.type_attribute(

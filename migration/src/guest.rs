@@ -381,6 +381,12 @@ pub trait SourceGuest: Send {
     /// If tracking fails.
     fn fetch_dirty(&mut self, dirty: &mut PageSet) -> Result<(), GuestError>;
 
+    /// How many pages each vCPU has been found to have written so far, pages that it wrote again counted again; none where nothing tells them
+    /// apart.
+    fn written_by_vcpu(&self) -> Option<Vec<u64>> {
+        None
+    }
+
     /// The handle with which senders re-arm.
     fn clearer(&self) -> Self::Clearer;
 

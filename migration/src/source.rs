@@ -50,9 +50,10 @@ pub use meter::{Amounts, Copied, MOST_BEFORE_THE_END};
 pub use parked::{NotResumable, Parked};
 pub use report::{
     Blackout, Decided, Manner, OnTimeout, Overhead, Progress, RoundSummary, SourceOrder, SourceParameters,
-    SourceReport, SourceSummary,
+    SourceReport, SourceSummary, Written,
 };
 use resume::{Kept, Unacknowledged};
+pub(crate) use rounds::BETWEEN_SMALL_ROUNDS;
 use rounds::Copy;
 use switchover::Switched;
 pub use terms::{Cap, NewTerms, Terms};

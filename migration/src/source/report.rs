@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use crate::guest::{GuestWas, StopTimes, Throttled};
+use crate::guest::{FrameRun, GuestWas, StopTimes, Throttled};
 use crate::handover::{Attempt, Epoch};
 use crate::link::{Link, Liveness};
 use crate::policy::{Decision, Forecast};
@@ -218,6 +218,17 @@ pub struct Decided {
     pub forecast: Forecast,
     /// For how much of the time vCPUs are kept from running from then on, in percent.
     pub throttle: u32,
+    /// Who wrote, and where, as far as that is known.
+    pub written: Written,
+}
+
+/// Who wrote since the decision before, and where.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Written {
+    /// Pages of each vCPU; empty where nothing tells them apart.
+    pub by_vcpu: Vec<u64>,
+    /// The parts of memory that have most of the dirty pages, and how many; the busiest first.
+    pub parts: Vec<(FrameRun, u64)>,
 }
 
 impl Decided {
@@ -230,7 +241,13 @@ impl Decided {
             blackout: Some(decision.predicted),
             forecast: decision.forecast,
             throttle: decision.throttle,
+            written: Written::default(),
         }
+    }
+
+    /// Who wrote, and where.
+    pub(super) fn written(self, written: Written) -> Self {
+        Self { written, ..self }
     }
 
     /// Which vCPUs that comes to.
@@ -257,6 +274,7 @@ impl Decided {
             blackout: None,
             forecast: Forecast::default(),
             throttle,
+            written: Written::default(),
         }
     }
 
@@ -269,6 +287,7 @@ impl Decided {
             blackout: None,
             forecast: Forecast::default(),
             throttle,
+            written: Written::default(),
         }
     }
 }

@@ -15,17 +15,23 @@ use crate::source::cold::Halt;
 use crate::source::conversation::{Conversation, Heard, TICK, unexpected};
 use crate::source::meter::Meter;
 use crate::source::resume::{Kept, Unacknowledged};
-use crate::source::{Decided, Journey, Manner, Progress, RoundSummary, SourceError, SourceReport, SourceSummary, Stop};
+use crate::source::{
+    Decided, Journey, Manner, Progress, RoundSummary, SourceError, SourceReport, SourceSummary, Stop, Written,
+};
 use crate::wire::{StreamTotals, population_to_wire};
 
 /// How long a small round waits for the grant before the next one: the guest dirties little in it, and the host rests.
-const BETWEEN_SMALL_ROUNDS: Duration = Duration::from_millis(5);
+pub(crate) const BETWEEN_SMALL_ROUNDS: Duration = Duration::from_millis(5);
 
 /// How long after the first switchover that was called off the next one is asked for, halved; doubled each time.
 const REST_AFTER_DISARM: Duration = Duration::from_millis(50);
 
 /// How often progress is told.
 const PROGRESS: Duration = Duration::from_millis(250);
+
+/// The parts of memory of which is told which have most dirty pages, of 128 MiB, and how many are told.
+const PART_FRAMES: u64 = 32 << 10;
+const TOLD_PARTS: usize = 3;
 
 /// The copy while the guest runs.
 pub(super) struct Copy<'c, 'a, G: SourceGuest> {
@@ -55,6 +61,8 @@ pub(super) struct Copy<'c, 'a, G: SourceGuest> {
     /// After a switchover was called off, the next one is not asked for before this.
     pub(super) rest_until: Instant,
     pub(super) announced: Option<u32>,
+    /// What each vCPU had written when it was last asked.
+    written_before: Vec<u64>,
     pub(super) told: (Instant, u64),
     pub(super) copying_since: Instant,
     /// The map of what is populated, until the destination has it.
@@ -101,6 +109,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             unacknowledged,
         } = kept;
         let spare = Some(PageSet::new(guest.memory().shape()));
+        let written_before = guest.written_by_vcpu().unwrap_or_default();
         Ok(Self {
             guest,
             attempt,
@@ -118,6 +127,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             spare,
             rest_until,
             announced,
+            written_before,
             told,
             copying_since,
             population,
@@ -269,9 +279,23 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         }
         let throttled = self.throttle(decision.throttle);
         if pages > 0 || self.is_late || self.summary.rounds.is_empty() {
-            self.note(round, Decided::on(&round, &decision).throttled(throttled));
+            let written = self.written();
+            let decided = Decided::on(&round, &decision).throttled(throttled);
+            self.note(round, decided.written(written));
         }
         Ok(decision)
+    }
+
+    /// Who wrote since this was asked last, and where.
+    fn written(&mut self) -> Written {
+        let now = self.guest.written_by_vcpu().unwrap_or_default();
+        let since = |(vcpu, now): (usize, &u64)| now.saturating_sub(*self.written_before.get(vcpu).unwrap_or(now));
+        let by_vcpu = now.iter().enumerate().map(since).collect();
+        self.written_before = now;
+        Written {
+            by_vcpu,
+            parts: self.pending.busiest(PART_FRAMES, TOLD_PARTS),
+        }
     }
 
     /// Has the guest's vCPUs throttled as the policy wants it; again after each round, for other ones may write by now.

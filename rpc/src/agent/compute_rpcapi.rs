@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use ferry_proto::agent::v1::{
     CheckDestinationReply, CheckDestinationRequest, CheckSourceReply, CheckSourceRequest, HostInfo, LateLinkReply,
-    LateLinkRequest, LiveMigrationCast, MigrationOptions, PreLiveMigrationReply, PreLiveMigrationRequest, Receipt,
+    LateLinkRequest, LiveMigrationCast, MigrationOptions, MigrationPrediction, PreLiveMigrationReply,
+    PreLiveMigrationRequest, PredictMigrationRequest, ProbeLinkReply, ProbeLinkRequest, Receipt,
 };
 use tonic::{Request, Status};
 
@@ -173,6 +174,54 @@ impl ComputeRpcApi {
                 self.call(peer, CALL_TIME, |mut client, version| {
                     let request = at(version, request.clone());
                     async move { client.check_can_live_migrate_source(request).await }
+                })
+                .await
+            }
+        }
+    }
+
+    /// Whether this host tells all that is against a migration, and what it would come to.
+    pub(crate) fn knows_dry_runs(&self) -> bool {
+        matches!(self.to, To::Here(_)) || self.can_send_version(RpcVersion::V4_3)
+    }
+
+    /// Lets the host `source` find out what the way to this host's data port carries.
+    ///
+    /// # Errors
+    /// It is probed already, does not answer, or is of before.
+    pub(crate) async fn probe_link(&self, source: &str) -> Result<ProbeLinkReply, Failure> {
+        let request = ProbeLinkRequest {
+            source: source.to_owned(),
+        };
+        match &self.to {
+            To::Here(agent) => agent.probe_link(&request),
+            To::There(peer) if !self.knows_dry_runs() => Err(knows_not("a probe", &peer.host, self.version())),
+            To::There(peer) => {
+                self.call(peer, CALL_TIME, |mut client, version| {
+                    let request = at(version, request.clone());
+                    async move { client.probe_link(request).await }
+                })
+                .await
+            }
+        }
+    }
+
+    /// What a migration of an instance of this host would come to.
+    ///
+    /// # Errors
+    /// The host does not answer, or is of before.
+    pub(crate) async fn predict_migration(
+        &self,
+        request: PredictMigrationRequest,
+    ) -> Result<MigrationPrediction, Failure> {
+        match &self.to {
+            To::Here(agent) => agent.predict_migration(&self.context, request).await,
+            To::There(peer) if !self.knows_dry_runs() => Err(knows_not("a prediction", &peer.host, self.version())),
+            To::There(peer) => {
+                let patience = CHECK_TIME + Duration::from_millis(request.sample_ms.into());
+                self.call(peer, patience, |mut client, version| {
+                    let request = at(version, request.clone());
+                    async move { client.predict_migration(request).await }
                 })
                 .await
             }

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! The secret is made anew for each preparation and travels on the agents' gRPC connection; the nonce is made anew for each
-//! connection, so nothing that was on the wire can be used again.
+//! connection, so nothing that was on the wire can be used again. A probe of the link (`prediction::probe`) has an id and a secret of its own in their place.
 
 use std::io;
 use std::ops::Range;
@@ -102,6 +102,17 @@ async fn take(agent: &Arc<Agent>, mut stream: TcpStream) -> io::Result<()> {
             .verify_slice(shown)
             .is_ok()
     });
+    // One that is not of a migration may be of a probe, with the same proof.
+    let probe = agent.probes.find(migration).filter(|probe| {
+        proof(&probe.secret, &nonce, migration, index)
+            .verify_slice(shown)
+            .is_ok()
+    });
+    if let Some(probe) = probe {
+        stream.write_all(&[1]).await?;
+        fit_buffers(&stream)?;
+        return probe.take_in(&mut stream).await;
+    }
     let Some(incoming) = incoming else {
         stream.write_all(&[0]).await?;
         return Err(io::Error::from(io::ErrorKind::PermissionDenied));

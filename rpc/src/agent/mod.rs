@@ -15,6 +15,7 @@
 //! | `compute`, `conductor` | the gRPC services: convert, call, map the error; the conductor's task checks, chooses and casts |
 //! | `failure`, `unread` | what is answered when something is not done, or could not be read |
 //! | `checks`, `claims`, `reason` | whether this host can have an instance, and why not |
+//! | `prediction` | what a migration would come to |
 //! | `resolving` | a person ends a migration that nobody can decide |
 //! | `context`, `who`, `sock_diag` | in which request, for whom and until when something is done |
 //! | `events` | what was done to each instance, and what failed |
@@ -42,6 +43,7 @@ mod journal;
 mod mode;
 mod outgoing;
 mod peers;
+mod prediction;
 mod reason;
 mod recovery;
 mod resolving;

@@ -27,6 +27,7 @@ use super::instances::{Agent, restart_when_due};
 use super::journal::Journal;
 use super::outgoing::Queue;
 use super::peers::Peers;
+use super::prediction::Probes;
 use super::unread::WithReasons;
 use super::{data_port, health, host, recovery};
 
@@ -133,6 +134,7 @@ async fn build(
         outgoing: Default::default(),
         incoming: Default::default(),
         peers,
+        probes: Probes::default(),
         queue: Queue::new(config.max_outgoing),
         due,
         config,

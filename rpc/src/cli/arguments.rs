@@ -338,9 +338,12 @@ pub(super) struct MigrateArguments {
     /// The guest stands still from the first page on, and runs there when all is there; a stopped instance moves with its disks and stays stopped
     #[arg(long, conflicts_with_all = ["max_downtime", "on_timeout", "mode", "auto_converge"])]
     pub(super) cold: bool,
-    /// Check and choose only: tell of each host why it would be taken or left
+    /// Check and choose only: tell every reason why it would be refused, and what it would come to
     #[arg(long, conflicts_with_all = ["detach", "wait"])]
     pub(super) dry_run: bool,
+    /// How long the guest is looked at for that, 30s at most; it costs a guest that writes a little of its speed
+    #[arg(long, value_name = "DURATION|none", default_value = "3s", requires = "dry_run", value_parser = parse::sample)]
+    pub(super) sample: u32,
     /// Print the migration's id and leave
     #[arg(long, conflicts_with = "wait")]
     pub(super) detach: bool,

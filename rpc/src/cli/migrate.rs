@@ -208,6 +208,7 @@ fn request(arguments: &MigrateArguments) -> LiveMigrateRequest {
         }),
         request_id: uuid::Uuid::new_v4().to_string(),
         dry_run: arguments.dry_run,
+        sample_ms: if arguments.dry_run { arguments.sample } else { 0 },
     }
 }
 

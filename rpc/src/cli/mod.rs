@@ -21,6 +21,7 @@ mod migrate;
 mod migrations;
 mod output;
 mod placement;
+mod prediction;
 mod progress;
 mod quantities;
 mod selftest;

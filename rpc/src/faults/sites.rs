@@ -332,6 +332,8 @@ fn order_and_answer(order: &Command) -> Option<(Site, Site)> {
         | Command::ForceComplete(_)
         | Command::Retune(_)
         | Command::Profile(_)
+        | Command::Sample(_)
+        | Command::EndSample(_)
         // Long before the handover.
         | Command::Reconnect(_)
         // After it.
@@ -363,7 +365,7 @@ pub(crate) fn report(report: &Body) -> Option<Site> {
         Body::LoadFailed(_) => Some(Site::ReportLoadFailed),
         Body::GuestEnded(_) => Some(Site::ReportGuestEnded),
         Body::Done(_) | Body::Refused(_) | Body::Standing(_) | Body::Traded(_) | Body::Pressed(_) => None,
-        Body::SnapshotEnded(_) | Body::Restored(_) | Body::Profiled(_) | Body::Late(_) => None,
+        Body::SnapshotEnded(_) | Body::Restored(_) | Body::Profiled(_) | Body::Late(_) | Body::Sampled(_) => None,
         // No cell's user waits for a link.
         Body::LinkLost(_) | Body::LinkBack(_) => None,
     }

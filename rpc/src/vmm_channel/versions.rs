@@ -39,6 +39,7 @@ pub(crate) fn brought_by(order: &Command) -> (u32, &'static str) {
         Command::SetBalloon(_) => (2, "the balloon"),
         Command::ForceComplete(_) => (2, "completing by force"),
         Command::Retune(_) => (2, "retuning a migration"),
+        Command::Sample(_) | Command::EndSample(_) => (2, "a sample of what its guest writes"),
         Command::Profile(_) => (2, "telling what it needs of a host"),
     }
 }

@@ -99,6 +99,7 @@ impl Vmm {
             .name("migration".to_owned())
             .spawn(run)
             .context("failed to start a thread")?;
+        self.end_sample("a migration of the guest began");
         let Holding::Here(guest) = std::mem::replace(&mut self.holding, Holding::Sending(Sending { orders })) else {
             anyhow::bail!("the guest is gone");
         };

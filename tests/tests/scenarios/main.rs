@@ -32,6 +32,7 @@ mod moves;
 mod networks;
 mod placement;
 mod postcopy;
+mod prediction;
 mod progress;
 mod queue;
 mod refusals;
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
         linux::trials(),
         refusals::trials(),
         placement::trials(),
+        prediction::trials(),
         moves::trials(),
         disks::trials(),
         storage::trials(),

@@ -60,6 +60,10 @@ fn what_a_vmm_of_an_earlier_build_does_not_know_is_refused_by_name(pair: &mut Pa
     for (words, says) in asked {
         pair.a.ferry(words)?.exit(4)?.says(says)?.says("speaks version 1")?;
     }
+    // What can be told without it is.
+    pair.migrate("g", &["--dry-run"])?
+        .exit(0)?
+        .says("a sample of what its guest writes came with version 2")?;
     ensure!(!fs::exists(&snapshot)?, "a folder is left");
     pair.a.ferry(&["pause", "g"])?.exit(0)?;
     pair.a.ferry(&["resume", "g"])?.exit(0)?;

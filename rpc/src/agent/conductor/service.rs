@@ -45,12 +45,14 @@ impl Conductor for ConductorService {
     async fn live_migrate(&self, request: Request<LiveMigrateRequest>) -> Answer<LiveMigrateReply> {
         let context = RequestContext::of(&request);
         let (agent, request) = (Arc::clone(&self.0), request.into_inner());
+        if request.dry_run {
+            // Nothing is begun that had to be ended: it goes no further than it is waited for.
+            return Ok(Response::new(agent.live_migrate(&context, request).await?));
+        }
         let migrated = whole(async move {
-            let (instance, dry_run) = (request.instance.clone(), request.dry_run);
+            let instance = request.instance.clone();
             let migrated = agent.live_migrate(&context, request).await;
-            if !dry_run {
-                agent.audit(&context, "migrate", &instance, &migrated).await;
-            }
+            agent.audit(&context, "migrate", &instance, &migrated).await;
             migrated
         });
         Ok(Response::new(migrated.await?))

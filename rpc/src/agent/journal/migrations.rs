@@ -128,6 +128,14 @@ impl MigrationRow {
         Ok(reports.into_iter().map(|(_, report)| report).collect())
     }
 
+    /// The reports of the last migrations to or from this host that are over, the newest first, so many at most.
+    pub(crate) fn last_with(connection: &Connection, peer: &str, most: u32) -> rusqlite::Result<Vec<Report>> {
+        connection
+            .prepare_cached("SELECT info FROM migrations WHERE peer=?1 AND over=1 ORDER BY rowid DESC LIMIT ?2")?
+            .query_map((peer, most), |row| Ok(Report(row.get(0)?)))?
+            .collect()
+    }
+
     /// The migrations that are not over, in the order in which they were accepted: a row keeps the place in which it was added.
     pub(crate) fn unfinished(connection: &Connection) -> rusqlite::Result<Vec<Self>> {
         connection

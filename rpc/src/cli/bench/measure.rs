@@ -89,6 +89,8 @@ async fn timed_move(
     stays: &mut Stays,
     touched_bytes: u64,
 ) -> Result<Run, Failure> {
+    // Before memory is touched: what is free for two seconds goes back.
+    let predicted = lab.predict(guest, order, SAMPLE).await?;
     warm(touched_bytes)?;
     stays.close(guest, order.source);
     let meter = CpuMeter::start([lab.agent_pid(0), lab.agent_pid(1)]);
@@ -110,6 +112,7 @@ async fn timed_move(
     let cpu = over.unwrap_or([f64::NAN; 2]);
     Ok(Run {
         moved: moved?,
+        predicted,
         cpu_source_s: cpu[order.source],
         cpu_destination_s: cpu[order.destination()],
         clock_error: None,
@@ -187,6 +190,8 @@ impl Teller {
     }
 }
 
+/// How long the guest is looked at to foretell a move: longer than any round takes.
+const SAMPLE: Duration = Duration::from_millis(1000);
 /// How long the guest is listened to between two moves: its clock is read a hundred times.
 const STAY: Duration = Duration::from_millis(1000);
 /// VMMs, agents and the kernel's own.

@@ -1,5 +1,6 @@
 //! The figures of a workload: medians, and each run's own for whoever wants to know how they spread.
 
+use ferry_proto::agent::v1::MigrationPrediction;
 use serde::Serialize;
 
 use super::super::lab::Move;
@@ -11,6 +12,8 @@ use super::workloads::Workload;
 #[derive(Debug)]
 pub(super) struct Run {
     pub(super) moved: Move,
+    /// What had been foretold of it right before.
+    pub(super) predicted: MigrationPrediction,
     pub(super) cpu_source_s: f64,
     pub(super) cpu_destination_s: f64,
     pub(super) clock_error: Option<ClockError>,
@@ -52,6 +55,13 @@ pub(super) struct Figures {
     /// The one of median amount; positive: the guest's clock runs ahead after the move.
     clock_error_us: Option<f64>,
     clock_uncertainty_us: Option<f64>,
+    /// What was foretold, as a part of what came: medians, and each run's own.
+    predicted_total_ratio: Option<f64>,
+    predicted_blackout_ratio: Option<f64>,
+    predicted_bytes_ratio: Option<f64>,
+    predicted_total_ratio_all: Vec<f64>,
+    predicted_blackout_ratio_all: Vec<f64>,
+    predicted_bytes_ratio_all: Vec<f64>,
     clock_error_us_all: Vec<Option<f64>>,
     total_ms_all: Vec<f64>,
     blackout_ms_all: Vec<f64>,
@@ -71,6 +81,18 @@ impl Figures {
             let sent = run.moved.migration.bytes_sent;
             (sent >= LEAST_SENT).then(|| seconds * (1_u64 << 30) as f64 / sent as f64)
         };
+        let ratio = |foretold: Option<f64>, came: Option<f64>| {
+            foretold
+                .zip(came)
+                .filter(|&(_, came)| came > 0.0)
+                .map(|(foretold, came)| foretold / came)
+        };
+        let total_ratio = all(&|run| ratio(run.predicted.total_ms, run.moved.migration.total_ms));
+        let blackout_ratio = all(&|run| ratio(run.predicted.blackout_ms, Some(downtime(run)?.total)));
+        let bytes_ratio = all(&|run| {
+            let foretold = run.predicted.bytes.map(|bytes| bytes as f64);
+            ratio(foretold, Some(run.moved.migration.bytes_sent as f64))
+        });
         let clock = |part: &dyn Fn(ClockError) -> f64| all(&|run| run.clock_error.map(part));
         Self {
             workload: workload.name,
@@ -93,6 +115,12 @@ impl Figures {
             vmm_migrating_bytes: memory.migrating_bytes,
             clock_error_us: median_amount(&clock(&|error| error.error_us)),
             clock_uncertainty_us: median(&clock(&|error| error.uncertainty_us)),
+            predicted_total_ratio: median(&total_ratio),
+            predicted_blackout_ratio: median(&blackout_ratio),
+            predicted_bytes_ratio: median(&bytes_ratio),
+            predicted_total_ratio_all: total_ratio,
+            predicted_blackout_ratio_all: blackout_ratio,
+            predicted_bytes_ratio_all: bytes_ratio,
             clock_error_us_all: runs
                 .iter()
                 .map(|run| run.clock_error.map(|error| error.error_us))
@@ -169,7 +197,7 @@ pub(super) fn table(all: &[Figures]) -> String {
             if figures.clean { "yes" } else { "NO" }.to_owned(),
         ]);
     }
-    let mut text = format!("{table}{LEGEND}");
+    let mut text = format!("{table}{LEGEND}\n\n{}{FORETOLD}", foretold(all));
     for figures in all {
         for fault in &figures.faults {
             text += &format!("\n{}: {fault}", figures.workload);
@@ -177,6 +205,24 @@ pub(super) fn table(all: &[Figures]) -> String {
     }
     text
 }
+
+/// How near what was foretold came.
+fn foretold(all: &[Figures]) -> Table {
+    let mut table = Table::new(&["FORETOLD", ">TOTAL", ">BLACKOUT", ">SENT"]);
+    let share = |ratio: Option<f64>| or_dash(ratio.map(|ratio| format!("{ratio:.2}")));
+    for figures in all {
+        table.row([
+            figures.workload.to_owned(),
+            share(figures.predicted_total_ratio),
+            share(figures.predicted_blackout_ratio),
+            share(figures.predicted_bytes_ratio),
+        ]);
+    }
+    table
+}
+
+const FORETOLD: &str = "
+What `migrate --dry-run` said right before each move, as a part of what came of it: medians. Before the first one the link is tried, and nothing else is known of the way.";
 
 /// With less sent than this, what a migration costs in any case would be called the cost of a GiB.
 const LEAST_SENT: u64 = 256 << 20;

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use ferry_proto::agent::v1::{LiveMigrateRequest, MigrationInfo, MigrationOptions};
+use ferry_proto::agent::v1::{LiveMigrateRequest, MigrationInfo, MigrationOptions, MigrationPrediction};
 use serde::Serialize;
 use tokio::time::sleep;
 
@@ -147,7 +147,19 @@ impl Lab {
         order: MoveOrder,
         observe: impl FnMut(&MigrationInfo),
     ) -> Result<MigrationInfo, Failure> {
-        let request = LiveMigrateRequest {
+        let source = self.agent(order.source);
+        let accepted = migrate::cast(source, self.request(guest, order)).await?;
+        let info = watch::follow(source, &accepted.migration, observe).await?;
+        if info.status != "completed" {
+            let error = info.error.as_deref().unwrap_or("no reason was given");
+            let text = format!("migration {} {}: {error}; {}", info.id, info.status, whereabouts(&info));
+            return Err(Failure::new(Exit::Failed, text));
+        }
+        Ok(info)
+    }
+
+    fn request(&self, guest: &ProbeGuest, order: MoveOrder) -> LiveMigrateRequest {
+        LiveMigrateRequest {
             instance: guest.id.clone(),
             destination: self.host(order.destination()).to_owned(),
             options: Some(MigrationOptions {
@@ -156,18 +168,33 @@ impl Lab {
                 streams: order.streams,
                 ..Default::default()
             }),
-            dry_run: false,
             request_id: uuid::Uuid::new_v4().to_string(),
-        };
-        let source = self.agent(order.source);
-        let accepted = migrate::cast(source, request).await?;
-        let info = watch::follow(source, &accepted.migration, observe).await?;
-        if info.status != "completed" {
-            let error = info.error.as_deref().unwrap_or("no reason was given");
-            let text = format!("migration {} {}: {error}; {}", info.id, info.status, whereabouts(&info));
-            return Err(Failure::new(Exit::Failed, text));
+            ..Default::default()
         }
-        Ok(info)
+    }
+
+    /// What the move is expected to come to, by what the guest writes in this time.
+    ///
+    /// # Errors
+    /// The agent does not answer, or foretells nothing.
+    pub(in crate::cli) async fn predict(
+        &self,
+        guest: &ProbeGuest,
+        order: MoveOrder,
+        sample: Duration,
+    ) -> Result<MigrationPrediction, Failure> {
+        let request = LiveMigrateRequest {
+            dry_run: true,
+            sample_ms: u32::try_from(sample.as_millis()).unwrap_or(u32::MAX),
+            ..self.request(guest, order)
+        };
+        let reply = migrate::cast(self.agent(order.source), request).await?;
+        let failed = |why: String| Failure::new(Exit::Failed, format!("the move was not foretold: {why}"));
+        let prediction = reply.prediction.ok_or_else(|| failed("no answer to it".to_owned()))?;
+        match prediction.unknown {
+            Some(why) => Err(failed(why)),
+            None => Ok(prediction),
+        }
     }
 
     /// Who runs the guest, once the source's VMM has had a moment to end.

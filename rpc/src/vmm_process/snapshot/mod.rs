@@ -47,6 +47,7 @@ impl Vmm {
             .name("snapshot".to_owned())
             .spawn(run)
             .context("failed to start a thread")?;
+        self.end_sample("a snapshot of the guest began");
         let Holding::Here(guest) = std::mem::replace(&mut self.holding, Holding::Snapshotting) else {
             anyhow::bail!("the guest is gone");
         };
