@@ -202,6 +202,7 @@ fn request(arguments: &MigrateArguments) -> LiveMigrateRequest {
                 arguments.on_timeout.clone()
             },
             mode: if arguments.cold { "cold" } else { &arguments.mode }.to_owned(),
+            transport: arguments.transport.clone(),
         }),
         request_id: uuid::Uuid::new_v4().to_string(),
         dry_run: arguments.dry_run,

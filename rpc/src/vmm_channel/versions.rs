@@ -23,6 +23,8 @@ pub(crate) fn brought_by(order: &Command) -> (u32, &'static str) {
         Command::Send(send) if send.max_throttle_percent > 0 => (2, "throttling its guest"),
         // One of version 1 would send all pages before it hands the guest over.
         Command::Send(send) if !send.lateness.is_empty() => (2, "moving its guest by post-copy"),
+        // One of version 1 would set them up as if they were TCP's, and fail.
+        Command::Send(send) if send.carried => (2, "moving its guest by --transport grpc"),
         Command::Send(_) => (1, "sending its guest"),
         Command::Grant(_) => (1, "the switch grant"),
         Command::CallOff(_) => (1, "calling a switchover off"),

@@ -10,5 +10,5 @@ mod prepare;
 mod undoing;
 
 pub(crate) use driver::recover;
-pub(crate) use handle::IncomingMigrations;
+pub(crate) use handle::{Incoming, IncomingMigrations};
 pub(crate) use prepare::without_disks;

@@ -4,6 +4,7 @@
 //! drives `handover::SourceAgent` to the end, which says what has become of the guest, and [`ending`] carries that out.
 
 mod begin;
+mod connecting;
 mod ending;
 mod figures;
 mod handle;
