@@ -8,6 +8,7 @@ mod aborts;
 mod agents;
 mod alphabet;
 mod callers;
+mod carried;
 mod clients;
 mod cold;
 mod convergence;
@@ -75,6 +76,7 @@ fn main() -> ExitCode {
         cold::trials(),
         convergence::trials(),
         postcopy::trials(),
+        carried::trials(),
         agents::trials(),
         progress::trials(),
         upgrades::trials(),
