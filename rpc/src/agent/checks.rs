@@ -21,6 +21,7 @@ use super::instances::{Agent, check_incoming};
 use super::journal::Status;
 use super::mode::Mode;
 use super::reason::Reason;
+use super::transport::Transport;
 
 impl Agent {
     /// Nova's check_can_live_migrate_source: the destination asks what it is to have.
@@ -34,7 +35,7 @@ impl Agent {
         self.check_destination(&request.destination)?;
         let instance = self.instance(&request.instance).await?;
         let state = instance.state.lock().await;
-        let mode = Mode::parse(&request.mode)?;
+        let (mode, transport) = (Mode::parse(&request.mode)?, Transport::parse(&request.transport)?);
         state.check_can_migrate(mode)?;
         // One that is off has none.
         let vmm = match state.row.status {
@@ -49,6 +50,7 @@ impl Agent {
             let send = wire::Send {
                 cold: mode == Mode::Cold,
                 lateness: mode.lateness().to_owned(),
+                carried: transport == Transport::Grpc,
                 ..Default::default()
             };
             vmm.check_knows(&Command::Send(send))
@@ -83,6 +85,7 @@ impl Agent {
             instance: request.instance,
             destination: self.host().to_owned(),
             mode: request.mode,
+            transport: request.transport,
         };
         let source = self.compute_rpcapi(context, &request.source)?;
         let told = match source.check_can_live_migrate_source(asked).await {

@@ -57,7 +57,7 @@ pub(crate) struct Peer {
     pub(crate) url: String,
     /// The host that asks it: this one.
     here: Arc<str>,
-    endpoint: Endpoint,
+    endpoint: Arc<Endpoint>,
     channel: Channel,
     heard: Arc<Mutex<Heard>>,
 }
@@ -352,7 +352,7 @@ impl Peers {
                 url: url.clone(),
                 here: Arc::clone(&here),
                 channel: endpoint.connect_lazy(),
-                endpoint,
+                endpoint: Arc::new(endpoint),
                 heard: Arc::default(),
             };
             known.insert(host.clone(), peer);

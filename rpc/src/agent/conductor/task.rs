@@ -80,6 +80,7 @@ impl Agent {
             source: source.clone(),
             storage: options.storage.clone(),
             mode: options.mode.clone(),
+            transport: options.transport.clone(),
         };
         let tries = if request.dry_run { usize::MAX } else { MOST_TRIES };
         let hosts = self
