@@ -21,6 +21,7 @@ use super::instances::{Agent, why_not_incoming};
 use super::journal::Status;
 use super::mode::Mode;
 use super::reason::Reason;
+use super::transport::Transport;
 
 impl Agent {
     /// Nova's check_can_live_migrate_source: the destination asks what it is to have.
@@ -36,7 +37,7 @@ impl Agent {
         }
         let instance = self.instance(&request.instance).await?;
         let mut state = instance.state.lock().await;
-        let mode = Mode::parse(&request.mode)?;
+        let (mode, transport) = (Mode::parse(&request.mode)?, Transport::parse(&request.transport)?);
         let mut refused = state.why_not_migrate(mode);
         if request.dry_run
             && let Err(unsettled) = self.check_settled(&mut state).await
@@ -64,6 +65,7 @@ impl Agent {
             let send = wire::Send {
                 cold: mode == Mode::Cold,
                 lateness: mode.lateness().to_owned(),
+                carried: transport == Transport::Grpc,
                 ..Default::default()
             };
             let knows = vmm.check_knows(&Command::Send(send));
@@ -105,6 +107,7 @@ impl Agent {
             destination: self.host().to_owned(),
             mode: request.mode,
             dry_run: request.dry_run,
+            transport: request.transport,
         };
         let source = self.compute_rpcapi(context, &request.source)?;
         let told = match source.check_can_live_migrate_source(asked).await {

@@ -23,6 +23,7 @@ use super::mode::Mode;
 use super::outgoing::PAUSE;
 use super::peers::{CALL_TIME, Call, ComputeClient, PREPARE_TIME, Peer, PeerError};
 use super::reason::Reason;
+use super::transport::Transport;
 use super::versions::RpcVersion;
 
 /// The metadata in which a call says at which version its message is.
@@ -104,6 +105,7 @@ fn novelty(options: &MigrationOptions) -> Option<&'static str> {
         (options.on_timeout == PAUSE, "a pause when the time is up"),
         (options.max_throttle_percent > 0, "throttling the guest"),
         (options.resume_window_ms > 0, "waiting for a link that is lost"),
+        (new_transport(&options.transport).is_some(), CARRYING),
     ];
     let of_options = novelties
         .into_iter()
@@ -118,6 +120,13 @@ fn new_mode(mode: Mode) -> Option<&'static str> {
         Mode::Cold => Some("a cold migration"),
         Mode::Postcopy | Mode::Hybrid => Some("a migration with pages that come late"),
     }
+}
+
+/// What an agent before 4.3 does not serve.
+const CARRYING: &str = "a migration by --transport grpc";
+
+fn new_transport(word: &str) -> Option<&'static str> {
+    (Transport::parse(word) == Ok(Transport::Grpc)).then_some(CARRYING)
 }
 
 fn knows_not(what: &str, host: &str, version: RpcVersion) -> Failure {
@@ -266,11 +275,12 @@ impl ComputeRpcApi {
                     };
                     peer.call(&self.context, Call::PreLiveMigration, PREPARE_TIME, send)
                 };
-                self.check_can_say(peer, &request.mode)?;
+                let novelty = new_mode(Mode::parse(&request.mode)?).or(new_transport(&request.transport));
+                self.check_can_say(peer, novelty)?;
                 match prepare(self.version()).await {
                     Err(error) if is_other_version(&error) => {
                         self.refresh(peer).await?;
-                        self.check_can_say(peer, &request.mode)?;
+                        self.check_can_say(peer, novelty)?;
                         Ok(prepare(self.version()).await?)
                     }
                     answer => Ok(answer?),
@@ -288,7 +298,7 @@ impl ComputeRpcApi {
     /// The host refuses it, or does not answer: then it may have it.
     pub(crate) async fn live_migration(&self, record: &LiveMigrationCast) -> Result<Receipt, Failure> {
         if let (To::There(peer), Some(options)) = (&self.to, &record.options) {
-            self.check_can_say(peer, &options.mode)?;
+            self.check_can_say(peer, new_mode(Mode::parse(&options.mode)?))?;
         }
         match &self.to {
             To::Here(agent) => agent.live_migration(&self.context, record.clone()).await,
@@ -305,9 +315,9 @@ impl ComputeRpcApi {
         }
     }
 
-    /// A host that does not know the mode would take it for another.
-    fn check_can_say(&self, peer: &Peer, mode: &str) -> Result<(), Failure> {
-        match new_mode(Mode::parse(mode)?) {
+    /// A host that does not know what is new about a migration would take it for another.
+    fn check_can_say(&self, peer: &Peer, novelty: Option<&str>) -> Result<(), Failure> {
+        match novelty {
             Some(what) if !self.can_send_version(RpcVersion::V4_3) => Err(knows_not(what, &peer.host, self.version())),
             _ => Ok(()),
         }
@@ -405,7 +415,7 @@ fn is_other_version(error: &PeerError) -> bool {
 }
 
 /// A request that says at which version its message is.
-fn at<T>(version: RpcVersion, message: T) -> Request<T> {
+pub(super) fn at<T>(version: RpcVersion, message: T) -> Request<T> {
     let mut request = Request::new(message);
     // Digits and a dot.
     if let Ok(value) = version.to_string().parse() {

@@ -116,7 +116,7 @@ impl SourceStep {
             ),
             Self::Connect => (
                 "connect",
-                "makes the connections to the destination's data port",
+                "makes the connections to the destination's data port, or through both agents",
                 Along,
                 Nothing("a connection that no VMM has goes with the script"),
             ),

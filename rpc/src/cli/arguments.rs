@@ -328,6 +328,9 @@ pub(super) struct MigrateArguments {
     /// Page streams, each a TCP connection
     #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = parse::streams)]
     pub(super) streams: u32,
+    /// How pages travel: straight from VMM to VMM by the destination's data port, or through both agents where only their own port is open
+    #[arg(long, value_name = "HOW", default_value = "tcp", value_parser = ["tcp", "grpc"])]
+    pub(super) transport: String,
     /// Do not send faster than this, for example 5Gbit [default: no limit]
     #[arg(long, value_name = "RATE", value_parser = parse::bandwidth)]
     pub(super) bandwidth: Option<u64>,
@@ -457,6 +460,9 @@ pub(super) struct BenchArguments {
     /// Page streams, each a TCP connection
     #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = parse::streams)]
     pub(super) streams: u32,
+    /// How pages travel, as `migrate` has it
+    #[arg(long, value_name = "HOW", default_value = "tcp", value_parser = ["tcp", "grpc"])]
+    pub(super) transport: String,
     /// List the workloads and leave
     #[arg(long)]
     pub(super) list: bool,

@@ -174,7 +174,8 @@ pub(super) fn sums(info: &MigrationInfo) -> String {
     )];
     parts.push(format!("{} sent", human_bytes(info.bytes_sent)));
     parts.push(format!("{} zero pages told", human_count(info.zero_pages)));
-    parts.push(format!("{} streams", info.streams));
+    let by = if info.transport == "grpc" { " over gRPC" } else { "" };
+    parts.push(format!("{} streams{by}", info.streams));
     parts.extend(info.throughput_bytes_per_s.map(human_rate));
     parts.join(" · ")
 }

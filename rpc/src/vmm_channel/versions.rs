@@ -24,6 +24,8 @@ pub(crate) fn brought_by(order: &Command) -> (u32, &'static str) {
         // One of version 1 would send all pages before it hands the guest over.
         Command::Send(send) if !send.lateness.is_empty() => (2, "moving its guest by post-copy"),
         Command::Send(send) if send.resume_window_ms > 0 => (2, "waiting for a link that is lost"),
+        // One of version 1 would set them up as if they were TCP's, and fail.
+        Command::Send(send) if send.carried => (2, "moving its guest by --transport grpc"),
         Command::Send(_) => (1, "sending its guest"),
         Command::Grant(_) => (1, "the switch grant"),
         Command::CallOff(_) => (1, "calling a switchover off"),

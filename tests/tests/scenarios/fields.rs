@@ -174,6 +174,7 @@ impl<'a> Stage<'a> {
             ("dirty", _) => text("log"),
             ("restart", _) => text("never"),
             ("storage", _) => text("auto"),
+            ("transport", _) => text("grpc"),
             ("rpc_version", _) => text("4.2"),
             ("decision", _) => text("SRC"),
             ("wish", _) => text("run-here"),

@@ -8,6 +8,7 @@ mod aborts;
 mod agents;
 mod alphabet;
 mod callers;
+mod carried;
 mod clients;
 mod cold;
 mod convergence;
@@ -79,6 +80,7 @@ fn main() -> ExitCode {
         convergence::trials(),
         postcopy::trials(),
         resume::trials(),
+        carried::trials(),
         agents::trials(),
         progress::trials(),
         upgrades::trials(),

@@ -75,6 +75,7 @@ impl Agent {
             storage: options.storage.clone(),
             mode: options.mode.clone(),
             dry_run: true,
+            transport: options.transport.clone(),
         };
         let mut hosts = Vec::new();
         let mut disk_bytes = 0;
@@ -127,6 +128,7 @@ impl Agent {
             destination: String::new(),
             mode: options.mode.clone(),
             dry_run: true,
+            transport: options.transport.clone(),
         };
         let api = match self.compute_rpcapi(context, source) {
             // One of before has no answer to this, and tells each destination.

@@ -83,6 +83,7 @@ impl Agent {
             storage: options.storage.clone(),
             mode: options.mode.clone(),
             dry_run: false,
+            transport: options.transport.clone(),
         };
         let hosts = self.check_in_turn(context, verdicts, &check).await?;
         let destination = hosts.iter().find(|host| host.taken).map(|host| host.host.clone());

@@ -12,5 +12,5 @@ mod reconnecting;
 mod undoing;
 
 pub(crate) use driver::recover;
-pub(crate) use handle::IncomingMigrations;
+pub(crate) use handle::{Incoming, IncomingMigrations};
 pub(crate) use prepare::without_disks;

@@ -28,6 +28,7 @@ use crate::agent::mode::Mode;
 use crate::agent::outgoing::{MOST_RESUME_WINDOW_MS, MOST_STREAMS, late_streams, now_ms, now_text};
 use crate::agent::reason::Reason;
 use crate::agent::steps::DestinationStep;
+use crate::agent::transport::Transport;
 use crate::agent::versions::RpcVersion;
 use crate::agent::{data_port, images};
 use crate::lock_file::Holder;
@@ -42,6 +43,7 @@ struct Guest {
     streams: u16,
     user_paused: bool,
     mode: Mode,
+    transport: Transport,
     /// What it is to be once it is here; empty where the source does not know the word.
     guest_was: String,
     storage: Storage,
@@ -104,6 +106,7 @@ impl Guest {
             // A machine whose guest is not to run is never given a permit to.
             user_paused: request.user_paused || request.guest_was == "stopped",
             mode: Mode::parse(&request.mode)?,
+            transport: Transport::parse(&request.transport)?,
             guest_was: request.guest_was,
             storage,
             disk_sizes: request.disk_sizes,
@@ -439,6 +442,7 @@ fn first_info(guest: &Guest, host: &str) -> MigrationInfo {
         destination: host.to_owned(),
         status: "preparing".to_owned(),
         mode: guest.mode.as_str().to_owned(),
+        transport: guest.transport.as_str().to_owned(),
         guest_was: guest.guest_was.clone(),
         step: DestinationStep::Reserve.to_string(),
         guest_location: Some(guest.source.clone()),

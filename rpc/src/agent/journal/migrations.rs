@@ -7,6 +7,7 @@ use uuid::Uuid;
 use super::instances::{Status, bad_text, uuid};
 use crate::agent::mode::Mode;
 use crate::agent::steps::SourceStep;
+use crate::agent::transport::Transport;
 
 /// This host's part in a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,6 +76,11 @@ impl MigrationRow {
     /// Whether pages may come after the guest was handed over.
     pub(crate) fn may_be_late(&self) -> bool {
         Mode::parse(&self.info.mode).is_ok_and(Mode::may_be_late)
+    }
+
+    /// How pages travel. Of an agent that knew one way only, that.
+    pub(crate) fn transport(&self) -> Transport {
+        Transport::parse(&self.info.transport).unwrap_or_default()
     }
 
     /// POSTCOPY: the guest is the destination's, and only its memory is kept here.

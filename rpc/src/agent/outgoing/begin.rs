@@ -26,6 +26,7 @@ use crate::agent::mode::Mode;
 use crate::agent::reason::Reason;
 use crate::agent::spawn;
 use crate::agent::steps::SourceStep;
+use crate::agent::transport::Transport;
 use crate::agent::vmm_client::Vmm;
 use crate::vmm_process::monotonic_ns;
 
@@ -160,7 +161,6 @@ impl Agent {
             resumed: None,
             // The machine of a stopped one is built paused, and has not run when it is ended again.
             user_paused: state.row.status != Status::Running,
-            options,
             info: MigrationInfo {
                 id: id.to_string(),
                 instance: instance.id.to_string(),
@@ -169,12 +169,14 @@ impl Agent {
                 destination: cast.destination,
                 status: step.status().unwrap_or_default().to_owned(),
                 mode: mode.as_str().to_owned(),
+                transport: Transport::parse(&options.transport)?.as_str().to_owned(),
                 guest_was: state.row.status.to_string(),
                 step: step.to_string(),
                 started: Some(now_text()),
                 guest_location: Some(self.host().to_owned()),
                 ..MigrationInfo::default()
             },
+            options,
             began: now_ms(),
         };
         note_terms(&mut row.info, &row.options);
@@ -276,6 +278,9 @@ pub(crate) fn check_options(options: MigrationOptions) -> Result<MigrationOption
             return invalid("options.verify", problem);
         }
         Mode::Precopy | Mode::Postcopy | Mode::Hybrid | Mode::Cold => {}
+    }
+    if let Err(unknown) = Transport::parse(&options.transport) {
+        return invalid("options.transport", unknown.problem);
     }
     if let Err(problem) = Storage::parse(&options.storage) {
         return invalid("options.storage", problem);

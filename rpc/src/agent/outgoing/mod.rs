@@ -5,6 +5,7 @@
 
 mod begin;
 mod calls;
+mod connecting;
 mod ending;
 mod figures;
 mod handle;

@@ -18,13 +18,14 @@ use ferry_proto::vmm::v1::order::Order as Command;
 use tokio::sync::{Notify, oneshot};
 
 use super::calls::{Calls, Outcome};
+use super::connecting::{Wanted, connect};
 use super::script::Script;
 use crate::agent::context::RequestContext;
-use crate::agent::data_port;
 use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance};
 use crate::agent::steps::LINK_LOST;
+use crate::agent::transport::Transport;
 use crate::agent::vmm_client::VmmError;
 use crate::vmm_process::monotonic_ns;
 
@@ -51,6 +52,7 @@ struct Maker {
     context: RequestContext,
     migration: String,
     peer: String,
+    transport: Transport,
     id: uuid::Uuid,
     /// All page streams, and the control stream of late ones.
     streams: u16,
@@ -104,6 +106,7 @@ impl Script {
             context: self.outgoing.context.clone(),
             migration: self.row.id.to_string(),
             peer: self.row.peer.clone(),
+            transport: self.row.transport(),
             id: self.row.id,
             streams: self.streams() + if late_streams > 0 { late_streams + 1 } else { 0 },
             late_streams,
@@ -160,9 +163,15 @@ impl Maker {
             let index = reply.first_index;
             Failure::Unavailable(format!("host {} wants connections from index {index} on", self.peer))
         })?;
-        let failed = || format!("failed to connect to the data port {}", reply.data_address);
-        let connected = data_port::connect(&reply.data_address, &reply.secret, self.id, indexes).await;
-        let connections = connected.map_err(|source| Failure::Host { what: failed(), source })?;
+        let wanted = Wanted {
+            data_address: &reply.data_address,
+            secret: &reply.secret,
+            migration: self.id,
+            indexes,
+        };
+        let connected = connect(&self.agent, &self.context, (&self.peer, self.transport), wanted).await;
+        // Also one that was refused may be had later, as long as the destination says that it waits.
+        let connections = connected.map_err(|failure| Failure::Unavailable(failure.chain()))?;
         let reconnect = Command::Reconnect(wire::Reconnect {
             migration: self.migration.clone(),
             late_streams: self.late_streams.into(),

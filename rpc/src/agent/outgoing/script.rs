@@ -24,13 +24,14 @@ use super::retuning::Retuning;
 use super::serving::late_streams;
 use crate::agent::backends::storage;
 use crate::agent::failure::Failure;
+use crate::agent::images;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{InstanceRow, MigrationRow, Status};
 use crate::agent::mode::Mode;
 use crate::agent::peers::{Call, ComputeClient, PREPARE_TIME, Peer, PeerError};
 use crate::agent::reason::Reason;
 use crate::agent::steps::{Journalled, SourceStep};
-use crate::agent::{data_port, images};
+use crate::agent::transport::Transport;
 
 /// The pause between two questions to a destination that has its hands full.
 const BUSY_PAUSE: Duration = Duration::from_millis(500);
@@ -217,15 +218,8 @@ impl Script {
         let streams = self.streams();
         let own = streams + 1;
         let all = own + self.late_streams().map_or(0, |late| late + 1);
-        let connect = data_port::connect(&prepared.data_address, &prepared.secret, self.row.id, 0..all);
-        let connections = self.unless_aborted(connect).await?;
-        let failed = || {
-            format!(
-                "failed to connect to the data port {} of host {}",
-                prepared.data_address, peer.host
-            )
-        };
-        let connections = connections.map_err(|source| Failure::Host { what: failed(), source })?;
+        let connect = self.connect(&prepared.data_address, &prepared.secret, 0..all);
+        let connections = self.unless_aborted(connect).await??;
 
         let copied = prepared.copied_disks;
         if self.row.may_be_late() && !copied.is_empty() {
@@ -305,6 +299,7 @@ impl Script {
             storage: self.row.options.storage.clone(),
             disk_sizes,
             mode: self.row.options.mode.clone(),
+            transport: self.row.options.transport.clone(),
             guest_was: self.row.info.guest_was.clone(),
             resume_window_ms: self.row.options.resume_window_ms,
         };
@@ -398,6 +393,7 @@ impl Script {
                 .to_owned(),
             late_streams: self.late_streams().unwrap_or(0).into(),
             resume_window_ms: self.row.options.resume_window_ms,
+            carried: self.row.transport() == Transport::Grpc,
         };
         let (sender, news) = mpsc::unbounded_channel();
         let mut state = self.instance.state.lock().await;

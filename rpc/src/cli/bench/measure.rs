@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use ferry_vmm::measuring::{CpuMeter, warm_host_memory};
 use tokio::time::sleep;
 
+use super::super::arguments::BenchArguments;
 use super::super::doctor::meminfo;
 use super::super::failure::{Exit, Failure};
 use super::super::lab::{Beat, Lab, MoveOrder, ProbeGuest, in_a_lab};
@@ -14,23 +15,30 @@ use super::clock::{self, Reading};
 use super::footprint::{self, FootprintMeter};
 use super::report::{Figures, Run, VmmMemory};
 use super::workloads::Workload;
+use crate::agent::Transport;
 
-pub(super) async fn workload(workload: &Workload, runs: u32, streams: u32) -> Result<Figures, Failure> {
+pub(super) async fn workload(workload: &Workload, arguments: &BenchArguments) -> Result<Figures, Failure> {
     let mut told = Teller {
         name: workload.name,
         line: LiveLine::new(),
     };
     check_room(workload)?;
-    in_a_lab(async |lab: &mut Lab| in_lab(lab, workload, runs, streams, &mut told).await).await
+    in_a_lab(async |lab: &mut Lab| in_lab(lab, workload, arguments, &mut told).await).await
+}
+
+/// The words that the command line takes are those of requests.
+fn transport(word: &str) -> Result<Transport, Failure> {
+    Transport::parse(word).map_err(|unknown| Failure::new(Exit::Usage, unknown.problem))
 }
 
 async fn in_lab(
     lab: &mut Lab,
     workload: &Workload,
-    runs: u32,
-    streams: u32,
+    arguments: &BenchArguments,
     told: &mut Teller,
 ) -> Result<Figures, Failure> {
+    let BenchArguments { runs, streams, .. } = *arguments;
+    let transport = transport(&arguments.transport)?;
     lab.start_agents().await?;
     told.tell("boots");
     let guest = lab.boot(&workload.plan()).await?;
@@ -49,6 +57,7 @@ async fn in_lab(
         let order = MoveOrder {
             source: run as usize % 2,
             streams,
+            transport,
             listen: STAY,
         };
         measured.push(timed_move(lab, &guest, order, &mut stays, workload.touched_bytes).await?);
@@ -59,6 +68,7 @@ async fn in_lab(
     let order = MoveOrder {
         source: runs as usize % 2,
         streams,
+        transport,
         listen: Duration::from_millis(300),
     };
     let meter = FootprintMeter::start(agents);
@@ -71,7 +81,7 @@ async fn in_lab(
     }
     told.line.clear();
     Ok(Figures::of(
-        workload,
+        (workload, transport),
         &measured,
         VmmMemory {
             idle_bytes,

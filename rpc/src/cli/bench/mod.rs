@@ -24,7 +24,7 @@ pub(super) async fn run(arguments: BenchArguments, format: Format) -> Outcome {
     }
     let mut all = Vec::new();
     for workload in &chosen {
-        let figures = measure::workload(workload, arguments.runs, arguments.streams).await?;
+        let figures = measure::workload(workload, &arguments).await?;
         if format == Format::Json {
             output::json_line(&figures)?;
         }

@@ -7,6 +7,7 @@ use super::super::lab::Move;
 use super::super::output::{Table, human_bytes, human_ms, human_rate, or_dash};
 use super::clock::ClockError;
 use super::workloads::Workload;
+use crate::agent::Transport;
 
 /// One timed move.
 #[derive(Debug)]
@@ -30,6 +31,8 @@ pub(super) struct VmmMemory {
 #[derive(Debug, Serialize)]
 pub(super) struct Figures {
     workload: &'static str,
+    /// tcp or grpc.
+    transport: &'static str,
     runs: usize,
     /// One runner after each move, no heartbeat lost or doubled, no page damaged.
     pub(super) clean: bool,
@@ -70,7 +73,12 @@ pub(super) struct Figures {
 }
 
 impl Figures {
-    pub(super) fn of(workload: &Workload, runs: &[Run], memory: VmmMemory, faults: Vec<String>) -> Self {
+    pub(super) fn of(
+        (workload, transport): (&Workload, Transport),
+        runs: &[Run],
+        memory: VmmMemory,
+        faults: Vec<String>,
+    ) -> Self {
         let all = |figure: &dyn Fn(&Run) -> Option<f64>| runs.iter().filter_map(figure).collect::<Vec<f64>>();
         let total = all(&|run| run.moved.migration.total_ms);
         let downtime = |run: &Run| run.moved.migration.downtime_ms;
@@ -96,6 +104,7 @@ impl Figures {
         let clock = |part: &dyn Fn(ClockError) -> f64| all(&|run| run.clock_error.map(part));
         Self {
             workload: workload.name,
+            transport: transport.as_str(),
             runs: runs.len(),
             clean: faults.is_empty(),
             faults,

@@ -11,6 +11,7 @@ use super::super::progress::whereabouts;
 use super::super::{migrate, watch};
 use super::hosts::{Lab, ProbeGuest};
 use super::record::{Beat, Span};
+use crate::agent::Transport;
 
 /// Where to, and how.
 #[derive(Debug, Clone, Copy)]
@@ -18,6 +19,7 @@ pub(in crate::cli) struct MoveOrder {
     /// From this host; to the other one.
     pub(in crate::cli) source: usize,
     pub(in crate::cli) streams: u32,
+    pub(in crate::cli) transport: Transport,
     /// How long to listen to the guest at the destination before the move is judged.
     pub(in crate::cli) listen: Duration,
 }
@@ -166,6 +168,7 @@ impl Lab {
                 max_downtime_us: 300_000,
                 timeout_ms: 120_000,
                 streams: order.streams,
+                transport: order.transport.as_str().to_owned(),
                 ..Default::default()
             }),
             request_id: uuid::Uuid::new_v4().to_string(),
