@@ -16,7 +16,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     let descriptors = protox::compile(&files, [root])?;
     describe_agents(descriptors.clone())?;
     let rpc = std::env::var_os("CARGO_FEATURE_RPC").is_some();
-    let mut builder = tonic_prost_build::configure().build_client(rpc).build_server(rpc);
+    let mut builder = tonic_prost_build::configure()
+        .build_client(rpc)
+        .build_server(rpc)
+        // Guest memory comes by in these: what was read off a socket is shared, not copied.
+        .bytes(".ferry.agent.v1.StreamPiece.bytes");
     if rpc {
         // These are printed as JSON by the command line and kept as JSON in the journal, under their field names.
         for message in [
@@ -37,6 +41,12 @@ fn main() -> Result<(), Box<dyn Error>> {
             "HostInfo",
             "HostVerdict",
             "Check",
+            "Refusal",
+            "MigrationPrediction",
+            "PredictedRemedy",
+            "WrittenBy",
+            "WrittenPart",
+            "DirtyPart",
             "LiveMigrateReply",
         ] {
             builder = builder.type_attribute(

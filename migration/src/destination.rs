@@ -6,6 +6,9 @@
 //!                                   └──┘◄─────Disarm───────┘
 //! ```
 //!
+//! Where its user allows that, a link that is lost while the source copies is not the end: what is here is kept, and over another link the
+//! source hears what that is (`resume.rs`). Every thread of the old link has ended before, so that nothing of it is written later.
+//!
 //! The guest is never started here: what comes out waits for a permit. On any error the machine is gone, and nothing of
 //! the guest is left on this host.
 
@@ -17,6 +20,7 @@ mod population;
 mod received;
 mod receiver;
 mod report;
+mod resume;
 mod verifying;
 
 use std::sync::OnceLock;
@@ -28,7 +32,7 @@ use std::time::{Duration, Instant};
 use ferry_proto::stream::v1::{self, from_destination::Message as Reply, from_source::Message as Said};
 
 use crate::PageSet;
-use crate::guest::{DestinationGuest, GuestMemory, GuestWas, Population, RestoredGuest};
+use crate::guest::{DestinationGuest, GuestMemory, GuestWas, MemoryShape, Population, RestoredGuest};
 use crate::handover::Attempt;
 use crate::link::{Link, Sockets};
 use crate::postcopy::{Awaited, LatePages};
@@ -45,6 +49,7 @@ pub use report::{
     DestinationOrder, DestinationParameters, DestinationReport, DestinationSummary, Digests, Leftovers, LoadTimings,
     Loaded,
 };
+use resume::Kept;
 
 /// Receives the guest from the source at the other end of `link`. Blocks until the guest is loaded, or until it is
 /// certain that it will not be; every thread that it started is joined when it returns, and every connection is closed.
@@ -60,58 +65,39 @@ pub fn run<G: DestinationGuest>(
     orders: &Receiver<DestinationOrder>,
     reports: &Sender<DestinationReport>,
 ) -> Result<Loaded<G::Restored>, DestinationError> {
-    let late_link = link.late.take();
-    let sockets = Sockets::new(link, parameters.liveness).map_err(|cause| DestinationError::Host {
-        step: "set up the connections",
-        cause,
-    })?;
     let asked = Asked {
         parameters,
         orders,
         reports,
     };
     let memory = guest.memory();
-    let shared = Shared {
-        received: Received::new(memory.shape()),
-        backing: Backing::new(memory.shape()),
-        digests: OnceLock::new(),
-        delivered: sockets.pages.iter().map(|_| Delivered::default()).collect(),
-        round: AtomicU32::new(1),
-        late_streams: late_link.as_ref().map_or(0, |late| late.pages.len() as u32),
-    };
-    let arrived = thread::scope(|scope| {
-        let _ending = Ending { sockets: &sockets };
-        let (events_in, events) = mpsc::sync_channel(64);
-        let (outbox, outgoing) = mpsc::channel();
-        let mut hearing = Hearing::new(events, outbox, &sockets, asked);
-        let crew = Crew {
-            scope,
-            sockets: &sockets,
-            shared: &shared,
-            memory: &*memory,
-            events: events_in,
+    let mut shared = Shared::new(memory.shape());
+    let (mut guest, mut late_link) = (guest, None);
+    let mut kept = Kept::new();
+    let come = loop {
+        late_link = link.late.take().or(late_link);
+        let sockets = Sockets::new(link, parameters.liveness).map_err(|cause| DestinationError::Host {
+            step: "set up the connections",
+            cause,
+        })?;
+        shared.begin_session(&sockets, late_link.as_deref());
+        let (given_back, error) = match over_link(guest, &sockets, &shared, &mut kept, asked) {
+            Ok(come) => break come,
+            Err(ended) => ended,
         };
-        crew.start_control(&hearing.outbox, outgoing, parameters.liveness.heartbeat)?;
-        let ended = receive(&guest, &mut hearing, &crew);
-        match ended {
-            // Its memory must be nobody else's when its missing pages begin to be awaited: not of those who back it ahead, either.
-            Ok(arrived) if arrived.missing.is_some() => Ok(Come::InPart(guest, arrived)),
-            Ok(arrived) => {
-                // The threads go home while the machine is being built.
-                sockets.cut();
-                load(guest, arrived, &shared).map(Come::Whole)
-            }
-            Err(error) => {
-                hearing.farewell(&error);
-                Err(error)
-            }
+        drop(sockets);
+        if !kept.may_resume(&asked, &error) {
+            return Err(error);
         }
-    })?;
-    match (arrived, late_link) {
+        link = kept.another_link(&asked, error)?;
+        guest = given_back;
+    };
+    match (come, late_link) {
         (Come::Whole(loaded), _) => Ok(Loaded {
             leftovers: Leftovers::new(shared.digests.into_inner()),
             ..loaded
         }),
+        (Come::Broken(error), _) => Err(error),
         (Come::InPart(guest, mut arrived), Some(link)) => {
             let late = await_late(&*memory, &mut arrived, *link, parameters, reports)?;
             let loaded = load(guest, arrived, &shared)?;
@@ -126,11 +112,59 @@ pub fn run<G: DestinationGuest>(
     }
 }
 
+/// Receives over one link, until the guest is here or the link, or more, is lost: then the guest is given back.
+fn over_link<G: DestinationGuest>(
+    guest: G,
+    sockets: &Sockets,
+    shared: &Shared,
+    kept: &mut Kept,
+    asked: Asked<'_>,
+) -> Result<Come<G>, (G, DestinationError)> {
+    let memory = guest.memory();
+    thread::scope(|scope| {
+        let _ending = Ending { sockets };
+        let (events_in, events) = mpsc::sync_channel(64);
+        let (outbox, outgoing) = mpsc::channel();
+        let mut hearing = Hearing::new(events, outbox, sockets, asked);
+        let crew = Crew {
+            scope,
+            sockets,
+            shared,
+            memory: &*memory,
+            events: events_in,
+        };
+        let received = crew
+            .start_control(&hearing.outbox, outgoing, asked.parameters.liveness.heartbeat)
+            .and_then(|()| receive(&guest, &mut hearing, &crew, kept));
+        match received {
+            // Its memory must be nobody else's when its missing pages begin to be awaited: not of those who back it ahead, either.
+            Ok(arrived) if arrived.missing.is_some() => Ok(Come::InPart(guest, arrived)),
+            Ok(arrived) => {
+                // The threads go home while the machine is being built.
+                sockets.cut();
+                match load(guest, arrived, shared) {
+                    Ok(loaded) => Ok(Come::Whole(loaded)),
+                    Err(error) => Ok(Come::Broken(error)),
+                }
+            }
+            Err(error) => {
+                kept.next = hearing.take_next();
+                if !kept.may_resume(&asked, &error) {
+                    hearing.farewell(&error);
+                }
+                Err((guest, error))
+            }
+        }
+    })
+}
+
 /// A guest that is here.
 enum Come<G: DestinationGuest> {
     Whole(Loaded<G::Restored>),
     /// But for pages that come late; its machine is not built yet.
     InPart(G, Arrived),
+    /// It came whole, and its machine could not be built: nothing is left of it.
+    Broken(DestinationError),
 }
 
 /// From here on whoever touches a missing page waits for it: restoring the machine may be the first to do so.
@@ -179,22 +213,48 @@ impl Asked<'_> {
 
 /// What the script shares with its threads.
 struct Shared {
+    /// Frames that may hold something.
     received: Received,
+    /// Frames of the open round that came whole, in the session that is kept with them.
+    whole: Received,
     backing: Backing,
     /// Of what is received, if the source wants to compare: set with the handshake.
     digests: OnceLock<PageDigests>,
     delivered: Vec<Delivered>,
     round: AtomicU32,
+    /// What came over links before this one.
+    before: StreamTotals,
     /// Page streams for pages that come late.
     late_streams: u32,
 }
 
 impl Shared {
+    fn new(shape: &MemoryShape) -> Self {
+        Self {
+            received: Received::new(shape),
+            whole: Received::new(shape),
+            backing: Backing::new(shape),
+            digests: OnceLock::new(),
+            delivered: Vec::new(),
+            round: AtomicU32::new(1),
+            before: StreamTotals::default(),
+            late_streams: 0,
+        }
+    }
+
+    /// Counts what comes over another link.
+    fn begin_session(&mut self, sockets: &Sockets, late: Option<&Link>) {
+        self.before = self.sum();
+        self.delivered = sockets.pages.iter().map(|_| Delivered::default()).collect();
+        self.late_streams = late.map_or(0, |late| late.pages.len() as u32);
+    }
+
+    /// What came over all links.
     fn sum(&self) -> StreamTotals {
         self.delivered
             .iter()
             .map(Delivered::totals)
-            .fold(StreamTotals::default(), StreamTotals::plus)
+            .fold(self.before, StreamTotals::plus)
     }
 }
 
@@ -217,12 +277,21 @@ fn receive<G: DestinationGuest>(
     guest: &G,
     hearing: &mut Hearing<'_>,
     crew: &Crew<'_, '_, G::Memory>,
+    kept: &mut Kept,
 ) -> Result<Arrived, DestinationError> {
-    let identity = handshake(guest, hearing, crew)?;
+    let identity = handshake(guest, hearing, crew, kept)?;
+    if identity.session > 0 {
+        kept.go_on(&identity, hearing, crew)?;
+    }
     crew.start_receivers(&identity)?;
-    load_population(hearing, crew)?;
-    let mut phase = Phase::Copying { disarmed: 0 };
+    if !kept.begun {
+        load_population(hearing, crew, kept)?;
+    }
+    let mut phase = Phase::Copying {
+        disarmed: kept.copying.unwrap_or(0),
+    };
     loop {
+        kept.copying = phase.copying();
         match phase.step(hearing.message()?, hearing, crew)? {
             Step::Next(next) => phase = next,
             Step::Arrived(arrived) => return Ok(*arrived),
@@ -234,6 +303,7 @@ fn handshake<G: DestinationGuest>(
     guest: &G,
     hearing: &mut Hearing<'_>,
     crew: &Crew<'_, '_, G::Memory>,
+    kept: &mut Kept,
 ) -> Result<StreamIdentity, DestinationError> {
     let hello = match hearing.message()? {
         Said::Hello(hello) => hello,
@@ -254,6 +324,7 @@ fn handshake<G: DestinationGuest>(
         migration,
         epoch,
         streams: crew.sockets.streams(),
+        session: hello.session,
     };
     let late = late_refusals(&hello, crew);
     let check = |profile: &[u8]| guest.check(profile).into_iter().chain(late).collect();
@@ -264,17 +335,15 @@ fn handshake<G: DestinationGuest>(
                     .digests
                     .get_or_init(|| PageDigests::new(crew.memory.shape()));
             }
-            hearing.say(Reply::HelloReply(v1::HelloReply {
-                protocol,
-                refusals: Vec::new(),
-            }));
+            kept.take_up(hello.session)?;
+            hearing.say(Reply::HelloReply(kept.reply(protocol, crew)));
             hearing.asked.report(DestinationReport::Accepted { protocol });
             Ok(expected)
         }
         Err(refusals) => {
             hearing.say(Reply::HelloReply(v1::HelloReply {
-                protocol: 0,
                 refusals: refusals.clone(),
+                ..v1::HelloReply::default()
             }));
             Err(DestinationError::Incompatible(refusals))
         }
@@ -297,7 +366,11 @@ fn late_refusals<M: GuestMemory>(hello: &v1::Hello, crew: &Crew<'_, '_, M>) -> V
 }
 
 /// Takes in the map of what the source has populated, and asks for huge pages.
-fn load_population<M: GuestMemory>(hearing: &mut Hearing<'_>, crew: &Crew<'_, '_, M>) -> Result<(), DestinationError> {
+fn load_population<M: GuestMemory>(
+    hearing: &mut Hearing<'_>,
+    crew: &Crew<'_, '_, M>,
+    kept: &mut Kept,
+) -> Result<(), DestinationError> {
     let shape = crew.memory.shape();
     let mut population = Population::default();
     loop {
@@ -329,6 +402,7 @@ fn load_population<M: GuestMemory>(hearing: &mut Hearing<'_>, crew: &Crew<'_, '_
         }
     }
     crew.shared.backing.want(&wanted);
+    kept.begun = true;
     hearing.say(Reply::PopulationReady(v1::PopulationReady {}));
     hearing.asked.report(DestinationReport::Loading {
         populated_pages: population.populated.iter().map(|run| run.count).sum(),

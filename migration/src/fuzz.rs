@@ -8,7 +8,7 @@ use uuid::Uuid;
 use crate::guest::{FRAME_SIZE, MemoryShape, Region};
 use crate::handover::Epoch;
 use crate::wire::{
-    FrameReader, StreamIdentity, Versions, attempt_from_wire, check_hello, digest_from_wire, read_message,
+    FrameReader, Holdings, StreamIdentity, Versions, attempt_from_wire, check_hello, digest_from_wire, read_message,
     runs_from_wire, summed_up,
 };
 
@@ -23,6 +23,7 @@ fn identity() -> StreamIdentity {
         migration: Uuid::nil(),
         epoch: Epoch(1),
         streams: 1,
+        session: 0,
     }
 }
 
@@ -55,8 +56,15 @@ pub fn control_messages(bytes: &[u8]) {
     }
     let mut source = Cursor::new(bytes);
     while let Ok(message) = read_message::<v1::FromDestination>(&mut source) {
-        if let Some(from_destination::Message::Refused(refused)) = message.message {
-            let _ = refused.reasons.concat();
+        match message.message {
+            Some(from_destination::Message::Refused(refused)) => drop(refused.reasons.concat()),
+            Some(from_destination::Message::Holding(part)) => {
+                let mut holdings = Holdings::new(&shape);
+                if holdings.take(&part, &shape).is_ok() {
+                    assert!(holdings.held().runs().all(|run| shape.contains(run)));
+                }
+            }
+            _ => {}
         }
     }
 }
@@ -89,7 +97,7 @@ fn from_a_source(said: from_source::Message, shape: &MemoryShape) {
                 assert_eq!(digest_from_wire(&digest, "it").is_ok(), digest.len() == 16);
             }
         }
-        Said::Barrier(_) | Said::Abort(_) | Said::Ping(_) | Said::Pong(_) => {}
+        Said::Barrier(_) | Said::Abort(_) | Said::Ping(_) | Said::Pong(_) | Said::Proceed(_) => {}
     }
 }
 
@@ -207,15 +215,19 @@ mod tests {
         let each: Vec<Vec<u8>> = said.into_iter().map(written).collect();
         let mut samples = vec![each.concat()];
         samples.extend(each);
-        let refused = v1::Refused {
+        let refused = from_destination::Message::Refused(v1::Refused {
             reasons: vec!["cpu".to_owned(), "memory".to_owned()],
-        };
-        let mut refusal = Vec::new();
-        let message = v1::FromDestination {
-            message: Some(from_destination::Message::Refused(refused)),
-        };
-        write_message(&mut refusal, &message).expect("a vector takes everything");
-        samples.push(refusal);
+        });
+        let holding = from_destination::Message::Holding(v1::Holding {
+            runs: vec![1, 5, 100, 1000],
+            last: true,
+        });
+        for message in [refused, holding] {
+            let mut bytes = Vec::new();
+            let message = v1::FromDestination { message: Some(message) };
+            write_message(&mut bytes, &message).expect("a vector takes everything");
+            samples.push(bytes);
+        }
         feed("control_messages", &samples, control_messages);
     }
 }

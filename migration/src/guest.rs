@@ -231,6 +231,15 @@ pub trait GuestMemory: Send + Sync + 'static {
         false
     }
 
+    /// Has the scheduler give the calling thread turns of this length, or its usual ones again: how long somebody who shares its processor waits for it.
+    /// False where the host's kernel has only its usual ones.
+    ///
+    /// # Errors
+    /// The system call's.
+    fn set_turns(&self, _length: Option<Duration>) -> io::Result<bool> {
+        Ok(false)
+    }
+
     /// Writes `prefix` and then the bytes of `runs` to a blocking stream socket, all of it.
     ///
     /// # Errors
@@ -377,6 +386,12 @@ pub trait SourceGuest: Send {
     /// # Errors
     /// If tracking fails.
     fn fetch_dirty(&mut self, dirty: &mut PageSet) -> Result<(), GuestError>;
+
+    /// How many pages each vCPU has been found to have written so far, pages that it wrote again counted again; none where nothing tells them
+    /// apart.
+    fn written_by_vcpu(&self) -> Option<Vec<u64>> {
+        None
+    }
 
     /// The handle with which senders re-arm.
     fn clearer(&self) -> Self::Clearer;

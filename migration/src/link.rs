@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 
 use ferry_proto::stream::v1;
 use prost::Message;
+use rustix::io::Errno;
 
 use crate::wire::{ControlError, read_message, write_message};
 
-/// The authenticated connections of one migration, as the agents handed them over.
+/// The authenticated connections of one migration, as the agents handed them over. Where agents carry the streams themselves these are Unix
+/// sockets, of which nothing is asked that they have not in common with TCP's.
 #[derive(Debug)]
 pub struct Link {
     /// The control stream: protobuf messages in both directions.
@@ -83,7 +85,7 @@ impl Sockets {
         }
         for socket in link.pages.iter().chain([&link.control]) {
             socket.set_nonblocking(false)?;
-            socket.set_nodelay(true)?;
+            set_nodelay(socket)?;
             socket.set_read_timeout(None)?;
             socket.set_write_timeout(None)?;
         }
@@ -167,6 +169,14 @@ impl Sockets {
 
     fn now(&self) -> u64 {
         u64::try_from(self.opened.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+}
+
+/// Has what is written sent at once. A Unix socket does nothing else, and does not know the option.
+fn set_nodelay(socket: &TcpStream) -> io::Result<()> {
+    match socket.set_nodelay(true) {
+        Err(error) if error.raw_os_error() == Some(Errno::OPNOTSUPP.raw_os_error()) => Ok(()),
+        set => set,
     }
 }
 

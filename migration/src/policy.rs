@@ -5,6 +5,7 @@
 //! which another one would not leave clearly less; without an end in sight that is said, after the first round that brought the end no nearer.
 
 mod forecast;
+pub mod prediction;
 #[cfg(test)]
 mod tests;
 

@@ -10,14 +10,19 @@
 //!                                                     Parked
 //! ```
 //!
+//! Where its user allows that, a link that is lost before the switchover is asked for is not the end: the copy is kept, the guest is what it
+//! was, and over another link all goes on from what the destination holds (`resume.rs`).
+//!
 //! Every way out but GO goes through one place, [`run`]: the grant is traded for CANCELLED, the guest runs as it did, the
 //! destination is told, and every thread is joined.
 
 mod cold;
 mod conversation;
+mod lasting;
 mod meter;
 mod parked;
 mod report;
+mod resume;
 mod rounds;
 mod switchover;
 mod terms;
@@ -25,11 +30,12 @@ mod verifying;
 
 use std::cell::Cell;
 use std::io;
+use std::net::TcpStream;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::thread::{self, Scope, ScopedJoinHandle};
 use std::time::Duration;
 
-use ferry_proto::stream::v1::{self, from_source::Message as Said};
+use ferry_proto::stream::v1::{self, HelloReply, from_source::Message as Said};
 
 use crate::PageSet;
 use crate::guest::{DirtyClearer, GuestEnd, GuestError, SourceGuest};
@@ -37,16 +43,20 @@ use crate::handover::{Attempt, Grants, Traded};
 use crate::link::{self, Link, Outgoing, Sockets};
 use crate::postcopy::{PagesToServe, ServeParameters};
 use crate::precopy::{Sender as PageSender, Streams};
-use crate::verify::PageDigests;
-use crate::wire::{ControlError, LATE_PAGES_SINCE, OLDEST_PROTOCOL, PROTOCOL, VERIFY_SINCE, Wishes, hello};
+use crate::wire::{
+    ControlError, LATE_PAGES_SINCE, OLDEST_PROTOCOL, PROTOCOL, RESUMES_SINCE, StreamTotals, VERIFY_SINCE, Wishes, hello,
+};
 use cold::Halt;
 use conversation::{Conversation, Event, Heard, Outbox};
+use lasting::Lasting;
 pub use meter::{Amounts, Copied, MOST_BEFORE_THE_END};
 pub use parked::{NotResumable, Parked};
 pub use report::{
     Blackout, Decided, Manner, OnTimeout, Overhead, Progress, RoundSummary, SourceOrder, SourceParameters,
-    SourceReport, SourceSummary, Verified,
+    SourceReport, SourceSummary, Verified, Written,
 };
+use resume::{Kept, Unacknowledged};
+pub(crate) use rounds::BETWEEN_SMALL_ROUNDS;
 use rounds::Copy;
 use switchover::Switched;
 pub use terms::{Cap, NewTerms, Terms};
@@ -101,6 +111,15 @@ pub enum SourceError {
     /// The control stream failed.
     #[error("the control stream to the destination was lost")]
     ControlLost(#[source] ControlError),
+    /// The link was lost, and no other one came in time.
+    #[error("the link to the destination was not made again within {}s", .window.as_secs_f64())]
+    LinkStaysLost {
+        /// For how long one was waited for.
+        window: Duration,
+        /// How it was lost.
+        #[source]
+        lost: Box<SourceError>,
+    },
     /// A page stream failed.
     #[error("page stream {stream} to the destination was lost")]
     StreamLost {
@@ -139,10 +158,23 @@ pub enum SourceError {
     },
 }
 
+impl SourceError {
+    /// Whether the connections broke, rather than what they carried.
+    fn is_lost_link(&self) -> bool {
+        match self {
+            Self::Silent(_) | Self::StreamLost { .. } => true,
+            Self::ControlLost(error) => error.is_connection(),
+            _ => false,
+        }
+    }
+}
+
 /// Why the script stops short of GO.
 #[derive(Debug)]
 enum Stop {
     Error(SourceError),
+    /// The link is lost before the switchover was asked for: there may be another one.
+    LinkLost(SourceError),
     GuestEnded(GuestEnd),
 }
 
@@ -158,7 +190,7 @@ impl From<SourceError> for Stop {
 /// `orders` and `reports` may have lost their other end: then nothing is ordered, and nobody listens.
 pub fn run<G: SourceGuest>(
     mut guest: G,
-    mut link: Link,
+    link: Link,
     parameters: &SourceParameters,
     grants: &Grants,
     orders: &Receiver<SourceOrder>,
@@ -177,32 +209,28 @@ pub fn run<G: SourceGuest>(
         epoch,
     };
     let mut summary = SourceSummary::default();
-    let (mut halt, mut missing) = (None, None);
-    let (late_streams, late_link) = (link.late_streams(), link.late.take());
+    let (mut halt, mut missing, mut kept) = (None, None, None);
+    let mut late_link = None;
     let asked = Asked {
         parameters,
         grants,
         orders,
         reports,
     };
-    let ended = match Sockets::new(link, parameters.liveness) {
-        Ok(sockets) => {
-            let mut journey = Journey {
-                guest: &mut guest,
-                attempt: &mut attempt,
-                summary: &mut summary,
-                halt: &mut halt,
-                late_streams,
-                missing: &mut missing,
-            };
-            with_threads(&mut journey, &sockets, &asked).map(|()| sockets.into_streams())
-        }
-        Err(cause) => Err(SourceError::Host {
-            step: "set up the connections",
-            cause,
-        }
-        .into()),
+    let mut journey = Journey {
+        guest: &mut guest,
+        attempt: &mut attempt,
+        summary: &mut summary,
+        halt: &mut halt,
+        late_streams: link.late_streams(),
+        late_link: &mut late_link,
+        missing: &mut missing,
+        kept: &mut kept,
+        sent: StreamTotals::default(),
     };
+    let lasting = Lasting::new(asked);
+    let ended = over_links(&mut journey, link, &lasting);
+    summary.decisions = lasting.decided();
     let stop = match ended {
         Ok(sockets) => {
             let late = missing.zip(late_link).map(|(missing, link)| PagesToServe {
@@ -231,7 +259,7 @@ pub fn run<G: SourceGuest>(
     guest.stop_tracking();
     let attempt = attempt.attempt;
     match stop {
-        Stop::Error(error) => SourceOutcome::Cancelled {
+        Stop::Error(error) | Stop::LinkLost(error) => SourceOutcome::Cancelled {
             guest,
             error,
             attempt,
@@ -272,31 +300,84 @@ struct Journey<'a, G> {
     halt: &'a mut Option<Halt>,
     /// Page streams for pages that come late.
     late_streams: u32,
+    /// The newest connections for them.
+    late_link: &'a mut Option<Box<Link>>,
     /// Set with GO, if pages come late.
     missing: &'a mut Option<PageSet>,
+    /// The copy while there is no link.
+    kept: &'a mut Option<Kept>,
+    /// What went over links that are lost.
+    sent: StreamTotals,
 }
 
-/// The whole migration, once the threads are there.
+/// The whole migration, over as many links as it takes; gives the connections of the last one.
+fn over_links<G: SourceGuest>(
+    journey: &mut Journey<'_, G>,
+    mut link: Link,
+    lasting: &Lasting<'_>,
+) -> Result<Vec<TcpStream>, Stop> {
+    let mut session = 0;
+    loop {
+        if let Some(late) = link.late.take() {
+            *journey.late_link = Some(late);
+        }
+        let sockets = Sockets::new(link, lasting.asked.parameters.liveness).map_err(|cause| {
+            let step = "set up the connections";
+            give_up(journey, lasting, SourceError::Host { step, cause }.into())
+        })?;
+        match with_threads(journey, &sockets, lasting, session) {
+            Ok(()) => return Ok(sockets.into_streams()),
+            Err(Stop::LinkLost(lost)) => {
+                drop(sockets);
+                let another = lasting.another_link(journey.guest, lost);
+                link = another.map_err(|stop| give_up(journey, lasting, stop))?;
+                session += 1;
+            }
+            // Once more for what ended it before its script began.
+            Err(stop) => return Err(give_up(journey, lasting, stop)),
+        }
+    }
+}
+
+/// The way back: the grant first, then a guest that stands still. Gives why the migration ended.
+fn give_up<G: SourceGuest>(journey: &mut Journey<'_, G>, lasting: &Lasting<'_>, stop: Stop) -> Stop {
+    let traded = lasting.asked.grants.close(*journey.attempt);
+    let (halt, guest_was) = (journey.halt.take(), lasting.asked.parameters.guest_was);
+    cold::undo(journey.guest, halt, traded, guest_was, stop)
+}
+
+/// The whole migration over one link, once the threads are there.
 fn script<G: SourceGuest>(
     journey: &mut Journey<'_, G>,
     conversation: &mut Conversation<'_>,
     streams: &Streams<G::Clearer>,
 ) -> Result<(), Stop> {
-    handshake(journey, conversation)?;
-    let mut copy = Copy::begin(journey, conversation, streams)?;
-    if copy.is_cold() {
-        copy.halt()?;
-    }
+    let reply = handshake(journey, conversation).map_err(|stop| conversation.lasting.lost(stop))?;
+    let mut copy = Copy::take_up(journey, conversation, streams)?;
+    let ended = until_given_away(&mut copy, &reply);
+    copy.keep_if_lost(ended)
+}
+
+fn until_given_away<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, reply: &HelloReply) -> Result<(), Stop> {
+    let lasting = copy.conversation.lasting;
+    copy.begin(reply).map_err(|stop| lasting.lost(stop))?;
     loop {
-        let grant = copy.until_armed()?;
-        match switchover::attempt(&mut copy, grant)? {
+        // From there on, a lost link ends the migration, and what is so of the guest follows from the handover.
+        let grant = copy.until_armed().map_err(|stop| match copy.is_armed() {
+            true => stop,
+            false => lasting.lost(stop),
+        })?;
+        match switchover::attempt(copy, grant)? {
             Switched::GoSent => return Ok(()),
             Switched::CalledOff => {}
         }
     }
 }
 
-fn handshake<G: SourceGuest>(journey: &mut Journey<'_, G>, conversation: &mut Conversation<'_>) -> Result<(), Stop> {
+fn handshake<G: SourceGuest>(
+    journey: &mut Journey<'_, G>,
+    conversation: &mut Conversation<'_>,
+) -> Result<HelloReply, Stop> {
     use crate::guest::GuestMemory as _;
 
     let memory = journey.guest.memory();
@@ -335,33 +416,40 @@ fn handshake<G: SourceGuest>(journey: &mut Journey<'_, G>, conversation: &mut Co
         );
         return Err(SourceError::Incompatible(vec![reason]).into());
     }
+    if conversation.session > 0 && reply.protocol < RESUMES_SINCE {
+        let what = format!(
+            "it goes on in protocol version {}, which has no such links",
+            reply.protocol
+        );
+        return Err(SourceError::Misbehaved(what).into());
+    }
+    conversation.lasting.speaks(reply.protocol);
     conversation.asked.report(SourceReport::Accepted {
         protocol: reply.protocol,
     });
-    Ok(())
+    Ok(reply)
 }
 
 /// Runs the script among its threads, and ends them whichever way it went.
 fn with_threads<G: SourceGuest>(
     journey: &mut Journey<'_, G>,
     sockets: &Sockets,
-    asked: &Asked<'_>,
+    lasting: &Lasting<'_>,
+    session: u32,
 ) -> Result<(), Stop> {
-    use crate::guest::GuestMemory as _;
-
-    let memory = journey.guest.memory();
-    let digests = asked.parameters.verify.then(|| PageDigests::new(memory.shape()));
-    let streams = Streams::<G::Clearer>::new(sockets.streams(), asked.parameters.bandwidth, digests);
+    let (memory, asked) = (journey.guest.memory(), &lasting.asked);
+    let digests = lasting.digests(&*memory);
+    let streams = Streams::<G::Clearer>::new(sockets.streams(), lasting.terms().bandwidth, digests);
     let (events_in, events) = mpsc::sync_channel(64);
     let (outbox, outgoing) = mpsc::channel();
     journey.summary.streams = sockets.streams();
-    thread::scope(|scope| {
+    let ended = thread::scope(|scope| {
         let ending = Ending {
             sockets,
             streams: &streams,
             parked: Cell::new(false),
         };
-        let mut conversation = Conversation::new(events, outbox, sockets, *asked, &streams.bandwidth);
+        let mut conversation = Conversation::new(events, outbox, sockets, lasting, &streams.bandwidth, session);
         let writer = start_control(scope, sockets, asked, &conversation.outbox, outgoing, &events_in)?;
         let identity = conversation.identity();
         for (stream, socket) in (0u16..).zip(&sockets.pages) {
@@ -379,7 +467,7 @@ fn with_threads<G: SourceGuest>(
                 feed,
                 bandwidth,
                 totals,
-                digests: digests.as_ref(),
+                digests: digests.as_deref(),
             };
             let events = events_in.clone();
             spawn(scope, format!("ferry-send-{stream}"), move || {
@@ -390,26 +478,30 @@ fn with_threads<G: SourceGuest>(
                 }
             })?;
         }
-        let ended = script(journey, &mut conversation, &streams);
-        update(journey.summary, &streams, sockets);
-        journey.summary.decisions = conversation.decided();
-        match ended {
+        match script(journey, &mut conversation, &streams) {
             Ok(()) => {
                 conversation.end();
                 // GO is on the connection when the writing thread is done. A panic there ends the scope with one as well.
                 let _ = writer.join();
                 ending.parked.set(true);
+                Ok(())
             }
+            Err(stop @ Stop::LinkLost(_)) => Err(stop),
             Err(stop) => {
-                let traded = asked.grants.close(*journey.attempt);
-                let (halt, guest_was) = (journey.halt.take(), asked.parameters.guest_was);
-                let stop = cold::undo(journey.guest, halt, traded, guest_was, stop);
+                let stop = give_up(journey, lasting, stop);
                 conversation.farewell(&stop);
-                return Err(stop);
+                Err(stop)
             }
         }
-        Ok(())
-    })
+    });
+    journey.sent = journey.sent.plus(streams.sum());
+    update(journey.summary, journey.sent, sockets);
+    // The threads have ended: what they were sending is neither sent nor re-armed any further.
+    if let (Some(kept), Some(set)) = (journey.kept.as_mut(), streams.feed.finish()) {
+        let round = kept.round;
+        kept.unacknowledged = Some(Unacknowledged { session, round, set });
+    }
+    ended
 }
 
 /// Starts the control stream's two threads and gives the writing one.
@@ -448,10 +540,9 @@ fn spawn<'scope>(
     })
 }
 
-fn update<C: DirtyClearer>(summary: &mut SourceSummary, streams: &Streams<C>, sockets: &Sockets) {
-    let sum = streams.sum();
-    summary.bytes_sent = sum.bytes;
-    summary.zero_pages = sum.zero_pages;
+fn update(summary: &mut SourceSummary, sent: StreamTotals, sockets: &Sockets) {
+    summary.bytes_sent = sent.bytes;
+    summary.zero_pages = sent.zero_pages;
     summary.round_trip = sockets.round_trip();
 }
 

@@ -103,8 +103,13 @@ fn a_guest_is_handed_over_at_once_and_all_of_it_comes_late() {
 
 #[test]
 fn who_touches_a_page_gets_it_before_the_others() {
-    let late = Late::of(migrate(late(Lateness::AtOnce, BUSY)));
-    late.source.slow_sends(Duration::from_millis(2));
+    let ends = migrate(late(Lateness::AtOnce, BUSY));
+    let SourceOutcome::GoSent(parked) = &ends.outcome else {
+        panic!("not sent")
+    };
+    // Before the first page goes: all must not be there before any is touched.
+    parked.guest().memory().slow_sends(Duration::from_millis(10));
+    let late = Late::of(ends);
     late.touch((0..40).map(|index| 5990 - 149 * index));
     late.touch([NEVER_POPULATED.first, NEVER_POPULATED.first + 3].into_iter());
     assert!(late.pages.missing() > 0, "all came before they were touched");

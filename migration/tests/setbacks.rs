@@ -498,6 +498,7 @@ fn answer_up_to_pages(control: &TcpStream) {
             Some(Said::Hello(_)) => reply(Reply::HelloReply(v1::HelloReply {
                 protocol: ferry_migration::PROTOCOL,
                 refusals: Vec::new(),
+                ..v1::HelloReply::default()
             })),
             Some(Said::Population(part)) if part.last => {
                 return reply(Reply::PopulationReady(v1::PopulationReady {}));

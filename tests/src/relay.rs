@@ -153,6 +153,20 @@ impl Relay {
         }
     }
 
+    /// Cuts one page stream of the newest link, by its index.
+    ///
+    /// # Errors
+    /// If there is no such stream.
+    pub fn cut_stream(&self, index: usize) -> Result<()> {
+        let state = self.shared.lock();
+        // Connections are made in their order, the control stream first; of each both ends are kept.
+        let ends = state.streams.chunks(2).nth(index + 1);
+        for end in ends.context("no such stream came by")? {
+            let _ = end.shutdown(Shutdown::Both);
+        }
+        Ok(())
+    }
+
     /// Lets page streams through again.
     pub fn heal(&self) {
         self.shared.lock().is_cut = false;

@@ -4,7 +4,7 @@
 //! [`GuestMemory`] is a handle of its own, so that memory can be sent and filled while someone else owns the machine. [`host`] tells what
 //! this host offers and whether a machine with a given [`MachineProfile`] could run here.
 //!
-//! Unsafe code is confined to `kvm`, `memory`, `tap` and `vcpu::kick`.
+//! Unsafe code is confined to `kvm`, `memory`, `tap`, `turns` and `vcpu::kick`.
 
 mod arch;
 mod devices;
@@ -19,6 +19,7 @@ mod memory;
 mod state;
 mod tap;
 mod threads;
+mod turns;
 mod vcpu;
 
 pub use arch::x86_64::boot::{BootPayload, KernelError, LoadError};
@@ -38,4 +39,5 @@ pub use memory::{
 pub use state::{MachineProfile, MachineState, StateError, UnitKind};
 pub use tap::{Tap, TapError, TapProblem, VNET_HEADER_SIZE};
 pub use threads::{ThreadHook, ThreadKind};
+pub use turns::set_turns;
 pub use vcpu::{LONGEST_REST, MOST_PERCENT};

@@ -54,10 +54,12 @@ impl<'scope, M: GuestMemory> Crew<'scope, '_, M> {
         for (stream, socket) in (0u16..).zip(&sockets.pages) {
             let Shared {
                 received,
+                whole,
                 backing,
                 delivered,
                 digests,
                 round,
+                before: _,
                 late_streams: _,
             } = shared;
             let delivered = &delivered[usize::from(stream)];
@@ -67,6 +69,7 @@ impl<'scope, M: GuestMemory> Crew<'scope, '_, M> {
                 sockets,
                 memory,
                 received,
+                whole,
                 backing,
                 delivered,
                 digests: digests.get(),

@@ -24,6 +24,18 @@ pub enum DestinationError {
     /// The control stream failed.
     #[error("the control stream from the source was lost")]
     ControlLost(#[source] ControlError),
+    /// The link was lost, and the source made no other one in time.
+    #[error("the source did not make its link again within {}s", .window.as_secs_f64())]
+    LinkStaysLost {
+        /// For how long one was waited for.
+        window: Duration,
+        /// How it was lost.
+        #[source]
+        lost: Box<DestinationError>,
+    },
+    /// The source made another link.
+    #[error("the source made another link")]
+    Replaced,
     /// A page stream ended or failed.
     #[error("page stream {stream} from the source was lost")]
     StreamLost {
@@ -69,4 +81,15 @@ pub enum DestinationError {
         #[source]
         cause: io::Error,
     },
+}
+
+impl DestinationError {
+    /// Whether the connections broke, rather than what they carried.
+    pub(super) fn is_lost_link(&self) -> bool {
+        match self {
+            Self::Silent(_) | Self::StreamLost { .. } | Self::Replaced => true,
+            Self::ControlLost(error) => error.is_connection(),
+            _ => false,
+        }
+    }
 }

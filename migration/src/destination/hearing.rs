@@ -8,7 +8,7 @@ use ferry_proto::stream::v1::{self, from_destination, from_source};
 
 use crate::destination::receiver::{Arrival, Delivered, ReceiveError};
 use crate::destination::{Asked, DestinationError, DestinationOrder};
-use crate::link::{FAREWELL, Outgoing, Sockets};
+use crate::link::{FAREWELL, Link, Outgoing, Sockets};
 use crate::wire::{ControlError, StreamTotals};
 
 /// How long the script waits at most before it looks at its orders again.
@@ -43,6 +43,8 @@ pub(super) struct Hearing<'a> {
     pub(super) asked: Asked<'a>,
     /// Said while pages were awaited.
     backlog: VecDeque<from_source::Message>,
+    /// A link that the source made in place of this one.
+    next: Option<Box<Link>>,
 }
 
 impl<'a> Hearing<'a> {
@@ -53,6 +55,7 @@ impl<'a> Hearing<'a> {
             sockets,
             asked,
             backlog: VecDeque::new(),
+            next: None,
         }
     }
 
@@ -135,9 +138,20 @@ impl<'a> Hearing<'a> {
         }
     }
 
-    fn look_around(&self) -> Result<(), DestinationError> {
-        if let Ok(DestinationOrder::Abort { reason }) = self.asked.orders.try_recv() {
-            return Err(DestinationError::Aborted(reason));
+    /// A link that the source made in place of this one, if it did.
+    pub(super) fn take_next(&mut self) -> Option<Box<Link>> {
+        self.next.take()
+    }
+
+    fn look_around(&mut self) -> Result<(), DestinationError> {
+        match self.asked.orders.try_recv() {
+            Ok(DestinationOrder::Abort { reason }) => return Err(DestinationError::Aborted(reason)),
+            // The source has given up the one in use, whether that is known here or not.
+            Ok(DestinationOrder::Reconnect(link)) => {
+                self.next = Some(link);
+                return Err(DestinationError::Replaced);
+            }
+            Err(_) => {}
         }
         let silence = self.sockets.silence();
         if silence >= self.asked.parameters.liveness.silence {

@@ -148,6 +148,14 @@ impl Phase {
         }
     }
 
+    /// Up to which attempt all were called off, as long as the source's guest runs.
+    pub(super) fn copying(&self) -> Option<u32> {
+        match self {
+            Self::Copying { disarmed } => Some(*disarmed),
+            Self::GuestStopped(_) => None,
+        }
+    }
+
     fn describe(&self) -> &'static str {
         match self {
             Self::Copying { .. } => "copying",
@@ -173,6 +181,8 @@ fn reach_barrier<M: GuestMemory>(
     let next = open
         .checked_add(1)
         .ok_or_else(|| DestinationError::Misbehaved("rounds without end".to_owned()))?;
+    // Before the next round may begin: what is listed after a cut is of the open round only.
+    crew.shared.whole.clear();
     crew.shared.round.store(next, Ordering::Release);
     hearing.say(Reply::BarrierReached(v1::BarrierReached { round: open }));
     hearing.asked.report(DestinationReport::RoundReceived {
@@ -348,5 +358,6 @@ fn name(message: &Said) -> &'static str {
         Said::Ping(_) => "ping",
         Said::Pong(_) => "pong",
         Said::Missing(_) => "missing pages",
+        Said::Proceed(_) => "proceed",
     }
 }

@@ -1,7 +1,9 @@
-//! Which frames were ever received: a page told to be zero is written only if it may hold something else.
+//! Sets of frames that the receiving threads add to: those that may hold something, because a page told to be zero is written only if it may
+//! hold something else; and those of the open round that came whole.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::PageSet;
 use crate::guest::{FrameRun, MemoryShape};
 use crate::precopy::{for_each_word, word_of, words_for};
 
@@ -32,6 +34,22 @@ impl Received {
         for_each_word(offset, offset + run.count, |index, mask| {
             words[index].fetch_or(mask, Ordering::Relaxed);
         });
+    }
+
+    /// Takes every frame out. No receiving thread is at work.
+    pub(super) fn clear(&self) {
+        let words = self.parts.iter().flatten();
+        words.for_each(|word| word.store(0, Ordering::Relaxed));
+    }
+
+    /// The frames as they are now.
+    pub(super) fn to_set(&self) -> PageSet {
+        let mut set = PageSet::new(&self.shape);
+        for (index, part) in self.parts.iter().enumerate() {
+            let words: Vec<u64> = part.iter().map(|word| word.load(Ordering::Relaxed)).collect();
+            set.insert_words(index, &words);
+        }
+        set
     }
 
     /// Calls `each` with the longest runs of received frames inside `run`, which lies inside one region.
@@ -101,5 +119,11 @@ mod tests {
         assert_eq!(found(&received, run(50, 20)), [run(60, 10)]);
         assert_eq!(found(&received, run(1000, 70)), [run(1069, 1)]);
         assert_eq!(found(&received, run(170, 20)), []);
+        assert_eq!(
+            received.to_set().runs().collect::<Vec<_>>(),
+            [run(60, 100), run(1069, 1)]
+        );
+        received.clear();
+        assert!(received.to_set().is_empty());
     }
 }

@@ -83,6 +83,7 @@ pub(super) struct Receiver<'a, M> {
     pub(super) sockets: &'a Sockets,
     pub(super) memory: &'a M,
     pub(super) received: &'a Received,
+    pub(super) whole: &'a Received,
     pub(super) backing: &'a Backing,
     pub(super) delivered: &'a Delivered,
     pub(super) digests: Option<&'a PageDigests>,
@@ -119,12 +120,13 @@ impl<M: GuestMemory> Receiver<'_, M> {
                 }));
             }
             self.sockets.hear();
-            yielding.set(pages.round == FIRST_ROUND);
+            yielding.set(pages.round == FIRST_ROUND, self.memory);
             let frame = self.take_in(pages.data, pages.zero, pages.overhead, &mut scratch)?;
             self.sockets.hear();
             if self.delivered.add(frame) {
                 arrived();
             }
+            yielding.give_way();
         }
     }
 
@@ -135,6 +137,8 @@ impl<M: GuestMemory> Receiver<'_, M> {
         overhead: u64,
         scratch: &mut Vec<u64>,
     ) -> Result<StreamTotals, ReceiveError> {
+        // Before they are read: a stream that ends inside a frame leaves pages that hold something and count as not come.
+        data.iter().for_each(|&run| self.received.insert(run));
         if !data.is_empty() {
             self.backing
                 .take(data, |run| self.memory.populate(run))
@@ -143,7 +147,6 @@ impl<M: GuestMemory> Receiver<'_, M> {
             taken.map_err(|error| ReceiveError::Frame(FrameError::from_pages(error)))?;
         }
         self.digest(data, scratch).map_err(ReceiveError::Guest)?;
-        data.iter().for_each(|&run| self.received.insert(run));
         for &run in zero {
             let zeroed = self.received.runs_in(run, |run| {
                 self.memory.write_zeroes(run)?;
@@ -151,6 +154,7 @@ impl<M: GuestMemory> Receiver<'_, M> {
             });
             zeroed.map_err(ReceiveError::Guest)?;
         }
+        data.iter().chain(zero).for_each(|&run| self.whole.insert(run));
         let count = |runs: &[FrameRun]| runs.iter().map(|run| run.count).sum::<u64>();
         let pages = count(data);
         Ok(StreamTotals {

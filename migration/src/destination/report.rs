@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::guest::GuestWas;
 use crate::handover::{Attempt, Epoch};
-use crate::link::Liveness;
+use crate::link::{Link, Liveness};
 use crate::postcopy::{LatePages, LateReport};
 use crate::verify::PageDigests;
 use crate::wire::StreamTotals;
@@ -23,16 +23,20 @@ pub struct DestinationParameters {
     pub epoch: Epoch,
     /// When the source counts as dead.
     pub liveness: Liveness,
+    /// How long a source whose link is lost before its guest stands still may take to make another; zero: the migration ends with it.
+    pub resume_window: Duration,
 }
 
 /// An order to a running destination.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum DestinationOrder {
     /// Give up and tell the source.
     Abort {
         /// Why, for the record and for the source.
         reason: String,
     },
+    /// Another link from the source, in place of the one that there was.
+    Reconnect(Box<Link>),
 }
 
 /// What a running destination tells. Never blocks it.
@@ -74,6 +78,15 @@ pub enum DestinationReport {
         /// The attempt.
         attempt: Attempt,
     },
+    /// The link is lost, and another one is waited for.
+    LinkLost {
+        /// Why, in words.
+        reason: String,
+        /// For so long from now on.
+        patience: Duration,
+    },
+    /// The source heard over another link what is here, and goes on.
+    Resumed,
     /// About pages that come late. Told after the guest was loaded, too.
     Late(LateReport),
 }

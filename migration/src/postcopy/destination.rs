@@ -400,6 +400,7 @@ impl Supervisor {
             migration: self.attempt.migration,
             epoch: self.attempt.epoch,
             streams: sockets.streams(),
+            session: 0,
         };
         let (events_in, events) = mpsc::sync_channel(64);
         let (outbox, outgoing) = mpsc::channel::<Outgoing<FromDestination>>();

@@ -22,7 +22,7 @@ use crate::handover::Attempt;
 use crate::link::{self, Link, Liveness, Outgoing, Sockets};
 use crate::precopy::{Bandwidth, Contents};
 use crate::wire::{ControlError, FrameError, FrameReader, FrameWriter, MAX_DATA_PAGES, StreamIdentity};
-use crate::yielding::Yielding;
+use crate::yielding::stand_back;
 
 /// How long a session waits at most before it looks at its orders and the clock again.
 const TICK: Duration = Duration::from_millis(20);
@@ -166,6 +166,7 @@ impl<M: GuestMemory> Source<'_, M> {
             migration,
             epoch,
             streams: sockets.streams(),
+            session: 0,
         };
         let (events_in, events) = mpsc::sync_channel(64);
         let (outbox, outgoing) = mpsc::channel::<Outgoing<FromSource>>();
@@ -314,7 +315,7 @@ impl<'a, 'b, M: GuestMemory> LateFrames<'a, 'b, M> {
     /// Sends what nobody asked for, until closed.
     fn push(&mut self) -> Result<(), FrameError> {
         let mut runs = Vec::new();
-        Yielding::default().set(true);
+        stand_back();
         while self.shared.unsent.next(&mut runs) {
             self.send(&runs, Urgency::CanWait)?;
         }

@@ -8,7 +8,7 @@ use super::destination::{Event, Shared};
 use crate::guest::FRAME_SIZE;
 use crate::link::Sockets;
 use crate::wire::{FrameError, FrameReader, StreamIdentity};
-use crate::yielding::Yielding;
+use crate::yielding::stand_back;
 
 /// Takes the frames of one stream in.
 pub(super) struct Taker<'a> {
@@ -28,7 +28,9 @@ impl Taker<'_> {
         let mut socket = self.socket;
         let mut contents = Vec::new();
         // What nobody waits for yields to the guest, and to what somebody waits for.
-        Yielding::default().set(usize::from(self.stream) >= URGENT_STREAMS);
+        if usize::from(self.stream) >= URGENT_STREAMS {
+            stand_back();
+        }
         reader.open(&mut socket, identity)?.ok_or(None)?;
         loop {
             let pages = reader.pages(&mut socket, &self.shared.shape)?.ok_or(None)?;

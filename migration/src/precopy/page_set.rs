@@ -76,6 +76,28 @@ impl PageSet {
         count
     }
 
+    /// Of the parts of so many frames each, those with most frames in the set, and how many: the fullest first, so many parts at most.
+    #[must_use]
+    pub fn busiest(&self, frames: u64, most: usize) -> Vec<(FrameRun, u64)> {
+        let in_region = |(index, part): (usize, &Part)| {
+            let region = part.region;
+            let parts = (0..region.frames.div_ceil(frames)).map(move |number| {
+                let offset = number * frames;
+                let count = frames.min(region.frames - offset);
+                let run = FrameRun {
+                    first: region.start_frame + offset,
+                    count,
+                };
+                (run, self.count_in(index, offset, count))
+            });
+            parts.filter(|&(_, set)| set > 0).collect::<Vec<_>>()
+        };
+        let mut parts: Vec<_> = self.parts.iter().enumerate().flat_map(in_region).collect();
+        parts.sort_by_key(|&(run, set)| (std::cmp::Reverse(set), run.first));
+        parts.truncate(most);
+        parts
+    }
+
     /// Whether no frame is in the set.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -92,6 +114,15 @@ impl PageSet {
         for (part, theirs) in self.parts.iter_mut().zip(&other.parts) {
             for (word, their_word) in part.words.iter_mut().zip(&theirs.words) {
                 *word |= their_word;
+            }
+        }
+    }
+
+    /// Takes the frames of `other` out, a set of the same guest.
+    pub fn subtract(&mut self, other: &Self) {
+        for (part, theirs) in self.parts.iter_mut().zip(&other.parts) {
+            for (word, their_word) in part.words.iter_mut().zip(&theirs.words) {
+                *word &= !their_word;
             }
         }
     }
@@ -258,6 +289,16 @@ mod tests {
         set.runs().flat_map(|run| run.first..run.end()).collect()
     }
 
+    #[test]
+    fn the_fullest_parts_come_first() {
+        let run = |first, count| FrameRun { first, count };
+        // Parts of 64 from each region's begin: 3 to 67, 67 to 131, the last two of the first region, and 200 to 264, 264 to 277.
+        let set = set(&[run(3, 5), run(70, 20), run(200, 20), run(270, 1)]);
+        let found = set.busiest(64, 3);
+        assert_eq!(found, [(run(67, 64), 20), (run(200, 64), 20), (run(3, 64), 5)]);
+        assert_eq!(PageSet::new(&shape()).busiest(64, 3), []);
+    }
+
     proptest! {
         #[test]
         fn inserted_frames_come_out_once_and_ascending(runs in runs()) {
@@ -276,10 +317,12 @@ mod tests {
             let expected: Vec<u64> = model(&left).union(&model(&right)).copied().collect();
             prop_assert_eq!(frames(&union), expected);
 
-            let mut difference = set(&left);
+            let (mut difference, mut at_once) = (set(&left), set(&left));
             right.iter().for_each(|&run| difference.remove(run));
+            at_once.subtract(&set(&right));
             let expected: Vec<u64> = model(&left).difference(&model(&right)).copied().collect();
             prop_assert_eq!(frames(&difference), expected);
+            prop_assert_eq!(at_once, difference);
         }
 
         #[test]

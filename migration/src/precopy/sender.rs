@@ -58,11 +58,11 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
             // Whoever waits may be woken for the last pages, and must not be kept from a processor then.
             let chunk = self
                 .feed
-                .next(&mut runs, || yielding.set(false))
+                .next(&mut runs, || yielding.set(false, self.memory))
                 .map_err(SendError::Guest)?;
             let Some(chunk) = chunk else { return Ok(()) };
             let guest_runs = chunk.pace == Pace::Yielding;
-            yielding.set(guest_runs);
+            yielding.set(guest_runs, self.memory);
             contents.split(self.memory, &runs).map_err(SendError::Guest)?;
             if let Some(digests) = self.digests {
                 let taken = contents.digest(self.memory, digests);
@@ -79,6 +79,7 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
             let mut totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
             *totals = totals.plus(sent);
             drop(totals);
+            yielding.give_way();
             if self.feed.sent() == Standing::Done {
                 round_done();
             }

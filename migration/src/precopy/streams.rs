@@ -1,7 +1,7 @@
 //! The sending threads of all page streams, seen from the script.
 
 use std::num::NonZeroU64;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::guest::DirtyClearer;
 use crate::precopy::bandwidth::Bandwidth;
@@ -15,11 +15,11 @@ pub(crate) struct Streams<C> {
     pub(crate) bandwidth: Bandwidth,
     pub(crate) totals: Vec<Mutex<StreamTotals>>,
     /// Of what is sent, where both sides compare.
-    pub(crate) digests: Option<PageDigests>,
+    pub(crate) digests: Option<Arc<PageDigests>>,
 }
 
 impl<C: DirtyClearer> Streams<C> {
-    pub(crate) fn new(streams: u32, cap: Option<NonZeroU64>, digests: Option<PageDigests>) -> Self {
+    pub(crate) fn new(streams: u32, cap: Option<NonZeroU64>, digests: Option<Arc<PageDigests>>) -> Self {
         Self {
             feed: Feed::new(streams),
             bandwidth: Bandwidth::new(cap),

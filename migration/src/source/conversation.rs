@@ -1,6 +1,5 @@
-//! What the script hears while it waits, and what it looks after meanwhile: the guest, orders, the clock, the peer.
+//! What the script hears over one link while it waits, and what it looks after meanwhile: the guest, orders, the clock, the peer.
 
-use std::cell::{Cell, RefCell};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
@@ -8,9 +7,9 @@ use ferry_proto::stream::v1::{self, from_destination, from_source};
 
 use crate::guest::{GuestCondition, SourceGuest};
 use crate::link::{FAREWELL, Outgoing, Sockets};
-use crate::policy::Force;
 use crate::precopy::{Bandwidth, SendError};
-use crate::source::{Asked, Decided, NewTerms, OnTimeout, SourceError, SourceOrder, SourceReport, Stop, Terms};
+use crate::source::lasting::Lasting;
+use crate::source::{Asked, SourceError, Stop};
 use crate::wire::{ControlError, StreamIdentity};
 
 /// How long the script waits at most before it looks after the guest and its orders again.
@@ -40,6 +39,7 @@ pub(super) enum Heard {
     BarrierReached(u32),
     RoundSent,
     Compared(v1::Compared),
+    Holding(v1::Holding),
 }
 
 pub(super) type Outbox = Sender<Outgoing<v1::FromSource>>;
@@ -50,15 +50,10 @@ pub(super) struct Conversation<'a> {
     pub(super) outbox: Outbox,
     sockets: &'a Sockets,
     pub(super) asked: Asked<'a>,
-    started: Instant,
-    /// Set for good, by [`SourceOrder::ForceComplete`] or when the time was up.
-    force: Cell<Option<Force>>,
-    /// What holds now, by its parameters and what its user changed since.
-    terms: Cell<Terms>,
+    pub(super) lasting: &'a Lasting<'a>,
     bandwidth: &'a Bandwidth,
-    /// The round that goes on, and the throttle in it.
-    round: Cell<(u32, u32)>,
-    decided: RefCell<Vec<Decided>>,
+    /// Which link it goes over, from 0.
+    pub(super) session: u32,
 }
 
 impl<'a> Conversation<'a> {
@@ -66,20 +61,18 @@ impl<'a> Conversation<'a> {
         events: Receiver<Event>,
         outbox: Outbox,
         sockets: &'a Sockets,
-        asked: Asked<'a>,
+        lasting: &'a Lasting<'a>,
         bandwidth: &'a Bandwidth,
+        session: u32,
     ) -> Self {
         Self {
             events,
             outbox,
             sockets,
-            asked,
-            started: Instant::now(),
-            force: Cell::new(None),
-            terms: Cell::new(asked.parameters.into()),
+            asked: lasting.asked,
+            lasting,
             bandwidth,
-            round: Cell::default(),
-            decided: RefCell::default(),
+            session,
         }
     }
 
@@ -91,59 +84,8 @@ impl<'a> Conversation<'a> {
             migration: parameters.migration,
             epoch: parameters.epoch,
             streams: self.sockets.streams(),
+            session: self.session,
         }
-    }
-
-    /// Why it is to be completed whatever its budget, if it is.
-    pub(super) fn force(&self) -> Option<Force> {
-        self.force.get()
-    }
-
-    /// What holds now.
-    pub(super) fn terms(&self) -> Terms {
-        self.terms.get()
-    }
-
-    /// This round goes on from now on, with vCPUs throttled so much.
-    pub(super) fn round_begins(&self, round: u32, throttle: u32) {
-        self.round.set((round, throttle));
-    }
-
-    /// Keeps a decision for the report.
-    pub(super) fn note(&self, decided: Decided) {
-        self.decided.borrow_mut().push(decided);
-    }
-
-    /// What was decided so far.
-    pub(super) fn decided(&self) -> Vec<Decided> {
-        self.decided.borrow().clone()
-    }
-
-    /// The time is up: for good, or only for the guest to run.
-    fn time_up(&self) -> Result<(), Stop> {
-        let terms = self.terms.get();
-        match (self.asked.parameters.on_timeout, self.force.get()) {
-            (OnTimeout::Abort, _) => Err(SourceError::TimedOut(terms.timeout).into()),
-            (OnTimeout::Pause, Some(Force::TimeUp)) => Ok(()),
-            (OnTimeout::Pause, None | Some(Force::User)) => {
-                self.force.set(Some(Force::TimeUp));
-                self.tell(Decided::time_up(self.round.get(), &terms));
-                Ok(())
-            }
-        }
-    }
-
-    /// Keeps a decision that is about no round's figures, and tells it.
-    pub(super) fn tell(&self, decided: Decided) {
-        self.note(decided.clone());
-        self.asked.report(SourceReport::Decided(decided));
-    }
-
-    fn retune(&self, new: NewTerms) {
-        let terms = self.terms.get().changed(new);
-        self.terms.set(terms);
-        self.bandwidth.set(terms.bandwidth);
-        self.tell(Decided::retuned(self.round.get(), &terms));
     }
 
     /// The round trip of the control stream, if one was measured.
@@ -188,10 +130,8 @@ impl<'a> Conversation<'a> {
     /// Looks at everything but the guest that can end the migration.
     pub(super) fn look_around(&mut self) -> Result<(), Stop> {
         self.obey()?;
+        self.lasting.look_at_clock()?;
         let silence = self.sockets.silence();
-        if self.started.elapsed() >= self.terms.get().timeout {
-            self.time_up()?;
-        }
         if silence >= self.asked.parameters.liveness.silence {
             return Err(SourceError::Silent(silence).into());
         }
@@ -201,15 +141,7 @@ impl<'a> Conversation<'a> {
     /// Obeys an order, if there is one.
     pub(super) fn obey(&self) -> Result<(), Stop> {
         match self.asked.orders.try_recv() {
-            Ok(SourceOrder::Abort { reason }) => Err(SourceError::Aborted(reason).into()),
-            Ok(SourceOrder::ForceComplete) => {
-                self.force.set(self.force.get().or(Some(Force::User)));
-                Ok(())
-            }
-            Ok(SourceOrder::Retune(new)) => {
-                self.retune(new);
-                Ok(())
-            }
+            Ok(order) => self.lasting.obey(order, Some(self.bandwidth)),
             Err(TryRecvError::Empty | TryRecvError::Disconnected) => Ok(()),
         }
     }
@@ -269,7 +201,9 @@ impl<'a> Conversation<'a> {
                 | SourceError::Silent(_)
                 | SourceError::Refused(_)
                 | SourceError::Incompatible(_),
-            ) => return,
+            )
+            // Another link may be made, over which nothing is over.
+            | Stop::LinkLost(_) => return,
             Stop::Error(error) => error.to_string(),
             Stop::GuestEnded(_) => "guest stopped".to_owned(),
         };
@@ -298,6 +232,7 @@ fn understand(message: v1::FromDestination) -> Result<Heard, SourceError> {
         Some(Message::PopulationReady(v1::PopulationReady {})) => Ok(Heard::PopulationReady),
         Some(Message::BarrierReached(reached)) => Ok(Heard::BarrierReached(reached.round)),
         Some(Message::Compared(compared)) => Ok(Heard::Compared(compared)),
+        Some(Message::Holding(part)) => Ok(Heard::Holding(part)),
         Some(Message::Refused(refused)) => Err(SourceError::Refused(refused.reasons)),
         Some(Message::Missing(_) | Message::AllHere(_)) => {
             Err(SourceError::Misbehaved("it wants late pages before GO".to_owned()))

@@ -103,7 +103,7 @@ impl Meter {
             disk,
         });
         if self.is_first && self.first > 0 {
-            self.reaches(FIRST_PASS, self.round.all() - left);
+            self.reaches(FIRST_PASS, self.first.saturating_sub(left));
         }
     }
 
@@ -111,6 +111,15 @@ impl Meter {
     pub(super) fn round_ends(&mut self, dirty: &PageSet, pages: u64) {
         let due = self.split(dirty, pages);
         self.ends(due);
+    }
+
+    /// The link was lost in the round: what was handed to it counts as processed, and what of that is sent again counts again.
+    pub(super) fn round_is_cut(&mut self) {
+        let left = |amounts: &Amounts| amounts.remaining / FRAME_SIZE;
+        let (memory, disk) = (left(&self.copied.memory), left(&self.copied.disk));
+        self.sent.memory += self.round.memory.saturating_sub(memory);
+        self.sent.disk += self.round.disk.saturating_sub(disk);
+        self.round = Pages::default();
     }
 
     /// The round that was sent while the guest stood still is over: nothing is due any more.

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use crate::guest::{GuestWas, StopTimes, Throttled};
+use crate::guest::{FrameRun, GuestWas, StopTimes, Throttled};
 use crate::handover::{Attempt, Epoch};
-use crate::link::Liveness;
+use crate::link::{Link, Liveness};
 use crate::policy::{Decision, Forecast};
 use crate::postcopy::Lateness;
 use crate::source::{Copied, NewTerms, Terms};
@@ -46,6 +46,8 @@ pub struct SourceParameters {
     pub overhead: Overhead,
     /// When the destination counts as dead.
     pub liveness: Liveness,
+    /// How long a link that is lost before the switchover is asked for may take to be made again; zero: the migration ends with it.
+    pub resume_window: Duration,
 }
 
 /// Whether the guest runs while it is copied.
@@ -91,7 +93,7 @@ impl Default for Overhead {
 }
 
 /// An order to a running source.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum SourceOrder {
     /// Give up, unless GO was sent.
     Abort {
@@ -103,6 +105,8 @@ pub enum SourceOrder {
     ForceComplete,
     /// Other terms hold from now on: the bandwidth at once, the rest with the next decision.
     Retune(NewTerms),
+    /// Another link to the destination, in place of one that is lost.
+    Reconnect(Box<Link>),
 }
 
 /// What a running source tells. Never blocks it.
@@ -151,6 +155,20 @@ pub enum SourceReport {
         attempt: Attempt,
         /// Why, in words.
         reason: String,
+    },
+    /// The link is lost, the guest is what it was, and another link is waited for.
+    LinkLost {
+        /// Why, in words.
+        reason: String,
+        /// For so long from now on.
+        patience: Duration,
+    },
+    /// The destination said over another link what it holds, and the copy goes on.
+    Resumed {
+        /// Pages of the round that was cut which need not be sent again.
+        held_pages: u64,
+        /// Pages that are still to be sent, as far as is known.
+        due_pages: u64,
     },
 }
 
@@ -203,6 +221,17 @@ pub struct Decided {
     pub forecast: Forecast,
     /// For how much of the time vCPUs are kept from running from then on, in percent.
     pub throttle: u32,
+    /// Who wrote, and where, as far as that is known.
+    pub written: Written,
+}
+
+/// Who wrote since the decision before, and where.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Written {
+    /// Pages of each vCPU; empty where nothing tells them apart.
+    pub by_vcpu: Vec<u64>,
+    /// The parts of memory that have most of the dirty pages, and how many; the busiest first.
+    pub parts: Vec<(FrameRun, u64)>,
 }
 
 impl Decided {
@@ -215,7 +244,13 @@ impl Decided {
             blackout: Some(decision.predicted),
             forecast: decision.forecast,
             throttle: decision.throttle,
+            written: Written::default(),
         }
+    }
+
+    /// Who wrote, and where.
+    pub(super) fn written(self, written: Written) -> Self {
+        Self { written, ..self }
     }
 
     /// Which vCPUs that comes to.
@@ -242,6 +277,7 @@ impl Decided {
             blackout: None,
             forecast: Forecast::default(),
             throttle,
+            written: Written::default(),
         }
     }
 
@@ -254,6 +290,7 @@ impl Decided {
             blackout: None,
             forecast: Forecast::default(),
             throttle,
+            written: Written::default(),
         }
     }
 
@@ -266,6 +303,7 @@ impl Decided {
             blackout: None,
             forecast: Forecast::default(),
             throttle,
+            written: Written::default(),
         }
     }
 }

@@ -14,18 +14,25 @@ use crate::precopy::{Pace, Round, Streams};
 use crate::source::cold::Halt;
 use crate::source::conversation::{Conversation, Heard, TICK, unexpected};
 use crate::source::meter::Meter;
+use crate::source::resume::{Kept, Unacknowledged};
 use crate::source::verifying::Comparing;
-use crate::source::{Decided, Journey, Manner, Progress, RoundSummary, SourceError, SourceReport, SourceSummary, Stop};
+use crate::source::{
+    Decided, Journey, Manner, Progress, RoundSummary, SourceError, SourceReport, SourceSummary, Stop, Written,
+};
 use crate::wire::{StreamTotals, population_to_wire};
 
 /// How long a small round waits for the grant before the next one: the guest dirties little in it, and the host rests.
-const BETWEEN_SMALL_ROUNDS: Duration = Duration::from_millis(5);
+pub(crate) const BETWEEN_SMALL_ROUNDS: Duration = Duration::from_millis(5);
 
 /// How long after the first switchover that was called off the next one is asked for, halved; doubled each time.
 const REST_AFTER_DISARM: Duration = Duration::from_millis(50);
 
 /// How often progress is told.
 const PROGRESS: Duration = Duration::from_millis(250);
+
+/// The parts of memory of which is told which have most dirty pages, of 128 MiB, and how many are told.
+const PART_FRAMES: u64 = 32 << 10;
+const TOLD_PARTS: usize = 3;
 
 /// The copy while the guest runs.
 pub(super) struct Copy<'c, 'a, G: SourceGuest> {
@@ -37,6 +44,8 @@ pub(super) struct Copy<'c, 'a, G: SourceGuest> {
     pub(super) halt: &'c mut Option<Halt>,
     /// Set with GO, if pages come late.
     pub(super) missing: &'c mut Option<PageSet>,
+    /// Set if the link is lost and another one may follow.
+    pub(super) kept: &'c mut Option<Kept>,
     /// What rounds did not bring comes late.
     pub(super) is_late: bool,
     pub(super) conversation: &'c mut Conversation<'a>,
@@ -52,74 +61,125 @@ pub(super) struct Copy<'c, 'a, G: SourceGuest> {
     /// An empty set, kept to save allocations.
     spare: Option<PageSet>,
     /// After a switchover was called off, the next one is not asked for before this.
-    rest_until: Instant,
-    announced: Option<u32>,
-    told: (Instant, u64),
-    copying_since: Instant,
+    pub(super) rest_until: Instant,
+    pub(super) announced: Option<u32>,
+    /// What each vCPU had written when it was last asked.
+    written_before: Vec<u64>,
+    pub(super) told: (Instant, u64),
+    pub(super) copying_since: Instant,
+    /// The map of what is populated, until the destination has it.
+    pub(super) population: Option<Population>,
+    /// The round that was cut with the link before this one.
+    pub(super) unacknowledged: Option<Unacknowledged>,
+    /// What went over the links before this one.
+    sent_before: StreamTotals,
 }
 
 impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
-    /// Begins to track, sends the map of what is populated, and waits until the destination is ready for pages.
-    pub(super) fn begin(
+    /// Takes up the copy where the link before this one left it, or begins to track the guest's writes.
+    pub(super) fn take_up(
         journey: &'c mut Journey<'_, G>,
         conversation: &'c mut Conversation<'a>,
         streams: &'c Streams<G::Clearer>,
     ) -> Result<Self, Stop> {
+        let kept = match journey.kept.take() {
+            Some(kept) => kept,
+            None => begin(journey.guest, conversation)?,
+        };
         let Journey {
             guest,
             attempt,
             summary,
             halt,
             late_streams: _,
+            late_link: _,
             missing,
+            kept: to_keep,
+            sent,
         } = journey;
-        let failed = |step| move |cause| SourceError::Guest { step, cause };
-        guest.start_tracking().map_err(failed("track its writes"))?;
-        let population = guest.populated().map_err(failed("tell what is populated"))?;
-        let is_late = conversation.asked.parameters.lateness == Lateness::AtOnce;
-        // Nothing is to be backed ahead of pages that come when they are touched.
-        let told = if is_late { &Population::default() } else { &population };
-        for part in population_to_wire(told) {
-            conversation.say(Said::Population(part));
-        }
-        let mut pending = PageSet::new(guest.memory().shape());
-        population.populated.iter().for_each(|&run| pending.insert(run));
-        conversation.wait_for(*guest, |heard| match heard {
-            Heard::PopulationReady => Ok(()),
-            other => Err(other),
-        })?;
-        let meter = Meter::new(&*guest.memory(), &pending);
-        summary.copied = Some(meter.copied());
-        conversation.asked.report(SourceReport::Copying {
-            populated_pages: pending.count(),
-            copied: meter.copied(),
-        });
-        let parameters = conversation.asked.parameters;
-        let most_throttle = parameters.most_throttle.map_or(0, NonZeroU32::get);
-        let policy = Policy::new(conversation.terms(), parameters.overhead, most_throttle);
+        let Kept {
+            is_late,
+            policy,
+            pending,
+            meter,
+            round,
+            rest_until,
+            announced,
+            told,
+            copying_since,
+            population,
+            unacknowledged,
+            comparing,
+        } = kept;
         let spare = Some(PageSet::new(guest.memory().shape()));
-        let now = Instant::now();
-        let (round, announced, told, copying_since, rest_until) = (1, None, (now, 0), now, now);
+        let written_before = guest.written_by_vcpu().unwrap_or_default();
         Ok(Self {
             guest,
             attempt,
             summary,
             halt,
             missing,
+            kept: to_keep,
             is_late,
             conversation,
             streams,
             policy,
             pending,
             meter,
-            comparing: Comparing::default(),
+            comparing,
             round,
             spare,
             rest_until,
             announced,
+            written_before,
             told,
             copying_since,
+            population,
+            unacknowledged,
+            sent_before: *sent,
         })
+    }
+
+    /// Sends the map of what is populated, and waits until the destination is ready for pages.
+    pub(super) fn populate(&mut self) -> Result<(), Stop> {
+        let Some(population) = &self.population else {
+            return Ok(());
+        };
+        // Nothing is to be backed ahead of pages that come when they are touched.
+        let told = if self.is_late {
+            &Population::default()
+        } else {
+            population
+        };
+        for part in population_to_wire(told) {
+            self.conversation.say(Said::Population(part));
+        }
+        self.conversation.wait_for(self.guest, |heard| match heard {
+            Heard::PopulationReady => Ok(()),
+            other => Err(other),
+        })?;
+        self.population = None;
+        self.summary.copied = Some(self.meter.copied());
+        self.conversation.asked.report(SourceReport::Copying {
+            populated_pages: self.pending.count(),
+            copied: self.meter.copied(),
+        });
+        self.copying_since = Instant::now();
+        Ok(())
+    }
+
+    /// What went over this link and those before it.
+    pub(super) fn sum(&self) -> StreamTotals {
+        self.sent_before.plus(self.streams.sum())
+    }
+
+    /// Whether a grant may be on its way for an attempt that was asked for.
+    pub(super) fn is_armed(&self) -> bool {
+        let cancelled = self.conversation.asked.grants.cancelled();
+        let is_void = cancelled.is_some_and(|cancelled| {
+            cancelled.migration == self.attempt.migration && cancelled.attempt >= self.attempt.attempt
+        });
+        self.announced == Some(self.attempt.attempt) && !is_void
     }
 
     /// Whether the guest is to stand still while it is copied.
@@ -172,9 +232,9 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
     /// Sends what is pending, waits for the barrier, fetches what the guest wrote meanwhile, and judges.
     fn running_round(&mut self) -> Result<Decision, Stop> {
         self.conversation.look_after(self.guest)?;
-        let (began, before, pages) = (Instant::now(), self.streams.sum(), self.pending.count());
+        let (began, before, pages) = (Instant::now(), self.sum(), self.pending.count());
         let number = self.round;
-        self.conversation.round_begins(number, self.policy.throttle());
+        self.conversation.lasting.round_begins(number, self.policy.throttle());
         if pages > 0 {
             let clearer = Some(self.guest.clearer());
             let set = self.take_pending();
@@ -195,7 +255,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         }
         let elapsed = began.elapsed();
         self.fetch_dirty()?;
-        let sent = self.streams.sum();
+        let sent = self.sum();
         let dirty_pages = self.pending.count();
         self.meter.round_ends(&self.pending, dirty_pages);
         self.summary.copied = Some(self.meter.copied());
@@ -207,10 +267,11 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             elapsed,
             dirty_pages,
         };
-        self.policy.follow(self.conversation.terms());
+        self.policy.follow(self.conversation.lasting.terms());
         let may_be_late = self.conversation.asked.parameters.lateness == Lateness::WhenItPays;
         // Where pages may come late, what must be completed is completed so.
-        self.policy.force(self.conversation.force().filter(|_| !may_be_late));
+        self.policy
+            .force(self.conversation.lasting.force().filter(|_| !may_be_late));
         let now = Moment {
             elapsed: self.copying_since.elapsed(),
             bytes: sent.bytes,
@@ -222,7 +283,9 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         }
         let throttled = self.throttle(decision.throttle);
         if pages > 0 || self.is_late || self.summary.rounds.is_empty() {
-            self.note(round, Decided::on(&round, &decision).throttled(throttled));
+            let written = self.written();
+            let decided = Decided::on(&round, &decision).throttled(throttled);
+            self.note(round, decided.written(written));
         }
         Ok(decision)
     }
@@ -231,6 +294,18 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
     fn round_trips(&self) -> Option<Duration> {
         let trips = 1 + u32::from(self.streams.digests.is_some());
         self.conversation.round_trip().map(|trip| trip * trips)
+    }
+
+    /// Who wrote since this was asked last, and where.
+    fn written(&mut self) -> Written {
+        let now = self.guest.written_by_vcpu().unwrap_or_default();
+        let since = |(vcpu, now): (usize, &u64)| now.saturating_sub(*self.written_before.get(vcpu).unwrap_or(now));
+        let by_vcpu = now.iter().enumerate().map(since).collect();
+        self.written_before = now;
+        Written {
+            by_vcpu,
+            parts: self.pending.busiest(PART_FRAMES, TOLD_PARTS),
+        }
     }
 
     /// Has the guest's vCPUs throttled as the policy wants it; again after each round, for other ones may write by now.
@@ -247,7 +322,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
     /// A guest that cannot be handed over within its budget: does the rest come late?
     fn consider_late(&mut self, round: RoundSummary, decision: &mut Decision) {
         let rounds: Vec<_> = self.summary.rounds.iter().copied().chain([round]).collect();
-        let why = match self.conversation.force() {
+        let why = match self.conversation.lasting.force() {
             Some(Force::User) => Some("its user wants it completed: the rest comes late".to_owned()),
             Some(Force::TimeUp) => Some("its time is up, and it is to be completed: the rest comes late".to_owned()),
             None => pays(&rounds),
@@ -337,7 +412,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         }
         let attempt = self.attempt.attempt;
         // One that must be completed does not wait for a guest that never stops writing.
-        let must_settle = self.conversation.force().is_none();
+        let must_settle = self.conversation.lasting.force().is_none();
         if self.announced == Some(attempt) || (self.guest.settle_disks() == DiskCondition::Settling && must_settle) {
             return;
         }
@@ -362,14 +437,14 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
     }
 
     fn note(&mut self, round: RoundSummary, decided: Decided) {
-        let StreamTotals { bytes, zero_pages, .. } = self.streams.sum();
+        let StreamTotals { bytes, zero_pages, .. } = self.sum();
         self.summary.bytes_sent = bytes;
         self.summary.zero_pages = zero_pages;
         self.summary.throttle = decided.throttle;
-        self.summary.throughput_bytes_per_s = per_second(bytes, self.copying_since.elapsed());
+        self.summary.throughput_bytes_per_s = per_second(bytes, self.copying_for());
         self.summary.dirty_bytes_per_s = per_second(round.dirty_pages * FRAME_SIZE, round.elapsed);
         self.summary.rounds.push(round);
-        self.conversation.note(decided.clone());
+        self.conversation.lasting.note(decided.clone());
         self.conversation.asked.report(SourceReport::Round {
             round,
             copied: self.meter.copied(),
@@ -383,7 +458,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         if elapsed < PROGRESS {
             return;
         }
-        let sum = self.streams.sum();
+        let sum = self.sum();
         let remaining_pages = self.streams.feed.remaining();
         self.meter.is_at(remaining_pages);
         self.summary.copied = Some(self.meter.copied());
@@ -397,6 +472,32 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             throughput_bytes_per_s: per_second(sum.bytes - bytes, elapsed).unwrap_or(0),
         }));
     }
+}
+
+/// Begins to track, and looks up what is populated.
+fn begin<G: SourceGuest>(guest: &mut G, conversation: &Conversation<'_>) -> Result<Kept, Stop> {
+    let failed = |step| move |cause| SourceError::Guest { step, cause };
+    guest.start_tracking().map_err(failed("track its writes"))?;
+    let population = guest.populated().map_err(failed("tell what is populated"))?;
+    let mut pending = PageSet::new(guest.memory().shape());
+    population.populated.iter().for_each(|&run| pending.insert(run));
+    let parameters = conversation.asked.parameters;
+    let most_throttle = parameters.most_throttle.map_or(0, NonZeroU32::get);
+    let now = Instant::now();
+    Ok(Kept {
+        is_late: parameters.lateness == Lateness::AtOnce,
+        policy: Policy::new(conversation.lasting.terms(), parameters.overhead, most_throttle),
+        meter: Meter::new(&*guest.memory(), &pending),
+        pending,
+        round: 1,
+        rest_until: now,
+        announced: None,
+        told: (now, 0),
+        copying_since: now,
+        population: Some(population),
+        unacknowledged: None,
+        comparing: Comparing::default(),
+    })
 }
 
 /// A rate; `None` where no time passed.

@@ -76,7 +76,11 @@ fn hand_over<G: SourceGuest>(
 ) -> Result<Blackout, Setback> {
     let parameters = copy.conversation.asked.parameters;
     let began = Instant::now();
-    let mut budget = Budget::new(copy.conversation.terms().manner, copy.conversation.force(), began);
+    let mut budget = Budget::new(
+        copy.conversation.lasting.terms().manner,
+        copy.conversation.lasting.force(),
+        began,
+    );
     if copy.is_late {
         budget.widen(grant.attempt);
     }

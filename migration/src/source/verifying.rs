@@ -54,6 +54,7 @@ pub(super) fn agree<G: SourceGuest>(
         copy.comparing.sent_again += differing.len() as u64;
         let throttle = copy.policy.throttle();
         copy.conversation
+            .lasting
             .tell(Decided::send_again((copy.round, throttle), &what));
         send_again(copy, digests.ranges(), &differing, budget, last_round)?;
     }

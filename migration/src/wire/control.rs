@@ -32,6 +32,13 @@ pub enum ControlError {
     Malformed(#[source] prost::DecodeError),
 }
 
+impl ControlError {
+    /// Whether the connection broke, rather than what it carried.
+    pub(crate) fn is_connection(&self) -> bool {
+        matches!(self, Self::Closed | Self::Io(_))
+    }
+}
+
 /// Writes one message.
 ///
 /// # Errors

@@ -66,7 +66,7 @@ struct Opening {
     migration: [u8; 16],
     epoch: U64,
     streams: U32,
-    reserved: U32,
+    session: U32,
 }
 
 const HEADER_BYTES: usize = size_of::<Header>();
@@ -83,6 +83,8 @@ pub(crate) struct StreamIdentity {
     pub(crate) migration: Uuid,
     pub(crate) epoch: Epoch,
     pub(crate) streams: u32,
+    /// Which link of the migration it is, from 0.
+    pub(crate) session: u32,
 }
 
 /// What a run of a table tells about its pages.
@@ -193,7 +195,7 @@ pub enum FrameError {
         count: u64,
     },
     /// The stream was opened for another migration.
-    #[error("the stream belongs to migration {0}, or to another epoch or number of streams of it")]
+    #[error("the stream belongs to migration {0}, or to another epoch, number of streams or session of it")]
     Identity(Uuid),
 }
 
@@ -236,7 +238,7 @@ impl FrameWriter {
             migration: *identity.migration.as_bytes(),
             epoch: identity.epoch.0.into(),
             streams: identity.streams.into(),
-            reserved: 0.into(),
+            session: identity.session.into(),
         };
         self.buffer.clear();
         self.buffer.resize(HEADER_BYTES, 0);
@@ -370,14 +372,12 @@ impl FrameReader {
         }
         let table = self.table(source, &header)?;
         let opening = Opening::read_from_bytes(table).map_err(|_| FrameError::Entries(header.entries.get()))?;
-        if opening.reserved.get() != 0 {
-            return Err(FrameError::Reserved(opening.reserved.get()));
-        }
         let found = StreamIdentity {
             instance: Uuid::from_bytes(opening.instance),
             migration: Uuid::from_bytes(opening.migration),
             epoch: Epoch(opening.epoch.get()),
             streams: opening.streams.get(),
+            session: opening.session.get(),
         };
         if found != *expected {
             return Err(FrameError::Identity(found.migration));

@@ -25,6 +25,8 @@ pub(crate) struct Wishes {
     /// Both sides keep digests of pages, and compare.
     pub(crate) verify: bool,
 }
+/// The version that brought further links of one migration.
+pub(crate) const RESUMES_SINCE: u32 = 2;
 
 /// Protocol versions that one side speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +66,7 @@ pub(crate) fn hello(identity: &StreamIdentity, shape: &MemoryShape, profile: Vec
         profile,
         late_streams: wishes.late_streams,
         verify: wishes.verify,
+        session: identity.session,
     }
 }
 
@@ -164,6 +167,7 @@ mod tests {
             migration: Uuid::from_u128(2),
             epoch: Epoch(3),
             streams: 2,
+            session: 0,
         }
     }
 

@@ -3,6 +3,7 @@
 mod control;
 mod frame;
 mod handshake;
+mod holding;
 mod messages;
 
 pub use control::ControlError;
@@ -11,8 +12,9 @@ pub use frame::FrameError;
 #[cfg(any(fuzzing, test))]
 pub(crate) use frame::summed_up;
 pub(crate) use frame::{Content, FrameReader, FrameWriter, MAX_DATA_PAGES, MAX_RUNS, StreamIdentity, Wish};
-pub(crate) use handshake::{LATE_PAGES_SINCE, VERIFY_SINCE, Versions, Wishes, check_hello, hello};
+pub(crate) use handshake::{LATE_PAGES_SINCE, RESUMES_SINCE, VERIFY_SINCE, Versions, Wishes, check_hello, hello};
 pub use handshake::{OLDEST_PROTOCOL, PROTOCOL};
+pub(crate) use holding::{Holdings, holding_to_wire};
 pub use messages::StreamTotals;
 pub(crate) use messages::{
     RUNS_PER_PART, attempt_from_wire, attempt_to_wire, digest_from_wire, gaps_and_lengths, population_to_wire,

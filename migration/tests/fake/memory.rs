@@ -167,13 +167,15 @@ impl Store {
         pieces
     }
 
-    /// Puts bytes into those pages of a run that are absent.
-    fn put(&self, run: FrameRun, mut contents: impl FnMut(u64) -> Option<Vec<u8>>) {
+    /// Puts bytes into those pages of a run that are absent. Fails once nobody waits for pages any more, as a kernel does.
+    fn put(&self, run: FrameRun, mut contents: impl FnMut(u64) -> Option<Vec<u8>>) -> Result<(), GuestError> {
         let mut late = self.late.lock().unwrap();
         for frame in run.first..run.end() {
             let page = FrameRun { first: frame, count: 1 };
             let bytes = contents(frame - run.first);
-            let absent = late.absent.as_mut().expect("late pages are awaited");
+            let Some(absent) = late.absent.as_mut() else {
+                return Err(GuestError::new("no page is awaited"));
+            };
             if !absent.contains(frame) {
                 late.doubled += 1;
                 continue;
@@ -187,6 +189,7 @@ impl Store {
             }
         }
         self.changed.notify_all();
+        Ok(())
     }
 }
 
@@ -206,14 +209,13 @@ impl AbsentPages for Waiting {
     fn supply(&self, runs: &[FrameRun], contents: &[u8]) -> Result<(), GuestError> {
         let mut pages = contents.chunks_exact(FRAME_SIZE as usize);
         runs.iter()
-            .for_each(|&run| self.0.put(run, |_| Some(pages.next().unwrap().to_vec())));
+            .try_for_each(|&run| self.0.put(run, |_| Some(pages.next().unwrap().to_vec())))?;
         assert!(pages.next().is_none(), "more contents than pages");
         Ok(())
     }
 
     fn supply_zeroes(&self, run: FrameRun) -> Result<(), GuestError> {
-        self.0.put(run, |_| None);
-        Ok(())
+        self.0.put(run, |_| None)
     }
 
     fn end(&self) -> Result<(), GuestError> {

@@ -7,6 +7,7 @@
     reason = "each test binary uses a part of it"
 )]
 
+pub mod cutting;
 pub mod memory;
 pub mod raw;
 pub mod scene;
@@ -229,6 +230,15 @@ impl FakeSource {
     pub fn pause(&mut self) {
         self.vcpu.order(Wanted::Pause);
         self.vcpu.wait_paused();
+    }
+
+    /// Whether its thread runs, or will as soon as it has a processor.
+    pub fn comes_to_run(&self) -> bool {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while self.is_stopped() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
+        !self.is_stopped()
     }
 
     /// Whether it stands still. One that may run does not, even if its thread has not been on a processor since.

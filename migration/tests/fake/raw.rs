@@ -75,6 +75,7 @@ impl RawSource {
             profile: b"cpu: sse2".to_vec(),
             late_streams: 0,
             verify: false,
+            session: 0,
         }
     }
 

@@ -1,8 +1,8 @@
 //! Both ends of a migration over loopback, and an agent that watches the source.
 
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,7 @@ use ferry_migration::source::{
 use ferry_migration::{Link, Liveness};
 use uuid::Uuid;
 
+use super::cutting::Cutter;
 use super::memory::FakeMemory;
 use super::{FakeDestination, FakeRestored, FakeSource, Tracking, Workload};
 
@@ -90,6 +91,7 @@ pub fn parameters() -> SourceParameters {
         verify: true,
         overhead: Overhead::default(),
         liveness: Liveness::default(),
+        resume_window: Duration::ZERO,
     }
 }
 
@@ -105,6 +107,7 @@ pub fn destination_parameters() -> DestinationParameters {
         migration,
         epoch,
         liveness: Liveness::default(),
+        resume_window: Duration::ZERO,
     }
 }
 
@@ -146,8 +149,11 @@ pub struct Controls {
     pub grants: Arc<Grants>,
     pub source_orders: Sender<SourceOrder>,
     pub destination_orders: Sender<DestinationOrder>,
-    control: TcpStream,
-    pages: Vec<TcpStream>,
+    wire: Wire,
+    streams: usize,
+    has_late: bool,
+    /// Of the newest link.
+    near: Mutex<Vec<TcpStream>>,
 }
 
 impl Controls {
@@ -164,11 +170,52 @@ impl Controls {
     }
 
     pub fn cut_control(&self) {
-        self.control.shutdown(Shutdown::Both).unwrap();
+        self.near.lock().unwrap()[0].shutdown(Shutdown::Both).unwrap();
     }
 
     pub fn cut_page_stream(&self, index: usize) {
-        self.pages[index].shutdown(Shutdown::Both).unwrap();
+        self.near.lock().unwrap()[index + 1].shutdown(Shutdown::Both).unwrap();
+    }
+
+    /// Cuts every connection of the newest link.
+    pub fn cut(&self) {
+        for socket in &*self.near.lock().unwrap() {
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Gives both ends another link, as agents do.
+    pub fn reconnect(&self) {
+        let (near, far) = self.wire.links(self.streams, self.has_late);
+        *self.near.lock().unwrap() = sockets_of(&near);
+        // An end that is over takes none.
+        let _ = self.destination_orders.send(DestinationOrder::Reconnect(Box::new(far)));
+        let _ = self.source_orders.send(SourceOrder::Reconnect(Box::new(near)));
+    }
+}
+
+fn sockets_of(link: &Link) -> Vec<TcpStream> {
+    let sockets = [&link.control].into_iter().chain(&link.pages);
+    sockets.map(|socket| socket.try_clone().unwrap()).collect()
+}
+
+/// How the two ends are connected.
+#[derive(Clone, Default)]
+pub struct Wire {
+    /// Looks at what is said, and may cut the link.
+    pub cutter: Option<Arc<Cutter>>,
+}
+
+impl Wire {
+    fn links(&self, streams: usize, has_late: bool) -> (Link, Link) {
+        let (near, far) = match has_late {
+            true => links_with_late(streams),
+            false => links(streams),
+        };
+        match &self.cutter {
+            Some(cutter) => cutter.between(near, far),
+            None => (near, far),
+        }
     }
 }
 
@@ -211,6 +258,7 @@ pub struct Scene {
     pub parameters: SourceParameters,
     pub destination_parameters: DestinationParameters,
     pub agent: Agent,
+    pub wire: Wire,
 }
 
 impl Scene {
@@ -223,6 +271,7 @@ impl Scene {
             parameters: parameters(),
             destination_parameters: destination_parameters(),
             agent: arming(),
+            wire: Wire::default(),
         }
     }
 }
@@ -246,11 +295,10 @@ pub fn migrate(scene: Scene) -> Ends {
         parameters,
         destination_parameters,
         mut agent,
+        wire,
     } = scene;
-    let (near, far) = match parameters.lateness {
-        Lateness::Never => links(streams),
-        Lateness::AtOnce | Lateness::WhenItPays => links_with_late(streams),
-    };
+    let has_late = parameters.lateness != Lateness::Never;
+    let (near, far) = wire.links(streams, has_late);
     let (source_orders, source_orders_out) = mpsc::channel();
     let (destination_orders, destination_orders_out) = mpsc::channel();
     let (reports_in, reports_out) = mpsc::channel();
@@ -259,8 +307,10 @@ pub fn migrate(scene: Scene) -> Ends {
         grants: grants.clone(),
         source_orders,
         destination_orders,
-        control: near.control.try_clone().unwrap(),
-        pages: near.pages.iter().map(|socket| socket.try_clone().unwrap()).collect(),
+        wire,
+        streams,
+        has_late,
+        near: Mutex::new(sockets_of(&near)),
     };
     let began = Instant::now();
     thread::scope(|scope| {
@@ -314,7 +364,7 @@ impl Ends {
             panic!("not cancelled: {:?}", self.reports.last())
         };
         assert!(self.loaded.is_err(), "the guest is here and there");
-        assert!(!guest.is_stopped(), "the guest does not run");
+        assert!(guest.comes_to_run(), "the guest does not run");
         assert!(guest.notes.tracking_stopped.load(std::sync::atomic::Ordering::Relaxed));
         error
     }

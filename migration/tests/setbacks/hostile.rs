@@ -19,6 +19,7 @@ fn a_protocol_version_that_was_not_offered_is_misbehaviour() {
     let reply = v1::HelloReply {
         protocol: 9,
         refusals: Vec::new(),
+        ..v1::HelloReply::default()
     };
     raw::say(
         &far.control,

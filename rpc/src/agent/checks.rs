@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ferry_proto::agent::v1::{
-    Check, CheckDestinationReply, CheckDestinationRequest, CheckSourceReply, CheckSourceRequest, InstanceSpec,
+    Check, CheckDestinationReply, CheckDestinationRequest, CheckSourceReply, CheckSourceRequest, InstanceSpec, Refusal,
 };
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
@@ -17,10 +17,11 @@ use super::backends::{Occasion, Whose};
 use super::context::RequestContext;
 use super::failure::Failure;
 use super::incoming::without_disks;
-use super::instances::{Agent, check_incoming};
+use super::instances::{Agent, why_not_incoming};
 use super::journal::Status;
 use super::mode::Mode;
 use super::reason::Reason;
+use super::transport::Transport;
 
 impl Agent {
     /// Nova's check_can_live_migrate_source: the destination asks what it is to have.
@@ -31,15 +32,30 @@ impl Agent {
         &self,
         request: CheckSourceRequest,
     ) -> Result<CheckSourceReply, Failure> {
-        self.check_destination(&request.destination)?;
+        if !(request.dry_run && request.destination.is_empty()) {
+            self.check_destination(&request.destination)?;
+        }
         let instance = self.instance(&request.instance).await?;
-        let state = instance.state.lock().await;
-        let mode = Mode::parse(&request.mode)?;
-        state.check_can_migrate(mode)?;
+        let mut state = instance.state.lock().await;
+        let (mode, transport) = (Mode::parse(&request.mode)?, Transport::parse(&request.transport)?);
+        let mut refused = state.why_not_migrate(mode);
+        if request.dry_run
+            && let Err(unsettled) = self.check_settled(&mut state).await
+        {
+            refused.push(unsettled);
+        }
         // One that is off has none.
         let vmm = match state.row.status {
             Status::Stopped => None,
-            _ => Some(state.vmm()?.clone()),
+            _ => match state.vmm() {
+                Ok(vmm) => Some(vmm.clone()),
+                // What is crashed has none either.
+                Err(_) if !refused.is_empty() => None,
+                Err(failure) => {
+                    refused.push(failure);
+                    None
+                }
+            },
         };
         let (spec, epoch) = (state.row.spec.clone(), state.row.epoch);
         drop(state);
@@ -49,20 +65,27 @@ impl Agent {
             let send = wire::Send {
                 cold: mode == Mode::Cold,
                 lateness: mode.lateness().to_owned(),
+                carried: transport == Transport::Grpc,
                 ..Default::default()
             };
-            vmm.check_knows(&Command::Send(send))
-                .map_err(Failure::vmm("failed to ask for such a move"))?;
+            let knows = vmm.check_knows(&Command::Send(send));
+            let failed = knows.map_err(Failure::vmm("failed to ask for such a move"));
+            refused.extend(failed.err());
             if let Ok(Body::Profiled(profiled)) = vmm.order(Command::Profile(wire::Profile {})).await {
                 machine_profile = profiled.profile;
             }
         }
-        Ok(CheckSourceReply {
-            disk_sizes: storage::sizes(&spec),
-            spec: Some(spec),
-            epoch,
-            machine_profile,
-        })
+        let refusals = refused.iter().map(|failure| refusal(self.host(), failure)).collect();
+        match refused.into_iter().next() {
+            Some(first) if !request.dry_run => Err(first),
+            _ => Ok(CheckSourceReply {
+                disk_sizes: storage::sizes(&spec),
+                spec: Some(spec),
+                epoch,
+                machine_profile,
+                refusals,
+            }),
+        }
     }
 
     /// Nova's check_can_live_migrate_destination: all checks, also those after one that says no.
@@ -83,6 +106,8 @@ impl Agent {
             instance: request.instance,
             destination: self.host().to_owned(),
             mode: request.mode,
+            dry_run: request.dry_run,
+            transport: request.transport,
         };
         let source = self.compute_rpcapi(context, &request.source)?;
         let told = match source.check_can_live_migrate_source(asked).await {
@@ -92,6 +117,7 @@ impl Agent {
                 return Ok(CheckDestinationReply {
                     checks: vec![check("source", found, Some(Reason::SourceDown))],
                     destination: self.host().to_owned(),
+                    copied_disk_bytes: 0,
                 });
             }
             told => told?,
@@ -99,71 +125,135 @@ impl Agent {
         let spec = required("spec", told.spec)?;
 
         let mut checks = Vec::new();
-        let mut note = |name: &str, reason: Reason, outcome: Result<String, Failure>| {
-            checks.push(match outcome {
-                Ok(found) => check(name, found, None),
-                Err(failure) => {
-                    let failure = failure.because(reason);
-                    check(name, failure.chain(), Some(failure.reason().unwrap_or(Reason::Other)))
-                }
-            });
-        };
         // A copy that is stale for certain is no reason to say no, whoever asks.
         self.clear_the_way(id).await;
-        let free = check_incoming(self, id, &spec).await;
-        note(
-            "instance",
-            Reason::AlreadyThere,
-            free.map(|()| "neither it nor its name is there".to_owned()),
-        );
-        let claim = self.check_claim(&spec).await;
-        note(
-            "claim",
-            Reason::Memory,
-            claim.map(|()| "memory and vCPUs are there".to_owned()),
-        );
-        note("machine", Reason::Machine, check_machine(told.machine_profile).await);
+        let taken = why_not_incoming(self, id, &spec).await;
+        note(&mut checks, "instance", Reason::AlreadyThere, taken, || {
+            "neither it nor its name is there".to_owned()
+        });
+        let lacks = self.lacks(&spec).await;
+        note(&mut checks, "claim", Reason::Memory, lacks, || {
+            "memory and vCPUs are there".to_owned()
+        });
+        let (fits, misfits) = told_apart(check_machine(told.machine_profile).await);
+        note(&mut checks, "machine", Reason::Machine, misfits, || {
+            fits.unwrap_or_default()
+        });
         let coming = Coming {
             instance: id,
             source: request.source,
             epoch: told.epoch,
             sizes: told.disk_sizes,
         };
-        let planned = self.plan_storage(&spec, storage, coming).await;
-        let copied = planned.as_ref().cloned().unwrap_or_default();
-        note(
-            "disks",
-            Reason::Disks,
-            planned.map(|copied| storage_words(spec.disks.len(), copied.len())),
-        );
+        let Planned { copied, failed } = self.plan_each(&spec, storage, &coming).await;
+        let (unplanned, failures): (Vec<_>, Vec<_>) = failed.into_iter().unzip();
+        note(&mut checks, "disks", Reason::Disks, failures, || {
+            storage_words(spec.disks.len(), copied.len())
+        });
         let whose = Whose {
             instance: id,
             known_epoch: told.epoch,
             occasion: Occasion::Prepare,
         };
-        // Opened and closed again: a tap that it makes goes with it. Disks of which room is still to be made are not there.
-        let mut without = without_disks(&spec, &copied);
-        let cards = InstanceSpec {
+        // Opened and closed again: a tap that it makes goes with it. Disks of which room is still to be made are not there, and of one that can be
+        // neither shared nor copied that is said already.
+        let without = without_disks(&spec, &[&copied[..], &unplanned].concat());
+        let each_card = without.nics.iter().map(|nic| InstanceSpec {
             disks: Vec::new(),
+            nics: vec![nic.clone()],
             ..without.clone()
-        };
-        let opened = self.open_backends(&cards, whose).await.map(drop);
-        note(
-            "network",
-            Reason::Network,
-            opened.map(|()| format!("{} cards can be had", cards.nics.len())),
-        );
-        without.nics.clear();
-        let opened = self.open_backends(&without, whose).await.map(drop);
-        note(
-            "images",
-            Reason::Disks,
-            opened.map(|()| format!("{} disks can be opened", without.disks.len())),
-        );
+        });
+        let missing = self.open_each(each_card, whose).await;
+        note(&mut checks, "network", Reason::Network, missing, || {
+            format!("{} cards can be had", without.nics.len())
+        });
+        let each_disk = without.disks.iter().map(|disk| InstanceSpec {
+            disks: vec![disk.clone()],
+            nics: Vec::new(),
+            ..without.clone()
+        });
+        let missing = self.open_each(each_disk, whose).await;
+        note(&mut checks, "images", Reason::Disks, missing, || {
+            format!("{} disks can be opened", without.disks.len())
+        });
+        let size = |number: &u32| coming.sizes.get(*number as usize);
         Ok(CheckDestinationReply {
             checks,
             destination: self.host().to_owned(),
+            copied_disk_bytes: copied.iter().filter_map(size).map(|size| size.allocated_bytes).sum(),
         })
+    }
+
+    /// What would become of each disk here.
+    async fn plan_each(&self, spec: &InstanceSpec, storage: Storage, coming: &Coming) -> Planned {
+        let mut all = Planned::default();
+        for (number, disk) in (0u32..).zip(&spec.disks) {
+            let only = InstanceSpec {
+                disks: vec![disk.clone()],
+                ..spec.clone()
+            };
+            let its_size = coming.sizes.get(number as usize).copied().into_iter().collect();
+            let coming = Coming {
+                sizes: its_size,
+                ..coming.clone()
+            };
+            match self.plan_storage(&only, storage, coming).await {
+                Ok(planned) if planned.is_empty() => {}
+                Ok(_) => all.copied.push(number),
+                Err(failure) => all.failed.push((number, failure)),
+            }
+        }
+        all
+    }
+
+    /// What is wrong with what each of these specs has of disks and cards.
+    async fn open_each(&self, specs: impl Iterator<Item = InstanceSpec>, whose: Whose) -> Vec<Failure> {
+        let mut failures = Vec::new();
+        for spec in specs {
+            failures.extend(self.open_backends(&spec, whose).await.err());
+        }
+        failures
+    }
+}
+
+/// Disks by what would become of them, by number; the others would be shared.
+#[derive(Default)]
+struct Planned {
+    copied: Vec<u32>,
+    /// Those that can neither be shared nor copied, and why.
+    failed: Vec<(u32, Failure)>,
+}
+
+/// A refusal as users see it, of the host that refuses.
+pub(crate) fn refusal(host: &str, failure: &Failure) -> Refusal {
+    let reason = failure.reason().unwrap_or(Reason::Other);
+    Refusal {
+        reason: reason.code().to_owned(),
+        host: host.to_owned(),
+        why: failure.chain(),
+        remedy: reason.remedy().to_owned(),
+    }
+}
+
+/// Writes down what a check came to: what was found, or each failure by itself. A refusal without a reason of its own has this one.
+fn note(checks: &mut Vec<Check>, name: &str, reason: Reason, failures: Vec<Failure>, found: impl FnOnce() -> String) {
+    if failures.is_empty() {
+        checks.push(check(name, found(), None));
+    }
+    for failure in failures {
+        let failure = failure.because(reason);
+        checks.push(check(
+            name,
+            failure.chain(),
+            Some(failure.reason().unwrap_or(Reason::Other)),
+        ));
+    }
+}
+
+fn told_apart<T>(outcome: Result<T, Failure>) -> (Option<T>, Vec<Failure>) {
+    match outcome {
+        Ok(found) => (Some(found), Vec::new()),
+        Err(failure) => (None, vec![failure]),
     }
 }
 

@@ -50,14 +50,12 @@ impl Claims {
         }
     }
 
-    /// Whether an instance fits beside what is claimed.
-    ///
-    /// # Errors
-    /// Says what is short, and how much of it is there.
-    fn check(self, limit: Self, spec: &InstanceSpec, host: &str) -> Result<(), Failure> {
+    /// What an instance lacks beside what is claimed: all that is short, and how much of it is there.
+    fn lacks(self, limit: Self, spec: &InstanceSpec, host: &str) -> Vec<Failure> {
         let with = self.and(spec);
+        let mut lacks = Vec::new();
         if with.memory_bytes > limit.memory_bytes {
-            return Err(Failure::denied(
+            lacks.push(Failure::denied(
                 Reason::Memory,
                 format!(
                     "host {host} has {} MiB of memory for guests, {} MiB of it claimed: the instance wants {} MiB",
@@ -68,7 +66,7 @@ impl Claims {
             ));
         }
         if with.vcpus > limit.vcpus {
-            return Err(Failure::denied(
+            lacks.push(Failure::denied(
                 Reason::Vcpus,
                 format!(
                     "host {host} has {} vCPUs for guests, {} of them claimed: the instance wants {}",
@@ -76,7 +74,7 @@ impl Claims {
                 ),
             ));
         }
-        Ok(())
+        lacks
     }
 }
 
@@ -104,7 +102,12 @@ impl Agent {
     /// # Errors
     /// Says what is short.
     pub(crate) async fn check_claim(&self, spec: &InstanceSpec) -> Result<(), Failure> {
-        self.claimed().await.check(self.claims_limit(), spec, self.host())
+        self.lacks(spec).await.into_iter().next().map_or(Ok(()), Err)
+    }
+
+    /// All that is short for an instance that comes here.
+    pub(crate) async fn lacks(&self, spec: &InstanceSpec) -> Vec<Failure> {
+        self.claimed().await.lacks(self.claims_limit(), spec, self.host())
     }
 }
 
@@ -124,10 +127,13 @@ mod tests {
     fn what_is_short_is_said() {
         let limit = AllocationRatios::default().of(8 << 30, 1);
         let claimed = Claims::default().and(&spec(10 << 30, 8));
-        assert!(claimed.check(limit, &spec(2 << 30, 8), "b").is_ok());
-        let memory = claimed.check(limit, &spec((2 << 30) + 1, 8), "b").unwrap_err();
-        assert_eq!(memory.reason(), Some(Reason::Memory));
-        let vcpus = claimed.check(limit, &spec(1 << 30, 9), "b").unwrap_err();
-        assert_eq!(vcpus.reason(), Some(Reason::Vcpus));
+        let lacks = |spec: &InstanceSpec| -> Vec<_> {
+            let lacks = claimed.lacks(limit, spec, "b");
+            lacks.iter().filter_map(Failure::reason).collect()
+        };
+        assert_eq!(lacks(&spec(2 << 30, 8)), []);
+        assert_eq!(lacks(&spec((2 << 30) + 1, 8)), [Reason::Memory]);
+        assert_eq!(lacks(&spec(1 << 30, 9)), [Reason::Vcpus]);
+        assert_eq!(lacks(&spec(3 << 30, 9)), [Reason::Memory, Reason::Vcpus]);
     }
 }

@@ -12,9 +12,10 @@ use ferry_proto::agent::v1::{
     CheckSourceRequest, ConsoleInputReply, ConsoleInputRequest, ConsoleOutput, ConsoleRequest, DecisionReply,
     DeleteInstanceReply, DeleteInstanceRequest, HeartbeatReply, HeartbeatRequest, HostInfo, HostRequest, ImageChunk,
     InstanceInfo, InstanceRequest, LateLinkReply, LateLinkRequest, ListEventsReply, ListEventsRequest,
-    ListInstancesReply, ListInstancesRequest, LiveMigrationCast, PostLiveMigrationReply, PostLiveMigrationRequest,
-    PreLiveMigrationReply, PreLiveMigrationRequest, PutImageReply, Receipt, RestoreInstanceRequest, RollbackReply,
-    RollbackRequest, RunInstanceRequest, SnapshotInfo, SnapshotInstanceRequest, StopInstanceRequest,
+    ListInstancesReply, ListInstancesRequest, LiveMigrationCast, MigrationPrediction, PostLiveMigrationReply,
+    PostLiveMigrationRequest, PreLiveMigrationReply, PreLiveMigrationRequest, PredictMigrationRequest, ProbeLinkReply,
+    ProbeLinkRequest, PutImageReply, Receipt, RestoreInstanceRequest, RollbackReply, RollbackRequest,
+    RunInstanceRequest, SnapshotInfo, SnapshotInstanceRequest, StopInstanceRequest,
 };
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
@@ -358,6 +359,16 @@ impl Compute for ComputeService {
 
     async fn check_can_live_migrate_source(&self, request: Request<CheckSourceRequest>) -> Answer<CheckSourceReply> {
         answer(self.0.check_can_live_migrate_source(request.into_inner()).await)
+    }
+
+    async fn predict_migration(&self, request: Request<PredictMigrationRequest>) -> Answer<MigrationPrediction> {
+        let (context, request) = (RequestContext::of_question(&request), request.into_inner());
+        // Not whole: whoever hangs up ends the sample.
+        answer(self.0.predict_migration(&context, request).await)
+    }
+
+    async fn probe_link(&self, request: Request<ProbeLinkRequest>) -> Answer<ProbeLinkReply> {
+        answer(self.0.probe_link(&request.into_inner()))
     }
 
     async fn create_migration(&self, request: Request<LiveMigrationCast>) -> Answer<Receipt> {

@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use ferry_proto::agent::v1::{
     CheckDestinationReply, CheckDestinationRequest, CheckSourceReply, CheckSourceRequest, HostInfo, LateLinkReply,
-    LateLinkRequest, LiveMigrationCast, MigrationOptions, PreLiveMigrationReply, PreLiveMigrationRequest, Receipt,
+    LateLinkRequest, LiveMigrationCast, MigrationOptions, MigrationPrediction, PreLiveMigrationReply,
+    PreLiveMigrationRequest, PredictMigrationRequest, ProbeLinkReply, ProbeLinkRequest, Receipt,
 };
 use tonic::{Request, Status};
 
@@ -22,6 +23,7 @@ use super::mode::Mode;
 use super::outgoing::PAUSE;
 use super::peers::{CALL_TIME, Call, ComputeClient, PREPARE_TIME, Peer, PeerError};
 use super::reason::Reason;
+use super::transport::Transport;
 use super::versions::RpcVersion;
 
 /// The metadata in which a call says at which version its message is.
@@ -102,6 +104,8 @@ fn novelty(options: &MigrationOptions) -> Option<&'static str> {
     let novelties = [
         (options.on_timeout == PAUSE, "a pause when the time is up"),
         (options.max_throttle_percent > 0, "throttling the guest"),
+        (options.resume_window_ms > 0, "waiting for a link that is lost"),
+        (new_transport(&options.transport).is_some(), CARRYING),
         (options.verify, "comparing what is moved"),
     ];
     let of_options = novelties
@@ -117,6 +121,13 @@ fn new_mode(mode: Mode) -> Option<&'static str> {
         Mode::Cold => Some("a cold migration"),
         Mode::Postcopy | Mode::Hybrid => Some("a migration with pages that come late"),
     }
+}
+
+/// What an agent before 4.3 does not serve.
+const CARRYING: &str = "a migration by --transport grpc";
+
+fn new_transport(word: &str) -> Option<&'static str> {
+    (Transport::parse(word) == Ok(Transport::Grpc)).then_some(CARRYING)
 }
 
 fn knows_not(what: &str, host: &str, version: RpcVersion) -> Failure {
@@ -179,6 +190,54 @@ impl ComputeRpcApi {
         }
     }
 
+    /// Whether this host tells all that is against a migration, and what it would come to.
+    pub(crate) fn knows_dry_runs(&self) -> bool {
+        matches!(self.to, To::Here(_)) || self.can_send_version(RpcVersion::V4_3)
+    }
+
+    /// Lets the host `source` find out what the way to this host's data port carries.
+    ///
+    /// # Errors
+    /// It is probed already, does not answer, or is of before.
+    pub(crate) async fn probe_link(&self, source: &str) -> Result<ProbeLinkReply, Failure> {
+        let request = ProbeLinkRequest {
+            source: source.to_owned(),
+        };
+        match &self.to {
+            To::Here(agent) => agent.probe_link(&request),
+            To::There(peer) if !self.knows_dry_runs() => Err(knows_not("a probe", &peer.host, self.version())),
+            To::There(peer) => {
+                self.call(peer, CALL_TIME, |mut client, version| {
+                    let request = at(version, request.clone());
+                    async move { client.probe_link(request).await }
+                })
+                .await
+            }
+        }
+    }
+
+    /// What a migration of an instance of this host would come to.
+    ///
+    /// # Errors
+    /// The host does not answer, or is of before.
+    pub(crate) async fn predict_migration(
+        &self,
+        request: PredictMigrationRequest,
+    ) -> Result<MigrationPrediction, Failure> {
+        match &self.to {
+            To::Here(agent) => agent.predict_migration(&self.context, request).await,
+            To::There(peer) if !self.knows_dry_runs() => Err(knows_not("a prediction", &peer.host, self.version())),
+            To::There(peer) => {
+                let patience = CHECK_TIME + Duration::from_millis(request.sample_ms.into());
+                self.call(peer, patience, |mut client, version| {
+                    let request = at(version, request.clone());
+                    async move { client.predict_migration(request).await }
+                })
+                .await
+            }
+        }
+    }
+
     /// Whether the destination still needs pages that come late, and how they get there.
     ///
     /// # Errors
@@ -217,11 +276,12 @@ impl ComputeRpcApi {
                     };
                     peer.call(&self.context, Call::PreLiveMigration, PREPARE_TIME, send)
                 };
-                self.check_can_say(peer, &request.mode)?;
+                let novelty = new_mode(Mode::parse(&request.mode)?).or(new_transport(&request.transport));
+                self.check_can_say(peer, novelty)?;
                 match prepare(self.version()).await {
                     Err(error) if is_other_version(&error) => {
                         self.refresh(peer).await?;
-                        self.check_can_say(peer, &request.mode)?;
+                        self.check_can_say(peer, novelty)?;
                         Ok(prepare(self.version()).await?)
                     }
                     answer => Ok(answer?),
@@ -239,7 +299,7 @@ impl ComputeRpcApi {
     /// The host refuses it, or does not answer: then it may have it.
     pub(crate) async fn live_migration(&self, record: &LiveMigrationCast) -> Result<Receipt, Failure> {
         if let (To::There(peer), Some(options)) = (&self.to, &record.options) {
-            self.check_can_say(peer, &options.mode)?;
+            self.check_can_say(peer, new_mode(Mode::parse(&options.mode)?))?;
         }
         match &self.to {
             To::Here(agent) => agent.live_migration(&self.context, record.clone()).await,
@@ -256,9 +316,9 @@ impl ComputeRpcApi {
         }
     }
 
-    /// A host that does not know the mode would take it for another.
-    fn check_can_say(&self, peer: &Peer, mode: &str) -> Result<(), Failure> {
-        match new_mode(Mode::parse(mode)?) {
+    /// A host that does not know what is new about a migration would take it for another.
+    fn check_can_say(&self, peer: &Peer, novelty: Option<&str>) -> Result<(), Failure> {
+        match novelty {
             Some(what) if !self.can_send_version(RpcVersion::V4_3) => Err(knows_not(what, &peer.host, self.version())),
             _ => Ok(()),
         }
@@ -356,7 +416,7 @@ fn is_other_version(error: &PeerError) -> bool {
 }
 
 /// A request that says at which version its message is.
-fn at<T>(version: RpcVersion, message: T) -> Request<T> {
+pub(super) fn at<T>(version: RpcVersion, message: T) -> Request<T> {
     let mut request = Request::new(message);
     // Digits and a dot.
     if let Ok(value) = version.to_string().parse() {

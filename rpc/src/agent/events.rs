@@ -42,6 +42,8 @@ pub(crate) enum Action {
     Abort,
     ForceComplete,
     Retune,
+    /// The link of a migration out of here is lost, and made again.
+    Reconnect,
     Resolve,
     /// Its restart policy starts it.
     Restart,
@@ -70,6 +72,7 @@ impl Action {
             Self::Abort => "abort",
             Self::ForceComplete => "force-complete",
             Self::Retune => "retune",
+            Self::Reconnect => "reconnect",
             Self::Resolve => "resolve",
             Self::Restart => "restart",
             Self::DestroyStale => "destroy-stale",

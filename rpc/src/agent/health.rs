@@ -6,6 +6,7 @@
 use anyhow::Context;
 use ferry_proto::agent::v1::compute_server::ComputeServer;
 use ferry_proto::agent::v1::conductor_server::ConductorServer;
+use ferry_proto::agent::v1::streams_server::StreamsServer;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tonic::server::NamedService;
@@ -16,12 +17,14 @@ use tonic_reflection::server::v1::{ServerReflection, ServerReflectionServer};
 
 use super::compute::ComputeService;
 use super::conductor::ConductorService;
+use super::transport::StreamsService;
 
 /// The services whose health is told; the empty name is the whole agent's.
-const SERVICES: [&str; 3] = [
+const SERVICES: [&str; 4] = [
     "",
     <ConductorServer<ConductorService> as NamedService>::NAME,
     <ComputeServer<ComputeService> as NamedService>::NAME,
+    <StreamsServer<StreamsService> as NamedService>::NAME,
 ];
 
 /// Tells how the agent is until it ends.

@@ -10,11 +10,13 @@
 //! | `backends` | what their disks and network cards work on |
 //! | `outgoing` | one task per migration out of here: a script, then the switchover by `handover::SourceAgent` |
 //! | `incoming`, `data_port` | one task per migration into here: `handover::DestinationAgent` |
+//! | `transport` | the streams of a migration through both agents, where there is no way to the data port |
 //! | `mode`, `steps` | how a guest moves, and the steps of both sides with their undos |
 //! | `peers`, `compute_rpcapi`, `versions` | other agents, and what they are told at which version |
 //! | `compute`, `conductor` | the gRPC services: convert, call, map the error; the conductor's task checks, chooses and casts |
 //! | `failure`, `unread` | what is answered when something is not done, or could not be read |
 //! | `checks`, `claims`, `reason` | whether this host can have an instance, and why not |
+//! | `prediction` | what a migration would come to |
 //! | `resolving` | a person ends a migration that nobody can decide |
 //! | `context`, `who`, `sock_diag` | in which request, for whom and until when something is done |
 //! | `events` | what was done to each instance, and what failed |
@@ -42,6 +44,7 @@ mod journal;
 mod mode;
 mod outgoing;
 mod peers;
+mod prediction;
 mod reason;
 mod recovery;
 mod resolving;
@@ -50,6 +53,7 @@ mod snapshots;
 mod sock_diag;
 mod spawn;
 mod steps;
+mod transport;
 mod unread;
 mod versions;
 mod vmm_client;
@@ -65,5 +69,6 @@ pub use serve::serve;
 #[cfg(any(fuzzing, test))]
 pub(crate) use snapshots::read_hostile_manifest;
 pub use spawn::cgroup_root;
+pub(crate) use transport::Transport;
 pub use versions::RpcVersion;
 pub use vmm_user::UserRange;

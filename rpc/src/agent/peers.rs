@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use ferry_proto::agent::v1::{HostInfo, HostRequest};
-use ferry_proto::agent::v1::{compute_client, conductor_client};
+use ferry_proto::agent::v1::{compute_client, conductor_client, streams_client};
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
@@ -35,6 +35,8 @@ type Connection = InterceptedService<Channel, Carried>;
 pub(crate) type ComputeClient = compute_client::ComputeClient<Connection>;
 /// A client of a peer's `Conductor` service.
 pub(crate) type ConductorClient = conductor_client::ConductorClient<Connection>;
+/// A client of a peer's `Streams` service.
+pub(crate) type StreamsClient = streams_client::StreamsClient<Connection>;
 
 /// The calls of a migration from one agent to the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +57,7 @@ pub(crate) struct Peer {
     pub(crate) url: String,
     /// The host that asks it: this one.
     here: Arc<str>,
+    endpoint: Arc<Endpoint>,
     channel: Channel,
     heard: Arc<Mutex<Heard>>,
 }
@@ -174,6 +177,40 @@ impl Peer {
         }
     }
 
+    /// Where it is found, for connections beside the one that all calls share.
+    pub(crate) fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    /// A client of its `Streams` service on a connection of its own. Its calls last as long as they take.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub(crate) async fn streams(
+        &self,
+        context: &RequestContext,
+        endpoint: &Endpoint,
+    ) -> Result<StreamsClient, PeerError> {
+        let silent = |error: tonic::transport::Error| self.silence(&Status::from_error(error.into()));
+        let carried = Carried {
+            patience: None,
+            ..context.carried(&self.here, Duration::MAX)
+        };
+        let channel = endpoint.connect().await.map_err(silent)?;
+        Ok(StreamsClient::new(InterceptedService::new(channel, carried)))
+    }
+
+    /// What came of a call that ended with this status.
+    pub(crate) fn error(&self, status: &Status) -> PeerError {
+        match is_unanswered(status) {
+            true => self.silence(status),
+            false => PeerError::Refused {
+                reason: reason_of(status),
+                text: format!("host {}: {}", self.host, status.message()),
+            },
+        }
+    }
+
     /// How long this peer is waited for.
     fn left(&self, context: &RequestContext, patience: Duration) -> Result<Duration, PeerError> {
         let left = context.left(patience);
@@ -197,11 +234,7 @@ impl Peer {
     ) -> Result<T, PeerError> {
         match tokio::time::timeout(patience, call).await {
             Ok(Ok(response)) => Ok(response.into_inner()),
-            Ok(Err(status)) if is_unanswered(&status) => Err(self.silence(&status)),
-            Ok(Err(status)) => Err(PeerError::Refused {
-                reason: reason_of(&status),
-                text: format!("host {}: {}", self.host, status.message()),
-            }),
+            Ok(Err(status)) => Err(self.error(&status)),
             Err(_) => Err(PeerError::NoAnswer(format!(
                 "host {} at {} did not answer within {}",
                 self.host,
@@ -319,6 +352,7 @@ impl Peers {
                 url: url.clone(),
                 here: Arc::clone(&here),
                 channel: endpoint.connect_lazy(),
+                endpoint: Arc::new(endpoint),
                 heard: Arc::default(),
             };
             known.insert(host.clone(), peer);

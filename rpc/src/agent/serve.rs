@@ -10,9 +10,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use ferry_proto::agent::v1::compute_server::ComputeServer;
 use ferry_proto::agent::v1::conductor_server::ConductorServer;
+use ferry_proto::agent::v1::streams_server::StreamsServer;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, mpsc};
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use uuid::Uuid;
@@ -27,6 +29,8 @@ use super::instances::{Agent, restart_when_due};
 use super::journal::Journal;
 use super::outgoing::Queue;
 use super::peers::Peers;
+use super::prediction::Probes;
+use super::transport::{self, StreamsService};
 use super::unread::WithReasons;
 use super::{data_port, health, host, recovery};
 
@@ -75,6 +79,9 @@ pub async fn serve(config: AgentConfig) -> anyhow::Result<()> {
     let grpc = TcpIncoming::from(grpc).with_nodelay(Some(true));
     let serving = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
+        .initial_stream_window_size(transport::WINDOW)
+        .initial_connection_window_size(transport::WINDOW)
+        .max_frame_size(transport::FRAME)
         .layer(WithReasons)
         .add_service(ComputeServer::with_interceptor(
             ComputeService(Arc::clone(&agent)),
@@ -83,6 +90,11 @@ pub async fn serve(config: AgentConfig) -> anyhow::Result<()> {
         .add_service(ConductorServer::with_interceptor(
             ConductorService(Arc::clone(&agent)),
             RequestContext::receive,
+        ))
+        .add_service(InterceptedService::new(
+            StreamsServer::new(StreamsService::new(Arc::clone(&agent)))
+                .max_decoding_message_size(transport::MOST_MESSAGE),
+            move |request| check_version(rpc_cap, request).and_then(RequestContext::receive),
         ))
         .add_service(health_service)
         .add_service(reflection)
@@ -133,6 +145,7 @@ async fn build(
         outgoing: Default::default(),
         incoming: Default::default(),
         peers,
+        probes: Probes::default(),
         queue: Queue::new(config.max_outgoing),
         due,
         config,

@@ -9,6 +9,9 @@ use std::fmt;
 /// The status of a migration whose guest runs at the destination without all of its memory.
 pub(crate) const POST_COPY: &str = "running (post-copy)";
 
+/// The status of a migration that copies and has no link, while another one may be made.
+pub(crate) const LINK_LOST: &str = "running (link lost)";
+
 /// When the journal has that a step was reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Journalled {
@@ -113,7 +116,7 @@ impl SourceStep {
             ),
             Self::Connect => (
                 "connect",
-                "makes the connections to the destination's data port",
+                "makes the connections to the destination's data port, or through both agents",
                 Along,
                 Nothing("a connection that no VMM has goes with the script"),
             ),

@@ -268,10 +268,10 @@ impl Vmm {
             return Err(VmmError::Refused("the order is too large".to_owned()));
         }
         self.check_knows(&command)?;
-        let patience = if matches!(command, Command::Build(_)) {
-            BUILD_TIME
-        } else {
-            ANSWER_TIME
+        let patience = match &command {
+            Command::Build(_) => BUILD_TIME,
+            Command::Sample(sample) => ANSWER_TIME + Duration::from_millis(sample.ms.into()),
+            _ => ANSWER_TIME,
         };
         let number = self.shared.number.fetch_add(1, Ordering::Relaxed);
         let (reply, answer) = oneshot::channel();

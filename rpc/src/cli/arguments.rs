@@ -321,9 +321,16 @@ pub(super) struct MigrateArguments {
     /// How much of the time that may be
     #[arg(long, value_name = "PERCENT", default_value_t = 99, requires = "auto_converge", value_parser = clap::value_parser!(u32).range(1..=99))]
     pub(super) max_throttle: u32,
+    /// How long a link that is lost while the guest is copied may take to be made again; the guest runs meanwhile, and the copy goes on
+    /// [default: the migration ends with it]
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    pub(super) resume_window: Option<Duration>,
     /// Page streams, each a TCP connection
     #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = parse::streams)]
     pub(super) streams: u32,
+    /// How pages travel: straight from VMM to VMM by the destination's data port, or through both agents where only their own port is open
+    #[arg(long, value_name = "HOW", default_value = "tcp", value_parser = ["tcp", "grpc"])]
+    pub(super) transport: String,
     /// Do not send faster than this, for example 5Gbit [default: no limit]
     #[arg(long, value_name = "RATE", value_parser = parse::bandwidth)]
     pub(super) bandwidth: Option<u64>,
@@ -337,9 +344,12 @@ pub(super) struct MigrateArguments {
     /// The guest stands still from the first page on, and runs there when all is there; a stopped instance moves with its disks and stays stopped
     #[arg(long, conflicts_with_all = ["max_downtime", "on_timeout", "mode", "auto_converge"])]
     pub(super) cold: bool,
-    /// Check and choose only: tell of each host why it would be taken or left
+    /// Check and choose only: tell every reason why it would be refused, and what it would come to
     #[arg(long, conflicts_with_all = ["detach", "wait"])]
     pub(super) dry_run: bool,
+    /// How long the guest is looked at for that, 30s at most; it costs a guest that writes a little of its speed
+    #[arg(long, value_name = "DURATION|none", default_value = "3s", requires = "dry_run", value_parser = parse::sample)]
+    pub(super) sample: u32,
     /// Print the migration's id and leave
     #[arg(long, conflicts_with = "wait")]
     pub(super) detach: bool,
@@ -453,6 +463,9 @@ pub(super) struct BenchArguments {
     /// Page streams, each a TCP connection
     #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = parse::streams)]
     pub(super) streams: u32,
+    /// How pages travel, as `migrate` has it
+    #[arg(long, value_name = "HOW", default_value = "tcp", value_parser = ["tcp", "grpc"])]
+    pub(super) transport: String,
     /// Each migration as by `migrate --verify`
     #[arg(long)]
     pub(super) verify: bool,

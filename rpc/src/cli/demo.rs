@@ -10,6 +10,7 @@ use super::lab::{GuestPlan, Lab, Move, MoveOrder, ProbeGuest, in_a_lab};
 use super::output::{self, Format, human_bytes, human_count, human_ms, note};
 use super::progress::{Progress, blackout, rounds, sums};
 use super::terminal::LiveLine;
+use crate::agent::Transport;
 
 pub(super) async fn run(format: Format) -> Outcome {
     let began = Instant::now();
@@ -116,6 +117,7 @@ async fn one_way(lab: &Lab, guest: &ProbeGuest, source: usize, told: &Teller) ->
     let order = MoveOrder {
         source,
         streams: 0,
+        transport: Transport::Tcp,
         verify: false,
         listen: Duration::from_millis(700),
     };

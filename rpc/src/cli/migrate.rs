@@ -202,10 +202,15 @@ fn request(arguments: &MigrateArguments) -> LiveMigrateRequest {
             } else {
                 arguments.on_timeout.clone()
             },
+            resume_window_ms: arguments
+                .resume_window
+                .map_or(0, |window| u64::try_from(window.as_millis()).unwrap_or(u64::MAX).max(1)),
             mode: if arguments.cold { "cold" } else { &arguments.mode }.to_owned(),
+            transport: arguments.transport.clone(),
         }),
         request_id: uuid::Uuid::new_v4().to_string(),
         dry_run: arguments.dry_run,
+        sample_ms: if arguments.dry_run { arguments.sample } else { 0 },
     }
 }
 

@@ -21,6 +21,7 @@ mod migrate;
 mod migrations;
 mod output;
 mod placement;
+mod prediction;
 mod progress;
 mod quantities;
 mod selftest;
@@ -224,6 +225,7 @@ mod tests {
         assert_eq!(migrate.max_downtime.as_millis(), 300);
         assert_eq!(migrate.timeout.as_secs(), 900);
         assert_eq!((migrate.streams, migrate.bandwidth, migrate.wait), (0, None, None));
+        assert_eq!(migrate.transport, "tcp");
         let Verb::Run(run) = line("ferry run web --kernel k").unwrap().verb else {
             panic!("not run")
         };
@@ -264,6 +266,8 @@ mod tests {
             ("ferry migrate web --bandwidth 5GB", "--bandwidth"),
             ("ferry migrate web --max-downtime 0s", "--max-downtime"),
             ("ferry migrate web --streams 0", "--streams"),
+            ("ferry migrate web --transport pigeon", "--transport"),
+            ("ferry bench --transport pigeon", "--transport"),
             ("ferry agent --peer b", "--peer"),
             ("ferry run a/b --kernel k", "NAME"),
             ("ferry restore snap --name a/b", "--name"),

@@ -42,7 +42,7 @@ pub(super) fn moment(info: &MigrationInfo) -> String {
         "{} {} → {}: {}",
         info.name, info.source, info.destination, info.status
     )];
-    let copying = matches!(info.status.as_str(), "running" | "switching");
+    let copying = matches!(info.status.as_str(), "running" | "running (link lost)" | "switching");
     if copying && info.bytes_sent > 0 {
         parts.extend(info.progress_percent.map(bar));
         parts.push(format!("round {}", info.rounds.len() + 1));
@@ -54,6 +54,8 @@ pub(super) fn moment(info: &MigrationInfo) -> String {
         parts.extend(info.throughput_bytes_per_s.map(human_rate));
         let dirty = info.dirty_bytes_per_s.filter(|&rate| rate > 0.0);
         parts.extend(dirty.map(|rate| format!("guest writes {}", human_rate(rate))));
+        let until = info.link_lost_until.as_ref();
+        parts.extend(until.map(|until| format!("no link, waited for until {until}")));
         parts.extend(info.decision.clone());
     }
     parts.extend(info.error.clone());
@@ -187,7 +189,8 @@ pub(super) fn sums(info: &MigrationInfo) -> String {
     )];
     parts.push(format!("{} sent", human_bytes(info.bytes_sent)));
     parts.push(format!("{} zero pages told", human_count(info.zero_pages)));
-    parts.push(format!("{} streams", info.streams));
+    let by = if info.transport == "grpc" { " over gRPC" } else { "" };
+    parts.push(format!("{} streams{by}", info.streams));
     parts.extend(info.throughput_bytes_per_s.map(human_rate));
     parts.join(" · ")
 }

@@ -76,6 +76,17 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
     Ok(span)
 }
 
+/// How long a guest is looked at, in milliseconds; 0 where it is not to be.
+pub(super) fn sample(text: &str) -> Result<u32, String> {
+    if text == "none" {
+        return Ok(0);
+    }
+    match duration(text)?.as_millis() {
+        ms @ 1..=LONGEST_SAMPLE_MS => Ok(ms as u32),
+        _ => Err("must be none, or between 1ms and 30s".to_owned()),
+    }
+}
+
 /// A number of page streams; 0 stands for `auto`.
 pub(super) fn streams(text: &str) -> Result<u32, String> {
     if text == "auto" {
@@ -178,6 +189,7 @@ fn whole(number: &str) -> Result<u64, String> {
 
 const LONGEST_NAME: usize = 63;
 const MOST_STREAMS: u64 = 64;
+const LONGEST_SAMPLE_MS: u128 = 30_000;
 
 #[cfg(test)]
 mod tests {

@@ -193,6 +193,8 @@ sites! {
         WirePing = "wire.ping",
         WirePong = "wire.pong",
         WireMissing = "wire.missing",
+        WireHolding = "wire.holding",
+        WireProceed = "wire.proceed",
     }
 }
 
@@ -289,6 +291,7 @@ impl From<&from_source::Message> for Site {
             Message::Ping(_) => Self::WirePing,
             Message::Pong(_) => Self::WirePong,
             Message::Missing(_) => Self::WireMissing,
+            Message::Proceed(_) => Self::WireProceed,
         }
     }
 }
@@ -306,6 +309,7 @@ impl From<&from_destination::Message> for Site {
             Message::Pong(_) => Self::WirePong,
             // On the connections of late pages, which come after the handover.
             Message::Missing(_) | Message::AllHere(_) => Self::WireMissing,
+            Message::Holding(_) => Self::WireHolding,
         }
     }
 }
@@ -332,7 +336,11 @@ fn order_and_answer(order: &Command) -> Option<(Site, Site)> {
         | Command::ForceComplete(_)
         | Command::Retune(_)
         | Command::Profile(_)
-        // After the handover.
+        | Command::Sample(_)
+        | Command::EndSample(_)
+        // Long before the handover.
+        | Command::Reconnect(_)
+        // After it.
         | Command::ServePages(_)
         | Command::LateLink(_) => None,
     }
@@ -361,7 +369,9 @@ pub(crate) fn report(report: &Body) -> Option<Site> {
         Body::LoadFailed(_) => Some(Site::ReportLoadFailed),
         Body::GuestEnded(_) => Some(Site::ReportGuestEnded),
         Body::Done(_) | Body::Refused(_) | Body::Standing(_) | Body::Traded(_) | Body::Pressed(_) => None,
-        Body::SnapshotEnded(_) | Body::Restored(_) | Body::Profiled(_) | Body::Late(_) => None,
+        Body::SnapshotEnded(_) | Body::Restored(_) | Body::Profiled(_) | Body::Late(_) | Body::Sampled(_) => None,
+        // No cell's user waits for a link.
+        Body::LinkLost(_) | Body::LinkBack(_) => None,
     }
 }
 

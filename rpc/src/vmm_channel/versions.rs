@@ -23,21 +23,27 @@ pub(crate) fn brought_by(order: &Command) -> (u32, &'static str) {
         Command::Send(send) if send.max_throttle_percent > 0 => (2, "throttling its guest"),
         // One of version 1 would send all pages before it hands the guest over.
         Command::Send(send) if !send.lateness.is_empty() => (2, "moving its guest by post-copy"),
+        Command::Send(send) if send.resume_window_ms > 0 => (2, "waiting for a link that is lost"),
+        // One of version 1 would set them up as if they were TCP's, and fail.
+        Command::Send(send) if send.carried => (2, "moving its guest by --transport grpc"),
         // One of version 1 would hand it over as it is.
         Command::Send(send) if send.verify => (2, "comparing what it sends"),
         Command::Send(_) => (1, "sending its guest"),
         Command::Grant(_) => (1, "the switch grant"),
         Command::CallOff(_) => (1, "calling a switchover off"),
         Command::Receive(receive) if receive.late_streams > 0 => (2, "receiving a guest by post-copy"),
+        Command::Receive(receive) if receive.resume_window_ms > 0 => (2, "waiting for a link that is lost"),
         Command::Receive(_) => (1, "receiving a guest"),
         Command::ServePages(_) => (2, "serving late pages"),
         Command::LateLink(_) => (2, "other connections for late pages"),
+        Command::Reconnect(_) => (2, "another link for a copy"),
         Command::Snapshot(_) => (2, "snapshots"),
         Command::Restore(_) => (2, "restoring a snapshot"),
         Command::PressPowerButton(_) => (2, "the power button"),
         Command::SetBalloon(_) => (2, "the balloon"),
         Command::ForceComplete(_) => (2, "completing by force"),
         Command::Retune(_) => (2, "retuning a migration"),
+        Command::Sample(_) | Command::EndSample(_) => (2, "a sample of what its guest writes"),
         Command::Profile(_) => (2, "telling what it needs of a host"),
     }
 }

@@ -61,6 +61,10 @@ impl SourceGuest for LocalGuest {
         Ok(())
     }
 
+    fn written_by_vcpu(&self) -> Option<Vec<u64>> {
+        self.machine.written_by_vcpu()
+    }
+
     fn clearer(&self) -> Clearer {
         Clearer(self.machine.dirty_clearer())
     }

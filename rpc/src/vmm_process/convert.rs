@@ -3,7 +3,7 @@
 use std::num::{NonZeroU32, NonZeroU64};
 use std::time::{Duration, Instant};
 
-use ferry_migration::guest::{GuestEnd, GuestWas};
+use ferry_migration::guest::{FRAME_SIZE, FrameRun, GuestEnd, GuestWas};
 use ferry_migration::handover::{Attempt, Epoch};
 use ferry_migration::postcopy::Lateness;
 use ferry_migration::source::{
@@ -76,6 +76,7 @@ pub(super) fn source_parameters(send: &wire::Send, instance: Uuid) -> Result<Sou
         verify: send.verify,
         overhead: Overhead::default(),
         liveness: Default::default(),
+        resume_window: Duration::from_millis(send.resume_window_ms),
     })
 }
 
@@ -203,6 +204,16 @@ pub(super) fn decision(decided: &Decided) -> wire::Decision {
         predicted_total_ms: forecast.total.map(ms),
         predicted_bytes: forecast.bytes,
         throttle_percent: decided.throttle,
+        written_by_vcpu: decided.written.by_vcpu.clone(),
+        dirty_parts: decided.written.parts.iter().map(dirty_part).collect(),
+    }
+}
+
+fn dirty_part(&(part, dirty_pages): &(FrameRun, u64)) -> wire::DirtyPart {
+    wire::DirtyPart {
+        address: part.first * FRAME_SIZE,
+        bytes: part.bytes(),
+        dirty_pages,
     }
 }
 

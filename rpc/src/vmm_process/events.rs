@@ -27,6 +27,8 @@ pub(super) enum Event {
     Disconnected(Connection),
     /// The guest put something into its inbox.
     Guest,
+    /// The next look of a sample is due.
+    Sample,
     /// The migration out of here tells how far it is.
     SendReport(SourceReport),
     /// The migration out of here is over, and gives the guest back.

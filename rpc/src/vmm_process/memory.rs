@@ -132,6 +132,10 @@ impl GuestMemory for SharedMemory {
         }
     }
 
+    fn set_turns(&self, length: Option<Duration>) -> io::Result<bool> {
+        ferry_vmm::set_turns(length)
+    }
+
     fn make_durable(&self) -> Result<(), GuestError> {
         self.disks
             .iter()

@@ -5,17 +5,20 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::Context;
 use ferry_migration::Link;
-use ferry_migration::destination::{self, DestinationError, DestinationParameters, Loaded};
+use ferry_migration::destination::{
+    self, DestinationError, DestinationOrder, DestinationParameters, DestinationReport, Loaded,
+};
 use ferry_migration::handover::Epoch;
 use ferry_migration::source::{self, SourceError, SourceOrder, SourceOutcome, SourceReport};
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{self as wire};
 use ferry_proto::wire_uuid;
 
-use super::convert::{self, attempt_to_wire, go_sent, guest_ended, instant_ns, ms, progress};
+use super::convert::{self, attempt_to_wire, go_sent, guest_ended, instant_ns, monotonic_ns, ms, progress};
 use super::events::Event;
 use super::guest::{LocalGuest, RestoredMachine};
 use super::jail;
@@ -25,6 +28,12 @@ use crate::error_chain;
 /// A migration out of here, as its owner sees it: the guest is with the migration's thread.
 pub(super) struct Sending {
     orders: Sender<SourceOrder>,
+}
+
+/// A migration into here, as its owner sees it: the machine is with the migration's thread.
+pub(super) struct Loading {
+    /// None while a snapshot is being read: nothing is ordered of that.
+    pub(super) orders: Option<Sender<DestinationOrder>>,
 }
 
 impl Sending {
@@ -90,6 +99,7 @@ impl Vmm {
             .name("migration".to_owned())
             .spawn(run)
             .context("failed to start a thread")?;
+        self.end_sample("a migration of the guest began");
         let Holding::Here(guest) = std::mem::replace(&mut self.holding, Holding::Sending(Sending { orders })) else {
             anyhow::bail!("the guest is gone");
         };
@@ -114,17 +124,19 @@ impl Vmm {
             migration: wire_uuid("migration", &order.migration)?,
             epoch: Epoch(order.epoch),
             liveness: Default::default(),
+            resume_window: Duration::from_millis(order.resume_window_ms),
         };
         let copied = match &self.holding {
             Holding::Blank(blank) => blank.disks.to_copy(&order.copied_disks)?,
             _ => Vec::new(),
         };
         let link = whole_link(descriptors, order.late_streams)?;
-        // Nothing is ordered of a migration into here: the agent ends it by ending this process.
-        let (_, no_orders) = mpsc::channel();
+        // Of a migration into here nothing but another link is ordered: the agent ends it by ending this process.
+        let (orders, order_receiver) = mpsc::channel();
         let (reports, report_receiver) = mpsc::channel();
         forward(report_receiver, self.events.clone(), Event::LoadReport)?;
-        let Holding::Blank(mut blank) = std::mem::replace(&mut self.holding, Holding::Loading) else {
+        let loading = Holding::Loading(Loading { orders: Some(orders) });
+        let Holding::Blank(mut blank) = std::mem::replace(&mut self.holding, loading) else {
             anyhow::bail!("the machine is gone");
         };
         blank.epoch = parameters.epoch;
@@ -132,7 +144,7 @@ impl Vmm {
         let events = self.events.clone();
         let run = move || {
             jail::narrow(jail::Kind::Migration);
-            let mut outcome = destination::run(*blank, link, &parameters, &no_orders, &reports);
+            let mut outcome = destination::run(*blank, link, &parameters, &order_receiver, &reports);
             let loaded = outcome.as_mut().ok();
             let leftovers = loaded.map(|loaded| std::mem::take(&mut loaded.leftovers));
             let _ = events.send(Event::LoadOutcome(Box::new(outcome)));
@@ -193,6 +205,16 @@ impl Vmm {
                     predicted_ms: ms(predicted),
                 })
             }
+            SourceReport::LinkLost { reason, patience } => {
+                self.link_lost(reason, patience);
+                return;
+            }
+            SourceReport::Resumed { held_pages, due_pages } => {
+                tracing::info!(held_pages, due_pages, "the copy goes on over another link");
+                current.remaining_pages = due_pages;
+                self.standing.link_lost = None;
+                Body::LinkBack(wire::LinkBack { held_pages })
+            }
             SourceReport::Switching { attempt } => {
                 tracing::info!(%attempt, "switching over");
                 return;
@@ -209,9 +231,59 @@ impl Vmm {
         self.report(0, body);
     }
 
+    /// There is no link on which a copy goes on, and another one may come.
+    fn link_lost(&mut self, reason: String, patience: Duration) {
+        if !matches!(self.holding, Holding::Sending(_) | Holding::Loading(_)) {
+            // Its end was told first.
+            return;
+        }
+        let until_ns = monotonic_ns().saturating_add(u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX));
+        let lost = wire::LinkLost { reason, until_ns };
+        self.standing.link_lost = Some(lost.clone());
+        self.report(0, Body::LinkLost(lost));
+    }
+
+    /// Another link for a copy.
+    pub(super) fn reconnect(&mut self, order: &wire::Reconnect, descriptors: Vec<OwnedFd>) -> anyhow::Result<Body> {
+        anyhow::ensure!(
+            self.standing.migration == order.migration,
+            "the link is of migration {}, which is not the one here",
+            order.migration
+        );
+        let link = Box::new(whole_link(descriptors, order.late_streams)?);
+        let is_taken = match &self.holding {
+            Holding::Sending(sending) => sending.orders.send(SourceOrder::Reconnect(link)).is_ok(),
+            Holding::Loading(Loading { orders: Some(orders) }) => {
+                orders.send(DestinationOrder::Reconnect(link)).is_ok()
+            }
+            _ => false,
+        };
+        anyhow::ensure!(
+            is_taken,
+            "nothing is being copied: the machine is {}",
+            self.machine_word()
+        );
+        Ok(Body::Done(wire::Done {}))
+    }
+
+    /// The migration into here tells how far it is.
+    pub(super) fn load_report(&mut self, report: DestinationReport) {
+        match report {
+            DestinationReport::Late(report) => self.late_report(report),
+            DestinationReport::LinkLost { reason, patience } => self.link_lost(reason, patience),
+            DestinationReport::Resumed => {
+                tracing::info!("the copy goes on over another link");
+                self.standing.link_lost = None;
+                self.report(0, Body::LinkBack(wire::LinkBack::default()));
+            }
+            report => tracing::debug!(?report, "loading"),
+        }
+    }
+
     /// The migration out of here is over.
     pub(super) fn send_outcome(&mut self, outcome: SourceOutcome<LocalGuest>) {
         self.standing.converged_attempt = 0;
+        self.standing.link_lost = None;
         self.standing.progress = None;
         let server = self.late.server.take();
         match outcome {
@@ -257,6 +329,7 @@ impl Vmm {
 
     /// The migration into here is over.
     pub(super) fn load_outcome(&mut self, outcome: Result<Loaded<RestoredMachine>, DestinationError>) {
+        self.standing.link_lost = None;
         match outcome {
             Ok(mut loaded) => {
                 if let Some(pages) = loaded.late.take() {
@@ -342,7 +415,10 @@ fn kind(error: &SourceError) -> &'static str {
         SourceError::Aborted(_) => "cancelled",
         SourceError::TimedOut(_) => "timeout",
         SourceError::Incompatible(_) | SourceError::Refused(_) => "refused",
-        SourceError::Silent(_) | SourceError::ControlLost(_) | SourceError::StreamLost { .. } => "link",
+        SourceError::Silent(_)
+        | SourceError::ControlLost(_)
+        | SourceError::LinkStaysLost { .. }
+        | SourceError::StreamLost { .. } => "link",
         SourceError::Misbehaved(_) | SourceError::Differs(_) => "peer",
         SourceError::ForeignGrant(_) | SourceError::Guest { .. } | SourceError::Host { .. } => "local",
     }

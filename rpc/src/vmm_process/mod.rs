@@ -28,6 +28,7 @@ mod jail;
 mod late;
 mod memory;
 mod migrating;
+mod sampling;
 mod snapshot;
 mod vmm;
 

@@ -22,7 +22,6 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
-use ferry_migration::destination::DestinationReport;
 use ferry_migration::guest::GuestEnd;
 use ferry_migration::handover::{Epoch, Grants, Permit, Permits, Traded};
 use ferry_migration::source::Parked;
@@ -39,7 +38,8 @@ use super::convert::{attempt_from_wire, guest_ended, monotonic_ns};
 use super::events::{Connection, Event};
 use super::guest::{BlankGuest, Blueprint, LocalGuest, Purpose, Reset};
 use super::late::Late;
-use super::migrating::{ReadyGuest, Sending};
+use super::migrating::{Loading, ReadyGuest, Sending};
+use super::sampling::Sampling;
 use crate::vmm_channel;
 
 /// The pause between two tries of what a guest asked for and cannot have yet.
@@ -55,7 +55,7 @@ pub(super) enum Holding {
     /// Nothing but memory, which `late` serves.
     Serving,
     Blank(Box<BlankGuest>),
-    Loading,
+    Loading(Loading),
     Ready(Box<ReadyGuest>),
     Ended,
 }
@@ -75,6 +75,8 @@ pub(super) struct Vmm {
     console: Option<ConsoleInput>,
     balloon: Option<BalloonLevel>,
     pub(super) late: Late,
+    /// What is being found out of the guest that is here.
+    pub(super) sampling: Option<Sampling>,
     agent: Option<(UnixStream, Connection)>,
     newest_connection: Option<Connection>,
     /// The newest version of the protocol that it speaks.
@@ -104,6 +106,7 @@ impl Vmm {
             console: None,
             balloon: None,
             late: Late::default(),
+            sampling: None,
             agent: None,
             newest_connection: None,
             protocol,
@@ -122,21 +125,28 @@ impl Vmm {
         }
     }
 
-    /// Waits for what happens next; a reset that could not be carried out yet comes again by itself. None: nothing can happen any more.
+    /// Waits for what happens next; a reset that could not be carried out yet, and the next look of a sample, come by themselves. None: nothing
+    /// can happen any more.
     fn next(&self, events: &Receiver<Event>) -> Option<Event> {
-        match &self.holding {
-            Holding::Here(guest) if !guest.inbox.is_empty() => match events.recv_timeout(LOOK_AGAIN) {
-                Ok(event) => Some(event),
-                Err(RecvTimeoutError::Timeout) => Some(Event::Guest),
-                Err(RecvTimeoutError::Disconnected) => None,
-            },
-            _ => events.recv().ok(),
+        let look_again = match &self.holding {
+            Holding::Here(guest) if !guest.inbox.is_empty() => Some((LOOK_AGAIN, Event::Guest)),
+            _ => None,
+        };
+        let sample = self.sampling.as_ref().map(|sampling| (sampling.rest(), Event::Sample));
+        let Some((rest, due)) = sample.into_iter().chain(look_again).min_by_key(|(rest, _)| *rest) else {
+            return events.recv().ok();
+        };
+        match events.recv_timeout(rest) {
+            Ok(event) => Some(event),
+            Err(RecvTimeoutError::Timeout) => Some(due),
+            Err(RecvTimeoutError::Disconnected) => None,
         }
     }
 
     fn take(&mut self, event: Event) {
         match event {
             Event::Connected(socket, connection) => {
+                self.end_sample("another connection of the agent was made");
                 if let Some((old, _)) = self.agent.replace((socket, connection)) {
                     let _ = old.shutdown(std::net::Shutdown::Both);
                 }
@@ -144,38 +154,48 @@ impl Vmm {
             }
             Event::Order(connection, order, descriptors) if self.newest_connection == Some(connection) => {
                 let number = order.number;
-                let body = self.obey(*order, descriptors).unwrap_or_else(|error| {
-                    Body::Refused(wire::Refused {
+                let answer = self.obey(*order, descriptors).unwrap_or_else(|error| {
+                    Some(Body::Refused(wire::Refused {
                         reason: format!("{error:#}"),
-                    })
+                    }))
                 });
-                self.report(number, body);
+                if let Some(body) = answer {
+                    self.report(number, body);
+                }
             }
             Event::Order(..) => tracing::info!("threw away an order of an earlier agent connection"),
             Event::Disconnected(connection) => {
                 if self.agent.as_ref().is_some_and(|&(_, current)| current == connection) {
                     self.agent = None;
+                    self.end_sample("the agent hung up");
                 }
             }
+            Event::Sample => self.look_at_sample(),
             Event::Guest => self.look_at_guest(),
             Event::SendReport(report) => self.send_report(report),
             Event::SendOutcome(outcome) => self.send_outcome(*outcome),
             Event::ServeReport(report) => self.serve_report(report),
             Event::Served(served) => self.served(served),
-            Event::LoadReport(DestinationReport::Late(report)) => self.late_report(report),
-            Event::LoadReport(report) => tracing::debug!(?report, "loading"),
+            Event::LoadReport(report) => self.load_report(report),
             Event::LoadOutcome(outcome) => self.load_outcome(*outcome),
             Event::SnapshotOutcome(outcome) => self.snapshot_outcome(outcome),
             Event::RestoreOutcome(outcome) => self.restore_outcome(outcome),
         }
     }
 
-    fn obey(&mut self, order: Order, descriptors: Vec<OwnedFd>) -> anyhow::Result<Body> {
+    /// Obeys an order. What it has to answer; None: the answer comes later.
+    fn obey(&mut self, order: Order, descriptors: Vec<OwnedFd>) -> anyhow::Result<Option<Body>> {
+        let number = order.number;
         // To a build of this version, what is newer is no order at all.
         let known = order
             .order
             .filter(|order| vmm_channel::brought_by(order).0 <= self.protocol);
-        match required("order", known)? {
+        let answer = match required("order", known)? {
+            Command::Sample(sample) => return self.sample(number, sample),
+            Command::EndSample(_) => {
+                self.end_sample("nobody waits for it any more");
+                Ok(Body::Done(wire::Done {}))
+            }
             Command::Hello(hello) => {
                 if hello.oldest_version > self.protocol || hello.newest_version < OLDEST_VMM_PROTOCOL {
                     anyhow::bail!(
@@ -208,6 +228,7 @@ impl Vmm {
             }
             Command::ServePages(_) => self.serve_only(),
             Command::LateLink(link) => self.late_link(&link, descriptors),
+            Command::Reconnect(link) => self.reconnect(&link, descriptors),
             Command::Send(send) => self.send(&send, descriptors),
             Command::Receive(receive) => self.receive(&receive, descriptors),
             Command::Snapshot(snapshot) => self.snapshot(&snapshot, descriptors),
@@ -234,7 +255,8 @@ impl Vmm {
                     go_sent: traded == Traded::GoSent,
                 }))
             }
-        }
+        };
+        answer.map(Some)
     }
 
     /// The migration out of here, as long as its guest has not been given away.
@@ -489,6 +511,7 @@ impl Vmm {
 
     /// The guest ended by itself: its memory is given back now, the word of it stays for the agent.
     pub(super) fn ended(&mut self, end: GuestEnd) {
+        self.end_sample("the guest ended");
         tracing::info!(?end, "the guest ended");
         self.console = None;
         self.balloon = None;
@@ -528,7 +551,7 @@ impl Vmm {
             Holding::Parked(_) => "parked",
             Holding::Serving => "serving",
             Holding::Blank(_) => "blank",
-            Holding::Loading => "loading",
+            Holding::Loading(_) => "loading",
             Holding::Ready(_) => "ready",
             Holding::Ended => "ended",
         }

@@ -138,5 +138,7 @@ pub(crate) fn reach(site: Site) -> Reach {
         Site::WirePing | Site::WirePong => Reach::On(Straight, Outside),
         // All courses are of pre-copy; the scenarios of post-copy go by it.
         Site::WireMissing => Reach::AfterFault,
+        // No cell's user waits for a link that is lost; the scenarios of that go by them.
+        Site::WireHolding | Site::WireProceed => Reach::AfterFault,
     }
 }

@@ -191,6 +191,11 @@ fn both_agents_killed_while_copying_come_back_to_one_guest(pair: &mut Pair) -> R
 }
 
 fn agents_killed_at_random_moments_never_make_two_guests(pair: &mut Pair) -> Result<()> {
+    die_at_random_moments(pair, &[])
+}
+
+/// Agents are killed in one move after the other, each asked for with these further arguments.
+pub(crate) fn die_at_random_moments(pair: &mut Pair, further: &[&str]) -> Result<()> {
     tolerate_lost_agents(pair);
     let witness = pair.run(&Guest::new("g").work("fill=random fill_mib=16 work=uniform work_mib=8 heartbeat_ms=20"))?;
 
@@ -202,7 +207,8 @@ fn agents_killed_at_random_moments_never_make_two_guests(pair: &mut Pair) -> Res
             ("b", "a")
         };
         let host = if source == "a" { &pair.a } else { &pair.b };
-        let began = host.ferry(&["migrate", "g", "--to", target, "--detach"])?.exit(0)?;
+        let words = [&["migrate", "g", "--to", target, "--detach"], further].concat();
+        let began = host.ferry(&words)?.exit(0)?;
         let id = began.migration()?.text("id")?.to_owned();
         std::thread::sleep(std::time::Duration::from_millis(delay_ms));
         let kills_source = round % 2 == 0;

@@ -27,7 +27,11 @@ pub(crate) fn trials() -> Vec<Trial> {
     ]
 }
 
-const SERVICES: [&str; 2] = ["ferry.agent.v1.Conductor", "ferry.agent.v1.Compute"];
+const SERVICES: [&str; 3] = [
+    "ferry.agent.v1.Conductor",
+    "ferry.agent.v1.Compute",
+    "ferry.agent.v1.Streams",
+];
 
 fn each_service_says_that_it_serves_until_the_agent_ends(pair: &mut Pair) -> Result<()> {
     pair.a.start()?;
@@ -36,7 +40,7 @@ fn each_service_says_that_it_serves_until_the_agent_ends(pair: &mut Pair) -> Res
     let asked = |service: &str| HealthCheckRequest {
         service: service.to_owned(),
     };
-    for service in ["", SERVICES[0], SERVICES[1]] {
+    for service in ["", SERVICES[0], SERVICES[1], SERVICES[2]] {
         let told = runtime.block_on(client.check(asked(service)))?.into_inner();
         ensure!(told.status() == ServingStatus::Serving, "{service:?}: {told:?}");
     }

@@ -219,7 +219,7 @@ fn an_agent_that_knows_no_pause_at_the_timeout_is_named(pair: &mut Pair) -> Resu
 }
 
 /// Writes more than the link carries, and ends by itself with a blackout in its budget.
-fn throttled(pair: &Pair, guest: &Guest, whom: &str) -> Result<()> {
+fn throttled(pair: &Pair, guest: &Guest, whom: &str) -> Result<Migration> {
     let witness = pair.run(guest)?;
 
     let further = ["--auto-converge", "--bandwidth", "400Mbit", "--digests"];
@@ -247,11 +247,21 @@ fn throttled(pair: &Pair, guest: &Guest, whom: &str) -> Result<()> {
     let parts = parts.map(|part| record.number(&format!("downtime_ms.{part}")));
     let blackout: f64 = parts.into_iter().sum::<Result<f64>>()?;
     ensure!(blackout <= 300.0, "{blackout} ms: {}", record.record);
-    pair.runs_only_at(&pair.b, "g", &witness)
+    pair.runs_only_at(&pair.b, "g", &witness)?;
+    Ok(record)
 }
 
 fn a_guest_that_writes_more_than_the_link_carries_is_throttled_until_it_moves(pair: &mut Pair) -> Result<()> {
-    throttled(pair, &Guest::new("g").work(ALL_THE_TIME), "all vCPUs")
+    let record = throttled(pair, &Guest::new("g").work(ALL_THE_TIME), "all vCPUs")?;
+    // The log does not tell who writes, but where.
+    let decision = &decisions(&record)?[1];
+    let part = &decision["dirty_parts"][0];
+    ensure!(
+        part["address"] == 0 && part["dirty_pages"].as_u64() > Some(1000),
+        "{decision}"
+    );
+    ensure!(decision["written_by_vcpu"] == Value::Array(Vec::new()), "{decision}");
+    Ok(())
 }
 
 fn with_the_ring_only_the_vcpu_that_writes_is_throttled(pair: &mut Pair) -> Result<()> {
@@ -260,7 +270,14 @@ fn with_the_ring_only_the_vcpu_that_writes_is_throttled(pair: &mut Pair) -> Resu
         .work(&format!("{ALL_THE_TIME} cpus=1"))
         .vcpus(2)
         .dirty("ring");
-    throttled(pair, &guest, "the vCPU that writes")
+    let record = throttled(pair, &guest, "the vCPU that writes")?;
+    let rounds: Vec<_> = decisions(&record)?
+        .iter()
+        .filter_map(|decision| decision["written_by_vcpu"].as_array().filter(|by| by.len() == 2))
+        .collect();
+    let first = rounds.first().context("no vCPU is told of")?;
+    ensure!(first[0].as_u64() > Some(1000) && first[1] == 0, "{rounds:?}");
+    Ok(())
 }
 
 fn an_abort_leaves_nothing_throttled(pair: &mut Pair) -> Result<()> {

@@ -8,6 +8,7 @@ mod aborts;
 mod agents;
 mod alphabet;
 mod callers;
+mod carried;
 mod clients;
 mod cold;
 mod convergence;
@@ -32,12 +33,14 @@ mod moves;
 mod networks;
 mod placement;
 mod postcopy;
+mod prediction;
 mod progress;
 mod queue;
 mod refusals;
 mod requests;
 mod resolves;
 mod restarts;
+mod resume;
 mod scenario;
 mod selftest;
 mod silence;
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
         linux::trials(),
         refusals::trials(),
         placement::trials(),
+        prediction::trials(),
         moves::trials(),
         disks::trials(),
         storage::trials(),
@@ -76,6 +80,8 @@ fn main() -> ExitCode {
         cold::trials(),
         convergence::trials(),
         postcopy::trials(),
+        resume::trials(),
+        carried::trials(),
         agents::trials(),
         progress::trials(),
         upgrades::trials(),

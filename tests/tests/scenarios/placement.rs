@@ -80,7 +80,11 @@ fn a_dry_run_tells_of_every_host_and_changes_nothing(pair: &mut Pair) -> Result<
     let witness = run(pair)?;
     pair.b.ferry(&Guest::new("g").arguments(&pair.kernel()))?.exit(0)?;
 
-    let told = pair.a.ferry(&["migrate", "g", "--dry-run"])?.exit(0)?.json()?;
+    let told = pair
+        .a
+        .ferry(&["migrate", "g", "--dry-run", "--sample", "none"])?
+        .exit(0)?
+        .json()?;
 
     ensure!(told["destination"] == "c" && told["migration"] == "", "{told}");
     ensure!(verdict(&told, "b")?["reason"] == "ALREADY_THERE", "{told}");

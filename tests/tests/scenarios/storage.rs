@@ -16,6 +16,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_disk_that_is_there_already_is_not_written_over,
         an_aborted_copy_leaves_the_source_as_it_was_and_nothing_at_the_destination,
         a_disk_without_room_at_the_destination_is_refused_before_anything_moves,
+        a_local_disk_moves_over_grpc,
         a_shared_disk_is_not_copied,
         a_stopped_instance_moves_cold_with_its_disk,
         a_shared_disk_goes_with_a_stopped_instance,
@@ -113,6 +114,19 @@ fn a_local_disk_moves_with_its_guest_and_stays_sparse(pair: &mut Pair) -> Result
     pair.runs_only_at(&pair.a, "g", &witness)?;
     is_whole(folders.a.join("g.img"))?;
     is_empty(&folders.b)
+}
+
+fn a_local_disk_moves_over_grpc(pair: &mut Pair) -> Result<()> {
+    let folders = apart(pair)?;
+    let witness = run(pair, &folders)?;
+
+    let grpc = ["--transport", "grpc", "--streams", "4", "--digests"];
+    let moved = pair.migrate("g", &grpc)?.exit(0)?.migration()?.is("completed", "b")?;
+
+    ensure!(moved.record["transport"] == "grpc", "{}", moved.record);
+    pair.runs_only_at(&pair.b, "g", &witness)?;
+    is_whole(folders.b.join("g.img"))?;
+    is_empty(&folders.a)
 }
 
 fn a_disk_that_is_there_already_is_not_written_over(pair: &mut Pair) -> Result<()> {

@@ -52,14 +52,22 @@ fn what_a_vmm_of_an_earlier_build_does_not_know_is_refused_by_name(pair: &mut Pa
     upgrade(pair)?;
 
     let snapshot = pair.folder().join("snapshot").display().to_string();
-    let asked: [(&[&str], &str); 3] = [
+    let asked: [(&[&str], &str); 4] = [
         (&["balloon", "g", "--size", "64M"], "the balloon came with version 2"),
         (&["stop", "g"], "the power button came with version 2"),
         (&["snapshot", "g", "--to", &snapshot], "snapshots came with version 2"),
+        (
+            &["migrate", "g", "--to", "b", "--transport", "grpc"],
+            "moving its guest by --transport grpc came with version 2",
+        ),
     ];
     for (words, says) in asked {
         pair.a.ferry(words)?.exit(4)?.says(says)?.says("speaks version 1")?;
     }
+    // What can be told without it is.
+    pair.migrate("g", &["--dry-run"])?
+        .exit(0)?
+        .says("a sample of what its guest writes came with version 2")?;
     ensure!(!fs::exists(&snapshot)?, "a folder is left");
     let compared = pair.migrate("g", &["--verify"])?.exit(1)?;
     compared.says("comparing what it sends came with version 2")?;

@@ -52,6 +52,13 @@ impl Machine {
         self.throttle = None;
     }
 
+    /// How many pages each vCPU has written so far while writes were tracked, as far as they were fetched: those written again after that each time. None with
+    /// the log, which does not tell vCPUs apart.
+    #[must_use]
+    pub fn written_by_vcpu(&self) -> Option<Vec<u64>> {
+        self.parts.vm.written_by_vcpu()
+    }
+
     /// Of each vCPU whether it wrote since this was asked last; none if nothing tells them apart.
     fn writers(&mut self) -> Option<Vec<bool>> {
         let told = self.parts.vm.written_by_vcpu()?;

@@ -42,11 +42,17 @@ impl Binary {
         &self.file
     }
 
-    /// Moves the guest once and measures what is asked for; `tsc_khz` is what its clock runs at.
+    /// Moves the guest once with these further arguments and measures what is asked for; `tsc_khz` is what its clock runs at.
     ///
     /// # Errors
     /// If an agent or the guest does not come up, or does not live through the move.
-    pub(super) fn run(&self, workload: &Workload, tsc_khz: u64, measured: Measured) -> Result<Sample> {
+    pub(super) fn run(
+        &self,
+        workload: &Workload,
+        tsc_khz: u64,
+        measured: Measured,
+        further: &[&str],
+    ) -> Result<Sample> {
         let mut pair = Pair::prepare_with(&self.file)?;
         pair.a.start()?;
         pair.b.start()?;
@@ -62,7 +68,7 @@ impl Binary {
         let [source, destination] = agents;
         let meter = measured.meter([source?, destination?]);
         let began = Instant::now();
-        let moved = pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
+        let moved = pair.migrate("g", further)?.exit(0)?.migration()?.is("completed", "b")?;
         let cpu_s = meter.map(|meter| meter.stop().iter().sum());
         wait_for_beats(&witness, "b", BEATS_AFTER)?;
         witness.check()?;

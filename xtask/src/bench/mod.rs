@@ -127,13 +127,14 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let mut record = Vec::new();
     let mut failed = false;
     for workload in workloads {
-        let (contenders, limit) = measure(workload, options, &ferry)?;
-        table::print(workload, &contenders, &limit);
-        failed |= contenders.iter().any(Contender::has_failed) || limit.has_failed();
+        let turns = measure(workload, options, &ferry)?;
+        table::print(workload, &turns);
+        failed |= turns.all().any(Contender::has_failed);
         record.push(json!({
             "workload": workload.name,
-            "contenders": contenders.iter().map(Contender::to_json).collect::<Vec<_>>(),
-            "limit": limit.to_json(),
+            "contenders": turns.contenders.iter().map(Contender::to_json).collect::<Vec<_>>(),
+            "over_grpc": turns.over_grpc.to_json(),
+            "limit": turns.limit.to_json(),
         }));
     }
     write_record(options, record)?;
@@ -169,32 +170,56 @@ fn own_bench(options: &Options, ferry: &ferry::Binary) -> Result<ExitCode> {
     })
 }
 
-/// The contenders, Ferry first, and what the host could do at best.
-fn measure(workload: &Workload, options: &Options, ferry: &ferry::Binary) -> Result<(Vec<Contender>, Contender)> {
+/// What was run in turn.
+struct Turns {
+    /// Ferry first, then the peer's modes.
+    contenders: Vec<Contender>,
+    /// Ferry again, with `--transport grpc`: what that costs.
+    over_grpc: Contender,
+    /// What the host could do at best.
+    limit: Contender,
+}
+
+impl Turns {
+    fn all(&self) -> impl Iterator<Item = &Contender> {
+        self.contenders.iter().chain([&self.over_grpc, &self.limit])
+    }
+}
+
+/// As `ferry migrate` has it.
+const OVER_GRPC: [&str; 2] = ["--transport", "grpc"];
+
+fn measure(workload: &Workload, options: &Options, ferry: &ferry::Binary) -> Result<Turns> {
     let modes: &[qemu::Mode] = match options.peer {
         Some(Peer::Qemu) => &qemu::MODES,
         None => &[],
     };
     let mut contenders = vec![Contender::new("ferry")];
     contenders.extend(modes.iter().map(|mode| Contender::new(mode.name())));
-    let mut limit = Contender::new("raw copy");
+    let (mut over_grpc, mut limit) = (Contender::new("ferry over gRPC"), Contender::new("raw copy"));
     let tsc_khz = clock::tsc_khz()?;
     for round in 1..=options.runs {
         eprintln!("{}: run {round} of {}", workload.name, options.runs);
-        contenders[0].add(ferry.run(workload, tsc_khz, Measured::Time));
+        contenders[0].add(ferry.run(workload, tsc_khz, Measured::Time, &[]));
         for (mode, contender) in modes.iter().zip(&mut contenders[1..]) {
             contender.add(qemu::run(*mode, workload, tsc_khz, Measured::Time));
         }
+        over_grpc.add(ferry.run(workload, tsc_khz, Measured::Time, &OVER_GRPC));
         limit.add(raw::run(workload));
     }
     eprintln!("{}: processor time", workload.name);
     for _ in 0..PROCESSOR_RUNS.min(options.runs) {
-        contenders[0].add_processor_time(ferry.run(workload, tsc_khz, Measured::Processor));
+        contenders[0].add_processor_time(ferry.run(workload, tsc_khz, Measured::Processor, &[]));
         for (mode, contender) in modes.iter().zip(&mut contenders[1..]) {
             contender.add_processor_time(qemu::run(*mode, workload, tsc_khz, Measured::Processor));
         }
+        over_grpc.add_processor_time(ferry.run(workload, tsc_khz, Measured::Processor, &OVER_GRPC));
     }
-    Ok((contenders, limit))
+    Ok(Turns {
+        contenders,
+        over_grpc,
+        limit,
+    })
 }
 
 /// Has the host back as much memory as the destination will use, right before a move: on a nested host the first touch

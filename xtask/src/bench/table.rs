@@ -3,8 +3,8 @@
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use super::Sample;
 use super::workload::Workload;
+use super::{Sample, Turns};
 
 /// One way of moving the guest, with its samples.
 #[derive(Debug)]
@@ -87,7 +87,7 @@ impl Contender {
 }
 
 /// Prints one workload's table; the first contender is Ferry.
-pub(super) fn print(workload: &Workload, contenders: &[Contender], limit: &Contender) {
+pub(super) fn print(workload: &Workload, turns: &Turns) {
     println!(
         "\n{} ({} MiB guest, {})",
         workload.name, workload.memory_mib, workload.work
@@ -96,7 +96,7 @@ pub(super) fn print(workload: &Workload, contenders: &[Contender], limit: &Conte
         "{:<16} {:>5} {:>10} {:>10} {:>12} {:>12} {:>10} {:>11} {:>8}",
         "medians of", "runs", "total ms", "gap ms", "reader gap", "reported ms", "MiB sent", "clock lost", "CPU s"
     );
-    for contender in contenders.iter().chain([limit]) {
+    for contender in turns.all() {
         let show = |of: fn(&Sample) -> Option<f64>| match contender.median(of) {
             Some(value) => format!("{value:.1}"),
             None => "-".to_owned(),
@@ -118,11 +118,20 @@ pub(super) fn print(workload: &Workload, contenders: &[Contender], limit: &Conte
             println!("{:<16} failed: {failure}", contender.name);
         }
     }
-    let [ferry, peers @ ..] = contenders else { return };
+    let [ferry, peers @ ..] = &turns.contenders[..] else {
+        return;
+    };
     ratio("total time", ferry, peers, |s| Some(s.total_ms));
     ratio("gap", ferry, peers, |s| Some(s.gap_ms));
     processor_ratio(ferry, peers);
-    if let (Some(own), Some(raw)) = (ferry.median(|s| Some(s.total_ms)), limit.median(|s| Some(s.total_ms))) {
+    let total = |contender: &Contender| contender.median(|s| Some(s.total_ms));
+    if let (Some(own), Some(over_grpc)) = (total(ferry), total(&turns.over_grpc)) {
+        println!(
+            "over gRPC the same takes {over_grpc:.1} ms: {:.2} times as long",
+            over_grpc / own
+        );
+    }
+    if let (Some(own), Some(raw)) = (total(ferry), total(&turns.limit)) {
         println!(
             "a raw copy of as much takes {raw:.1} ms: {:.2} of what it moves a second",
             raw / own

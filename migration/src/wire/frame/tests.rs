@@ -25,6 +25,7 @@ fn identity() -> StreamIdentity {
         migration: Uuid::from_u128(2),
         epoch: Epoch(3),
         streams: 4,
+        session: 5,
     }
 }
 

@@ -33,8 +33,8 @@ pub(super) struct Left {
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Verdict {
     pub(super) host: String,
-    /// Its weight among those that could take the instance, or why it is left.
-    pub(super) outcome: Result<f64, Left>,
+    /// Its weight among those that could take the instance, or every reason why it is left: at least one.
+    pub(super) outcome: Result<f64, Vec<Left>>,
     /// What was weighed, in words; empty where nothing was.
     pub(super) facts: String,
 }
@@ -42,7 +42,7 @@ pub(super) struct Verdict {
 /// A check of one host; what it says is why the host is left.
 type Filter = fn(&Wanted<'_>, &HostInfo) -> Result<(), Left>;
 
-/// In the order in which they are asked: the first that says no is the reason.
+/// In the order in which they are asked: the first that says no is the reason that is told first.
 const FILTERS: [Filter; 5] = [is_other, speaks, is_not_older, has_memory, has_vcpus];
 
 /// Judges each host: those that could take the instance first, the best of them at the top.
@@ -70,19 +70,18 @@ pub(super) fn judge(wanted: &Wanted<'_>, candidates: &[Candidate]) -> Vec<Verdic
     verdicts
 }
 
-fn filter<'a>(wanted: &Wanted<'_>, candidate: &'a Candidate) -> Result<&'a HostInfo, Left> {
-    let info = candidate.answer.as_ref().map_err(|silence| Left {
-        reason: Reason::DestinationDown,
-        text: silence.clone(),
-    })?;
+fn filter<'a>(wanted: &Wanted<'_>, candidate: &'a Candidate) -> Result<&'a HostInfo, Vec<Left>> {
+    let alone = |reason, text| Err(vec![Left { reason, text }]);
+    let info = match &candidate.answer {
+        Ok(info) => info,
+        Err(silence) => return alone(Reason::DestinationDown, silence.clone()),
+    };
     if info.host != candidate.host {
-        return left(
-            Reason::DestinationIsOther,
-            format!("the agent there is host {:?}", info.host),
-        );
+        let text = format!("the agent there is host {:?}", info.host);
+        return alone(Reason::DestinationIsOther, text);
     }
-    FILTERS.iter().try_for_each(|filter| filter(wanted, info))?;
-    Ok(info)
+    let why: Vec<_> = FILTERS.iter().filter_map(|filter| filter(wanted, info).err()).collect();
+    if why.is_empty() { Ok(info) } else { Err(why) }
 }
 
 fn left<T>(reason: Reason, text: impl Into<String>) -> Result<T, Left> {
@@ -269,8 +268,28 @@ mod tests {
         ];
         for (reason, info) in cases {
             let verdicts = judged(&[candidate(info)]);
-            assert_eq!(verdicts[0].outcome.as_ref().unwrap_err().reason, reason);
+            let left: Vec<_> = verdicts[0]
+                .outcome
+                .as_ref()
+                .unwrap_err()
+                .iter()
+                .map(|left| left.reason)
+                .collect();
+            assert_eq!(left, [reason]);
         }
+    }
+
+    #[test]
+    fn all_that_a_host_lacks_is_told() {
+        let small = HostInfo {
+            version: "0.0.9".to_owned(),
+            memory_claimed_bytes: 5 << 30,
+            vcpus_claimed: 15,
+            ..info("b")
+        };
+        let left = judged(&[candidate(small)]).remove(0).outcome.unwrap_err();
+        let reasons: Vec<_> = left.iter().map(|left| left.reason).collect();
+        assert_eq!(reasons, [Reason::OlderVersion, Reason::Memory, Reason::Vcpus]);
     }
 
     #[test]
@@ -285,7 +304,7 @@ mod tests {
         };
         let reasons: Vec<_> = judged(&[silent, other])
             .into_iter()
-            .map(|verdict| verdict.outcome.unwrap_err().reason)
+            .map(|verdict| verdict.outcome.unwrap_err()[0].reason)
             .collect();
         assert_eq!(reasons, [Reason::DestinationDown, Reason::DestinationIsOther]);
     }

@@ -24,7 +24,7 @@ use crate::agent::instances::Agent;
 use crate::agent::journal::{MigrationRow, Report, Role};
 use crate::agent::outgoing::{Outgoing, check_retuning};
 use crate::agent::peers::{CALL_TIME, ConductorClient, Peer};
-use crate::agent::steps::SourceStep;
+use crate::agent::steps::{LINK_LOST, SourceStep};
 
 /// The service over one agent.
 pub(crate) struct ConductorService(pub(crate) Arc<Agent>);
@@ -45,12 +45,14 @@ impl Conductor for ConductorService {
     async fn live_migrate(&self, request: Request<LiveMigrateRequest>) -> Answer<LiveMigrateReply> {
         let context = RequestContext::of(&request);
         let (agent, request) = (Arc::clone(&self.0), request.into_inner());
+        if request.dry_run {
+            // Nothing is begun that had to be ended: it goes no further than it is waited for.
+            return Ok(Response::new(agent.live_migrate(&context, request).await?));
+        }
         let migrated = whole(async move {
-            let (instance, dry_run) = (request.instance.clone(), request.dry_run);
+            let instance = request.instance.clone();
             let migrated = agent.live_migrate(&context, request).await;
-            if !dry_run {
-                agent.audit(&context, "migrate", &instance, &migrated).await;
-            }
+            agent.audit(&context, "migrate", &instance, &migrated).await;
             migrated
         });
         Ok(Response::new(migrated.await?))
@@ -339,7 +341,7 @@ impl Agent {
         let outgoing = self.outgoing.find(row.id).ok_or("it is over")?;
         let status = outgoing.watch().borrow().status.clone();
         match status.as_str() {
-            "running" | "switching" => Ok(outgoing),
+            "running" | LINK_LOST | "switching" => Ok(outgoing),
             _ => Err(format!("nothing is being copied, it is {status}")),
         }
     }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use ferry_proto::agent::v1::{
     Check, CheckDestinationRequest, HostInfo, HostVerdict, InstanceInfo, InstanceRequest, LiveMigrateReply,
-    LiveMigrateRequest, LiveMigrationCast, MigrationRequest,
+    LiveMigrateRequest, LiveMigrationCast, MigrationRequest, Refusal,
 };
 use ferry_proto::{required, wire_uuid};
 use uuid::Uuid;
@@ -18,6 +18,7 @@ use crate::agent::instances::Agent;
 use crate::agent::journal::MigrationRow;
 use crate::agent::outgoing::{check_options, request_id};
 use crate::agent::peers::{CALL_TIME, ComputeClient, ConductorClient};
+use crate::agent::prediction::check_sample;
 use crate::agent::reason::Reason;
 
 /// How many hosts are asked to check before the task gives up: Nova's migrate_max_retries, and the first.
@@ -37,17 +38,18 @@ impl Agent {
         context: &RequestContext,
         request: LiveMigrateRequest,
     ) -> Result<LiveMigrateReply, Failure> {
+        check_sample(request.sample_ms)?;
         let (source, instance) = self.find(context, &request.instance).await?;
         let subject = Subject {
             instance: wire_uuid("id", &instance.id)?,
             name: instance.name.clone(),
             migration: None,
         };
-        let is_dry = request.dry_run;
+        if request.dry_run {
+            return self.dry_run(context, request, (source, instance)).await;
+        }
         let migrated = self.choose_and_cast(context, request, (source, instance)).await;
-        if let Err(failure) = &migrated
-            && !is_dry
-        {
+        if let Err(failure) = &migrated {
             self.record_failure(context, Action::Migrate, subject, failure).await;
         }
         migrated
@@ -80,21 +82,18 @@ impl Agent {
             source: source.clone(),
             storage: options.storage.clone(),
             mode: options.mode.clone(),
+            dry_run: false,
+            transport: options.transport.clone(),
         };
-        let tries = if request.dry_run { usize::MAX } else { MOST_TRIES };
-        let hosts = self
-            .check_in_turn(context, verdicts, &check, (tries, request.dry_run))
-            .await?;
+        let hosts = self.check_in_turn(context, verdicts, &check).await?;
         let destination = hosts.iter().find(|host| host.taken).map(|host| host.host.clone());
         let reply = LiveMigrateReply {
             migration: String::new(),
             source: source.clone(),
             destination: destination.clone().unwrap_or_default(),
             hosts,
+            ..LiveMigrateReply::default()
         };
-        if request.dry_run {
-            return Ok(reply);
-        }
         let Some(destination) = destination else {
             return Err(nobody(&instance, named.as_deref(), &reply.hosts));
         };
@@ -142,7 +141,7 @@ impl Agent {
             migration: info.id,
             source: info.source,
             destination: info.destination,
-            hosts: Vec::new(),
+            ..LiveMigrateReply::default()
         }))
     }
 
@@ -169,24 +168,26 @@ impl Agent {
         Err(not_here)
     }
 
-    /// Has the hosts that passed the filters check, the best first, until one can have the instance. In a dry run each is
-    /// asked, and told of.
+    /// Has the hosts that passed the filters check, the best first, until one can have the instance.
     async fn check_in_turn(
         self: &Arc<Self>,
         context: &RequestContext,
         verdicts: Vec<Verdict>,
         request: &CheckDestinationRequest,
-        (mut tries, dry_run): (usize, bool),
     ) -> Result<Vec<HostVerdict>, Failure> {
         let mut hosts: Vec<HostVerdict> = Vec::new();
+        let mut tries = MOST_TRIES;
         for verdict in verdicts {
             let is_decided = hosts.iter().any(|host| host.taken);
             let mut host = told(verdict);
-            if host.reason.is_none() && tries > 0 && (dry_run || !is_decided) {
+            if host.reason.is_none() && tries > 0 && !is_decided {
                 tries -= 1;
                 let api = self.compute_rpcapi(context, &host.host)?;
                 match api.check_can_live_migrate_destination(request.clone()).await {
-                    Ok(reply) => take(&mut host, reply.checks, !is_decided),
+                    Ok(reply) => {
+                        take(&mut host, reply.checks);
+                        host.taken = host.refusals.is_empty();
+                    }
                     // What keeps the source from giving it keeps it from giving it to anyone.
                     Err(failure) if is_the_sources(&failure) => return Err(failure),
                     Err(failure) => leave(&mut host, &failure),
@@ -230,7 +231,7 @@ impl Agent {
 }
 
 /// What the source says of itself.
-fn source_info(candidates: &[Candidate], source: &str) -> Result<HostInfo, Failure> {
+pub(super) fn source_info(candidates: &[Candidate], source: &str) -> Result<HostInfo, Failure> {
     let found = candidates.iter().find(|candidate| candidate.host == source);
     match found.map(|candidate| &candidate.answer) {
         Some(Ok(info)) => Ok(info.clone()),
@@ -246,7 +247,11 @@ fn source_info(candidates: &[Candidate], source: &str) -> Result<HostInfo, Failu
 }
 
 /// The hosts that are looked at: the named one, else all but the source.
-fn considered(wanted: &Wanted<'_>, candidates: Vec<Candidate>, named: Option<&str>) -> Result<Vec<Candidate>, Failure> {
+pub(super) fn considered(
+    wanted: &Wanted<'_>,
+    candidates: Vec<Candidate>,
+    named: Option<&str>,
+) -> Result<Vec<Candidate>, Failure> {
     let source = &wanted.source.host;
     let Some(named) = named else {
         let others: Vec<_> = candidates
@@ -282,52 +287,55 @@ fn considered(wanted: &Wanted<'_>, candidates: Vec<Candidate>, named: Option<&st
 }
 
 /// What the scheduler said, for people and scripts.
-fn told(verdict: Verdict) -> HostVerdict {
-    let (reason, why, weight) = match verdict.outcome {
-        Ok(weight) => (None, verdict.facts, Some(weight)),
-        Err(left) => (Some(left.reason), left.text, None),
-    };
-    HostVerdict {
+pub(super) fn told(verdict: Verdict) -> HostVerdict {
+    let mut host = HostVerdict {
         host: verdict.host,
-        taken: false,
-        reason: reason.map(|reason| reason.code().to_owned()),
-        why,
-        remedy: reason.map(|reason| reason.remedy().to_owned()),
-        weight,
-        checks: Vec::new(),
+        why: verdict.facts,
+        ..HostVerdict::default()
+    };
+    match verdict.outcome {
+        Ok(weight) => host.weight = Some(weight),
+        Err(left) => left
+            .into_iter()
+            .for_each(|left| refuse(&mut host, left.reason, left.text)),
     }
+    host
 }
 
-/// What the host's own checks came to: the first that is not ok is why it is left.
-fn take(host: &mut HostVerdict, checks: Vec<Check>, is_first: bool) {
-    match checks.iter().find(|check| !check.ok) {
-        None => host.taken = is_first,
-        Some(failed) => {
-            let reason = failed
-                .reason
-                .as_deref()
-                .and_then(Reason::parse)
-                .unwrap_or(Reason::Other);
-            host.reason = Some(reason.code().to_owned());
-            host.remedy = Some(reason.remedy().to_owned());
-            host.why.clone_from(&failed.found);
-        }
+/// What the host's own checks came to: those that are not ok are why it is left.
+pub(super) fn take(host: &mut HostVerdict, checks: Vec<Check>) {
+    for failed in checks.iter().filter(|check| !check.ok) {
+        let reason = failed.reason.as_deref().and_then(Reason::parse);
+        refuse(host, reason.unwrap_or(Reason::Other), failed.found.clone());
     }
     host.checks = checks;
 }
 
-fn leave(host: &mut HostVerdict, failure: &Failure) {
+pub(super) fn leave(host: &mut HostVerdict, failure: &Failure) {
     let reason = match failure {
         Failure::Unavailable(_) => Reason::DestinationDown,
         _ => failure.reason().unwrap_or(Reason::Other),
     };
-    host.reason = Some(reason.code().to_owned());
-    host.remedy = Some(reason.remedy().to_owned());
-    host.why = failure.chain();
+    refuse(host, reason, failure.chain());
+}
+
+/// One more reason why a host is left; the first one is the one that is told where there is room for one.
+fn refuse(host: &mut HostVerdict, reason: Reason, why: String) {
+    if host.refusals.is_empty() {
+        host.reason = Some(reason.code().to_owned());
+        host.remedy = Some(reason.remedy().to_owned());
+        host.why.clone_from(&why);
+    }
+    host.refusals.push(Refusal {
+        reason: reason.code().to_owned(),
+        host: host.host.clone(),
+        why,
+        remedy: reason.remedy().to_owned(),
+    });
 }
 
 /// Whether it is the source that says no.
-fn is_the_sources(failure: &Failure) -> bool {
+pub(super) fn is_the_sources(failure: &Failure) -> bool {
     matches!(
         failure.reason(),
         Some(Reason::InstanceState | Reason::InstanceBusy | Reason::InstanceChanged | Reason::SourceDown)

@@ -154,7 +154,8 @@ impl Agent {
     /// A field cannot be used, or the journal cannot be read.
     pub(crate) async fn late_link(&self, mut request: LateLinkRequest) -> Result<LateLinkReply, Failure> {
         let migration = wire_uuid("migration", &request.migration)?;
-        let most = u32::from(late_streams(MOST_STREAMS));
+        // Those of a copy, and behind their control stream those for late pages.
+        let most = u32::from(MOST_STREAMS + 1 + late_streams(MOST_STREAMS));
         if !(1..=most).contains(&request.streams) {
             let problem = format!("{} is not between 1 and {most}", request.streams);
             return Err(InvalidField {

@@ -22,7 +22,7 @@ use crate::agent::steps::POST_COPY;
 pub(super) const FIRST_LATE: u16 = 1024;
 
 /// Indexes of one session.
-const OF_A_SESSION: u16 = 128;
+pub(super) const OF_A_SESSION: u16 = 256;
 
 /// How a guest ended whose pages were lost.
 const LOST: &str = "lost";
@@ -30,18 +30,29 @@ const LOST: &str = "lost";
 /// How often it is looked whether the guest still is what it was: whoever ends it need not say so here.
 pub(super) const LOOK: Duration = Duration::from_millis(200);
 
-/// The connections of the session that is being made.
+/// The connections of the session that is being made, or of another link of the copy before GO.
 #[derive(Debug, Default)]
 pub(super) struct LateSession {
     /// Its first index; 0: none was asked for.
     first: u16,
     streams: u16,
+    purpose: Use,
     connections: BTreeMap<u16, OwnedFd>,
+}
+
+/// What further connections are for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Use {
+    /// Late pages.
+    #[default]
+    Late,
+    /// The copy before GO, and with it so many streams for late pages.
+    Copy { late_streams: u32 },
 }
 
 impl LateSession {
     /// The next one, of so many page streams. What came for the one before is thrown away.
-    fn next(&mut self, streams: u16) -> u16 {
+    pub(super) fn next(&mut self, streams: u16, purpose: Use) -> u16 {
         let after = self
             .first
             .checked_add(OF_A_SESSION)
@@ -53,6 +64,7 @@ impl LateSession {
         *self = Self {
             first,
             streams: streams.min(OF_A_SESSION - 1),
+            purpose,
             connections: BTreeMap::new(),
         };
         first
@@ -173,6 +185,9 @@ impl Driver {
 
     /// Agent A asks whether more pages are needed, or says that it has them no more.
     pub(super) async fn late_link(&mut self, request: LateLinkRequest, reply: oneshot::Sender<LateLinkReply>) {
+        if request.copying {
+            return self.another_link(&request, reply);
+        }
         self.look_at_guest().await;
         if !request.lost.is_empty() && !self.is_over_late() {
             match self.ask_how_late().await.as_deref() {
@@ -193,7 +208,7 @@ impl Driver {
             answer.needed = true;
             answer.secret = self.incoming.secret.to_vec();
             answer.data_address.clone_from(&self.agent.data_address);
-            answer.first_index = self.late_session.next(streams).into();
+            answer.first_index = self.late_session.next(streams, Use::Late).into();
         } else {
             // It is not adopted yet: asked again, it will be.
             return;
@@ -220,18 +235,21 @@ impl Driver {
         };
         let vmm = self.instance.state.lock().await.vmm.clone();
         let Some(vmm) = vmm else { return };
-        let link = Command::LateLink(wire::LateLink {
-            migration: self.row.id.to_string(),
-        });
+        let migration = self.row.id.to_string();
+        let link = match self.late_session.purpose {
+            Use::Late => Command::LateLink(wire::LateLink { migration }),
+            Use::Copy { late_streams } => Command::Reconnect(wire::Reconnect {
+                migration,
+                late_streams,
+            }),
+        };
         match vmm.order_with(link, descriptors).await {
             Ok(_) => {
                 self.row.info.decision = None;
-                tracing::info!(migration = %self.row.id, "late pages have other connections");
+                tracing::info!(migration = %self.row.id, "the VMM has other connections");
             }
             // The source notices that nobody reads them, and asks.
-            Err(error) => {
-                tracing::info!(migration = %self.row.id, %error, "the VMM did not take connections for late pages")
-            }
+            Err(error) => tracing::info!(migration = %self.row.id, %error, "the VMM did not take other connections"),
         }
     }
 
@@ -279,7 +297,7 @@ impl Driver {
         }
     }
 
-    async fn save_late(&mut self) {
+    pub(super) async fn save_late(&mut self) {
         let row = self.row.clone();
         let saved = self.agent.journal.write(move |transaction| row.save(transaction)).await;
         if let Err(error) = saved {
@@ -323,9 +341,9 @@ mod tests {
     fn connections_of_an_earlier_session_are_thrown_away() {
         let mut session = LateSession::default();
         assert!(session.take(FIRST_LATE, descriptor()).is_none());
-        let first = session.next(1);
+        let first = session.next(1, Use::Late);
         assert!(session.take(first, descriptor()).is_none());
-        let second = session.next(1);
+        let second = session.next(1, Use::Late);
         assert_ne!(first, second);
         assert!(session.take(first + 1, descriptor()).is_none());
         assert!(session.take(second + 1, descriptor()).is_none());
@@ -336,7 +354,7 @@ mod tests {
     fn sessions_never_run_out() {
         let mut session = LateSession::default();
         for _ in 0..2000 {
-            let first = session.next(u16::MAX);
+            let first = session.next(u16::MAX, Use::Copy { late_streams: 0 });
             assert!(first >= FIRST_LATE && first.checked_add(OF_A_SESSION).is_some());
         }
     }

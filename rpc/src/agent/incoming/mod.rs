@@ -3,12 +3,14 @@
 //! Each has one task ([`driver`]) that owns its `handover::DestinationAgent` and is the only one that writes its row of
 //! the decision register. Requests and the VMM's news reach it through channels.
 
+mod decisions;
 mod driver;
 mod handle;
 mod late;
 mod prepare;
+mod reconnecting;
 mod undoing;
 
 pub(crate) use driver::recover;
-pub(crate) use handle::IncomingMigrations;
+pub(crate) use handle::{Incoming, IncomingMigrations};
 pub(crate) use prepare::without_disks;

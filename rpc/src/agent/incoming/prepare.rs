@@ -4,14 +4,17 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ferry_migration::handover::DestinationAgent;
-use ferry_proto::agent::v1::{DiskSize, InstanceSpec, MigrationInfo, PreLiveMigrationReply, PreLiveMigrationRequest};
+use ferry_proto::agent::v1::{
+    DiskSize, InstanceSpec, MigrationInfo, MigrationOptions, PreLiveMigrationReply, PreLiveMigrationRequest,
+};
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::{InvalidField, required, wire_uuid};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use super::driver::{Driver, Part};
+use super::decisions::Part;
+use super::driver::Driver;
 use super::handle::Incoming;
 use super::late::LateSession;
 use crate::agent::backends::storage::{self, Coming, Storage};
@@ -22,9 +25,10 @@ use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, check_incoming};
 use crate::agent::journal::{InstanceRow, MigrationRow, Role, Status};
 use crate::agent::mode::Mode;
-use crate::agent::outgoing::{MOST_STREAMS, late_streams, now_ms, now_text};
+use crate::agent::outgoing::{MOST_RESUME_WINDOW_MS, MOST_STREAMS, late_streams, now_ms, now_text};
 use crate::agent::reason::Reason;
 use crate::agent::steps::DestinationStep;
+use crate::agent::transport::Transport;
 use crate::agent::versions::RpcVersion;
 use crate::agent::{data_port, images};
 use crate::lock_file::Holder;
@@ -39,12 +43,14 @@ struct Guest {
     streams: u16,
     user_paused: bool,
     mode: Mode,
+    transport: Transport,
     /// What it is to be once it is here; empty where the source does not know the word.
     guest_was: String,
     storage: Storage,
     disk_sizes: Vec<DiskSize>,
     /// Numbers of the disks whose contents come along.
     copied_disks: Vec<u32>,
+    resume_window_ms: u64,
 }
 
 impl Guest {
@@ -100,10 +106,12 @@ impl Guest {
             // A machine whose guest is not to run is never given a permit to.
             user_paused: request.user_paused || request.guest_was == "stopped",
             mode: Mode::parse(&request.mode)?,
+            transport: Transport::parse(&request.transport)?,
             guest_was: request.guest_was,
             storage,
             disk_sizes: request.disk_sizes,
             copied_disks: Vec::new(),
+            resume_window_ms: request.resume_window_ms.min(MOST_RESUME_WINDOW_MS),
         })
     }
 }
@@ -300,7 +308,10 @@ impl Agent {
             said: None,
             resumed: None,
             user_paused: guest.user_paused,
-            options: Default::default(),
+            options: MigrationOptions {
+                resume_window_ms: guest.resume_window_ms,
+                ..MigrationOptions::default()
+            },
             info: first_info(&guest, self.host()),
             began: now_ms(),
         };
@@ -431,6 +442,7 @@ fn first_info(guest: &Guest, host: &str) -> MigrationInfo {
         destination: host.to_owned(),
         status: "preparing".to_owned(),
         mode: guest.mode.as_str().to_owned(),
+        transport: guest.transport.as_str().to_owned(),
         guest_was: guest.guest_was.clone(),
         step: DestinationStep::Reserve.to_string(),
         guest_location: Some(guest.source.clone()),

@@ -24,6 +24,7 @@ use crate::agent::journal::{Arrival, InstanceRow, Journal, Status};
 use crate::agent::mode::Mode;
 use crate::agent::outgoing::{OutgoingMigrations, Queue};
 use crate::agent::peers::Peers;
+use crate::agent::prediction::Probes;
 use crate::agent::reason::Reason;
 use crate::agent::vmm_client::Vmm;
 
@@ -41,6 +42,8 @@ pub(crate) struct Agent {
     pub(crate) outgoing: OutgoingMigrations,
     pub(crate) incoming: IncomingMigrations,
     pub(crate) peers: Peers,
+    /// Who may send bytes here to see how fast they come.
+    pub(crate) probes: Probes,
     /// The migrations out of here that wait for their turn.
     pub(crate) queue: Queue,
     /// Instances whose next start is in the journal, to whoever starts them.
@@ -116,6 +119,8 @@ pub(crate) struct Instance {
     /// Its name never changes: it is found by that without waiting for what is done to it, or to another.
     pub(crate) name: String,
     pub(crate) state: tokio::sync::Mutex<InstanceState>,
+    /// Whose turn it is to have its guest sampled.
+    pub(crate) sampling: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Instance {
@@ -128,6 +133,7 @@ impl Instance {
         Self {
             id: row.id,
             name: row.spec.name.clone(),
+            sampling: Arc::default(),
             state: tokio::sync::Mutex::new(InstanceState {
                 row,
                 vmm: None,
@@ -245,18 +251,37 @@ impl InstanceState {
     /// # Errors
     /// Says what it is, or what is in flight.
     pub(crate) fn check_can_migrate(&self, mode: Mode) -> Result<(), Failure> {
-        self.check_idle("migrate")
-            .and_then(|()| self.check_whole("migrate"))
-            .map_err(|failure| failure.because(Reason::InstanceBusy))?;
+        self.why_not_migrate(mode).into_iter().next().map_or(Ok(()), Err)
+    }
+
+    /// Every reason why it cannot migrate this way now.
+    pub(crate) fn why_not_migrate(&self, mode: Mode) -> Vec<Failure> {
+        let busy = |failure: Failure| failure.because(Reason::InstanceBusy);
+        let is_idle = self.check_idle("migrate").map_err(busy);
+        let is_whole = self.check_whole("migrate").map_err(busy);
+        [is_idle, is_whole, self.check_pages(mode), self.check_guest(mode)]
+            .into_iter()
+            .filter_map(Result::err)
+            .collect()
+    }
+
+    /// Whether its pages could come late, if they are to.
+    fn check_pages(&self, mode: Mode) -> Result<(), Failure> {
         let name = &self.row.spec.name;
-        if mode.may_be_late() && self.row.spec.hugepages {
-            return Err(Failure::denied(
+        match mode.may_be_late() && self.row.spec.hugepages {
+            true => Err(Failure::denied(
                 Reason::Machine,
                 format!(
                     "instance {name} has its memory from the pool of huge pages, of which none comes late: --mode precopy moves it"
                 ),
-            ));
+            )),
+            false => Ok(()),
         }
+    }
+
+    /// Whether there is a guest to move this way.
+    fn check_guest(&self, mode: Mode) -> Result<(), Failure> {
+        let name = &self.row.spec.name;
         let why = match (self.row.status, mode) {
             (Status::Running | Status::Paused, _) => return Ok(()),
             (Status::Stopped, Mode::Cold) if self.row.restarts.due.is_none() => return Ok(()),

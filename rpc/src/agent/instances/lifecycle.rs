@@ -84,8 +84,14 @@ impl Agent {
 
     /// No instance of this host has the name, or a network card of the same address.
     async fn check_free(&self, spec: &InstanceSpec) -> Result<(), Failure> {
+        self.taken(spec).await.into_iter().next().map_or(Ok(()), Err)
+    }
+
+    /// What of an instance some other of this host has: its name, addresses of its network cards.
+    async fn taken(&self, spec: &InstanceSpec) -> Vec<Failure> {
+        let mut taken = Vec::new();
         if self.instances.find(&spec.name).is_some() {
-            return Err(Failure::Refused(format!(
+            taken.push(Failure::Refused(format!(
                 "an instance named {:?} is on host {}",
                 spec.name,
                 self.host()
@@ -95,8 +101,8 @@ impl Agent {
             let state = instance.state.lock().await;
             let other = &state.row.spec;
             let is_taken = |mac: &String| other.nics.iter().any(|nic| nic.mac == *mac);
-            if let Some(nic) = spec.nics.iter().find(|nic| is_taken(&nic.mac)) {
-                return Err(Failure::Refused(format!(
+            for nic in spec.nics.iter().filter(|nic| is_taken(&nic.mac)) {
+                taken.push(Failure::Refused(format!(
                     "instance {} on host {} has the MAC address {} already",
                     other.name,
                     self.host(),
@@ -104,7 +110,7 @@ impl Agent {
                 )));
             }
         }
-        Ok(())
+        taken
     }
 
     fn import_images(&self, spec: &mut InstanceSpec, folder: &Path) -> Result<(), Failure> {
@@ -392,12 +398,22 @@ impl Agent {
 /// # Errors
 /// This host cannot have it.
 pub(crate) async fn check_incoming(agent: &Agent, id: Uuid, spec: &InstanceSpec) -> Result<(), Failure> {
-    spec::check(spec)?;
-    if agent.instances.by_id(id).is_some() {
-        return Err(Failure::Refused(format!(
-            "instance {id} is on host {} already",
-            agent.host()
-        )));
+    why_not_incoming(agent, id, spec)
+        .await
+        .into_iter()
+        .next()
+        .map_or(Ok(()), Err)
+}
+
+/// Every reason why an instance cannot move in, as if it were to be run.
+pub(crate) async fn why_not_incoming(agent: &Agent, id: Uuid, spec: &InstanceSpec) -> Vec<Failure> {
+    if let Err(invalid) = spec::check(spec) {
+        return vec![invalid];
     }
-    agent.check_free(spec).await
+    // Its name and its addresses are there, too, then.
+    if agent.instances.by_id(id).is_some() {
+        let there = format!("instance {id} is on host {} already", agent.host());
+        return vec![Failure::Refused(there)];
+    }
+    agent.taken(spec).await
 }

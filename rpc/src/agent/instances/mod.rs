@@ -10,6 +10,6 @@ mod stopping;
 mod watch;
 
 pub(crate) use instance::{Agent, Instance, InstanceState, VmmNews};
-pub(crate) use lifecycle::{NewRight, check_incoming};
+pub(crate) use lifecycle::{NewRight, check_incoming, why_not_incoming};
 pub(crate) use restarting::restart_when_due;
 pub(crate) use stopping::Press;

@@ -7,6 +7,7 @@ use uuid::Uuid;
 use super::instances::{Status, bad_text, uuid};
 use crate::agent::mode::Mode;
 use crate::agent::steps::SourceStep;
+use crate::agent::transport::Transport;
 
 /// This host's part in a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,6 +78,11 @@ impl MigrationRow {
         Mode::parse(&self.info.mode).is_ok_and(Mode::may_be_late)
     }
 
+    /// How pages travel. Of an agent that knew one way only, that.
+    pub(crate) fn transport(&self) -> Transport {
+        Transport::parse(&self.info.transport).unwrap_or_default()
+    }
+
     /// POSTCOPY: the guest is the destination's, and only its memory is kept here.
     pub(crate) fn is_serving(&self) -> bool {
         self.role == Role::Source && !self.over && self.info.step == SourceStep::Serve.row().word
@@ -126,6 +132,14 @@ impl MigrationRow {
         // Most often they are in order. SQLite would sort them with all that they say, in a file.
         reports.sort_by_key(|&(began, _)| began);
         Ok(reports.into_iter().map(|(_, report)| report).collect())
+    }
+
+    /// The reports of the last migrations to or from this host that are over, the newest first, so many at most.
+    pub(crate) fn last_with(connection: &Connection, peer: &str, most: u32) -> rusqlite::Result<Vec<Report>> {
+        connection
+            .prepare_cached("SELECT info FROM migrations WHERE peer=?1 AND over=1 ORDER BY rowid DESC LIMIT ?2")?
+            .query_map((peer, most), |row| Ok(Report(row.get(0)?)))?
+            .collect()
     }
 
     /// The migrations that are not over, in the order in which they were accepted: a row keeps the place in which it was added.

@@ -26,6 +26,7 @@ use crate::agent::mode::Mode;
 use crate::agent::reason::Reason;
 use crate::agent::spawn;
 use crate::agent::steps::SourceStep;
+use crate::agent::transport::Transport;
 use crate::agent::vmm_client::Vmm;
 use crate::vmm_process::monotonic_ns;
 
@@ -160,7 +161,6 @@ impl Agent {
             resumed: None,
             // The machine of a stopped one is built paused, and has not run when it is ended again.
             user_paused: state.row.status != Status::Running,
-            options,
             info: MigrationInfo {
                 id: id.to_string(),
                 instance: instance.id.to_string(),
@@ -169,12 +169,14 @@ impl Agent {
                 destination: cast.destination,
                 status: step.status().unwrap_or_default().to_owned(),
                 mode: mode.as_str().to_owned(),
+                transport: Transport::parse(&options.transport)?.as_str().to_owned(),
                 guest_was: state.row.status.to_string(),
                 step: step.to_string(),
                 started: Some(now_text()),
                 guest_location: Some(self.host().to_owned()),
                 ..MigrationInfo::default()
             },
+            options,
             began: now_ms(),
         };
         note_terms(&mut row.info, &row.options);
@@ -247,6 +249,9 @@ fn epoch_of_move(row: &InstanceRow) -> u64 {
 /// When the time is up, the guest is paused until the rest of it has been sent.
 pub(crate) const PAUSE: &str = "pause";
 
+/// The longest that a lost link may be waited for: a day. The destination keeps memory for the guest that long.
+pub(crate) const MOST_RESUME_WINDOW_MS: u64 = 24 * 3600 * 1000;
+
 /// What a guest may be allowed to stand still.
 pub(super) const DOWNTIMES_US: RangeInclusive<u64> = 1..=60_000_000;
 pub(super) const NO_DOWNTIME: &str = "is not between 1 and 60 seconds' worth";
@@ -278,6 +283,9 @@ pub(crate) fn check_options(options: MigrationOptions) -> Result<MigrationOption
         }
         Mode::Precopy | Mode::Postcopy | Mode::Hybrid | Mode::Cold => {}
     }
+    if let Err(unknown) = Transport::parse(&options.transport) {
+        return invalid("options.transport", unknown.problem);
+    }
     if let Err(problem) = Storage::parse(&options.storage) {
         return invalid("options.storage", problem);
     }
@@ -298,6 +306,10 @@ pub(crate) fn check_options(options: MigrationOptions) -> Result<MigrationOption
     if options.max_throttle_percent > MOST_THROTTLE_PERCENT {
         let problem = format!("{} is over {MOST_THROTTLE_PERCENT}", options.max_throttle_percent);
         return invalid("options.max_throttle_percent", problem);
+    }
+    if options.resume_window_ms > MOST_RESUME_WINDOW_MS {
+        let problem = format!("{} is over {MOST_RESUME_WINDOW_MS}", options.resume_window_ms);
+        return invalid("options.resume_window_ms", problem);
     }
     if options.timeout_ms == 0 {
         return invalid("options.timeout_ms", "is zero".to_owned());
@@ -412,6 +424,7 @@ pub(crate) async fn recover(agent: &Arc<Agent>, mut row: MigrationRow, instance:
 pub(super) fn made_up(standing: wire::Standing) -> Vec<Body> {
     let mut said = Vec::new();
     said.extend(standing.progress.map(Body::Progress));
+    said.extend(standing.link_lost.map(Body::LinkLost));
     // It says only once that it disarmed, and then no word of the next attempt means anything to one who missed it.
     let migration = standing.migration;
     if let Some(cancelled) = standing.cancelled.filter(|attempt| attempt.migration == migration) {

@@ -86,6 +86,7 @@ impl Script {
             }
         }
         self.row.info.ended = Some(now_text());
+        self.row.info.link_lost_until = None;
         self.row.info.remaining_pages = 0;
         self.row.over = true;
         let refusal = self.refusal.get_mut().unwrap_or_else(PoisonError::into_inner).take();

@@ -4,7 +4,9 @@ use std::time::{Duration, Instant};
 
 use ferry_migration::handover::Decision;
 use ferry_migration::source::MOST_BEFORE_THE_END;
-use ferry_proto::agent::v1::{DestinationPart, DowntimeMs, MigrationDecision, MigrationInfo, Round, Verified};
+use ferry_proto::agent::v1::{
+    DestinationPart, DirtyPart, DowntimeMs, MigrationDecision, MigrationInfo, Round, Verified,
+};
 use ferry_proto::vmm::v1 as wire;
 
 use super::handle::now_ms;
@@ -109,6 +111,10 @@ const BETWEEN_REPORTS: Duration = Duration::from_secs(5);
 const MOST_DECISIONS: usize = 64;
 const LONGEST_WORDS: usize = 1000;
 
+/// The most vCPUs, and parts of memory, of which a decision tells.
+const MOST_VCPUS: usize = 254;
+const MOST_PARTS: usize = 8;
+
 /// A decision, if its figures are some.
 fn decision(told: &wire::Decision) -> Option<MigrationDecision> {
     let figures = [
@@ -132,7 +138,17 @@ fn decision(told: &wire::Decision) -> Option<MigrationDecision> {
         predicted_total_ms: told.predicted_total_ms,
         predicted_bytes: told.predicted_bytes,
         throttle_percent: told.throttle_percent.min(100),
+        written_by_vcpu: told.written_by_vcpu.iter().take(MOST_VCPUS).copied().collect(),
+        dirty_parts: told.dirty_parts.iter().take(MOST_PARTS).map(dirty_part).collect(),
     })
+}
+
+fn dirty_part(part: &wire::DirtyPart) -> DirtyPart {
+    DirtyPart {
+        address: part.address,
+        bytes: part.bytes,
+        dirty_pages: part.dirty_pages,
+    }
 }
 
 /// What came of comparing, if its figure is one.

@@ -4,16 +4,19 @@
 //! drives `handover::SourceAgent` to the end, which says what has become of the guest, and [`ending`] carries that out.
 
 mod begin;
+mod calls;
+mod connecting;
 mod ending;
 mod figures;
 mod handle;
 mod queue;
+mod reconnecting;
 mod retuning;
 mod script;
 mod serving;
 mod switchover;
 
-pub(crate) use begin::{PAUSE, check_options, recover, request_id, wait_on, waits};
+pub(crate) use begin::{MOST_RESUME_WINDOW_MS, PAUSE, check_options, recover, request_id, wait_on, waits};
 pub(crate) use figures::note_completed;
 pub(crate) use handle::{MOST_STREAMS, Outgoing, OutgoingMigrations, PeerNews, now_ms, now_text};
 pub(crate) use queue::Queue;

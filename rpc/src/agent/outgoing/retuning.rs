@@ -98,6 +98,7 @@ pub(super) fn note_terms(info: &mut MigrationInfo, options: &MigrationOptions) {
     // A cold one has no budget.
     info.max_downtime_ms = Some(options.max_downtime_us).filter(is_some).map(|us| us as f64 / 1e3);
     info.timeout_ms = Some(options.timeout_ms as f64);
+    info.resume_window_ms = Some(options.resume_window_ms).filter(is_some).map(|ms| ms as f64);
     info.bandwidth_bytes_per_s = Some(options.bandwidth_bytes_per_s).filter(is_some);
 }
 

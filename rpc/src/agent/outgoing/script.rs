@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ferry_migration::handover::{Ending, Epoch, SourceAgent, SourceEffect};
-use ferry_proto::agent::v1::{HeartbeatRequest, ImageChunk, PreLiveMigrationReply, PreLiveMigrationRequest};
+use ferry_proto::agent::v1::{ImageChunk, PreLiveMigrationReply, PreLiveMigrationRequest};
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
@@ -16,24 +16,23 @@ use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use super::begin::PAUSE;
+use super::calls::SILENCE;
 use super::handle::{Outgoing, PeerNews, Resolving};
 use super::queue::{Place, Turn};
+use super::reconnecting::Reconnecting;
 use super::retuning::Retuning;
 use super::serving::late_streams;
 use crate::agent::backends::storage;
 use crate::agent::failure::Failure;
+use crate::agent::images;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{InstanceRow, MigrationRow, Status};
 use crate::agent::mode::Mode;
-use crate::agent::peers::{CALL_TIME, Call, ComputeClient, PREPARE_TIME, Peer, PeerError};
+use crate::agent::peers::{Call, ComputeClient, PREPARE_TIME, Peer, PeerError};
 use crate::agent::reason::Reason;
 use crate::agent::steps::{Journalled, SourceStep};
-use crate::agent::{data_port, images};
+use crate::agent::transport::Transport;
 
-/// How often agent B is asked whether it still takes part.
-const HEARTBEAT: Duration = Duration::from_secs(1);
-/// After this long without an answer agent B counts as dead or hung.
-const SILENCE: Duration = Duration::from_secs(5);
 /// The pause between two questions to a destination that has its hands full.
 const BUSY_PAUSE: Duration = Duration::from_millis(500);
 /// How long a migration that was accepted waits for its cast.
@@ -89,6 +88,10 @@ pub(super) struct Script {
     pub(super) questions: u32,
     /// RUNNING that was heard before the VMM said that it sent GO.
     pub(super) early: Option<PeerNews>,
+    /// For how long agent B may not answer before it counts as dead or hung.
+    pub(super) peer_patience: watch::Sender<Duration>,
+    /// Who tries to make the link of the copy again, while it is lost.
+    pub(super) reconnecting: Option<Reconnecting>,
     /// A copy that ended because the link broke, while B's word on why is waited for.
     pub(super) lost_link: Option<Box<wire::SendEnded>>,
     /// When the cast was accepted, CLOCK_MONOTONIC; none after a restart of this agent.
@@ -135,6 +138,8 @@ impl Script {
             abort_seen: false,
             questions: 0,
             early: None,
+            peer_patience: watch::Sender::new(SILENCE),
+            reconnecting: None,
             lost_link: None,
             accepted_ns,
             stop: None,
@@ -213,15 +218,8 @@ impl Script {
         let streams = self.streams();
         let own = streams + 1;
         let all = own + self.late_streams().map_or(0, |late| late + 1);
-        let connect = data_port::connect(&prepared.data_address, &prepared.secret, self.row.id, 0..all);
-        let connections = self.unless_aborted(connect).await?;
-        let failed = || {
-            format!(
-                "failed to connect to the data port {} of host {}",
-                prepared.data_address, peer.host
-            )
-        };
-        let connections = connections.map_err(|source| Failure::Host { what: failed(), source })?;
+        let connect = self.connect(&prepared.data_address, &prepared.secret, 0..all);
+        let connections = self.unless_aborted(connect).await??;
 
         let copied = prepared.copied_disks;
         if self.row.may_be_late() && !copied.is_empty() {
@@ -301,7 +299,9 @@ impl Script {
             storage: self.row.options.storage.clone(),
             disk_sizes,
             mode: self.row.options.mode.clone(),
+            transport: self.row.options.transport.clone(),
             guest_was: self.row.info.guest_was.clone(),
+            resume_window_ms: self.row.options.resume_window_ms,
         };
         let compute = self.agent.compute_rpcapi(&self.outgoing.context, &peer.host)?;
         // Another migration may take an image between our sending it and our asking again.
@@ -393,6 +393,8 @@ impl Script {
                 .lateness()
                 .to_owned(),
             late_streams: self.late_streams().unwrap_or(0).into(),
+            resume_window_ms: self.row.options.resume_window_ms,
+            carried: self.row.transport() == Transport::Grpc,
         };
         let (sender, news) = mpsc::unbounded_channel();
         let mut state = self.instance.state.lock().await;
@@ -418,7 +420,7 @@ impl Script {
     }
 
     /// How many page streams there are for pages that come late; none if none does.
-    fn late_streams(&self) -> Option<u16> {
+    pub(super) fn late_streams(&self) -> Option<u16> {
         self.row.may_be_late().then(|| late_streams(self.streams()))
     }
 
@@ -519,38 +521,5 @@ impl Script {
     /// Shows how it stands to whoever watches.
     pub(super) fn show(&self) {
         self.outgoing.info.send_replace(self.row.info.clone());
-    }
-
-    /// Asks agent B each second whether it takes part; ends with why it does not.
-    pub(super) fn heartbeats(&self) -> impl Future<Output = String> + Send + 'static {
-        let peer = self.agent.peers.named(&self.row.peer).cloned();
-        let context = self.outgoing.context.clone();
-        let request = HeartbeatRequest {
-            migration: self.row.id.to_string(),
-            source: self.agent.host().to_owned(),
-        };
-        async move {
-            let Ok(peer) = peer else {
-                return "the destination is not a peer any more".to_owned();
-            };
-            let mut answered = Instant::now();
-            loop {
-                let send = |mut client: ComputeClient| {
-                    let request = request.clone();
-                    async move { client.heartbeat(request).await }
-                };
-                let left = SILENCE
-                    .saturating_sub(answered.elapsed())
-                    .max(Duration::from_millis(100));
-                match peer.call(&context, Call::Heartbeat, left.min(CALL_TIME), send).await {
-                    Ok(reply) if reply.taking_part => answered = Instant::now(),
-                    Ok(reply) => return format!("host {} does not take part any more: {}", peer.host, reply.reason),
-                    Err(PeerError::Refused { text, .. }) => return text,
-                    Err(PeerError::NoAnswer(reason)) if answered.elapsed() >= SILENCE => return reason,
-                    Err(PeerError::NoAnswer(_)) => {}
-                }
-                tokio::time::sleep(HEARTBEAT.min(SILENCE.saturating_sub(answered.elapsed()))).await;
-            }
-        }
     }
 }

@@ -20,9 +20,9 @@ use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
 use tokio::sync::mpsc;
 
+use super::calls::order_until_answered;
 use super::script::Script;
-use super::switchover::{next, order_until_answered};
-use crate::agent::data_port;
+use super::switchover::next;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{InstanceRow, MigrationRow, Status};
@@ -208,9 +208,7 @@ impl Script {
         }
         let first = u16::try_from(reply.first_index).unwrap_or(u16::MAX - late_streams(self.streams()) - 1);
         let indexes = first..first + late_streams(self.streams()) + 1;
-        let connected = data_port::connect(&reply.data_address, &reply.secret, self.row.id, indexes).await;
-        let failed = || format!("failed to connect to the data port {}", reply.data_address);
-        let connections = connected.map_err(|source| Failure::Host { what: failed(), source })?;
+        let connections = self.connect(&reply.data_address, &reply.secret, indexes).await?;
         let link = Command::LateLink(wire::LateLink {
             migration: self.row.id.to_string(),
         });
@@ -227,6 +225,8 @@ impl Script {
             source: self.agent.host().to_owned(),
             lost,
             streams: late_streams(self.streams()).into(),
+            copying: false,
+            late_streams: 0,
         };
         let compute = self.agent.compute_rpcapi(&self.outgoing.context, &self.row.peer)?;
         compute.late_link(request).await

@@ -1,92 +1,39 @@
 //! Driving `handover::SourceAgent`: what happens becomes its events, its effects are carried out in order.
 
 use std::collections::VecDeque;
-use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ferry_migration::handover::{
-    Decision, Ending, Epoch, SourceAgent, SourceEffect, SourceEvent, SourceState, Traded, Wish,
-    pause_before_asking_again,
+    Decision, Ending, Epoch, SourceAgent, SourceEffect, SourceEvent, SourceState, Wish, pause_before_asking_again,
 };
-use ferry_proto::agent::v1::{AttemptRequest, DestinationPart, RollbackRequest};
 use ferry_proto::vmm::v1 as wire;
-use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
 use tokio::sync::mpsc;
 
-use super::begin::{attempt_of, call_off, ended, made_up};
+use super::begin::{ended, made_up};
+use super::calls::{Calls, Outcome, SILENCE};
 use super::ending::note_resolved;
 use super::handle::PeerNews;
-use super::retuning::Retuning;
 use super::script::{Script, Stop};
 use crate::agent::failure::Failure;
-use crate::agent::instances::{Instance, VmmNews};
+use crate::agent::instances::VmmNews;
 use crate::agent::journal::Status;
-use crate::agent::peers::{CALL_TIME, Call, ComputeClient};
 use crate::agent::resolving::become_resolved;
 use crate::agent::steps::SourceStep;
-use crate::agent::vmm_client::VmmError;
 use crate::faults::{self, Moment, Site};
-use crate::vmm_process::monotonic_ns;
 
 /// How long RUNNING waits for the VMM's word that it sent GO.
 const EARLY_NEWS: Duration = Duration::from_secs(1);
 /// How long a link that broke waits for B's own word on why: its VMM's end is seen before its agent is heard.
 const PEERS_WORD: Duration = Duration::from_millis(300);
-/// The pause between two tries to reach a VMM that lives and does not answer, and the first between two tries to resume.
-const RETRY: Duration = Duration::from_millis(200);
-/// The longest pause between two tries to resume.
-const LONGEST_RETRY: Duration = Duration::from_secs(5);
-
-/// What a call that was started earlier brought.
-enum Outcome {
-    Event(SourceEvent),
-    /// A failed expectation, with the reason.
-    NotExpected(u32, String),
-    /// D, with B's part of the blackout.
-    Decided(u32, Decision, Option<DestinationPart>, u64),
-    /// RUNNING was heard before GO, and has waited long enough for it.
-    EarlyNews,
-    /// B had its time to say why the link broke.
-    LinkLost,
-    /// The VMM goes by other terms.
-    Retuned(Retuning),
-    /// The destination does not take part any more.
-    PeerLost(String),
-    /// The guest is this host's and does not run yet, for this reason. It is tried again.
-    NotResumed(String),
-}
-
-/// Where the calls that this task started report to.
-struct Calls {
-    sender: mpsc::UnboundedSender<Outcome>,
-}
-
-impl Calls {
-    fn start(&self, call: impl Future<Output = Option<Outcome>> + Send + 'static) {
-        let sender = self.sender.clone();
-        tokio::spawn(async move {
-            if let Some(outcome) = call.await {
-                // The switchover may be over.
-                let _ = sender.send(outcome);
-            }
-        });
-    }
-
-    fn ask_after(&self, pause: Duration) {
-        self.start(async move {
-            tokio::time::sleep(pause).await;
-            Some(Outcome::Event(SourceEvent::TimeToAsk))
-        });
-    }
-}
 
 impl Script {
     /// From pre-copy to the end, whatever the end is.
     pub(super) async fn switchover(&mut self, mut core: SourceAgent, first: Vec<SourceEffect>) -> Ending {
         let (sender, mut outcomes) = mpsc::unbounded_channel();
         let calls = Calls { sender };
+        self.bear_with_peer(core.state());
         let heartbeats = self.heartbeats();
         calls.start(async move { Some(Outcome::PeerLost(heartbeats.await)) });
         let mut guard = None;
@@ -122,6 +69,7 @@ impl Script {
 
     /// The record follows the core through the steps of the switchover; what of it is journalled, an effect journals.
     fn follow(&mut self, state: SourceState) {
+        self.bear_with_peer(state);
         match state {
             SourceState::Copying => self.note_step(SourceStep::Copy),
             SourceState::Arming { .. } => self.note_step(SourceStep::Arm),
@@ -138,6 +86,16 @@ impl Script {
         }
     }
 
+    /// While its guest is copied, agent B may be away for as long as the link may. From ARM on it is needed at once.
+    fn bear_with_peer(&self, state: SourceState) {
+        let window = Duration::from_millis(self.row.options.resume_window_ms);
+        let patience = match state {
+            SourceState::Copying => SILENCE.max(window),
+            _ => SILENCE,
+        };
+        self.peer_patience.send_replace(patience);
+    }
+
     /// Waits until something happens; none if it means nothing to the core.
     async fn next_event(
         &mut self,
@@ -145,7 +103,7 @@ impl Script {
         calls: &Calls,
     ) -> Option<SourceEvent> {
         if let Some(body) = self.made_up.pop_front() {
-            return self.take_report(body, calls);
+            return self.take_report(body, calls).await;
         }
         let mut aborted = self.aborted.clone();
         let aborted = async {
@@ -162,8 +120,11 @@ impl Script {
             Some(peer_news) = self.peer_news.recv() => self.take_peer_news(peer_news, calls),
             Some(vmm_news) = next(&mut self.news) => match vmm_news {
                 VmmNews::Gone => Some(SourceEvent::VmmGone),
-                VmmNews::Event(event) => self.take_report(*event, calls),
+                VmmNews::Event(event) => self.take_report(*event, calls).await,
                 VmmNews::Standing(standing) => {
+                    if self.reconnecting.is_some() && standing.link_lost.is_none() && standing.machine == "sending" {
+                        self.made_up.push_back(Body::LinkBack(wire::LinkBack::default()));
+                    }
                     self.made_up.extend(made_up(*standing));
                     None
                 }
@@ -248,8 +209,16 @@ impl Script {
         Some(SourceEvent::Decided(news.attempt, news.decision))
     }
 
-    fn take_report(&mut self, event: Body, calls: &Calls) -> Option<SourceEvent> {
+    async fn take_report(&mut self, event: Body, calls: &Calls) -> Option<SourceEvent> {
         match event {
+            Body::LinkLost(lost) => {
+                self.link_lost(lost, calls).await;
+                None
+            }
+            Body::LinkBack(back) => {
+                self.link_back(back).await;
+                None
+            }
             Body::Progress(progress) => {
                 self.note_progress(&progress);
                 self.show();
@@ -276,6 +245,7 @@ impl Script {
                 Some(SourceEvent::GoSent(attempt))
             }
             Body::SendEnded(copy_ended) => {
+                self.end_reconnecting(Err(Failure::Unavailable(copy_ended.reason.clone())));
                 if copy_ended.kind != "link" || copy_ended.guest.is_some() || self.stop.is_some() {
                     return Some(self.copy_ended(copy_ended));
                 }
@@ -378,97 +348,6 @@ impl Script {
         Ok(None)
     }
 
-    fn attempt_request(&self, attempt: u32) -> AttemptRequest {
-        AttemptRequest {
-            instance: self.row.instance.to_string(),
-            migration: self.row.id.to_string(),
-            attempt,
-            epoch: self.row.epoch,
-            source: self.agent.host().to_owned(),
-        }
-    }
-
-    fn ask_expect(&self, attempt: u32, calls: &Calls) {
-        let request = self.attempt_request(attempt);
-        let Ok(peer) = self.agent.peers.named(&self.row.peer).cloned() else {
-            return;
-        };
-        let context = self.outgoing.context.clone();
-        calls.start(async move {
-            let send = |mut client: ComputeClient| {
-                let request = request.clone();
-                async move { client.expect(request).await }
-            };
-            Some(match peer.call(&context, Call::Expect, CALL_TIME, send).await {
-                Ok(reply) if reply.decision == Decision::Open.as_str() => {
-                    Outcome::Event(SourceEvent::Expecting(attempt))
-                }
-                Ok(reply) => Outcome::NotExpected(attempt, format!("host {} says {}", peer.host, reply.decision)),
-                Err(error) => Outcome::NotExpected(attempt, error.to_string()),
-            })
-        });
-    }
-
-    fn ask_decision(&self, attempt: u32, calls: &Calls) {
-        let request = self.attempt_request(attempt);
-        let Ok(peer) = self.agent.peers.named(&self.row.peer).cloned() else {
-            calls.start(async { Some(Outcome::Event(SourceEvent::NoAnswer)) });
-            return;
-        };
-        let context = self.outgoing.context.clone();
-        calls.start(async move {
-            let send = |mut client: ComputeClient| {
-                let request = request.clone();
-                async move { client.decide(request).await }
-            };
-            Some(match peer.call(&context, Call::Decide, CALL_TIME, send).await {
-                Ok(reply) => match Decision::parse(&reply.decision) {
-                    Some(decision) => Outcome::Decided(attempt, decision, reply.part, monotonic_ns()),
-                    None => Outcome::Event(SourceEvent::NoAnswer),
-                },
-                Err(error) => {
-                    tracing::info!(%error, "the destination does not say what was decided");
-                    Outcome::Event(SourceEvent::NoAnswer)
-                }
-            })
-        });
-    }
-
-    fn give_grant(&self, attempt: u32, calls: &Calls) {
-        let order = Command::Grant(wire::Grant {
-            attempt: Some(attempt_of(&self.row, attempt)),
-        });
-        let instance = Arc::clone(&self.instance);
-        calls.start(async move {
-            match order_until_answered(&instance, order).await? {
-                // Stale, or nothing is sent any more, or taken and traded already if it was given twice: the VMM is asked.
-                Err(_) => Some(Outcome::Event(SourceEvent::GrantRefused(attempt))),
-                Ok(_) => None,
-            }
-        });
-    }
-
-    fn ask_trade(&self, attempt: u32, end: bool, calls: &Calls) {
-        let reason = match &self.stop {
-            Some(Stop::Aborted(reason) | Stop::Failed(reason) | Stop::Busy(reason)) => reason.clone(),
-            None => "called off by the agent".to_owned(),
-        };
-        let order = Command::CallOff(call_off(&self.row, attempt, end, &reason));
-        let instance = Arc::clone(&self.instance);
-        calls.start(async move {
-            let Ok(Body::Traded(traded)) = order_until_answered(&instance, order).await? else {
-                tracing::error!("the VMM does not say what became of the grant");
-                return None;
-            };
-            let traded = if traded.go_sent {
-                Traded::GoSent
-            } else {
-                Traded::Cancelled
-            };
-            Some(Outcome::Event(SourceEvent::Answered(traded)))
-        });
-    }
-
     /// Both rows or none: a migration's row that says RESUMED without the instance's would have its epoch taken twice.
     async fn journal_resumed(&mut self, epoch: Epoch) -> Result<(), Failure> {
         let mut instance = self.instance.state.lock().await.row.clone();
@@ -527,33 +406,6 @@ impl Script {
         }
     }
 
-    fn send_permit(&self, epoch: Epoch, calls: &Calls) {
-        let permit = wire::Permit {
-            instance: self.row.instance.to_string(),
-            epoch: epoch.0,
-            paused: self.row.user_paused,
-        };
-        let instance = Arc::clone(&self.instance);
-        let waiting = calls.sender.clone();
-        calls.start(async move {
-            let mut pause = RETRY;
-            loop {
-                let order = Command::Permit(permit.clone());
-                let Err(reason) = order_until_answered(&instance, order).await? else {
-                    return Some(Outcome::Event(SourceEvent::Resumed));
-                };
-                // Taken before, from an agent that was here before this one?
-                let asked = order_until_answered(&instance, Command::Ping(wire::Ping {})).await?;
-                if matches!(asked, Ok(Body::Standing(standing)) if standing.epoch >= epoch.0) {
-                    return Some(Outcome::Event(SourceEvent::Resumed));
-                }
-                let _ = waiting.send(Outcome::NotResumed(reason));
-                tokio::time::sleep(pause).await;
-                pause = LONGEST_RETRY.min(2 * pause);
-            }
-        });
-    }
-
     /// The guest is this host's again and its VMM does not take the permit: somebody else has its disks. Until they are
     /// free it runs nowhere.
     async fn not_resumed(&mut self, reason: String) {
@@ -592,54 +444,6 @@ impl Script {
                 error = failure.chain(),
                 "failed to journal that the guest is indeterminate"
             );
-        }
-    }
-
-    /// Tells agent B that it is over before GO. It would find out by itself.
-    pub(super) fn roll_back_destination(&mut self) {
-        let Ok(peer) = self.agent.peers.named(&self.row.peer).cloned() else {
-            return;
-        };
-        let reason = match &self.stop {
-            Some(Stop::Aborted(reason) | Stop::Failed(reason) | Stop::Busy(reason)) => reason.clone(),
-            None => "the migration ended at the source".to_owned(),
-        };
-        let request = RollbackRequest {
-            migration: self.row.id.to_string(),
-            reason,
-            source: self.agent.host().to_owned(),
-        };
-        let context = self.outgoing.context.clone();
-        self.rollback = Some(tokio::spawn(async move {
-            for pause in [0, 500, 2000] {
-                tokio::time::sleep(Duration::from_millis(pause)).await;
-                let send = |mut client: ComputeClient| {
-                    let request = request.clone();
-                    async move { client.rollback_live_migration(request).await }
-                };
-                match peer.call(&context, Call::RollbackLiveMigration, CALL_TIME, send).await {
-                    Ok(_) => return true,
-                    Err(error) => tracing::info!(%error, "the destination does not take the rollback"),
-                }
-            }
-            false
-        }));
-    }
-}
-
-/// Gives an order again until the VMM answers, however long it is stopped: only its word counts. None once it is dead.
-pub(super) async fn order_until_answered(instance: &Instance, order: Command) -> Option<Result<Body, String>> {
-    loop {
-        // A connection that broke is made anew by whoever looks after the VMM.
-        let vmm = instance.state.lock().await.vmm.clone()?;
-        match vmm.order(order.clone()).await {
-            Ok(body) => return Some(Ok(body)),
-            Err(VmmError::Refused(reason)) => return Some(Err(reason)),
-            Err(_) if vmm.is_dead() => return None,
-            Err(error) => {
-                tracing::info!(%error, "the VMM does not answer, asking again");
-                tokio::time::sleep(RETRY).await;
-            }
         }
     }
 }

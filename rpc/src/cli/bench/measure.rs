@@ -15,6 +15,7 @@ use super::clock::{self, Reading};
 use super::footprint::{self, FootprintMeter};
 use super::report::{Figures, Run, VmmMemory};
 use super::workloads::Workload;
+use crate::agent::Transport;
 
 pub(super) async fn workload(workload: &Workload, arguments: &BenchArguments) -> Result<Figures, Failure> {
     let mut told = Teller {
@@ -23,6 +24,11 @@ pub(super) async fn workload(workload: &Workload, arguments: &BenchArguments) ->
     };
     check_room(workload)?;
     in_a_lab(async |lab: &mut Lab| in_lab(lab, workload, arguments, &mut told).await).await
+}
+
+/// The words that the command line takes are those of requests.
+fn transport(word: &str) -> Result<Transport, Failure> {
+    Transport::parse(word).map_err(|unknown| Failure::new(Exit::Usage, unknown.problem))
 }
 
 async fn in_lab(
@@ -34,6 +40,7 @@ async fn in_lab(
     let BenchArguments {
         runs, streams, verify, ..
     } = *arguments;
+    let transport = transport(&arguments.transport)?;
     lab.start_agents().await?;
     told.tell("boots");
     let guest = lab.boot(&workload.plan()).await?;
@@ -52,6 +59,7 @@ async fn in_lab(
         let order = MoveOrder {
             source: run as usize % 2,
             streams,
+            transport,
             verify,
             listen: STAY,
         };
@@ -63,6 +71,7 @@ async fn in_lab(
     let order = MoveOrder {
         source: runs as usize % 2,
         streams,
+        transport,
         verify,
         listen: Duration::from_millis(300),
     };
@@ -76,7 +85,7 @@ async fn in_lab(
     }
     told.line.clear();
     Ok(Figures::of(
-        workload,
+        (workload, transport),
         &measured,
         VmmMemory {
             idle_bytes,
@@ -94,6 +103,8 @@ async fn timed_move(
     stays: &mut Stays,
     touched_bytes: u64,
 ) -> Result<Run, Failure> {
+    // Before memory is touched: what is free for two seconds goes back.
+    let predicted = lab.predict(guest, order, SAMPLE).await?;
     warm(touched_bytes)?;
     stays.close(guest, order.source);
     let meter = CpuMeter::start([lab.agent_pid(0), lab.agent_pid(1)]);
@@ -115,6 +126,7 @@ async fn timed_move(
     let cpu = over.unwrap_or([f64::NAN; 2]);
     Ok(Run {
         moved: moved?,
+        predicted,
         cpu_source_s: cpu[order.source],
         cpu_destination_s: cpu[order.destination()],
         clock_error: None,
@@ -192,6 +204,8 @@ impl Teller {
     }
 }
 
+/// How long the guest is looked at to foretell a move: longer than any round takes.
+const SAMPLE: Duration = Duration::from_millis(1000);
 /// How long the guest is listened to between two moves: its clock is read a hundred times.
 const STAY: Duration = Duration::from_millis(1000);
 /// VMMs, agents and the kernel's own.

@@ -1,16 +1,20 @@
 //! The figures of a workload: medians, and each run's own for whoever wants to know how they spread.
 
+use ferry_proto::agent::v1::MigrationPrediction;
 use serde::Serialize;
 
 use super::super::lab::Move;
 use super::super::output::{Table, human_bytes, human_ms, human_rate, or_dash};
 use super::clock::ClockError;
 use super::workloads::Workload;
+use crate::agent::Transport;
 
 /// One timed move.
 #[derive(Debug)]
 pub(super) struct Run {
     pub(super) moved: Move,
+    /// What had been foretold of it right before.
+    pub(super) predicted: MigrationPrediction,
     pub(super) cpu_source_s: f64,
     pub(super) cpu_destination_s: f64,
     pub(super) clock_error: Option<ClockError>,
@@ -27,6 +31,8 @@ pub(super) struct VmmMemory {
 #[derive(Debug, Serialize)]
 pub(super) struct Figures {
     workload: &'static str,
+    /// tcp or grpc.
+    transport: &'static str,
     runs: usize,
     /// One runner after each move, no heartbeat lost or doubled, no page damaged.
     pub(super) clean: bool,
@@ -52,6 +58,13 @@ pub(super) struct Figures {
     /// The one of median amount; positive: the guest's clock runs ahead after the move.
     clock_error_us: Option<f64>,
     clock_uncertainty_us: Option<f64>,
+    /// What was foretold, as a part of what came: medians, and each run's own.
+    predicted_total_ratio: Option<f64>,
+    predicted_blackout_ratio: Option<f64>,
+    predicted_bytes_ratio: Option<f64>,
+    predicted_total_ratio_all: Vec<f64>,
+    predicted_blackout_ratio_all: Vec<f64>,
+    predicted_bytes_ratio_all: Vec<f64>,
     clock_error_us_all: Vec<Option<f64>>,
     total_ms_all: Vec<f64>,
     blackout_ms_all: Vec<f64>,
@@ -60,7 +73,12 @@ pub(super) struct Figures {
 }
 
 impl Figures {
-    pub(super) fn of(workload: &Workload, runs: &[Run], memory: VmmMemory, faults: Vec<String>) -> Self {
+    pub(super) fn of(
+        (workload, transport): (&Workload, Transport),
+        runs: &[Run],
+        memory: VmmMemory,
+        faults: Vec<String>,
+    ) -> Self {
         let all = |figure: &dyn Fn(&Run) -> Option<f64>| runs.iter().filter_map(figure).collect::<Vec<f64>>();
         let total = all(&|run| run.moved.migration.total_ms);
         let downtime = |run: &Run| run.moved.migration.downtime_ms;
@@ -71,9 +89,22 @@ impl Figures {
             let sent = run.moved.migration.bytes_sent;
             (sent >= LEAST_SENT).then(|| seconds * (1_u64 << 30) as f64 / sent as f64)
         };
+        let ratio = |foretold: Option<f64>, came: Option<f64>| {
+            foretold
+                .zip(came)
+                .filter(|&(_, came)| came > 0.0)
+                .map(|(foretold, came)| foretold / came)
+        };
+        let total_ratio = all(&|run| ratio(run.predicted.total_ms, run.moved.migration.total_ms));
+        let blackout_ratio = all(&|run| ratio(run.predicted.blackout_ms, Some(downtime(run)?.total)));
+        let bytes_ratio = all(&|run| {
+            let foretold = run.predicted.bytes.map(|bytes| bytes as f64);
+            ratio(foretold, Some(run.moved.migration.bytes_sent as f64))
+        });
         let clock = |part: &dyn Fn(ClockError) -> f64| all(&|run| run.clock_error.map(part));
         Self {
             workload: workload.name,
+            transport: transport.as_str(),
             runs: runs.len(),
             clean: faults.is_empty(),
             faults,
@@ -93,6 +124,12 @@ impl Figures {
             vmm_migrating_bytes: memory.migrating_bytes,
             clock_error_us: median_amount(&clock(&|error| error.error_us)),
             clock_uncertainty_us: median(&clock(&|error| error.uncertainty_us)),
+            predicted_total_ratio: median(&total_ratio),
+            predicted_blackout_ratio: median(&blackout_ratio),
+            predicted_bytes_ratio: median(&bytes_ratio),
+            predicted_total_ratio_all: total_ratio,
+            predicted_blackout_ratio_all: blackout_ratio,
+            predicted_bytes_ratio_all: bytes_ratio,
             clock_error_us_all: runs
                 .iter()
                 .map(|run| run.clock_error.map(|error| error.error_us))
@@ -169,7 +206,7 @@ pub(super) fn table(all: &[Figures]) -> String {
             if figures.clean { "yes" } else { "NO" }.to_owned(),
         ]);
     }
-    let mut text = format!("{table}{LEGEND}");
+    let mut text = format!("{table}{LEGEND}\n\n{}{FORETOLD}", foretold(all));
     for figures in all {
         for fault in &figures.faults {
             text += &format!("\n{}: {fault}", figures.workload);
@@ -177,6 +214,24 @@ pub(super) fn table(all: &[Figures]) -> String {
     }
     text
 }
+
+/// How near what was foretold came.
+fn foretold(all: &[Figures]) -> Table {
+    let mut table = Table::new(&["FORETOLD", ">TOTAL", ">BLACKOUT", ">SENT"]);
+    let share = |ratio: Option<f64>| or_dash(ratio.map(|ratio| format!("{ratio:.2}")));
+    for figures in all {
+        table.row([
+            figures.workload.to_owned(),
+            share(figures.predicted_total_ratio),
+            share(figures.predicted_blackout_ratio),
+            share(figures.predicted_bytes_ratio),
+        ]);
+    }
+    table
+}
+
+const FORETOLD: &str = "
+What `migrate --dry-run` said right before each move, as a part of what came of it: medians. Before the first one the link is tried, and nothing else is known of the way.";
 
 /// With less sent than this, what a migration costs in any case would be called the cost of a GiB.
 const LEAST_SENT: u64 = 256 << 20;

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use ferry_proto::agent::v1::{LiveMigrateRequest, MigrationInfo, MigrationOptions};
+use ferry_proto::agent::v1::{LiveMigrateRequest, MigrationInfo, MigrationOptions, MigrationPrediction};
 use serde::Serialize;
 use tokio::time::sleep;
 
@@ -11,6 +11,7 @@ use super::super::progress::whereabouts;
 use super::super::{migrate, watch};
 use super::hosts::{Lab, ProbeGuest};
 use super::record::{Beat, Span};
+use crate::agent::Transport;
 
 /// Where to, and how.
 #[derive(Debug, Clone, Copy)]
@@ -18,6 +19,7 @@ pub(in crate::cli) struct MoveOrder {
     /// From this host; to the other one.
     pub(in crate::cli) source: usize,
     pub(in crate::cli) streams: u32,
+    pub(in crate::cli) transport: Transport,
     /// Digests are kept and compared.
     pub(in crate::cli) verify: bool,
     /// How long to listen to the guest at the destination before the move is judged.
@@ -149,21 +151,8 @@ impl Lab {
         order: MoveOrder,
         observe: impl FnMut(&MigrationInfo),
     ) -> Result<MigrationInfo, Failure> {
-        let request = LiveMigrateRequest {
-            instance: guest.id.clone(),
-            destination: self.host(order.destination()).to_owned(),
-            options: Some(MigrationOptions {
-                max_downtime_us: 300_000,
-                timeout_ms: 120_000,
-                streams: order.streams,
-                verify: order.verify,
-                ..Default::default()
-            }),
-            dry_run: false,
-            request_id: uuid::Uuid::new_v4().to_string(),
-        };
         let source = self.agent(order.source);
-        let accepted = migrate::cast(source, request).await?;
+        let accepted = migrate::cast(source, self.request(guest, order)).await?;
         let info = watch::follow(source, &accepted.migration, observe).await?;
         if info.status != "completed" {
             let error = info.error.as_deref().unwrap_or("no reason was given");
@@ -171,6 +160,47 @@ impl Lab {
             return Err(Failure::new(Exit::Failed, text));
         }
         Ok(info)
+    }
+
+    fn request(&self, guest: &ProbeGuest, order: MoveOrder) -> LiveMigrateRequest {
+        LiveMigrateRequest {
+            instance: guest.id.clone(),
+            destination: self.host(order.destination()).to_owned(),
+            options: Some(MigrationOptions {
+                max_downtime_us: 300_000,
+                timeout_ms: 120_000,
+                streams: order.streams,
+                transport: order.transport.as_str().to_owned(),
+                verify: order.verify,
+                ..Default::default()
+            }),
+            request_id: uuid::Uuid::new_v4().to_string(),
+            ..Default::default()
+        }
+    }
+
+    /// What the move is expected to come to, by what the guest writes in this time.
+    ///
+    /// # Errors
+    /// The agent does not answer, or foretells nothing.
+    pub(in crate::cli) async fn predict(
+        &self,
+        guest: &ProbeGuest,
+        order: MoveOrder,
+        sample: Duration,
+    ) -> Result<MigrationPrediction, Failure> {
+        let request = LiveMigrateRequest {
+            dry_run: true,
+            sample_ms: u32::try_from(sample.as_millis()).unwrap_or(u32::MAX),
+            ..self.request(guest, order)
+        };
+        let reply = migrate::cast(self.agent(order.source), request).await?;
+        let failed = |why: String| Failure::new(Exit::Failed, format!("the move was not foretold: {why}"));
+        let prediction = reply.prediction.ok_or_else(|| failed("no answer to it".to_owned()))?;
+        match prediction.unknown {
+            Some(why) => Err(failed(why)),
+            None => Ok(prediction),
+        }
     }
 
     /// Who runs the guest, once the source's VMM has had a moment to end.

@@ -266,6 +266,7 @@ fn order(guest: &ProbeGuest) -> LiveMigrateRequest {
         }),
         request_id: uuid::Uuid::new_v4().to_string(),
         dry_run: false,
+        sample_ms: 0,
     }
 }
 

@@ -195,7 +195,7 @@ fn machine() -> Calls {
         libc::F_OFD_SETLK,
         libc::F_OFD_GETLK,
     ];
-    // Its own weight only.
+    // Its own weight and turns only.
     let own_weight = Condition(vec![
         Test {
             argument: 0,
@@ -212,6 +212,8 @@ fn machine() -> Calls {
         (libc::SYS_ioctl, requests),
         (libc::SYS_fcntl, equal(1, &locks.map(|command| command as u64))),
         (libc::SYS_setpriority, vec![own_weight]),
+        (libc::SYS_sched_getattr, equal(0, &[0])),
+        (libc::SYS_sched_setattr, equal(0, &[0])),
     ]);
     calls.extend(starting_threads());
     calls

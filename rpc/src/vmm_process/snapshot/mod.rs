@@ -19,6 +19,7 @@ use self::restoring::Origin;
 use super::events::Event;
 use super::guest::LocalGuest;
 use super::jail;
+use super::migrating::Loading;
 use super::vmm::{Holding, Vmm};
 
 /// A guest after its snapshot, and what became of the files.
@@ -46,6 +47,7 @@ impl Vmm {
             .name("snapshot".to_owned())
             .spawn(run)
             .context("failed to start a thread")?;
+        self.end_sample("a snapshot of the guest began");
         let Holding::Here(guest) = std::mem::replace(&mut self.holding, Holding::Snapshotting) else {
             anyhow::bail!("the guest is gone");
         };
@@ -76,7 +78,8 @@ impl Vmm {
             self.machine_word()
         );
         let (files, origin) = (Files::new(descriptors)?, Origin::from_wire(order)?);
-        let Holding::Blank(blank) = std::mem::replace(&mut self.holding, Holding::Loading) else {
+        let Holding::Blank(blank) = std::mem::replace(&mut self.holding, Holding::Loading(Loading { orders: None }))
+        else {
             anyhow::bail!("the machine is gone");
         };
         let events = self.events.clone();

@@ -1,0 +1,426 @@
+//! What a migration is expected to come to before it begins: the very policy that it will have, on rounds that a sample of the guest foretells.
+//!
+//! ```text
+//!   pages ──link──► time ──writes──► pages dirtied meanwhile ──policy──► switch, or the next round
+//! ```
+//!
+//! So whatever the policy would decide is what is foretold, throttling and pages that come late included. Pure.
+
+#[cfg(test)]
+mod tests;
+mod writes;
+
+use std::time::Duration;
+
+use super::{Moment, Policy, Verdict};
+use crate::guest::FRAME_SIZE;
+use crate::postcopy::{Lateness, pays};
+use crate::source::{BETWEEN_SMALL_ROUNDS, Manner, OnTimeout, Overhead, RoundSummary, Terms};
+pub use writes::Writes;
+
+/// Small rounds that go on while the switchover is armed.
+const ROUNDS_TO_ARM: u32 = 3;
+
+/// A round that leaves this share of what the one before it left is the last one that tells anything new.
+const STALLED_SHARE: f64 = 0.999;
+
+/// Only after so many rounds is it told whether they lead anywhere, or the rest comes late.
+const TELLING_ROUNDS: usize = 3;
+
+/// More rounds than any migration has that comes to an end.
+const MOST_ROUNDS: usize = 20_000;
+
+/// How much more than what was found out is asked for, so that a guest that varies a little is moved all the same.
+const MARGIN: f64 = 1.1;
+
+/// Bytes a second beyond which no link is asked for.
+const FASTEST_LINK: f64 = 1e12;
+
+/// What is known of a guest.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Sampled {
+    /// Pages that the first pass sends or tells: populated ones, and those of disks that move along.
+    pub pages: u64,
+    /// Those of them that are zero, told and not sent.
+    pub zero_pages: u64,
+    /// What it writes.
+    pub writes: Writes,
+    /// Where it writes; empty: nobody knows.
+    pub places: Vec<Place>,
+}
+
+/// A part of what a guest writes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Place {
+    /// How much of the first pass comes before it, 0 to 1.
+    pub position: f64,
+    /// Its share of all that is written, 0 to 1.
+    pub share: f64,
+}
+
+/// What is known of the way from one host to the other.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Way {
+    /// Bytes a second that it carries, without any cap.
+    pub bytes_per_second: f64,
+    /// What a round takes beside its pages.
+    pub round: Duration,
+    /// Pages a second that are found to be zero.
+    pub zero_pages_per_second: f64,
+    /// What a migration takes beside its rounds and its blackout.
+    pub preparation: Duration,
+    /// What of the blackout is no last page.
+    pub stop_and_start: Duration,
+}
+
+/// What is wanted of the migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// What it may take.
+    pub terms: Terms,
+    /// What happens when its time is up.
+    pub on_timeout: OnTimeout,
+    /// Whether pages may come late.
+    pub lateness: Lateness,
+    /// For how much of the time vCPUs may be kept from running, in percent; 0: they are left alone.
+    pub most_throttle: u32,
+}
+
+/// How it ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The guest is handed over whole, as it is wanted.
+    Whole,
+    /// The guest is handed over, and pages of it come after that.
+    Late,
+    /// Its time is up, and it stands still for what is left.
+    Paused,
+    /// It is given up when its time is up, with the guest where it is.
+    Never,
+}
+
+/// What it is expected to come to. Of one that never ends it is what was reached by then.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prediction {
+    /// How it ends.
+    pub end: End,
+    /// From the order until the guest runs at the destination.
+    pub total: Duration,
+    /// How long it stands still; of one that never ends, how long it would have to.
+    pub blackout: Duration,
+    /// Rounds while it runs.
+    pub rounds: u32,
+    /// Bytes sent by the time it runs at the destination.
+    pub bytes: u64,
+    /// Bytes that come after that.
+    pub late_bytes: u64,
+    /// How long they take.
+    pub late: Duration,
+    /// For how much of the time vCPUs are kept from running in the end, in percent.
+    pub throttle: u32,
+    /// Of the copy, when it was within its budget first; `None`: never.
+    pub within_budget_after: Option<Duration>,
+    /// The policy's last words.
+    pub words: String,
+}
+
+impl Way {
+    fn time(&self, bytes: f64, zero_pages: f64, bytes_per_second: f64) -> Duration {
+        let seconds = bytes / bytes_per_second.max(1.0) + zero_pages / self.zero_pages_per_second.max(1.0);
+        self.round + Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX / 8)
+    }
+
+    /// What it carries under a cap.
+    fn capped(&self, terms: &Terms) -> f64 {
+        let cap = terms.bandwidth.map_or(f64::INFINITY, |cap| cap.get() as f64);
+        self.bytes_per_second.min(cap)
+    }
+}
+
+impl Sampled {
+    /// Pages that are dirty after a first pass of this length: what was written before its turn came goes with it.
+    fn after_first_pass(&self, pass: Duration) -> f64 {
+        if self.places.is_empty() {
+            let parts = 0..FIRST_PASS_PARTS;
+            let after = |part: u32| pass * (2 * part + 1) / (2 * FIRST_PASS_PARTS);
+            return parts.map(|part| self.writes.within(after(part))).sum::<f64>() / f64::from(FIRST_PASS_PARTS);
+        }
+        let dirty = |place: &Place| {
+            let after = pass.mul_f64((1.0 - place.position).clamp(0.0, 1.0));
+            place.share * self.writes.within(after)
+        };
+        self.places.iter().map(dirty).sum()
+    }
+}
+
+/// Where nobody knows where a guest writes, it writes everywhere: in so many parts.
+const FIRST_PASS_PARTS: u32 = 16;
+
+/// Foretells a migration.
+#[must_use]
+pub fn predict(guest: &Sampled, way: &Way, wanted: &Wanted) -> Prediction {
+    let sent = guest.pages.saturating_sub(guest.zero_pages) as f64 * FRAME_SIZE as f64;
+    let rate = way.capped(&wanted.terms);
+    let first_pass = way.time(sent, guest.zero_pages as f64, rate);
+    if wanted.terms.manner == Manner::Cold {
+        let blackout = first_pass.saturating_add(way.stop_and_start);
+        return Prediction {
+            end: if first_pass > wanted.terms.timeout {
+                End::Never
+            } else {
+                End::Whole
+            },
+            total: way.preparation.saturating_add(blackout),
+            blackout,
+            rounds: 1,
+            bytes: sent as u64,
+            late_bytes: 0,
+            late: Duration::ZERO,
+            throttle: 0,
+            within_budget_after: Some(first_pass),
+            words: "the guest stands still while all of it is copied".to_owned(),
+        };
+    }
+    let course = Course {
+        guest,
+        way,
+        wanted,
+        rate,
+        policy: Policy::new(wanted.terms, Overhead::default(), wanted.most_throttle),
+        rounds: Vec::new(),
+        copied: Duration::ZERO,
+        bytes: 0.0,
+        within_budget_after: None,
+    };
+    if wanted.lateness == Lateness::AtOnce {
+        let words = "the guest is handed over at once, and all of its memory comes late".to_owned();
+        return course.late(sent, words);
+    }
+    course.run(guest.pages as f64, guest.zero_pages as f64)
+}
+
+/// The rounds of one migration.
+struct Course<'a> {
+    guest: &'a Sampled,
+    way: &'a Way,
+    wanted: &'a Wanted,
+    /// Bytes a second while the guest runs.
+    rate: f64,
+    policy: Policy,
+    rounds: Vec<RoundSummary>,
+    copied: Duration,
+    bytes: f64,
+    within_budget_after: Option<Duration>,
+}
+
+impl Course<'_> {
+    fn run(mut self, mut pages: f64, mut zero_pages: f64) -> Prediction {
+        let mut pause = Duration::ZERO;
+        loop {
+            let elapsed = self.send(pages, zero_pages);
+            let dirty = match self.rounds.len() {
+                0 => self.guest.after_first_pass(elapsed),
+                _ => self.written(pause + elapsed),
+            };
+            let round = self.round(pages, zero_pages, elapsed, dirty);
+            let now = Moment {
+                elapsed: self.copied,
+                bytes: self.bytes as u64,
+                round_trip: None,
+            };
+            let decision = self.policy.judge(&round, now);
+            let before = self.rounds.last().map(|before| before.dirty_pages);
+            self.rounds.push(round);
+            if decision.within_budget && self.within_budget_after.is_none() {
+                self.within_budget_after = Some(self.copied);
+            }
+            if decision.verdict == Verdict::Switch {
+                return self.switched(dirty, End::Whole, decision.words);
+            }
+            if self.wanted.lateness == Lateness::WhenItPays
+                && !decision.within_budget
+                && let Some(words) = pays(&self.rounds)
+            {
+                return self.late(dirty * FRAME_SIZE as f64, words);
+            }
+            let is_stalled = decision.verdict != Verdict::Throttle
+                && self.rounds.len() >= TELLING_ROUNDS
+                && before.is_some_and(|before| dirty >= before as f64 * STALLED_SHARE);
+            if is_stalled || self.copied > self.wanted.terms.timeout || self.rounds.len() >= MOST_ROUNDS {
+                return self.without_end(dirty, decision.words);
+            }
+            (pages, zero_pages) = (dirty, 0.0);
+            pause = BETWEEN_SMALL_ROUNDS.saturating_sub(elapsed);
+            self.copied += pause;
+        }
+    }
+
+    /// Has these pages sent; how long that takes.
+    fn send(&mut self, pages: f64, zero_pages: f64) -> Duration {
+        let bytes = (pages - zero_pages).max(0.0) * FRAME_SIZE as f64;
+        let elapsed = self.way.time(bytes, zero_pages, self.rate);
+        self.bytes += bytes;
+        self.copied += elapsed;
+        elapsed
+    }
+
+    /// What the guest writes in this time, as far as it is let run.
+    fn written(&self, time: Duration) -> f64 {
+        let runs = 1.0 - f64::from(self.policy.throttle()) / 100.0;
+        self.guest.writes.within_share(time, runs)
+    }
+
+    fn round(&self, pages: f64, zero_pages: f64, elapsed: Duration, dirty: f64) -> RoundSummary {
+        RoundSummary {
+            number: self.rounds.len() as u32 + 1,
+            pages: pages as u64,
+            zero_pages: zero_pages as u64,
+            bytes: ((pages - zero_pages).max(0.0) * FRAME_SIZE as f64) as u64,
+            elapsed,
+            dirty_pages: dirty.ceil() as u64,
+        }
+    }
+
+    /// The policy switches: small rounds go on while that is armed, and what the last of them leaves is sent while the guest stands still.
+    fn switched(mut self, mut dirty: f64, end: End, words: String) -> Prediction {
+        for _ in 0..ROUNDS_TO_ARM {
+            let elapsed = self.send(dirty, 0.0);
+            dirty = self.written(BETWEEN_SMALL_ROUNDS + elapsed);
+        }
+        self.ended(dirty, end, words)
+    }
+
+    /// With so many pages left for the blackout, whatever it comes to.
+    fn ended(self, dirty: f64, end: End, words: String) -> Prediction {
+        let bytes = dirty * FRAME_SIZE as f64;
+        let last_pages = self.way.time(bytes, 0.0, self.way.bytes_per_second);
+        let blackout = self.way.stop_and_start.saturating_add(last_pages);
+        Prediction {
+            end,
+            total: self
+                .way
+                .preparation
+                .saturating_add(self.copied)
+                .saturating_add(blackout),
+            blackout,
+            rounds: self.rounds.len() as u32,
+            bytes: (self.bytes + bytes) as u64,
+            late_bytes: 0,
+            late: Duration::ZERO,
+            throttle: self.policy.throttle(),
+            within_budget_after: self.within_budget_after,
+            words,
+        }
+    }
+
+    fn without_end(mut self, dirty: f64, words: String) -> Prediction {
+        match self.wanted.on_timeout {
+            OnTimeout::Abort => self.ended(dirty, End::Never, words),
+            OnTimeout::Pause => {
+                // It goes on in the same way until then.
+                let left = self.wanted.terms.timeout.saturating_sub(self.copied);
+                self.copied += left;
+                self.bytes += left.as_secs_f64() * self.rate;
+                self.ended(dirty, End::Paused, words)
+            }
+        }
+    }
+
+    /// So much is left for after the handover.
+    fn late(self, bytes: f64, words: String) -> Prediction {
+        let late = self.way.time(bytes, 0.0, self.rate);
+        let ended = self.ended(0.0, End::Late, words);
+        Prediction {
+            late_bytes: bytes as u64,
+            late,
+            throttle: 0,
+            ..ended
+        }
+    }
+}
+
+/// What would have to be different for a migration that is not expected to end.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Remedies {
+    /// The shortest blackout that would have to be allowed.
+    pub max_downtime: Option<Duration>,
+    /// The lowest bandwidth that would do, in bytes a second.
+    pub bytes_per_second: Option<f64>,
+    /// With vCPUs that are kept from running: for how much of the time, and what it comes to.
+    pub auto_converge: Option<Prediction>,
+    /// With pages that come late.
+    pub hybrid: Option<Prediction>,
+}
+
+/// Looks for what would have a migration end that [`predict`] says never will.
+#[must_use]
+pub fn remedies(guest: &Sampled, way: &Way, wanted: &Wanted) -> Remedies {
+    let ends = |prediction: &Prediction| prediction.end != End::Never;
+    let tried = |wanted: Wanted| Some(predict(guest, way, &wanted)).filter(ends);
+    let Manner::Live { .. } = wanted.terms.manner else {
+        return Remedies::default();
+    };
+    let with_downtime = |max_downtime: Duration| {
+        let terms = Terms {
+            manner: Manner::Live { max_downtime },
+            ..wanted.terms
+        };
+        ends(&predict(guest, way, &Wanted { terms, ..*wanted }))
+    };
+    let with_rate = |bytes_per_second: f64| {
+        let (way, terms) = (
+            Way {
+                bytes_per_second,
+                ..*way
+            },
+            Terms {
+                bandwidth: None,
+                ..wanted.terms
+            },
+        );
+        ends(&predict(guest, &way, &Wanted { terms, ..*wanted }))
+    };
+    let seconds = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX / 8);
+    let longest = LONGEST_DOWNTIME.as_secs_f64();
+    let downtime = least(1e-3, longest, |downtime| with_downtime(seconds(downtime)));
+    Remedies {
+        max_downtime: downtime.map(|found| seconds(found * MARGIN)),
+        bytes_per_second: least(way.capped(&wanted.terms).max(1.0), FASTEST_LINK, with_rate).map(|rate| rate * MARGIN),
+        auto_converge: tried(Wanted {
+            most_throttle: MOST_THROTTLE,
+            ..*wanted
+        })
+        .filter(|_| wanted.most_throttle == 0),
+        hybrid: tried(Wanted {
+            lateness: Lateness::WhenItPays,
+            ..*wanted
+        })
+        .filter(|_| wanted.lateness == Lateness::Never),
+    }
+}
+
+/// The longest blackout that a user may allow.
+const LONGEST_DOWNTIME: Duration = Duration::from_secs(60);
+
+/// The most that vCPUs are throttled unless their user says otherwise.
+const MOST_THROTTLE: u32 = 99;
+
+/// About the least value between these for which it does: what does goes on doing so above it.
+fn least(from: f64, to: f64, does: impl Fn(f64) -> bool) -> Option<f64> {
+    if !does(to) {
+        return None;
+    }
+    let (mut without, mut with) = (from.min(to), to);
+    while with > without * PRECISION {
+        let middle = (without * with).sqrt();
+        if does(middle) {
+            with = middle;
+        } else {
+            without = middle;
+        }
+    }
+    Some(with)
+}
+
+/// How near a least value is looked for.
+const PRECISION: f64 = 1.03;

@@ -1,0 +1,281 @@
+//! What is known of the way to another host: what the last migration there had of it. What nobody has measured is assumed, and said to be.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ferry_migration::policy::prediction::{Wanted, Way};
+use ferry_proto::agent::v1::{MigrationInfo, MigrationOptions, Round};
+
+use crate::agent::context::RequestContext;
+use crate::agent::failure::Failure;
+use crate::agent::instances::Agent;
+use crate::agent::journal::{MigrationRow, Report};
+
+/// How many of the last migrations between two hosts are looked at.
+const LOOKED_AT: u32 = 20;
+
+const UNTOLD: &str = "for no migration there has told";
+
+/// Bytes a second that are assumed of a link of which nothing is known, as the policy does of one on which nothing was sent yet.
+const ASSUMED: f64 = 200e6;
+
+/// What a round takes beside its pages: a question and its answer, and two looks at what is dirty.
+const ROUND: Duration = Duration::from_micros(300);
+
+/// Pages a second that are looked at and found to be zero: memory is read at some 8 GB/s.
+const ZERO_PAGES: f64 = 2e6;
+
+/// What a migration takes beside its rounds, and the blackout without its last pages, where none has told yet: as measured on small hosts
+/// (`docs/performance.md`).
+const PREPARATION: Duration = Duration::from_millis(60);
+const STOP_AND_START: Duration = Duration::from_millis(3);
+
+/// A smaller round tells of the latency more than of the link.
+const TELLING_BYTES: u64 = 4 << 20;
+
+/// Of how many migrations a time is the middle.
+const LAST_FEW: usize = 5;
+
+/// A smaller round tells of the latency alone.
+const SMALL_BYTES: u64 = 64 << 10;
+
+/// Under a cap, a round that was slower than this share of it was held up by the link.
+const BELOW_CAP: f64 = 0.8;
+
+/// The way to a host, and how it is known.
+pub(super) struct KnownWay {
+    pub(super) way: Way,
+    pub(super) known_from: String,
+}
+
+impl KnownWay {
+    /// Bytes a second that the migration would have of it.
+    pub(super) fn carries(&self, wanted: &Wanted) -> f64 {
+        let cap = wanted.terms.bandwidth.map_or(f64::INFINITY, |cap| cap.get() as f64);
+        self.way.bytes_per_second.min(cap)
+    }
+
+    /// What these migrations tell, and of the link what a probe did, if none of them does.
+    fn learned(infos: &[MigrationInfo], options: &MigrationOptions, probed: Option<f64>) -> Self {
+        let lately = || infos.iter();
+        let measured = lately().find_map(|info| Some((info, rate(info)?)));
+        let cap = Some(options.bandwidth_bytes_per_s as f64).filter(|&cap| cap > 0.0);
+        let (bytes_per_second, mut known_from) = match (measured, cap, probed) {
+            (Some((info, rate)), _, _) => {
+                let (id, from, to) = (&info.id, &info.source, &info.destination);
+                (rate, format!("measured by migration {id} from {from} to {to}"))
+            }
+            (None, Some(cap), _) => (cap, format!("assumed to carry what --bandwidth allows, {UNTOLD}")),
+            (None, None, Some(rate)) => (rate, format!("measured by sending for a moment, {UNTOLD}")),
+            (None, None, None) => (ASSUMED, format!("assumed, {UNTOLD}, and it could not be tried")),
+        };
+        if measured.is_some() && cap.is_some_and(|cap| cap < bytes_per_second) {
+            known_from = "what --bandwidth allows".to_owned();
+        }
+        Self {
+            way: Way {
+                bytes_per_second,
+                round: lately().filter_map(round).min().unwrap_or(ROUND),
+                zero_pages_per_second: ZERO_PAGES,
+                preparation: typical(lately().filter_map(preparation)).unwrap_or(PREPARATION),
+                stop_and_start: typical(lately().filter_map(stop_and_start)).unwrap_or(STOP_AND_START),
+            },
+            known_from,
+        }
+    }
+}
+
+impl Agent {
+    /// What is known of the way to this host.
+    ///
+    /// # Errors
+    /// The journal does not tell.
+    pub(super) async fn way(
+        self: &Arc<Self>,
+        context: &RequestContext,
+        destination: &str,
+        options: &MigrationOptions,
+    ) -> Result<KnownWay, Failure> {
+        let peer = destination.to_owned();
+        let reports = self
+            .journal
+            .read(move |connection| MigrationRow::last_with(connection, &peer, LOOKED_AT))
+            .await?;
+        // One that cannot be read tells nothing.
+        let infos: Vec<_> = reports.iter().map(Report::read).filter_map(Result::ok).collect();
+        // Of one that came from there this host knows no rounds.
+        let there = |info: &MigrationInfo| info.status == "completed" && info.source == self.host();
+        let completed: Vec<_> = infos.into_iter().filter(there).collect();
+        let is_told = completed.iter().any(|info| rate(info).is_some());
+        // Nothing is sent faster than its user allows, and so nothing is found out.
+        let probed = match is_told || options.bandwidth_bytes_per_s > 0 || destination.is_empty() {
+            true => None,
+            false => self
+                .probe(context, destination, streams(options))
+                .await
+                .inspect_err(|failure| tracing::info!(destination, error = failure.chain(), "the link is not known"))
+                .ok(),
+        };
+        Ok(KnownWay::learned(&completed, options, probed))
+    }
+}
+
+/// As many connections as the migration would have.
+fn streams(options: &MigrationOptions) -> u32 {
+    match options.streams {
+        0 => std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32),
+        streams => streams,
+    }
+}
+
+/// Rounds while the guest ran, of a migration that ended with a blackout: the last one was that of the blackout.
+fn running_rounds(info: &MigrationInfo) -> &[Round] {
+    match info.rounds.split_last() {
+        Some((_, running)) if !running.is_empty() => running,
+        _ => &info.rounds,
+    }
+}
+
+/// Bytes a second by its largest round, without the time for pages that were not sent. `None`: it tells nothing of the link.
+fn rate(info: &MigrationInfo) -> Option<f64> {
+    let largest = running_rounds(info).iter().max_by_key(|round| round.bytes)?;
+    let zero_pages = largest.pages.saturating_sub(largest.bytes / 4096);
+    let seconds = largest.ms / 1e3 - zero_pages as f64 / ZERO_PAGES - ROUND.as_secs_f64();
+    if largest.bytes < TELLING_BYTES || seconds <= largest.ms / 1e4 {
+        return None;
+    }
+    let rate = largest.bytes as f64 / seconds;
+    let was_capped = info
+        .bandwidth_bytes_per_s
+        .is_some_and(|cap| rate > cap as f64 * BELOW_CAP);
+    (rate.is_finite() && !was_capped).then_some(rate)
+}
+
+/// The middle of the last few: a single one may have been disturbed.
+fn typical(lately: impl Iterator<Item = Duration>) -> Option<Duration> {
+    let mut last: Vec<_> = lately.take(LAST_FEW).collect();
+    last.sort();
+    last.get(last.len() / 2).copied()
+}
+
+/// What a round of next to nothing took, by the quickest.
+fn round(info: &MigrationInfo) -> Option<Duration> {
+    let small = running_rounds(info).iter().filter(|round| round.bytes < SMALL_BYTES);
+    let quickest = small.map(|round| round.ms).min_by(f64::total_cmp)?;
+    Duration::try_from_secs_f64(quickest / 1e3).ok()
+}
+
+/// What it took beside its rounds and its blackout.
+fn preparation(info: &MigrationInfo) -> Option<Duration> {
+    if info.mode != "precopy" || info.memory_digest.is_some() {
+        return None;
+    }
+    let rounds: f64 = running_rounds(info).iter().map(|round| round.ms).sum();
+    let beside = info.total_ms? - rounds - info.downtime_ms?.total;
+    Duration::try_from_secs_f64(beside / 1e3).ok()
+}
+
+/// Its blackout without the last pages. One whose guest stood still before had no stop.
+fn stop_and_start(info: &MigrationInfo) -> Option<Duration> {
+    let parts = info
+        .downtime_ms
+        .filter(|_| info.guest_was == "running" && info.mode != "cold")?;
+    let without_pages = parts.pause + parts.drain + parts.state + parts.claim + parts.start;
+    Duration::try_from_secs_f64(without_pages / 1e3).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use ferry_proto::agent::v1::DowntimeMs;
+
+    use super::*;
+
+    fn moved(source: &str, megabytes: u64, ms: f64) -> MigrationInfo {
+        let round = |bytes: u64, ms| Round {
+            pages: bytes / 4096,
+            bytes,
+            ms,
+            dirty_pages: 0,
+        };
+        MigrationInfo {
+            id: format!("from-{source}"),
+            source: source.to_owned(),
+            destination: "b".to_owned(),
+            mode: "precopy".to_owned(),
+            guest_was: "running".to_owned(),
+            total_ms: Some(ms + 50.0),
+            downtime_ms: Some(DowntimeMs {
+                total: 4.0,
+                pause: 0.5,
+                last_pages: 1.0,
+                state: 1.0,
+                claim: 0.25,
+                start: 0.25,
+                ..DowntimeMs::default()
+            }),
+            rounds: vec![round(megabytes * 1_000_000, ms), round(8192, 1.0)],
+            ..MigrationInfo::default()
+        }
+    }
+
+    fn options(bandwidth_bytes_per_s: u64) -> MigrationOptions {
+        MigrationOptions {
+            bandwidth_bytes_per_s,
+            ..MigrationOptions::default()
+        }
+    }
+
+    #[test]
+    fn the_last_migration_tells_of_the_way() {
+        let known = KnownWay::learned(&[moved("a", 100, 100.3), moved("older", 100, 50.3)], &options(0), None);
+        assert!((known.way.bytes_per_second / 1e9 - 1.0).abs() < 0.01, "{:?}", known.way);
+        assert_eq!(known.way.preparation, Duration::from_millis(46));
+        assert_eq!(known.way.stop_and_start, Duration::from_millis(2));
+        assert!(known.known_from.contains("from-a"), "{}", known.known_from);
+    }
+
+    #[test]
+    fn one_migration_that_was_disturbed_does_not_tell_how_long_the_next_takes() {
+        let slow = MigrationInfo {
+            total_ms: Some(5000.0),
+            ..moved("a", 100, 100.3)
+        };
+        let usual = || moved("a", 100, 100.3);
+        let known = KnownWay::learned(&[slow, usual(), usual()], &options(0), None);
+        assert_eq!(known.way.preparation, Duration::from_millis(46));
+        assert_eq!(typical(std::iter::empty()), None);
+    }
+
+    #[test]
+    fn one_that_went_as_fast_as_it_was_allowed_tells_nothing_of_the_link() {
+        let capped = |cap| MigrationInfo {
+            bandwidth_bytes_per_s: Some(cap),
+            ..moved("a", 100, 100.3)
+        };
+        assert_eq!(rate(&capped(1_000_000_000)), None);
+        assert!(rate(&capped(10_000_000_000)).is_some());
+    }
+
+    #[test]
+    fn pages_that_were_not_sent_are_not_counted_as_sent() {
+        let mut info = moved("a", 100, 100.3);
+        info.rounds[0].pages += 200_000;
+        info.rounds[0].ms += 100.0;
+        assert!((rate(&info).unwrap() / 1e9 - 1.0).abs() < 0.01);
+        info.rounds[0].pages = 20_000_000;
+        assert_eq!(rate(&info), None);
+    }
+
+    #[test]
+    fn what_nobody_has_measured_is_said_to_be_assumed() {
+        let tiny = [moved("a", 1, 3.0)];
+        let known = KnownWay::learned(&tiny, &options(0), None);
+        assert_eq!(known.way.bytes_per_second, ASSUMED);
+        assert!(known.known_from.contains("assumed"));
+        let capped = KnownWay::learned(&[], &options(1_000_000), None);
+        assert_eq!(capped.way.bytes_per_second, 1e6);
+        assert!(capped.known_from.contains("--bandwidth"));
+        let probed = KnownWay::learned(&tiny, &options(0), Some(3e9));
+        assert_eq!(probed.way.bytes_per_second, 3e9);
+    }
+}

@@ -1,0 +1,111 @@
+//! What is said of a prediction.
+
+use std::time::Duration;
+
+use ferry_migration::policy::prediction::{End, Prediction, Remedies, Wanted};
+use ferry_proto::agent::v1::{MigrationPrediction, PredictedRemedy};
+
+use crate::agent::failure::Failure;
+
+/// Nothing could be found out.
+pub(super) fn unknown(failure: &Failure) -> MigrationPrediction {
+    MigrationPrediction {
+        unknown: Some(failure.chain()),
+        ..MigrationPrediction::default()
+    }
+}
+
+/// The word for scripts.
+pub(super) fn end(end: End) -> &'static str {
+    match end {
+        End::Whole => "whole",
+        End::Late => "late",
+        End::Paused => "paused",
+        End::Never => "never",
+    }
+}
+
+/// What is expected.
+pub(super) fn expected(prediction: &Prediction, wanted: &Wanted) -> String {
+    let comes_to = format!(
+        "{} in all, {} sent in {}, a blackout of {}",
+        time(prediction.total),
+        megabytes(prediction.bytes as f64),
+        rounds(prediction.rounds),
+        time(prediction.blackout)
+    );
+    let throttled = match prediction.throttle {
+        0 => String::new(),
+        percent => format!(", vCPUs kept from running for {percent} % of the time"),
+    };
+    match prediction.end {
+        End::Whole => format!("expected: {comes_to}{throttled}"),
+        End::Late => format!(
+            "expected: {comes_to}; then {} come late, within {}",
+            megabytes(prediction.late_bytes as f64),
+            time(prediction.late)
+        ),
+        End::Paused => format!("expected: its time is up, and it stands still for what is left: {comes_to}{throttled}"),
+        End::Never => format!(
+            "not expected to end: it would be given up after {}. {}",
+            time(wanted.terms.timeout),
+            prediction.words
+        ),
+    }
+}
+
+/// What would help, as arguments.
+pub(super) fn remedies(remedies: &Remedies) -> Vec<PredictedRemedy> {
+    let remedy = |argument: String, words: String| PredictedRemedy { argument, words };
+    let mut told = Vec::new();
+    if let Some(max_downtime) = remedies.max_downtime {
+        let ms = max_downtime.as_secs_f64() * 1e3;
+        told.push(remedy(
+            format!("--max-downtime {}ms", ms.ceil()),
+            "the shortest blackout in which what is left could be sent, and some more".to_owned(),
+        ));
+    }
+    if let Some(rate) = remedies.bytes_per_second {
+        told.push(remedy(
+            format!("--bandwidth {}Mbit", (rate * 8.0 / 1e6).ceil()),
+            "on a link that carries as much".to_owned(),
+        ));
+    }
+    if let Some(throttled) = &remedies.auto_converge {
+        let words = format!(
+            "vCPUs kept from running for {} % of the time in the end: {} in all, a blackout of {}",
+            throttled.throttle,
+            time(throttled.total),
+            time(throttled.blackout)
+        );
+        told.push(remedy("--auto-converge".to_owned(), words));
+    }
+    if let Some(late) = &remedies.hybrid {
+        let words = format!(
+            "{} until it runs there, a blackout of {}, and {} come late",
+            time(late.total),
+            time(late.blackout),
+            megabytes(late.late_bytes as f64)
+        );
+        told.push(remedy("--mode hybrid".to_owned(), words));
+    }
+    told
+}
+
+fn rounds(count: u32) -> String {
+    match count {
+        1 => "1 round".to_owned(),
+        count => format!("{count} rounds"),
+    }
+}
+
+fn time(time: Duration) -> String {
+    match time.as_secs_f64() {
+        seconds if seconds < 1.0 => format!("{:.1} ms", seconds * 1e3),
+        seconds => format!("{seconds:.1} s"),
+    }
+}
+
+fn megabytes(bytes: f64) -> String {
+    format!("{:.1} MB", bytes / 1e6)
+}
