@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use ferry_tests::witness::Beat as WitnessBeat;
-use ferry_tests::{Guest, Pair, Witness, until};
+use ferry_tests::{Guest, Witness, until};
 
 use super::console::{Beat, compare};
 use super::workload::Workload;
-use super::{BEATS_AFTER, BEATS_BEFORE, Measured, Sample, warm};
+use super::{BEATS_AFTER, BEATS_BEFORE, Measured, Sample, two_hosts, warm};
 use crate::workspace;
 
 /// The release build of `ferry`.
@@ -53,7 +53,7 @@ impl Binary {
         measured: Measured,
         further: &[&str],
     ) -> Result<Sample> {
-        let mut pair = Pair::prepare_with(&self.file)?;
+        let mut pair = two_hosts(&self.file)?;
         pair.a.start()?;
         pair.b.start()?;
         let guest = Guest::new("g")

@@ -1,7 +1,7 @@
 //! `cargo xtask bench`: Ferry's benchmark, and the same guest and workload in a peer, in turn in one run: migrations, with `--devices`
 //! disks and network cards, with `--linux` what a guest with an operating system costs, with `--control` the control plane.
 //!
-//! One Ferry run, one run of each of the peer's modes, the next Ferry run: what disturbs the host then disturbs all alike.
+//! One run of each contender, then the next round, which another one begins: what disturbs the host then disturbs all alike.
 //! Two runs an hour apart compare nothing.
 
 mod clock;
@@ -16,11 +16,12 @@ mod table;
 mod workload;
 
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
+use ferry_tests::Pair;
 use ferry_vmm::measuring::{CpuMeter, warm_host_memory};
 use serde_json::{Value, json};
 
@@ -184,6 +185,16 @@ impl Turns {
     fn all(&self) -> impl Iterator<Item = &Contender> {
         self.contenders.iter().chain([&self.over_grpc, &self.limit])
     }
+
+    /// Whose turn this is, as [`Bench`] counts them.
+    fn of(&mut self, turn: usize) -> &mut Contender {
+        let peers = self.contenders.len();
+        match turn {
+            _ if turn < peers => &mut self.contenders[turn],
+            _ if turn == peers => &mut self.over_grpc,
+            _ => &mut self.limit,
+        }
+    }
 }
 
 /// As `ferry migrate` has it.
@@ -196,30 +207,59 @@ fn measure(workload: &Workload, options: &Options, ferry: &ferry::Binary) -> Res
     };
     let mut contenders = vec![Contender::new("ferry")];
     contenders.extend(modes.iter().map(|mode| Contender::new(mode.name())));
-    let (mut over_grpc, mut limit) = (Contender::new("ferry over gRPC"), Contender::new("raw copy"));
-    let tsc_khz = clock::tsc_khz()?;
+    let mut turns = Turns {
+        contenders,
+        over_grpc: Contender::new("ferry over gRPC"),
+        limit: Contender::new("raw copy"),
+    };
+    let bench = Bench {
+        workload,
+        ferry,
+        modes,
+        tsc_khz: clock::tsc_khz()?,
+    };
     for round in 1..=options.runs {
         eprintln!("{}: run {round} of {}", workload.name, options.runs);
-        contenders[0].add(ferry.run(workload, tsc_khz, Measured::Time, &[]));
-        for (mode, contender) in modes.iter().zip(&mut contenders[1..]) {
-            contender.add(qemu::run(*mode, workload, tsc_khz, Measured::Time));
+        for turn in in_turn(modes.len() + 3, round) {
+            let sample = bench.run(turn, Measured::Time);
+            turns.of(turn).add(sample);
         }
-        over_grpc.add(ferry.run(workload, tsc_khz, Measured::Time, &OVER_GRPC));
-        limit.add(raw::run(workload));
     }
     eprintln!("{}: processor time", workload.name);
-    for _ in 0..PROCESSOR_RUNS.min(options.runs) {
-        contenders[0].add_processor_time(ferry.run(workload, tsc_khz, Measured::Processor, &[]));
-        for (mode, contender) in modes.iter().zip(&mut contenders[1..]) {
-            contender.add_processor_time(qemu::run(*mode, workload, tsc_khz, Measured::Processor));
+    for round in 1..=PROCESSOR_RUNS.min(options.runs) {
+        // All but the raw copy, which is the last one.
+        for turn in in_turn(modes.len() + 2, round) {
+            let sample = bench.run(turn, Measured::Processor);
+            turns.of(turn).add_processor_time(sample);
         }
-        over_grpc.add_processor_time(ferry.run(workload, tsc_khz, Measured::Processor, &OVER_GRPC));
     }
-    Ok(Turns {
-        contenders,
-        over_grpc,
-        limit,
-    })
+    Ok(turns)
+}
+
+/// The order of a round: another one is first in each, so that nobody always comes after the same one, into memory and caches as that left them.
+fn in_turn(count: usize, round: u32) -> impl Iterator<Item = usize> {
+    let first = round as usize - 1;
+    (0..count).map(move |turn| (first + turn) % count)
+}
+
+/// What a round consists of, by number: Ferry, the peer's modes, Ferry over gRPC, the raw copy.
+struct Bench<'a> {
+    workload: &'a Workload,
+    ferry: &'a ferry::Binary,
+    modes: &'a [qemu::Mode],
+    tsc_khz: u64,
+}
+
+impl Bench<'_> {
+    fn run(&self, turn: usize, measured: Measured) -> Result<Sample> {
+        let Self { workload, tsc_khz, .. } = *self;
+        match turn.checked_sub(1) {
+            None => self.ferry.run(workload, tsc_khz, measured, &[]),
+            Some(mode) if mode < self.modes.len() => qemu::run(self.modes[mode], workload, tsc_khz, measured),
+            Some(after) if after == self.modes.len() => self.ferry.run(workload, tsc_khz, measured, &OVER_GRPC),
+            Some(_) => raw::run(workload),
+        }
+    }
 }
 
 /// Has the host back as much memory as the destination will use, right before a move: on a nested host the first touch
@@ -232,6 +272,14 @@ fn warm(workload: &Workload) -> Result<()> {
 
 /// What the receiving process and sockets use, and what a populated block has more than its guest touched.
 const WARM_BESIDE_GUEST_MIB: u64 = 512;
+
+/// Two hosts whose moves are as a user gets them who asks for nothing. Tests have what moves compared; that costs, and the peers compare nothing.
+/// Its price is what `ferry bench --verify` tells.
+fn two_hosts(ferry: &Path) -> Result<Pair> {
+    let mut pair = Pair::prepare_with(ferry)?;
+    pair.verifies = false;
+    Ok(pair)
+}
 
 /// Heartbeats before and after a move: enough that some are read without delay.
 const BEATS_BEFORE: usize = 60;

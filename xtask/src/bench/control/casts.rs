@@ -17,6 +17,7 @@ use tokio::task::JoinSet;
 
 use super::agent::{Agent, fsyncs, ms, pss_mib};
 use super::{Figure, median, quantile};
+use crate::bench::two_hosts;
 
 const AT_ONCE: usize = 200;
 /// Casts one after the other before that, each of which finds an idle agent.
@@ -27,7 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(1200);
 const MEMORY: f64 = 100.0;
 
 pub(super) fn measure(ferry: &Path) -> Result<Vec<Figure>> {
-    let mut pair = Pair::prepare_with(ferry)?;
+    let mut pair = two_hosts(ferry)?;
     for host in [&mut pair.a, &mut pair.b] {
         // Small, paused guests; what they claim is not what is measured.
         host.arguments

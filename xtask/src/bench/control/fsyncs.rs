@@ -11,10 +11,11 @@ use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
-use ferry_tests::{Guest, Pair, process, until};
+use ferry_tests::{Guest, process, until};
 use rustix::process::Signal;
 
 use super::Figure;
+use crate::bench::two_hosts;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -26,7 +27,7 @@ pub(super) fn measure(ferry: &Path) -> Result<Vec<Figure>> {
         eprintln!("fsyncs: strace is not installed, they are not counted");
         return Ok(Vec::new());
     }
-    let mut pair = Pair::prepare_with(ferry)?;
+    let mut pair = two_hosts(ferry)?;
     let gate = pair.folder().join("gate.sock");
     let passages = listen(&gate)?;
     for host in [&mut pair.a, &mut pair.b] {

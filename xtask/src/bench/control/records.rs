@@ -11,12 +11,13 @@ use tokio::runtime::Runtime;
 
 use super::agent::{Agent, ms};
 use super::{Figure, median};
+use crate::bench::two_hosts;
 
 const RECORDS: usize = 5000;
 const RUNS: usize = 11;
 
 pub(super) fn measure(ferry: &Path) -> Result<Vec<Figure>> {
-    let mut pair = Pair::prepare_with(ferry)?;
+    let mut pair = two_hosts(ferry)?;
     pair.a.start()?;
     pair.b.start()?;
     pair.run(&Guest::new("g"))?;

@@ -4,18 +4,19 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{Pair, until};
+use ferry_tests::until;
 use tokio::runtime::Runtime;
 
 use super::agent::{Agent, ms};
 use super::{Figure, median};
+use crate::bench::two_hosts;
 
 const VMS: usize = 50;
 const RUNS: usize = 5;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(super) fn measure(ferry: &Path) -> Result<Vec<Figure>> {
-    let mut pair = Pair::prepare_with(ferry)?;
+    let mut pair = two_hosts(ferry)?;
     pair.a.start()?;
     let runtime = Runtime::new()?;
     runtime.block_on(async {

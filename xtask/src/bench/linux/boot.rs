@@ -7,11 +7,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use ferry_linux_guest::CMDLINE;
-use ferry_tests::Pair;
 use ferry_tests::linux::{BOOT, Linux, wait_printed};
 
 use super::Samples;
-use crate::bench::{Options, Peer, ferry, qemu};
+use crate::bench::{Options, Peer, ferry, qemu, two_hosts};
 
 /// What the first process prints first.
 const GREETING: &str = "LINUX ";
@@ -41,7 +40,7 @@ pub(super) fn measure(options: &Options, ferry: &ferry::Binary) -> Result<Vec<Sa
 }
 
 fn ferry_boots(ferry: &ferry::Binary) -> Result<Duration> {
-    let mut pair = Pair::prepare_with(ferry.file())?;
+    let mut pair = two_hosts(ferry.file())?;
     pair.a.start()?;
     let guest = Linux::new("g")?.vcpus(1);
     let began = Instant::now();

@@ -12,7 +12,7 @@ use ferry_tests::{Guest, Pair};
 use rustix::fs::{Advice, fadvise};
 
 use super::Samples;
-use crate::bench::{Options, ferry};
+use crate::bench::{Options, ferry, two_hosts};
 use crate::workspace;
 
 /// Much more than what a disk takes in without writing it.
@@ -61,7 +61,7 @@ impl Places {
     }
 
     fn hosts(&self, ferry: &ferry::Binary) -> Result<Pair> {
-        let mut pair = Pair::prepare_with(ferry.file())?;
+        let mut pair = two_hosts(ferry.file())?;
         pair.a.see(&self.a, &self.both);
         pair.b.see(&self.b, &self.both);
         pair.a.start()?;

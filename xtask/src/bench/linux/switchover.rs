@@ -9,7 +9,7 @@ use ferry_vmm::measuring::warm_host_memory;
 
 use super::Samples;
 use crate::bench::devices::network;
-use crate::bench::{Options, ferry};
+use crate::bench::{Options, ferry, two_hosts};
 
 const BRIDGE: &str = "bench1";
 const DISK_BYTES: u64 = 64 << 20;
@@ -30,7 +30,7 @@ pub(super) fn measure(options: &Options, ferry: &ferry::Binary) -> Result<Vec<Sa
 
 fn moves(options: &Options, ferry: &ferry::Binary) -> Result<Vec<Samples>> {
     // Hosts of its own for each: a guest is told by its console, of which a host has one here.
-    let pairs = GUESTS.map(|_| Pair::prepare_with(ferry.file()));
+    let pairs = GUESTS.map(|_| two_hosts(ferry.file()));
     let mut all = GUESTS.map(|name| Samples::of(name, "ms"));
     let mut running = Vec::new();
     for (has_devices, pair) in [false, true].into_iter().zip(pairs) {
