@@ -45,6 +45,7 @@ mod scenario;
 mod selftest;
 mod silence;
 mod snapshots;
+mod soak;
 mod storage;
 mod upgrades;
 mod verify;
@@ -98,6 +99,7 @@ fn main() -> ExitCode {
         selftest::trials(),
         silence::trials(),
         snapshots::trials(),
+        soak::trials(),
     ];
     libtest_mimic::run(&arguments, trials.into_iter().flatten().collect()).exit_code()
 }

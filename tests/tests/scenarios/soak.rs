@@ -1,0 +1,163 @@
+//! Guests that move to and fro for long, with changing workloads and in changing ways: what agents hold must not grow by it.
+//!
+//! A few moves in every run, 200 with `FERRY_LONG_TESTS=1`. A VMM lives from one move to the next, so what could grow is at the agents: descriptors,
+//! threads, memory.
+
+use std::fs;
+
+use anyhow::{Context, Result, bail, ensure};
+use ferry_tests::{
+    Guest, Host, Pair, Witness, process, until,
+    waiting::{CALL, MOVE},
+};
+use libtest_mimic::Trial;
+
+use crate::scenario::{self, has_nothing, on_kvm};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    on_kvm![guests_that_move_to_and_fro_leave_nothing_at_the_agents]
+}
+
+/// Workload, vCPUs and way of tracking of a lap's guest.
+const WORK: [(&str, u32, &str); 5] = [
+    ("fill=random fill_mib=96 work=uniform work_mib=32 rate=20000", 1, "log"),
+    ("fill=text fill_mib=96 work=hotcold work_mib=32 rate=20000", 2, "ring"),
+    ("fill=zero fill_mib=96 work=sweep work_mib=16 rate=5000", 1, "ring"),
+    ("fill=random fill_mib=192 work=idle", 1, "log"),
+    (
+        "fill=random fill_mib=32 work=uniform work_mib=64 rate=100000",
+        1,
+        "ring",
+    ),
+];
+
+/// What the moves of a lap are asked for, one after the other and again from the first.
+const WAYS: [&[&str]; 8] = [
+    &[],
+    &["--verify"],
+    &["--streams", "1"],
+    &["--mode", "hybrid"],
+    &["--transport", "grpc"],
+    &["--resume-window", "5s"],
+    &["--mode", "postcopy"],
+    &["--cold"],
+];
+
+fn guests_that_move_to_and_fro_leave_nothing_at_the_agents(pair: &mut Pair) -> Result<()> {
+    let (laps, moves) = if scenario::is_long() { (20, 10) } else { (3, 4) };
+    let mut told = Vec::new();
+    // The first lap fills what is made once: pools of threads, the journal's cache, connections.
+    lap(pair, 0, moves)?;
+    let first = held(pair)?;
+    for number in 1..laps {
+        lap(pair, number, moves)?;
+        let now = held(pair)?;
+        told.push(format!("after {:>3} moves: {now:?}", (number + 1) * moves));
+        println!("{}", told[told.len() - 1]);
+    }
+    let last = held(pair)?;
+    for (before, after) in first.iter().zip(&last) {
+        before.has_not_become(after).with_context(|| told.join("\n"))?;
+    }
+    Ok(())
+}
+
+/// One guest is run, moved this often, and deleted; nothing of it is left.
+fn lap(pair: &Pair, number: usize, moves: usize) -> Result<()> {
+    let (work, vcpus, dirty) = WORK[number % WORK.len()];
+    let work = format!("{work} heartbeat_ms=20");
+    let witness = pair.run(&Guest::new("g").memory_mib(384).work(&work).vcpus(vcpus).dirty(dirty))?;
+    for turn in 0..moves {
+        let hosts = if turn % 2 == 0 {
+            [&pair.a, &pair.b]
+        } else {
+            [&pair.b, &pair.a]
+        };
+        let way = WAYS[(number * moves + turn) % WAYS.len()];
+        moves_on(pair, hosts, way, &witness).with_context(|| format!("lap {number}, move {turn}, {way:?}"))?;
+    }
+    let at = if moves % 2 == 0 { &pair.a } else { &pair.b };
+    at.ferry(&["delete", "g", "--force"])?.exit(0)?;
+    has_nothing(&pair.a)?;
+    has_nothing(&pair.b)
+}
+
+fn moves_on(pair: &Pair, [from, to]: [&Host; 2], way: &[&str], witness: &Witness) -> Result<()> {
+    let words = [&["migrate", "g", "--to", to.name], way].concat();
+    let answer = from.begin(&words)?.wait_for(MOVE)?;
+    answer.exit(0)?.migration()?.is("completed", to.name)?;
+    pair.runs_only_at(to, "g", witness)
+}
+
+/// What one agent holds.
+#[derive(Debug)]
+#[expect(dead_code, reason = "the host's name is there to be printed")]
+struct Held {
+    host: &'static str,
+    descriptors: usize,
+    threads: usize,
+    anonymous_kib: u64,
+}
+
+impl Held {
+    fn of(host: &Host) -> Result<Self> {
+        let id = host.pid().context("the agent is gone")?;
+        let rollup = fs::read_to_string(format!("/proc/{id}/smaps_rollup"))?;
+        let anonymous = rollup.lines().find_map(|line| line.strip_prefix("Pss_Anon:"));
+        let kib = anonymous.and_then(|rest| rest.trim().strip_suffix(" kB"));
+        Ok(Self {
+            host: host.name,
+            descriptors: fs::read_dir(format!("/proc/{id}/fd"))?.count(),
+            threads: process::threads(id).len(),
+            anonymous_kib: kib.context("the kernel tells no Pss_Anon")?.trim().parse()?,
+        })
+    }
+
+    /// Fails if `after` holds more. Threads of a pool come as they are needed, up to its size; memory that was freed stays with the
+    /// allocator, and the journal's cache has a bound that few moves do not reach.
+    fn has_not_become(&self, after: &Self) -> Result<()> {
+        ensure!(
+            after.descriptors <= self.descriptors,
+            "descriptors have become more: {self:?}, {after:?}"
+        );
+        ensure!(
+            after.threads <= self.threads + POOL,
+            "threads have become more: {self:?}, {after:?}"
+        );
+        ensure!(
+            after.anonymous_kib <= self.anonymous_kib + SLACK_KIB,
+            "memory has become more: {self:?}, {after:?}"
+        );
+        Ok(())
+    }
+}
+
+/// Threads for what blocks, which tokio keeps for some seconds.
+const POOL: usize = 8;
+
+/// 16 MiB: the journal's cache may take 2 of it (SQLite's own default), the allocator keeps some; a buffer of 128 KiB that stays from each of 200 moves would be 25.
+const SLACK_KIB: u64 = 16 << 10;
+
+/// What both agents hold once they have settled: connections of a move that is over end by themselves.
+fn held(pair: &Pair) -> Result<[Held; 2]> {
+    let now = || -> Result<[Held; 2]> { Ok([Held::of(&pair.a)?, Held::of(&pair.b)?]) };
+    let mut last = now()?;
+    let mut calm = 0;
+    let settled = until("what agents hold stays the same", CALL, || {
+        let next = now()?;
+        let same = next
+            .iter()
+            .zip(&last)
+            .all(|(next, last)| next.descriptors == last.descriptors);
+        calm = if same { calm + 1 } else { 0 };
+        last = next;
+        Ok((calm >= CALM).then_some(()))
+    });
+    if let Err(error) = settled {
+        bail!("{error:#}: {last:?}");
+    }
+    Ok(last)
+}
+
+/// Looks, 10 ms apart, in which nothing changed.
+const CALM: u32 = 50;
