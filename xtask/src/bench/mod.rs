@@ -5,6 +5,7 @@
 //! Two runs an hour apart compare nothing.
 
 mod clock;
+mod cloud_hypervisor;
 mod console;
 mod control;
 mod devices;
@@ -59,6 +60,48 @@ pub(crate) struct Options {
 enum Peer {
     /// QEMU 10, `-M microvm`.
     Qemu,
+    /// Cloud Hypervisor 51 or later, four connections.
+    CloudHypervisor,
+}
+
+/// One way in which a peer moves the guest.
+#[derive(Clone, Copy, Debug)]
+enum Mode {
+    Qemu(qemu::Mode),
+    CloudHypervisor,
+}
+
+impl Peer {
+    /// Fails if it is not here.
+    fn check(self) -> Result<()> {
+        match self {
+            Self::Qemu => qemu::check(),
+            Self::CloudHypervisor => cloud_hypervisor::check(),
+        }
+    }
+
+    fn modes(self) -> Vec<Mode> {
+        match self {
+            Self::Qemu => qemu::MODES.map(Mode::Qemu).to_vec(),
+            Self::CloudHypervisor => vec![Mode::CloudHypervisor],
+        }
+    }
+}
+
+impl Mode {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Qemu(mode) => mode.name(),
+            Self::CloudHypervisor => cloud_hypervisor::NAME,
+        }
+    }
+
+    fn run(self, workload: &Workload, tsc_khz: u64, measured: Measured) -> Result<Sample> {
+        match self {
+            Self::Qemu(mode) => qemu::run(mode, workload, tsc_khz, measured),
+            Self::CloudHypervisor => cloud_hypervisor::run(workload, tsc_khz, measured),
+        }
+    }
 }
 
 /// What a run is for. Who counts processor time reads it again and again, and disturbs the guest: that is done in runs of its own.
@@ -101,6 +144,9 @@ struct Sample {
 
 /// Builds, warms the memory, runs in turn, prints the table.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    if options.peer == Some(Peer::CloudHypervisor) && (options.devices || options.linux) {
+        bail!("only migrations are compared with Cloud Hypervisor; --devices and --linux know QEMU");
+    }
     if options.devices {
         return devices::run(options);
     }
@@ -118,8 +164,8 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         let names: Vec<_> = workload::ALL.iter().map(|w| w.name).collect();
         bail!("no workload has that in its name; there are {}", names.join(", "));
     }
-    if options.peer == Some(Peer::Qemu) {
-        qemu::check()?;
+    if let Some(peer) = options.peer {
+        peer.check()?;
     }
     let ferry = ferry::build()?;
     if options.peer.is_none() {
@@ -201,10 +247,7 @@ impl Turns {
 const OVER_GRPC: [&str; 2] = ["--transport", "grpc"];
 
 fn measure(workload: &Workload, options: &Options, ferry: &ferry::Binary) -> Result<Turns> {
-    let modes: &[qemu::Mode] = match options.peer {
-        Some(Peer::Qemu) => &qemu::MODES,
-        None => &[],
-    };
+    let modes = options.peer.map(Peer::modes).unwrap_or_default();
     let mut contenders = vec![Contender::new("ferry")];
     contenders.extend(modes.iter().map(|mode| Contender::new(mode.name())));
     let mut turns = Turns {
@@ -215,7 +258,7 @@ fn measure(workload: &Workload, options: &Options, ferry: &ferry::Binary) -> Res
     let bench = Bench {
         workload,
         ferry,
-        modes,
+        modes: &modes,
         tsc_khz: clock::tsc_khz()?,
     };
     for round in 1..=options.runs {
@@ -246,7 +289,7 @@ fn in_turn(count: usize, round: u32) -> impl Iterator<Item = usize> {
 struct Bench<'a> {
     workload: &'a Workload,
     ferry: &'a ferry::Binary,
-    modes: &'a [qemu::Mode],
+    modes: &'a [Mode],
     tsc_khz: u64,
 }
 
@@ -255,7 +298,7 @@ impl Bench<'_> {
         let Self { workload, tsc_khz, .. } = *self;
         match turn.checked_sub(1) {
             None => self.ferry.run(workload, tsc_khz, measured, &[]),
-            Some(mode) if mode < self.modes.len() => qemu::run(self.modes[mode], workload, tsc_khz, measured),
+            Some(mode) if mode < self.modes.len() => self.modes[mode].run(workload, tsc_khz, measured),
             Some(after) if after == self.modes.len() => self.ferry.run(workload, tsc_khz, measured, &OVER_GRPC),
             Some(_) => raw::run(workload),
         }

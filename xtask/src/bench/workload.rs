@@ -28,6 +28,12 @@ pub(super) const ALL: &[Workload] = &[
         work: "fill=random fill_mib=48 work=uniform work_mib=16 rate=100",
     },
     Workload {
+        name: "busy-20k",
+        memory_mib: 2048,
+        touched_mib: 1024,
+        work: "fill=random fill_mib=960 work=uniform work_mib=64 rate=20000",
+    },
+    Workload {
         name: "busy-1g",
         memory_mib: 2048,
         touched_mib: 1024,

@@ -65,7 +65,7 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
 fn measure(row: &Row, options: &Options, host: &Host) -> Vec<Runs> {
     let peers = match options.peer {
         Some(Peer::Qemu) => Contender::peers(row),
-        None => &[],
+        Some(Peer::CloudHypervisor) | None => &[],
     };
     let contenders = [&[Contender::Ferry], peers].concat();
     let mut all: Vec<_> = contenders.iter().copied().map(Runs::of).collect();
