@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::doctor::fsync_latency;
 use super::failure::{Exit, Failure, Outcome};
-use super::lab::{GuestPlan, Lab, Move, MoveOrder, ProbeGuest, in_a_lab};
+use super::lab::{GuestPlan, Lab, Move, MoveOrder, ProbeGuest, Stretch, in_a_lab};
 use super::output::{self, Format, human_bytes, human_count, human_ms, note};
 use super::progress::{Progress, blackout, rounds, sums};
 use super::terminal::LiveLine;
@@ -147,6 +147,13 @@ fn account(moved: &Move) -> String {
         "the guest itself saw a gap of {} at most; a reader of its heartbeats (one each {HEARTBEAT_MS} ms) waited {} at most",
         human_ms(moved.guest_gap_ms),
         human_ms(moved.reader_gap_ms),
+    ));
+    let per_second = |stretch: Stretch| human_count(stretch.page_writes_per_s.round() as u64);
+    lines.push(format!(
+        "it wrote {} pages a second before, {} while it was moved, {} after",
+        per_second(moved.felt.before),
+        per_second(moved.felt.during),
+        per_second(moved.felt.after),
     ));
     lines.push(check(
         moved.heartbeats_missing == 0 && moved.heartbeats_doubled == 0,

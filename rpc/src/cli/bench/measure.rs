@@ -106,6 +106,8 @@ async fn timed_move(
     // Before memory is touched: what is free for two seconds goes back.
     let predicted = lab.predict(guest, order, SAMPLE).await?;
     warm(touched_bytes)?;
+    // What the guest gets done before the move is not what it got done beside all this.
+    sleep(CALM).await;
     stays.close(guest, order.source);
     let meter = CpuMeter::start([lab.agent_pid(0), lab.agent_pid(1)]);
     let mut over = None;
@@ -208,5 +210,7 @@ impl Teller {
 const SAMPLE: Duration = Duration::from_millis(1000);
 /// How long the guest is listened to between two moves: its clock is read a hundred times.
 const STAY: Duration = Duration::from_millis(1000);
+/// How long the guest is left alone before a move, so that it tells what it gets done undisturbed. Memory that was touched stays for longer than that.
+const CALM: Duration = Duration::from_millis(600);
 /// VMMs, agents and the kernel's own.
 const SLACK: u64 = 512 << 20;

@@ -43,6 +43,12 @@ pub(super) struct Figures {
     blackout_upper_bound_ms: Option<f64>,
     guest_gap_ms: Option<f64>,
     reader_gap_ms: Option<f64>,
+    /// Page writes a second, by the guest's clock: in the half second before the order, while it was moved, and after.
+    work_before_per_s: Option<f64>,
+    work_during_per_s: Option<f64>,
+    work_after_per_s: Option<f64>,
+    /// The part of its work that it did not get done while it was moved; unknown of a guest that writes nothing.
+    slowdown: Option<f64>,
     bytes_sent: Option<f64>,
     throughput_bytes_per_s: Option<f64>,
     rounds: Option<f64>,
@@ -113,6 +119,10 @@ impl Figures {
             blackout_upper_bound_ms: median(&all(&|run| Some(downtime(run)?.upper_bound))),
             guest_gap_ms: median(&guest_gap),
             reader_gap_ms: median(&all(&|run| Some(run.moved.reader_gap_ms))),
+            work_before_per_s: median(&all(&|run| Some(run.moved.felt.before.page_writes_per_s))),
+            work_during_per_s: median(&all(&|run| Some(run.moved.felt.during.page_writes_per_s))),
+            work_after_per_s: median(&all(&|run| Some(run.moved.felt.after.page_writes_per_s))),
+            slowdown: median(&all(&|run| run.moved.felt.slowdown)),
             bytes_sent: median(&bytes),
             throughput_bytes_per_s: median(&all(&|run| run.moved.migration.throughput_bytes_per_s)),
             rounds: median(&all(&|run| Some(run.moved.migration.rounds.len() as f64))),
@@ -178,6 +188,7 @@ pub(super) fn table(all: &[Figures]) -> String {
         ">BLACKOUT",
         ">GUEST SAW",
         ">READER SAW",
+        ">SLOWDOWN",
         ">SENT",
         ">THROUGHPUT",
         ">CPU SRC",
@@ -196,6 +207,7 @@ pub(super) fn table(all: &[Figures]) -> String {
             or_dash(figures.blackout_ms.map(human_ms)),
             or_dash(figures.guest_gap_ms.map(human_ms)),
             or_dash(figures.reader_gap_ms.map(human_ms)),
+            or_dash(figures.slowdown.map(|part| format!("{:.0} %", part * 100.0))),
             or_dash(figures.bytes_sent.map(|bytes| human_bytes(bytes as u64))),
             or_dash(figures.throughput_bytes_per_s.map(human_rate)),
             or_dash(figures.cpu_source_s_per_gib.map(|seconds| format!("{seconds:.2}"))),
@@ -238,7 +250,7 @@ const LEAST_SENT: u64 = 256 << 20;
 
 const LEGEND: &str = "
 Medians. BLACKOUT is what the agents report, GUEST SAW the largest gap between two looks at the guest's own clock, READER SAW the longest wait for a
-heartbeat (one each 20 ms). CPU is seconds for each GiB sent, of agent and VMM without vCPU threads. VMM is its PSS without guest memory, idle, and
+heartbeat (one each 20 ms), SLOWDOWN the part of its page writes that the guest did not get done while it was moved, against the half second before. CPU is seconds for each GiB sent, of agent and VMM without vCPU threads. VMM is its PSS without guest memory, idle, and
 the largest while migrating. CLOCK is how far the guest's clock is ahead of the host's after a
 move, against before it, and how well that can be told from when its heartbeats are read.";
 

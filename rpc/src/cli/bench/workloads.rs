@@ -61,7 +61,7 @@ pub(super) fn chosen(names: &[String]) -> Result<Vec<Workload>, String> {
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
-const ALL: [Workload; 6] = [
+const ALL: [Workload; 7] = [
     Workload {
         name: "idle-random-1g",
         description: "1 GiB of random data, 100 page writes a second",
@@ -115,6 +115,15 @@ const ALL: [Workload; 6] = [
         dirty: "log",
         cmdline: "fill=random fill_mib=512 work=hotcold work_mib=256 rate=100000 heartbeat_ms=20",
         touched_bytes: 768 * MIB,
+    },
+    Workload {
+        name: "full-speed",
+        description: "512 MiB of random data, page writes as fast as they go into 16 MiB",
+        memory_bytes: GIB,
+        vcpus: 1,
+        dirty: "log",
+        cmdline: "fill=random fill_mib=512 work=uniform work_mib=16 rate=max heartbeat_ms=20",
+        touched_bytes: 528 * MIB,
     },
 ];
 

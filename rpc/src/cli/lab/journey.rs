@@ -9,6 +9,7 @@ use tokio::time::sleep;
 use super::super::failure::{Exit, Failure};
 use super::super::progress::whereabouts;
 use super::super::{migrate, watch};
+use super::felt::Felt;
 use super::hosts::{Lab, ProbeGuest};
 use super::record::{Beat, Span};
 use crate::agent::Transport;
@@ -39,6 +40,8 @@ pub(in crate::cli) struct Move {
     pub(in crate::cli) migration: MigrationInfo,
     /// The largest gap that the guest itself saw between two looks at its clock.
     pub(in crate::cli) guest_gap_ms: f64,
+    /// What it got done, and its gaps, before, meanwhile and after.
+    pub(in crate::cli) felt: Felt,
     /// The longest that the reader of its heartbeats waited for one.
     pub(in crate::cli) reader_gap_ms: f64,
     /// Heartbeats read, from the last one before the move on.
@@ -116,7 +119,7 @@ impl Lab {
         let migration = self.migrate(guest, order, observe).await?;
         let destination = order.destination();
         let landed = |record: &super::record::Record| record.since(before.heartbeat.seq, destination).nth(1).copied();
-        guest.record.until(SILENCE, landed).await.ok_or_else(silent)?;
+        let landed = guest.record.until(SILENCE, landed).await.ok_or_else(silent)?;
         sleep(order.listen).await;
 
         let (runners, vmm_processes) = self.settled_runners().await?;
@@ -126,8 +129,10 @@ impl Lab {
         let span = record
             .span(before.heartbeat.seq, last.heartbeat.seq)
             .ok_or_else(silent)?;
+        let felt = Felt::of(&record, before.heartbeat.seq, landed.heartbeat.seq).ok_or_else(silent)?;
         Ok(Move {
             migration,
+            felt,
             guest_gap_ms: span.guest_gap.as_secs_f64() * 1000.0,
             reader_gap_ms: span.reader_gap.as_secs_f64() * 1000.0,
             heartbeats: span.heartbeats,
@@ -286,7 +291,13 @@ const SILENCE: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
 mod tests {
+    use super::super::felt::Stretch;
     use super::*;
+
+    const CALM: Stretch = Stretch {
+        page_writes_per_s: 1.0,
+        guest_gap_ms: 1.0,
+    };
 
     fn clean() -> Move {
         Move {
@@ -295,6 +306,12 @@ mod tests {
                 ..Default::default()
             },
             guest_gap_ms: 1.0,
+            felt: Felt {
+                before: CALM,
+                during: CALM,
+                after: CALM,
+                slowdown: Some(0.0),
+            },
             reader_gap_ms: 1.0,
             heartbeats: 10,
             heartbeats_missing: 0,

@@ -4,6 +4,7 @@
 //! however the work ends. Every figure is measured: by the agents, by the guest (in its heartbeats), or by the reader of
 //! its heartbeats here.
 
+mod felt;
 mod gate;
 mod hosts;
 mod journey;
@@ -18,6 +19,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::failure::{Exit, Failure};
 
+pub(super) use self::felt::Stretch;
 pub(super) use self::gate::Gate;
 pub(super) use self::hosts::{Lab, ProbeGuest};
 pub(super) use self::journey::{Move, MoveOrder};
