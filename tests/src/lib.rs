@@ -15,6 +15,7 @@ pub mod hanging;
 pub mod host;
 pub mod intrusion;
 pub mod linux;
+pub mod memory_limit;
 pub mod messages;
 pub mod pair;
 pub mod process;

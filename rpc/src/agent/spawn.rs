@@ -245,8 +245,11 @@ fn short_path(socket: &Path) -> io::Result<(OwnedFd, PathBuf)> {
 /// How a VMM's process ended. It never ends by itself, so somebody, or something, did that.
 fn told(status: ExitStatus) -> String {
     let how = format!("the VMM died ({status})");
-    if status.signal() == Some(Signal::SYS.as_raw()) {
+    let of = |signal: Signal| status.signal() == Some(signal.as_raw());
+    if of(Signal::SYS) {
         how + ": it made a system call that its jail forbids; the kernel's log names the call"
+    } else if of(Signal::KILL) {
+        how + ": somebody killed it, or the kernel did because memory ran out; then its log says so"
     } else {
         how
     }
@@ -341,6 +344,13 @@ mod tests {
     fn a_forbidden_system_call_is_told_apart() {
         let words = told(ExitStatus::from_raw(Signal::SYS.as_raw()));
         assert!(words.contains("SIGSYS") && words.contains("jail"), "{words}");
-        assert_eq!(told(ExitStatus::from_raw(9)), "the VMM died (signal: 9 (SIGKILL))");
+        let words = told(ExitStatus::from_raw(Signal::TERM.as_raw()));
+        assert_eq!(words, "the VMM died (signal: 15 (SIGTERM))");
+    }
+
+    #[test]
+    fn what_a_host_without_memory_does_is_hinted_at() {
+        let words = told(ExitStatus::from_raw(Signal::KILL.as_raw()));
+        assert!(words.contains("SIGKILL") && words.contains("memory ran out"), "{words}");
     }
 }

@@ -1,6 +1,7 @@
 //! Things break before GO: the guest runs on at the source, unless its own VMM was what died.
 
 use anyhow::{Result, ensure};
+use ferry_tests::memory_limit::MemoryLimit;
 use ferry_tests::{Guest, Pair, Witness, process, until, waiting::MOVE};
 use libtest_mimic::Trial;
 use rustix::process::Signal;
@@ -13,6 +14,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_destination_that_is_down_is_named,
         a_destination_that_has_the_name_already_refuses,
         a_destination_vmm_killed_in_mid_stream_leaves_the_guest_at_the_source,
+        a_destination_that_runs_out_of_memory_leaves_the_guest_at_the_source,
         a_stalled_destination_vmm_leaves_the_guest_at_the_source,
         a_stalled_destination_agent_leaves_the_guest_at_the_source,
         a_stalled_source_agent_leaves_one_guest,
@@ -62,6 +64,20 @@ fn a_destination_vmm_killed_in_mid_stream_leaves_the_guest_at_the_source(pair: &
     process::signal(pair.b.vmm()?, Signal::KILL)?;
 
     fails_at_the_source(pair, &id, &witness)
+}
+
+/// The kernel ends who asks for more than there is, in the middle of populating.
+fn a_destination_that_runs_out_of_memory_leaves_the_guest_at_the_source(pair: &mut Pair) -> Result<()> {
+    expect_a_lost_peer(pair);
+    let witness = pair.run(&Guest::new("g").work(WORK))?;
+    let id = begin_slow(pair)?;
+
+    let _limit = MemoryLimit::of(pair.b.vmm()?, 4 << 20)?;
+
+    fails_at_the_source(pair, &id, &witness)?;
+    let told = pair.a.ferry(&["migration", "show", &id])?.exit(0)?.migration()?;
+    ensure!(told.text("error")?.contains("memory"), "{}", told.record);
+    Ok(())
 }
 
 fn a_stalled_destination_vmm_leaves_the_guest_at_the_source(pair: &mut Pair) -> Result<()> {
