@@ -296,6 +296,8 @@ impl Stage {
             Fault::Lose => self.gate.say(Word::Lose),
             Fault::Double => self.gate.say(Word::Double),
             Fault::Delay => {
+                // An answer of VMM A that is late keeps those behind it: the agent waits as above.
+                self.pair.expect_complaint("the VMM does not wind the migration up");
                 thread::sleep(LATE);
                 self.gate.say(Word::Go);
             }
