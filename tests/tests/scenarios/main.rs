@@ -19,6 +19,9 @@ mod events;
 mod faults;
 mod fields;
 mod foreign;
+#[expect(dead_code, reason = "the matrix asks more of it")]
+#[path = "../matrix/gate.rs"]
+mod gate;
 mod hanging;
 mod hostile;
 mod jail;
@@ -31,6 +34,7 @@ mod linux_stop;
 mod memory;
 mod moves;
 mod networks;
+mod onward;
 mod placement;
 mod postcopy;
 mod prediction;
@@ -77,6 +81,7 @@ fn main() -> ExitCode {
         events::trials(),
         aborts::trials(),
         queue::trials(),
+        onward::trials(),
         cold::trials(),
         convergence::trials(),
         postcopy::trials(),
