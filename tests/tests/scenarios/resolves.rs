@@ -108,7 +108,8 @@ fn a_guest_resolved_at_the_destination_boots_anew_and_the_source_destroys_its_co
 
     witness.wait_ready_times(2)?;
     let shown = pair.b.wait_for_status("g", "running")?;
-    ensure!(shown["epoch"] == 3, "{shown}");
+    // It ran under 2. What A could come to meanwhile is left out.
+    ensure!(shown["epoch"].as_u64().is_some_and(|epoch| epoch > 1000), "{shown}");
     pair.a.start()?;
     has_nothing(&pair.a)?;
     witness.wait_for_beats_at("b", 5)?;
