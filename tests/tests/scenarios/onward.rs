@@ -1,9 +1,13 @@
 //! A guest that moves on as soon as it has come, and agents that die before they wrote that it came.
 
-use anyhow::{Result, ensure};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
 use ferry_rpc::faults::{Moment, Site, Word};
-use ferry_tests::{Guest, Pair, until, waiting::CALL, waiting::MOVE};
+use ferry_tests::{Guest, Pair, process, until, waiting::CALL, waiting::MOVE};
 use libtest_mimic::Trial;
+use rustix::process::Signal;
 
 use crate::gate::Gate;
 use crate::journal;
@@ -13,6 +17,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     on_kvm![
         an_agent_killed_before_it_wrote_that_a_guest_came_goes_on_with_the_move_that_has_it_since,
         an_agent_killed_before_it_wrote_that_a_guest_came_keeps_the_place_of_the_next_move,
+        an_instance_is_looked_at_while_the_silent_host_that_it_came_from_is_waited_for,
     ]
 }
 
@@ -75,5 +80,40 @@ fn an_agent_killed_before_it_wrote_that_a_guest_came_keeps_the_place_of_the_next
     ensure!(pair.b.show("g")?["task"] == "migrating");
     pair.b.ferry(&["migration", "abort", &onward])?.exit(0)?;
     pair.wait_over(&onward)?.is("cancelled", "b")?;
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+/// A is asked whether it knows that the guest left it, and is silent for as long as a call takes: nothing else is to wait for that.
+fn an_instance_is_looked_at_while_the_silent_host_that_it_came_from_is_waited_for(pair: &mut Pair) -> Result<()> {
+    expect_a_lost_peer_and(pair, &["transport", "source", "--fault-gate"]);
+    let gate = Gate::open(pair.folder())?;
+    let flag = ["--fault-gate".to_owned(), gate.socket().display().to_string()];
+    pair.b.arguments.extend(flag);
+    pair.start_third()?;
+    gate.hold(Moment::Before, Site::TellRunning);
+    let witness = pair.run(&Guest::new("g"))?;
+    let moving = pair.begin_migrate("g", &[])?;
+    ensure!(gate.wait_held(MOVE), "agent b does not come to tell its source");
+    let agent = pair.a.pid().context("agent a runs")?;
+    process::signal(agent, Signal::STOP)?;
+
+    let (began, onward) = (
+        Instant::now(),
+        pair.b.begin(&["migrate", "g", "--to", "c", "--detach"])?,
+    );
+    let waiting = thread::spawn(move || onward.wait().map(|answer| (answer, began.elapsed())));
+    let mut longest = Duration::ZERO;
+    while !waiting.is_finished() {
+        let asked = Instant::now();
+        pair.b.ferry(&["show", "g"])?.exit(0)?;
+        longest = longest.max(asked.elapsed());
+    }
+    let (refused, waited) = waiting.join().expect("waiting does not panic")?;
+    refused.exit(4)?.says("has not acknowledged")?;
+    ensure!(longest < waited / 2, "{longest:?} to look, {waited:?} to be refused");
+
+    process::signal(agent, Signal::CONT)?;
+    gate.say(Word::Go);
+    moving.wait()?.exit(0)?;
     pair.runs_only_at(&pair.b, "g", &witness)
 }

@@ -143,6 +143,7 @@ impl Instance {
                 outcome: None,
                 arrival: None,
                 origin: Origin::Settled,
+                doubted: None,
             }),
         }
     }
@@ -164,6 +165,8 @@ pub(crate) struct InstanceState {
     pub(crate) arrival: Option<Arrival>,
     /// What that source said when it was last asked.
     pub(crate) origin: Origin,
+    /// What it was, and why, before it was indeterminate here for that source's silence.
+    pub(crate) doubted: Option<(Status, Option<String>)>,
 }
 
 impl InstanceState {
@@ -242,6 +245,21 @@ impl InstanceState {
             Some(migration) => Err(Failure::Refused(format!(
                 "instance {} cannot {what} before the last page of its memory is here, which migration {migration} brings: wait for that",
                 self.row.spec.name
+            ))),
+        }
+    }
+
+    /// A guest goes on only from a host that is certain to be the only one that has it: its source might come to take the epoch
+    /// that the next host would run it under. That source has been asked ([`Agent::ask_origin`]) before this was locked.
+    ///
+    /// # Errors
+    /// It has not acknowledged yet that the guest came here.
+    pub(crate) fn check_settled(&self) -> Result<(), Failure> {
+        match &self.arrival {
+            None => Ok(()),
+            Some(arrival) => Err(Failure::Refused(format!(
+                "host {}, from which instance {} came, has not acknowledged that yet: it moves on once that host did",
+                arrival.source, self.row.spec.name
             ))),
         }
     }

@@ -133,6 +133,7 @@ impl Agent {
         name: &str,
     ) -> Result<InstanceInfo, Failure> {
         let instance = self.instance(name).await?;
+        context.wait(self.ask_origin(&instance)).await?;
         let mut state = context.wait(instance.state.lock()).await?;
         state.check_idle("start")?;
         if self.instances.by_id(instance.id).is_none() {
