@@ -144,6 +144,7 @@ async fn build(
         instances: Default::default(),
         outgoing: Default::default(),
         incoming: Default::default(),
+        reservations: Default::default(),
         peers,
         probes: Probes::default(),
         queue: Queue::new(config.max_outgoing),

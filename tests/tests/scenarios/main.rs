@@ -5,6 +5,7 @@
 //! `FERRY_LONG_TESTS=1` adds the long matrices.
 
 mod aborts;
+mod admission;
 mod agents;
 mod alphabet;
 mod callers;
@@ -81,6 +82,7 @@ fn main() -> ExitCode {
         events::trials(),
         aborts::trials(),
         queue::trials(),
+        admission::trials(),
         onward::trials(),
         cold::trials(),
         convergence::trials(),

@@ -19,7 +19,7 @@ use super::restarting::policy_of;
 use crate::agent::config::AgentConfig;
 use crate::agent::failure::Failure;
 use crate::agent::images;
-use crate::agent::incoming::IncomingMigrations;
+use crate::agent::incoming::{IncomingMigrations, Reservations};
 use crate::agent::journal::{Arrival, InstanceRow, Journal, Status};
 use crate::agent::mode::Mode;
 use crate::agent::outgoing::{OutgoingMigrations, Queue};
@@ -41,6 +41,8 @@ pub(crate) struct Agent {
     pub(crate) instances: Instances,
     pub(crate) outgoing: OutgoingMigrations,
     pub(crate) incoming: IncomingMigrations,
+    /// What is promised to those that are being prepared.
+    pub(crate) reservations: Reservations,
     pub(crate) peers: Peers,
     /// Who may send bytes here to see how fast they come.
     pub(crate) probes: Probes,
