@@ -176,6 +176,7 @@ impl<'a> Stage<'a> {
             ("storage", _) => text("auto"),
             ("transport", _) => text("grpc"),
             ("rpc_version", _) => text("4.2"),
+            ("reason", _) if method.name == "RecordRefusal" => text("NO_VALID_HOST"),
             ("decision", _) => text("SRC"),
             ("wish", _) => text("run-here"),
             ("confirm", _) => text("g"),
@@ -253,6 +254,7 @@ fn may_answer(method: &Method) -> bool {
             | "LateLink"
             | "PredictMigration"
             | "ProbeLink"
+            | "RecordRefusal"
             | "RollbackLiveMigration"
             | "PostLiveMigration"
     )
