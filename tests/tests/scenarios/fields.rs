@@ -244,6 +244,7 @@ fn may_answer(method: &Method) -> bool {
             | "ListEvents"
             | "ListInstances"
             | "ListMigrations"
+            | "ListMigrationParts"
             | "ShowInstance"
             | "CheckCanLiveMigrateSource"
             | "CheckCanLiveMigrateDestination"
