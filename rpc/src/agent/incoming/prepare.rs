@@ -172,16 +172,18 @@ impl Agent {
         if let Some(reason) = self.incoming.why_buried(id) {
             return Err(Failure::Refused(format!("migration {id} was given up: {reason}")));
         }
-        if self
+        let known = self
             .journal
             .read(move |connection| MigrationRow::find(connection, id))
-            .await?
-            .is_some()
-        {
-            return Err(Failure::Refused(format!(
-                "migration {id} is over on host {}, or not for it",
-                self.host()
-            )));
+            .await?;
+        match known {
+            // It was asked for a moment before, and is in the journal already.
+            Some(row) if row.role == Role::Destination && !row.over => return Err(self.prepares_already(&guest.spec)),
+            Some(_) => {
+                let over = format!("migration {id} is over on host {}, or not for it", self.host());
+                return Err(Failure::Refused(over));
+            }
+            None => {}
         }
         self.clear_the_way(guest.instance).await;
         let reserved = self.reserve(id, guest.instance, &guest.spec).await?;

@@ -91,7 +91,7 @@ impl Agent {
         // Asked again, it is told what was prepared.
         let is_prepared = self.incoming.find(migration).is_some();
         if is_prepared || self.reservations.is_preparing(migration, instance) {
-            return busy(format!("prepares instance {} already", spec.name));
+            return Err(self.prepares_already(spec));
         }
         if self.reservations.count_with(&self.incoming.ids()) >= self.config.max_incoming {
             return busy(format!(
@@ -109,6 +109,12 @@ impl Agent {
             spec: spec.clone(),
         };
         Ok(self.reservations.promise(migration, promise))
+    }
+
+    /// Who asked again before the answer was there is to ask once more.
+    pub(super) fn prepares_already(&self, spec: &InstanceSpec) -> Failure {
+        let why = format!("host {} prepares instance {} already", self.host(), spec.name);
+        Failure::denied(Reason::HostBusy, why)
     }
 }
 
