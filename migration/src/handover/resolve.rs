@@ -6,7 +6,7 @@
 //! | | `--run-here` | `--discard-here` |
 //! | --- | --- | --- |
 //! | at the source | boots the guest anew under max(known) + 1; e + 1 counts as known since ARM | removes the copy |
-//! | at the destination | the same; its guest ran, and crashed with its host | removes it |
+//! | at the destination | boots the guest anew, which ran and crashed with its host, under an epoch that the source cannot come to | removes it |
 //!
 //! Whoever comes back later asks, learns the higher epoch and destroys what it has ([`super::heard`]).
 
@@ -100,12 +100,17 @@ impl Doubt {
         if self.peer == Peer::Answers {
             return Err(NotResolved::PeerAnswers);
         }
-        Ok(match wish {
-            Wish::RunHere => Some(self.known.next()),
-            Wish::DiscardHere => None,
+        Ok(match (wish, self.side) {
+            (Wish::RunHere, Side::Source(_)) => Some(self.known.next()),
+            (Wish::RunHere, Side::Destination) => Some(Epoch(self.known.0.saturating_add(SOURCES_RIGHTS))),
+            (Wish::DiscardHere, _) => None,
         })
     }
 }
+
+/// How many rights the silent source may take meanwhile from what it knows: one by a `resolve` of its own, which it cannot be asked
+/// about, and one each time that its guest is started again. The destination leaves all of them out, so that no epoch is there twice.
+const SOURCES_RIGHTS: u64 = 1 << 16;
 
 #[cfg(test)]
 mod tests {
@@ -126,11 +131,21 @@ mod tests {
             ..DOUBT
         };
         assert_eq!(claimed.resolve(Wish::RunHere), Ok(Some(Epoch(6))));
+    }
+
+    #[test]
+    fn two_persons_who_resolve_on_both_hosts_take_different_epochs() {
         let arrived = Doubt {
             side: Side::Destination,
             ..DOUBT
         };
-        assert_eq!(arrived.resolve(Wish::RunHere), Ok(Some(Epoch(6))));
+        // The source knows e + 1 since ARM, as the destination does since CLAIMED, and starts its guest again and again.
+        let mut source = DOUBT.resolve(Wish::RunHere).unwrap().unwrap();
+        let destination = arrived.resolve(Wish::RunHere).unwrap().unwrap();
+        for _ in 0..1000 {
+            assert!(source < destination);
+            source = source.next();
+        }
     }
 
     #[test]

@@ -36,11 +36,14 @@ impl Agent {
             self.check_destination(&request.destination)?;
         }
         let instance = self.instance(&request.instance).await?;
-        let mut state = instance.state.lock().await;
+        if request.dry_run {
+            self.ask_origin(&instance).await;
+        }
+        let state = instance.state.lock().await;
         let (mode, transport) = (Mode::parse(&request.mode)?, Transport::parse(&request.transport)?);
         let mut refused = state.why_not_migrate(mode);
         if request.dry_run
-            && let Err(unsettled) = self.check_settled(&mut state).await
+            && let Err(unsettled) = state.check_settled()
         {
             refused.push(unsettled);
         }

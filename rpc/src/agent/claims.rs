@@ -85,16 +85,20 @@ impl Agent {
         self.config.allocation.of(host::meminfo("MemTotal"), cpus)
     }
 
-    /// What is claimed here.
+    /// What is claimed here, or promised to those that are being prepared.
     pub(crate) async fn claimed(&self) -> Claims {
         let mut claims = Claims::default();
+        let mut promises = self.reservations.promises();
         for instance in self.instances.all() {
+            promises.retain(|promise| promise.instance != instance.id);
             let state = instance.state.lock().await;
             if !matches!(state.row.status, Status::Stopped | Status::Crashed) {
                 claims = claims.and(&state.row.spec);
             }
         }
-        claims
+        promises
+            .iter()
+            .fold(claims, |claims, promise| claims.and(&promise.spec))
     }
 
     /// Whether an instance that comes here may claim what it needs.

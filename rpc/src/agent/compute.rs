@@ -14,8 +14,8 @@ use ferry_proto::agent::v1::{
     InstanceInfo, InstanceRequest, LateLinkReply, LateLinkRequest, ListEventsReply, ListEventsRequest,
     ListInstancesReply, ListInstancesRequest, LiveMigrationCast, MigrationPrediction, PostLiveMigrationReply,
     PostLiveMigrationRequest, PreLiveMigrationReply, PreLiveMigrationRequest, PredictMigrationRequest, ProbeLinkReply,
-    ProbeLinkRequest, PutImageReply, Receipt, RestoreInstanceRequest, RollbackReply, RollbackRequest,
-    RunInstanceRequest, SnapshotInfo, SnapshotInstanceRequest, StopInstanceRequest,
+    ProbeLinkRequest, PutImageReply, Receipt, RecordRefusalReply, RecordRefusalRequest, RestoreInstanceRequest,
+    RollbackReply, RollbackRequest, RunInstanceRequest, SnapshotInfo, SnapshotInstanceRequest, StopInstanceRequest,
 };
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
@@ -365,6 +365,11 @@ impl Compute for ComputeService {
         let (context, request) = (RequestContext::of_question(&request), request.into_inner());
         // Not whole: whoever hangs up ends the sample.
         answer(self.0.predict_migration(&context, request).await)
+    }
+
+    async fn record_refusal(&self, request: Request<RecordRefusalRequest>) -> Answer<RecordRefusalReply> {
+        let (context, request) = (RequestContext::of(&request), request.into_inner());
+        answer(self.0.refused_elsewhere(&context, request).await)
     }
 
     async fn probe_link(&self, request: Request<ProbeLinkRequest>) -> Answer<ProbeLinkReply> {

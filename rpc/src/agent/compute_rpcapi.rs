@@ -12,7 +12,7 @@ use std::time::Duration;
 use ferry_proto::agent::v1::{
     CheckDestinationReply, CheckDestinationRequest, CheckSourceReply, CheckSourceRequest, HostInfo, LateLinkReply,
     LateLinkRequest, LiveMigrationCast, MigrationOptions, MigrationPrediction, PreLiveMigrationReply,
-    PreLiveMigrationRequest, PredictMigrationRequest, ProbeLinkReply, ProbeLinkRequest, Receipt,
+    PreLiveMigrationRequest, PredictMigrationRequest, ProbeLinkReply, ProbeLinkRequest, Receipt, RecordRefusalRequest,
 };
 use tonic::{Request, Status};
 
@@ -212,6 +212,24 @@ impl ComputeRpcApi {
                     async move { client.probe_link(request).await }
                 })
                 .await
+            }
+        }
+    }
+
+    /// Has this host write down that a migration of an instance of its was refused elsewhere.
+    ///
+    /// # Errors
+    /// The host does not answer, has the instance no more, or is of before.
+    pub(crate) async fn record_refusal(&self, request: RecordRefusalRequest) -> Result<(), Failure> {
+        match &self.to {
+            To::Here(agent) => agent.refused_elsewhere(&self.context, request).await.map(drop),
+            To::There(peer) => {
+                self.check_can_say(peer, Some("a refusal elsewhere"))?;
+                let told = self.call(peer, CALL_TIME, |mut client, version| {
+                    let request = at(version, request.clone());
+                    async move { client.record_refusal(request).await }
+                });
+                told.await.map(drop)
             }
         }
     }

@@ -1,5 +1,8 @@
 //! What a restarted agent finds: instances by their sockets, migrations by the journal.
 
+mod last_rows;
+
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,15 +12,14 @@ use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report;
 use tokio::sync::mpsc::UnboundedReceiver;
 
-use super::backends::storage;
 use super::context::RequestContext;
-use super::events::end_of_migration;
 use super::failure::Failure;
 use super::instances::{Agent, Instance, InstanceState};
 use super::journal::{Arrival, InstanceRow, MigrationRow, Role, Status, interrupt};
 use super::outgoing::now_text;
 use super::vmm_client::Vmm;
 use super::{incoming, outgoing, spawn};
+use last_rows::OfInstance;
 
 /// Finds everything again, before any request is served.
 ///
@@ -34,34 +36,38 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), Failure> {
     }
     let rows = agent.journal.read(InstanceRow::all).await?;
     let unfinished = agent.journal.read(MigrationRow::unfinished).await?;
-    let mut known: Vec<_> = rows.iter().map(|row| row.id).collect();
+    let here: Vec<_> = rows.iter().map(|row| row.id).collect();
     // What serves the last pages of a guest that left is in its folder.
     let serving: Vec<_> = unfinished.iter().filter(|row| row.is_serving()).cloned().collect();
-    known.extend(serving.iter().map(|row| row.instance));
+    let known = [&here[..], &serving.iter().map(|row| row.instance).collect::<Vec<_>>()].concat();
     Agent::remove_orphans(&agent.config.data_dir.join("instances"), &known);
 
     let arrivals = agent.journal.read(Arrival::all).await?;
 
+    let mut written = HashSet::new();
     for row in rows {
-        // One that only waits has begun nothing: its guest is looked for as any other.
-        let migration = unfinished
-            .iter()
-            .find(|migration| migration.instance == row.id && !is_waiting(migration))
-            .cloned();
+        let OfInstance { current, earlier } = OfInstance::new(&row, &unfinished);
+        for migration in earlier {
+            written.insert(migration.id);
+            last_rows::of_one_before(agent, migration).await?;
+        }
         let instance = agent.instances.add(row);
         if let Some(arrival) = arrivals.iter().find(|arrival| arrival.instance == instance.id) {
             let mut state = instance.state.lock().await;
             state.arrival = Some(arrival.clone());
             state.origin = Origin::Unasked;
         }
-        match migration {
+        match current {
             None => find(agent, &instance).await,
+            // It has begun nothing: its guest is looked for as any other.
+            Some(migration) if is_waiting(&migration) => find(agent, &instance).await,
             Some(migration) if migration.role == Role::Source => outgoing::recover(agent, migration, instance).await,
             Some(migration) => incoming::recover(agent, migration, instance).await?,
         }
     }
     // Behind those that are under way, in the order in which they were accepted.
-    for migration in unfinished.iter().filter(|migration| is_waiting(migration)) {
+    let is_left = |migration: &&MigrationRow| is_waiting(migration) && !written.contains(&migration.id);
+    for migration in unfinished.iter().filter(is_left) {
         if let Some(instance) = agent.instances.by_id(migration.instance) {
             outgoing::wait_on(agent, migration.clone(), instance).await;
         }
@@ -69,36 +75,10 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), Failure> {
     for row in serving {
         outgoing::recover_serving(agent, row).await;
     }
-    for mut orphan in unfinished
-        .into_iter()
-        .filter(|migration| !known.contains(&migration.instance))
-    {
-        // The instance left or was removed, and the agent ended before it wrote that the migration was over.
-        orphan.over = true;
-        let arrived_elsewhere = orphan.role == Role::Source && orphan.said.as_deref() == Some("RUNNING");
-        if orphan.role == Role::Destination || arrived_elsewhere {
-            storage::remove(&orphan.info.copied_disks, orphan.instance, agent.host());
-        }
-        if arrived_elsewhere {
-            outgoing::note_completed(&mut orphan.info);
-            orphan.info.guest_location = Some(orphan.peer.clone());
-        } else if orphan.info.ended.is_none() {
-            // Not of one that a person ended: its record says all.
-            orphan.info.status = "failed".to_owned();
-            orphan
-                .info
-                .error
-                .get_or_insert_with(|| "the agent ended during it".to_owned());
-        }
-        orphan.info.ended = Some(now_text());
-        let end = end_of_migration(&agent.context_of(orphan.id).await, &orphan.info, None);
-        agent
-            .journal
-            .write(move |transaction| {
-                orphan.save(transaction)?;
-                end.of_migration(transaction, &orphan.id.to_string())
-            })
-            .await?;
+    // The instance left or was removed, and the agent ended before it wrote that the migration was over.
+    let is_orphan = |migration: &MigrationRow| !here.contains(&migration.instance) && !migration.is_serving();
+    for orphan in unfinished.into_iter().filter(is_orphan) {
+        last_rows::of_one_without_its_instance(agent, orphan).await?;
     }
     // First of all what may be stale: its source is asked at once.
     for arrival in arrivals {

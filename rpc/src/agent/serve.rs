@@ -30,6 +30,7 @@ use super::journal::Journal;
 use super::outgoing::Queue;
 use super::peers::Peers;
 use super::prediction::Probes;
+use super::snapshots::{UNFINISHED, Unfinished};
 use super::transport::{self, StreamsService};
 use super::unread::WithReasons;
 use super::{data_port, health, host, recovery};
@@ -44,6 +45,9 @@ const LAST_CALLS: Duration = Duration::from_secs(1);
 pub async fn serve(config: AgentConfig) -> anyhow::Result<()> {
     config.check()?;
     let _lock = open_data_dir(&config.data_dir)?;
+    let unfinished = Unfinished::of(&config.data_dir.join(UNFINISHED));
+    // Not waited for, and not when the agent ends: they may be on a file system that is slow.
+    thread::spawn(move || unfinished.remove());
     let grpc = bind("--listen", config.listen).await?;
     let data = bind("--data-listen", config.data_listen).await?;
     if config.is_exposed() {
@@ -144,6 +148,7 @@ async fn build(
         instances: Default::default(),
         outgoing: Default::default(),
         incoming: Default::default(),
+        reservations: Default::default(),
         peers,
         probes: Probes::default(),
         queue: Queue::new(config.max_outgoing),

@@ -4,18 +4,19 @@ use std::time::Duration;
 
 use ferry_migration::handover::Wish;
 use ferry_proto::agent::v1::{ListMigrationsRequest, MigrationInfo, MigrationRequest, ResolveRequest, RetuneRequest};
+use tonic::{Code, Status};
 
 use super::arguments::{MigrationVerb, ResolveArguments, RetuneArguments};
 use super::client::{Agent, LONG_PATIENCE, PATIENCE, within};
 use super::failure::{Exit, Failure, Outcome};
 use super::migrate::{self, Show};
-use super::output::Format;
+use super::output::{Format, Listing};
 use super::progress::{account, moment, report, table, whereabouts};
 
 pub(super) async fn run(agent: &Agent, verb: MigrationVerb, format: Format) -> Outcome {
     match verb {
         MigrationVerb::List => {
-            format.many(&all(agent).await?, table)?;
+            list(agent, format).await?;
             Ok(Exit::Done)
         }
         MigrationVerb::Show(identified) => {
@@ -64,18 +65,27 @@ pub(super) async fn show(agent: &Agent, id: &str) -> Result<MigrationInfo, Failu
     Ok(info.into_inner())
 }
 
-async fn all(agent: &Agent) -> Result<Vec<MigrationInfo>, Failure> {
-    let request = within(
-        PATIENCE,
-        ListMigrationsRequest {
-            instance: String::new(),
-        },
-    );
-    let answered = agent.conductor().await?.list_migrations(request).await;
-    Ok(answered
-        .map_err(|status| Failure::of_status("list migrations", &status))?
-        .into_inner()
-        .migrations)
+/// Prints all of them once the last one is here: each part is made ready while the agent is at the next.
+async fn list(agent: &Agent, format: Format) -> Result<(), Failure> {
+    let failed = |status: Status| Failure::of_status("list migrations", &status);
+    let mut conductor = agent.conductor().await?;
+    let all = || within(PATIENCE, ListMigrationsRequest::default());
+    let mut listed = Listing::new(format);
+    match conductor.list_migration_parts(all()).await {
+        Ok(parts) => {
+            let mut parts = parts.into_inner();
+            while let Some(part) = parts.message().await.map_err(failed)? {
+                listed.add(part.migrations)?;
+            }
+        }
+        // An agent of before gives all of them in one message.
+        Err(status) if status.code() == Code::Unimplemented => {
+            let whole = conductor.list_migrations(all()).await.map_err(failed)?;
+            listed.add(whole.into_inner().migrations)?;
+        }
+        Err(status) => return Err(failed(status)),
+    }
+    listed.print(table)
 }
 
 async fn abort(agent: &Agent, id: &str) -> Result<MigrationInfo, Failure> {

@@ -33,6 +33,41 @@ impl Format {
     }
 }
 
+/// A list that comes in parts, and is printed whole: a part of it that was printed would look like all of it.
+#[derive(Debug)]
+pub(super) enum Listing<T> {
+    /// What a table is made of, whose columns are as wide as the widest of all.
+    Human(Vec<T>),
+    /// The lines.
+    Json(Vec<u8>),
+}
+
+impl<T: Serialize> Listing<T> {
+    pub(super) fn new(format: Format) -> Self {
+        match format {
+            Format::Human => Self::Human(Vec::new()),
+            Format::Json => Self::Json(Vec::new()),
+        }
+    }
+
+    /// Takes the next part.
+    pub(super) fn add(&mut self, part: Vec<T>) -> Result<(), Failure> {
+        match self {
+            Self::Human(all) => all.extend(part),
+            Self::Json(lines) => add_json_lines(lines, &part)?,
+        }
+        Ok(())
+    }
+
+    /// Prints all of it.
+    pub(super) fn print(self, table: impl FnOnce(&[T]) -> Table) -> Result<(), Failure> {
+        match self {
+            Self::Human(all) => text(&table(&all).to_string()),
+            Self::Json(lines) => bytes(&lines),
+        }
+    }
+}
+
 /// Prints one object on one line of stdout.
 pub(super) fn json_line<T: Serialize>(value: &T) -> Result<(), Failure> {
     json_lines(std::slice::from_ref(value))
@@ -40,13 +75,18 @@ pub(super) fn json_line<T: Serialize>(value: &T) -> Result<(), Failure> {
 
 /// Prints an object a line, all in one go: there may be thousands.
 fn json_lines<T: Serialize>(values: &[T]) -> Result<(), Failure> {
-    let failed = |error| Failure::new(Exit::Failed, format!("print as JSON: {error}"));
     let mut lines = Vec::new();
+    add_json_lines(&mut lines, values)?;
+    bytes(&lines)
+}
+
+fn add_json_lines<T: Serialize>(lines: &mut Vec<u8>, values: &[T]) -> Result<(), Failure> {
+    let failed = |error| Failure::new(Exit::Failed, format!("print as JSON: {error}"));
     for value in values {
-        serde_json::to_writer(&mut lines, value).map_err(failed)?;
+        serde_json::to_writer(&mut *lines, value).map_err(failed)?;
         lines.push(b'\n');
     }
-    bytes(&lines)
+    Ok(())
 }
 
 /// Prints text on stdout and ends the line.

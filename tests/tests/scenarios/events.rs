@@ -19,6 +19,7 @@ use crate::scenario::{expect_a_lost_peer_and, on_kvm};
 pub(crate) fn trials() -> Vec<Trial> {
     on_kvm![
         both_hosts_tell_of_a_move_under_one_request,
+        what_another_host_refused_is_told_where_the_instance_is,
         a_guest_that_was_deleted_has_events,
         an_action_cut_off_by_its_agents_death_is_interrupted,
         a_migration_goes_on_with_its_event_when_its_agent_comes_back,
@@ -103,6 +104,35 @@ fn both_hosts_tell_of_a_move_under_one_request(pair: &mut Pair) -> Result<()> {
         "host b knows it from host a: {passed_on}"
     );
     pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn what_another_host_refused_is_told_where_the_instance_is(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g"))?;
+
+    pair.b
+        .ferry(&["migrate", "g", "--to", "a", "--request-id", "req-refused"])?
+        .exit(4)?
+        .says("DESTINATION_IS_SOURCE")?;
+
+    let shown = pair.a.show("g")?;
+    let (fault, event) = (&shown["fault"], &shown["events"][0]);
+    ensure!(
+        fault["reason"] == "DESTINATION_IS_SOURCE" && fault["request"] == "req-refused",
+        "{shown}"
+    );
+    ensure!(
+        told(std::slice::from_ref(event)) == [["migrate", "error", "req-refused"]],
+        "{shown}"
+    );
+    ensure!(
+        event["actor"]
+            .as_str()
+            .is_some_and(|actor| actor.starts_with("agent b for ")),
+        "{event}"
+    );
+    let asked = events(&pair.b, "g")?;
+    ensure!(told(&asked)[..] == [["migrate", "error", "req-refused"]], "{asked:?}");
+    pair.runs_only_at(&pair.a, "g", &witness)
 }
 
 fn a_guest_that_was_deleted_has_events(pair: &mut Pair) -> Result<()> {

@@ -176,6 +176,7 @@ impl<'a> Stage<'a> {
             ("storage", _) => text("auto"),
             ("transport", _) => text("grpc"),
             ("rpc_version", _) => text("4.2"),
+            ("reason", _) if method.name == "RecordRefusal" => text("NO_VALID_HOST"),
             ("decision", _) => text("SRC"),
             ("wish", _) => text("run-here"),
             ("confirm", _) => text("g"),
@@ -243,6 +244,7 @@ fn may_answer(method: &Method) -> bool {
             | "ListEvents"
             | "ListInstances"
             | "ListMigrations"
+            | "ListMigrationParts"
             | "ShowInstance"
             | "CheckCanLiveMigrateSource"
             | "CheckCanLiveMigrateDestination"
@@ -253,6 +255,7 @@ fn may_answer(method: &Method) -> bool {
             | "LateLink"
             | "PredictMigration"
             | "ProbeLink"
+            | "RecordRefusal"
             | "RollbackLiveMigration"
             | "PostLiveMigration"
     )

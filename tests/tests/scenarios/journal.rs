@@ -57,6 +57,12 @@ impl Journal {
             == 1)
     }
 
+    /// Whether the migration's row says that it is over.
+    pub(crate) fn is_over(&self, migration: &str) -> Result<bool> {
+        let query = "SELECT over FROM migrations WHERE id = ?1";
+        Ok(self.connection.query_row(query, [migration], |row| row.get(0))?)
+    }
+
     /// The names of its tables.
     pub(crate) fn tables(&self) -> Result<Vec<String>> {
         let query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY name";

@@ -5,6 +5,7 @@
 //! `FERRY_LONG_TESTS=1` adds the long matrices.
 
 mod aborts;
+mod admission;
 mod agents;
 mod alphabet;
 mod callers;
@@ -19,6 +20,9 @@ mod events;
 mod faults;
 mod fields;
 mod foreign;
+#[expect(dead_code, reason = "the matrix asks more of it")]
+#[path = "../matrix/gate.rs"]
+mod gate;
 mod hanging;
 mod hostile;
 mod jail;
@@ -31,6 +35,7 @@ mod linux_stop;
 mod memory;
 mod moves;
 mod networks;
+mod onward;
 mod placement;
 mod postcopy;
 mod prediction;
@@ -78,6 +83,8 @@ fn main() -> ExitCode {
         events::trials(),
         aborts::trials(),
         queue::trials(),
+        admission::trials(),
+        onward::trials(),
         cold::trials(),
         convergence::trials(),
         postcopy::trials(),

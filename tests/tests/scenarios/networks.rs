@@ -119,6 +119,13 @@ fn a_named_tap_is_used_by_one_guest(pair: &mut Pair) -> Result<()> {
         .exit(4)?
         .says("tap lo")?;
 
+    // These two agents are in one network.
+    pair.migrate("g", &[])?
+        .exit(4)?
+        .says("NETWORK")?
+        .says("web0")?
+        .says("one network namespace")?
+        .says("bridge")?;
     pair.a.ferry(&["delete", "g", "--force"])?.exit(0)?;
     // Somebody made it persistent: it is not ours to remove.
     ip(&["link", "show", "web0"])?;

@@ -70,6 +70,10 @@ impl Agent {
     }
 }
 
+/// Who has a tap that an instance is to have here may be that very instance, at its source.
+const SAME_NETWORK: &str = " (if both agents are in one network namespace, the guest has it at its source: a tap by name has one user, a \
+                            card on a bridge moves)";
+
 fn open(spec: &InstanceSpec, whose: Whose, host: &str, allowed: Option<&[PathBuf]>) -> Result<Opened, Failure> {
     let mut opened = Opened::default();
     for disk in &spec.disks {
@@ -85,7 +89,13 @@ fn open(spec: &InstanceSpec, whose: Whose, host: &str, allowed: Option<&[PathBuf
         opened.descriptors.extend(open.lock_file.map(OwnedFd::from));
     }
     for nic in &spec.nics {
-        let refused = |error| Failure::Refused(format!("host {host} failed to {}", crate::error_chain(&error)));
+        let refused = |error| {
+            let advice = match whose.occasion {
+                Occasion::Prepare if nics::is_in_use(&error) => SAME_NETWORK,
+                _ => "",
+            };
+            Failure::Refused(format!("host {host} failed to {}{advice}", crate::error_chain(&error)))
+        };
         let tap = nics::open(nic).map_err(refused)?;
         opened.nics.push(wire::Nic {
             mac: nic.mac.clone(),

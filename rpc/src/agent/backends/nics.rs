@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use ferry_proto::agent::v1::NicSpec;
-use ferry_vmm::{Tap, TapError};
+use ferry_vmm::{Tap, TapError, TapProblem};
 
 /// What a tap on a bridge is called; the kernel puts the first number there that is free. Names are short (15 bytes), and two
 /// agents may share a host, so an instance's name or id would not do.
@@ -28,6 +28,17 @@ pub(super) fn open(nic: &NicSpec) -> Result<OwnedFd, TapError> {
     };
     tap.bring_up()?;
     Ok(tap.into())
+}
+
+/// Whether somebody else has the tap.
+pub(super) fn is_in_use(error: &TapError) -> bool {
+    matches!(
+        error,
+        TapError::Interface {
+            problem: TapProblem::Busy,
+            ..
+        }
+    )
 }
 
 /// Whether an interface can have this name: the kernel's rules (`dev_valid_name`), and no `%`, in whose place it would put

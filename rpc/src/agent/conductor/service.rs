@@ -16,12 +16,13 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
+use super::listing::Parts;
 use crate::agent::compute::whole;
 use crate::agent::context::RequestContext;
 use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
-use crate::agent::journal::{MigrationRow, Report, Role};
+use crate::agent::journal::{MigrationRow, Role};
 use crate::agent::outgoing::{Outgoing, check_retuning};
 use crate::agent::peers::{CALL_TIME, ConductorClient, Peer};
 use crate::agent::steps::{LINK_LOST, SourceStep};
@@ -66,20 +67,18 @@ impl Conductor for ConductorService {
     }
 
     async fn list_migrations(&self, request: Request<ListMigrationsRequest>) -> Answer<ListMigrationsReply> {
-        let wanted = request.into_inner().instance;
-        let reports = self.0.journal.read(MigrationRow::reports).await;
-        let reports = reports.map_err(Failure::from)?;
-        // Tens of milliseconds for thousands: other tasks go elsewhere meanwhile.
-        let read = tokio::task::block_in_place(|| reports.iter().map(Report::read).collect::<Result<Vec<_>, _>>());
-        let read = read.map_err(|source| Failure::Host {
-            what: "failed to read the journal's records of migrations".to_owned(),
-            source: source.into(),
-        })?;
-        let is_wanted = |info: &MigrationInfo| wanted.is_empty() || info.instance == wanted || info.name == wanted;
-        let migrations = read.into_iter().map(|info| self.0.newest(info)).filter(is_wanted);
-        Ok(Response::new(ListMigrationsReply {
-            migrations: migrations.collect(),
-        }))
+        let mut parts = self.0.list_migrations(request.into_inner().instance);
+        let mut all = ListMigrationsReply::default();
+        while let Some(part) = parts.next().await {
+            all.migrations.extend(part?.migrations);
+        }
+        Ok(Response::new(all))
+    }
+
+    type ListMigrationPartsStream = Parts;
+
+    async fn list_migration_parts(&self, request: Request<ListMigrationsRequest>) -> Answer<Parts> {
+        Ok(Response::new(self.0.list_migrations(request.into_inner().instance)))
     }
 
     async fn show_migration(&self, request: Request<MigrationRequest>) -> Answer<MigrationInfo> {
@@ -240,7 +239,7 @@ impl Agent {
     }
 
     /// The record as it stands: the task's, while there is one. One that has ended stands as it was written.
-    fn newest(&self, written: MigrationInfo) -> MigrationInfo {
+    pub(super) fn newest(&self, written: MigrationInfo) -> MigrationInfo {
         let goes_on = written.ended.is_none();
         let id = goes_on.then(|| wire_uuid("migration", &written.id).ok()).flatten();
         match id.and_then(|id| self.outgoing.find(id)) {

@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::scheduler::{self, Candidate, Verdict, Wanted};
 use crate::agent::context::RequestContext;
-use crate::agent::events::{Action, Subject};
+use crate::agent::events::Subject;
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
 use crate::agent::journal::MigrationRow;
@@ -48,9 +48,9 @@ impl Agent {
         if request.dry_run {
             return self.dry_run(context, request, (source, instance)).await;
         }
-        let migrated = self.choose_and_cast(context, request, (source, instance)).await;
+        let migrated = self.choose_and_cast(context, request, (source.clone(), instance)).await;
         if let Err(failure) = &migrated {
-            self.record_failure(context, Action::Migrate, subject, failure).await;
+            self.record_refusal(context, &source, subject, failure).await;
         }
         migrated
     }

@@ -356,7 +356,10 @@ impl Driver {
             drop(state);
             return self.adopted_without_its_pages().await;
         }
-        state.news = None;
+        // One that moves on already has its VMM's news go there.
+        if state.migrating.is_none() {
+            state.news = None;
+        }
         if self.row.status_before() == Status::Stopped {
             // Its machine was only held, and so nothing crashed.
             let reason = format!("it was stopped when it came from host {}", self.row.peer);

@@ -138,6 +138,11 @@ impl IncomingMigrations {
         self.lock().live.len()
     }
 
+    /// Which there are.
+    pub(super) fn ids(&self) -> Vec<Uuid> {
+        self.lock().live.keys().copied().collect()
+    }
+
     pub(super) fn add(&self, incoming: Arc<Incoming>) {
         self.lock().live.insert(incoming.id, incoming);
     }

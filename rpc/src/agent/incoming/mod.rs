@@ -9,8 +9,10 @@ mod handle;
 mod late;
 mod prepare;
 mod reconnecting;
+mod reservations;
 mod undoing;
 
 pub(crate) use driver::recover;
 pub(crate) use handle::{Incoming, IncomingMigrations};
 pub(crate) use prepare::without_disks;
+pub(crate) use reservations::Reservations;

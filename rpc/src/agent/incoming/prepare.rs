@@ -17,12 +17,13 @@ use super::decisions::Part;
 use super::driver::Driver;
 use super::handle::Incoming;
 use super::late::LateSession;
+use super::reservations::Reservation;
 use crate::agent::backends::storage::{self, Coming, Storage};
 use crate::agent::backends::{Occasion, Whose};
 use crate::agent::context::RequestContext;
 use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
-use crate::agent::instances::{Agent, check_incoming};
+use crate::agent::instances::Agent;
 use crate::agent::journal::{InstanceRow, MigrationRow, Role, Status};
 use crate::agent::mode::Mode;
 use crate::agent::outgoing::{MOST_RESUME_WINDOW_MS, MOST_STREAMS, late_streams, now_ms, now_text};
@@ -171,36 +172,21 @@ impl Agent {
         if let Some(reason) = self.incoming.why_buried(id) {
             return Err(Failure::Refused(format!("migration {id} was given up: {reason}")));
         }
-        if self
+        let known = self
             .journal
             .read(move |connection| MigrationRow::find(connection, id))
-            .await?
-            .is_some()
-        {
-            return Err(Failure::Refused(format!(
-                "migration {id} is over on host {}, or not for it",
-                self.host()
-            )));
-        }
-        if self.incoming.count() >= self.config.max_incoming {
-            return Err(Failure::denied(
-                Reason::HostBusy,
-                format!(
-                    "host {} takes {} migrations at the same time",
-                    self.host(),
-                    self.config.max_incoming
-                ),
-            ));
-        }
-        if self.outgoing.has(guest.instance) {
-            return Err(Failure::denied(
-                Reason::HostBusy,
-                format!("host {} still sees the instance off that is to come back", self.host()),
-            ));
+            .await?;
+        match known {
+            // It was asked for a moment before, and is in the journal already.
+            Some(row) if row.role == Role::Destination && !row.over => return Err(self.prepares_already(&guest.spec)),
+            Some(_) => {
+                let over = format!("migration {id} is over on host {}, or not for it", self.host());
+                return Err(Failure::Refused(over));
+            }
+            None => {}
         }
         self.clear_the_way(guest.instance).await;
-        check_incoming(self, guest.instance, &guest.spec).await?;
-        self.check_claim(&guest.spec).await?;
+        let reserved = self.reserve(id, guest.instance, &guest.spec).await?;
         guest.copied_disks = self.plan_storage(&guest.spec, guest.storage, guest.coming()).await?;
         // Before anything is sent here: a disk or a bridge that is missing is the more likely reason to say no.
         drop(
@@ -211,7 +197,7 @@ impl Agent {
         if reply.missing_images.is_empty() {
             reply.copied_disks.clone_from(&guest.copied_disks);
             let hashes = [guest.spec.kernel.clone(), guest.spec.initrd.clone()];
-            match self.prepare(context, guest).await? {
+            match self.prepare(context, guest, reserved).await? {
                 Some(incoming) => reply.secret = incoming.secret.to_vec(),
                 // Another migration of the same kernel was faster to take it.
                 None => reply.missing_images = hashes.into_iter().filter(|hash| !hash.is_empty()).collect(),
@@ -284,6 +270,7 @@ impl Agent {
         self: &Arc<Self>,
         context: &RequestContext,
         guest: Guest,
+        reserved: Reservation,
     ) -> Result<Option<Arc<Incoming>>, Failure> {
         let secret = data_port::random().map_err(Failure::host("failed to make a secret"))?;
         let instance_row = InstanceRow {
@@ -357,6 +344,8 @@ impl Agent {
         state.news = Some(news);
         // Known before it is built, so that giving up is heard meanwhile.
         self.incoming.add(Arc::clone(&incoming));
+        // The row and the handle are what others find from here on.
+        drop(reserved);
         if let Some(reason) = self.incoming.why_buried(guest.migration) {
             incoming.give_up(&reason);
         }

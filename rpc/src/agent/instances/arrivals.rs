@@ -10,10 +10,9 @@ use ferry_migration::handover::{Decision, Epoch, Heard, Origin, PeerCopy, heard}
 use ferry_proto::agent::v1::{PostLiveMigrationReply, PostLiveMigrationRequest};
 use uuid::Uuid;
 
-use super::instance::{Agent, InstanceState};
+use super::instance::{Agent, Instance, InstanceState};
 use crate::agent::context::RequestContext;
 use crate::agent::events::{Action, Subject};
-use crate::agent::failure::Failure;
 use crate::agent::journal::{Arrival, EventEnd, InstanceRow, Status};
 use crate::agent::peers::{CALL_TIME, Call, ComputeClient};
 
@@ -33,6 +32,17 @@ fn copy_of(reply: PostLiveMigrationReply) -> PeerCopy {
         PostLiveMigrationReply { pending: true, .. } => PeerCopy::Pending,
         PostLiveMigrationReply { kept_epoch: 0, .. } => PeerCopy::Nothing,
         PostLiveMigrationReply { kept_epoch, .. } => PeerCopy::Holds(Epoch(kept_epoch)),
+    }
+}
+
+/// What an instance is once its source has said that it has no copy: what it was before, with what is known now.
+fn undoubted(before: Option<(Status, Option<String>)>, source: &str) -> (Status, Option<String>) {
+    match before {
+        Some((Status::Stopped, reason)) => (Status::Stopped, reason),
+        _ => {
+            let reason = format!("it crashed, and host {source} has no copy of it");
+            (Status::Crashed, Some(reason))
+        }
     }
 }
 
@@ -118,50 +128,41 @@ impl Agent {
         }
     }
 
-    /// A guest goes on only from a host that is certain to be the only one that has it: its source might come to take the epoch
-    /// that the next host would run it under.
-    ///
-    /// # Errors
-    /// Its source has not acknowledged yet that it came here.
-    pub(crate) async fn check_settled(&self, state: &mut InstanceState) -> Result<(), Failure> {
-        self.ask_origin(state).await;
-        match &state.arrival {
-            None => Ok(()),
-            Some(arrival) => Err(Failure::Refused(format!(
-                "host {}, from which instance {} came, has not acknowledged that yet: it moves on once that host did",
-                arrival.source, state.row.spec.name
-            ))),
-        }
-    }
-
     /// An instance that is to come here may be here already: a stale copy of it, of which this host has not learned yet.
     pub(crate) async fn clear_the_way(&self, id: Uuid) {
         let Some(instance) = self.instances.by_id(id) else {
             return;
         };
+        self.ask_origin(&instance).await;
         let mut state = instance.state.lock().await;
-        if state.arrival.is_none() {
-            return;
-        }
-        self.ask_origin(&mut state).await;
-        if let Origin::Says(copy) = state.origin
+        if state.arrival.is_some()
+            && let Origin::Says(copy) = state.origin
             && let Heard::Superseded(epoch) = heard(Epoch(state.row.epoch), copy)
         {
             self.destroy_stale(&mut state, epoch).await;
         }
     }
 
-    /// Asks the host that an instance came from, for whoever wants to start it.
-    pub(super) async fn ask_origin(&self, state: &mut InstanceState) {
+    /// Asks the host that an instance came from, if it has not acknowledged that, for whoever wants to start the instance or to move it
+    /// on. That host may be silent: the instance is not locked while it is waited for, and can be looked at.
+    pub(crate) async fn ask_origin(&self, instance: &Instance) {
+        let mut state = instance.state.lock().await;
         let Some(arrival) = state.arrival.clone() else {
             state.origin = Origin::Settled;
             return;
         };
+        drop(state);
         // The host's own affair, whoever has it look.
         let context = RequestContext::agent();
-        match self.tell(&context, &arrival, self.arrived(&arrival)).await {
+        let said = self.tell(&context, &arrival, self.arrived(&arrival)).await;
+        let mut state = instance.state.lock().await;
+        if state.arrival.as_ref() != Some(&arrival) {
+            // It was acknowledged meanwhile, or the copy was destroyed.
+            return;
+        }
+        match said {
             None => state.origin = Origin::Silent,
-            Some(PeerCopy::Nothing) => drop(self.settled(state, &arrival).await),
+            Some(PeerCopy::Nothing) => drop(self.settled(&mut state, &arrival).await),
             Some(copy) => state.origin = Origin::Says(copy),
         }
     }
@@ -175,8 +176,7 @@ impl Agent {
         state.arrival = None;
         state.origin = Origin::Settled;
         if state.row.status == Status::Indeterminate && state.migrating.is_none() {
-            state.row.status = Status::Crashed;
-            state.row.reason = Some(format!("it crashed, and host {} has no copy of it", arrival.source));
+            (state.row.status, state.row.reason) = undoubted(state.doubted.take(), &arrival.source);
             if let Err(failure) = self.save(&state.row).await {
                 tracing::error!(
                     error = failure.chain(),
@@ -248,6 +248,16 @@ impl Agent {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_that_was_stopped_before_the_doubt_is_stopped_after_it() {
+        let reason = Some("it was stopped when it came from host a".to_owned());
+        let stopped = undoubted(Some((Status::Stopped, reason.clone())), "a");
+        assert_eq!(stopped, (Status::Stopped, reason));
+        let (status, reason) = undoubted(Some((Status::Crashed, None)), "a");
+        assert_eq!(status, Status::Crashed);
+        assert!(reason.is_some_and(|reason| reason.contains("host a has no copy")));
+    }
 
     #[test]
     fn a_source_that_knows_nothing_of_this_has_acknowledged() {

@@ -19,7 +19,7 @@ use super::restarting::policy_of;
 use crate::agent::config::AgentConfig;
 use crate::agent::failure::Failure;
 use crate::agent::images;
-use crate::agent::incoming::IncomingMigrations;
+use crate::agent::incoming::{IncomingMigrations, Reservations};
 use crate::agent::journal::{Arrival, InstanceRow, Journal, Status};
 use crate::agent::mode::Mode;
 use crate::agent::outgoing::{OutgoingMigrations, Queue};
@@ -41,6 +41,8 @@ pub(crate) struct Agent {
     pub(crate) instances: Instances,
     pub(crate) outgoing: OutgoingMigrations,
     pub(crate) incoming: IncomingMigrations,
+    /// What is promised to those that are being prepared.
+    pub(crate) reservations: Reservations,
     pub(crate) peers: Peers,
     /// Who may send bytes here to see how fast they come.
     pub(crate) probes: Probes,
@@ -143,6 +145,7 @@ impl Instance {
                 outcome: None,
                 arrival: None,
                 origin: Origin::Settled,
+                doubted: None,
             }),
         }
     }
@@ -164,6 +167,8 @@ pub(crate) struct InstanceState {
     pub(crate) arrival: Option<Arrival>,
     /// What that source said when it was last asked.
     pub(crate) origin: Origin,
+    /// What it was, and why, before it was indeterminate here for that source's silence.
+    pub(crate) doubted: Option<(Status, Option<String>)>,
 }
 
 impl InstanceState {
@@ -242,6 +247,21 @@ impl InstanceState {
             Some(migration) => Err(Failure::Refused(format!(
                 "instance {} cannot {what} before the last page of its memory is here, which migration {migration} brings: wait for that",
                 self.row.spec.name
+            ))),
+        }
+    }
+
+    /// A guest goes on only from a host that is certain to be the only one that has it: its source might come to take the epoch
+    /// that the next host would run it under. That source has been asked ([`Agent::ask_origin`]) before this was locked.
+    ///
+    /// # Errors
+    /// It has not acknowledged yet that the guest came here.
+    pub(crate) fn check_settled(&self) -> Result<(), Failure> {
+        match &self.arrival {
+            None => Ok(()),
+            Some(arrival) => Err(Failure::Refused(format!(
+                "host {}, from which instance {} came, has not acknowledged that yet: it moves on once that host did",
+                arrival.source, self.row.spec.name
             ))),
         }
     }

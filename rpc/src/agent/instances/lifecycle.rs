@@ -97,20 +97,37 @@ impl Agent {
                 self.host()
             )));
         }
+        let mut promises = self.reservations.promises();
         for instance in self.instances.all() {
+            promises.retain(|promise| promise.instance != instance.id);
             let state = instance.state.lock().await;
-            let other = &state.row.spec;
-            let is_taken = |mac: &String| other.nics.iter().any(|nic| nic.mac == *mac);
-            for nic in spec.nics.iter().filter(|nic| is_taken(&nic.mac)) {
+            taken.extend(self.taken_by(&state.row.spec, spec));
+        }
+        for promise in promises {
+            if promise.spec.name == spec.name {
                 taken.push(Failure::Refused(format!(
-                    "instance {} on host {} has the MAC address {} already",
-                    other.name,
-                    self.host(),
-                    nic.mac
+                    "an instance named {:?} is on its way to host {}",
+                    spec.name,
+                    self.host()
                 )));
             }
+            taken.extend(self.taken_by(&promise.spec, spec));
         }
         taken
+    }
+
+    /// Addresses of network cards that another one has.
+    fn taken_by(&self, other: &InstanceSpec, spec: &InstanceSpec) -> Vec<Failure> {
+        let is_taken = |mac: &String| other.nics.iter().any(|nic| nic.mac == *mac);
+        let taken = spec.nics.iter().filter(|nic| is_taken(&nic.mac));
+        let has = |mac: &str| {
+            Failure::Refused(format!(
+                "instance {} on host {} has the MAC address {mac} already",
+                other.name,
+                self.host()
+            ))
+        };
+        taken.map(|nic| has(&nic.mac)).collect()
     }
 
     fn import_images(&self, spec: &mut InstanceSpec, folder: &Path) -> Result<(), Failure> {
@@ -133,6 +150,7 @@ impl Agent {
         name: &str,
     ) -> Result<InstanceInfo, Failure> {
         let instance = self.instance(name).await?;
+        context.wait(self.ask_origin(&instance)).await?;
         let mut state = context.wait(instance.state.lock()).await?;
         state.check_idle("start")?;
         if self.instances.by_id(instance.id).is_none() {

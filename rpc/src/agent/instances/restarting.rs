@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use ferry_migration::handover::{BackOff, Ended, Epoch, Fallen, Leaving, Origin, RestartPolicy, Verdict, Wanted};
+use ferry_migration::handover::{BackOff, Ended, Epoch, Fallen, Leaving, RestartPolicy, Verdict, Wanted};
 use ferry_proto::agent::v1::InstanceSpec;
 use tokio::sync::mpsc::UnboundedReceiver;
 use uuid::Uuid;
@@ -74,33 +74,23 @@ pub(super) enum Clearance {
     No(Failure),
 }
 
-impl Agent {
-    /// Whether a guest without a VMM may be started, the host that it came from having been asked if need be.
-    pub(super) async fn verdict(&self, state: &mut InstanceState, wanted: Wanted) -> Verdict {
-        if state.arrival.is_some() {
-            // Whatever it said before, it is asked now.
-            state.origin = Origin::Unasked;
-        }
-        let fallen = |state: &InstanceState| Fallen {
-            wanted,
-            had: Epoch(state.row.epoch),
-            known: Epoch(state.row.known_epoch),
-            leaving: match state.migrating {
-                Some(_) => Leaving::Armed(None),
-                None => Leaving::No,
-            },
-            origin: state.origin,
-        };
-        match fallen(state).verdict() {
-            Verdict::AskOrigin => {
-                self.ask_origin(state).await;
-                fallen(state).verdict()
-            }
-            verdict => verdict,
-        }
-    }
+/// Whether a guest without a VMM may be started. The host that it came from has been asked ([`Agent::ask_origin`]) before it was locked.
+fn verdict(state: &InstanceState, wanted: Wanted) -> Verdict {
+    let fallen = Fallen {
+        wanted,
+        had: Epoch(state.row.epoch),
+        known: Epoch(state.row.known_epoch),
+        leaving: match state.migrating {
+            Some(_) => Leaving::Armed(None),
+            None => Leaving::No,
+        },
+        origin: state.origin,
+    };
+    fallen.verdict()
+}
 
-    /// The same for a user who wants it to run now, carried out as far as nothing is started.
+impl Agent {
+    /// The verdict for a user who wants it to run now, carried out as far as nothing is started.
     pub(super) async fn clear_for_user(&self, state: &mut InstanceState) -> Clearance {
         let name = state.row.spec.name.clone();
         let source = state
@@ -108,14 +98,14 @@ impl Agent {
             .as_ref()
             .map_or_else(String::new, |arrival| arrival.source.clone());
         let refused = |reason: String| Clearance::No(Failure::Refused(reason));
-        match self.verdict(state, Wanted::ByUser).await {
+        match verdict(state, Wanted::ByUser) {
             Verdict::Start(epoch) => Clearance::Epoch(epoch.0),
             Verdict::Superseded(epoch) => {
                 self.destroy_stale(state, epoch).await;
                 Clearance::No(self.not_here(&name).await)
             }
             Verdict::Indeterminate => {
-                self.doubt(state).await;
+                Self::doubt(state);
                 refused(state.row.reason.clone().unwrap_or_default())
             }
             Verdict::AskOrigin => refused(format!(
@@ -128,7 +118,7 @@ impl Agent {
     }
 
     /// Nobody knows who has the guest: said loudly, until its source answers or a person resolves it.
-    async fn doubt(&self, state: &mut InstanceState) {
+    fn doubt(state: &mut InstanceState) {
         let Some(arrival) = &state.arrival else { return };
         if state.row.status == Status::Indeterminate {
             return;
@@ -139,11 +129,10 @@ impl Agent {
             arrival.source, arrival.migration, state.row.spec.name
         );
         tracing::warn!(instance = %state.row.id, reason, "the instance is indeterminate");
+        // The journal keeps what it was: the doubt is about others, and is raised again by whoever wants it started.
+        state.doubted = Some((state.row.status, state.row.reason.take()));
         state.row.status = Status::Indeterminate;
         state.row.reason = Some(reason);
-        if let Err(failure) = self.save(&state.row).await {
-            tracing::error!(instance = %state.row.id, error = failure.chain(), "failed to journal that it is indeterminate");
-        }
     }
 
     /// Waits until the start of an instance is due and starts it, unless somebody else comes first.
@@ -158,6 +147,7 @@ impl Agent {
                 tokio::time::sleep(left.min(LOOK_AGAIN)).await;
                 continue;
             }
+            self.ask_origin(&instance).await;
             let mut state = instance.state.lock().await;
             if state.row.restarts.due != Some(due) || self.instances.by_id(id).is_none() {
                 continue;
@@ -174,6 +164,7 @@ impl Agent {
     async fn restart(self: &Arc<Self>, instance: &Arc<Instance>, state: &mut InstanceState) -> bool {
         let ended = match state.row.status {
             Status::Stopped => Ended::PoweredOff,
+            Status::Indeterminate if matches!(state.doubted, Some((Status::Stopped, _))) => Ended::PoweredOff,
             Status::Crashed | Status::Indeterminate => Ended::Crashed,
             // Its user was faster.
             Status::Running | Status::Paused | Status::Incoming => {
@@ -181,10 +172,7 @@ impl Agent {
                 return true;
             }
         };
-        match self
-            .verdict(state, Wanted::ByPolicy(policy_of(&state.row.spec), ended))
-            .await
-        {
+        match verdict(state, Wanted::ByPolicy(policy_of(&state.row.spec), ended)) {
             Verdict::Start(epoch) => self.start_again(instance, state, epoch).await,
             Verdict::StayDown => {
                 state.row.restarts.due = None;
@@ -194,7 +182,7 @@ impl Agent {
             }
             Verdict::Superseded(epoch) => self.destroy_stale(state, epoch).await,
             Verdict::Indeterminate => {
-                self.doubt(state).await;
+                Self::doubt(state);
                 return false;
             }
             Verdict::AskOrigin | Verdict::AskDecision | Verdict::Departed => return false,

@@ -337,6 +337,24 @@ fn a_full_disk_is_told_and_nothing_is_lost() {
     });
 }
 
+#[tokio::test]
+async fn a_journal_that_nobody_writes_to_is_told_to_take_no_writes_and_to_take_them_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("journal.db");
+    let journal = Journal::open(&path).unwrap();
+    let mut writable = journal.writable();
+    let patience = Duration::from_secs(60);
+    let other = Connection::open(&path).unwrap();
+
+    other.execute_batch("ALTER TABLE meta RENAME TO mislaid").unwrap();
+    let noticed = tokio::time::timeout(patience, writable.wait_for(|writable| !writable));
+    assert!(noticed.await.is_ok(), "nobody noticed");
+
+    other.execute_batch("ALTER TABLE mislaid RENAME TO meta").unwrap();
+    let tried = tokio::time::timeout(patience, writable.wait_for(|writable| *writable));
+    assert!(tried.await.is_ok(), "nobody tried again");
+}
+
 #[test]
 fn an_agent_does_not_start_without_room_or_on_a_disk_that_is_read_only() {
     on_a_small_file_system(|folder| {

@@ -44,15 +44,30 @@ pub(crate) struct MigrationRow {
 }
 
 /// What is to be known of a migration, as it was last written.
-pub(crate) struct Report(String);
+pub(crate) struct Report {
+    row: i64,
+    written: String,
+}
 
 impl Report {
+    /// Its place among all: the later one was accepted later.
+    pub(crate) fn row(&self) -> i64 {
+        self.row
+    }
+
+    fn from_row(row: &Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            row: row.get(0)?,
+            written: row.get(1)?,
+        })
+    }
+
     /// What it says.
     ///
     /// # Errors
     /// It is not what this agent writes.
     pub(crate) fn read(&self) -> serde_json::Result<MigrationInfo> {
-        serde_json::from_str(&self.0)
+        serde_json::from_str(&self.written)
     }
 }
 
@@ -123,22 +138,20 @@ impl MigrationRow {
             .optional()
     }
 
-    /// The last report of each migration, the newest last, as it was written. There may be thousands: nothing else of them is read,
-    /// and whoever asked for them makes sense of them, not the journal's thread.
-    pub(crate) fn reports(connection: &Connection) -> rusqlite::Result<Vec<Report>> {
-        let report = |row: &Row<'_>| Ok((row.get(0)?, Report(row.get(1)?)));
-        let mut query = connection.prepare("SELECT began, info FROM migrations ORDER BY rowid")?;
-        let mut reports: Vec<(i64, Report)> = query.query_map((), report)?.collect::<Result<_, _>>()?;
-        // Most often they are in order. SQLite would sort them with all that they say, in a file.
-        reports.sort_by_key(|&(began, _)| began);
-        Ok(reports.into_iter().map(|(_, report)| report).collect())
+    /// The last reports of so many migrations at most that were accepted after the one of this row, in their order, as they were written.
+    /// There may be thousands: nothing else of them is read, and whoever asked for them makes sense of them, not the journal's thread.
+    pub(crate) fn reports(connection: &Connection, after: i64, most: u32) -> rusqlite::Result<Vec<Report>> {
+        connection
+            .prepare_cached("SELECT rowid, info FROM migrations WHERE rowid>?1 ORDER BY rowid LIMIT ?2")?
+            .query_map((after, most), Report::from_row)?
+            .collect()
     }
 
     /// The reports of the last migrations to or from this host that are over, the newest first, so many at most.
     pub(crate) fn last_with(connection: &Connection, peer: &str, most: u32) -> rusqlite::Result<Vec<Report>> {
         connection
-            .prepare_cached("SELECT info FROM migrations WHERE peer=?1 AND over=1 ORDER BY rowid DESC LIMIT ?2")?
-            .query_map((peer, most), |row| Ok(Report(row.get(0)?)))?
+            .prepare_cached("SELECT rowid, info FROM migrations WHERE peer=?1 AND over=1 ORDER BY rowid DESC LIMIT ?2")?
+            .query_map((peer, most), Report::from_row)?
             .collect()
     }
 

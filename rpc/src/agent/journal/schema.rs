@@ -3,7 +3,7 @@
 //! A journal says its version in `user_version`. An older one is brought up step by step in one transaction: it is either
 //! still what it was, or what this build writes. A newer one is refused: an older agent cannot know what it would break.
 
-use rusqlite::Connection;
+use rusqlite::{Connection, Transaction};
 
 /// The schema that this build writes.
 pub(super) const SCHEMA_VERSION: i64 = 3;
@@ -201,12 +201,17 @@ fn lengthen_wal(connection: &Connection) -> rusqlite::Result<()> {
     checkpoint(connection)
 }
 
-/// A write that changes nothing of what is kept.
+/// A write that changes nothing of what is kept, brought to the disk.
 pub(super) fn try_to_write(connection: &Connection) -> rusqlite::Result<()> {
     let transaction = connection.unchecked_transaction()?;
-    transaction.execute("INSERT OR REPLACE INTO meta VALUES('tried', '1')", ())?;
-    transaction.execute("DELETE FROM meta WHERE key='tried'", ())?;
+    write_nothing(&transaction)?;
     transaction.commit()
+}
+
+/// Changes nothing of what is kept, and writes.
+pub(super) fn write_nothing(transaction: &Transaction<'_>) -> rusqlite::Result<()> {
+    transaction.execute("INSERT OR REPLACE INTO meta VALUES('tried', '1')", ())?;
+    transaction.execute("DELETE FROM meta WHERE key='tried'", ()).map(drop)
 }
 
 /// Moves the WAL into the database; the next write begins it anew without shortening the file.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, ErrorCode, Transaction};
 use tokio::sync::{oneshot, watch};
@@ -121,6 +121,10 @@ impl Drop for Switchover {
 
 /// How long the journal is idle before its WAL is moved into the database.
 const IDLE: Duration = Duration::from_secs(1);
+/// How long no write was tried before one is that changes nothing: who only waits hears, too, that the journal takes none.
+const LOOK: Duration = Duration::from_secs(5);
+/// After so many of these the WAL is moved into the database, which they would lengthen otherwise.
+const MOST_LOOKS: u32 = 100;
 /// How many statements are kept compiled. There are some forty.
 const STATEMENTS: usize = 64;
 
@@ -194,7 +198,8 @@ impl Journal {
         let _ = self.jobs.send(Job::Alone(job));
     }
 
-    /// Whether it takes writes, by the last one. One that does not is tried again each second.
+    /// Whether it takes writes, by the last one that was tried: a few seconds ago at the longest, while nothing else is asked of it. One
+    /// that does not is tried each second.
     pub(crate) fn writable(&self) -> watch::Receiver<bool> {
         self.writable.subscribe()
     }
@@ -258,12 +263,31 @@ fn without_sync<T>(
     result
 }
 
+/// Tries to write where nobody else does. It waits for no disk.
+fn look(connection: &mut Connection, writable: &watch::Sender<bool>) {
+    match without_sync(connection, schema::write_nothing) {
+        Ok(()) => {}
+        // Somebody reads it with other tools, and has it locked.
+        Err(error)
+            if matches!(
+                error.sqlite_error_code(),
+                Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked)
+            ) => {}
+        Err(error) => {
+            tracing::error!(%error, "the journal takes no writes");
+            tell_writable(writable, false);
+        }
+    }
+}
+
 fn tell_writable(writable: &watch::Sender<bool>, now: bool) {
     writable.send_if_modified(|known| std::mem::replace(known, now) != now);
 }
 
 fn write(mut connection: Connection, jobs: &Receiver<Job>, switchovers: &AtomicUsize, writable: &watch::Sender<bool>) {
     let mut written = false;
+    let mut tried = Instant::now();
+    let mut looks = 0;
     let mut next = None;
     loop {
         match next.take().map_or_else(|| jobs.recv_timeout(IDLE), Ok) {
@@ -273,13 +297,20 @@ fn write(mut connection: Connection, jobs: &Receiver<Job>, switchovers: &AtomicU
             }
             Ok(Job::Write(first)) => {
                 next = together::commit(&mut connection, first, jobs);
-                written = true;
+                (written, tried) = (true, Instant::now());
             }
             Err(RecvTimeoutError::Timeout) => {
-                if !*writable.borrow() && schema::try_to_write(&connection).is_ok() {
-                    tell_writable(writable, true);
+                let switches_over = switchovers.load(Ordering::Relaxed) > 0;
+                if !*writable.borrow() {
+                    if schema::try_to_write(&connection).is_ok() {
+                        tell_writable(writable, true);
+                    }
+                } else if tried.elapsed() >= LOOK && !switches_over {
+                    look(&mut connection, writable);
+                    (tried, looks) = (Instant::now(), looks + 1);
+                    written |= looks % MOST_LOOKS == 0;
                 }
-                if written && switchovers.load(Ordering::Relaxed) == 0 {
+                if written && !switches_over {
                     written = false;
                     if let Err(error) = schema::checkpoint(&connection) {
                         tracing::info!(%error, "the journal's WAL grows: it could not be checkpointed");

@@ -127,6 +127,7 @@ impl Agent {
         let options = check_options(required("options", cast.options)?)?;
         let mode = Mode::parse(&options.mode)?;
         let instance = self.instance(&cast.instance).await?;
+        self.ask_origin(&instance).await;
         let mut state = instance.state.lock().await;
         // The very same cast may have come meanwhile: it was sent again before its receipt was there.
         if state.row.migration == Some(id) {
@@ -143,7 +144,7 @@ impl Agent {
             ));
         }
         self.check_destination(&cast.destination)?;
-        self.check_settled(&mut state).await?;
+        state.check_settled()?;
 
         let step = match begins {
             Begins::Now => SourceStep::Queue,

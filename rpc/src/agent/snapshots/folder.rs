@@ -1,5 +1,7 @@
 //! The folder of a snapshot: `DIR.partial` until it is whole and on the disk, then `DIR`.
 
+mod unfinished;
+
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -12,32 +14,45 @@ use rustix::io::Errno;
 
 use super::manifest::{self, Manifest};
 use crate::agent::failure::Failure;
+use unfinished::Note;
+
+pub(crate) use unfinished::Unfinished;
 
 /// A snapshot that is being written. Dropped before it is finished, nothing of it is left.
 pub(super) struct Partial {
     target: PathBuf,
     path: PathBuf,
     is_whole: bool,
+    /// By which an agent that comes after this one finds it. Goes with it.
+    _note: Note,
 }
 
 impl Partial {
-    /// Makes the folder beside `target`, for this agent's user only: guest memory holds what the guest keeps secret.
+    /// Makes the folder beside `target`, for this agent's user only: guest memory holds what the guest keeps secret. In `notes` it is
+    /// written down, so that it can be removed should this agent be killed.
     ///
     /// # Errors
     /// `target` is there already, or the folder cannot be made.
-    pub(super) fn begin(target: PathBuf) -> Result<Self, Failure> {
+    pub(super) fn begin(target: PathBuf, notes: &Path) -> Result<Self, Failure> {
         if fs::symlink_metadata(&target).is_ok() {
             return Err(is_there(&target));
         }
         let mut path = OsString::from(&target);
         path.push(".partial");
         let path = PathBuf::from(path);
+        let note = Note::begin(notes).map_err(Failure::host("failed to write down that a snapshot is begun"))?;
         match DirBuilder::new().mode(0o700).create(&path) {
-            Ok(()) => Ok(Self {
-                target,
-                path,
-                is_whole: false,
-            }),
+            Ok(()) => {
+                note.is_of(&path)
+                    .map_err(Failure::host("failed to write down that a snapshot is begun"))
+                    .inspect_err(|_| drop(fs::remove_dir(&path)))?;
+                Ok(Self {
+                    target,
+                    path,
+                    is_whole: false,
+                    _note: note,
+                })
+            }
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(Failure::Refused(format!(
                 "{} is there already: a snapshot is being written to it, or an agent ended while it wrote one; remove it if \
                  no snapshot is being written",
@@ -228,33 +243,70 @@ mod tests {
     fn a_finished_snapshot_has_its_name_and_its_files() {
         let around = tempfile::tempdir().unwrap();
         let target = around.path().join("snap");
-        let partial = Partial::begin(target.clone()).unwrap();
+        let notes = tempfile::tempdir().unwrap();
+        let partial = Partial::begin(target.clone(), notes.path()).unwrap();
         assert_eq!(entries(around.path()), ["snap.partial"]);
         let file = partial.create("memory").unwrap();
         partial.finish(vec![file], b"{}").unwrap();
         assert_eq!(entries(around.path()), ["snap"]);
         assert_eq!(entries(&target), ["memory", "snapshot.json"]);
+        assert!(entries(notes.path()).is_empty());
         assert_eq!(fs::metadata(&target).unwrap().permissions().mode() & 0o777, 0o700);
     }
 
     #[test]
     fn nothing_is_left_of_one_that_is_not_finished() {
         let around = tempfile::tempdir().unwrap();
-        let partial = Partial::begin(around.path().join("snap")).unwrap();
+        let notes = tempfile::tempdir().unwrap();
+        let partial = Partial::begin(around.path().join("snap"), notes.path()).unwrap();
         partial.create("memory").unwrap();
         drop(partial);
         assert!(entries(around.path()).is_empty());
+        assert!(entries(notes.path()).is_empty());
+    }
+
+    #[test]
+    fn one_of_an_agent_that_was_killed_is_removed_when_the_next_one_starts() {
+        let around = tempfile::tempdir().unwrap();
+        let notes = tempfile::tempdir().unwrap();
+        let partial = Partial::begin(around.path().join("snap"), notes.path()).unwrap();
+        partial.create("memory").unwrap();
+        std::mem::forget(partial);
+
+        Unfinished::of(notes.path()).remove();
+
+        assert!(entries(around.path()).is_empty());
+        assert!(entries(notes.path()).is_empty());
+    }
+
+    #[test]
+    fn a_folder_of_the_same_name_that_somebody_made_since_is_not_touched() {
+        let around = tempfile::tempdir().unwrap();
+        let notes = tempfile::tempdir().unwrap();
+        let partial = Partial::begin(around.path().join("snap"), notes.path()).unwrap();
+        std::mem::forget(partial);
+        let path = around.path().join("snap.partial");
+        fs::remove_dir(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        File::create(path.join("memory")).unwrap();
+
+        Unfinished::of(notes.path()).remove();
+
+        assert_eq!(entries(&path), ["memory"]);
+        assert!(entries(notes.path()).is_empty());
     }
 
     #[test]
     fn a_folder_that_is_there_is_not_touched() {
         let around = tempfile::tempdir().unwrap();
         let target = around.path().join("snap");
+        let notes = tempfile::tempdir().unwrap();
+        let begin = || Partial::begin(target.clone(), notes.path());
         let refused = |partial: Result<Partial, Failure>| partial.err().unwrap().to_string();
-        let first = Partial::begin(target.clone()).unwrap();
-        assert!(refused(Partial::begin(target.clone())).contains("is being written"));
+        let first = begin().unwrap();
+        assert!(refused(begin()).contains("is being written"));
         fs::create_dir(&target).unwrap();
-        assert!(refused(Partial::begin(target.clone())).contains("is there already"));
+        assert!(refused(begin()).contains("is there already"));
         let late = first.finish(Vec::new(), b"{}").unwrap_err().to_string();
         assert!(late.contains("is there already"), "{late}");
         assert_eq!(entries(around.path()), ["snap"]);

@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 
 use ferry_proto::InvalidField;
 
+pub(crate) use self::folder::Unfinished;
 #[cfg(any(fuzzing, test))]
 pub(crate) use self::manifest::read_hostile as read_hostile_manifest;
 pub(crate) use self::restoring::Identity;
@@ -26,6 +27,8 @@ use super::instances::Agent;
 
 /// The files that go between a snapshot and a VMM, in the order in which a VMM wants them.
 const MACHINE_FILES: [&str; 4] = ["memory", "memory.pieces", "state", "profile"];
+/// Where in the data directory it is written down which snapshots are being written.
+pub(crate) const UNFINISHED: &str = "unfinished-snapshots";
 const KERNEL: &str = "kernel";
 const INITRD: &str = "initrd";
 

@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 
 use super::folder::Partial;
 use super::manifest::{Digests, Disk, Manifest, Memory, regions_of};
-use super::{INITRD, KERNEL, MACHINE_FILES};
+use super::{INITRD, KERNEL, MACHINE_FILES, UNFINISHED};
 use crate::agent::context::RequestContext;
 use crate::agent::failure::Failure;
 use crate::agent::images;
@@ -44,7 +44,8 @@ impl Agent {
         let mut state = context.wait(instance.state.lock()).await?;
         check(&state)?;
         let row = state.row.clone();
-        let partial = tokio::task::block_in_place(|| Partial::begin(target))?;
+        let notes = self.config.data_dir.join(UNFINISHED);
+        let partial = tokio::task::block_in_place(|| Partial::begin(target, &notes))?;
         let mut files = MACHINE_FILES
             .iter()
             .map(|name| partial.create(name))
