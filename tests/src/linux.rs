@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use ferry_linux_guest::{CMDLINE, Image};
@@ -148,17 +148,36 @@ fn printed(host: &Host) -> String {
     text.unwrap_or_default()
 }
 
-/// Waits until the guest has printed these words so many times on a host, and gives all that it printed.
+/// Whether the kernel is still on its way to the first process, which ticks.
+fn is_booting(text: &str) -> bool {
+    !text
+        .rsplit("Linux version")
+        .next()
+        .unwrap_or_default()
+        .contains("TICK ")
+}
+
+/// A guest whose kernel goes on printing is waited for so many times as long as is said: how long a boot takes on a host that has other things
+/// to do nobody knows.
+const BOOTS_ON: u32 = 6;
+
+/// Waits until the guest has printed these words so many times on a host, and gives all that it printed. While it boots, the deadline begins
+/// anew with whatever it prints.
 ///
 /// # Errors
 /// What it printed last, if it does not, and at once if its kernel panicked instead.
 pub fn wait_printed(host: &Host, words: &str, times: usize, deadline: Duration) -> Result<String> {
     let what = format!("{words:?} is printed {times} times at {}", host.name);
-    let found = until(&what, deadline, || {
+    let (mut length, mut went_on) = (0, Instant::now());
+    let found = until(&what, deadline * BOOTS_ON, || {
         let text = printed(host);
+        if text.len() > length && is_booting(&text) {
+            (length, went_on) = (text.len(), Instant::now());
+        }
         match text.matches(words).count() {
             count if count >= times => Ok(Some(text)),
             _ if text.contains("Kernel panic") => bail!("the guest's kernel panicked"),
+            _ if went_on.elapsed() > deadline => bail!("waited {:.1} s in vain: {what}", deadline.as_secs_f64()),
             _ => Ok(None),
         }
     });
@@ -215,6 +234,14 @@ mod tests {
     fn whole_ticks_are_read() {
         let text = "LINUX 6.1\nTICK 0 up=1.0 data=same\nTICK 1 up=2.0 data=same\nTICK 2 up";
         assert_eq!(ticks(text).expect("clean"), [0, 1]);
+    }
+
+    #[test]
+    fn a_guest_boots_until_it_ticks() {
+        let first = "[0.0] Linux version 6.1\n[1.0] Run /init\n";
+        let ticks = format!("{first}LINUX 6.1\nTICK 0 up=1.0 data=same\n");
+        assert!(is_booting("") && is_booting(first) && !is_booting(&ticks));
+        assert!(is_booting(&format!("{ticks}{first}")));
     }
 
     #[test]

@@ -30,7 +30,7 @@ use crate::arch::x86_64::board::Board;
 use crate::arch::x86_64::boot::LoadError;
 use crate::arch::x86_64::cpuid::CpuidEntry;
 use crate::arch::x86_64::vcpu_state::{SavePlan, VcpuState};
-use crate::devices::{BalloonLevel, Devices, WrittenBlocks};
+use crate::devices::{BalloonLevel, CardTraffic, Devices, WrittenBlocks};
 use crate::kvm::{HostError, KvmError, Vm};
 use crate::memory::{GuestMemory, MemoryError};
 use crate::state::IrqchipState;
@@ -237,6 +237,8 @@ struct Parts {
     devices: Arc<Devices>,
     /// Of each disk.
     written: Vec<WrittenBlocks>,
+    /// Of each network card.
+    traffic: Vec<CardTraffic>,
     balloon: BalloonLevel,
     plan: Arc<SavePlan>,
     facts: Facts,

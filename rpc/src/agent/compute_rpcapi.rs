@@ -10,11 +10,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ferry_proto::agent::v1::{
-    CheckDestinationReply, CheckDestinationRequest, CheckSourceReply, CheckSourceRequest, HostInfo, LateLinkReply,
-    LateLinkRequest, LiveMigrationCast, MigrationOptions, MigrationPrediction, PreLiveMigrationReply,
-    PreLiveMigrationRequest, PredictMigrationRequest, ProbeLinkReply, ProbeLinkRequest, Receipt, RecordRefusalRequest,
+    CheckDestinationReply, CheckDestinationRequest, CheckSourceReply, CheckSourceRequest, FirstFrame,
+    FirstFramesRequest, HostInfo, LateLinkReply, LateLinkRequest, LiveMigrationCast, MigrationOptions,
+    MigrationPrediction, PreLiveMigrationReply, PreLiveMigrationRequest, PredictMigrationRequest, ProbeLinkReply,
+    ProbeLinkRequest, Receipt, RecordRefusalRequest,
 };
 use tonic::{Request, Status};
+use uuid::Uuid;
 
 use super::context::RequestContext;
 use super::failure::Failure;
@@ -271,6 +273,31 @@ impl ComputeRpcApi {
                 .await
             }
         }
+    }
+
+    /// When the first frames passed each card of a guest that arrived there from the host `source`; nothing, if it is not known any more.
+    ///
+    /// # Errors
+    /// It does not answer, or is of before.
+    pub(crate) async fn first_frames(&self, migration: Uuid, source: &str) -> Result<Vec<FirstFrame>, Failure> {
+        let request = FirstFramesRequest {
+            migration: migration.to_string(),
+            source: source.to_owned(),
+        };
+        let reply = match &self.to {
+            To::Here(agent) => agent.first_frames(migration).await?,
+            To::There(peer) if !self.can_send_version(RpcVersion::V4_3) => {
+                return Err(knows_not("when frames passed", &peer.host, self.version()));
+            }
+            To::There(peer) => {
+                self.call(peer, CALL_TIME, |mut client, version| {
+                    let request = at(version, request.clone());
+                    async move { client.first_frames(request).await }
+                })
+                .await?
+            }
+        };
+        Ok(reply.cards)
     }
 
     /// Nova's pre_live_migration: the destination prepares, or says which images it lacks.

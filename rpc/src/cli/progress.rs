@@ -1,6 +1,6 @@
 //! A migration in words: the line while it runs, and the account when it is over.
 
-use ferry_proto::agent::v1::{DowntimeMs, MigrationDecision, MigrationInfo, Round, Verified};
+use ferry_proto::agent::v1::{DowntimeMs, MigrationDecision, MigrationInfo, NetworkGap, Round, Verified};
 
 use super::output::{Table, human_bytes, human_count, human_ms, human_rate, note, or_dash};
 use super::terminal::LiveLine;
@@ -76,6 +76,7 @@ pub(super) fn account(info: &MigrationInfo) -> String {
             .as_ref()
             .map(|downtime| format!("blackout {}", blackout(downtime))),
     );
+    lines.extend(info.network_gaps.iter().map(network_gap));
     lines.extend(info.verified.as_ref().map(verified));
     if let (Some(memory), Some(state)) = (&info.memory_digest, &info.state_digest) {
         lines.push(format!("digests equal on both sides: memory {memory}, state {state}"));
@@ -83,6 +84,16 @@ pub(super) fn account(info: &MigrationInfo) -> String {
     lines.extend(steps(info));
     lines.push(whereabouts(info));
     lines.join("\n")
+}
+
+/// What the network noticed of the move.
+fn network_gap(gap: &NetworkGap) -> String {
+    let directions = [("from it", gap.sent_ms), ("for it", gap.received_ms)];
+    let known = directions.iter().filter_map(|(which, ms)| Some((which, (*ms)?)));
+    let known: Vec<_> = known
+        .map(|(which, ms)| format!("no frame {which} for {}", human_ms(ms)))
+        .collect();
+    format!("network gap of {}: {}", gap.mac, known.join(" · "))
 }
 
 /// What came of comparing.
@@ -157,6 +168,9 @@ pub(super) fn report(info: &MigrationInfo) -> String {
         lines.push(rounds(&info.rounds).to_string().trim_end().to_owned());
     }
     lines.extend(info.decisions.iter().map(decision));
+    let downtime = info.downtime_ms.as_ref();
+    lines.extend(downtime.map(|downtime| format!("blackout {}", blackout(downtime))));
+    lines.extend(info.network_gaps.iter().map(network_gap));
     lines.push(whereabouts(info));
     lines.join("\n")
 }
@@ -323,6 +337,29 @@ mod tests {
             told(1)
         );
         assert!(!account(&info("completed")).contains("verified"));
+    }
+
+    #[test]
+    fn gaps_that_are_known_are_told() {
+        let gap = |sent_ms, received_ms| NetworkGap {
+            mac: "02:00:5e:10:00:01".to_owned(),
+            sent_ms,
+            received_ms,
+        };
+        let moved = MigrationInfo {
+            network_gaps: vec![gap(Some(5.0), Some(204.5)), gap(None, Some(7.5))],
+            ..info("completed")
+        };
+        for text in [account(&moved), report(&moved)] {
+            assert!(
+                text.contains(
+                    "network gap of 02:00:5e:10:00:01: no frame from it for 5.00 ms · no frame for it for 204.5 ms"
+                ),
+                "{text}"
+            );
+            assert!(text.contains(": no frame for it for 7.50 ms"), "{text}");
+        }
+        assert!(!account(&info("completed")).contains("network gap"));
     }
 
     #[test]

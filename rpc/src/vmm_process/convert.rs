@@ -16,6 +16,7 @@ use ferry_vmm::MOST_PERCENT as MOST_THROTTLE_PERCENT;
 use rustix::time::{ClockId, clock_gettime};
 use uuid::Uuid;
 
+use super::frames;
 use super::guest::LocalGuest;
 
 /// Reads an attempt.
@@ -244,6 +245,7 @@ pub(super) fn go_sent(parked: &Parked<LocalGuest>) -> wire::GoSent {
         go.state_ms = ms(blackout.state);
         go.pause_began_ns = instant_ns(blackout.pause_began);
         go.go_ns = instant_ns(blackout.go_sent);
+        go.frames = frames::before(parked.guest().machine.traffic(), blackout.pause_began);
     }
     go
 }

@@ -23,6 +23,7 @@ mod convert;
 mod copied;
 mod disks;
 mod events;
+mod frames;
 mod guest;
 mod jail;
 mod late;

@@ -29,13 +29,14 @@ use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{self as wire, Order, Report};
 use ferry_proto::{OLDEST_VMM_PROTOCOL, required, wire_uuid};
-use ferry_vmm::{BalloonLevel, ButtonPress, ConsoleInput, MachineEvent, RunState};
+use ferry_vmm::{BalloonLevel, ButtonPress, CardTraffic, ConsoleInput, MachineEvent, RunState};
 use uuid::Uuid;
 
 use super::adapter::end_of;
 use super::console::ConsoleLog;
 use super::convert::{attempt_from_wire, guest_ended, monotonic_ns};
 use super::events::{Connection, Event};
+use super::frames;
 use super::guest::{BlankGuest, Blueprint, LocalGuest, Purpose, Reset};
 use super::late::Late;
 use super::migrating::{Loading, ReadyGuest, Sending};
@@ -74,6 +75,7 @@ pub(super) struct Vmm {
     started_mark: PathBuf,
     console: Option<ConsoleInput>,
     balloon: Option<BalloonLevel>,
+    traffic: Vec<CardTraffic>,
     pub(super) late: Late,
     /// What is being found out of the guest that is here.
     pub(super) sampling: Option<Sampling>,
@@ -105,6 +107,7 @@ impl Vmm {
             started_mark: PathBuf::new(),
             console: None,
             balloon: None,
+            traffic: Vec::new(),
             late: Late::default(),
             sampling: None,
             agent: None,
@@ -375,6 +378,7 @@ impl Vmm {
     fn start(&mut self, mut guest: Box<LocalGuest>, permit: Permit) -> anyhow::Result<Body> {
         self.console = Some(guest.console_input());
         self.balloon = Some(guest.machine.balloon());
+        self.traffic = guest.machine.traffic().to_vec();
         if !permit.paused
             && let Err(error) = guest.machine.run()
         {
@@ -537,6 +541,11 @@ impl Vmm {
                 actual_pages: level.actual_pages(),
                 driver: level.has_driver(),
             }),
+            frames: self
+                .standing
+                .started
+                .map(|started| frames::after(&self.traffic, started.entered_ns))
+                .unwrap_or_default(),
             ..self.standing.clone()
         }
     }

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use ferry_probe::console::parse;
 use ferry_probe::device_work::{STAMPED_BYTES, disk_stamp};
 use ferry_probe::report::{Line, Transfers};
-use ferry_tests::{Guest, Host, Pair, until, waiting::MOVE};
+use ferry_tests::{Guest, Host, Pair, Witness, until, waiting::MOVE};
 use libtest_mimic::Trial;
 
 use crate::scenario::{in_a_network, ip, on_kvm};
@@ -22,6 +22,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_guest_that_reads_its_disk_as_it_moves_reads_the_right_blocks,
         a_guest_that_writes_its_disk_as_it_moves_leaves_it_whole,
         a_disk_that_holds_something_else_is_told,
+        a_disk_that_shrinks_fails_its_guests_requests_and_nothing_else,
         more_requests_than_the_queue_has_room_for_are_refused_by_the_guest,
     ];
     let networks = in_a_network![
@@ -125,6 +126,29 @@ fn a_disk_that_holds_something_else_is_told(pair: &mut Pair) -> Result<()> {
         "{told}"
     );
     Ok(())
+}
+
+fn a_disk_that_shrinks_fails_its_guests_requests_and_nothing_else(pair: &mut Pair) -> Result<()> {
+    let image = stamped_image(pair)?;
+    pair.run(&with_disk(&image, "io=randread depth=16 seconds=3"))?;
+    let id = pair.a.show("g")?["id"].as_str().unwrap_or_default().to_owned();
+    let witness = Witness::of_instance(&[&pair.a, &pair.b], &id);
+    pair.a.ferry(&Guest::new("other").arguments(&pair.kernel()))?.exit(0)?;
+
+    File::options()
+        .write(true)
+        .open(&image)?
+        .set_len(PAGES * STAMPED_BYTES / 2)?;
+
+    let told = transfers(&pair.a)?;
+    ensure!(
+        told.operations > told.failed && told.failed > 0 && told.wrong == 0,
+        "{told}"
+    );
+    pair.migrate("g", &[])?.exit(4)?.says(&image.display().to_string())?;
+    pair.a.wait_for_status("other", "running")?;
+    pair.a.ferry(&["delete", "other", "--force"])?.exit(0)?;
+    pair.runs_only_at(&pair.a, "g", &witness)
 }
 
 fn more_requests_than_the_queue_has_room_for_are_refused_by_the_guest(pair: &mut Pair) -> Result<()> {

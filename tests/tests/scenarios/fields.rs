@@ -251,6 +251,7 @@ fn may_answer(method: &Method) -> bool {
             | "Console"
             | "Logs"
             | "Decide"
+            | "FirstFrames"
             | "Heartbeat"
             | "LateLink"
             | "PredictMigration"

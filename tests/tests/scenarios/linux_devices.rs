@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use ferry_linux_guest::chain;
@@ -43,12 +44,14 @@ fn a_writer_and_a_connection_notice_no_move(pair: &mut Pair) -> Result<()> {
     wait_printed(&pair.a, "RECORDS", 1, BOOT)?;
     let client = EchoClient::start(format!("{GUEST}:7000").parse()?, |_| {})?;
 
+    let mut gaps = Vec::new();
     for _ in 0..5 {
-        moves_on(pair, &["--digests"])?;
+        gaps.extend(moves_on(pair, &["--digests"])?);
     }
 
     let echoes = client.stop()?;
     ensure!(echoes.count > 10, "{echoes:?}");
+    gaps_are_those_of(&gaps, echoes.longest)?;
     holds_what_was_told(pair, &disk)
 }
 
@@ -83,15 +86,32 @@ fn a_writer_notices_no_move_of_its_disk(pair: &mut Pair) -> Result<()> {
     holds_what_was_told(pair, &a.join("g.img"))
 }
 
-/// Moves the guest there and back; its writer goes on at each end.
-fn moves_on(pair: &Pair, further: &[&str]) -> Result<()> {
+/// What was told of each move is no more than a client noticed that always had a question under way. It noticed an answer when it was given the
+/// processor, which is later than when the answer passed the card.
+fn gaps_are_those_of(gaps: &[Option<f64>], longest: Duration) -> Result<()> {
+    const LATER_MS: f64 = 100.0;
+    let told: Vec<f64> = gaps.iter().flatten().copied().collect();
+    ensure!(told.len() == gaps.len(), "a gap is not told: {gaps:?}");
+    let longest = longest.as_secs_f64() * 1e3;
+    let most = told.into_iter().fold(0.0, f64::max);
+    ensure!(
+        most > 0.0 && most < longest + LATER_MS,
+        "{longest} ms at the client: {gaps:?}"
+    );
+    Ok(())
+}
+
+/// Moves the guest there and back; its writer goes on at each end. What gaps the network saw, if that is known.
+fn moves_on(pair: &Pair, further: &[&str]) -> Result<Vec<Option<f64>>> {
+    let mut gaps = Vec::new();
     for (from, to) in [(&pair.a, &pair.b), (&pair.b, &pair.a)] {
         let words = [&["migrate", "g", "--to", to.name], further].concat();
-        from.ferry(&words)?.exit(0)?.migration()?.is("completed", to.name)?;
+        let moved = from.ferry(&words)?.exit(0)?.migration()?.is("completed", to.name)?;
+        gaps.push(moved.record["network_gap_ms"].as_f64());
         pair.exists_only_at(to, "g")?;
         writes_on(to)?;
     }
-    Ok(())
+    Ok(gaps)
 }
 
 /// The writer makes progress here, and nothing of the kernel's says otherwise.

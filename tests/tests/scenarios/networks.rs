@@ -1,6 +1,11 @@
 //! Network cards as their hosts see them: taps that come and go with the guest, and a network that learns where it is.
 
-use anyhow::{Result, ensure};
+use std::net::UdpSocket;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
 use ferry_tests::{Guest, Pair, Witness, until, waiting::CALL};
 use libtest_mimic::Trial;
 use serde_json::Value;
@@ -11,8 +16,10 @@ pub(crate) fn trials() -> Vec<Trial> {
     in_a_network![
         a_card_on_a_bridge_has_a_tap_that_goes_with_the_guest,
         the_network_learns_where_a_guest_went,
+        the_gap_in_what_a_guest_was_sent_is_in_its_record,
         a_bridge_that_is_missing_at_the_destination_is_named_before_anything_moves,
         a_named_tap_is_used_by_one_guest,
+        a_guest_whose_tap_vanishes_runs_on_and_has_another_where_it_goes,
         a_mac_address_is_one_guests,
     ]
 }
@@ -72,8 +79,14 @@ fn the_network_learns_where_a_guest_went(pair: &mut Pair) -> Result<()> {
     make_bridge()?;
     let witness = pair.run(&on_bridge())?;
 
-    pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
+    let moved = pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
 
+    // Nobody talked to it.
+    ensure!(
+        moved.record["network_gap_ms"].is_null() && moved.record["network_gaps"] == serde_json::json!([]),
+        "{}",
+        moved.record
+    );
     pair.runs_only_at(&pair.b, "g", &witness)?;
     let taps = until("one tap is left", CALL, || {
         let taps = ports()?;
@@ -85,6 +98,60 @@ fn the_network_learns_where_a_guest_went(pair: &mut Pair) -> Result<()> {
         Ok(known.contains(MAC).then_some(()))
     })?;
     ensure!(pair.b.show("g")?["nics"][0]["mac"] == MAC);
+    Ok(())
+}
+
+/// The card sees frames, whatever the guest makes of them.
+fn the_gap_in_what_a_guest_was_sent_is_in_its_record(pair: &mut Pair) -> Result<()> {
+    make_bridge()?;
+    // One without an address of its own takes that of its first port, and forgets its neighbours when it does.
+    ip(&["link", "set", "br0", "address", "02:00:00:00:00:01"])?;
+    ip(&["address", "add", "198.51.100.1/24", "dev", "br0"])?;
+    let guest = "198.51.100.2";
+    ip(&[
+        "neighbour",
+        "add",
+        guest,
+        "lladdr",
+        MAC,
+        "dev",
+        "br0",
+        "nud",
+        "permanent",
+    ])?;
+    let work = "heartbeat_ms=20 work=net direction=receive packet=100 depth=64 seconds=600";
+    let witness = pair.run(&on_bridge().work(work))?;
+    let over = AtomicBool::new(false);
+
+    let (moved, took) = thread::scope(|scope| {
+        scope.spawn(|| {
+            let socket = UdpSocket::bind("198.51.100.1:0").and_then(|socket| {
+                socket.connect((guest, 9))?;
+                Ok(socket)
+            });
+            while !over.load(Ordering::Relaxed) {
+                // Without a way to the guest there is none to send.
+                let _ = socket.as_ref().map(|socket| socket.send(&[0; 58]));
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let began = Instant::now();
+        let moved = pair.migrate("g", &[]).and_then(|moved| moved.exit(0)?.migration());
+        over.store(true, Ordering::Relaxed);
+        (moved, began.elapsed().as_secs_f64() * 1e3)
+    });
+
+    let moved = moved?.is("completed", "b")?;
+    pair.runs_only_at(&pair.b, "g", &witness)?;
+    let told = &moved.record["network_gaps"][0];
+    ensure!(told["mac"] == MAC && told["sent_ms"].is_null(), "{}", moved.record);
+    let gap = told["received_ms"].as_f64().context("no gap")?;
+    ensure!(moved.record["network_gap_ms"] == gap, "{}", moved.record);
+    // Frames pass until the vCPUs stand still, and perhaps while the devices come to rest.
+    let downtime = &moved.record["downtime_ms"];
+    let blackout = |part: &str| downtime[part].as_f64().context("no blackout");
+    let least = blackout("total")? - blackout("pause")? - blackout("drain")? - blackout("start")?;
+    ensure!(gap > least && gap < took, "{gap} ms of {took} ms: {}", moved.record);
     Ok(())
 }
 
@@ -129,6 +196,22 @@ fn a_named_tap_is_used_by_one_guest(pair: &mut Pair) -> Result<()> {
     pair.a.ferry(&["delete", "g", "--force"])?.exit(0)?;
     // Somebody made it persistent: it is not ours to remove.
     ip(&["link", "show", "web0"])?;
+    Ok(())
+}
+
+fn a_guest_whose_tap_vanishes_runs_on_and_has_another_where_it_goes(pair: &mut Pair) -> Result<()> {
+    make_bridge()?;
+    let work = "heartbeat_ms=20 work=net direction=send packet=1000 depth=4 seconds=600";
+    let witness = pair.run(&on_bridge().work(work))?;
+    let own = ports()?[0]["ifname"].as_str().unwrap_or_default().to_owned();
+
+    ip(&["link", "del", &own])?;
+
+    witness.wait_for_beats_at("a", 20)?;
+    pair.runs_only_at(&pair.a, "g", &witness)?;
+    pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
+    pair.runs_only_at(&pair.b, "g", &witness)?;
+    ensure!(ports()?.len() == 1, "{:?}", ports()?);
     Ok(())
 }
 

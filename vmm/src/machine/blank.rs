@@ -65,6 +65,7 @@ impl BlankMachine {
         let Connected {
             devices: virtio,
             written,
+            traffic,
             balloon,
         } = connect(&vm, &memory, backends, threads)?;
         let devices = Arc::new(Devices::new(console, lines, virtio));
@@ -123,6 +124,7 @@ impl BlankMachine {
                 memory,
                 devices,
                 written,
+                traffic,
                 balloon,
                 plan,
                 facts,

@@ -10,7 +10,7 @@ use crate::arch::x86_64::boot::{BootPayload, MemoryBefore, load, renew_generatio
 use crate::arch::x86_64::layout::GENERATION_IRQ;
 use crate::arch::x86_64::time::ClockState;
 use crate::arch::x86_64::vcpu_state::TscTarget;
-use crate::devices::{BalloonLevel, ButtonPress, Devices, Restless, WrittenBlocks};
+use crate::devices::{BalloonLevel, ButtonPress, CardTraffic, Devices, Restless, WrittenBlocks};
 use crate::host::as_guests_see;
 use crate::kvm::{DirtyClearer, host_tsc};
 use crate::memory::{DirtyBitmap, GuestMemory, PAGE_SIZE};
@@ -261,6 +261,12 @@ impl Machine {
     #[must_use]
     pub fn written_blocks(&self, disk: usize) -> Option<WrittenBlocks> {
         self.parts.written.get(disk).cloned()
+    }
+
+    /// When frames passed each network card, in the cards' order, to be looked at wherever the machine is.
+    #[must_use]
+    pub fn traffic(&self) -> &[CardTraffic] {
+        &self.parts.traffic
     }
 
     /// What a host must offer to take this machine over.

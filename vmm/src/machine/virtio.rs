@@ -4,7 +4,9 @@ use std::io;
 
 use super::{Backends, MachineError};
 use crate::arch::x86_64::layout::{VIRTIO_SLOTS, virtio_slot};
-use crate::devices::{Balloon, BalloonLevel, Block, Device, Entropy, InterruptFd, MmioDevice, Net, WrittenBlocks};
+use crate::devices::{
+    Balloon, BalloonLevel, Block, CardTraffic, Device, Entropy, InterruptFd, MmioDevice, Net, WrittenBlocks,
+};
 use crate::kvm::Vm;
 use crate::memory::GuestMemory;
 use crate::threads::ThreadHook;
@@ -15,6 +17,8 @@ pub(super) struct Connected {
     pub(super) devices: Vec<MmioDevice>,
     /// Which blocks of each disk its guest writes.
     pub(super) written: Vec<WrittenBlocks>,
+    /// When frames passed each network card.
+    pub(super) traffic: Vec<CardTraffic>,
     /// How much memory the guest has given up.
     pub(super) balloon: BalloonLevel,
 }
@@ -39,7 +43,7 @@ pub(super) fn connect(
         let limit = VIRTIO_SLOTS;
         return Err(MachineError::TooManyDevices { asked, limit });
     }
-    let mut written = Vec::new();
+    let (mut written, mut traffic) = (Vec::new(), Vec::new());
     let mut devices: Vec<(String, Box<dyn Device>)> = Vec::new();
     for (index, disk) in disks.into_iter().enumerate() {
         let name = format!("disk{index}");
@@ -48,7 +52,9 @@ pub(super) fn connect(
         devices.push((name, Box::new(block)));
     }
     for (index, nic) in nics.into_iter().enumerate() {
-        devices.push((format!("nic{index}"), Box::new(Net::new(nic))));
+        let net = Net::new(nic);
+        traffic.push(net.traffic());
+        devices.push((format!("nic{index}"), Box::new(net)));
     }
     devices.push(("rng0".to_owned(), Box::new(Entropy)));
     let device = Balloon::default();
@@ -58,6 +64,7 @@ pub(super) fn connect(
     Ok(Connected {
         devices: devices.into_iter().enumerate().map(place).collect::<Result<_, _>>()?,
         written,
+        traffic,
         balloon,
     })
 }

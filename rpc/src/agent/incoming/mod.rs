@@ -5,6 +5,7 @@
 
 mod decisions;
 mod driver;
+mod first_frames;
 mod handle;
 mod late;
 mod prepare;

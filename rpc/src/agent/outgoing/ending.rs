@@ -69,8 +69,14 @@ impl Script {
     /// The last lines of the script.
     pub(super) async fn finish(mut self, ending: Ending) {
         match ending {
-            Ending::Arrived if self.serving => self.serve_pages().await,
-            Ending::Arrived => self.arrived(),
+            Ending::Arrived if self.serving => {
+                self.serve_pages().await;
+                self.note_network_gap().await;
+            }
+            Ending::Arrived => {
+                self.note_network_gap().await;
+                self.arrived();
+            }
             Ending::Resolved(wish) => self.resolved(wish).await,
             Ending::Stayed => {
                 self.undo().await;

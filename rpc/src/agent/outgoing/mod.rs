@@ -9,6 +9,7 @@ mod connecting;
 mod ending;
 mod figures;
 mod handle;
+mod network_gap;
 mod queue;
 mod reconnecting;
 mod retuning;

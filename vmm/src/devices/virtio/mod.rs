@@ -42,5 +42,6 @@ pub(crate) use self::entropy::Entropy;
 pub(crate) use self::hostile::{program_hostile_registers, restore_hostile_state, work_on_hostile_memory};
 pub(crate) use self::interrupt::InterruptFd;
 pub(crate) use self::mmio::MmioDevice;
+pub use self::net::CardTraffic;
 pub(crate) use self::net::Net;
 pub(crate) use self::state::{schema_of, set_macs};

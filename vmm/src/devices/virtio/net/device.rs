@@ -8,7 +8,8 @@ use super::super::device::{Broken, Device, Interest, Turn, Wake};
 use super::super::queue::DeviceQueue;
 use super::control::{self, Answer};
 use super::limit::Bucket;
-use super::receive::{self, Room};
+use super::receive::{self, Addressee, Room};
+use super::traffic::CardTraffic;
 use super::transmit::{self, Sent};
 use super::{CONTROL, RECEIVE, TRANSMIT, feature, state};
 use crate::machine::NicBackend;
@@ -28,6 +29,7 @@ pub(crate) struct Net {
     /// Whether frames of the guest's, or of the tap's, wait for their bucket to open.
     transmit_waits: bool,
     receive_waits: bool,
+    traffic: CardTraffic,
 }
 
 impl Net {
@@ -46,12 +48,23 @@ impl Net {
             receive_limit: limit(),
             transmit_waits: false,
             receive_waits: false,
+            traffic: CardTraffic::default(),
         }
+    }
+
+    /// When frames passed it.
+    pub(crate) fn traffic(&self) -> CardTraffic {
+        self.traffic.clone()
     }
 
     fn receive(&mut self, queues: &mut [DeviceQueue], turn: &Turn<'_>) -> Result<(), Broken> {
         let limit = &mut self.receive_limit;
-        let room = receive::frames(self.tap.as_fd(), &mut queues[RECEIVE], self.features, limit, turn)?;
+        let addressee = Addressee {
+            mac: self.mac,
+            traffic: &self.traffic,
+        };
+        let (tap, queue) = (self.tap.as_fd(), &mut queues[RECEIVE]);
+        let room = receive::frames(tap, queue, self.features, limit, &addressee, turn)?;
         self.receive_waits = room == Room::Limited;
         // Without room, frames wait in the tap until the guest rings.
         self.interest.readable = room == Room::Left;
@@ -60,7 +73,8 @@ impl Net {
 
     fn transmit(&mut self, queues: &mut [DeviceQueue], turn: &Turn<'_>) -> Result<(), Broken> {
         let limit = &mut self.transmit_limit;
-        let sent = transmit::frames(self.tap.as_fd(), &mut queues[TRANSMIT], limit, turn)?;
+        let (tap, queue) = (self.tap.as_fd(), &mut queues[TRANSMIT]);
+        let sent = transmit::frames(tap, queue, limit, &self.traffic, turn)?;
         self.transmit_waits = sent == Sent::Limited;
         self.interest.writable = sent == Sent::TapIsFull;
         Ok(())

@@ -7,10 +7,12 @@ mod receive;
 mod state;
 #[cfg(test)]
 mod tests;
+mod traffic;
 mod transmit;
 
 pub(crate) use self::device::Net;
 pub(super) use self::state::with_mac;
+pub use self::traffic::CardTraffic;
 
 /// The queues, in the order of the specification.
 const RECEIVE: usize = 0;

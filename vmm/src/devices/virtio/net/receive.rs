@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::super::device::{Broken, Turn};
 use super::super::queue::{Chain, DeviceQueue};
 use super::limit::Bucket;
+use super::traffic::CardTraffic;
 use super::{BUFFER_COUNT, HEADER_BYTES, LONGEST_FRAME, feature};
 use crate::memory::{GuestMemory, Span, total};
 
@@ -30,6 +31,12 @@ const USUAL_FRAME: u64 = 1514 + HEADER_BYTES;
 /// So many frames, and then it is somebody else's turn: the tap tells again that there is more.
 const MOST_FRAMES: u32 = 256;
 
+/// Who looks at what is received: the card's address, and when frames for it came.
+pub(super) struct Addressee<'a> {
+    pub(super) mac: [u8; 6],
+    pub(super) traffic: &'a CardTraffic,
+}
+
 /// Receives what the tap has, frame by frame.
 ///
 /// # Errors
@@ -39,6 +46,7 @@ pub(super) fn frames(
     queue: &mut DeviceQueue,
     features: u64,
     limit: &mut Option<Bucket>,
+    addressee: &Addressee<'_>,
     turn: &Turn<'_>,
 ) -> Result<Room, Broken> {
     let mergeable = features & feature::MRG_RXBUF != 0;
@@ -80,6 +88,7 @@ pub(super) fn frames(
                 if let Some(limit) = limit {
                     limit.take(len as u64);
                 }
+                addressee.traffic.note_received(addressee.mac, &spans, turn.memory);
                 deliver(len as u64, queue, &mut taken, turn.memory)?;
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -153,7 +162,7 @@ fn deliver(len: u64, queue: &mut DeviceQueue, taken: &mut VecDeque<Chain>, memor
 }
 
 /// The guest physical address of the byte at this offset of the spans.
-fn byte_at(spans: &[Span], offset: u64) -> Option<u64> {
+pub(super) fn byte_at(spans: &[Span], offset: u64) -> Option<u64> {
     let mut left = offset;
     for span in spans {
         match left.checked_sub(span.len.into()) {

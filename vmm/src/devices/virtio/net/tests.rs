@@ -60,6 +60,59 @@ fn frames_go_out_as_they_were_given() {
 }
 
 #[test]
+fn what_one_station_says_to_another_is_noted() {
+    let (card, wire) = card();
+    let traffic = card.traffic();
+    let mut driver = Driver::new(card);
+    driver.set_up(feature::MRG_RXBUF);
+    driver.give(RECEIVE, &[(span(BUFFERS, 15), true)]);
+    for index in 1..4 {
+        driver.give(RECEIVE, &[(span(BUFFERS + index * 2000, 2000), true)]);
+    }
+    let to = |address: [u8; 6]| [&[0; 12], &address[..], &[0; 50]].concat();
+    let send = |driver: &mut Driver, address| {
+        driver.put(BUFFERS + 0x1_0000, &to(address));
+        driver.give(TRANSMIT, &[(span(BUFFERS + 0x1_0000, 68), false)]);
+        assert_eq!(driver.used(TRANSMIT), Some(0));
+    };
+
+    wire.send(&to([0xff; 6])).expect("frame");
+    assert_eq!([driver.used(RECEIVE), driver.used(RECEIVE)], [Some(15), Some(53)]);
+    wire.send(&to([2, 1, 2, 3, 4, 6])).expect("frame");
+    assert_eq!(driver.used(RECEIVE), Some(68));
+    send(&mut driver, [0xff; 6]);
+    assert_eq!((traffic.sent(), traffic.received()), (None, None));
+
+    send(&mut driver, MAC);
+    wire.send(&to(MAC)).expect("frame");
+    assert_eq!(driver.used(RECEIVE), Some(68));
+    let (sent, received) = (traffic.sent().expect("frame"), traffic.received().expect("frame"));
+    assert_eq!((sent.first, received.first), (sent.last, received.last));
+    assert!(sent.first < received.first);
+
+    send(&mut driver, [0x33, 0x33, 0, 0, 0, 1]);
+    assert_eq!(traffic.sent(), Some(sent));
+    send(&mut driver, MAC);
+    let later = traffic.sent().expect("frame");
+    assert!(later.first == sent.first && later.last > sent.last);
+}
+
+#[test]
+fn frame_for_the_card_is_noted_also_if_its_address_is_in_two_buffers() {
+    let (card, wire) = card();
+    let traffic = card.traffic();
+    let mut driver = Driver::new(card);
+    driver.set_up(feature::MRG_RXBUF);
+    driver.give(RECEIVE, &[(span(BUFFERS, 15), true)]);
+    driver.give(RECEIVE, &[(span(BUFFERS + 2000, 2000), true)]);
+
+    wire.send(&[&[0; 12], &MAC[..], &[0; 50]].concat()).expect("frame");
+
+    assert_eq!([driver.used(RECEIVE), driver.used(RECEIVE)], [Some(15), Some(53)]);
+    assert!(traffic.received().is_some());
+}
+
+#[test]
 fn frame_waits_until_the_guest_has_a_buffer_for_it() {
     let (mut driver, wire) = driver(feature::MRG_RXBUF);
     wire.send(&frame(100)).expect("frame");

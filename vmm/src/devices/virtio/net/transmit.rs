@@ -8,6 +8,7 @@ use super::super::device::{Broken, Turn};
 use super::super::queue::DeviceQueue;
 use super::HEADER_BYTES;
 use super::limit::Bucket;
+use super::traffic::CardTraffic;
 use crate::memory::total;
 
 /// How far it went.
@@ -29,6 +30,7 @@ pub(super) fn frames(
     tap: BorrowedFd<'_>,
     queue: &mut DeviceQueue,
     limit: &mut Option<Bucket>,
+    traffic: &CardTraffic,
     turn: &Turn<'_>,
 ) -> Result<Sent, Broken> {
     loop {
@@ -42,7 +44,7 @@ pub(super) fn frames(
                 return Err(Broken("a frame to send has no header".to_owned()));
             }
             match turn.memory.write_packet(tap, &chain.readable) {
-                Ok(_) => {}
+                Ok(_) => traffic.note_sent(&chain.readable, turn.memory),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     queue.undo_pop();
                     return Ok(Sent::TapIsFull);
