@@ -14,6 +14,7 @@
 mod asking;
 mod choice;
 mod destination;
+mod gathering;
 mod latency;
 mod source;
 mod table;

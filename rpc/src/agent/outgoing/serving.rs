@@ -280,6 +280,8 @@ fn note_reply(info: &mut MigrationInfo, reply: &LateLinkReply) {
     info.late_ms = reply.late_ms;
     info.late_waits_log2_us.clone_from(&reply.late_waits_log2_us);
     info.late_longest_wait_ms = reply.late_longest_wait_ms;
+    info.late_median_wait_ms = reply.late_median_wait_ms;
+    info.late_round_trip_ms = reply.late_round_trip_ms;
     if !reply.ended.is_empty() {
         info.decision = Some(format!("the last pages were not needed: {}", reply.ended));
     }
