@@ -12,7 +12,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use ferry_migration::handover::{Ending, RestartPolicy};
+use ferry_migration::handover::{Decision, Ending, RestartPolicy};
 use ferry_migration::postcopy::URGENT_STREAMS;
 use ferry_proto::agent::v1::{InstanceSpec, LateLinkReply, LateLinkRequest, MigrationInfo};
 use ferry_proto::vmm::v1 as wire;
@@ -23,6 +23,7 @@ use tokio::sync::mpsc;
 use super::calls::order_until_answered;
 use super::script::Script;
 use super::switchover::next;
+use crate::agent::backends::storage;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{InstanceRow, MigrationRow, Status};
@@ -271,6 +272,10 @@ impl Script {
             }
         }
         self.agent.remove_folder(self.row.instance);
+        if self.row.said.as_deref() == Some(Decision::Running.as_str()) {
+            // Their contents came before the guest was handed over, and go on changing there.
+            storage::remove(&self.row.info.copied_disks, self.row.instance, self.agent.host());
+        }
     }
 }
 
