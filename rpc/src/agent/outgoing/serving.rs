@@ -80,7 +80,7 @@ impl Script {
         self.row.info.guest_location = Some(self.row.peer.clone());
         let instance = self.instance.state.lock().await.row.clone();
         let (row, host, migration) = (self.row.clone(), self.row.peer.clone(), self.row.id);
-        faults::reach(Site::RowDeparted, Moment::Before).await;
+        faults::reach(Site::RowServing, Moment::Before).await;
         let written = self.agent.journal.write(move |transaction| {
             InstanceRow::depart(transaction, &instance, &host, migration)?;
             row.save(transaction)
@@ -89,7 +89,7 @@ impl Script {
             self.row.info = before;
             return Err(error.into());
         }
-        faults::reach(Site::RowDeparted, Moment::After).await;
+        faults::reach(Site::RowServing, Moment::After).await;
         self.agent.instances.remove(self.row.instance);
         self.serving = true;
         self.show();
