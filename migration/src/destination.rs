@@ -99,7 +99,7 @@ pub fn run<G: DestinationGuest>(
         }),
         (Come::Broken(error), _) => Err(error),
         (Come::InPart(guest, mut arrived), Some(link)) => {
-            let late = await_late(&*memory, &mut arrived, *link, parameters, reports)?;
+            let late = await_late(&*memory, &shared, &mut arrived, *link, (parameters, reports))?;
             let loaded = load(guest, arrived, &shared)?;
             Ok(Loaded {
                 late: Some(late),
@@ -170,12 +170,19 @@ enum Come<G: DestinationGuest> {
 /// From here on whoever touches a missing page waits for it: restoring the machine may be the first to do so.
 fn await_late<M: GuestMemory>(
     memory: &M,
+    shared: &Shared,
     arrived: &mut Arrived,
     link: Link,
-    parameters: &DestinationParameters,
-    reports: &Sender<DestinationReport>,
+    (parameters, reports): (&DestinationParameters, &Sender<DestinationReport>),
 ) -> Result<LatePages, DestinationError> {
     let missing = arrived.missing.take().unwrap_or_else(|| PageSet::new(memory.shape()));
+    // In the end there is what came before and what comes late.
+    let mut populated = shared.received.to_set();
+    populated.union_with(&missing);
+    let populated = Population {
+        populated: populated.runs().collect(),
+        huge: Vec::new(),
+    };
     let pages = memory.await_late(&missing).map_err(|cause| DestinationError::Guest {
         step: "wait for its missing pages",
         cause,
@@ -183,6 +190,7 @@ fn await_late<M: GuestMemory>(
     let awaited = Awaited {
         pages,
         missing,
+        wanted_huge: wanted_huge(&populated, memory.shape()),
         shape: memory.shape().clone(),
         attempt: arrived.attempt,
         liveness: parameters.liveness,

@@ -341,6 +341,13 @@ pub trait AbsentPages: Send + Sync {
     /// # Errors
     /// If the host refuses.
     fn end(&self) -> Result<(), GuestError>;
+
+    /// Has a huge page put below `block`, which is one, after the end: contents stay what they are, and whoever uses them meanwhile may
+    /// wait. False where the host has none for it now, or somebody holds one of its pages.
+    ///
+    /// # Errors
+    /// If the host cannot do that for any block.
+    fn make_huge(&self, block: FrameRun) -> Result<bool, GuestError>;
 }
 
 /// Re-arms tracking range by range; each sending thread may call it.

@@ -13,6 +13,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use crate::guest::FRAME_SIZE;
+use crate::postcopy::{Lateness, Shrinking};
 use crate::source::{Manner, Overhead, RoundSummary, Terms};
 use forecast::{Course, HOPELESS_SHARE, bytes_of};
 pub use forecast::{Forecast, Moment};
@@ -50,6 +51,8 @@ pub enum Verdict {
     Infeasible,
     /// Stop the guest and hand it over.
     Switch,
+    /// Stop the guest and hand it over without what is left, which comes late.
+    Postcopy,
 }
 
 /// Why a migration is to be completed whatever its budget.
@@ -61,6 +64,15 @@ pub enum Force {
     TimeUp,
 }
 
+impl Force {
+    fn words(self) -> &'static str {
+        match self {
+            Self::User => "its user wants it completed",
+            Self::TimeUp => "its time is up, and it is to be completed",
+        }
+    }
+}
+
 impl Verdict {
     /// As records have it.
     #[must_use]
@@ -70,6 +82,7 @@ impl Verdict {
             Self::Throttle => "throttle",
             Self::Infeasible => "infeasible",
             Self::Switch => "switch",
+            Self::Postcopy => "postcopy",
         }
     }
 }
@@ -103,6 +116,8 @@ pub struct Policy {
     force: Option<Force>,
     throttle: u32,
     most_throttle: u32,
+    lateness: Lateness,
+    shrinking: Shrinking,
 }
 
 /// What a round left, and what that leads to.
@@ -131,7 +146,21 @@ impl Policy {
             force: None,
             throttle: 0,
             most_throttle,
+            lateness: Lateness::Never,
+            shrinking: Shrinking::default(),
         }
+    }
+
+    /// The same policy for a guest of which pages may come late.
+    #[must_use]
+    pub fn with_late_pages(self, lateness: Lateness) -> Self {
+        Self { lateness, ..self }
+    }
+
+    /// Memory comes late from now on: what rounds bring is disks, of which nothing may.
+    pub(crate) fn leave_memory(&mut self) {
+        self.lateness = Lateness::AtOnce;
+        self.rounds_within_budget = 0;
     }
 
     /// These terms hold from now on. What was learned of the link under another cap is worth what that leaves of it.
@@ -160,22 +189,39 @@ impl Policy {
         let Manner::Live { max_downtime } = self.terms.manner else {
             return self.handed_over_cold(round, now);
         };
+        self.shrinking.left(round.dirty_pages);
         let left = self.left(round, now, max_downtime);
         let predicted = self.overhead.stop + self.after_stop(round.dirty_pages);
-        let within_budget = predicted <= max_downtime;
+        // Once memory comes late, a budget that is too small for stop and start alone has no round to wait for.
+        let is_disk_settled = self.lateness == Lateness::AtOnce && left.last_pages <= CHEAP_LAST_PAGES;
+        let within_budget = predicted <= max_downtime || is_disk_settled;
         if within_budget {
             self.rounds_within_budget += 1;
         } else {
             self.rounds_within_budget = 0;
         }
-        if let Some(force) = self.force {
-            return self.handed_over_by_force(force, &left, predicted, max_downtime);
-        }
-        let (verdict, grounds) = if within_budget {
-            self.within_budget(&left)
-        } else {
-            self.over_budget(&left, max_downtime)
+        let judged = match self.force {
+            // Where pages may come late, what must be completed is completed so.
+            Some(force) if within_budget || matches!(self.lateness, Lateness::Never | Lateness::AtOnce) => {
+                return self.handed_over_by_force(force, &left, predicted, max_downtime);
+            }
+            Some(force) => (Verdict::Postcopy, force.words().to_owned()),
+            None if within_budget => self.within_budget(&left),
+            None => self.over_budget(&left, max_downtime),
         };
+        let (verdict, grounds) = self.perhaps_late(judged);
+        if verdict == Verdict::Postcopy {
+            // What comes late is not written any less by a guest that is kept from running.
+            self.throttle = 0;
+            return Decision {
+                verdict,
+                predicted: self.overhead.stop + self.after_stop(0),
+                within_budget: true,
+                forecast: left.forecast,
+                throttle: 0,
+                words: format!("{grounds}: the rest comes late, {} dirty pages", left.pages),
+            };
+        }
         let mut words = format!(
             "{grounds}: {} dirty pages cost {:.1} ms, a blackout of {:.1} ms of {:.1} ms allowed",
             left.pages,
@@ -200,6 +246,23 @@ impl Policy {
     #[must_use]
     pub fn throttle(&self) -> u32 {
         self.throttle
+    }
+
+    /// Where pages may come late, what rounds do not bring within the budget does; throttling comes before that.
+    fn perhaps_late(&self, (verdict, grounds): (Verdict, String)) -> (Verdict, String) {
+        match (self.lateness, verdict) {
+            (Lateness::WhenItPays, Verdict::Infeasible) => (Verdict::Postcopy, grounds),
+            (Lateness::WhenItPays, Verdict::Continue) => match self.stalls() {
+                Some(grounds) => (Verdict::Postcopy, grounds),
+                None => (verdict, grounds),
+            },
+            _ => (verdict, grounds),
+        }
+    }
+
+    /// Whether rounds lead nowhere, of those that did not lead into the budget.
+    fn stalls(&self) -> Option<String> {
+        self.shrinking.stalls().filter(|_| self.rounds_within_budget == 0)
     }
 
     /// Within the budget: whether another round would leave so much less that it is worth its time.
@@ -270,10 +333,7 @@ impl Policy {
     }
 
     fn handed_over_by_force(&self, force: Force, left: &Left, predicted: Duration, max_downtime: Duration) -> Decision {
-        let why = match force {
-            Force::User => "its user wants it completed",
-            Force::TimeUp => "its time is up, and it is to be completed",
-        };
+        let why = force.words();
         Decision {
             verdict: Verdict::Switch,
             predicted,

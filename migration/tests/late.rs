@@ -8,13 +8,13 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use fake::memory::{FakeMemory, NEVER_POPULATED};
-use fake::scene::{Ends, LATE_STREAMS, Scene, arming_and, attempt, guest, links, live, memory, migrate};
-use fake::{FakeDestination, LoadFault, Tracking, Workload};
+use fake::scene::{Ends, HIGH, LATE_STREAMS, Scene, arming_and, attempt, guest, links, live, memory, migrate, run};
+use fake::{FakeDestination, FakeSource, LoadFault, Tracking, Workload};
 use ferry_migration::Link;
 use ferry_migration::destination::DestinationError;
-use ferry_migration::guest::SourceGuest;
+use ferry_migration::guest::{FrameRun, GuestMemory as _, SourceGuest};
 use ferry_migration::postcopy::{LateOutcome, LatePages, Lateness, ServeReport, Served, serve};
-use ferry_migration::source::{SourceError, SourceOrder, SourceOutcome, SourceReport};
+use ferry_migration::source::{OnTimeout, SourceError, SourceOrder, SourceOutcome, SourceReport};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -97,8 +97,15 @@ fn a_guest_is_handed_over_at_once_and_all_of_it_comes_late() {
         panic!("not sent")
     };
     assert_eq!((parked.summary().late_pages, parked.summary().bytes_sent), (6300, 0));
-    let outcome = Late::of(ends).comes();
+    let late = Late::of(ends);
+    let destination = Arc::clone(&late.destination);
+    let outcome = late.comes();
     assert_eq!((outcome.pages, outcome.latency.count()), (6300, 0));
+    let deadline = Instant::now() + PATIENCE;
+    while destination.made_huge() < 12 {
+        assert!(Instant::now() < deadline, "{} huge pages", destination.made_huge());
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 #[test]
@@ -125,7 +132,7 @@ fn what_rounds_do_not_bring_comes_late() {
     let late = Late::of(migrate(scene));
     let missing = late.pages.missing();
     assert!((1..6300).contains(&missing), "{missing}");
-    let decided = |report: &SourceReport| matches!(report, SourceReport::Round { decided, .. } if decided.words.contains("comes late"));
+    let decided = |report: &SourceReport| matches!(report, SourceReport::Round { decided, .. } if decided.deed == "postcopy" && decided.words.contains("comes late"));
     assert!(late.ends.reports.iter().any(decided));
     late.comes();
 }
@@ -156,6 +163,95 @@ fn who_wants_it_completed_need_not_wait_for_rounds_to_tell() {
         1
     );
     late.comes();
+}
+
+#[test]
+fn what_is_left_when_the_time_is_up_comes_late() {
+    let mut scene = late(Lateness::WhenItMustEnd, BUSY);
+    scene.parameters.manner = live(Duration::from_micros(500));
+    scene.parameters.timeout = Duration::from_millis(600);
+    scene.parameters.on_timeout = OnTimeout::Pause;
+    // Its disks never settle: nothing is waited for that has no end.
+    scene.source.settles_after = [u32::MAX].into();
+    let late = Late::of(migrate(scene));
+    assert!(late.ends.took >= Duration::from_millis(600), "{:?}", late.ends.took);
+    let deeds: Vec<_> = late
+        .ends
+        .reports
+        .iter()
+        .filter_map(|report| match report {
+            SourceReport::Round { decided, .. } | SourceReport::Decided(decided) => Some(decided.deed),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(deeds.iter().filter(|&&deed| deed == "time-up").count(), 1, "{deeds:?}");
+    assert_eq!(deeds.last(), Some(&"postcopy"), "{deeds:?}");
+    assert!(deeds.contains(&"infeasible"), "{deeds:?}");
+    late.comes();
+}
+
+/// A guest whose second region is a disk.
+fn with_a_disk(lateness: Lateness, workload: Workload) -> Scene {
+    let with_disk = || {
+        let mut memory = memory();
+        memory.has_disk = true;
+        memory
+    };
+    let source = FakeSource::new(with_disk(), Tracking::Log, &[run(3, 6000), DISK], workload);
+    Scene {
+        source,
+        destination: FakeDestination::new(with_disk()),
+        ..late(lateness, workload)
+    }
+}
+
+const DISK: FrameRun = run(HIGH + 500, 300);
+
+/// What was sent before GO, in pages of each round.
+fn sent(late: &Late) -> Vec<u64> {
+    let SourceOutcome::GoSent(parked) = &late.ends.outcome else {
+        panic!("not sent")
+    };
+    parked.summary().rounds.iter().map(|round| round.pages).collect()
+}
+
+#[test]
+fn disks_come_before_the_guest_and_all_of_its_memory_after() {
+    let late = Late::of(migrate(with_a_disk(Lateness::AtOnce, BUSY)));
+    assert_eq!(late.pages.missing(), 6000);
+    assert_eq!(sent(&late).iter().sum::<u64>(), DISK.count);
+    assert_eq!(
+        late.destination.digest(DISK).unwrap(),
+        late.source.digest(DISK).unwrap()
+    );
+    assert_eq!(late.comes().pages, 6000);
+}
+
+#[test]
+fn disks_come_before_the_guest_where_rounds_do_not_bring_its_memory() {
+    let mut scene = with_a_disk(Lateness::WhenItPays, BUSY);
+    scene.parameters.manner = live(Duration::from_micros(500));
+    let late = Late::of(migrate(scene));
+    let missing = late.pages.missing();
+    assert!((1..6000).contains(&missing), "{missing}");
+    assert_eq!(sent(&late)[0], 6300);
+    assert_eq!(
+        late.destination.digest(DISK).unwrap(),
+        late.source.digest(DISK).unwrap()
+    );
+    late.comes();
+}
+
+#[test]
+fn disks_are_sent_again_after_a_switchover_that_was_called_off() {
+    let mut scene = with_a_disk(Lateness::AtOnce, BUSY);
+    scene.source.stop_faults = [fake::StopFault::Fails].into();
+    let late = Late::of(migrate(scene));
+    assert_eq!(
+        late.destination.digest(DISK).unwrap(),
+        late.source.digest(DISK).unwrap()
+    );
+    assert_eq!(late.comes().pages, 6000);
 }
 
 #[test]

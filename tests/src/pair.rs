@@ -162,7 +162,11 @@ impl Pair {
     pub fn begin_migrate(&self, name: &str, further: &[&str]) -> Result<Call> {
         let mut words = [&["migrate", name, "--to", "b"], further].concat();
         // Where pages come late nothing can be compared before the handover.
-        if self.verifies && !further.contains(&"--mode") && !further.contains(&"--verify") {
+        if self.verifies
+            && !["--mode", "--verify", "postcopy"]
+                .iter()
+                .any(|word| further.contains(word))
+        {
             words.push("--verify");
         }
         self.a.begin(&words)

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use super::{Moment, Policy, Verdict};
 use crate::guest::FRAME_SIZE;
-use crate::postcopy::{Lateness, pays};
+use crate::postcopy::Lateness;
 use crate::source::{BETWEEN_SMALL_ROUNDS, Manner, OnTimeout, Overhead, RoundSummary, Terms};
 pub use writes::Writes;
 
@@ -186,7 +186,7 @@ pub fn predict(guest: &Sampled, way: &Way, wanted: &Wanted) -> Prediction {
         way,
         wanted,
         rate,
-        policy: Policy::new(wanted.terms, Overhead::default(), wanted.most_throttle),
+        policy: Policy::new(wanted.terms, Overhead::default(), wanted.most_throttle).with_late_pages(wanted.lateness),
         rounds: Vec::new(),
         copied: Duration::ZERO,
         bytes: 0.0,
@@ -231,17 +231,13 @@ impl Course<'_> {
             let decision = self.policy.judge(&round, now);
             let before = self.rounds.last().map(|before| before.dirty_pages);
             self.rounds.push(round);
-            if decision.within_budget && self.within_budget_after.is_none() {
+            if decision.verdict != Verdict::Postcopy && decision.within_budget && self.within_budget_after.is_none() {
                 self.within_budget_after = Some(self.copied);
             }
-            if decision.verdict == Verdict::Switch {
-                return self.switched(dirty, End::Whole, decision.words);
-            }
-            if self.wanted.lateness == Lateness::WhenItPays
-                && !decision.within_budget
-                && let Some(words) = pays(&self.rounds)
-            {
-                return self.late(dirty * FRAME_SIZE as f64, words);
+            match decision.verdict {
+                Verdict::Switch => return self.switched(dirty, End::Whole, decision.words),
+                Verdict::Postcopy => return self.late(dirty * FRAME_SIZE as f64, decision.words),
+                Verdict::Continue | Verdict::Throttle | Verdict::Infeasible => {}
             }
             let is_stalled = decision.verdict != Verdict::Throttle
                 && self.rounds.len() >= TELLING_ROUNDS
@@ -321,7 +317,10 @@ impl Course<'_> {
                 let left = self.wanted.terms.timeout.saturating_sub(self.copied);
                 self.copied += left;
                 self.bytes += left.as_secs_f64() * self.rate;
-                self.ended(dirty, End::Paused, words)
+                match self.wanted.lateness {
+                    Lateness::Never => self.ended(dirty, End::Paused, words),
+                    _ => self.late(dirty * FRAME_SIZE as f64, words),
+                }
             }
         }
     }

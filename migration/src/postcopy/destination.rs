@@ -4,7 +4,7 @@
 //!   ferry-faults ─ a page is touched: zero at once if it is not missing, else asked for ─┐ urgent streams
 //!   ferry-late   ─ sessions, one after the other:                                        ▼
 //!                    each stream has a thread that takes frames in and supplies their pages ─► whoever waits goes on
-//!                    the last one: nobody watches any more, AllHere, over
+//!                    the last one: nobody watches any more, AllHere, then huge pages again, over
 //! ```
 //!
 //! Both threads outlive the migration's own and end by themselves. A page leaves the set of missing ones after it was supplied, never
@@ -23,6 +23,7 @@ use ferry_proto::stream::v1::{
 };
 
 use super::asking::{Asking, Wishes};
+use super::gathering;
 use super::taking::Taker;
 use super::{Latency, SessionLost, URGENT_STREAMS, chain, parts};
 use crate::PageSet;
@@ -69,6 +70,8 @@ pub struct LateOutcome {
     pub pages: u64,
     /// How long they were waited for by whoever touched one.
     pub latency: Latency,
+    /// The smallest round trip of the control stream lately; `None`: none was measured.
+    pub round_trip: Option<Duration>,
     /// From GO until the last one was here.
     pub took: Duration,
 }
@@ -90,11 +93,13 @@ impl LatePages {
         let Awaited {
             pages,
             missing,
+            wanted_huge,
             shape,
             attempt,
             liveness,
         } = awaited;
         let left = missing.count();
+        let blocks = gathering::blocks(&wanted_huge, &missing);
         let shared = Arc::new(Shared {
             pages,
             state: Mutex::new(State {
@@ -103,6 +108,7 @@ impl LatePages {
                 left,
                 waiting: HashMap::new(),
                 latency: Latency::default(),
+                round_trip: None,
                 asking: None,
                 outcome: None,
             }),
@@ -123,6 +129,7 @@ impl LatePages {
         })?;
         let supervisor = Supervisor {
             shared: late,
+            blocks,
             links: links_out,
             reports: Box::new(reports),
             attempt,
@@ -157,6 +164,8 @@ impl LatePages {
 pub(crate) struct Awaited {
     pub(crate) pages: Box<dyn AbsentPages>,
     pub(crate) missing: PageSet,
+    /// Where huge pages are wanted once the missing ones are there: whole huge pages.
+    pub(crate) wanted_huge: Vec<FrameRun>,
     pub(crate) shape: MemoryShape,
     pub(crate) attempt: Attempt,
     pub(crate) liveness: Liveness,
@@ -192,6 +201,8 @@ struct State {
     /// Touched and missing, and since when.
     waiting: HashMap<u64, Instant>,
     latency: Latency,
+    /// As last measured.
+    round_trip: Option<Duration>,
     /// Where to ask; none between sessions.
     asking: Option<Asking>,
     outcome: Option<LateOutcome>,
@@ -208,6 +219,9 @@ impl Shared {
         while !self.over.load(Ordering::Acquire) {
             frames.clear();
             self.pages.touched(TICK, &mut frames)?;
+            if let Some(asking) = &mut self.lock().asking {
+                asking.go_on();
+            }
             if !frames.is_empty() {
                 frames.sort_unstable();
                 frames.dedup();
@@ -278,6 +292,7 @@ impl Shared {
         state.outcome = Some(LateOutcome {
             pages: self.total,
             latency: state.latency.clone(),
+            round_trip: state.round_trip,
             took: self.began.elapsed(),
         });
         Ok(())
@@ -329,6 +344,8 @@ pub(super) enum Event {
 
 struct Supervisor {
     shared: Arc<Shared>,
+    /// Which of them are to be huge pages in the end.
+    blocks: Vec<FrameRun>,
     links: Receiver<Link>,
     reports: Box<dyn Fn(LateReport) + Send>,
     attempt: Attempt,
@@ -380,6 +397,10 @@ impl Supervisor {
             Session::AllHere => {
                 let outcome = self.shared.lock().outcome.clone().unwrap_or_default();
                 (self.reports)(LateReport::AllHere(outcome));
+                match gathering::gather(&*self.shared.pages, &self.blocks) {
+                    Ok(gathered) => tracing::info!(?gathered, "huge pages again where pages came late"),
+                    Err(error) => tracing::info!(reason = chain(&error), "pages that came late stay small"),
+                }
             }
             Session::Failed(reason) => {
                 self.shared.fail(reason.clone());
@@ -426,14 +447,8 @@ impl Supervisor {
             let _ = outbox.send(Outgoing::Say(FromDestination { message }));
         }
         let urgent = URGENT_STREAMS.min(sockets.pages.len()) as u16;
-        for socket in &sockets.pages[..urgent.into()] {
-            // Whoever asks must not wait for ever for a source that reads nothing.
-            if socket.set_write_timeout(Some(self.liveness.silence)).is_err() {
-                sockets.cut();
-            }
-        }
         state.asked.clear();
-        state.asking = Some(Asking::new(Arc::clone(sockets), urgent));
+        state.asking = Some(Asking::new(Arc::clone(sockets), urgent, self.liveness.silence));
         let mut table = Wishes::default();
         let waiting: Vec<u64> = state.waiting.keys().copied().collect();
         for frame in waiting {
@@ -508,6 +523,9 @@ impl Supervisor {
             let silence = sockets.silence();
             if silence >= self.liveness.silence {
                 return Session::Lost(SessionLost::Silent(silence));
+            }
+            if let Some(round_trip) = sockets.round_trip() {
+                self.shared.lock().round_trip = Some(round_trip);
             }
             if told.elapsed() >= PROGRESS {
                 told = Instant::now();

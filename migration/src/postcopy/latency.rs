@@ -7,7 +7,12 @@ use std::time::Duration;
 pub struct Latency {
     buckets: Vec<u64>,
     longest: Duration,
+    /// The first waits, in microseconds.
+    first: Vec<u32>,
 }
+
+/// So many waits are known to the microsecond: 256 KiB.
+const KNOWN_WAITS: usize = 1 << 16;
 
 impl Latency {
     /// Takes a wait in.
@@ -19,6 +24,18 @@ impl Latency {
         }
         self.buckets[bucket] += 1;
         self.longest = self.longest.max(waited);
+        if self.first.len() < KNOWN_WAITS {
+            self.first.push(u32::try_from(micros).unwrap_or(u32::MAX));
+        }
+    }
+
+    /// The wait that half of them were no longer than, of the first 65,536; `None`: there were none.
+    #[must_use]
+    pub fn median(&self) -> Option<Duration> {
+        let mut waits = self.first.clone();
+        let middle = waits.len().checked_sub(1)? / 2;
+        let (_, median, _) = waits.select_nth_unstable(middle);
+        Some(Duration::from_micros(u64::from(*median)))
     }
 
     /// Waits of less than 1 µs, then of less than 2 µs, 4 µs and so on; it ends with the last one that there was.
@@ -54,5 +71,11 @@ mod tests {
         assert_eq!((latency.count(), latency.longest()), (6, Duration::from_millis(1)));
         latency.add(Duration::MAX);
         assert_eq!(latency.buckets().len(), 65);
+        assert_eq!(latency.median(), Some(Duration::from_micros(3)));
+    }
+
+    #[test]
+    fn of_no_wait_there_is_no_median() {
+        assert_eq!(Latency::default().median(), None);
     }
 }

@@ -14,6 +14,7 @@
 mod asking;
 mod choice;
 mod destination;
+mod gathering;
 mod latency;
 mod source;
 mod table;
@@ -21,7 +22,7 @@ mod taking;
 mod unsent;
 
 pub use choice::Lateness;
-pub(crate) use choice::pays;
+pub(crate) use choice::Shrinking;
 pub(crate) use destination::Awaited;
 pub use destination::{LateOutcome, LatePages, LateReport};
 pub use latency::Latency;

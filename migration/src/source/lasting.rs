@@ -181,7 +181,8 @@ impl<'a> Lasting<'a> {
             (OnTimeout::Pause, Some(Force::TimeUp)) => Ok(()),
             (OnTimeout::Pause, None | Some(Force::User)) => {
                 self.force.set(Some(Force::TimeUp));
-                self.tell(Decided::time_up(self.round.get(), &terms));
+                let lateness = self.asked.parameters.lateness;
+                self.tell(Decided::time_up(self.round.get(), &terms, lateness));
                 Ok(())
             }
         }

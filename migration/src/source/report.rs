@@ -69,7 +69,7 @@ pub enum OnTimeout {
     #[default]
     Abort,
     /// It is completed as by [`SourceOrder::ForceComplete`], and there is no other end to its time: the rest of the copy ends, because
-    /// the guest stands still for it.
+    /// the guest stands still for it, or it comes late where pages may.
     Pause,
 }
 
@@ -266,12 +266,18 @@ impl Decided {
     }
 
     /// The time is up, and the migration is completed all the same.
-    pub(super) fn time_up((round, throttle): (u32, u32), terms: &Terms) -> Self {
+    pub(super) fn time_up((round, throttle): (u32, u32), terms: &Terms, lateness: Lateness) -> Self {
+        let (deed, what) = match lateness {
+            Lateness::Never => ("pause", "the guest stands still until the rest of it has been sent"),
+            Lateness::AtOnce | Lateness::WhenItPays | Lateness::WhenItMustEnd => {
+                ("time-up", "the guest is handed over, and what is left then comes late")
+            }
+        };
         Self {
             round,
-            deed: "pause",
+            deed,
             words: format!(
-                "its {:.1} s are up: after this round the guest stands still until the rest of it has been sent",
+                "its {:.1} s are up: after this round {what}",
                 terms.timeout.as_secs_f64()
             ),
             blackout: None,

@@ -8,8 +8,8 @@ use ferry_proto::stream::v1::{self, from_source::Message as Said};
 use crate::PageSet;
 use crate::guest::{DiskCondition, FRAME_SIZE, GuestMemory as _, Population, SourceGuest, Throttled};
 use crate::handover::Attempt;
-use crate::policy::{Decision, Force, Moment, Policy, Verdict};
-use crate::postcopy::{Lateness, pays};
+use crate::policy::{Decision, Moment, Policy, Verdict};
+use crate::postcopy::Lateness;
 use crate::precopy::{Pace, Round, Streams};
 use crate::source::cold::Halt;
 use crate::source::conversation::{Conversation, Heard, TICK, unexpected};
@@ -46,7 +46,7 @@ pub(super) struct Copy<'c, 'a, G: SourceGuest> {
     pub(super) missing: &'c mut Option<PageSet>,
     /// Set if the link is lost and another one may follow.
     pub(super) kept: &'c mut Option<Kept>,
-    /// What rounds did not bring comes late.
+    /// What rounds did not bring of memory comes late; of disks, nothing does.
     pub(super) is_late: bool,
     pub(super) conversation: &'c mut Conversation<'a>,
     pub(super) streams: &'c Streams<G::Clearer>,
@@ -190,16 +190,17 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
     /// Rounds until the budget allows the switchover, and small ones on until a grant is held.
     pub(super) fn until_armed(&mut self) -> Result<Attempt, Stop> {
         loop {
-            if self.is_late {
+            let was_late = self.is_late;
+            if was_late && !self.has_disks() {
                 return self.until_armed_late();
             }
             let began = Instant::now();
             let decision = self.running_round()?;
-            if self.is_late {
+            if self.is_late && !was_late {
                 continue;
             }
             let pause = match decision.verdict {
-                Verdict::Switch => {
+                Verdict::Switch | Verdict::Postcopy => {
                     self.announce(decision.predicted);
                     BETWEEN_SMALL_ROUNDS
                 }
@@ -232,12 +233,12 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
     /// Sends what is pending, waits for the barrier, fetches what the guest wrote meanwhile, and judges.
     fn running_round(&mut self) -> Result<Decision, Stop> {
         self.conversation.look_after(self.guest)?;
-        let (began, before, pages) = (Instant::now(), self.sum(), self.pending.count());
+        let (began, before, pages) = (Instant::now(), self.sum(), self.due());
         let number = self.round;
         self.conversation.lasting.round_begins(number, self.policy.throttle());
         if pages > 0 {
             let clearer = Some(self.guest.clearer());
-            let set = self.take_pending();
+            let set = self.take_due();
             self.meter.round_begins(&set, pages);
             self.streams.feed.start(Round {
                 number,
@@ -256,8 +257,8 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         let elapsed = began.elapsed();
         self.fetch_dirty()?;
         let sent = self.sum();
-        let dirty_pages = self.pending.count();
-        self.meter.round_ends(&self.pending, dirty_pages);
+        let dirty_pages = self.due();
+        self.meter.round_ends(&self.pending, self.pending.count());
         self.summary.copied = Some(self.meter.copied());
         let round = RoundSummary {
             number,
@@ -268,18 +269,16 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             dirty_pages,
         };
         self.policy.follow(self.conversation.lasting.terms());
-        let may_be_late = self.conversation.asked.parameters.lateness == Lateness::WhenItPays;
-        // Where pages may come late, what must be completed is completed so.
-        self.policy
-            .force(self.conversation.lasting.force().filter(|_| !may_be_late));
+        self.policy.force(self.conversation.lasting.force());
         let now = Moment {
             elapsed: self.copying_since.elapsed(),
             bytes: sent.bytes,
             round_trip: self.round_trips(),
         };
-        let mut decision = self.policy.judge(&round, now);
-        if may_be_late && !decision.within_budget {
-            self.consider_late(round, &mut decision);
+        let decision = self.policy.judge(&round, now);
+        if decision.verdict == Verdict::Postcopy {
+            self.is_late = true;
+            self.policy.leave_memory();
         }
         let throttled = self.throttle(decision.throttle);
         if pages > 0 || self.is_late || self.summary.rounds.is_empty() {
@@ -310,29 +309,14 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
 
     /// Has the guest's vCPUs throttled as the policy wants it; again after each round, for other ones may write by now.
     fn throttle(&mut self, percent: u32) -> Throttled {
-        if percent == 0 {
+        if percent == 0 && self.summary.throttle == 0 {
             return Throttled::None;
         }
-        self.guest.throttle(percent).unwrap_or_else(|cause| {
+        let throttled = self.guest.throttle(percent).unwrap_or_else(|cause| {
             tracing::warn!(%cause, percent, "the vCPUs cannot be throttled");
             Throttled::None
-        })
-    }
-
-    /// A guest that cannot be handed over within its budget: does the rest come late?
-    fn consider_late(&mut self, round: RoundSummary, decision: &mut Decision) {
-        let rounds: Vec<_> = self.summary.rounds.iter().copied().chain([round]).collect();
-        let why = match self.conversation.lasting.force() {
-            Some(Force::User) => Some("its user wants it completed: the rest comes late".to_owned()),
-            Some(Force::TimeUp) => Some("its time is up, and it is to be completed: the rest comes late".to_owned()),
-            None => pays(&rounds),
-        };
-        if let Some(words) = why {
-            self.is_late = true;
-            decision.words = words;
-            // What comes late is not written any less by a guest that is kept from running.
-            decision.throttle = 0;
-        }
+        });
+        if percent == 0 { Throttled::None } else { throttled }
     }
 
     /// Nothing is kept from a guest that stands still: only its user's cap slows the copy.
@@ -384,10 +368,39 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         self.spare.take().unwrap_or_else(new)
     }
 
-    /// What is pending, to be sent as a round.
-    pub(super) fn take_pending(&mut self) -> PageSet {
-        let empty = self.empty_set();
-        std::mem::replace(&mut self.pending, empty)
+    /// Whether disks move with the guest.
+    pub(super) fn has_disks(&self) -> bool {
+        !self.disks().is_empty()
+    }
+
+    /// The regions that are disks.
+    fn disks(&self) -> Vec<usize> {
+        let memory = self.guest.memory();
+        let regions = memory.shape().regions().iter().enumerate();
+        let disks = regions.filter(|&(_, &region)| memory.is_disk(region));
+        disks.map(|(index, _)| index).collect()
+    }
+
+    /// How many of the pending pages must be there before the guest is handed over.
+    pub(super) fn due(&self) -> u64 {
+        if !self.is_late {
+            return self.pending.count();
+        }
+        let of_disk = |index| self.pending.count_in(index, 0, self.pending.region(index).frames);
+        self.disks().into_iter().map(of_disk).sum()
+    }
+
+    /// These, to be sent as a round.
+    pub(super) fn take_due(&mut self) -> PageSet {
+        let mut set = self.empty_set();
+        if !self.is_late {
+            return std::mem::replace(&mut self.pending, set);
+        }
+        for index in self.disks() {
+            set.insert_words(index, self.pending.words(index));
+        }
+        self.pending.subtract(&set);
+        set
     }
 
     /// Notes that a switchover was called off: the next one is asked for after a pause that grows.
@@ -486,7 +499,8 @@ fn begin<G: SourceGuest>(guest: &mut G, conversation: &Conversation<'_>) -> Resu
     let now = Instant::now();
     Ok(Kept {
         is_late: parameters.lateness == Lateness::AtOnce,
-        policy: Policy::new(conversation.lasting.terms(), parameters.overhead, most_throttle),
+        policy: Policy::new(conversation.lasting.terms(), parameters.overhead, most_throttle)
+            .with_late_pages(parameters.lateness),
         meter: Meter::new(&*guest.memory(), &pending),
         pending,
         round: 1,

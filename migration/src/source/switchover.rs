@@ -113,12 +113,14 @@ fn hand_over<G: SourceGuest>(
     let last_pages_began = Instant::now();
     copy.policy.stopped(began.elapsed());
 
-    let late = if copy.is_late {
-        Some(leave_late(copy, grant)?)
+    if copy.is_late && !copy.has_disks() {
+        copy.fetch_dirty()?;
+        copy.meter.last_round_ends();
+        copy.summary.copied = Some(copy.meter.copied());
     } else {
         send_last_pages(copy, &budget, last_round)?;
-        None
-    };
+    }
+    let late = copy.is_late.then(|| leave_late(copy, grant));
     let last_pages = copied_cold + last_pages_began.elapsed();
     let compared = verifying::agree(copy, &budget, grant, last_round)?;
     let totals: Vec<_> = copy.streams.each().into_iter().map(v1::StreamTotals::from).collect();
@@ -245,19 +247,16 @@ fn stop_guest<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, deadline: Instant) -> 
     stopped.map_err(|cause| Setback::CallOff(format!("the guest did not stand still: {cause}")))
 }
 
-/// Fetches the last dirty log and says what is missing. It all stays pending: the switchover may be called off.
-fn leave_late<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, grant: Attempt) -> Result<PageSet, Setback> {
-    copy.fetch_dirty()?;
+/// Says what is missing. It all stays pending: the switchover may be called off.
+fn leave_late<G: SourceGuest>(copy: &Copy<'_, '_, G>, grant: Attempt) -> PageSet {
     let missing = copy.pending.clone();
     for part in postcopy::parts(&missing, grant) {
         copy.conversation.say(Said::Missing(part));
     }
-    copy.meter.last_round_ends();
-    copy.summary.copied = Some(copy.meter.copied());
-    Ok(missing)
+    missing
 }
 
-/// Fetches the last dirty log and sends what is pending, unless that cannot be done within the budget.
+/// Fetches the last dirty log and sends what must be there, unless that cannot be done within the budget.
 fn send_last_pages<G: SourceGuest>(
     copy: &mut Copy<'_, '_, G>,
     budget: &Budget,
@@ -265,7 +264,7 @@ fn send_last_pages<G: SourceGuest>(
 ) -> Result<(), Setback> {
     let (began, before) = (Instant::now(), copy.streams.sum());
     copy.fetch_dirty()?;
-    let pages = copy.pending.count();
+    let pages = copy.due();
     let needed = copy.policy.after_stop(pages);
     let left = budget.left();
     if needed > left {
@@ -275,7 +274,7 @@ fn send_last_pages<G: SourceGuest>(
         )));
     }
     if pages > 0 {
-        let set = copy.take_pending();
+        let set = copy.take_due();
         copy.meter.round_begins(&set, pages);
         *last_round = LastRound::UnderWay;
         copy.streams.feed.start(Round {

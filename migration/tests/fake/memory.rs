@@ -8,7 +8,9 @@ use std::thread;
 use std::time::Duration;
 
 use ferry_migration::PageSet;
-use ferry_migration::guest::{AbsentPages, FRAME_SIZE, FrameRun, GuestError, GuestMemory, MemoryShape};
+use ferry_migration::guest::{
+    AbsentPages, FRAME_SIZE, FRAMES_PER_HUGE_PAGE, FrameRun, GuestError, GuestMemory, MemoryShape, Region,
+};
 
 /// Frames of the usual fake guest that hold nothing, and are absent when pages come late.
 pub const NEVER_POPULATED: FrameRun = FrameRun { first: 6500, count: 8 };
@@ -23,6 +25,8 @@ pub struct FakeMemory {
     pub advised: Mutex<Vec<FrameRun>>,
     /// Frames that were backed ahead.
     pub populated: AtomicU64,
+    /// Its regions but the first are disks.
+    pub has_disk: bool,
     /// Its pages cannot come late.
     pub cannot_wait: bool,
     /// A frame that is damaged after it was received.
@@ -40,6 +44,8 @@ struct Store {
     chunks: Vec<RwLock<Vec<u8>>>,
     late: Mutex<Late>,
     changed: Condvar,
+    /// Huge pages that were asked for after all had come.
+    made_huge: AtomicU64,
 }
 
 /// Pages that are not there yet.
@@ -64,6 +70,7 @@ impl FakeMemory {
             chunks: (0..chunks).map(|_| chunk()).collect(),
             late: Mutex::default(),
             changed: Condvar::new(),
+            made_huge: AtomicU64::new(0),
         };
         Self {
             store: Arc::new(store),
@@ -71,6 +78,7 @@ impl FakeMemory {
             zeroed: AtomicU64::new(0),
             advised: Mutex::default(),
             populated: AtomicU64::new(0),
+            has_disk: false,
             cannot_wait: false,
             damage: None,
             damages: AtomicU64::new(u64::MAX),
@@ -79,6 +87,11 @@ impl FakeMemory {
     }
 
     /// Each write to a socket takes so long from now on.
+    /// Huge pages that were asked for after all pages had come.
+    pub fn made_huge(&self) -> u64 {
+        self.store.made_huge.load(Ordering::Relaxed)
+    }
+
     pub fn slow_sends(&self, time: Duration) {
         self.send_delay_micros.store(time.as_micros() as u64, Ordering::Relaxed);
     }
@@ -218,6 +231,16 @@ impl AbsentPages for Waiting {
         self.0.put(run, |_| None)
     }
 
+    fn make_huge(&self, block: FrameRun) -> Result<bool, GuestError> {
+        assert!(self.0.late.lock().unwrap().absent.is_none(), "pages are missing");
+        assert_eq!(
+            (block.first % FRAMES_PER_HUGE_PAGE, block.count),
+            (0, FRAMES_PER_HUGE_PAGE)
+        );
+        self.0.made_huge.fetch_add(1, Ordering::Relaxed);
+        Ok(true)
+    }
+
     fn end(&self) -> Result<(), GuestError> {
         self.0.late.lock().unwrap().absent = None;
         self.0.changed.notify_all();
@@ -228,6 +251,10 @@ impl AbsentPages for Waiting {
 impl GuestMemory for FakeMemory {
     fn shape(&self) -> &MemoryShape {
         &self.store.shape
+    }
+
+    fn is_disk(&self, region: Region) -> bool {
+        self.has_disk && region != self.store.shape.regions()[0]
     }
 
     fn send(&self, socket: BorrowedFd<'_>, prefix: &[u8], runs: &[FrameRun]) -> io::Result<()> {

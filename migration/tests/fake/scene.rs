@@ -26,9 +26,10 @@ use super::{FakeDestination, FakeRestored, FakeSource, Tracking, Workload};
 pub const EPOCH: Epoch = Epoch(7);
 /// Frames of the usual fake guest: 32 MiB in two regions.
 pub const FRAMES: u64 = 8192;
-const HIGH: u64 = 1 << 20;
+/// The first frame of its second region.
+pub const HIGH: u64 = 1 << 20;
 
-pub fn run(first: u64, count: u64) -> FrameRun {
+pub const fn run(first: u64, count: u64) -> FrameRun {
     FrameRun { first, count }
 }
 

@@ -21,8 +21,7 @@ use uuid::Uuid;
 use super::context::RequestContext;
 use super::failure::Failure;
 use super::instances::Agent;
-use super::mode::Mode;
-use super::outgoing::PAUSE;
+use super::mode::{Mode, PAUSE, POSTCOPY};
 use super::peers::{CALL_TIME, Call, ComputeClient, PREPARE_TIME, Peer, PeerError};
 use super::reason::Reason;
 use super::transport::Transport;
@@ -105,6 +104,7 @@ impl Agent {
 fn novelty(options: &MigrationOptions) -> Option<&'static str> {
     let novelties = [
         (options.on_timeout == PAUSE, "a pause when the time is up"),
+        (options.on_timeout == POSTCOPY, "post-copy when the time is up"),
         (options.max_throttle_percent > 0, "throttling the guest"),
         (options.resume_window_ms > 0, "waiting for a link that is lost"),
         (new_transport(&options.transport).is_some(), CARRYING),
@@ -113,7 +113,7 @@ fn novelty(options: &MigrationOptions) -> Option<&'static str> {
     let of_options = novelties
         .into_iter()
         .find_map(|(is_asked_for, what)| is_asked_for.then_some(what));
-    Mode::parse(&options.mode).ok().and_then(new_mode).or(of_options)
+    Mode::of(options).ok().and_then(new_mode).or(of_options)
 }
 
 /// What an agent before 4.3 does not know of this mode.
@@ -121,7 +121,7 @@ fn new_mode(mode: Mode) -> Option<&'static str> {
     match mode {
         Mode::Precopy => None,
         Mode::Cold => Some("a cold migration"),
-        Mode::Postcopy | Mode::Hybrid => Some("a migration with pages that come late"),
+        Mode::Postcopy | Mode::Hybrid | Mode::Overtime => Some("a migration with pages that come late"),
     }
 }
 
@@ -344,7 +344,7 @@ impl ComputeRpcApi {
     /// The host refuses it, or does not answer: then it may have it.
     pub(crate) async fn live_migration(&self, record: &LiveMigrationCast) -> Result<Receipt, Failure> {
         if let (To::There(peer), Some(options)) = (&self.to, &record.options) {
-            self.check_can_say(peer, new_mode(Mode::parse(&options.mode)?))?;
+            self.check_can_say(peer, new_mode(Mode::of(options)?))?;
         }
         match &self.to {
             To::Here(agent) => agent.live_migration(&self.context, record.clone()).await,

@@ -1,6 +1,7 @@
 //! How a guest moves.
 
 use ferry_proto::InvalidField;
+use ferry_proto::agent::v1::MigrationOptions;
 
 /// Whether the guest runs while it is copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,11 +12,29 @@ pub(crate) enum Mode {
     Postcopy,
     /// It runs meanwhile; what rounds do not bring within its budget comes late.
     Hybrid,
+    /// It runs meanwhile, until its time is up; what is left then comes late.
+    Overtime,
     /// It stands still from before the first page on; or it was off, and stays off.
     Cold,
 }
 
+/// What a user wants of a migration whose time is up, beside giving it up.
+pub(crate) const PAUSE: &str = "pause";
+pub(crate) const POSTCOPY: &str = "postcopy";
+
 impl Mode {
+    /// What these options come to: with pages that may come late once the time is up, pre-copy is another mode than without.
+    ///
+    /// # Errors
+    /// The mode of the options is none.
+    pub(crate) fn of(options: &MigrationOptions) -> Result<Self, InvalidField> {
+        let mode = Self::parse(&options.mode)?;
+        Ok(match (mode, options.on_timeout.as_str()) {
+            (Self::Precopy, POSTCOPY) => Self::Overtime,
+            (mode, _) => mode,
+        })
+    }
+
     /// The word of a message; an empty one is that of agents who know no other mode than the first.
     ///
     /// # Errors
@@ -25,6 +44,7 @@ impl Mode {
             "" | "precopy" => Ok(Self::Precopy),
             "postcopy" => Ok(Self::Postcopy),
             "hybrid" => Ok(Self::Hybrid),
+            "precopy-then-postcopy" => Ok(Self::Overtime),
             "cold" => Ok(Self::Cold),
             other => Err(InvalidField {
                 field: "mode",
@@ -39,6 +59,7 @@ impl Mode {
             Self::Precopy => "precopy",
             Self::Postcopy => "postcopy",
             Self::Hybrid => "hybrid",
+            Self::Overtime => "precopy-then-postcopy",
             Self::Cold => "cold",
         }
     }
@@ -49,6 +70,7 @@ impl Mode {
             Self::Precopy | Self::Cold => "",
             Self::Postcopy => "at-once",
             Self::Hybrid => "when-it-pays",
+            Self::Overtime => "when-it-must-end",
         }
     }
 
@@ -64,10 +86,26 @@ mod tests {
 
     #[test]
     fn each_word_is_read_as_it_is_written_and_none_means_the_old_behaviour() {
-        for mode in [Mode::Precopy, Mode::Postcopy, Mode::Hybrid, Mode::Cold] {
+        for mode in [Mode::Precopy, Mode::Postcopy, Mode::Hybrid, Mode::Overtime, Mode::Cold] {
             assert_eq!(Mode::parse(mode.as_str()), Ok(mode));
         }
         assert_eq!(Mode::parse(""), Ok(Mode::Precopy));
         assert!(Mode::parse("lukewarm").unwrap_err().problem.contains("lukewarm"));
+    }
+
+    #[test]
+    fn only_pre_copy_is_another_mode_for_what_comes_when_its_time_is_up() {
+        let of = |mode: &str, on_timeout: &str| {
+            Mode::of(&MigrationOptions {
+                mode: mode.to_owned(),
+                on_timeout: on_timeout.to_owned(),
+                ..MigrationOptions::default()
+            })
+        };
+        assert_eq!(of("precopy", POSTCOPY), Ok(Mode::Overtime));
+        assert_eq!(of("", POSTCOPY), Ok(Mode::Overtime));
+        assert_eq!(of("precopy", PAUSE), Ok(Mode::Precopy));
+        assert_eq!(of("hybrid", POSTCOPY), Ok(Mode::Hybrid));
+        assert_eq!(of("postcopy", POSTCOPY), Ok(Mode::Postcopy));
     }
 }

@@ -309,8 +309,9 @@ pub(super) struct MigrateArguments {
     /// How long the migration may take
     #[arg(long, value_name = "DURATION", default_value = "15m", value_parser = parse::duration)]
     pub(super) timeout: Duration,
-    /// What happens when the time is up: the guest runs on where it is, or stands still until the rest of it is there
-    #[arg(long, value_name = "WHAT", default_value = "abort", value_parser = ["abort", "pause"])]
+    /// What happens when the time is up: the guest runs on where it is, or stands still until the rest of it is there, or runs there while
+    /// the rest of it comes
+    #[arg(long, value_name = "WHAT", default_value = "abort", value_parser = ["abort", "pause", "postcopy"])]
     pub(super) on_timeout: String,
     /// How memory moves
     #[arg(long, value_name = "MODE", default_value = "precopy", value_parser = ["precopy", "postcopy", "hybrid"])]

@@ -119,6 +119,7 @@ async fn one_way(lab: &Lab, guest: &ProbeGuest, source: usize, told: &Teller) ->
         streams: 0,
         transport: Transport::Tcp,
         verify: false,
+        late: None,
         listen: Duration::from_millis(700),
     };
     told.line(&format!(

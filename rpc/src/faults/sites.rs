@@ -132,6 +132,7 @@ sites! {
     }
     Row {
         RowDeparted = "a.row-departed",
+        RowServing = "a.row-serving",
         RowSourceOver = "a.row-over",
         RowDestinationOver = "b.row-over",
     }
@@ -153,6 +154,7 @@ sites! {
         OrderGrant = "order.grant",
         OrderCallOff = "order.call-off",
         OrderPermit = "order.permit",
+        OrderServePages = "order.serve-pages",
     }
     Answer {
         AnswerToHello = "answer.hello",
@@ -163,6 +165,7 @@ sites! {
         AnswerToGrant = "answer.grant",
         AnswerToCallOff = "answer.call-off",
         AnswerToPermit = "answer.permit",
+        AnswerToServePages = "answer.serve-pages",
     }
     Report {
         ReportProgress = "report.progress",
@@ -325,6 +328,7 @@ fn order_and_answer(order: &Command) -> Option<(Site, Site)> {
         Command::Grant(_) => Some((Site::OrderGrant, Site::AnswerToGrant)),
         Command::CallOff(_) => Some((Site::OrderCallOff, Site::AnswerToCallOff)),
         Command::Permit(_) => Some((Site::OrderPermit, Site::AnswerToPermit)),
+        Command::ServePages(_) => Some((Site::OrderServePages, Site::AnswerToServePages)),
         Command::Pause(_)
         | Command::Resume(_)
         | Command::Reboot(_)
@@ -340,8 +344,7 @@ fn order_and_answer(order: &Command) -> Option<(Site, Site)> {
         | Command::EndSample(_)
         // Long before the handover.
         | Command::Reconnect(_)
-        // After it.
-        | Command::ServePages(_)
+        // After it, of links that are lost.
         | Command::LateLink(_) => None,
     }
 }

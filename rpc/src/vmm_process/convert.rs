@@ -104,9 +104,10 @@ fn lateness(word: &str) -> Result<Lateness, InvalidField> {
         "" => Ok(Lateness::Never),
         "at-once" => Ok(Lateness::AtOnce),
         "when-it-pays" => Ok(Lateness::WhenItPays),
+        "when-it-must-end" => Ok(Lateness::WhenItMustEnd),
         other => Err(InvalidField {
             field: "lateness",
-            problem: format!("{other:?} is not one of at-once, when-it-pays"),
+            problem: format!("{other:?} is not one of at-once, when-it-pays, when-it-must-end"),
         }),
     }
 }

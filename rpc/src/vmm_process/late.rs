@@ -217,5 +217,7 @@ fn note_outcome(late: &mut wire::Late, outcome: &LateOutcome) {
     late.missing_pages = 0;
     late.waits = outcome.latency.buckets().to_vec();
     late.longest_wait_ms = ms(outcome.latency.longest());
+    late.median_wait_ms = outcome.latency.median().map(ms);
+    late.round_trip_ms = outcome.round_trip.map(ms);
     late.took_ms = ms(outcome.took);
 }

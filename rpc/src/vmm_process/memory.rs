@@ -171,6 +171,10 @@ impl AbsentPages for Watched {
     fn end(&self) -> Result<(), GuestError> {
         self.0.stop_watching().map_err(GuestError::new)
     }
+
+    fn make_huge(&self, block: FrameRun) -> Result<bool, GuestError> {
+        self.0.make_huge(to_vmm(block)).map_err(GuestError::new)
+    }
 }
 
 /// A run in the VMM's terms.

@@ -19,6 +19,8 @@ pub(crate) enum Course {
     Unanswered,
     /// Agent A is killed when it is armed, and starts again.
     Recalled,
+    /// It succeeds, by post-copy: the guest's memory comes once it runs at B.
+    Late,
 }
 
 impl fmt::Display for Course {
@@ -30,6 +32,7 @@ impl fmt::Display for Course {
             Self::Asked => "asked",
             Self::Unanswered => "unanswered",
             Self::Recalled => "recalled",
+            Self::Late => "late",
         })
     }
 }
@@ -58,7 +61,9 @@ pub(crate) enum Reach {
 /// write is another thing then, and so is what they have their VMMs do. Between the VMMs it is a machine like any other.
 pub(crate) fn is_for_a_stopped_one(site: Site) -> bool {
     match site.kind() {
-        Kind::SourceEffect | Kind::DestinationEffect | Kind::Row => true,
+        Kind::SourceEffect | Kind::DestinationEffect => true,
+        // No page of an instance that is off comes late.
+        Kind::Row => site != Site::RowServing,
         Kind::Order | Kind::Answer => matches!(
             site,
             Site::OrderBuild | Site::AnswerToBuild | Site::OrderPermit | Site::AnswerToPermit
@@ -71,7 +76,7 @@ pub(crate) fn is_for_a_stopped_one(site: Site) -> bool {
 
 /// How a site is reached. No wildcard: a site that is new has to be thought about.
 pub(crate) fn reach(site: Site) -> Reach {
-    use Course::{Aborted, Asked, Recalled, Refused, Straight, Unanswered};
+    use Course::{Aborted, Asked, Late, Recalled, Refused, Straight, Unanswered};
     use Stretch::{Outside, Switchover};
     match site {
         Site::JournalArmed | Site::AskExpect | Site::GiveGrant | Site::AskAfter => Reach::On(Straight, Switchover),
@@ -100,6 +105,8 @@ pub(crate) fn reach(site: Site) -> Reach {
         // Each actor has the last word of the other by then, so what is left is cleaning up; but a part of it is CONFIRM's.
         Site::RowDeparted | Site::RowDestinationOver => Reach::On(Straight, Switchover),
         Site::RowSourceOver => Reach::On(Straight, Outside),
+        // From here on the guest is B's for good, and A's VMM keeps nothing but its memory.
+        Site::RowServing | Site::OrderServePages | Site::AnswerToServePages => Reach::On(Late, Outside),
 
         Site::CallPrepare | Site::CallPutImage | Site::CallHeartbeat => Reach::On(Straight, Outside),
         Site::CallExpect | Site::CallPost => Reach::On(Straight, Switchover),
@@ -136,8 +143,7 @@ pub(crate) fn reach(site: Site) -> Reach {
         Site::WireAbort => Reach::AfterFault,
         Site::WireDisarm | Site::WireRefused => Reach::AfterFault,
         Site::WirePing | Site::WirePong => Reach::On(Straight, Outside),
-        // All courses are of pre-copy; the scenarios of post-copy go by it.
-        Site::WireMissing => Reach::AfterFault,
+        Site::WireMissing => Reach::On(Late, Outside),
         // No cell's user waits for a link that is lost; the scenarios of that go by them.
         Site::WireHolding | Site::WireProceed => Reach::AfterFault,
     }

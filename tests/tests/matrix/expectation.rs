@@ -48,6 +48,11 @@ fn allowed_of_a_guest(cell: &Cell, scene: &Scene) -> &'static [Ending] {
     let decision = scene.decision.as_deref();
     let refused = decision == Some("SRC") || cell.course == Course::Refused;
     match (cell.fault, decision) {
+        // "The page source's VMM or host lost: the guest is lost", unless its last page was faster; before it is handed over, as ever.
+        (Fault::Kill(Actor::VmmA), Some("CLAIMED" | "RUNNING")) if cell.course == Course::Late => &[CrashedAtB, AtB],
+        (Fault::Kill(Actor::VmmA), _) if cell.course == Course::Late && scene.go != Said::No => {
+            &[CrashedAtA, CrashedAtB, AtB]
+        }
         // "VMM B dies, started mark set: RUNNING, guest crashed on B".
         (Fault::Kill(Actor::VmmB), Some("RUNNING")) => &[CrashedAtB],
         (Fault::Kill(Actor::VmmB), _) if scene.marked => &[CrashedAtB],
@@ -90,7 +95,7 @@ fn allowed_of_a_guest(cell: &Cell, scene: &Scene) -> &'static [Ending] {
 /// How a course ends when nothing else happens.
 fn base(course: Course) -> &'static [Ending] {
     match course {
-        Course::Straight | Course::Asked | Course::Unanswered => &[Ending::AtB],
+        Course::Straight | Course::Asked | Course::Unanswered | Course::Late => &[Ending::AtB],
         Course::Aborted | Course::Refused => &[Ending::AtA],
         Course::Recalled => &[Ending::AtA, Ending::AtB],
     }

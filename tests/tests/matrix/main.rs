@@ -32,7 +32,7 @@ use rustix::fs::{Access, access};
 
 use crate::cell::{Cell, Power, faults_at};
 use crate::choice::Choice;
-use crate::course::{Reach, Stretch, is_for_a_stopped_one, reach};
+use crate::course::{Course, Reach, Stretch, is_for_a_stopped_one, reach};
 use crate::table::Table;
 
 /// How many cells run side by side, on whatever machine: two agents and two small guests each, and most of them wait for something.
@@ -60,6 +60,8 @@ fn main() -> ExitCode {
 /// Every cell that there is, and when in a migration.
 fn cells() -> impl Iterator<Item = (Cell, Stretch)> {
     let reached = Site::ALL.iter().filter_map(|&site| match reach(site) {
+        // A cold migration leaves nothing for later.
+        Reach::On(Course::Late, _) if run::is_cold() => None,
         Reach::On(course, stretch) => Some((site, course, stretch)),
         Reach::AfterFault | Reach::Never => None,
     });

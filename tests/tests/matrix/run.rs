@@ -56,8 +56,16 @@ const WORK: &str = "fill=random fill_mib=4 work=uniform work_mib=2 rate=100 hear
 /// What agents and VMMs may complain of here.
 const EXPECTED: [&str; 2] = ["--fault-gate", "nobody knows on which host the guest runs"];
 
+/// And of a guest that is lost with its pages.
+const LOST: [&str; 2] = ["a guest is lost with the pages that it lacked", "the guest is lost"];
+
 /// With this in the environment every migration is a cold one: what may come of a fault is the same.
 const COLD: &str = "FERRY_MATRIX_COLD";
+
+/// Whether every migration is a cold one.
+pub(crate) fn is_cold() -> bool {
+    std::env::var_os(COLD).is_some()
+}
 
 /// How long a site may take to be reached: an agent that asks for D waits 5 s first.
 const REACHED: Duration = Duration::from_secs(30);
@@ -115,6 +123,7 @@ impl Stage {
     fn set(power: Power) -> Result<Self> {
         let mut pair = Pair::prepare()?;
         EXPECTED.iter().for_each(|words| pair.expect_complaint(words));
+        LOST.iter().for_each(|words| pair.expect_complaint(words));
         let gate = Gate::open(pair.folder())?;
         let relay = Relay::before(&pair.b, Tampering::Messages(cut::between_the_vmms(gate.shared())))?;
         pair.a.set_peer("b", &relay.url());
@@ -168,7 +177,7 @@ impl Stage {
             allowed.contains(&ending),
             "it ended {ending}, allowed is {allowed:?} for {before:?} to {after:?}; journals: {looks:?}"
         );
-        judge::judge(self, &looks, ending)?;
+        judge::judge(self, cell.course, &looks, ending)?;
         Ok(Outcome::Ended(ending))
     }
 
@@ -176,7 +185,7 @@ impl Stage {
     fn set_out(&mut self, cell: &Cell) -> Result<()> {
         let hold = || self.gate.hold(cell.moment, cell.site);
         match cell.course {
-            Course::Straight => hold(),
+            Course::Straight | Course::Late => hold(),
             Course::Refused => {
                 self.gate.lose(Moment::Before, Site::WireGo);
                 hold();
@@ -193,10 +202,14 @@ impl Stage {
             Course::Aborted => hold(),
             Course::Recalled => self.gate.hold(Moment::Before, Site::GiveGrant),
         }
-        let mut words = vec!["--detach", "--digests", "--verify"];
-        words.extend_from_slice(match (cell.power, std::env::var_os(COLD)) {
-            (Power::On, None) => &["--max-downtime", "2s"],
-            (Power::Off, _) | (_, Some(_)) => &["--cold"],
+        let mut words = vec!["--detach"];
+        words.extend_from_slice(match (cell.power, is_cold()) {
+            // Several seconds, so that its pages are late when somebody fails.
+            (Power::On, false) if cell.course == Course::Late => {
+                &["--max-downtime", "2s", "--mode", "postcopy", "--bandwidth", "8Mbit"]
+            }
+            (Power::On, false) => &["--digests", "--verify", "--max-downtime", "2s"],
+            (Power::Off, _) | (_, true) => &["--digests", "--verify", "--cold"],
         });
         if cell.course == Course::Aborted {
             words.extend(["--hold-at", "armed"]);
@@ -204,7 +217,7 @@ impl Stage {
         let began = self.pair.migrate(NAME, &words)?.exit(0)?;
         began.migration()?.text("id")?.clone_into(&mut self.migration);
         match cell.course {
-            Course::Straight | Course::Refused | Course::Asked | Course::Unanswered => {}
+            Course::Straight | Course::Late | Course::Refused | Course::Asked | Course::Unanswered => {}
             Course::Aborted => {
                 until("agent B expects the guest", REACHED, || {
                     let look = look(&self.pair.b, &self.migration)?;

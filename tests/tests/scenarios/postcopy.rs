@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use ferry_tests::{
     Guest, Migration, Pair, Relay, Tampering, Witness, pair::Underway, process, until, waiting::CALL, waiting::MOVE,
 };
@@ -17,6 +17,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.extend(on_kvm![
         a_guest_that_moved_by_post_copy_moves_back_and_forth,
         completing_a_hybrid_one_by_force_has_the_rest_come_late,
+        pre_copy_whose_time_is_up_goes_over_to_post_copy,
         a_guest_that_its_user_paused_arrives_paused_and_whole,
         what_needs_all_of_its_memory_waits_for_the_last_page,
         a_source_agent_killed_while_pages_are_missing_changes_nothing,
@@ -27,6 +28,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_guest_that_dies_with_its_vmm_needs_no_more_pages,
         a_guest_that_resets_itself_boots_once_it_is_whole,
         a_disk_on_the_way_does_its_work_before_its_memory_is_there,
+        memory_that_came_late_is_in_huge_pages_again,
     ]);
     trials
 }
@@ -131,13 +133,49 @@ fn a_guest_that_moved_by_post_copy_moves_back_and_forth(pair: &mut Pair) -> Resu
 
 fn completing_a_hybrid_one_by_force_has_the_rest_come_late(pair: &mut Pair) -> Result<()> {
     let witness = pair.run(&Guest::new("g").work(BUSY))?;
-    let hybrid = ["--mode", "hybrid", "--bandwidth", "240Mbit", "--max-downtime", "1ms"];
+    // Rounds alone would not tell after the first one.
+    let hybrid = ["--mode", "hybrid", "--bandwidth", "240Mbit", "--max-downtime", "100ms"];
     let underway = pair.migrate_until("g", &hybrid, |record| Ok(record.record["status"] == "running"))?;
 
     pair.a.ferry(&["migration", "force-complete", &underway.id])?.exit(0)?;
 
     let moved = underway.call.wait()?.exit(0)?.migration()?.is("completed", "b")?;
     ensure!(moved.number("late_pages")? > 0.0, "{}", moved.record);
+    ensure!(
+        moved.text("decision")?.contains("its user wants it"),
+        "{}",
+        moved.record
+    );
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn pre_copy_whose_time_is_up_goes_over_to_post_copy(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g").work(BUSY))?;
+
+    // No round brings a guest that writes so much within this.
+    let terms = ["--max-downtime", "20ms", "--bandwidth", "240Mbit", "--timeout", "5s"];
+    let moved = pair
+        .migrate("g", &[&terms[..], &["--on-timeout", "postcopy"]].concat())?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+
+    came_late(&moved)?;
+    ensure!(
+        moved.number("total_ms")? >= 5000.0 && moved.text("mode")? == "precopy-then-postcopy",
+        "{}",
+        moved.record
+    );
+    let decisions = moved.record["decisions"].as_array().context("no decisions")?;
+    let deeds: Vec<_> = decisions
+        .iter()
+        .filter_map(|decision| decision["deed"].as_str())
+        .collect();
+    ensure!(
+        deeds.contains(&"infeasible") && deeds.contains(&"time-up") && deeds.last() == Some(&"postcopy"),
+        "{deeds:?}"
+    );
+    ensure!(moved.text("decision")?.contains("its time is up"), "{}", moved.record);
     pair.runs_only_at(&pair.b, "g", &witness)
 }
 
@@ -338,4 +376,33 @@ fn a_disk_on_the_way_does_its_work_before_its_memory_is_there(pair: &mut Pair) -
     let told = transfers(&pair.b)?;
     ensure!(told.operations > 0 && told.failed == 0 && told.wrong == 0, "{told}");
     Ok(())
+}
+
+fn memory_that_came_late_is_in_huge_pages_again(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g").work(BUSY))?;
+    let before = huge_bytes(pair.a.vmm()?)?;
+    ensure!(before >= 32 << 20, "{before} bytes in huge pages at a");
+
+    pair.migrate("g", &["--mode", "postcopy"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+
+    let first = huge_bytes(pair.b.vmm()?)?;
+    nobody_waits_for_pages(pair)?;
+    let after = huge_bytes(pair.b.vmm()?)?;
+    eprintln!("in huge pages: {before} bytes at a; at b {first} when the last page had come, {after} a moment later");
+    // The host may have none left for some.
+    ensure!(after >= before / 2, "{after} bytes in huge pages at b, {before} at a");
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+/// How much of a process's memory is in huge pages.
+fn huge_bytes(process: u32) -> Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{process}/smaps_rollup"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("AnonHugePages:"));
+    let kib = line
+        .and_then(|line| line.trim().strip_suffix(" kB"))
+        .context("no AnonHugePages")?;
+    Ok(kib.trim().parse::<u64>()? << 10)
 }

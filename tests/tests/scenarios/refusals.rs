@@ -163,7 +163,7 @@ fn an_agent_that_is_not_there_is_exit_code_8(pair: &mut Pair) -> Result<()> {
 }
 
 fn what_does_not_work_yet_is_a_usage_error_that_names_itself(pair: &mut Pair) -> Result<()> {
-    for flag in ["--on-timeout=postcopy", "--storage=move", "--no-such-flag"] {
+    for flag in ["--on-timeout=later", "--storage=move", "--no-such-flag"] {
         let name = flag.split('=').next().unwrap_or(flag);
         pair.a.ferry(&["migrate", "g", flag])?.exit(2)?.says(name)?;
     }

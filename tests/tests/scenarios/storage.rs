@@ -8,6 +8,7 @@ use anyhow::{Result, ensure};
 use ferry_tests::{Guest, Pair, Tampering, Witness, until, waiting::CALL};
 use libtest_mimic::Trial;
 
+use crate::device_work::{is_stamped, stamped_image, transfers, with_disk};
 use crate::scenario::{between, command, expect_a_lost_peer, has_nothing, on_kvm};
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -17,6 +18,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         an_aborted_copy_leaves_the_source_as_it_was_and_nothing_at_the_destination,
         a_disk_without_room_at_the_destination_is_refused_before_anything_moves,
         a_local_disk_moves_over_grpc,
+        a_local_disk_comes_before_the_guest_and_its_memory_late,
+        a_local_disk_that_the_guest_writes_is_of_the_instant_of_the_switch,
         a_shared_disk_is_not_copied,
         a_stopped_instance_moves_cold_with_its_disk,
         a_shared_disk_goes_with_a_stopped_instance,
@@ -126,6 +129,57 @@ fn a_local_disk_moves_over_grpc(pair: &mut Pair) -> Result<()> {
     ensure!(moved.record["transport"] == "grpc", "{}", moved.record);
     pair.runs_only_at(&pair.b, "g", &witness)?;
     is_whole(folders.b.join("g.img"))?;
+    is_empty(&folders.a)
+}
+
+fn a_local_disk_comes_before_the_guest_and_its_memory_late(pair: &mut Pair) -> Result<()> {
+    let folders = apart(pair)?;
+    let busy = "fill=random fill_mib=32 work=uniform work_mib=16 rate=20000 heartbeat_ms=20";
+    let disk = format!("path={}", folders.both.join("g.img").display());
+    let witness = pair.run(&Guest::new("g").work(busy).disk(&disk))?;
+
+    let moved = pair
+        .migrate("g", &["--mode", "postcopy"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+
+    // All of its memory and nothing of its disk.
+    ensure!(moved.number("late_pages")? >= 32.0 * 256.0, "{}", moved.record);
+    let processed = moved.number("disk_processed")? as usize;
+    ensure!((2 * PIECE..SIZE as usize / 2).contains(&processed), "{}", moved.record);
+    pair.runs_only_at(&pair.b, "g", &witness)?;
+    is_whole(folders.b.join("g.img"))?;
+    is_empty(&folders.a)?;
+
+    let back = ["migrate", "g", "--to", "a", "--storage", "copy"];
+    let hybrid = ["--mode", "hybrid", "--max-downtime", "1ms"];
+    let moved = pair.b.ferry(&[&back[..], &hybrid].concat())?.exit(0)?;
+    let moved = moved.migration()?.is("completed", "a")?;
+    ensure!(moved.number("late_pages")? > 0.0, "{}", moved.record);
+    pair.runs_only_at(&pair.a, "g", &witness)?;
+    is_whole(folders.a.join("g.img"))?;
+    is_empty(&folders.b)
+}
+
+fn a_local_disk_that_the_guest_writes_is_of_the_instant_of_the_switch(pair: &mut Pair) -> Result<()> {
+    let folders = apart(pair)?;
+    fs::rename(stamped_image(pair)?, folders.a.join("g.img"))?;
+    let writes = "fill=random fill_mib=32 io=randwrite block_kib=8 depth=4 seconds=20";
+    let witness = pair.run(&with_disk(&folders.both.join("g.img"), writes))?;
+
+    let moved = pair
+        .migrate("g", &["--mode", "postcopy", "--max-downtime", "2s"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+
+    ensure!(moved.number("late_pages")? > 0.0, "{}", moved.record);
+    pair.runs_only_at(&pair.b, "g", &witness)?;
+    let told = transfers(&pair.b)?;
+    ensure!(told.operations > 0 && told.failed == 0, "{told}");
+    pair.b.ferry(&["stop", "g", "--force"])?.exit(0)?;
+    is_stamped(&folders.b.join("g.img"))?;
     is_empty(&folders.a)
 }
 

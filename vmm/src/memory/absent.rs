@@ -317,6 +317,32 @@ impl AbsentPages {
         Ok(())
     }
 
+    /// Has a huge page put below these pages, which must be one's: the kernel copies them, whatever the host's settings for huge pages
+    /// (MADV_COLLAPSE, Linux 6.1). Whoever uses them meanwhile waits. False where the host has no huge page now, or a page is held by
+    /// somebody (a device's transfer under way) or backed otherwise. After [`stop_watching`](Self::stop_watching): among watched pages
+    /// none may be absent.
+    ///
+    /// # Errors
+    ///
+    /// If the run is out of bounds, or the kernel cannot do that at all.
+    pub fn make_huge(&self, run: FrameRun) -> Result<bool, MemoryError> {
+        let address = self.memory.host_address(run)?;
+        // SAFETY: the range was checked to lie in our own mapping; its contents stay what they are.
+        let done = unsafe { libc::madvise(address.cast(), run.bytes() as usize, libc::MADV_COLLAPSE) };
+        if done == 0 {
+            return Ok(true);
+        }
+        match last_error() {
+            // As madvise(2) has them: no page, no memory of its group, or pages that cannot be taken now.
+            Errno::NOMEM | Errno::BUSY | Errno::AGAIN => Ok(false),
+            error => Err(MemoryError::Advise {
+                what: "put a huge page below",
+                run,
+                source: error.into(),
+            }),
+        }
+    }
+
     /// Supplies `len` bytes from `start` on: `step` is given where it is, how many are done and how many are left, and tells what the
     /// kernel said. Pages that are there are passed over.
     fn put(
@@ -491,6 +517,23 @@ mod tests {
         };
         pages.stop_watching().expect("stopped");
         assert_eq!(read(&memory, 3), 0);
+    }
+
+    #[test]
+    fn pages_that_came_one_by_one_are_one_huge_page_again() {
+        let memory = memory();
+        let Some(pages) = watched(&memory, &[]) else { return };
+        for frame in 512..1024 {
+            pages.supply(&[run(frame, 1)], &page_of(frame)).expect("supplied");
+        }
+        pages.stop_watching().expect("stopped");
+        assert_eq!(memory.populated().expect("scan").huge, []);
+        if !pages.make_huge(run(512, 512)).expect("asked") {
+            eprintln!("skipped: this host has no huge page left");
+            return;
+        }
+        assert_eq!(memory.populated().expect("scan").huge, [run(512, 512)]);
+        assert!((512..1024).all(|frame| read(&memory, frame) == frame));
     }
 
     #[test]

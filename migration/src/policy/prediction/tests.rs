@@ -190,6 +190,27 @@ fn post_copy_hands_over_at_once_and_all_of_it_comes_late() {
 }
 
 #[test]
+fn what_is_left_when_the_time_is_up_comes_late_where_it_may() {
+    let wanted = Wanted {
+        terms: Terms {
+            timeout: Duration::from_secs(8),
+            ..wanted().terms
+        },
+        on_timeout: OnTimeout::Pause,
+        lateness: Lateness::WhenItMustEnd,
+        ..wanted()
+    };
+    let guest = sampled(uniform(1e6, 1 << 17));
+    let prediction = predict(&guest, &way(500.0), &wanted);
+    assert_eq!(prediction.end, End::Late);
+    assert!(prediction.total >= Duration::from_secs(8), "{prediction:?}");
+    assert!(
+        prediction.late_bytes > 0 && prediction.blackout < Duration::from_millis(100),
+        "{prediction:?}"
+    );
+}
+
+#[test]
 fn what_is_written_before_its_turn_comes_goes_with_the_first_pass() {
     let at = |position| {
         let guest = Sampled {

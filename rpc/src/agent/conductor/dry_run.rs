@@ -14,6 +14,7 @@ use crate::agent::checks::refusal;
 use crate::agent::context::RequestContext;
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
+use crate::agent::mode::Mode;
 use crate::agent::outgoing::check_options;
 use crate::agent::reason::Reason;
 
@@ -73,7 +74,7 @@ impl Agent {
             instance: instance.id.clone(),
             source: source.clone(),
             storage: options.storage.clone(),
-            mode: options.mode.clone(),
+            mode: Mode::of(&options)?.as_str().to_owned(),
             dry_run: true,
             transport: options.transport.clone(),
         };
@@ -126,7 +127,7 @@ impl Agent {
         let asked = CheckSourceRequest {
             instance: instance.id.clone(),
             destination: String::new(),
-            mode: options.mode.clone(),
+            mode: Mode::of(options).map_or("", Mode::as_str).to_owned(),
             dry_run: true,
             transport: options.transport.clone(),
         };

@@ -16,6 +16,7 @@ use crate::agent::events::Subject;
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
 use crate::agent::journal::MigrationRow;
+use crate::agent::mode::Mode;
 use crate::agent::outgoing::{check_options, request_id};
 use crate::agent::peers::{CALL_TIME, ComputeClient, ConductorClient};
 use crate::agent::prediction::check_sample;
@@ -81,7 +82,7 @@ impl Agent {
             instance: instance.id.clone(),
             source: source.clone(),
             storage: options.storage.clone(),
-            mode: options.mode.clone(),
+            mode: Mode::of(&options)?.as_str().to_owned(),
             dry_run: false,
             transport: options.transport.clone(),
         };

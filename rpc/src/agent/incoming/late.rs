@@ -313,6 +313,8 @@ fn note_late(info: &mut MigrationInfo, late: &wire::Late) {
         info.late_ms = Some(late.took_ms);
         info.late_waits_log2_us.clone_from(&late.waits);
         info.late_longest_wait_ms = Some(late.longest_wait_ms);
+        info.late_median_wait_ms = late.median_wait_ms;
+        info.late_round_trip_ms = late.round_trip_ms;
     }
 }
 
@@ -323,6 +325,8 @@ pub(super) fn reply_of(info: &MigrationInfo) -> LateLinkReply {
         late_ms: info.late_ms,
         late_waits_log2_us: info.late_waits_log2_us.clone(),
         late_longest_wait_ms: info.late_longest_wait_ms,
+        late_median_wait_ms: info.late_median_wait_ms,
+        late_round_trip_ms: info.late_round_trip_ms,
         ended: info.error.clone().unwrap_or_default(),
         lost: info.guest_ended.as_deref() == Some(LOST),
         ..LateLinkReply::default()

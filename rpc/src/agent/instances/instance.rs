@@ -292,7 +292,7 @@ impl InstanceState {
             true => Err(Failure::denied(
                 Reason::Machine,
                 format!(
-                    "instance {name} has its memory from the pool of huge pages, of which none comes late: --mode precopy moves it"
+                    "instance {name} has its memory from the pool of huge pages, of which none comes late: pre-copy moves it"
                 ),
             )),
             false => Ok(()),
@@ -308,12 +308,12 @@ impl InstanceState {
             (Status::Stopped, Mode::Cold) => {
                 format!("instance {name} is about to be started again: `ferry stop` leaves it stopped")
             }
-            (Status::Stopped, Mode::Precopy | Mode::Postcopy | Mode::Hybrid) => {
+            (Status::Stopped, Mode::Precopy | Mode::Postcopy | Mode::Hybrid | Mode::Overtime) => {
                 format!(
                     "instance {name} is stopped: only one that is running or paused can migrate; --cold moves a stopped one"
                 )
             }
-            (status, Mode::Precopy | Mode::Postcopy | Mode::Hybrid) => {
+            (status, Mode::Precopy | Mode::Postcopy | Mode::Hybrid | Mode::Overtime) => {
                 format!("instance {name} is {status}: only one that is running or paused can migrate")
             }
             (status, Mode::Cold) => {

@@ -22,7 +22,7 @@ use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance};
 use crate::agent::journal::{InstanceRow, MigrationRow, Role, Status};
-use crate::agent::mode::Mode;
+use crate::agent::mode::{Mode, PAUSE, POSTCOPY};
 use crate::agent::reason::Reason;
 use crate::agent::spawn;
 use crate::agent::steps::SourceStep;
@@ -125,7 +125,7 @@ impl Agent {
         begins: Begins,
     ) -> Result<Receipt, Failure> {
         let options = check_options(required("options", cast.options)?)?;
-        let mode = Mode::parse(&options.mode)?;
+        let mode = Mode::of(&options)?;
         let instance = self.instance(&cast.instance).await?;
         self.ask_origin(&instance).await;
         let mut state = instance.state.lock().await;
@@ -247,9 +247,6 @@ fn epoch_of_move(row: &InstanceRow) -> u64 {
     }
 }
 
-/// When the time is up, the guest is paused until the rest of it has been sent.
-pub(crate) const PAUSE: &str = "pause";
-
 /// The longest that a lost link may be waited for: a day. The destination keeps memory for the guest that long.
 pub(crate) const MOST_RESUME_WINDOW_MS: u64 = 24 * 3600 * 1000;
 
@@ -266,23 +263,30 @@ pub(crate) fn check_options(options: MigrationOptions) -> Result<MigrationOption
     if options.streams > u32::from(MOST_STREAMS) {
         return invalid("options.streams", format!("{} is over {MOST_STREAMS}", options.streams));
     }
-    match Mode::parse(&options.mode)? {
-        Mode::Precopy | Mode::Postcopy | Mode::Hybrid if !DOWNTIMES_US.contains(&options.max_downtime_us) => {
+    let mode = Mode::of(&options)?;
+    match mode {
+        Mode::Precopy | Mode::Postcopy | Mode::Hybrid | Mode::Overtime
+            if !DOWNTIMES_US.contains(&options.max_downtime_us) =>
+        {
             return invalid("options.max_downtime_us", NO_DOWNTIME.to_owned());
         }
         Mode::Cold if options.max_downtime_us != 0 => {
             let problem = "does not apply to a cold migration: its guest stands still from the beginning".to_owned();
             return invalid("options.max_downtime_us", problem);
         }
-        Mode::Postcopy | Mode::Hybrid if options.digests => {
+        Mode::Postcopy | Mode::Hybrid | Mode::Overtime if options.digests => {
             let problem = "pages that come late cannot be compared before the guest is handed over".to_owned();
             return invalid("options.digests", problem);
         }
-        Mode::Postcopy | Mode::Hybrid if options.verify => {
+        Mode::Postcopy | Mode::Hybrid | Mode::Overtime if options.verify => {
             let problem = "pages that come late cannot be compared before the guest is handed over".to_owned();
             return invalid("options.verify", problem);
         }
-        Mode::Precopy | Mode::Postcopy | Mode::Hybrid | Mode::Cold => {}
+        // A mode that a user asks for by another field.
+        Mode::Overtime if options.on_timeout != POSTCOPY => {
+            return invalid("options.mode", format!("{:?} is --on-timeout {POSTCOPY}", options.mode));
+        }
+        Mode::Precopy | Mode::Postcopy | Mode::Hybrid | Mode::Overtime | Mode::Cold => {}
     }
     if let Err(unknown) = Transport::parse(&options.transport) {
         return invalid("options.transport", unknown.problem);
@@ -296,12 +300,12 @@ pub(crate) fn check_options(options: MigrationOptions) -> Result<MigrationOption
             "is no point at which a migration can be held".to_owned(),
         );
     }
-    if options.on_timeout == PAUSE && Mode::parse(&options.mode)? == Mode::Cold {
+    if [PAUSE, POSTCOPY].contains(&options.on_timeout.as_str()) && mode == Mode::Cold {
         let problem = "does not apply to a cold migration: its guest stands still as it is".to_owned();
         return invalid("options.on_timeout", problem);
     }
-    if !["", "abort", PAUSE].contains(&options.on_timeout.as_str()) {
-        let problem = format!("{:?} is not one of abort, {PAUSE}", options.on_timeout);
+    if !["", "abort", PAUSE, POSTCOPY].contains(&options.on_timeout.as_str()) {
+        let problem = format!("{:?} is not one of abort, {PAUSE}, {POSTCOPY}", options.on_timeout);
         return invalid("options.on_timeout", problem);
     }
     if options.max_throttle_percent > MOST_THROTTLE_PERCENT {

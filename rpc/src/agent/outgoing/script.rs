@@ -15,7 +15,6 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
-use super::begin::PAUSE;
 use super::calls::SILENCE;
 use super::handle::{Outgoing, PeerNews, Resolving};
 use super::queue::{Place, Turn};
@@ -27,7 +26,7 @@ use crate::agent::failure::Failure;
 use crate::agent::images;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{InstanceRow, MigrationRow, Status};
-use crate::agent::mode::Mode;
+use crate::agent::mode::{Mode, PAUSE, POSTCOPY};
 use crate::agent::peers::{Call, ComputeClient, PREPARE_TIME, Peer, PeerError};
 use crate::agent::reason::Reason;
 use crate::agent::steps::{Journalled, SourceStep};
@@ -222,13 +221,6 @@ impl Script {
         let connections = self.unless_aborted(connect).await??;
 
         let copied = prepared.copied_disks;
-        if self.row.may_be_late() && !copied.is_empty() {
-            let paths = self.paths_of(&copied).await?.join(", ");
-            return Err(Stop::Failed(format!(
-                "host {} has not got {paths}: a disk does not come late, --mode precopy copies it",
-                peer.host
-            )));
-        }
         self.row.info.copied_disks = self.paths_of(&copied).await?;
         self.row.info.streams = streams.into();
         if !copied.is_empty() {
@@ -298,7 +290,7 @@ impl Script {
             rpc_version: String::new(),
             storage: self.row.options.storage.clone(),
             disk_sizes,
-            mode: self.row.options.mode.clone(),
+            mode: self.row.info.mode.clone(),
             transport: self.row.options.transport.clone(),
             guest_was: self.row.info.guest_was.clone(),
             resume_window_ms: self.row.options.resume_window_ms,
@@ -386,7 +378,7 @@ impl Script {
             user_paused: self.row.user_paused,
             copied_disks,
             cold: self.row.is_cold(),
-            pause_on_timeout: self.row.options.on_timeout == PAUSE,
+            pause_on_timeout: [PAUSE, POSTCOPY].contains(&options.on_timeout.as_str()),
             max_throttle_percent: self.row.options.max_throttle_percent,
             lateness: Mode::parse(&self.row.info.mode)
                 .map_err(Failure::from)?

@@ -12,7 +12,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use ferry_migration::handover::{Ending, RestartPolicy};
+use ferry_migration::handover::{Decision, Ending, RestartPolicy};
 use ferry_migration::postcopy::URGENT_STREAMS;
 use ferry_proto::agent::v1::{InstanceSpec, LateLinkReply, LateLinkRequest, MigrationInfo};
 use ferry_proto::vmm::v1 as wire;
@@ -23,6 +23,7 @@ use tokio::sync::mpsc;
 use super::calls::order_until_answered;
 use super::script::Script;
 use super::switchover::next;
+use crate::agent::backends::storage;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{InstanceRow, MigrationRow, Status};
@@ -79,7 +80,7 @@ impl Script {
         self.row.info.guest_location = Some(self.row.peer.clone());
         let instance = self.instance.state.lock().await.row.clone();
         let (row, host, migration) = (self.row.clone(), self.row.peer.clone(), self.row.id);
-        faults::reach(Site::RowDeparted, Moment::Before).await;
+        faults::reach(Site::RowServing, Moment::Before).await;
         let written = self.agent.journal.write(move |transaction| {
             InstanceRow::depart(transaction, &instance, &host, migration)?;
             row.save(transaction)
@@ -88,7 +89,7 @@ impl Script {
             self.row.info = before;
             return Err(error.into());
         }
-        faults::reach(Site::RowDeparted, Moment::After).await;
+        faults::reach(Site::RowServing, Moment::After).await;
         self.agent.instances.remove(self.row.instance);
         self.serving = true;
         self.show();
@@ -271,6 +272,10 @@ impl Script {
             }
         }
         self.agent.remove_folder(self.row.instance);
+        if self.row.said.as_deref() == Some(Decision::Running.as_str()) {
+            // Their contents came before the guest was handed over, and go on changing there.
+            storage::remove(&self.row.info.copied_disks, self.row.instance, self.agent.host());
+        }
     }
 }
 
@@ -280,6 +285,8 @@ fn note_reply(info: &mut MigrationInfo, reply: &LateLinkReply) {
     info.late_ms = reply.late_ms;
     info.late_waits_log2_us.clone_from(&reply.late_waits_log2_us);
     info.late_longest_wait_ms = reply.late_longest_wait_ms;
+    info.late_median_wait_ms = reply.late_median_wait_ms;
+    info.late_round_trip_ms = reply.late_round_trip_ms;
     if !reply.ended.is_empty() {
         info.decision = Some(format!("the last pages were not needed: {}", reply.ended));
     }

@@ -28,7 +28,8 @@ use super::context::RequestContext;
 use super::failure::Failure;
 use super::instances::Agent;
 use super::mode::Mode;
-use super::outgoing::{PAUSE, check_options};
+use super::mode::{PAUSE, POSTCOPY};
+use super::outgoing::check_options;
 
 /// The longest that a guest is sampled.
 const LONGEST_SAMPLE_MS: u32 = 30_000;
@@ -91,18 +92,18 @@ impl Agent {
 
 /// What is asked for, as the engine has it.
 fn wanted(options: &MigrationOptions) -> Result<Wanted, Failure> {
-    let mode = Mode::parse(&options.mode)?;
+    let mode = Mode::of(options)?;
     let max_downtime = Duration::from_micros(options.max_downtime_us);
     Ok(Wanted {
         terms: Terms {
             manner: match mode {
                 Mode::Cold => Manner::Cold,
-                Mode::Precopy | Mode::Postcopy | Mode::Hybrid => Manner::Live { max_downtime },
+                Mode::Precopy | Mode::Postcopy | Mode::Hybrid | Mode::Overtime => Manner::Live { max_downtime },
             },
             timeout: Duration::from_millis(options.timeout_ms),
             bandwidth: NonZeroU64::new(options.bandwidth_bytes_per_s),
         },
-        on_timeout: match options.on_timeout == PAUSE {
+        on_timeout: match [PAUSE, POSTCOPY].contains(&options.on_timeout.as_str()) {
             true => OnTimeout::Pause,
             false => OnTimeout::Abort,
         },
@@ -110,6 +111,7 @@ fn wanted(options: &MigrationOptions) -> Result<Wanted, Failure> {
             Mode::Precopy | Mode::Cold => Lateness::Never,
             Mode::Postcopy => Lateness::AtOnce,
             Mode::Hybrid => Lateness::WhenItPays,
+            Mode::Overtime => Lateness::WhenItMustEnd,
         },
         most_throttle: options.max_throttle_percent,
     })

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use ferry_vmm::measuring::{CpuMeter, warm_host_memory};
+use ferry_vmm::measuring::{CpuMeter, least_fetch, warm_host_memory};
 use tokio::time::sleep;
 
 use super::super::arguments::BenchArguments;
@@ -41,6 +41,8 @@ async fn in_lab(
         runs, streams, verify, ..
     } = *arguments;
     let transport = transport(&arguments.transport)?;
+    // There is nothing to compare before the handover.
+    let verify = verify && workload.late.is_none();
     lab.start_agents().await?;
     told.tell("boots");
     let guest = lab.boot(&workload.plan()).await?;
@@ -61,6 +63,7 @@ async fn in_lab(
             streams,
             transport,
             verify,
+            late: workload.late,
             listen: STAY,
         };
         measured.push(timed_move(lab, &guest, order, &mut stays, workload.touched_bytes).await?);
@@ -73,6 +76,7 @@ async fn in_lab(
         streams,
         transport,
         verify,
+        late: workload.late,
         listen: Duration::from_millis(300),
     };
     let meter = FootprintMeter::start(agents);
@@ -105,6 +109,11 @@ async fn timed_move(
 ) -> Result<Run, Failure> {
     // Before memory is touched: what is free for two seconds goes back.
     let predicted = lab.predict(guest, order, SAMPLE).await?;
+    let least_fetch = order.late.map(|_| least_fetch()).transpose();
+    let least_fetch = least_fetch.map_err(|error| {
+        let text = format!("failed to measure a round trip: {}", crate::error_chain(&error));
+        Failure::new(Exit::Failed, text)
+    })?;
     warm(touched_bytes)?;
     // What the guest gets done before the move is not what it got done beside all this.
     sleep(CALM).await;
@@ -129,6 +138,7 @@ async fn timed_move(
     Ok(Run {
         moved: moved?,
         predicted,
+        least_fetch,
         cpu_source_s: cpu[order.source],
         cpu_destination_s: cpu[order.destination()],
         clock_error: None,

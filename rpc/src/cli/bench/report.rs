@@ -1,6 +1,9 @@
 //! The figures of a workload: medians, and each run's own for whoever wants to know how they spread.
 
+use std::time::Duration;
+
 use ferry_proto::agent::v1::MigrationPrediction;
+use ferry_vmm::measuring::LeastFetch;
 use serde::Serialize;
 
 use super::super::lab::Move;
@@ -15,6 +18,8 @@ pub(super) struct Run {
     pub(super) moved: Move,
     /// What had been foretold of it right before.
     pub(super) predicted: MigrationPrediction,
+    /// What a page that is waited for costs at least, where pages come late.
+    pub(super) least_fetch: Option<LeastFetch>,
     pub(super) cpu_source_s: f64,
     pub(super) cpu_destination_s: f64,
     pub(super) clock_error: Option<ClockError>,
@@ -71,6 +76,14 @@ pub(super) struct Figures {
     predicted_total_ratio_all: Vec<f64>,
     predicted_blackout_ratio_all: Vec<f64>,
     predicted_bytes_ratio_all: Vec<f64>,
+    /// Of pages that come late: the median wait for one of a move, a round trip and backing a page right before it, and the wait as a part
+    /// of three round trips and the backing of a page.
+    late_wait_us: Option<f64>,
+    late_round_trip_us: Option<f64>,
+    late_population_us: Option<f64>,
+    late_wait_ratio: Option<f64>,
+    late_wait_us_all: Vec<f64>,
+    late_wait_ratio_all: Vec<f64>,
     clock_error_us_all: Vec<Option<f64>>,
     total_ms_all: Vec<f64>,
     blackout_ms_all: Vec<f64>,
@@ -107,6 +120,12 @@ impl Figures {
             let foretold = run.predicted.bytes.map(|bytes| bytes as f64);
             ratio(foretold, Some(run.moved.migration.bytes_sent as f64))
         });
+        let micros = |time: Duration| time.as_secs_f64() * 1e6;
+        let late_wait = |run: &Run| run.moved.migration.late_median_wait_ms.map(|wait| wait * 1e3);
+        let round_trip = |run: &Run| run.least_fetch.map(|least| micros(least.round_trip));
+        let population = |run: &Run| run.least_fetch.map(|least| micros(least.population));
+        let late_waits = all(&late_wait);
+        let late_ratios = all(&|run| Some(late_wait(run)? / (3.0 * round_trip(run)? + population(run)?)));
         let clock = |part: &dyn Fn(ClockError) -> f64| all(&|run| run.clock_error.map(part));
         Self {
             workload: workload.name,
@@ -140,6 +159,12 @@ impl Figures {
             predicted_total_ratio_all: total_ratio,
             predicted_blackout_ratio_all: blackout_ratio,
             predicted_bytes_ratio_all: bytes_ratio,
+            late_wait_us: median(&late_waits),
+            late_round_trip_us: median(&all(&round_trip)),
+            late_population_us: median(&all(&population)),
+            late_wait_ratio: median(&late_ratios),
+            late_wait_us_all: late_waits,
+            late_wait_ratio_all: late_ratios,
             clock_error_us_all: runs
                 .iter()
                 .map(|run| run.clock_error.map(|error| error.error_us))
@@ -219,6 +244,9 @@ pub(super) fn table(all: &[Figures]) -> String {
         ]);
     }
     let mut text = format!("{table}{LEGEND}\n\n{}{FORETOLD}", foretold(all));
+    if let Some(late) = late(all) {
+        text += &format!("\n\n{late}{LATE}");
+    }
     for figures in all {
         for fault in &figures.faults {
             text += &format!("\n{}: {fault}", figures.workload);
@@ -241,6 +269,33 @@ fn foretold(all: &[Figures]) -> Table {
     }
     table
 }
+
+/// How long somebody waited for a page that came late.
+fn late(all: &[Figures]) -> Option<Table> {
+    let mut table = Table::new(&[
+        "LATE PAGES",
+        ">WAIT",
+        ">ROUND TRIP",
+        ">A PAGE",
+        ">OF 3 TRIPS AND A PAGE",
+    ]);
+    let micros = |time: Option<f64>| or_dash(time.map(|time| format!("{time:.1} µs")));
+    let of_late = |figures: &&Figures| figures.late_round_trip_us.is_some();
+    for figures in all.iter().filter(of_late) {
+        table.row([
+            figures.workload.to_owned(),
+            micros(figures.late_wait_us),
+            micros(figures.late_round_trip_us),
+            micros(figures.late_population_us),
+            or_dash(figures.late_wait_ratio.map(|ratio| format!("{ratio:.2}"))),
+        ]);
+    }
+    all.iter().any(|figures| of_late(&figures)).then_some(table)
+}
+
+const LATE: &str = "
+WAIT is the median of the guest's waits for a page in a move, ROUND TRIP a byte's way over the loopback and back between two threads, A PAGE what backing one takes,
+both measured right before the move.";
 
 const FORETOLD: &str = "
 What `migrate --dry-run` said right before each move, as a part of what came of it: medians. Before the first one the link is tried, and nothing else is known of the way.";

@@ -19,6 +19,8 @@ pub(super) struct Workload {
     pub(super) cmdline: &'static str,
     /// Guest memory that is ever touched.
     pub(super) touched_bytes: u64,
+    /// It moves by post-copy, and what nobody waits for comes with so many bytes a second.
+    pub(super) late: Option<u64>,
 }
 
 impl Workload {
@@ -70,6 +72,7 @@ const ALL: [Workload; 7] = [
         dirty: "log",
         cmdline: "fill=random fill_mib=960 work=uniform work_mib=64 rate=100 heartbeat_ms=20",
         touched_bytes: GIB,
+        late: None,
     },
     Workload {
         name: "sparse-12g",
@@ -79,6 +82,7 @@ const ALL: [Workload; 7] = [
         dirty: "log",
         cmdline: "fill=random fill_mib=64 work=idle heartbeat_ms=20",
         touched_bytes: 64 * MIB,
+        late: None,
     },
     Workload {
         name: "zero-1g",
@@ -88,6 +92,7 @@ const ALL: [Workload; 7] = [
         dirty: "log",
         cmdline: "fill=zero fill_mib=1024 work=idle heartbeat_ms=20",
         touched_bytes: GIB,
+        late: None,
     },
     Workload {
         name: "busy-20k",
@@ -97,6 +102,7 @@ const ALL: [Workload; 7] = [
         dirty: "log",
         cmdline: "fill=random fill_mib=512 work=uniform work_mib=256 rate=20000 heartbeat_ms=20",
         touched_bytes: 768 * MIB,
+        late: None,
     },
     Workload {
         name: "busy-20k-ring",
@@ -106,6 +112,7 @@ const ALL: [Workload; 7] = [
         dirty: "ring",
         cmdline: "fill=random fill_mib=512 work=uniform work_mib=256 rate=20000 heartbeat_ms=20",
         touched_bytes: 768 * MIB,
+        late: None,
     },
     Workload {
         name: "busy-100k",
@@ -115,6 +122,17 @@ const ALL: [Workload; 7] = [
         dirty: "log",
         cmdline: "fill=random fill_mib=512 work=hotcold work_mib=256 rate=100000 heartbeat_ms=20",
         touched_bytes: 768 * MIB,
+        late: None,
+    },
+    Workload {
+        name: "late-idle-link",
+        description: "by post-copy, all but idle link: 256 MiB of random data, 2,000 page writes a second into half of it",
+        memory_bytes: 512 * MIB,
+        vcpus: 1,
+        dirty: "log",
+        cmdline: "fill=random fill_mib=128 work=uniform work_mib=128 rate=2000 heartbeat_ms=20",
+        touched_bytes: 256 * MIB,
+        late: Some(16 * MIB),
     },
     Workload {
         name: "full-speed",

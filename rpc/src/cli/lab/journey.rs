@@ -23,6 +23,8 @@ pub(in crate::cli) struct MoveOrder {
     pub(in crate::cli) transport: Transport,
     /// Digests are kept and compared.
     pub(in crate::cli) verify: bool,
+    /// All of its memory comes late, and what nobody waits for with so many bytes a second; `None`: it comes in rounds.
+    pub(in crate::cli) late: Option<u64>,
     /// How long to listen to the guest at the destination before the move is judged.
     pub(in crate::cli) listen: Duration,
 }
@@ -177,6 +179,8 @@ impl Lab {
                 streams: order.streams,
                 transport: order.transport.as_str().to_owned(),
                 verify: order.verify,
+                mode: order.late.map_or("precopy", |_| "postcopy").to_owned(),
+                bandwidth_bytes_per_s: order.late.unwrap_or(0),
                 ..Default::default()
             }),
             request_id: uuid::Uuid::new_v4().to_string(),
