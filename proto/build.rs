@@ -38,6 +38,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "Round",
             "MigrationDecision",
             "Verified",
+            "Compressed",
             "HostInfo",
             "HostVerdict",
             "Check",

@@ -1,7 +1,7 @@
 //! Frames of the page streams: a fixed header, a table of page runs, then the pages. `docs/wire.md` draws them.
 //!
-//! Header and table carry a checksum; pages do not, because the guest may write one while it is being sent. A frame is
-//! at most [`MAX_RUNS`] runs and [`MAX_DATA_PAGES`] pages, and everything a peer says is checked before it is used.
+//! Header and table carry a checksum; pages do not, because the guest may write one while it is being sent. Compressed ones
+//! were copied before, and do. A frame is at most [`MAX_RUNS`] runs and [`MAX_DATA_PAGES`] pages, and everything a peer says is checked before it is used.
 
 mod error;
 
@@ -11,6 +11,9 @@ use uuid::Uuid;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+#[cfg(any(fuzzing, test))]
+use crate::compress::COMPRESSED_SUM_BYTES;
+use crate::compress::{Block, Codec, Codecs};
 use crate::guest::{FRAME_SIZE, FrameRun, MemoryShape};
 use crate::handover::Epoch;
 pub use error::FrameError;
@@ -40,14 +43,15 @@ struct Header {
     magic: U32,
     version: U16,
     kind: u8,
-    flags: u8,
+    /// How the pages are compressed; 0: they are not.
+    codec: u8,
     stream: U16,
     /// Entries of 16 bytes in the table.
     entries: U16,
     round: U32,
     /// Frames on this stream before this one.
     sequence: U64,
-    /// Bytes of pages after the table.
+    /// Bytes after the table.
     payload: U32,
     /// CRC-32 of the header up to here and of the table.
     checksum: U32,
@@ -137,12 +141,31 @@ impl FrameWriter {
         self.buffer.clear();
         self.buffer.resize(HEADER_BYTES, 0);
         self.buffer.extend_from_slice(opening.as_bytes());
-        self.seal(KIND_OPEN, 0, OPENING_ENTRIES, 0)
+        self.seal(KIND_OPEN, 0, OPENING_ENTRIES, (0, None))
     }
 
     /// Header and table of a frame of pages: 1 to [`MAX_RUNS`] runs, ascending and apart, at most [`MAX_DATA_PAGES`] pages
     /// of them data. The bytes of the data runs follow on the stream.
     pub(crate) fn pages(&mut self, round: u32, runs: impl Iterator<Item = (FrameRun, Content)>) -> &[u8] {
+        self.framed(round, runs, None)
+    }
+
+    /// The same of pages that are compressed: so many bytes follow on the stream in their place, the checksum of the rest first.
+    pub(crate) fn compressed(
+        &mut self,
+        round: u32,
+        runs: impl Iterator<Item = (FrameRun, Content)>,
+        block: (usize, Codec),
+    ) -> &[u8] {
+        self.framed(round, runs, Some(block))
+    }
+
+    fn framed(
+        &mut self,
+        round: u32,
+        runs: impl Iterator<Item = (FrameRun, Content)>,
+        block: Option<(usize, Codec)>,
+    ) -> &[u8] {
         self.buffer.clear();
         self.buffer.resize(HEADER_BYTES, 0);
         let (mut entries, mut data_pages) = (0u16, 0);
@@ -161,7 +184,8 @@ impl FrameWriter {
             entries += 1;
             data_pages += if content == Content::Data { run.count } else { 0 };
         }
-        let payload = u32::try_from(data_pages * FRAME_SIZE).expect("a frame's pages are at most 2 MiB");
+        let plain = || ((data_pages * FRAME_SIZE) as usize, None);
+        let payload = block.map_or_else(plain, |(bytes, codec)| (bytes, Some(codec)));
         self.seal(KIND_PAGES, round, entries, payload)
     }
 
@@ -184,15 +208,17 @@ impl FrameWriter {
             self.buffer.extend_from_slice(entry.as_bytes());
             entries += 1;
         }
-        self.seal(KIND_ASKED, 0, entries, 0)
+        self.seal(KIND_ASKED, 0, entries, (0, None))
     }
 
-    fn seal(&mut self, kind: u8, round: u32, entries: u16, payload: u32) -> &[u8] {
+    fn seal(&mut self, kind: u8, round: u32, entries: u16, payload: (usize, Option<Codec>)) -> &[u8] {
+        let (payload, codec) = payload;
+        let payload = u32::try_from(payload).expect("a frame's pages are at most 2 MiB");
         let mut header = Header {
             magic: MAGIC.into(),
             version: VERSION.into(),
             kind,
-            flags: 0,
+            codec: codec.map_or(0, Codec::number),
             stream: self.stream.into(),
             entries: entries.into(),
             round: round.into(),
@@ -220,13 +246,15 @@ pub(crate) struct AskedPages<'a> {
 #[derive(Debug)]
 pub(crate) struct FrameReader {
     stream: u16,
+    /// What pages may be compressed with.
+    codecs: Codecs,
     sequence: u64,
     table: Vec<u8>,
     data: Vec<FrameRun>,
     zero: Vec<FrameRun>,
 }
 
-/// A checked table. The bytes of `data` are next on the stream.
+/// A checked table. The bytes of `data`, or the block that stands for them, are next on the stream.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Pages<'a> {
     pub(crate) round: u32,
@@ -236,6 +264,10 @@ pub(crate) struct Pages<'a> {
     pub(crate) zero: &'a [FrameRun],
     /// Bytes of header and table.
     pub(crate) overhead: u64,
+    /// Bytes after them, at most 2 MiB.
+    pub(crate) payload: u64,
+    /// If the pages are compressed.
+    pub(crate) block: Option<Block>,
 }
 
 impl FrameReader {
@@ -243,11 +275,17 @@ impl FrameReader {
         let table = vec![0; MAX_RUNS * ENTRY_BYTES];
         Self {
             stream,
+            codecs: Codecs::default(),
             sequence: 0,
             table,
             data: Vec::with_capacity(MAX_RUNS),
             zero: Vec::with_capacity(MAX_RUNS),
         }
+    }
+
+    /// Pages may be compressed with these formats, as was agreed on.
+    pub(crate) fn with_codecs(self, codecs: Codecs) -> Self {
+        Self { codecs, ..self }
     }
 
     /// Reads the stream's first frame. `None` if the stream ended before it.
@@ -296,9 +334,23 @@ impl FrameReader {
         self.table(source, &header)?;
         self.sort_runs(header.entries.get(), shape)?;
         let table = self.data.iter().map(|run| run.bytes()).sum();
-        if length != table {
-            return Err(FrameError::Length { header: length, table });
-        }
+        let sequence = self.sequence;
+        let block = match header.codec {
+            0 if length != table => return Err(FrameError::Length { header: length, table }),
+            // What it unpacks to is all the same what the table says.
+            _ if table > MAX_DATA_PAGES * FRAME_SIZE => return Err(FrameError::TooLong(table)),
+            0 => None,
+            number => {
+                let agreed = |&codec: &Codec| self.codecs.contains(codec);
+                let codec = Codec::from_number(number).filter(agreed);
+                Some(Block {
+                    sequence,
+                    codec: codec.ok_or(FrameError::Codec { sequence, number })?,
+                    sent: length as usize,
+                    pages: table as usize,
+                })
+            }
+        };
         self.sequence += 1;
         let overhead = (HEADER_BYTES + usize::from(header.entries.get()) * ENTRY_BYTES) as u64;
         Ok(Some(Pages {
@@ -306,6 +358,8 @@ impl FrameReader {
             data: &self.data,
             zero: &self.zero,
             overhead,
+            payload: length,
+            block,
         }))
     }
 
@@ -371,8 +425,8 @@ impl FrameReader {
                 computed,
             });
         }
-        if header.flags != 0 {
-            return Err(FrameError::Reserved(header.flags.into()));
+        if header.codec != 0 && header.kind != KIND_PAGES {
+            return Err(FrameError::Reserved(header.codec.into()));
         }
         if header.stream.get() != self.stream {
             return Err(FrameError::Stream {
@@ -441,9 +495,14 @@ pub(crate) fn summed_up(bytes: &[u8]) -> Vec<u8> {
         };
         header.checksum = checksum(&header, table).into();
         frame.copy_from_slice(header.as_bytes());
-        let Some((_, next)) = pages.split_at_mut_checked(header.payload.get() as usize) else {
+        let Some((payload, next)) = pages.split_at_mut_checked(header.payload.get() as usize) else {
             break;
         };
+        if header.codec != 0
+            && let Some((sum, block)) = payload.split_at_mut_checked(COMPRESSED_SUM_BYTES)
+        {
+            sum.copy_from_slice(&crc32fast::hash(block).to_le_bytes());
+        }
         rest = next;
     }
     bytes

@@ -5,6 +5,7 @@ use std::io;
 use uuid::Uuid;
 
 use super::{MAX_DATA_PAGES, MAX_RUNS, VERSION};
+use crate::compress::Codec;
 use crate::guest::FRAME_SIZE;
 
 /// Why a page stream cannot be read on.
@@ -78,6 +79,46 @@ pub enum FrameError {
         header: u32,
         /// What header and table give.
         computed: u32,
+    },
+    /// Its pages are compressed in a way that was not agreed on.
+    #[error("frame {sequence} is compressed in format {number}, which was not agreed on")]
+    Codec {
+        /// Of the frame, on its stream.
+        sequence: u64,
+        /// What its header says.
+        number: u8,
+    },
+    /// Compressed pages that say nothing, or are no fewer than plain ones.
+    #[error("frame {sequence} has {sent} bytes of compressed pages in the place of {pages}")]
+    BlockLength {
+        /// Of the frame, on its stream.
+        sequence: u64,
+        /// Bytes that are sent.
+        sent: u64,
+        /// Bytes of the pages that its table names.
+        pages: u64,
+    },
+    /// Compressed pages were damaged.
+    #[error(
+        "the compressed pages of frame {sequence} do not have the checksum that they came with; computed was {computed:#010x}"
+    )]
+    BlockChecksum {
+        /// Of the frame, on its stream.
+        sequence: u64,
+        /// What they give.
+        computed: u32,
+    },
+    /// Compressed pages do not come to what the table says.
+    #[error("the {codec} block of frame {sequence} is not its {pages} bytes of pages: {reason}")]
+    Block {
+        /// Of the frame, on its stream.
+        sequence: u64,
+        /// The format.
+        codec: Codec,
+        /// Bytes of the pages that its table names.
+        pages: u64,
+        /// What is wrong with it.
+        reason: String,
     },
     /// A run of an unknown kind.
     #[error("a run of unknown kind {0}")]
