@@ -11,6 +11,7 @@ mod callers;
 mod carried;
 mod clients;
 mod cold;
+mod compress;
 mod convergence;
 mod data_port;
 mod device_work;
@@ -78,6 +79,7 @@ fn main() -> ExitCode {
         aborts::trials(),
         queue::trials(),
         cold::trials(),
+        compress::trials(),
         convergence::trials(),
         postcopy::trials(),
         resume::trials(),
