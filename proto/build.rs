@@ -39,6 +39,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "MigrationDecision",
             "Verified",
             "NetworkGap",
+            "Compressed",
             "HostInfo",
             "HostVerdict",
             "Check",

@@ -32,6 +32,7 @@ use std::time::{Duration, Instant};
 use ferry_proto::stream::v1::{self, from_destination::Message as Reply, from_source::Message as Said};
 
 use crate::PageSet;
+use crate::compress::Codecs;
 use crate::guest::{DestinationGuest, GuestMemory, GuestWas, MemoryShape, Population, RestoredGuest};
 use crate::handover::Attempt;
 use crate::link::{Link, Sockets};
@@ -291,7 +292,7 @@ fn receive<G: DestinationGuest>(
     if identity.session > 0 {
         kept.go_on(&identity, hearing, crew)?;
     }
-    crew.start_receivers(&identity)?;
+    crew.start_receivers(&identity, kept.codecs)?;
     if !kept.begun {
         load_population(hearing, crew, kept)?;
     }
@@ -344,6 +345,7 @@ fn handshake<G: DestinationGuest>(
                     .get_or_init(|| PageDigests::new(crew.memory.shape()));
             }
             kept.take_up(hello.session)?;
+            kept.codecs = Codecs::from_wire(&hello.codecs);
             hearing.say(Reply::HelloReply(kept.reply(protocol, crew)));
             hearing.asked.report(DestinationReport::Accepted { protocol });
             Ok(expected)

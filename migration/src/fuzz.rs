@@ -5,6 +5,7 @@ use std::io::{Cursor, Seek, SeekFrom};
 use ferry_proto::stream::v1::{self, from_destination, from_source};
 use uuid::Uuid;
 
+use crate::compress::{Block, Codec, Codecs, Decompressor};
 use crate::guest::{FRAME_SIZE, MemoryShape, Region};
 use crate::handover::Epoch;
 use crate::wire::{
@@ -35,16 +36,44 @@ pub fn page_frames(bytes: &[u8]) {
         let runs = asked.touched.iter().chain(asked.beside);
         assert!(runs.into_iter().all(|&run| shape.contains(run)));
     }
-    let (mut reader, mut source) = (FrameReader::new(0), Cursor::new(&bytes));
-    if !matches!(reader.open(&mut source, &identity()), Ok(Some(()))) {
-        (reader, source) = (FrameReader::new(0), Cursor::new(&bytes));
+    let reader = || FrameReader::new(0).with_codecs(Codecs::ours());
+    let (mut reader_opened, mut source) = (reader(), Cursor::new(&bytes));
+    let mut decompressor = Decompressor::default();
+    if !matches!(reader_opened.open(&mut source, &identity()), Ok(Some(()))) {
+        (reader_opened, source) = (reader(), Cursor::new(&bytes));
     }
-    while let Ok(Some(pages)) = reader.pages(&mut source, &shape) {
+    while let Ok(Some(pages)) = reader_opened.pages(&mut source, &shape) {
         assert!(pages.data.iter().chain(pages.zero).all(|&run| shape.contains(run)));
         let data: u64 = pages.data.iter().map(|run| run.count * FRAME_SIZE).sum();
+        if let Some(block) = pages.block {
+            match decompressor.unpack(&mut source, block) {
+                Ok(unpacked) => assert_eq!(unpacked.len() as u64, data),
+                Err(_) => return,
+            }
+            continue;
+        }
         if source.seek(SeekFrom::Current(data.cast_signed())).is_err() {
             return;
         }
+    }
+}
+
+/// The compressed pages of a frame. The first byte says in which format they are and how many pages they stand for; their checksum is made right.
+pub fn compressed_pages(bytes: &[u8]) {
+    let Some((&first, packed)) = bytes.split_first() else {
+        return;
+    };
+    let codec = if first % 2 == 0 { Codec::Lz4 } else { Codec::Zstd };
+    let pages = (usize::from(first / 2) + 1) * 4 * FRAME_SIZE as usize;
+    let sent = [&crc32fast::hash(packed).to_le_bytes(), packed].concat();
+    let block = Block {
+        sequence: 0,
+        codec,
+        sent: sent.len(),
+        pages,
+    };
+    if let Ok(unpacked) = Decompressor::default().unpack(&mut &*sent, block) {
+        assert_eq!(unpacked.len(), pages);
     }
 }
 
@@ -124,7 +153,27 @@ mod tests {
         opened.extend(writer.pages(1, [(run(0, 4096), Content::Zero)].into_iter()));
         let many = (0..500).map(|index| (run(index * 2, 1), Content::Zero));
         let not_opened = FrameWriter::new(0).pages(9, many).to_vec();
-        feed("page_frames", &[opened, not_opened], page_frames);
+        let packed = lz4_flex::block::compress(&[7; 2 * FRAME_SIZE as usize]);
+        let mut writer = FrameWriter::new(0);
+        let mut compressed = writer
+            .compressed(1, data.into_iter(), (packed.len() + 4, Codec::Lz4))
+            .to_vec();
+        compressed.extend(crc32fast::hash(&packed).to_le_bytes());
+        compressed.extend(packed);
+        compressed.extend(writer.pages(1, [(run(0, 4096), Content::Zero)].into_iter()));
+        assert_eq!(summed_up(&compressed), compressed);
+        feed("page_frames", &[opened, not_opened, compressed], page_frames);
+    }
+
+    #[test]
+    fn compressed_pages_are_unpacked_or_refused() {
+        let pages: Vec<u8> = (0..16 << 10).map(|index: u32| (index / 96) as u8).collect();
+        let mut zstd = vec![0; 16 << 10];
+        let len = zstd_safe::compress(&mut zstd[..], &pages, 3).expect("there is room");
+        let sample = |first: u8, packed: &[u8]| [&[first], packed].concat();
+        let lz4 = sample(0, &lz4_flex::block::compress(&pages));
+        compressed_pages(&lz4);
+        feed("compressed_pages", &[lz4, sample(1, &zstd[..len])], compressed_pages);
     }
 
     #[test]
@@ -172,6 +221,7 @@ mod tests {
         let wishes = Wishes {
             late_streams: 2,
             verify: true,
+            codecs: Codecs::ours(),
         };
         let mut said = vec![Said::Hello(hello(&identity(), &shape(), vec![1, 2, 3], wishes))];
         said.extend(population_to_wire(&population).into_iter().map(Said::Population));

@@ -252,6 +252,18 @@ pub trait GuestMemory: Send + Sync + 'static {
     /// The socket's error; [`io::ErrorKind::UnexpectedEof`] if it ended before.
     fn receive(&self, socket: BorrowedFd<'_>, runs: &[FrameRun]) -> io::Result<()>;
 
+    /// Copies the bytes of `runs` into `bytes`, which has just room for them, in this order.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    fn read_pages(&self, runs: &[FrameRun], bytes: &mut [u8]) -> Result<(), GuestError>;
+
+    /// Puts `bytes` into the pages of `runs`, all of them in this order, as [`GuestMemory::receive`] does.
+    ///
+    /// # Errors
+    /// If they cannot be written.
+    fn write_pages(&self, runs: &[FrameRun], bytes: &[u8]) -> Result<(), GuestError>;
+
     /// Appends the longest runs of all-zero frames inside `run` to `found`, ascending.
     ///
     /// # Errors

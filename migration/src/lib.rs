@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod compress;
 pub mod destination;
 mod digest;
 #[cfg(any(fuzzing, test))]
@@ -20,6 +21,7 @@ mod verify;
 mod wire;
 mod yielding;
 
+pub use compress::{Codec, Compression, Method, ParseCompressionError, Tally};
 pub use link::{Link, Liveness};
 pub use precopy::PageSet;
 pub use wire::{ControlError, FrameError, OLDEST_PROTOCOL, PROTOCOL, StreamTotals};

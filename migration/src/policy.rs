@@ -30,6 +30,9 @@ const ENOUGH_ROUNDS: u32 = 8;
 /// A round below this many bytes measures latency, not throughput.
 const TELLING_BYTES: u64 = 4 << 20;
 
+/// Pages that are compressed to more of themselves than this are not worth a word.
+const NOT_COMPRESSED: f64 = 0.99;
+
 /// What a round is to leave of what it sends once vCPUs are throttled.
 const THROTTLED_SHARE: f64 = 0.5;
 
@@ -110,7 +113,10 @@ pub struct Policy {
     terms: Terms,
     overhead: Overhead,
     round_trip: Duration,
+    /// Bytes of pages, compressed or not.
     bytes_per_second: Option<f64>,
+    /// What share of the bytes of pages was put on the link: 1 without compression.
+    compressed_to: f64,
     rounds_within_budget: u32,
     disarmed: u32,
     force: Option<Force>,
@@ -141,6 +147,7 @@ impl Policy {
             overhead,
             round_trip: Duration::ZERO,
             bytes_per_second: None,
+            compressed_to: 1.0,
             rounds_within_budget: 0,
             disarmed: 0,
             force: None,
@@ -166,8 +173,12 @@ impl Policy {
     /// These terms hold from now on. What was learned of the link under another cap is worth what that leaves of it.
     pub fn follow(&mut self, terms: Terms) {
         if self.terms.bandwidth != terms.bandwidth {
-            let most = terms.bandwidth.map_or(f64::INFINITY, |cap| cap.get() as f64);
-            let was_most = self.terms.bandwidth.map_or(f64::INFINITY, |cap| cap.get() as f64);
+            // The cap counts what is put on the link.
+            let most = terms
+                .bandwidth
+                .map_or(f64::INFINITY, |cap| cap.get() as f64 / self.compressed_to);
+            let was = self.terms.bandwidth;
+            let was_most = was.map_or(f64::INFINITY, |cap| cap.get() as f64 / self.compressed_to);
             // Under a tighter cap it had been found to carry more; under a looser one it was never tried.
             self.bytes_per_second = self
                 .bytes_per_second
@@ -230,7 +241,7 @@ impl Policy {
             milliseconds(max_downtime),
         );
         if verdict != Verdict::Switch {
-            left.forecast.describe(&mut words);
+            left.forecast.describe(&mut words, self.compressed_to);
         }
         Decision {
             verdict,
@@ -360,7 +371,7 @@ impl Policy {
                 bytes_per_second: self.throughput(),
                 rounds: Some(0),
                 total: Some(now.elapsed + predicted),
-                bytes: Some(now.bytes + round.dirty_pages * FRAME_SIZE),
+                bytes: Some(now.bytes + self.on_the_link(round.dirty_pages as f64)),
                 // It has stood still from the beginning.
                 blackout: Some(now.elapsed + predicted),
                 dirty_bytes_per_second: None,
@@ -396,7 +407,7 @@ impl Policy {
         self.rounds_within_budget = 0;
     }
 
-    /// Bytes a second by the rounds that told something.
+    /// Bytes of pages a second by the rounds that told something.
     #[must_use]
     pub fn throughput(&self) -> Option<u64> {
         // Whole bytes are plenty, and a throughput fits.
@@ -430,7 +441,7 @@ impl Policy {
             let blackout = self.overhead.stop + self.after_stop(last as u64);
             forecast.blackout = Some(blackout);
             forecast.total = Some(now.elapsed + self.time_for(sent) + blackout);
-            forecast.bytes = Some(now.bytes + bytes_of(sent + last) as u64);
+            forecast.bytes = Some(now.bytes + self.on_the_link(sent + last));
         }
         Left {
             pages,
@@ -456,6 +467,11 @@ impl Policy {
         Duration::try_from_secs_f64(bytes_of(pages) / self.rate()).unwrap_or(Duration::MAX / 4)
     }
 
+    /// Bytes that so many pages come to on the link.
+    fn on_the_link(&self, pages: f64) -> u64 {
+        (bytes_of(pages) * self.compressed_to) as u64
+    }
+
     fn rate(&self) -> f64 {
         self.bytes_per_second.unwrap_or(UNMEASURED_BYTES_PER_SECOND).max(1.0)
     }
@@ -465,10 +481,16 @@ impl Policy {
     }
 
     fn learn_throughput(&mut self, round: &RoundSummary) {
-        if round.elapsed.is_zero() || round.bytes < TELLING_BYTES {
+        let bytes = round.bytes + round.saved;
+        if round.elapsed.is_zero() || bytes < TELLING_BYTES {
             return;
         }
-        let measured = round.bytes as f64 / round.elapsed.as_secs_f64();
+        let measured = bytes as f64 / round.elapsed.as_secs_f64();
+        let compressed_to = round.bytes as f64 / bytes as f64;
+        self.compressed_to = match self.bytes_per_second {
+            Some(_) => (self.compressed_to + compressed_to) / 2.0,
+            None => compressed_to,
+        };
         self.bytes_per_second = Some(match self.bytes_per_second {
             Some(before) => (before + measured) / 2.0,
             None => measured,
@@ -478,7 +500,7 @@ impl Policy {
 
 impl Forecast {
     /// Adds what it comes to, for a person.
-    fn describe(&self, words: &mut String) {
+    fn describe(&self, words: &mut String, compressed_to: f64) {
         let megabytes = |bytes: u64| bytes as f64 / 1e6;
         if let (Some(dirty), Some(sent)) = (self.dirty_bytes_per_second, self.bytes_per_second) {
             let (dirty, sent) = (megabytes(dirty), megabytes(sent));
@@ -486,6 +508,9 @@ impl Forecast {
                 words,
                 "; the guest writes {dirty:.1} MB/s, the link carries {sent:.1} MB/s"
             );
+            if compressed_to < NOT_COMPRESSED {
+                let _ = write!(words, ", compressed to {} %", percent(compressed_to));
+            }
         }
         let rounds = self.rounds.filter(|&rounds| rounds > 0);
         if let (Some(rounds), Some(blackout), Some(total), Some(bytes)) =

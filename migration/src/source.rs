@@ -38,6 +38,7 @@ use std::time::Duration;
 use ferry_proto::stream::v1::{self, HelloReply, from_source::Message as Said};
 
 use crate::PageSet;
+use crate::compress::Codecs;
 use crate::guest::{DirtyClearer, GuestEnd, GuestError, SourceGuest};
 use crate::handover::{Attempt, Grants, Traded};
 use crate::link::{self, Link, Outgoing, Sockets};
@@ -230,7 +231,9 @@ pub fn run<G: SourceGuest>(
     };
     let lasting = Lasting::new(asked);
     let ended = over_links(&mut journey, link, &lasting);
+    lasting.tell_compression();
     summary.decisions = lasting.decided();
+    summary.compression = lasting.packing().tally();
     let stop = match ended {
         Ok(sockets) => {
             let late = missing.zip(late_link).map(|(missing, link)| PagesToServe {
@@ -389,7 +392,12 @@ fn handshake<G: SourceGuest>(
         return Err(SourceError::Incompatible(vec![reason]).into());
     }
     let profile = journey.guest.profile();
-    let wishes = Wishes { late_streams, verify };
+    let packing = conversation.lasting.packing();
+    let wishes = Wishes {
+        late_streams,
+        verify,
+        codecs: packing.wanted(),
+    };
     conversation.say(Said::Hello(hello(&identity, memory.shape(), profile, wishes)));
     let reply = conversation.wait_for(journey.guest, |heard| match heard {
         Heard::HelloReply(reply) => Ok(reply),
@@ -423,6 +431,8 @@ fn handshake<G: SourceGuest>(
         );
         return Err(SourceError::Misbehaved(what).into());
     }
+    let agreed = packing.agree(Codecs::from_wire(&reply.codecs));
+    agreed.map_err(|reason| SourceError::Incompatible(vec![reason]))?;
     conversation.lasting.speaks(reply.protocol);
     conversation.asked.report(SourceReport::Accepted {
         protocol: reply.protocol,
@@ -439,7 +449,7 @@ fn with_threads<G: SourceGuest>(
 ) -> Result<(), Stop> {
     let (memory, asked) = (journey.guest.memory(), &lasting.asked);
     let digests = lasting.digests(&*memory);
-    let streams = Streams::<G::Clearer>::new(sockets.streams(), lasting.terms().bandwidth, digests);
+    let streams = Streams::<G::Clearer>::new(sockets.streams(), lasting.terms().bandwidth, digests, lasting.packing());
     let (events_in, events) = mpsc::sync_channel(64);
     let (outbox, outgoing) = mpsc::channel();
     journey.summary.streams = sockets.streams();
@@ -458,6 +468,7 @@ fn with_threads<G: SourceGuest>(
                 bandwidth,
                 totals,
                 digests,
+                packing,
             } = &streams;
             let totals = &totals[usize::from(stream)];
             let sender = PageSender {
@@ -466,6 +477,7 @@ fn with_threads<G: SourceGuest>(
                 memory: &*memory,
                 feed,
                 bandwidth,
+                packing,
                 totals,
                 digests: digests.as_deref(),
             };

@@ -1,5 +1,6 @@
 //! One agent as a process of its own, and the command line that asks it.
 
+use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::net::{TcpListener, TcpStream};
@@ -34,6 +35,10 @@ pub struct Host {
     pub arguments: Vec<String>,
     /// What to tell the agent beside the usual: environment.
     pub environment: Vec<(String, String)>,
+    /// Where it is reached.
+    address: &'static str,
+    /// The network that its agent is in, if it is not the calling thread's.
+    network: Option<PathBuf>,
     ferry: PathBuf,
     user: Option<u32>,
     /// Folders that this host alone sees elsewhere: what, and where.
@@ -55,6 +60,8 @@ impl Host {
             data_port: free_port()?,
             arguments: Vec::new(),
             environment: Vec::new(),
+            address: "127.0.0.1",
+            network: None,
             ferry: ferry.to_owned(),
             user: None,
             views: Vec::new(),
@@ -65,7 +72,7 @@ impl Host {
     /// The agent's address.
     #[must_use]
     pub fn url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.port)
+        format!("http://{}:{}", self.address, self.port)
     }
 
     /// From its next start on the agent finds this peer at this address.
@@ -93,7 +100,7 @@ impl Host {
                 );
             }
             // Cheaper than a process that finds out that nobody listens yet.
-            let listens = TcpStream::connect(("127.0.0.1", self.port)).is_ok();
+            let listens = TcpStream::connect((self.address, self.port)).is_ok();
             Ok((listens && self.ferry(&["list"])?.code == Some(0)).then_some(()))
         })
     }
@@ -110,8 +117,8 @@ impl Host {
         let mut command = self.agent_command();
         command
             .args(["agent", "--host-id", self.name])
-            .args(["--listen", &format!("127.0.0.1:{}", self.port)])
-            .args(["--data-listen", &format!("127.0.0.1:{}", self.data_port)])
+            .args(["--listen", &format!("{}:{}", self.address, self.port)])
+            .args(["--data-listen", &format!("{}:{}", self.address, self.data_port)])
             .arg("--data-dir")
             .arg(&self.data_dir)
             .args(&self.arguments)
@@ -137,15 +144,29 @@ impl Host {
         const BIND: &str =
             r#"while [ "$1" != -- ]; do mount --bind "$1" "$2" || exit 1; shift 2; done; shift; exec "$@""#;
         if self.views.is_empty() {
-            return Command::new(&self.ferry);
+            return self.in_its_network(self.ferry.as_os_str());
         }
-        let mut command = Command::new("unshare");
+        let mut command = self.in_its_network(OsStr::new("unshare"));
         command.args(["--mount", "--propagation", "private", "sh", "-c", BIND, "sh"]);
         for (what, at) in &self.views {
             command.arg(what).arg(at);
         }
         command.arg("--").arg(&self.ferry);
         command
+    }
+
+    fn in_its_network(&self, program: &OsStr) -> Command {
+        let Some(network) = &self.network else {
+            return Command::new(program);
+        };
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={}", network.display())).arg(program);
+        command
+    }
+
+    /// From its next start on the agent listens at this address, in this network.
+    pub fn move_to(&mut self, address: &'static str, network: Option<PathBuf>) {
+        (self.address, self.network) = (address, network);
     }
 
     /// From its next start on the agent is this binary, as after an upgrade. Its VMMs stay what they are.

@@ -20,6 +20,7 @@ pub mod messages;
 pub mod pair;
 pub mod process;
 pub mod relay;
+pub mod shaped;
 pub mod waiting;
 pub mod witness;
 
@@ -29,5 +30,6 @@ pub use hanging::HangingDisk;
 pub use host::{Call, Host};
 pub use pair::Pair;
 pub use relay::{Relay, Tampering};
+pub use shaped::ShapedLink;
 pub use waiting::until;
 pub use witness::Witness;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use ferry_proto::stream::v1;
 
+use crate::compress::Codecs;
 use crate::destination::hearing::{Event, Outbox};
 use crate::destination::receiver::Receiver as PageReceiver;
 use crate::destination::{DestinationError, Shared};
@@ -44,7 +45,7 @@ impl<'scope, M: GuestMemory> Crew<'scope, '_, M> {
         })
     }
 
-    pub(super) fn start_receivers(&self, identity: &StreamIdentity) -> Result<(), DestinationError> {
+    pub(super) fn start_receivers(&self, identity: &StreamIdentity, codecs: Codecs) -> Result<(), DestinationError> {
         let Self {
             sockets,
             shared,
@@ -73,6 +74,7 @@ impl<'scope, M: GuestMemory> Crew<'scope, '_, M> {
                 backing,
                 delivered,
                 digests: digests.get(),
+                codecs,
                 round,
             };
             let (events, identity) = (self.events.clone(), *identity);

@@ -5,12 +5,13 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::compress::{Codecs, Decompressor};
 use crate::destination::population::Backing;
 use crate::destination::received::Received;
-use crate::guest::{FRAME_SIZE, FrameRun, GuestError, GuestMemory};
+use crate::guest::{FrameRun, GuestError, GuestMemory};
 use crate::link::Sockets;
 use crate::verify::PageDigests;
-use crate::wire::{FrameError, FrameReader, StreamIdentity, StreamTotals};
+use crate::wire::{FrameError, FrameReader, Pages, StreamIdentity, StreamTotals};
 use crate::yielding::Yielding;
 
 /// Everything but what the guest wrote meanwhile comes in it. How fast later rounds arrive decides how long the guest
@@ -76,6 +77,13 @@ pub(super) enum ReceiveError {
     Guest(GuestError),
 }
 
+/// What a receiving thread keeps from frame to frame to save allocations.
+#[derive(Default)]
+struct Scratch {
+    digests: Vec<u64>,
+    decompressor: Decompressor,
+}
+
 /// One page stream's receiving side.
 pub(super) struct Receiver<'a, M> {
     pub(super) stream: u16,
@@ -87,6 +95,8 @@ pub(super) struct Receiver<'a, M> {
     pub(super) backing: &'a Backing,
     pub(super) delivered: &'a Delivered,
     pub(super) digests: Option<&'a PageDigests>,
+    /// What pages may be compressed with.
+    pub(super) codecs: Codecs,
     /// The round whose barrier comes next.
     pub(super) round: &'a AtomicU32,
 }
@@ -97,9 +107,9 @@ impl<M: GuestMemory> Receiver<'_, M> {
     /// # Errors
     /// The first failure; nothing is read after it.
     pub(super) fn run(&self, identity: &StreamIdentity, mut arrived: impl FnMut()) -> Result<(), ReceiveError> {
-        let mut reader = FrameReader::new(self.stream);
+        let mut reader = FrameReader::new(self.stream).with_codecs(self.codecs);
         let mut socket = self.socket;
-        let (mut yielding, mut scratch) = (Yielding::default(), Vec::new());
+        let (mut yielding, mut scratch) = (Yielding::default(), Scratch::default());
         if reader
             .open(&mut socket, identity)
             .map_err(ReceiveError::Frame)?
@@ -121,7 +131,7 @@ impl<M: GuestMemory> Receiver<'_, M> {
             }
             self.sockets.hear();
             yielding.set(pages.round == FIRST_ROUND, self.memory);
-            let frame = self.take_in(pages.data, pages.zero, pages.overhead, &mut scratch)?;
+            let frame = self.take_in(&pages, &mut scratch)?;
             self.sockets.hear();
             if self.delivered.add(frame) {
                 arrived();
@@ -130,38 +140,46 @@ impl<M: GuestMemory> Receiver<'_, M> {
         }
     }
 
-    fn take_in(
-        &self,
-        data: &[FrameRun],
-        zero: &[FrameRun],
-        overhead: u64,
-        scratch: &mut Vec<u64>,
-    ) -> Result<StreamTotals, ReceiveError> {
+    fn take_in(&self, pages: &Pages<'_>, scratch: &mut Scratch) -> Result<StreamTotals, ReceiveError> {
+        let Pages { data, zero, .. } = *pages;
+        // Before its pages count as come, or their memory is backed: a block may be no pages at all.
+        let unpacked = match pages.block {
+            Some(block) => {
+                let unpacked = scratch.decompressor.unpack(&mut &*self.socket, block);
+                Some(unpacked.map_err(ReceiveError::Frame)?)
+            }
+            None => None,
+        };
         // Before they are read: a stream that ends inside a frame leaves pages that hold something and count as not come.
         data.iter().for_each(|&run| self.received.insert(run));
         if !data.is_empty() {
             self.backing
                 .take(data, |run| self.memory.populate(run))
                 .map_err(ReceiveError::Guest)?;
-            let taken = self.memory.receive(self.socket.as_fd(), data);
-            taken.map_err(|error| ReceiveError::Frame(FrameError::from_pages(error)))?;
+            match unpacked {
+                Some(bytes) => self.memory.write_pages(data, bytes).map_err(ReceiveError::Guest)?,
+                None => {
+                    let taken = self.memory.receive(self.socket.as_fd(), data);
+                    taken.map_err(|error| ReceiveError::Frame(FrameError::from_pages(error)))?;
+                }
+            }
         }
-        self.digest(data, scratch).map_err(ReceiveError::Guest)?;
+        let digests = &mut scratch.digests;
+        self.digest(data, digests).map_err(ReceiveError::Guest)?;
         for &run in zero {
             let zeroed = self.received.runs_in(run, |run| {
                 self.memory.write_zeroes(run)?;
-                self.digest(&[run], scratch)
+                self.digest(&[run], digests)
             });
             zeroed.map_err(ReceiveError::Guest)?;
         }
         data.iter().chain(zero).for_each(|&run| self.whole.insert(run));
         let count = |runs: &[FrameRun]| runs.iter().map(|run| run.count).sum::<u64>();
-        let pages = count(data);
         Ok(StreamTotals {
             frames: 1,
-            pages,
+            pages: count(data),
             zero_pages: count(zero),
-            bytes: overhead + pages * FRAME_SIZE,
+            bytes: pages.overhead + pages.payload,
         })
     }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use ferry_proto::stream::v1::{self, from_destination::Message as Reply, from_source::Message as Said};
 
+use crate::compress::Codecs;
 use crate::destination::crew::Crew;
 use crate::destination::hearing::Hearing;
 use crate::destination::{Asked, DestinationError, DestinationOrder, DestinationReport};
@@ -28,6 +29,8 @@ pub(super) struct Kept {
     session: Option<u32>,
     /// The session in which the pages came that count as whole.
     held_session: u32,
+    /// What pages may be compressed with on the newest link.
+    pub(super) codecs: Codecs,
     /// A link that came while another one was in use.
     pub(super) next: Option<Box<Link>>,
     /// Since when there is no link on which pages come.
@@ -41,6 +44,7 @@ impl Kept {
             begun: false,
             session: None,
             held_session: 0,
+            codecs: Codecs::default(),
             next: None,
             lost: None,
         }
@@ -93,9 +97,11 @@ impl Kept {
 
     /// The reply to a `Hello`, with what the source must know to go on.
     pub(super) fn reply<M: GuestMemory>(&self, protocol: u32, crew: &Crew<'_, '_, M>) -> v1::HelloReply {
+        let codecs = self.codecs.to_wire();
         if self.session == Some(0) {
             return v1::HelloReply {
                 protocol,
+                codecs,
                 ..v1::HelloReply::default()
             };
         }
@@ -105,6 +111,7 @@ impl Kept {
             begun: self.begun,
             round: crew.shared.round.load(Ordering::Acquire),
             held_session: self.held_session,
+            codecs,
         }
     }
 

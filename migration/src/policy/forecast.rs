@@ -13,7 +13,7 @@ pub(super) const HOPELESS_SHARE: f64 = 0.95;
 /// What a copy is expected to come to if the guest goes on as it does. `None`: it is not known, or has no end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Forecast {
-    /// Bytes a second that the link carries, as learned so far.
+    /// Bytes of pages a second that the link carries, compressed or not, as learned so far.
     pub bytes_per_second: Option<u64>,
     /// Bytes a second in pages that the guest dirtied during the last round.
     pub dirty_bytes_per_second: Option<u64>,

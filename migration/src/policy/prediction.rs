@@ -272,6 +272,7 @@ impl Course<'_> {
             pages: pages as u64,
             zero_pages: zero_pages as u64,
             bytes: ((pages - zero_pages).max(0.0) * FRAME_SIZE as f64) as u64,
+            saved: 0,
             elapsed,
             dirty_pages: dirty.ceil() as u64,
         }

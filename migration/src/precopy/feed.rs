@@ -113,13 +113,15 @@ impl<C: DirtyClearer> Feed<C> {
         self.work.notify_all();
     }
 
-    /// Waits for pages to send and puts their runs into `runs`. `None` once the feed is closed. `before_waiting` is called if there are none yet.
+    /// Waits for pages to send and puts their runs into `runs`, `most` pages at most. `None` once the feed is closed. `before_waiting` is called if
+    /// there are none yet.
     ///
     /// # Errors
     /// If the range cannot be re-armed.
     pub(crate) fn next(
         &self,
         runs: &mut Vec<FrameRun>,
+        most: u64,
         before_waiting: impl FnOnce(),
     ) -> Result<Option<Chunk>, GuestError> {
         let mut before_waiting = Some(before_waiting);
@@ -129,7 +131,7 @@ impl<C: DirtyClearer> Feed<C> {
                 return Ok(None);
             }
             if let Some(open) = state.open.as_mut().filter(|open| open.remaining > 0) {
-                open.take(runs)?;
+                open.take(runs, most)?;
                 return Ok(Some(Chunk {
                     round: open.round.number,
                     pace: open.round.pace,
@@ -201,9 +203,9 @@ impl<C: DirtyClearer> OpenRound<C> {
     }
 
     /// Takes the next pages of the set, a frame's worth at most.
-    fn take(&mut self, runs: &mut Vec<FrameRun>) -> Result<(), GuestError> {
+    fn take(&mut self, runs: &mut Vec<FrameRun>, most: u64) -> Result<(), GuestError> {
         runs.clear();
-        let mut wanted = self.chunk_pages.min(self.remaining);
+        let mut wanted = self.chunk_pages.min(most).min(self.remaining);
         while wanted > 0 && runs.len() < MAX_RUNS && self.region < self.round.set.regions() {
             let region = self.round.set.region(self.region);
             let Some((first, count)) = next_run(self.round.set.words(self.region), self.offset, region.frames) else {
@@ -311,7 +313,7 @@ mod tests {
         let mut chunks = Vec::new();
         loop {
             let mut runs = Vec::new();
-            feed.next(&mut runs, || ()).unwrap().unwrap();
+            feed.next(&mut runs, MAX_DATA_PAGES, || ()).unwrap().unwrap();
             chunks.push(runs);
             if feed.sent() == Standing::Done {
                 return chunks;
@@ -350,7 +352,7 @@ mod tests {
     fn a_cut_round_is_done_once_what_is_under_way_was_sent() {
         let feed = Feed::new(1);
         feed.start(round(set(&[FrameRun { first: 7, count: 5000 }]), None));
-        feed.next(&mut Vec::new(), || ()).unwrap();
+        feed.next(&mut Vec::new(), MAX_DATA_PAGES, || ()).unwrap();
         assert_eq!(feed.cut(), Standing::Open);
         assert_eq!(feed.sent(), Standing::Done);
         assert_eq!(feed.finish().unwrap().count(), 5000);
@@ -368,6 +370,6 @@ mod tests {
         let feed = Feed::new(1);
         feed.start(round(set(&[FrameRun { first: 7, count: 5 }]), None));
         feed.close();
-        assert!(feed.next(&mut Vec::new(), || ()).unwrap().is_none());
+        assert!(feed.next(&mut Vec::new(), MAX_DATA_PAGES, || ()).unwrap().is_none());
     }
 }

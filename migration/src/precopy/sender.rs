@@ -1,13 +1,15 @@
 //! One sending thread: takes pages from the feed, leaves out those that are zero, and writes frames.
 
-use std::io::{self, Write};
+use std::io::{self, IoSlice, Write};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
+use crate::compress::{Compressor, GuestIs, Measured, Packing};
 use crate::guest::{DirtyClearer, FRAME_SIZE, FrameRun, GuestError, GuestMemory};
 use crate::precopy::bandwidth::Bandwidth;
-use crate::precopy::feed::{Feed, Pace, Standing};
+use crate::precopy::feed::{Chunk, Feed, Pace, Standing};
 use crate::verify::PageDigests;
 use crate::wire::{Content, FrameWriter, StreamIdentity, StreamTotals};
 use crate::yielding::Yielding;
@@ -30,6 +32,7 @@ pub(crate) struct Sender<'a, M, C> {
     pub(crate) memory: &'a M,
     pub(crate) feed: &'a Feed<C>,
     pub(crate) bandwidth: &'a Bandwidth,
+    pub(crate) packing: &'a Packing,
     pub(crate) totals: &'a Mutex<StreamTotals>,
     pub(crate) digests: Option<&'a PageDigests>,
 }
@@ -53,12 +56,14 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
         let mut socket = self.socket;
         socket.write_all(frames.open(identity)).map_err(SendError::Connection)?;
         let (mut runs, mut contents) = (Vec::new(), Contents::default());
-        let mut yielding = Yielding::default();
+        let (mut yielding, mut compressor) = (Yielding::default(), Compressor::default());
         loop {
             // Whoever waits may be woken for the last pages, and must not be kept from a processor then.
             let chunk = self
                 .feed
-                .next(&mut runs, || yielding.set(false, self.memory))
+                .next(&mut runs, self.packing.most_pages(), || {
+                    yielding.set(false, self.memory)
+                })
                 .map_err(SendError::Guest)?;
             let Some(chunk) = chunk else { return Ok(()) };
             let guest_runs = chunk.pace == Pace::Yielding;
@@ -68,14 +73,7 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
                 let taken = contents.digest(self.memory, digests);
                 taken.map_err(SendError::Guest)?;
             }
-            let prefix = frames.pages(chunk.round, contents.table.iter().copied());
-            let sent = contents.totals(prefix.len());
-            if chunk.pace != Pace::Unlimited {
-                self.bandwidth.wait(sent.bytes);
-            }
-            self.memory
-                .send(self.socket.as_fd(), prefix, &contents.data)
-                .map_err(SendError::Connection)?;
+            let sent = self.send(&mut frames, chunk, &contents, &mut compressor)?;
             let mut totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
             *totals = totals.plus(sent);
             drop(totals);
@@ -85,6 +83,98 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
             }
         }
     }
+
+    /// Sends a frame, compressed if that is wanted and makes it any smaller.
+    fn send(
+        &self,
+        frames: &mut FrameWriter,
+        chunk: Chunk,
+        contents: &Contents,
+        compressor: &mut Compressor,
+    ) -> Result<StreamTotals, SendError> {
+        let pages = contents.pages();
+        let guest = match chunk.pace {
+            Pace::Unlimited => GuestIs::Waiting,
+            Pace::Yielding | Pace::Hurried => GuestIs::NotWaiting,
+        };
+        if pages == 0 {
+            let prefix = frames.pages(chunk.round, contents.table.iter().copied());
+            return self.write(chunk, contents, prefix, None);
+        }
+        let plan = self.packing.plan(pages, guest);
+        let sampled = match plan.sample {
+            Some(method) => compressor
+                .sample(self.memory, &contents.data, method)
+                .map_err(SendError::Guest)?,
+            None => None,
+        };
+        let (block, compressing) = match plan.method {
+            Some(method) => {
+                let packed = compressor.pack(self.memory, &contents.data, method);
+                let packed = packed.map_err(SendError::Guest)?;
+                (packed.block.zip(Some(method.codec())), packed.took)
+            }
+            None => (None, Duration::ZERO),
+        };
+        let runs = contents.table.iter().copied();
+        let began = Instant::now();
+        let sent = match block {
+            Some((bytes, codec)) => {
+                let prefix = frames.compressed(chunk.round, runs, (bytes.len(), codec));
+                self.write(chunk, contents, prefix, Some(bytes))?
+            }
+            None => self.write(chunk, contents, frames.pages(chunk.round, runs), None)?,
+        };
+        let bytes = pages * FRAME_SIZE;
+        let measured = Measured {
+            bytes,
+            sent: block.map_or(bytes, |(block, _)| block.len() as u64),
+            method: plan.method,
+            compressing,
+            sending: began.elapsed(),
+            sampled,
+        };
+        self.packing.sent(&measured, guest);
+        Ok(sent)
+    }
+
+    /// Writes header and table, and then the pages or what stands for them.
+    fn write(
+        &self,
+        chunk: Chunk,
+        contents: &Contents,
+        prefix: &[u8],
+        block: Option<&[u8]>,
+    ) -> Result<StreamTotals, SendError> {
+        let sent = match block {
+            Some(block) => contents.totals_of(prefix.len() + block.len()),
+            None => contents.totals(prefix.len()),
+        };
+        if chunk.pace != Pace::Unlimited {
+            self.bandwidth.wait(sent.bytes);
+        }
+        let written = match block {
+            Some(block) => write_both(self.socket, prefix, block),
+            None => self.memory.send(self.socket.as_fd(), prefix, &contents.data),
+        };
+        written.map_err(SendError::Connection)?;
+        Ok(sent)
+    }
+}
+
+/// Writes one after the other, in one call as far as the connection takes it.
+fn write_both(mut socket: &TcpStream, first: &[u8], second: &[u8]) -> io::Result<()> {
+    let mut parts = [IoSlice::new(first), IoSlice::new(second)];
+    let mut left = &mut parts[..];
+    while !left.is_empty() {
+        match socket.write_vectored(left) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => IoSlice::advance_slices(&mut left, written),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 impl Contents {
@@ -115,13 +205,23 @@ impl Contents {
 
     /// What a frame of them carries, given the bytes before its pages.
     pub(crate) fn totals(&self, prefix: usize) -> StreamTotals {
-        let pages = self.data.iter().map(|run| run.count).sum();
+        self.totals_of(prefix + (self.pages() * FRAME_SIZE) as usize)
+    }
+
+    /// Pages that are not zero.
+    fn pages(&self) -> u64 {
+        self.data.iter().map(|run| run.count).sum()
+    }
+
+    /// What a frame of them carries that has so many bytes in all.
+    fn totals_of(&self, bytes: usize) -> StreamTotals {
+        let pages = self.pages();
         let told: u64 = self.table.iter().map(|(run, _)| run.count).sum();
         StreamTotals {
             frames: 1,
             pages,
             zero_pages: told - pages,
-            bytes: prefix as u64 + pages * FRAME_SIZE,
+            bytes: bytes as u64,
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::compress::Packing;
 use crate::guest::DirtyClearer;
 use crate::precopy::bandwidth::Bandwidth;
 use crate::precopy::feed::Feed;
@@ -16,15 +17,22 @@ pub(crate) struct Streams<C> {
     pub(crate) totals: Vec<Mutex<StreamTotals>>,
     /// Of what is sent, where both sides compare.
     pub(crate) digests: Option<Arc<PageDigests>>,
+    pub(crate) packing: Arc<Packing>,
 }
 
 impl<C: DirtyClearer> Streams<C> {
-    pub(crate) fn new(streams: u32, cap: Option<NonZeroU64>, digests: Option<Arc<PageDigests>>) -> Self {
+    pub(crate) fn new(
+        streams: u32,
+        cap: Option<NonZeroU64>,
+        digests: Option<Arc<PageDigests>>,
+        packing: Arc<Packing>,
+    ) -> Self {
         Self {
             feed: Feed::new(streams),
             bandwidth: Bandwidth::new(cap),
             totals: (0..streams).map(|_| Mutex::default()).collect(),
             digests,
+            packing,
         }
     }
 

@@ -6,6 +6,7 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::compress::Packing;
 use crate::guest::{GuestCondition, GuestMemory, SourceGuest};
 use crate::link::Link;
 use crate::policy::Force;
@@ -37,6 +38,7 @@ pub(super) struct Lasting<'a> {
     waited: Cell<Duration>,
     /// Of all pages that went, over whichever link.
     digests: OnceCell<Arc<PageDigests>>,
+    packing: Arc<Packing>,
 }
 
 impl<'a> Lasting<'a> {
@@ -53,6 +55,7 @@ impl<'a> Lasting<'a> {
             lost: Cell::new(None),
             waited: Cell::default(),
             digests: OnceCell::new(),
+            packing: Arc::new(Packing::new(asked.parameters.compression)),
         }
     }
 
@@ -61,6 +64,18 @@ impl<'a> Lasting<'a> {
         let make = || Arc::new(PageDigests::new(memory.shape()));
         let verify = self.asked.parameters.verify;
         verify.then(|| Arc::clone(self.digests.get_or_init(make)))
+    }
+
+    /// What is done about compression, over whichever link.
+    pub(super) fn packing(&self) -> Arc<Packing> {
+        Arc::clone(&self.packing)
+    }
+
+    /// Tells what was changed about compression since this was done last.
+    pub(super) fn tell_compression(&self) {
+        for words in self.packing.changes() {
+            self.tell(Decided::compress(self.round.get(), words));
+        }
     }
 
     /// Why it is to be completed whatever its budget, if it is.

@@ -197,6 +197,12 @@ mod tests {
         fn receive(&self, _: BorrowedFd<'_>, _: &[FrameRun]) -> io::Result<()> {
             Err(io::ErrorKind::Unsupported.into())
         }
+        fn read_pages(&self, _: &[FrameRun], _: &mut [u8]) -> Result<(), GuestError> {
+            Ok(())
+        }
+        fn write_pages(&self, _: &[FrameRun], _: &[u8]) -> Result<(), GuestError> {
+            Ok(())
+        }
         fn zero_pages(&self, _: FrameRun, _: &mut Vec<FrameRun>) -> Result<(), GuestError> {
             Ok(())
         }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+use crate::compress::{Compression, Tally};
 use crate::guest::{FrameRun, GuestWas, StopTimes, Throttled};
 use crate::handover::{Attempt, Epoch};
 use crate::link::{Link, Liveness};
@@ -42,6 +43,8 @@ pub struct SourceParameters {
     /// Whether both sides keep digests of pages as they go, and compare them before the guest is handed over. What differs is sent again, once. Not
     /// where pages may come late.
     pub verify: bool,
+    /// What is to be done about compression.
+    pub compression: Compression,
     /// What the switchover costs beside the last pages, as learned from earlier ones.
     pub overhead: Overhead,
     /// When the destination counts as dead.
@@ -200,6 +203,8 @@ pub struct RoundSummary {
     pub zero_pages: u64,
     /// Bytes put on the page streams.
     pub bytes: u64,
+    /// Bytes that compression saved of them.
+    pub saved: u64,
     /// How long it took.
     pub elapsed: Duration,
     /// Pages that the guest had dirtied by its end. 0 for the last round, which runs while the guest stands still.
@@ -300,6 +305,19 @@ impl Decided {
         }
     }
 
+    /// Pages are compressed otherwise from now on.
+    pub(super) fn compress((round, throttle): (u32, u32), words: String) -> Self {
+        Self {
+            round,
+            deed: "compress",
+            words,
+            blackout: None,
+            forecast: Forecast::default(),
+            throttle,
+            written: Written::default(),
+        }
+    }
+
     /// What its user decided while this round went on.
     pub(super) fn retuned((round, throttle): (u32, u32), terms: &Terms) -> Self {
         Self {
@@ -339,6 +357,8 @@ pub struct SourceSummary {
     pub late_pages: u64,
     /// What came of comparing digests, if it came to that.
     pub verified: Option<Verified>,
+    /// What came of compression.
+    pub compression: Tally,
     /// How far the copy came; `None` before the first pass.
     pub copied: Option<Copied>,
     /// The blackout's source part; `None` if the guest was never stopped, or went on running.

@@ -234,6 +234,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
     fn running_round(&mut self) -> Result<Decision, Stop> {
         self.conversation.look_after(self.guest)?;
         let (began, before, pages) = (Instant::now(), self.sum(), self.due());
+        let saved_before = self.streams.packing.saved();
         let number = self.round;
         self.conversation.lasting.round_begins(number, self.policy.throttle());
         if pages > 0 {
@@ -265,6 +266,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             pages,
             zero_pages: sent.zero_pages - before.zero_pages,
             bytes: sent.bytes - before.bytes,
+            saved: self.streams.packing.saved() - saved_before,
             elapsed,
             dirty_pages,
         };
@@ -342,6 +344,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
     pub(super) fn wait(&mut self, wanted: impl Fn(&Heard) -> bool) -> Result<(), Stop> {
         loop {
             self.conversation.look_after(self.guest)?;
+            self.conversation.lasting.tell_compression();
             self.tell_progress();
             match self.conversation.next(TICK)? {
                 Some(heard) if wanted(&heard) => return Ok(()),
@@ -453,6 +456,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         let StreamTotals { bytes, zero_pages, .. } = self.sum();
         self.summary.bytes_sent = bytes;
         self.summary.zero_pages = zero_pages;
+        self.summary.compression = self.streams.packing.tally();
         self.summary.throttle = decided.throttle;
         self.summary.throughput_bytes_per_s = per_second(bytes, self.copying_for());
         self.summary.dirty_bytes_per_s = per_second(round.dirty_pages * FRAME_SIZE, round.elapsed);

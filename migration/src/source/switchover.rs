@@ -263,6 +263,7 @@ fn send_last_pages<G: SourceGuest>(
     last_round: &mut LastRound,
 ) -> Result<(), Setback> {
     let (began, before) = (Instant::now(), copy.streams.sum());
+    let saved_before = copy.streams.packing.saved();
     copy.fetch_dirty()?;
     let pages = copy.due();
     let needed = copy.policy.after_stop(pages);
@@ -294,6 +295,7 @@ fn send_last_pages<G: SourceGuest>(
         pages,
         zero_pages: sent.zero_pages - before.zero_pages,
         bytes: sent.bytes - before.bytes,
+        saved: copy.streams.packing.saved() - saved_before,
         elapsed: began.elapsed(),
         dirty_pages: 0,
     });

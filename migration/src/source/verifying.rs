@@ -115,6 +115,7 @@ fn send_again<G: SourceGuest>(
     last_round: &mut LastRound,
 ) -> Result<(), Setback> {
     let (began, before) = (Instant::now(), copy.streams.sum());
+    let saved_before = copy.streams.packing.saved();
     if *last_round == LastRound::Sent {
         // A page travels once in a round. Its pages were not re-armed: they are owed if the guest is to run on.
         let set = copy.close_round(copy.round)?;
@@ -149,6 +150,7 @@ fn send_again<G: SourceGuest>(
         pages,
         zero_pages: sent.zero_pages - before.zero_pages,
         bytes: sent.bytes - before.bytes,
+        saved: copy.streams.packing.saved() - saved_before,
         elapsed: began.elapsed(),
         dirty_pages: 0,
     });

@@ -1,7 +1,9 @@
 //! Frames of the page streams: a fixed header, a table of page runs, then the pages. `docs/wire.md` draws them.
 //!
-//! Header and table carry a checksum; pages do not, because the guest may write one while it is being sent. A frame is
-//! at most [`MAX_RUNS`] runs and [`MAX_DATA_PAGES`] pages, and everything a peer says is checked before it is used.
+//! Header and table carry a checksum; pages do not, because the guest may write one while it is being sent. Compressed ones
+//! were copied before, and do. A frame is at most [`MAX_RUNS`] runs and [`MAX_DATA_PAGES`] pages, and everything a peer says is checked before it is used.
+
+mod error;
 
 use std::io::{self, Read};
 
@@ -9,8 +11,12 @@ use uuid::Uuid;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+#[cfg(any(fuzzing, test))]
+use crate::compress::COMPRESSED_SUM_BYTES;
+use crate::compress::{Block, Codec, Codecs};
 use crate::guest::{FRAME_SIZE, FrameRun, MemoryShape};
 use crate::handover::Epoch;
+pub use error::FrameError;
 
 /// The most entries in a frame's table.
 pub(crate) const MAX_RUNS: usize = 512;
@@ -37,14 +43,15 @@ struct Header {
     magic: U32,
     version: U16,
     kind: u8,
-    flags: u8,
+    /// How the pages are compressed; 0: they are not.
+    codec: u8,
     stream: U16,
     /// Entries of 16 bytes in the table.
     entries: U16,
     round: U32,
     /// Frames on this stream before this one.
     sequence: U64,
-    /// Bytes of pages after the table.
+    /// Bytes after the table.
     payload: U32,
     /// CRC-32 of the header up to here and of the table.
     checksum: U32,
@@ -105,115 +112,6 @@ pub(crate) enum Wish {
     Beside,
 }
 
-/// Why a page stream cannot be read on.
-#[derive(Debug, thiserror::Error)]
-pub enum FrameError {
-    /// The connection failed.
-    #[error("the connection failed")]
-    Io(#[source] io::Error),
-    /// The stream ended inside a frame.
-    #[error("the stream ended inside a frame")]
-    Truncated,
-    /// Not a frame.
-    #[error("a frame begins with {0:#010x} instead of the magic number")]
-    Magic(u32),
-    /// A layout that this build does not know.
-    #[error("frame version {0}, this build reads {VERSION}")]
-    Version(u16),
-    /// A kind of frame that does not belong here.
-    #[error("frame kind {found} where {expected} is expected")]
-    Kind {
-        /// What the header says.
-        found: u8,
-        /// What belongs here.
-        expected: u8,
-    },
-    /// Reserved bits are set.
-    #[error("reserved bits {0:#x} are set in a frame")]
-    Reserved(u32),
-    /// The frame was meant for another stream.
-    #[error("a frame of stream {found} on stream {expected}")]
-    Stream {
-        /// What the header says.
-        found: u16,
-        /// This stream.
-        expected: u16,
-    },
-    /// A frame is missing or doubled.
-    #[error("frame {found} of the stream where {expected} is next")]
-    Sequence {
-        /// What the header says.
-        found: u64,
-        /// Frames read before it.
-        expected: u64,
-    },
-    /// The frame belongs to another round.
-    #[error("a frame of round {found} while round {expected} is open")]
-    Round {
-        /// What the header says.
-        found: u32,
-        /// The round whose barrier comes next.
-        expected: u32,
-    },
-    /// The table is empty or longer than allowed.
-    #[error("a table of {0} runs, allowed are 1 to {MAX_RUNS}")]
-    Entries(u16),
-    /// The header's length is not that of the table's pages.
-    #[error("a frame length of {header} bytes, its table makes {table}")]
-    Length {
-        /// What the header says.
-        header: u64,
-        /// What the table's runs add up to.
-        table: u64,
-    },
-    /// More pages than a frame may carry.
-    #[error("a frame of {0} bytes of pages, at most {limit} are allowed", limit = MAX_DATA_PAGES * FRAME_SIZE)]
-    TooLong(u64),
-    /// Header or table were damaged.
-    #[error("the checksum of a frame's header is {header:#010x}, computed was {computed:#010x}")]
-    Checksum {
-        /// What the header says.
-        header: u32,
-        /// What header and table give.
-        computed: u32,
-    },
-    /// A run of an unknown kind.
-    #[error("a run of unknown kind {0}")]
-    RunKind(u32),
-    /// A run begins before the end of the one before it.
-    #[error("the run at page {first:#x} overlaps or precedes the one before it")]
-    Order {
-        /// The run's first frame number.
-        first: u64,
-    },
-    /// A run is not inside the guest's memory.
-    #[error("{count} pages from page {first:#x} on are not guest memory")]
-    OutsideMemory {
-        /// The run's first frame number.
-        first: u64,
-        /// Its length.
-        count: u64,
-    },
-    /// The stream was opened for another migration.
-    #[error("the stream belongs to migration {0}, or to another epoch, number of streams or session of it")]
-    Identity(Uuid),
-}
-
-impl FrameError {
-    /// What an error while reading a frame's pages means.
-    pub(crate) fn from_pages(error: io::Error) -> Self {
-        match error.kind() {
-            io::ErrorKind::UnexpectedEof => Self::Truncated,
-            _ => Self::Io(error),
-        }
-    }
-
-    /// Whether the connection broke, rather than what it carried.
-    pub(crate) fn is_connection(&self) -> bool {
-        matches!(self, Self::Io(_) | Self::Truncated)
-    }
-}
-
 /// Makes the frames of one stream: what goes before the pages.
 #[derive(Debug)]
 pub(crate) struct FrameWriter {
@@ -243,12 +141,31 @@ impl FrameWriter {
         self.buffer.clear();
         self.buffer.resize(HEADER_BYTES, 0);
         self.buffer.extend_from_slice(opening.as_bytes());
-        self.seal(KIND_OPEN, 0, OPENING_ENTRIES, 0)
+        self.seal(KIND_OPEN, 0, OPENING_ENTRIES, (0, None))
     }
 
     /// Header and table of a frame of pages: 1 to [`MAX_RUNS`] runs, ascending and apart, at most [`MAX_DATA_PAGES`] pages
     /// of them data. The bytes of the data runs follow on the stream.
     pub(crate) fn pages(&mut self, round: u32, runs: impl Iterator<Item = (FrameRun, Content)>) -> &[u8] {
+        self.framed(round, runs, None)
+    }
+
+    /// The same of pages that are compressed: so many bytes follow on the stream in their place, the checksum of the rest first.
+    pub(crate) fn compressed(
+        &mut self,
+        round: u32,
+        runs: impl Iterator<Item = (FrameRun, Content)>,
+        block: (usize, Codec),
+    ) -> &[u8] {
+        self.framed(round, runs, Some(block))
+    }
+
+    fn framed(
+        &mut self,
+        round: u32,
+        runs: impl Iterator<Item = (FrameRun, Content)>,
+        block: Option<(usize, Codec)>,
+    ) -> &[u8] {
         self.buffer.clear();
         self.buffer.resize(HEADER_BYTES, 0);
         let (mut entries, mut data_pages) = (0u16, 0);
@@ -267,7 +184,8 @@ impl FrameWriter {
             entries += 1;
             data_pages += if content == Content::Data { run.count } else { 0 };
         }
-        let payload = u32::try_from(data_pages * FRAME_SIZE).expect("a frame's pages are at most 2 MiB");
+        let plain = || ((data_pages * FRAME_SIZE) as usize, None);
+        let payload = block.map_or_else(plain, |(bytes, codec)| (bytes, Some(codec)));
         self.seal(KIND_PAGES, round, entries, payload)
     }
 
@@ -290,15 +208,17 @@ impl FrameWriter {
             self.buffer.extend_from_slice(entry.as_bytes());
             entries += 1;
         }
-        self.seal(KIND_ASKED, 0, entries, 0)
+        self.seal(KIND_ASKED, 0, entries, (0, None))
     }
 
-    fn seal(&mut self, kind: u8, round: u32, entries: u16, payload: u32) -> &[u8] {
+    fn seal(&mut self, kind: u8, round: u32, entries: u16, payload: (usize, Option<Codec>)) -> &[u8] {
+        let (payload, codec) = payload;
+        let payload = u32::try_from(payload).expect("a frame's pages are at most 2 MiB");
         let mut header = Header {
             magic: MAGIC.into(),
             version: VERSION.into(),
             kind,
-            flags: 0,
+            codec: codec.map_or(0, Codec::number),
             stream: self.stream.into(),
             entries: entries.into(),
             round: round.into(),
@@ -326,13 +246,15 @@ pub(crate) struct AskedPages<'a> {
 #[derive(Debug)]
 pub(crate) struct FrameReader {
     stream: u16,
+    /// What pages may be compressed with.
+    codecs: Codecs,
     sequence: u64,
     table: Vec<u8>,
     data: Vec<FrameRun>,
     zero: Vec<FrameRun>,
 }
 
-/// A checked table. The bytes of `data` are next on the stream.
+/// A checked table. The bytes of `data`, or the block that stands for them, are next on the stream.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Pages<'a> {
     pub(crate) round: u32,
@@ -342,6 +264,10 @@ pub(crate) struct Pages<'a> {
     pub(crate) zero: &'a [FrameRun],
     /// Bytes of header and table.
     pub(crate) overhead: u64,
+    /// Bytes after them, at most 2 MiB.
+    pub(crate) payload: u64,
+    /// If the pages are compressed.
+    pub(crate) block: Option<Block>,
 }
 
 impl FrameReader {
@@ -349,11 +275,17 @@ impl FrameReader {
         let table = vec![0; MAX_RUNS * ENTRY_BYTES];
         Self {
             stream,
+            codecs: Codecs::default(),
             sequence: 0,
             table,
             data: Vec::with_capacity(MAX_RUNS),
             zero: Vec::with_capacity(MAX_RUNS),
         }
+    }
+
+    /// Pages may be compressed with these formats, as was agreed on.
+    pub(crate) fn with_codecs(self, codecs: Codecs) -> Self {
+        Self { codecs, ..self }
     }
 
     /// Reads the stream's first frame. `None` if the stream ended before it.
@@ -402,9 +334,23 @@ impl FrameReader {
         self.table(source, &header)?;
         self.sort_runs(header.entries.get(), shape)?;
         let table = self.data.iter().map(|run| run.bytes()).sum();
-        if length != table {
-            return Err(FrameError::Length { header: length, table });
-        }
+        let sequence = self.sequence;
+        let block = match header.codec {
+            0 if length != table => return Err(FrameError::Length { header: length, table }),
+            // What it unpacks to is all the same what the table says.
+            _ if table > MAX_DATA_PAGES * FRAME_SIZE => return Err(FrameError::TooLong(table)),
+            0 => None,
+            number => {
+                let agreed = |&codec: &Codec| self.codecs.contains(codec);
+                let codec = Codec::from_number(number).filter(agreed);
+                Some(Block {
+                    sequence,
+                    codec: codec.ok_or(FrameError::Codec { sequence, number })?,
+                    sent: length as usize,
+                    pages: table as usize,
+                })
+            }
+        };
         self.sequence += 1;
         let overhead = (HEADER_BYTES + usize::from(header.entries.get()) * ENTRY_BYTES) as u64;
         Ok(Some(Pages {
@@ -412,6 +358,8 @@ impl FrameReader {
             data: &self.data,
             zero: &self.zero,
             overhead,
+            payload: length,
+            block,
         }))
     }
 
@@ -477,8 +425,8 @@ impl FrameReader {
                 computed,
             });
         }
-        if header.flags != 0 {
-            return Err(FrameError::Reserved(header.flags.into()));
+        if header.codec != 0 && header.kind != KIND_PAGES {
+            return Err(FrameError::Reserved(header.codec.into()));
         }
         if header.stream.get() != self.stream {
             return Err(FrameError::Stream {
@@ -547,9 +495,14 @@ pub(crate) fn summed_up(bytes: &[u8]) -> Vec<u8> {
         };
         header.checksum = checksum(&header, table).into();
         frame.copy_from_slice(header.as_bytes());
-        let Some((_, next)) = pages.split_at_mut_checked(header.payload.get() as usize) else {
+        let Some((payload, next)) = pages.split_at_mut_checked(header.payload.get() as usize) else {
             break;
         };
+        if header.codec != 0
+            && let Some((sum, block)) = payload.split_at_mut_checked(COMPRESSED_SUM_BYTES)
+        {
+            sum.copy_from_slice(&crc32fast::hash(block).to_le_bytes());
+        }
         rest = next;
     }
     bytes

@@ -4,6 +4,7 @@ use ferry_proto::stream::v1;
 use uuid::Uuid;
 
 use super::frame::StreamIdentity;
+use crate::compress::Codecs;
 use crate::guest::{FRAME_SIZE, MemoryShape, Region};
 
 /// The newest version of the protocol between two VMMs that this build speaks.
@@ -24,7 +25,10 @@ pub(crate) struct Wishes {
     pub(crate) late_streams: u32,
     /// Both sides keep digests of pages, and compare.
     pub(crate) verify: bool,
+    /// Formats in which pages may be compressed.
+    pub(crate) codecs: Codecs,
 }
+
 /// The version that brought further links of one migration.
 pub(crate) const RESUMES_SINCE: u32 = 2;
 
@@ -67,6 +71,7 @@ pub(crate) fn hello(identity: &StreamIdentity, shape: &MemoryShape, profile: Vec
         late_streams: wishes.late_streams,
         verify: wishes.verify,
         session: identity.session,
+        codecs: wishes.codecs.to_wire(),
     }
 }
 

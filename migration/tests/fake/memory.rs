@@ -107,6 +107,14 @@ impl FakeMemory {
         self.write(frame, value, || {});
     }
 
+    /// Fills a frame with one word again and again.
+    pub fn repeat(&self, frame: u64, value: u64) {
+        let (chunk, offset, length) = self.pieces(FrameRun { first: frame, count: 1 })[0];
+        let mut bytes = self.store.chunks[chunk].write().unwrap();
+        let words = bytes[offset..offset + length].chunks_exact_mut(8);
+        words.for_each(|word| word.copy_from_slice(&value.to_le_bytes()));
+    }
+
     /// Fills a frame as the guest does: `touch` runs before, under the same lock.
     pub fn write(&self, frame: u64, value: u64, touch: impl FnOnce()) {
         let (chunk, offset, length) = self.pieces(FrameRun { first: frame, count: 1 })[0];
@@ -156,6 +164,17 @@ impl FakeMemory {
     /// Pages that came late although they were there.
     pub fn doubled(&self) -> u64 {
         self.store.late.lock().unwrap().doubled
+    }
+
+    /// Damages what was just received, if it is to be.
+    fn damage_in(&self, runs: &[FrameRun]) {
+        let damaged = |frame: &u64| runs.iter().any(|run| (run.first..run.end()).contains(frame));
+        if let Some(frame) = self.damage.filter(damaged)
+            && self.damages.load(Ordering::Relaxed) > 0
+        {
+            self.damages.fetch_sub(1, Ordering::Relaxed);
+            self.fill(frame, 0x00ba_dbad);
+        }
     }
 
     fn all_pieces(&self, runs: &[FrameRun]) -> Vec<Piece> {
@@ -312,13 +331,30 @@ impl GuestMemory for FakeMemory {
             IoSliceMut::advance_slices(&mut left, read);
         }
         drop(guards);
-        let damaged = |frame: &u64| runs.iter().any(|run| (run.first..run.end()).contains(frame));
-        if let Some(frame) = self.damage.filter(damaged)
-            && self.damages.load(Ordering::Relaxed) > 0
-        {
-            self.damages.fetch_sub(1, Ordering::Relaxed);
-            self.fill(frame, 0x00ba_dbad);
+        self.damage_in(runs);
+        Ok(())
+    }
+
+    fn read_pages(&self, runs: &[FrameRun], bytes: &mut [u8]) -> Result<(), GuestError> {
+        let mut rest = bytes;
+        for (chunk, offset, length) in self.all_pieces(runs) {
+            let (piece, after) = rest.split_at_mut(length);
+            piece.copy_from_slice(&self.store.chunks[chunk].read().unwrap()[offset..offset + length]);
+            rest = after;
         }
+        assert!(rest.is_empty(), "more room than pages");
+        Ok(())
+    }
+
+    fn write_pages(&self, runs: &[FrameRun], bytes: &[u8]) -> Result<(), GuestError> {
+        let mut rest = bytes;
+        for (chunk, offset, length) in self.all_pieces(runs) {
+            let (piece, after) = rest.split_at(length);
+            self.store.chunks[chunk].write().unwrap()[offset..offset + length].copy_from_slice(piece);
+            rest = after;
+        }
+        assert!(rest.is_empty(), "more bytes than pages");
+        self.damage_in(runs);
         Ok(())
     }
 

@@ -76,12 +76,23 @@ impl RawSource {
             late_streams: 0,
             verify: false,
             session: 0,
+            codecs: Vec::new(),
         }
     }
 
     /// Goes as far as the first page.
     pub fn up_to_pages(&self) {
-        self.say(Said::Hello(self.hello()));
+        self.up_to_pages_compressed(&[]);
+    }
+
+    /// The same, offering to compress pages in these formats.
+    pub fn up_to_pages_compressed(&self, codecs: &[u32]) {
+        self.say(Said::Hello(v1::Hello {
+            // One that compresses nothing may be of the first version.
+            protocol_newest: if codecs.is_empty() { 1 } else { 2 },
+            codecs: codecs.to_vec(),
+            ..self.hello()
+        }));
         assert!(matches!(self.reply(), Some(Reply::HelloReply(reply)) if reply.refusals.is_empty()));
         self.say(Said::Population(v1::Population {
             last: true,
@@ -101,6 +112,7 @@ pub struct RawFrame {
     pub magic: [u8; 4],
     pub version: u16,
     pub kind: u8,
+    pub codec: u8,
     pub stream: u16,
     pub round: u32,
     pub sequence: u64,
@@ -119,6 +131,7 @@ impl RawFrame {
             magic: *b"FPAG",
             version: 1,
             kind: 2,
+            codec: 0,
             stream: 0,
             round: 1,
             sequence: 1,
@@ -131,7 +144,7 @@ impl RawFrame {
     pub fn bytes(&self) -> Vec<u8> {
         let mut header = self.magic.to_vec();
         header.extend_from_slice(&self.version.to_le_bytes());
-        header.extend_from_slice(&[self.kind, 0]);
+        header.extend_from_slice(&[self.kind, self.codec]);
         header.extend_from_slice(&self.stream.to_le_bytes());
         header.extend_from_slice(&u16::try_from(self.table.len() / 16).unwrap().to_le_bytes());
         header.extend_from_slice(&self.round.to_le_bytes());

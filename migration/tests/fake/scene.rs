@@ -16,7 +16,7 @@ use ferry_migration::source::{
     self, Manner, OnTimeout, Overhead, SourceError, SourceOrder, SourceOutcome, SourceParameters, SourceReport,
     SourceSummary,
 };
-use ferry_migration::{Link, Liveness};
+use ferry_migration::{Compression, Link, Liveness};
 use uuid::Uuid;
 
 use super::cutting::Cutter;
@@ -90,6 +90,7 @@ pub fn parameters() -> SourceParameters {
         guest_was: GuestWas::Running,
         digests: true,
         verify: true,
+        compression: Compression::Auto,
         overhead: Overhead::default(),
         liveness: Liveness::default(),
         resume_window: Duration::ZERO,

@@ -122,6 +122,97 @@ fn a_frame_of_more_than_a_frame_may_carry_is_refused() {
     );
 }
 
+/// A frame of a page that is said to be compressed, after its header: a source that offered to compress so, or not.
+#[track_caller]
+fn block_is_refused(offered: &[u32], codec: u8, block: &[u8], reason: &str) {
+    let (error, reasons) = against(|source| {
+        source.up_to_pages_compressed(offered);
+        let frame = RawFrame {
+            codec,
+            payload: block.len() as u32,
+            ..RawFrame::page(3)
+        };
+        source.write(0, &[&frame.bytes(), block].concat());
+    });
+    assert!(matches!(error, DestinationError::Frame { stream: 0, .. }), "{error}");
+    assert!(reasons.len() == 1 && reasons[0].contains(reason), "{reasons:?}");
+}
+
+fn with_sum(block: &[u8]) -> Vec<u8> {
+    [&crc32fast::hash(block).to_le_bytes(), block].concat()
+}
+
+#[test]
+fn compressed_pages_that_were_not_agreed_on_are_refused() {
+    block_is_refused(
+        &[],
+        1,
+        &[0; 100],
+        "frame 1 is compressed in format 1, which was not agreed on",
+    );
+    block_is_refused(
+        &[1],
+        2,
+        &[0; 100],
+        "frame 1 is compressed in format 2, which was not agreed on",
+    );
+    block_is_refused(
+        &[1, 2, 3],
+        3,
+        &[0; 100],
+        "frame 1 is compressed in format 3, which was not agreed on",
+    );
+}
+
+#[test]
+fn compressed_pages_that_are_damaged_are_refused() {
+    let mut block = with_sum(&lz4_flex::block::compress(&[7; 4096]));
+    block[6] ^= 1;
+    block_is_refused(
+        &[1],
+        1,
+        &block,
+        "the compressed pages of frame 1 do not have the checksum",
+    );
+}
+
+#[test]
+fn bombs_are_refused() {
+    let zeroes = vec![0; 16 << 20];
+    let mut zstd = vec![0; 4000];
+    let len = zstd_safe::compress(&mut zstd[..], &zeroes, 3).unwrap();
+    block_is_refused(
+        &[2],
+        2,
+        &with_sum(&zstd[..len]),
+        "the zstd block of frame 1 is not its 4096 bytes of pages",
+    );
+    let lz4 = lz4_flex::block::compress(&vec![0; 256 << 10]);
+    assert!(lz4.len() < 4000);
+    block_is_refused(
+        &[1],
+        1,
+        &with_sum(&lz4),
+        "the lz4 block of frame 1 is not its 4096 bytes of pages",
+    );
+}
+
+#[test]
+fn compressed_pages_that_save_nothing_are_refused() {
+    block_is_refused(
+        &[2],
+        2,
+        &[0; 4096],
+        "frame 1 has 4096 bytes of compressed pages in the place of 4096",
+    );
+    block_is_refused(
+        &[2],
+        2,
+        &[0; 4],
+        "frame 1 has 4 bytes of compressed pages in the place of 4096",
+    );
+}
+
 #[test]
 fn a_page_outside_the_guest_is_refused() {
     frame_is_refused(&RawFrame::page(1 << 40), "0x10000000000 on are not guest memory");

@@ -109,6 +109,10 @@ fn novelty(options: &MigrationOptions) -> Option<&'static str> {
         (options.resume_window_ms > 0, "waiting for a link that is lost"),
         (new_transport(&options.transport).is_some(), CARRYING),
         (options.verify, "comparing what is moved"),
+        (
+            !matches!(&*options.compress, "" | "auto" | "off"),
+            "compressing what is moved",
+        ),
     ];
     let of_options = novelties
         .into_iter()

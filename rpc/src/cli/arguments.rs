@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand};
+use ferry_migration::Compression;
 use ferry_proto::{OLDEST_VMM_PROTOCOL, VMM_PROTOCOL};
 
 use super::devices::{self, DiskArgument, NicArgument};
@@ -335,6 +336,9 @@ pub(super) struct MigrateArguments {
     /// Do not send faster than this, for example 5Gbit [default: no limit]
     #[arg(long, value_name = "RATE", value_parser = parse::bandwidth)]
     pub(super) bandwidth: Option<u64>,
+    /// How pages are compressed: where and as it pays, not at all, or all that get smaller by it
+    #[arg(long, value_name = "auto|off|lz4|zstd[:LEVEL]", default_value = "auto", value_parser = parse::compression)]
+    pub(super) compress: Compression,
     /// Keep digests of all that moves, on both hosts, and compare before the guest is handed over: what differs is sent again, once
     #[arg(long)]
     pub(super) verify: bool,

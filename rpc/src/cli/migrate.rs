@@ -207,6 +207,7 @@ fn request(arguments: &MigrateArguments) -> LiveMigrateRequest {
                 .map_or(0, |window| u64::try_from(window.as_millis()).unwrap_or(u64::MAX).max(1)),
             mode: if arguments.cold { "cold" } else { &arguments.mode }.to_owned(),
             transport: arguments.transport.clone(),
+            compress: arguments.compress.to_string(),
         }),
         request_id: uuid::Uuid::new_v4().to_string(),
         dry_run: arguments.dry_run,

@@ -226,6 +226,7 @@ mod tests {
         assert_eq!(migrate.timeout.as_secs(), 900);
         assert_eq!((migrate.streams, migrate.bandwidth, migrate.wait), (0, None, None));
         assert_eq!(migrate.transport, "tcp");
+        assert_eq!(migrate.compress.to_string(), "auto");
         let Verb::Run(run) = line("ferry run web --kernel k").unwrap().verb else {
             panic!("not run")
         };
@@ -267,6 +268,7 @@ mod tests {
             ("ferry migrate web --max-downtime 0s", "--max-downtime"),
             ("ferry migrate web --streams 0", "--streams"),
             ("ferry migrate web --transport pigeon", "--transport"),
+            ("ferry migrate web --compress zstd:20", "--compress"),
             ("ferry bench --transport pigeon", "--transport"),
             ("ferry agent --peer b", "--peer"),
             ("ferry run a/b --kernel k", "NAME"),

@@ -1,6 +1,6 @@
 //! A migration in words: the line while it runs, and the account when it is over.
 
-use ferry_proto::agent::v1::{DowntimeMs, MigrationDecision, MigrationInfo, NetworkGap, Round, Verified};
+use ferry_proto::agent::v1::{Compressed, DowntimeMs, MigrationDecision, MigrationInfo, NetworkGap, Round, Verified};
 
 use super::output::{Table, human_bytes, human_count, human_ms, human_rate, note, or_dash};
 use super::terminal::LiveLine;
@@ -77,6 +77,7 @@ pub(super) fn account(info: &MigrationInfo) -> String {
             .map(|downtime| format!("blackout {}", blackout(downtime))),
     );
     lines.extend(info.network_gaps.iter().map(network_gap));
+    lines.extend(info.compression.as_ref().and_then(compressed));
     lines.extend(info.verified.as_ref().map(verified));
     if let (Some(memory), Some(state)) = (&info.memory_digest, &info.state_digest) {
         lines.push(format!("digests equal on both sides: memory {memory}, state {state}"));
@@ -94,6 +95,26 @@ fn network_gap(gap: &NetworkGap) -> String {
         .map(|(which, ms)| format!("no frame {which} for {}", human_ms(ms)))
         .collect();
     format!("network gap of {}: {}", gap.mac, known.join(" · "))
+}
+
+/// What came of compression. Nobody is told of what he did not ask for and did not happen.
+fn compressed(compressed: &Compressed) -> Option<String> {
+    if compressed.compressed_frames == 0 {
+        let is_asked_for = !matches!(&*compressed.wanted, "auto" | "off");
+        return is_asked_for.then(|| format!("compressed with {}: nothing got any smaller by it", compressed.wanted));
+    }
+    let how = match (&*compressed.wanted, &compressed.method) {
+        ("auto", Some(method)) => format!(", in the end with {method}"),
+        ("auto", None) => ", in the end not".to_owned(),
+        (wanted, _) => format!(" with {wanted}"),
+    };
+    Some(format!(
+        "compressed{how}: {} of {} frames, {} to {}",
+        human_count(compressed.compressed_frames),
+        human_count(compressed.frames),
+        human_bytes(compressed.bytes_before),
+        human_bytes(compressed.bytes_after)
+    ))
 }
 
 /// What came of comparing.
@@ -311,6 +332,34 @@ mod tests {
             ..info("completed")
         };
         assert!(!account(&done).contains("step"));
+    }
+
+    #[test]
+    fn what_was_compressed_is_told() {
+        let told = |wanted: &str, method: Option<&str>, compressed_frames| {
+            let compression = Compressed {
+                wanted: wanted.to_owned(),
+                method: method.map(str::to_owned),
+                frames: 1200,
+                compressed_frames,
+                bytes_before: 4 << 20,
+                bytes_after: 1 << 20,
+                ..Compressed::default()
+            };
+            account(&MigrationInfo {
+                compression: Some(compression),
+                ..info("completed")
+            })
+        };
+        let by_itself = told("auto", Some("zstd:1"), 1000);
+        assert!(
+            by_itself.contains("compressed, in the end with zstd:1: 1,000 of 1,200 frames"),
+            "{by_itself}"
+        );
+        assert!(told("auto", None, 1).contains("compressed, in the end not: 1 of"));
+        assert!(told("lz4", Some("lz4"), 7).contains("compressed with lz4: 7 of"));
+        assert!(told("lz4", Some("lz4"), 0).contains("compressed with lz4: nothing got any smaller by it"));
+        assert!(!told("auto", None, 0).contains("compressed"));
     }
 
     #[test]

@@ -6,6 +6,8 @@
 use std::str::FromStr;
 use std::time::Duration;
 
+use ferry_migration::{Compression, ParseCompressionError};
+
 use crate::agent::UserRange;
 use crate::request::RequestId;
 
@@ -96,6 +98,11 @@ pub(super) fn streams(text: &str) -> Result<u32, String> {
         Ok(count @ 1..=MOST_STREAMS) => Ok(count as u32),
         _ => Err(format!("must be auto or a number from 1 to {MOST_STREAMS}")),
     }
+}
+
+/// What is to be done about compression.
+pub(super) fn compression(text: &str) -> Result<Compression, ParseCompressionError> {
+    text.parse()
 }
 
 /// How many times what a host has may be claimed of it.

@@ -28,6 +28,8 @@ pub(crate) fn brought_by(order: &Command) -> (u32, &'static str) {
         Command::Send(send) if send.carried => (2, "moving its guest by --transport grpc"),
         // One of version 1 would hand it over as it is.
         Command::Send(send) if send.verify => (2, "comparing what it sends"),
+        // One of version 1 would send everything plainly, which is what it is to do where that is left to it.
+        Command::Send(send) if !matches!(&*send.compress, "" | "auto" | "off") => (2, "compressing what it sends"),
         Command::Send(_) => (1, "sending its guest"),
         Command::Grant(_) => (1, "the switch grant"),
         Command::CallOff(_) => (1, "calling a switchover off"),

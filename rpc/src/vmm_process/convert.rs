@@ -10,6 +10,7 @@ use ferry_migration::source::{
     Amounts, Copied, Decided, Manner, NewTerms, OnTimeout, Overhead, Parked, RoundSummary, SourceParameters,
     SourceSummary, Verified,
 };
+use ferry_migration::{Compression, ParseCompressionError, Tally};
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::{InvalidField, required, wire_uuid};
 use ferry_vmm::MOST_PERCENT as MOST_THROTTLE_PERCENT;
@@ -75,6 +76,7 @@ pub(super) fn source_parameters(send: &wire::Send, instance: Uuid) -> Result<Sou
         guest_was: guest_was(send.user_paused),
         digests: send.digests,
         verify: send.verify,
+        compression: compression(&send.compress)?,
         overhead: Overhead::default(),
         liveness: Default::default(),
         resume_window: Duration::from_millis(send.resume_window_ms),
@@ -97,6 +99,17 @@ fn manner(send: &wire::Send) -> Manner {
     Manner::Live {
         max_downtime: Duration::from_micros(send.max_downtime_us),
     }
+}
+
+/// An agent that says nothing is of a build without.
+fn compression(text: &str) -> Result<Compression, InvalidField> {
+    if text.is_empty() {
+        return Ok(Compression::Off);
+    }
+    text.parse().map_err(|error: ParseCompressionError| InvalidField {
+        field: "compress",
+        problem: error.to_string(),
+    })
 }
 
 fn lateness(word: &str) -> Result<Lateness, InvalidField> {
@@ -153,7 +166,24 @@ pub(super) fn progress(summary: &SourceSummary) -> wire::Progress {
         throttle_percent: summary.throttle,
         copied: summary.copied.map(copied),
         verified: summary.verified.map(verified),
+        compression: Some(compressed(&summary.compression)),
         ..wire::Progress::default()
+    }
+}
+
+/// What came of compression.
+fn compressed(tally: &Tally) -> wire::Compressed {
+    wire::Compressed {
+        wanted: tally.wanted.to_string(),
+        method: tally.method.map(|method| method.to_string()),
+        why: tally.why.clone(),
+        frames: tally.frames,
+        compressed_frames: tally.compressed_frames,
+        incompressible_frames: tally.incompressible_frames,
+        bytes_before: tally.bytes_before,
+        bytes_after: tally.bytes_after,
+        switched_on: tally.switched_on,
+        switched_off: tally.switched_off,
     }
 }
 

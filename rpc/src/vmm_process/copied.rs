@@ -123,6 +123,28 @@ impl CopiedDisk {
         })
     }
 
+    /// Reads the run's bytes, the last frame filled up with zeroes.
+    pub(super) fn read(&self, run: FrameRun, bytes: &mut [u8]) -> io::Result<()> {
+        let mut pieces = bytes.chunks_mut((PIECE_FRAMES * FRAME_SIZE) as usize);
+        self.each_piece(run, |offset, len, frames| {
+            self.image.read_exact_at(&mut frames[..len], offset)?;
+            frames[len..].fill(0);
+            let piece = pieces.next().ok_or(io::ErrorKind::InvalidInput)?;
+            piece.copy_from_slice(frames);
+            Ok(())
+        })
+    }
+
+    /// Writes the run's bytes into the image.
+    pub(super) fn write(&self, run: FrameRun, bytes: &[u8]) -> io::Result<()> {
+        let mut pieces = bytes.chunks((PIECE_FRAMES * FRAME_SIZE) as usize);
+        self.each_piece(run, |offset, len, frames| {
+            frames.copy_from_slice(pieces.next().ok_or(io::ErrorKind::InvalidInput)?);
+            let written = self.image.write_all_at(&frames[..len], offset);
+            written.map_err(|error| io::Error::other(format!("a disk does not take what arrives: {error}")))
+        })
+    }
+
     /// Makes the run read as zeroes, as a hole where the file system has them.
     pub(super) fn write_zeroes(&self, run: FrameRun) -> io::Result<()> {
         let (offset, end) = (self.offset(run.first), self.offset(run.end()).min(self.bytes));
@@ -286,5 +308,19 @@ mod tests {
         assert_eq!(blocks(&from), blocks(&to));
         assert_eq!(to.image.metadata().unwrap().len(), 300 * 4096 + 512);
         to.sync().unwrap();
+    }
+
+    #[test]
+    fn what_is_read_is_written_elsewhere_with_the_odd_end() {
+        let (from, to) = (disk(300 * 4096 + 512), disk(300 * 4096 + 512));
+        from.image.write_all_at(&[7; 4096], 299 * 4096).unwrap();
+        from.image.write_all_at(&[8; 512], 300 * 4096).unwrap();
+        let mut bytes = vec![1; 301 * 4096];
+        from.read(run(0, 301), &mut bytes).unwrap();
+        assert_eq!(bytes[300 * 4096 + 512..], [0; 3584]);
+        to.write(run(0, 301), &bytes).unwrap();
+        assert_eq!(from.digest(run(0, 301)).unwrap(), to.digest(run(0, 301)).unwrap());
+        assert_eq!(to.image.metadata().unwrap().len(), 300 * 4096 + 512);
+        assert!(from.read(run(0, 301), &mut bytes[..4096]).is_err());
     }
 }

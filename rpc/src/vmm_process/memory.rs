@@ -78,6 +78,38 @@ impl GuestMemory for SharedMemory {
             .try_for_each(|&run| self.disk(run).ok_or_else(outside)?.receive(socket, run))
     }
 
+    fn read_pages(&self, runs: &[FrameRun], bytes: &mut [u8]) -> Result<(), GuestError> {
+        let (memory, disks) = runs.split_at(runs.partition_point(|&run| !CopiedDisk::is_disk(run)));
+        let (in_memory, mut rest) = bytes.split_at_mut(bytes_of(memory));
+        let read = self.memory.read_pages(&all_to_vmm(memory), in_memory);
+        read.map_err(GuestError::new)?;
+        for &run in disks {
+            let (part, after) = rest.split_at_mut(run.bytes() as usize);
+            let disk = self
+                .disk(run)
+                .ok_or_else(|| GuestError::new("no such disk is copied"))?;
+            disk.read(run, part).map_err(GuestError::new)?;
+            rest = after;
+        }
+        Ok(())
+    }
+
+    fn write_pages(&self, runs: &[FrameRun], bytes: &[u8]) -> Result<(), GuestError> {
+        let (memory, disks) = runs.split_at(runs.partition_point(|&run| !CopiedDisk::is_disk(run)));
+        let (in_memory, mut rest) = bytes.split_at(bytes_of(memory));
+        let written = self.memory.write_pages(&all_to_vmm(memory), in_memory);
+        written.map_err(GuestError::new)?;
+        for &run in disks {
+            let (part, after) = rest.split_at(run.bytes() as usize);
+            let disk = self
+                .disk(run)
+                .ok_or_else(|| GuestError::new("no such disk is copied"))?;
+            disk.write(run, part).map_err(GuestError::new)?;
+            rest = after;
+        }
+        Ok(())
+    }
+
     fn zero_pages(&self, run: FrameRun, found: &mut Vec<FrameRun>) -> Result<(), GuestError> {
         if let Some(disk) = self.disk(run) {
             let mut next = run.first;
@@ -190,6 +222,10 @@ fn to_engine(run: ferry_vmm::FrameRun) -> FrameRun {
         first: run.first,
         count: run.count,
     }
+}
+
+fn bytes_of(runs: &[FrameRun]) -> usize {
+    runs.iter().map(|run| run.bytes() as usize).sum()
 }
 
 fn all_to_vmm(runs: &[FrameRun]) -> Vec<ferry_vmm::FrameRun> {

@@ -215,6 +215,8 @@ fn an_agent_that_knows_no_pause_at_the_timeout_is_named(pair: &mut Pair) -> Resu
     throttled.says("throttling the guest needs 4.3")?;
     let verified = pair.migrate("g", &["--verify"])?.exit(4)?;
     verified.says("comparing what is moved needs 4.3")?;
+    let compressed = pair.migrate("g", &["--compress", "lz4"])?.exit(4)?;
+    compressed.says("compressing what is moved needs 4.3")?;
     pair.runs_only_at(&pair.a, "g", &witness)
 }
 

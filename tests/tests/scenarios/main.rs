@@ -12,6 +12,7 @@ mod callers;
 mod carried;
 mod clients;
 mod cold;
+mod compress;
 mod convergence;
 mod data_port;
 mod device_work;
@@ -86,6 +87,7 @@ fn main() -> ExitCode {
         admission::trials(),
         onward::trials(),
         cold::trials(),
+        compress::trials(),
         convergence::trials(),
         postcopy::trials(),
         resume::trials(),

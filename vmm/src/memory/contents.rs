@@ -97,6 +97,56 @@ impl GuestMemory {
         self.each_page(run, |page| digests.push(xxh3_64(page)))
     }
 
+    /// Copies the pages of these runs, one after the other, into `bytes`, which has just room for them. The guest may write a page meanwhile: what is
+    /// copied is then neither the old nor the new one, and it is dirty.
+    ///
+    /// # Errors
+    ///
+    /// If a run is out of bounds, or there is other room than they need.
+    pub fn read_pages(&self, runs: &[FrameRun], bytes: &mut [u8]) -> Result<(), MemoryError> {
+        self.check_room(runs, bytes.len())?;
+        let (pages, _) = bytes.as_chunks_mut::<{ PAGE_SIZE as usize }>();
+        let mut pages = pages.iter_mut();
+        for &run in runs {
+            let start: *const Block = self.host_address(run)?.cast_const().cast();
+            for (index, page) in (0..run.count).zip(&mut pages) {
+                // SAFETY: `host_address` checked that the whole run is mapped, and pages are aligned.
+                unsafe { read_page(start.wrapping_add(index as usize * BLOCKS), page) };
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts `bytes` into the pages of these runs, one after the other. Only for memory whose dirty pages nobody tracks, as what is received.
+    ///
+    /// # Errors
+    ///
+    /// If a run is out of bounds, or there are other bytes than they hold.
+    pub fn write_pages(&self, runs: &[FrameRun], bytes: &[u8]) -> Result<(), MemoryError> {
+        self.check_room(runs, bytes.len())?;
+        let mut rest = bytes;
+        for &run in runs {
+            let address = self.host_address(run)?;
+            let (part, after) = rest.split_at(run.bytes() as usize);
+            // SAFETY: `host_address` checked that the whole run is mapped and writable; no reference points into it, so `part` is elsewhere.
+            unsafe { ptr::copy_nonoverlapping(part.as_ptr(), address, part.len()) };
+            rest = after;
+        }
+        Ok(())
+    }
+
+    fn check_room(&self, runs: &[FrameRun], bytes: usize) -> Result<(), MemoryError> {
+        runs.iter().try_for_each(|&run| self.host_address(run).map(drop))?;
+        let pages: u64 = runs.iter().map(|run| run.bytes()).sum();
+        match pages == bytes as u64 {
+            true => Ok(()),
+            false => Err(MemoryError::Room {
+                pages,
+                bytes: bytes as u64,
+            }),
+        }
+    }
+
     fn hash_pages(&self, hasher: &mut Xxh3, run: FrameRun) -> Result<(), MemoryError> {
         self.each_page(run, |page| hasher.update(page))
     }
@@ -226,6 +276,39 @@ mod tests {
         memory.tracked().write_slice(&bytes, GuestAddress(0)).expect("write");
         let digest = memory.digest(FrameRun { first: 0, count: 1 }).expect("in bounds");
         assert_eq!(digest, xxhash_rust::xxh3::xxh3_128(&bytes));
+    }
+
+    #[test]
+    fn pages_that_are_read_are_written_elsewhere_in_their_order() {
+        let (from, to) = (memory(), memory());
+        let runs = [FrameRun { first: 2, count: 3 }, FrameRun { first: 700, count: 1 }];
+        for (page, byte) in [(2, 5), (4, 6), (700, 7)] {
+            let address = GuestAddress(page * PAGE_SIZE);
+            from.tracked().write_slice(&[byte; 100], address).expect("write");
+        }
+        let mut bytes = vec![1; 4 * PAGE_SIZE as usize];
+        from.read_pages(&runs, &mut bytes).expect("in bounds");
+        assert_eq!((bytes[99], bytes[100], bytes[2 * PAGE_SIZE as usize]), (5, 0, 6));
+        let _ = to.device_dirty();
+        to.write_pages(&runs, &bytes).expect("in bounds");
+        let whole = FrameRun { first: 0, count: 1024 };
+        assert_eq!(from.digest(whole).expect("digest"), to.digest(whole).expect("digest"));
+        assert!(to.device_dirty().is_empty());
+        let short = from.read_pages(&runs, &mut bytes[1..]).expect_err("too little room");
+        assert!(
+            matches!(
+                short,
+                MemoryError::Room {
+                    pages: 16384,
+                    bytes: 16383
+                }
+            ),
+            "{short}"
+        );
+        assert!(
+            to.write_pages(&[FrameRun { first: 1023, count: 2 }], &bytes[..8192])
+                .is_err()
+        );
     }
 
     #[test]

@@ -54,6 +54,14 @@ pub enum MemoryError {
         /// The run as it was given.
         run: FrameRun,
     },
+    /// Pages and the bytes for them do not fit together.
+    #[error("copy pages of {pages} bytes from or to {bytes} bytes")]
+    Room {
+        /// What the pages hold.
+        pages: u64,
+        /// What there is.
+        bytes: u64,
+    },
     /// The kernel did not take advice about the memory.
     #[error("{what} guest frames {} to {}", run.first, run.end())]
     Advise {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use ferry_tests::witness::Beat as WitnessBeat;
-use ferry_tests::{Guest, Witness, until};
+use ferry_tests::{Guest, ShapedLink, Witness, until};
 
 use super::console::{Beat, compare};
 use super::workload::Workload;
@@ -53,7 +53,36 @@ impl Binary {
         measured: Measured,
         further: &[&str],
     ) -> Result<Sample> {
+        self.run_between(workload, tsc_khz, measured, Between { link: None, further })
+    }
+
+    /// The same between hosts that a link joins.
+    ///
+    /// # Errors
+    /// As [`Binary::run`].
+    pub(super) fn run_across(
+        &self,
+        link: &ShapedLink,
+        workload: &Workload,
+        tsc_khz: u64,
+        further: &[&str],
+    ) -> Result<Sample> {
+        let link = Some(link);
+        self.run_between(workload, tsc_khz, Measured::Time, Between { link, further })
+    }
+
+    fn run_between(
+        &self,
+        workload: &Workload,
+        tsc_khz: u64,
+        measured: Measured,
+        between: Between<'_>,
+    ) -> Result<Sample> {
+        let Between { link, further } = between;
         let mut pair = two_hosts(&self.file)?;
+        if let Some(link) = link {
+            link.part(&mut pair);
+        }
         pair.a.start()?;
         pair.b.start()?;
         let guest = Guest::new("g")
@@ -84,6 +113,12 @@ impl Binary {
             cpu_s,
         })
     }
+}
+
+/// What is between the hosts, and what `migrate` is told beside the usual.
+struct Between<'a> {
+    link: Option<&'a ShapedLink>,
+    further: &'a [&'a str],
 }
 
 fn beats(witness: &Witness, host: &str) -> Vec<Beat> {

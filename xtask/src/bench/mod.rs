@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: Ferry's benchmark, and the same guest and workload in a peer, in turn in one run: migrations, with `--devices`
-//! disks and network cards, with `--linux` what a guest with an operating system costs, with `--control` the control plane.
+//! disks and network cards, with `--linux` what a guest with an operating system costs, with `--control` the control plane, with `--link` migrations over
+//! a slow link, plain and compressed.
 //!
 //! One run of each contender, then the next round, which another one begins: what disturbs the host then disturbs all alike.
 //! Two runs an hour apart compare nothing.
@@ -10,6 +11,7 @@ mod console;
 mod control;
 mod devices;
 mod ferry;
+mod link;
 mod linux;
 mod qemu;
 mod raw;
@@ -45,6 +47,9 @@ pub(crate) struct Options {
     /// The control plane: receipts of casts, the agent's memory, long lists, restarts, fsyncs of a switchover. `--workload` names a part.
     #[arg(long, conflicts_with_all = ["devices", "linux", "peer"])]
     control: bool,
+    /// Migrations over a link of this rate, as `tc` has it, between two network namespaces: with and without compression. Needs root.
+    #[arg(long, value_name = "RATE", num_args = 0..=1, default_missing_value = "1gbit", conflicts_with_all = ["devices", "linux", "control"])]
+    link: Option<String>,
     /// Runs of each.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
@@ -155,6 +160,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     if options.control {
         return control::run(options);
+    }
+    if let Some(rate) = &options.link {
+        return link::run(options, rate);
     }
     let workloads: Vec<_> = workload::ALL
         .iter()

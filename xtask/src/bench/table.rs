@@ -31,13 +31,13 @@ impl Contender {
         match outcome {
             Ok(sample) => {
                 eprintln!(
-                    "  {:<16} {:8.1} ms, gap {:6.1} ms",
+                    "  {:<18} {:8.1} ms, gap {:6.1} ms",
                     self.name, sample.total_ms, sample.gap_ms
                 );
                 self.samples.push(sample);
             }
             Err(error) => {
-                eprintln!("  {:<16} failed: {error:#}", self.name);
+                eprintln!("  {:<18} failed: {error:#}", self.name);
                 self.failures.push(format!("{error:#}"));
             }
         }
@@ -48,7 +48,7 @@ impl Contender {
         match outcome {
             Ok(sample) => self.processor_seconds.extend(sample.cpu_s),
             Err(error) => {
-                eprintln!("  {:<16} failed: {error:#}", self.name);
+                eprintln!("  {:<18} failed: {error:#}", self.name);
                 self.failures.push(format!("{error:#}"));
             }
         }
@@ -81,6 +81,11 @@ impl Contender {
         })
     }
 
+    /// Its name in the table.
+    pub(super) fn name(&self) -> &'static str {
+        self.name
+    }
+
     fn median(&self, of: impl Fn(&Sample) -> Option<f64>) -> Option<f64> {
         median(self.samples.iter().filter_map(of).collect())
     }
@@ -88,36 +93,7 @@ impl Contender {
 
 /// Prints one workload's table; the first contender is Ferry.
 pub(super) fn print(workload: &Workload, turns: &Turns) {
-    println!(
-        "\n{} ({} MiB guest, {})",
-        workload.name, workload.memory_mib, workload.work
-    );
-    println!(
-        "{:<16} {:>5} {:>10} {:>10} {:>12} {:>12} {:>10} {:>11} {:>8}",
-        "medians of", "runs", "total ms", "gap ms", "reader gap", "reported ms", "MiB sent", "clock lost", "CPU s"
-    );
-    for contender in turns.all() {
-        let show = |of: fn(&Sample) -> Option<f64>| match contender.median(of) {
-            Some(value) => format!("{value:.1}"),
-            None => "-".to_owned(),
-        };
-        println!(
-            "{:<16} {:>5} {:>10} {:>10} {:>12} {:>12} {:>10} {:>11} {:>8}",
-            contender.name,
-            contender.samples.len(),
-            show(|s| Some(s.total_ms)),
-            show(|s| Some(s.gap_ms)),
-            show(|s| s.reader_gap_ms),
-            show(|s| s.reported_downtime_ms),
-            show(|s| s.bytes.map(|bytes| bytes / f64::from(1 << 20))),
-            show(|s| s.clock_lost_ms),
-            median(contender.processor_seconds.clone())
-                .map_or_else(|| "-".to_owned(), |seconds| format!("{seconds:.2}")),
-        );
-        for failure in &contender.failures {
-            println!("{:<16} failed: {failure}", contender.name);
-        }
-    }
+    print_rows(workload, turns.all());
     let [ferry, peers @ ..] = &turns.contenders[..] else {
         return;
     };
@@ -137,6 +113,45 @@ pub(super) fn print(workload: &Workload, turns: &Turns) {
             raw / own
         );
     }
+}
+
+/// Prints what each contender came to.
+pub(super) fn print_rows<'a>(workload: &Workload, contenders: impl Iterator<Item = &'a Contender>) {
+    println!(
+        "\n{} ({} MiB guest, {})",
+        workload.name, workload.memory_mib, workload.work
+    );
+    println!(
+        "{:<18} {:>5} {:>10} {:>10} {:>12} {:>12} {:>10} {:>11} {:>8}",
+        "medians of", "runs", "total ms", "gap ms", "reader gap", "reported ms", "MiB sent", "clock lost", "CPU s"
+    );
+    for contender in contenders {
+        let show = |of: fn(&Sample) -> Option<f64>| match contender.median(of) {
+            Some(value) => format!("{value:.1}"),
+            None => "-".to_owned(),
+        };
+        println!(
+            "{:<18} {:>5} {:>10} {:>10} {:>12} {:>12} {:>10} {:>11} {:>8}",
+            contender.name,
+            contender.samples.len(),
+            show(|s| Some(s.total_ms)),
+            show(|s| Some(s.gap_ms)),
+            show(|s| s.reader_gap_ms),
+            show(|s| s.reported_downtime_ms),
+            show(|s| s.bytes.map(|bytes| bytes / f64::from(1 << 20))),
+            show(|s| s.clock_lost_ms),
+            median(contender.processor_seconds.clone())
+                .map_or_else(|| "-".to_owned(), |seconds| format!("{seconds:.2}")),
+        );
+        for failure in &contender.failures {
+            println!("{:<18} failed: {failure}", contender.name);
+        }
+    }
+}
+
+/// Says what this contender's total time is of another's.
+pub(super) fn compare_totals(ferry: &Contender, others: &[Contender]) {
+    ratio("total time", ferry, others, |s| Some(s.total_ms));
 }
 
 fn ratio(what: &str, ferry: &Contender, peers: &[Contender], of: fn(&Sample) -> Option<f64>) {

@@ -41,6 +41,22 @@ pub(super) const ALL: &[Workload] = &[
     },
 ];
 
+/// Those that are moved over a slow link.
+pub(super) const OVER_A_LINK: &[Workload] = &[
+    Workload {
+        name: "text-512m",
+        memory_mib: 1024,
+        touched_mib: 512,
+        work: "fill=text fill_mib=496 work=uniform work_mib=16 rate=100",
+    },
+    Workload {
+        name: "random-512m",
+        memory_mib: 1024,
+        touched_mib: 512,
+        work: "fill=random fill_mib=496 work=uniform work_mib=16 rate=100",
+    },
+];
+
 impl Workload {
     /// The probe's command line: the workload, and heartbeats often enough to tell the clocks apart.
     ///

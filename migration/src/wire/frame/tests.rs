@@ -119,6 +119,44 @@ fn an_opening_frame_must_name_this_migration() {
 }
 
 #[test]
+fn an_opening_frame_has_nothing_compressed() {
+    let bytes = resealed(FrameWriter::new(STREAM).open(&identity()).to_vec(), |bytes| {
+        bytes[7] = 1
+    });
+    let mut reader = FrameReader::new(STREAM).with_codecs(Codecs::ours());
+    assert!(matches!(
+        reader.open(&mut &*bytes, &identity()),
+        Err(FrameError::Reserved(1))
+    ));
+}
+
+#[test]
+fn a_compressed_frame_stands_for_what_its_table_says() {
+    let runs = [(run(16, 2), Content::Data), (run(20, 5), Content::Zero)];
+    let bytes = FrameWriter::new(STREAM)
+        .compressed(7, runs.into_iter(), (100, Codec::Zstd))
+        .to_vec();
+    let mut reader = FrameReader::new(STREAM).with_codecs(Codecs::ours());
+    let pages = reader.pages(&mut &*bytes, &shape()).unwrap().unwrap();
+    let block = Block {
+        sequence: 0,
+        codec: Codec::Zstd,
+        sent: 100,
+        pages: 8192,
+    };
+    assert_eq!((pages.block, pages.payload), (Some(block), 100));
+    let many = [(run(16, 513), Content::Data)];
+    let bytes = FrameWriter::new(STREAM)
+        .compressed(7, many.into_iter(), (100, Codec::Zstd))
+        .to_vec();
+    let mut reader = FrameReader::new(STREAM).with_codecs(Codecs::ours());
+    assert!(matches!(
+        reader.pages(&mut &*bytes, &shape()),
+        Err(FrameError::TooLong(length)) if length == 513 << 12
+    ));
+}
+
+#[test]
 fn a_stream_may_end_between_frames_only() {
     let bytes = two_runs();
     assert!(matches!(
@@ -158,7 +196,10 @@ fn each_lie_of_a_header_is_named() {
         header(|bytes| bytes[6] = 1),
         FrameError::Kind { found: 1, expected: 2 }
     ));
-    assert!(matches!(header(|bytes| bytes[7] = 1), FrameError::Reserved(1)));
+    assert!(matches!(
+        header(|bytes| bytes[7] = 1),
+        FrameError::Codec { sequence: 0, number: 1 }
+    ));
     assert!(matches!(header(|bytes| bytes[10..12].fill(0)), FrameError::Entries(0)));
     assert!(matches!(
         header(|bytes| bytes[10..12].fill(0xff)),

@@ -4,6 +4,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use ferry_migration::handover::{Decision, Epoch, SourceAgent, SourceCopy, SourceEvent, Wish};
+use ferry_migration::{Compression, ParseCompressionError};
 use ferry_proto::agent::v1::{LiveMigrationCast, MigrationInfo, MigrationOptions, Receipt};
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{self as wire};
@@ -247,6 +248,14 @@ fn epoch_of_move(row: &InstanceRow) -> u64 {
     }
 }
 
+/// What a request wants of compression; one that says nothing leaves it to Ferry.
+pub(super) fn compression(text: &str) -> Result<Compression, ParseCompressionError> {
+    match text {
+        "" => Ok(Compression::Auto),
+        text => text.parse(),
+    }
+}
+
 /// The longest that a lost link may be waited for: a day. The destination keeps memory for the guest that long.
 pub(crate) const MOST_RESUME_WINDOW_MS: u64 = 24 * 3600 * 1000;
 
@@ -290,6 +299,9 @@ pub(crate) fn check_options(options: MigrationOptions) -> Result<MigrationOption
     }
     if let Err(unknown) = Transport::parse(&options.transport) {
         return invalid("options.transport", unknown.problem);
+    }
+    if let Err(unknown) = compression(&options.compress) {
+        return invalid("options.compress", unknown.to_string());
     }
     if let Err(problem) = Storage::parse(&options.storage) {
         return invalid("options.storage", problem);

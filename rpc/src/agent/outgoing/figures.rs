@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use ferry_migration::handover::Decision;
 use ferry_migration::source::MOST_BEFORE_THE_END;
 use ferry_proto::agent::v1::{
-    DestinationPart, DirtyPart, DowntimeMs, MigrationDecision, MigrationInfo, Round, Verified,
+    Compressed, DestinationPart, DirtyPart, DowntimeMs, MigrationDecision, MigrationInfo, Round, Verified,
 };
 use ferry_proto::vmm::v1 as wire;
 
@@ -44,6 +44,7 @@ impl Script {
         let decisions = progress.decisions.iter().take(MOST_DECISIONS);
         info.decisions = decisions.filter_map(decision).collect();
         info.verified = progress.verified.as_ref().and_then(verified);
+        info.compression = progress.compression.as_ref().and_then(compressed);
         note_copied(info, progress.copied.as_ref());
     }
 
@@ -157,6 +158,23 @@ fn verified(told: &wire::Verified) -> Option<Verified> {
         pages: told.pages,
         ranges_sent_again: told.ranges_sent_again,
         blackout_ms: told.blackout_ms,
+    })
+}
+
+/// What came of compression, if its figures can be.
+fn compressed(told: &wire::Compressed) -> Option<Compressed> {
+    let tried = told.compressed_frames.checked_add(told.incompressible_frames)?;
+    (tried <= told.frames && told.bytes_after <= told.bytes_before).then(|| Compressed {
+        wanted: told.wanted.clone(),
+        method: told.method.clone(),
+        why: told.why.clone(),
+        frames: told.frames,
+        compressed_frames: told.compressed_frames,
+        incompressible_frames: told.incompressible_frames,
+        bytes_before: told.bytes_before,
+        bytes_after: told.bytes_after,
+        switched_on: told.switched_on,
+        switched_off: told.switched_off,
     })
 }
 

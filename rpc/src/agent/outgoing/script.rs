@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
+use super::begin::compression;
 use super::calls::SILENCE;
 use super::handle::{Outgoing, PeerNews, Resolving};
 use super::queue::{Place, Turn};
@@ -387,6 +388,8 @@ impl Script {
             late_streams: self.late_streams().unwrap_or(0).into(),
             resume_window_ms: self.row.options.resume_window_ms,
             carried: self.row.transport() == Transport::Grpc,
+            // A request that says nothing of it leaves it to Ferry.
+            compress: compression(&options.compress).unwrap_or_default().to_string(),
         };
         let (sender, news) = mpsc::unbounded_channel();
         let mut state = self.instance.state.lock().await;

@@ -138,6 +138,10 @@ fn running_rounds(info: &MigrationInfo) -> &[Round] {
 
 /// Bytes a second by its largest round, without the time for pages that were not sent. `None`: it tells nothing of the link.
 fn rate(info: &MigrationInfo) -> Option<f64> {
+    // Of pages that were compressed it is not known what the link would have carried of plain ones.
+    if info.compression.as_ref().is_some_and(|told| told.compressed_frames > 0) {
+        return None;
+    }
     let largest = running_rounds(info).iter().max_by_key(|round| round.bytes)?;
     let zero_pages = largest.pages.saturating_sub(largest.bytes / 4096);
     let seconds = largest.ms / 1e3 - zero_pages as f64 / ZERO_PAGES - ROUND.as_secs_f64();

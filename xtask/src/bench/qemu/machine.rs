@@ -39,23 +39,29 @@ impl Drop for Ended {
 }
 
 impl Machine {
-    /// Starts one in `folder`, with the probe running or, if `incoming`, waiting for it.
+    /// Starts one in `folder`, with the probe running or, as a destination, waiting for it.
     ///
     /// # Errors
     /// What QEMU said on its standard error if it ended at once.
-    pub(super) fn start(folder: &Path, name: &str, workload: &Workload, tsc_khz: u64, incoming: bool) -> Result<Self> {
+    pub(super) fn start(folder: &Path, name: &str, workload: &Workload, tsc_khz: u64, role: Role<'_>) -> Result<Self> {
         let socket = folder.join(name);
         let complaints = folder.join(format!("{name}.err"));
         let kernel = folder.join("probe.elf");
         fs::write(&kernel, ferry_probe::PROBE_ELF).context("failed to write the probe")?;
         let mut command = command(workload.memory_mib, &kernel, &workload.full_cmdline(tsc_khz));
+        if let Role::Destination {
+            network: Some(network), ..
+        } = role
+        {
+            command = inside(network, &command);
+        }
         command
             .args(["-serial", "stdio"])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(fs::File::create(&complaints).context("failed to make QEMU's log")?);
-        if incoming {
+        if let Role::Destination { .. } = role {
             command.args(["-incoming", "defer"]);
         }
         let mut child = command.spawn().with_context(|| format!("failed to start {PROGRAM}"))?;
@@ -77,20 +83,42 @@ impl Machine {
         self.process.child.0.id()
     }
 
-    /// Has it listen for a migration on a free port and gives the address.
+    /// Has it listen for a migration on a free port of this address and gives the URI.
     ///
     /// # Errors
     /// What QEMU answered.
-    pub(super) fn listen(&mut self) -> Result<String> {
+    pub(super) fn listen(&mut self, address: &str) -> Result<String> {
         let port = TcpListener::bind("127.0.0.1:0")
             .and_then(|free| free.local_addr())
             .context("no free port")?
             .port();
-        let uri = format!("tcp:127.0.0.1:{port}");
+        let uri = format!("tcp:{address}:{port}");
         let listening = self.qmp.execute("migrate-incoming", json!({ "uri": uri }));
         listening.with_context(|| self.process.complaints())?;
         Ok(uri)
     }
+}
+
+/// What a QEMU is there for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Role<'a> {
+    /// It runs the probe.
+    Source,
+    /// It waits for it, in this network if that is not the calling thread's.
+    Destination {
+        /// As a file.
+        network: Option<&'a Path>,
+    },
+}
+
+/// The same command in another network.
+fn inside(network: &Path, command: &Command) -> Command {
+    let mut entered = Command::new("nsenter");
+    entered
+        .arg(format!("--net={}", network.display()))
+        .arg(command.get_program())
+        .args(command.get_args());
+    entered
 }
 
 /// QEMU with one vCPU, this kernel and nothing else.

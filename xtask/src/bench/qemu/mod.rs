@@ -13,11 +13,12 @@ use serde_json::{Value, json};
 use super::console::compare;
 use super::workload::Workload;
 use super::{BEATS_AFTER, BEATS_BEFORE, Measured, Sample, warm};
-use machine::Machine;
+use ferry_tests::{ShapedLink, shaped};
 pub(super) use machine::{Ended, command};
+use machine::{Machine, Role};
 
 /// How QEMU moves the guest.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mode {
     /// One stream.
     Plain,
@@ -25,9 +26,11 @@ pub(super) enum Mode {
     Multifd2,
     /// Four page streams.
     Multifd4,
+    /// Two page streams, compressed with zstd at level 1.
+    Multifd2Zstd,
 }
 
-/// All of them.
+/// Those without compression.
 pub(super) const MODES: [Mode; 3] = [Mode::Plain, Mode::Multifd2, Mode::Multifd4];
 
 impl Mode {
@@ -37,13 +40,14 @@ impl Mode {
             Self::Plain => "qemu plain",
             Self::Multifd2 => "qemu multifd 2",
             Self::Multifd4 => "qemu multifd 4",
+            Self::Multifd2Zstd => "qemu multifd zstd",
         }
     }
 
     fn channels(self) -> Option<u32> {
         match self {
             Self::Plain => None,
-            Self::Multifd2 => Some(2),
+            Self::Multifd2 | Self::Multifd2Zstd => Some(2),
             Self::Multifd4 => Some(4),
         }
     }
@@ -82,12 +86,34 @@ const INSTALL: &str =
 /// # Errors
 /// If QEMU does not start, does not migrate, or the guest does not live through it.
 pub(super) fn run(mode: Mode, workload: &Workload, tsc_khz: u64, measured: Measured) -> Result<Sample> {
+    run_between(mode, workload, tsc_khz, measured, None)
+}
+
+/// The same between hosts that a link joins.
+///
+/// # Errors
+/// As [`run`].
+pub(super) fn run_across(link: &ShapedLink, mode: Mode, workload: &Workload, tsc_khz: u64) -> Result<Sample> {
+    run_between(mode, workload, tsc_khz, Measured::Time, Some(link))
+}
+
+fn run_between(
+    mode: Mode,
+    workload: &Workload,
+    tsc_khz: u64,
+    measured: Measured,
+    link: Option<&ShapedLink>,
+) -> Result<Sample> {
+    let network = link.map(ShapedLink::namespace);
+    let waits = Role::Destination {
+        network: network.as_deref(),
+    };
     let folder = tempfile::Builder::new()
         .prefix("ferry-q")
         .tempdir()
         .context("failed to make a folder")?;
-    let mut destination = Machine::start(folder.path(), "d", workload, tsc_khz, true).context("destination")?;
-    let mut source = Machine::start(folder.path(), "s", workload, tsc_khz, false).context("source")?;
+    let mut destination = Machine::start(folder.path(), "d", workload, tsc_khz, waits).context("destination")?;
+    let mut source = Machine::start(folder.path(), "s", workload, tsc_khz, Role::Source).context("source")?;
     source.console.wait_ready(Duration::from_secs(120)).context("source")?;
     source
         .console
@@ -96,7 +122,7 @@ pub(super) fn run(mode: Mode, workload: &Workload, tsc_khz: u64, measured: Measu
     for machine in [&mut source, &mut destination] {
         prepare(machine, mode)?;
     }
-    let uri = destination.listen()?;
+    let uri = destination.listen(if link.is_some() { shaped::FAR } else { "127.0.0.1" })?;
     warm(workload)?;
 
     let meter = measured.meter([source.pid(), destination.pid()]);
@@ -131,6 +157,9 @@ fn prepare(machine: &mut Machine, mode: Mode) -> Result<()> {
     if let Some(channels) = mode.channels() {
         capabilities.push(json!({ "capability": "multifd", "state": true }));
         parameters["multifd-channels"] = json!(channels);
+        if mode == Mode::Multifd2Zstd {
+            parameters["multifd-compression"] = json!("zstd");
+        }
     }
     machine
         .qmp

@@ -1,0 +1,306 @@
+//! The ways to compress, what a user says of them, and the compressing itself.
+
+use std::fmt::{self, Display};
+use std::ops::RangeInclusive;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use lz4_flex::block::{self, CompressTable};
+use zstd_safe::CCtx;
+
+use super::measure::Sampled;
+use crate::guest::{FRAME_SIZE, FrameRun, GuestError, GuestMemory};
+
+/// What is before the compressed bytes of a frame: their CRC-32.
+pub(crate) const COMPRESSED_SUM_BYTES: usize = 4;
+
+/// What compressing has to take away of a frame: less is not worth what the other side spends on it.
+const LEAST_SAVED: usize = 16;
+
+/// How much of a frame is compressed as a sample: 256 KiB, that is 0.2 to 2 ms.
+const SAMPLE_PAGES: u64 = 64;
+
+/// The levels of zstd that are to be had: those above need more memory at the destination than its frame has.
+const ZSTD_LEVELS: RangeInclusive<u8> = 1..=19;
+
+/// A format of compressed pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Codec {
+    /// LZ4's block format.
+    Lz4,
+    /// Zstandard frames.
+    Zstd,
+}
+
+impl Codec {
+    const ALL: [Self; 2] = [Self::Lz4, Self::Zstd];
+
+    /// Its number in handshakes and frames.
+    pub(crate) fn number(self) -> u8 {
+        match self {
+            Self::Lz4 => 1,
+            Self::Zstd => 2,
+        }
+    }
+
+    pub(crate) fn from_number(number: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|codec| codec.number() == number)
+    }
+}
+
+impl Display for Codec {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Lz4 => "lz4",
+            Self::Zstd => "zstd",
+        })
+    }
+}
+
+/// A set of formats.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Codecs(u8);
+
+impl Codecs {
+    /// All that this build reads and writes.
+    pub(crate) fn ours() -> Self {
+        Codec::ALL.into_iter().fold(Self::default(), Self::with)
+    }
+
+    pub(crate) fn with(self, codec: Codec) -> Self {
+        Self(self.0 | 1 << codec.number())
+    }
+
+    pub(crate) fn contains(self, codec: Codec) -> bool {
+        self.0 & 1 << codec.number() != 0
+    }
+
+    pub(crate) fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// What a peer says that it knows; numbers that are not known here are left out.
+    pub(crate) fn from_wire(numbers: &[u32]) -> Self {
+        let known = numbers.iter().filter_map(|&number| u8::try_from(number).ok());
+        known.filter_map(Codec::from_number).fold(Self::default(), Self::with)
+    }
+
+    pub(crate) fn to_wire(self) -> Vec<u32> {
+        let mine = Codec::ALL.into_iter().filter(|&codec| self.contains(codec));
+        mine.map(|codec| codec.number().into()).collect()
+    }
+}
+
+/// A way to compress: the format, and how much effort is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    /// LZ4, which has no levels here.
+    Lz4,
+    /// Zstandard at this level, 1 to 19.
+    Zstd(u8),
+}
+
+impl Method {
+    /// The format.
+    #[must_use]
+    pub fn codec(self) -> Codec {
+        match self {
+            Self::Lz4 => Codec::Lz4,
+            Self::Zstd(_) => Codec::Zstd,
+        }
+    }
+}
+
+impl Display for Method {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Lz4 => formatter.write_str("lz4"),
+            Self::Zstd(level) => write!(formatter, "zstd:{level}"),
+        }
+    }
+}
+
+/// What a migration's user wants of compression; written as on the command line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Compression {
+    /// Where it pays, as it pays.
+    #[default]
+    Auto,
+    /// None.
+    Off,
+    /// All pages that get any smaller by it, whether it pays or not.
+    Always(Method),
+}
+
+impl Display for Compression {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => formatter.write_str("auto"),
+            Self::Off => formatter.write_str("off"),
+            Self::Always(method) => method.fmt(formatter),
+        }
+    }
+}
+
+/// A word that is no way to compress.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is none of auto, off, lz4, zstd and zstd:1 to zstd:19")]
+pub struct ParseCompressionError(String);
+
+impl FromStr for Compression {
+    type Err = ParseCompressionError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let wrong = || ParseCompressionError(text.to_owned());
+        match text {
+            "auto" => Ok(Self::Auto),
+            "off" => Ok(Self::Off),
+            "lz4" => Ok(Self::Always(Method::Lz4)),
+            "zstd" => Ok(Self::Always(Method::Zstd(*ZSTD_LEVELS.start()))),
+            _ => {
+                let level = text.strip_prefix("zstd:").and_then(|level| level.parse().ok());
+                let level = level.filter(|level| ZSTD_LEVELS.contains(level)).ok_or_else(wrong)?;
+                Ok(Self::Always(Method::Zstd(level)))
+            }
+        }
+    }
+}
+
+/// One stream's compressor. Its buffers, a frame's pages and as much again, are there from the first frame on that is compressed.
+#[derive(Default)]
+pub(crate) struct Compressor {
+    pages: Vec<u8>,
+    /// The sum and the compressed bytes.
+    block: Vec<u8>,
+    lz4: Option<CompressTable>,
+    zstd: Option<CCtx<'static>>,
+}
+
+/// What came of compressing a frame's pages.
+pub(crate) struct Packed<'a> {
+    /// What is sent in their place; `None` if that would hardly be less.
+    pub(crate) block: Option<&'a [u8]>,
+    pub(crate) took: Duration,
+}
+
+impl Compressor {
+    /// Compresses the pages of `runs`, a frame's at most, as they are now.
+    pub(crate) fn pack(
+        &mut self,
+        memory: &impl GuestMemory,
+        runs: &[FrameRun],
+        method: Method,
+    ) -> Result<Packed<'_>, GuestError> {
+        let began = Instant::now();
+        self.take(memory, runs)?;
+        let most = self.pages.len() - self.pages.len() / LEAST_SAVED;
+        let block = match self
+            .compress(method)
+            .filter(|&size| size + COMPRESSED_SUM_BYTES <= most)
+        {
+            Some(size) => {
+                let (sum, bytes) = self.block[..COMPRESSED_SUM_BYTES + size].split_at_mut(COMPRESSED_SUM_BYTES);
+                sum.copy_from_slice(&crc32fast::hash(bytes).to_le_bytes());
+                Some(&self.block[..COMPRESSED_SUM_BYTES + size])
+            }
+            None => None,
+        };
+        Ok(Packed {
+            block,
+            took: began.elapsed(),
+        })
+    }
+
+    /// Compresses the first pages of `runs` and sends nothing.
+    pub(crate) fn sample(
+        &mut self,
+        memory: &impl GuestMemory,
+        runs: &[FrameRun],
+        method: Method,
+    ) -> Result<Option<Sampled>, GuestError> {
+        let mut left = SAMPLE_PAGES;
+        let part = |run: &FrameRun| {
+            let count = run.count.min(left);
+            left -= count;
+            FrameRun { count, ..*run }
+        };
+        let part: Vec<_> = runs.iter().map(part).filter(|run| run.count > 0).collect();
+        if part.is_empty() {
+            return Ok(None);
+        }
+        let began = Instant::now();
+        self.take(memory, &part)?;
+        let packed = self.compress(method).unwrap_or(self.pages.len());
+        Ok(Some(Sampled {
+            method,
+            bytes: self.pages.len() as u64,
+            packed: packed.min(self.pages.len()) as u64,
+            took: began.elapsed(),
+        }))
+    }
+
+    fn take(&mut self, memory: &impl GuestMemory, runs: &[FrameRun]) -> Result<(), GuestError> {
+        let bytes = runs.iter().map(|run| run.count).sum::<u64>() * FRAME_SIZE;
+        self.pages.resize(bytes as usize, 0);
+        memory.read_pages(runs, &mut self.pages)
+    }
+
+    /// How many bytes it came to, behind the sum; `None` if they did not become less.
+    fn compress(&mut self, method: Method) -> Option<usize> {
+        match method {
+            Method::Lz4 => {
+                let most = block::get_maximum_output_size(self.pages.len());
+                let room = room(&mut self.block, most);
+                let table = self.lz4.get_or_insert_with(CompressTable::large);
+                block::compress_into_with_table(&self.pages, room, table).ok()
+            }
+            Method::Zstd(level) => {
+                if self.zstd.is_none() {
+                    // Without memory for it pages travel as they are.
+                    self.zstd = CCtx::try_create();
+                }
+                let room = room(&mut self.block, self.pages.len());
+                self.zstd.as_mut()?.compress(room, &self.pages, level.into()).ok()
+            }
+        }
+    }
+}
+
+/// Room for so many bytes behind the sum.
+fn room(block: &mut Vec<u8>, bytes: usize) -> &mut [u8] {
+    let len = COMPRESSED_SUM_BYTES + bytes;
+    block.resize(block.len().max(len), 0);
+    &mut block[COMPRESSED_SUM_BYTES..len]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_said_is_understood_and_said_again() {
+        for text in ["auto", "off", "lz4", "zstd:1", "zstd:19"] {
+            assert_eq!(text.parse::<Compression>().unwrap().to_string(), text);
+        }
+        assert_eq!("zstd".parse(), Ok(Compression::Always(Method::Zstd(1))));
+        for text in ["", "on", "lz4:1", "zstd:0", "zstd:20", "zstd:", "zstd:-1", "gzip"] {
+            let error = text.parse::<Compression>().unwrap_err();
+            assert!(
+                error.to_string().starts_with(&format!("{text:?} is none of")),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn sets_of_formats_come_out_as_they_went_in() {
+        assert_eq!(Codecs::from_wire(&Codecs::ours().to_wire()), Codecs::ours());
+        let theirs = Codecs::from_wire(&[2, 77, u32::MAX]);
+        assert_eq!(theirs, Codecs::default().with(Codec::Zstd));
+        assert!(!theirs.contains(Codec::Lz4));
+    }
+}

@@ -1,0 +1,268 @@
+//! Where the script and the sending threads meet over compression: what is to be done, what was agreed, and what came of it.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::controller::{Controller, Plan};
+use super::{Codecs, Compression, Measured, Method};
+use crate::guest::FRAME_SIZE;
+use crate::wire::MAX_DATA_PAGES;
+
+/// The most pages of a frame that is compressed: 512 KiB. A thread that compresses does not give way to the guest in the middle of a frame, which is 1 to 3 ms
+/// then, and neither format gains much from more.
+const COMPRESSED_PAGES: u64 = 128;
+
+/// Changes beyond so many are counted, and not told one by one.
+const TOLD_CHANGES: u32 = 32;
+
+/// What came of compression in one migration, over all its links.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// What its user wants.
+    pub wanted: Compression,
+    /// How pages are compressed now, or were in the end; `None`: they are sent plainly.
+    pub method: Option<Method>,
+    /// Why, in words.
+    pub why: String,
+    /// Frames with pages that are not zero.
+    pub frames: u64,
+    /// Those of them that were sent compressed.
+    pub compressed_frames: u64,
+    /// Those that were compressed and sent plainly, for that hardly made them less.
+    pub incompressible_frames: u64,
+    /// Bytes of the pages in compressed frames.
+    pub bytes_before: u64,
+    /// What was sent of them.
+    pub bytes_after: u64,
+    /// How often compression was switched on by itself.
+    pub switched_on: u32,
+    /// How often it was switched off by itself.
+    pub switched_off: u32,
+}
+
+impl Tally {
+    /// Bytes that were not sent.
+    #[must_use]
+    pub fn saved(&self) -> u64 {
+        self.bytes_before - self.bytes_after
+    }
+}
+
+/// Shared by the script and all its sending threads, over all links.
+#[derive(Debug)]
+pub(crate) struct Packing {
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    agreed: Codecs,
+    controller: Controller,
+    tally: Tally,
+    changes: Vec<String>,
+}
+
+impl Packing {
+    pub(crate) fn new(wanted: Compression) -> Self {
+        let tally = Tally {
+            wanted,
+            why: "its user wants it so".to_owned(),
+            ..Tally::default()
+        };
+        Self {
+            state: Mutex::new(State {
+                agreed: Codecs::default(),
+                controller: Controller::new(Codecs::default()),
+                tally,
+                changes: Vec::new(),
+            }),
+        }
+    }
+
+    /// The formats that may be used, to be offered to the destination.
+    pub(crate) fn wanted(&self) -> Codecs {
+        match self.lock().tally.wanted {
+            Compression::Auto => Codecs::ours(),
+            Compression::Off => Codecs::default(),
+            Compression::Always(method) => Codecs::default().with(method.codec()),
+        }
+    }
+
+    /// The destination reads these formats. What was learned over another link is of little use over this one.
+    ///
+    /// # Errors
+    /// Its user wants one that it does not read.
+    pub(crate) fn agree(&self, theirs: Codecs) -> Result<(), String> {
+        let agreed = self.wanted().and(theirs);
+        let mut state = self.lock();
+        state.agreed = agreed;
+        state.controller = Controller::new(agreed);
+        match state.tally.wanted {
+            Compression::Always(method) if !agreed.contains(method.codec()) => {
+                return Err(format!(
+                    "it does not know pages that are compressed with {}",
+                    method.codec()
+                ));
+            }
+            Compression::Always(method) => state.tally.method = Some(method),
+            Compression::Auto if agreed.is_empty() => {
+                state.tally.method = None;
+                state.tally.why = "the destination does not know it".to_owned();
+            }
+            Compression::Auto => {
+                state.tally.method = None;
+                state.tally.why = state.controller.words();
+            }
+            Compression::Off => {}
+        }
+        Ok(())
+    }
+
+    /// The most pages that the next frame should have.
+    pub(crate) fn most_pages(&self) -> u64 {
+        match self.lock().tally.method {
+            Some(_) => COMPRESSED_PAGES,
+            None => MAX_DATA_PAGES,
+        }
+    }
+
+    /// How a frame of so many pages is sent. While the guest stands still nothing is tried out.
+    pub(crate) fn plan(&self, pages: u64, guest: GuestIs) -> Plan {
+        let mut state = self.lock();
+        match (state.tally.wanted, guest) {
+            (Compression::Off, _) => Plan::default(),
+            (Compression::Always(_), _) | (Compression::Auto, GuestIs::Waiting) => Plan {
+                method: state.tally.method,
+                sample: None,
+            },
+            (Compression::Auto, GuestIs::NotWaiting) => state.controller.plan(pages * FRAME_SIZE),
+        }
+    }
+
+    /// Takes in what a frame with pages told.
+    pub(crate) fn sent(&self, frame: &Measured, guest: GuestIs) {
+        let mut state = self.lock();
+        let tally = &mut state.tally;
+        tally.frames += 1;
+        match frame.method {
+            Some(_) if frame.sent < frame.bytes => {
+                tally.compressed_frames += 1;
+                tally.bytes_before += frame.bytes;
+                tally.bytes_after += frame.sent;
+            }
+            Some(_) => tally.incompressible_frames += 1,
+            None => {}
+        }
+        if tally.wanted != Compression::Auto || guest == GuestIs::Waiting {
+            return;
+        }
+        let Some(change) = state.controller.measured(frame) else {
+            return;
+        };
+        let tally = &mut state.tally;
+        match (tally.method, change.to) {
+            (None, Some(_)) => tally.switched_on += 1,
+            (Some(_), None) => tally.switched_off += 1,
+            _ => {}
+        }
+        tally.method = change.to;
+        tally.why.clone_from(&change.words);
+        if tally.switched_on + tally.switched_off <= TOLD_CHANGES {
+            state.changes.push(change.words);
+        }
+    }
+
+    /// What came of it so far.
+    pub(crate) fn tally(&self) -> Tally {
+        let state = self.lock();
+        let mut tally = state.tally.clone();
+        let has_changed = tally.switched_on > 0;
+        if tally.wanted == Compression::Auto && !state.agreed.is_empty() && !has_changed {
+            tally.why = state.controller.words();
+        }
+        tally
+    }
+
+    /// Bytes that were not sent so far.
+    pub(crate) fn saved(&self) -> u64 {
+        self.lock().tally.saved()
+    }
+
+    /// What was changed since this was asked last, in words.
+    pub(crate) fn changes(&self) -> Vec<String> {
+        std::mem::take(&mut self.lock().changes)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether the guest stands still for what is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum GuestIs {
+    /// For its last pages.
+    Waiting,
+    /// It runs, or has stood still from the beginning.
+    NotWaiting,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn frame(method: Option<Method>, sent: u64) -> Measured {
+        Measured {
+            bytes: 1000,
+            sent,
+            method,
+            compressing: Duration::from_micros(1),
+            sending: Duration::from_micros(1),
+            sampled: None,
+        }
+    }
+
+    #[test]
+    fn what_its_user_wants_is_refused_by_name_where_it_is_not_known() {
+        let packing = Packing::new(Compression::Always(Method::Zstd(3)));
+        let error = packing.agree(Codecs::from_wire(&[1])).unwrap_err();
+        assert_eq!(error, "it does not know pages that are compressed with zstd");
+        packing.agree(Codecs::ours()).unwrap();
+        assert_eq!(packing.plan(5, GuestIs::Waiting).method, Some(Method::Zstd(3)));
+    }
+
+    #[test]
+    fn where_it_is_left_to_ferry_a_destination_without_it_gets_plain_frames() {
+        let packing = Packing::new(Compression::Auto);
+        packing.agree(Codecs::default()).unwrap();
+        assert_eq!(packing.plan(512, GuestIs::NotWaiting), Plan::default());
+        assert_eq!(packing.tally().why, "the destination does not know it");
+    }
+
+    #[test]
+    fn frames_are_counted_by_what_became_of_them() {
+        let packing = Packing::new(Compression::Always(Method::Lz4));
+        packing.agree(Codecs::ours()).unwrap();
+        packing.sent(&frame(Some(Method::Lz4), 300), GuestIs::NotWaiting);
+        packing.sent(&frame(Some(Method::Lz4), 1000), GuestIs::NotWaiting);
+        packing.sent(&frame(Some(Method::Lz4), 200), GuestIs::Waiting);
+        let tally = packing.tally();
+        assert_eq!(
+            (tally.frames, tally.compressed_frames, tally.incompressible_frames),
+            (3, 2, 1)
+        );
+        assert_eq!(
+            (tally.bytes_before, tally.bytes_after, tally.saved()),
+            (2000, 500, 1500)
+        );
+    }
+
+    #[test]
+    fn nothing_is_tried_out_while_the_guest_waits() {
+        let packing = Packing::new(Compression::Auto);
+        packing.agree(Codecs::ours()).unwrap();
+        assert_eq!(packing.plan(512, GuestIs::Waiting), Plan::default());
+        assert_eq!(packing.plan(512, GuestIs::NotWaiting).sample, Some(Method::Lz4));
+    }
+}
