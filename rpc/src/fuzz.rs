@@ -42,6 +42,11 @@ pub fn snapshot_manifest(bytes: &[u8]) {
     crate::agent::read_hostile_manifest(bytes);
 }
 
+/// What comes in a call of `Streams.Carry`, from either agent.
+pub fn carried_messages(bytes: &[u8]) {
+    crate::agent::read_hostile_messages(bytes);
+}
+
 /// A disk's lock file, which whoever may write beside the image may write.
 pub fn lock_file(bytes: &[u8]) {
     if let Some(holder) = parse(bytes) {
@@ -128,6 +133,16 @@ mod tests {
     #[test]
     fn vmm_frames_are_read_or_refused() {
         feed("vmm_frames", &[orders(), reports()], vmm_frames);
+    }
+
+    #[test]
+    fn carried_messages_are_read_or_refused_in_whatever_parts_they_come() {
+        // Parts of 1 KiB; a nonce, a long piece and a short one.
+        let nonce = [&[0, 0, 0, 0, 34, 0x12, 32][..], &[7; 32]].concat();
+        let long = [&[0, 0, 0, 8, 3, 0x2a, 0x80, 0x10][..], &[1; 2048]].concat();
+        let short = [0, 0, 0, 0, 3, 0x2a, 1, 9];
+        let all = [&[3][..], &nonce, &long, &short].concat();
+        feed("carried_messages", &[all], carried_messages);
     }
 
     #[test]

@@ -79,7 +79,10 @@ struct State {
     connections: Vec<TcpStream>,
     /// Those to the data port.
     streams: Vec<TcpStream>,
+    /// No page streams are let through.
     is_cut: bool,
+    /// Nothing at all is.
+    is_cut_off: bool,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -100,6 +103,7 @@ impl Relay {
                 connections: Vec::new(),
                 streams: Vec::new(),
                 is_cut: false,
+                is_cut_off: false,
                 threads: Vec::new(),
             }),
             over: AtomicBool::new(false),
@@ -167,9 +171,21 @@ impl Relay {
         Ok(())
     }
 
-    /// Lets page streams through again.
+    /// Cuts everything, page streams and calls of the caller's agent alike, and lets nothing through until [`Relay::heal`].
+    pub fn cut_off(&self) {
+        let mut state = self.shared.lock();
+        state.is_cut_off = true;
+        state.streams.clear();
+        for connection in state.connections.drain(..) {
+            let _ = connection.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Lets everything through again.
     pub fn heal(&self) {
-        self.shared.lock().is_cut = false;
+        let mut state = self.shared.lock();
+        state.is_cut = false;
+        state.is_cut_off = false;
     }
 
     /// Passes on what it held back.
@@ -280,6 +296,9 @@ impl Shared {
         let callee = TcpStream::connect(("127.0.0.1", port))?;
         callee.set_nodelay(true)?;
         let mut state = self.lock();
+        if state.is_cut_off {
+            return Err(ErrorKind::ConnectionAborted.into());
+        }
         if state.connections.len() >= 2 * MOST_CONNECTIONS {
             return Err(ErrorKind::QuotaExceeded.into());
         }

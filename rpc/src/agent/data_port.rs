@@ -23,6 +23,7 @@ use tokio::sync::Semaphore;
 use uuid::Uuid;
 
 use super::instances::Agent;
+use super::prediction::Probe;
 
 const GREETING: &[u8; 8] = b"FERRYDP1";
 pub(super) const NONCE: usize = 32;
@@ -77,15 +78,22 @@ pub(crate) async fn serve(agent: Arc<Agent>, listener: TcpListener) {
         };
         let agent = Arc::clone(&agent);
         tokio::spawn(async move {
-            if !matches!(tokio::time::timeout(PATIENCE, take(&agent, stream)).await, Ok(Ok(()))) {
-                tracing::info!(%from, "a connection to the data port was refused: it did not prove a migration's secret");
-            }
+            let taken = tokio::time::timeout(PATIENCE, take(&agent, stream)).await;
             drop(place);
+            match taken {
+                Ok(Ok(None)) => {}
+                // A slow link is none that proves nothing.
+                Ok(Ok(Some((probe, stream)))) => probe.serve(stream).await,
+                Ok(Err(_)) | Err(_) => {
+                    tracing::info!(%from, "a connection to the data port was refused: it did not prove a migration's secret");
+                }
+            }
         });
     }
 }
 
-async fn take(agent: &Arc<Agent>, mut stream: TcpStream) -> io::Result<()> {
+/// Has a connection prove itself, and hands it to whom it is for; one of a probe is handed back with its probe.
+async fn take(agent: &Arc<Agent>, mut stream: TcpStream) -> io::Result<Option<(Arc<Probe>, TcpStream)>> {
     stream.set_nodelay(true)?;
     let nonce: [u8; NONCE] = random()?;
     stream.write_all(GREETING).await?;
@@ -112,7 +120,7 @@ async fn take(agent: &Arc<Agent>, mut stream: TcpStream) -> io::Result<()> {
     if let Some(probe) = probe {
         stream.write_all(&[1]).await?;
         fit_buffers(&stream)?;
-        return probe.take_in(&mut stream).await;
+        return Ok(Some((probe, stream)));
     }
     let Some(incoming) = incoming else {
         stream.write_all(&[0]).await?;
@@ -121,7 +129,7 @@ async fn take(agent: &Arc<Agent>, mut stream: TcpStream) -> io::Result<()> {
     stream.write_all(&[1]).await?;
     fit_buffers(&stream)?;
     incoming.connected(index, OwnedFd::from(stream.into_std()?));
-    Ok(())
+    Ok(None)
 }
 
 /// Opens the connections of a migration with these indexes, proven and in order: a control stream and page streams.
@@ -174,7 +182,7 @@ async fn connect_one(address: &str, secret: &[u8], migration: Uuid, index: u16) 
 ///
 /// Across a network the kernel sizes the buffers by bandwidth and delay. Between two processes of one machine that ends
 /// in tens of MiB, which cost the copy a trip to memory and hide nothing.
-fn fit_buffers(stream: &TcpStream) -> io::Result<()> {
+pub(super) fn fit_buffers(stream: &TcpStream) -> io::Result<()> {
     if stream.local_addr()?.ip() == stream.peer_addr()?.ip() {
         rustix::net::sockopt::set_socket_send_buffer_size(stream, LOCAL_SEND_BUFFER)?;
         rustix::net::sockopt::set_socket_recv_buffer_size(stream, LOCAL_RECEIVE_BUFFER)?;

@@ -6,7 +6,6 @@
 use anyhow::Context;
 use ferry_proto::agent::v1::compute_server::ComputeServer;
 use ferry_proto::agent::v1::conductor_server::ConductorServer;
-use ferry_proto::agent::v1::streams_server::StreamsServer;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tonic::server::NamedService;
@@ -24,7 +23,7 @@ const SERVICES: [&str; 4] = [
     "",
     <ConductorServer<ConductorService> as NamedService>::NAME,
     <ComputeServer<ComputeService> as NamedService>::NAME,
-    <StreamsServer<StreamsService> as NamedService>::NAME,
+    <StreamsService as NamedService>::NAME,
 ];
 
 /// Tells how the agent is until it ends.

@@ -70,5 +70,7 @@ pub use serve::serve;
 pub(crate) use snapshots::read_hostile_manifest;
 pub use spawn::cgroup_root;
 pub(crate) use transport::Transport;
+#[cfg(any(fuzzing, test))]
+pub(crate) use transport::read_hostile_messages;
 pub use versions::RpcVersion;
 pub use vmm_user::UserRange;

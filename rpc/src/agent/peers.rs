@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use ferry_proto::agent::v1::{HostInfo, HostRequest};
-use ferry_proto::agent::v1::{compute_client, conductor_client, streams_client};
+use ferry_proto::agent::v1::{compute_client, conductor_client};
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
@@ -15,6 +15,7 @@ use tonic_types::StatusExt;
 use super::context::RequestContext;
 use super::failure::Failure;
 use super::reason::{DOMAIN, Reason};
+use super::transport::Connector;
 use crate::faults::{self, Moment, Word};
 use crate::request::Carried;
 
@@ -30,13 +31,11 @@ pub(crate) const DOWN_AFTER: Duration = Duration::from_secs(15);
 /// How long a peer may take to say what its host is like.
 const HOST_TIME: Duration = Duration::from_secs(2);
 /// A connection on which every call carries its request's context.
-type Connection = InterceptedService<Channel, Carried>;
+pub(crate) type Connection = InterceptedService<Channel, Carried>;
 /// A client of a peer's `Compute` service.
 pub(crate) type ComputeClient = compute_client::ComputeClient<Connection>;
 /// A client of a peer's `Conductor` service.
 pub(crate) type ConductorClient = conductor_client::ConductorClient<Connection>;
-/// A client of a peer's `Streams` service.
-pub(crate) type StreamsClient = streams_client::StreamsClient<Connection>;
 
 /// The calls of a migration from one agent to the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,22 +181,23 @@ impl Peer {
         &self.endpoint
     }
 
-    /// A client of its `Streams` service on a connection of its own. Its calls last as long as they take.
+    /// A connection beside the one that all calls share. Calls on it last as long as they take.
     ///
     /// # Errors
     /// It does not answer.
-    pub(crate) async fn streams(
+    pub(crate) async fn connect(
         &self,
         context: &RequestContext,
         endpoint: &Endpoint,
-    ) -> Result<StreamsClient, PeerError> {
+        connector: Connector,
+    ) -> Result<Connection, PeerError> {
         let silent = |error: tonic::transport::Error| self.silence(&Status::from_error(error.into()));
         let carried = Carried {
             patience: None,
             ..context.carried(&self.here, Duration::MAX)
         };
-        let channel = endpoint.connect().await.map_err(silent)?;
-        Ok(StreamsClient::new(InterceptedService::new(channel, carried)))
+        let channel = endpoint.connect_with_connector(connector).await.map_err(silent)?;
+        Ok(InterceptedService::new(channel, carried))
     }
 
     /// What came of a call that ended with this status.

@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use ferry_proto::agent::v1::compute_server::ComputeServer;
 use ferry_proto::agent::v1::conductor_server::ConductorServer;
-use ferry_proto::agent::v1::streams_server::StreamsServer;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, mpsc};
+use tokio_stream::StreamExt;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
@@ -80,7 +80,10 @@ pub async fn serve(config: AgentConfig) -> anyhow::Result<()> {
     let asked = Arc::clone(&ending);
     // The server's own `tcp_nodelay` says nothing of connections that it is handed: an answer of several frames would wait 40 ms for the caller's
     // delayed acknowledgement of the first.
-    let grpc = TcpIncoming::from(grpc).with_nodelay(Some(true));
+    let grpc = TcpIncoming::from(grpc).with_nodelay(Some(true)).map(|accepted| {
+        // Pages may come by it. A caller that has hung up already is noticed when it is served.
+        accepted.inspect(|stream| drop(data_port::fit_buffers(stream)))
+    });
     let serving = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .initial_stream_window_size(transport::WINDOW)
@@ -96,8 +99,7 @@ pub async fn serve(config: AgentConfig) -> anyhow::Result<()> {
             RequestContext::receive,
         ))
         .add_service(InterceptedService::new(
-            StreamsServer::new(StreamsService::new(Arc::clone(&agent)))
-                .max_decoding_message_size(transport::MOST_MESSAGE),
+            StreamsService::new(Arc::clone(&agent)),
             move |request| check_version(rpc_cap, request).and_then(RequestContext::receive),
         ))
         .add_service(health_service)

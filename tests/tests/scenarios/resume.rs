@@ -22,6 +22,10 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_cold_move_goes_on_over_another_link,
         a_link_that_stays_lost_ends_the_migration_with_the_guest_where_it_was,
         an_abort_is_obeyed_while_a_link_is_waited_for,
+        hosts_that_are_cut_off_from_each_other_go_on_once_they_are_not,
+        hosts_that_are_cut_off_from_each_other_over_grpc_go_on_once_they_are_not,
+        hosts_that_stay_cut_off_from_each_other_leave_the_guest_where_it_was,
+        hosts_that_stay_cut_off_from_each_other_over_grpc_leave_the_guest_where_it_was,
         without_a_window_a_cut_link_ends_the_migration_at_once,
         a_source_agent_killed_while_a_link_is_waited_for_makes_it_when_it_is_back,
         a_destination_agent_killed_while_a_link_is_waited_for_takes_it_when_it_is_back,
@@ -282,6 +286,75 @@ fn an_abort_is_obeyed_while_a_link_is_waited_for(pair: &mut Pair) -> Result<()> 
 
     underway.call.wait()?.exit(1)?.migration()?.is("cancelled", "a")?;
     relay.heal();
+    stays_and_moves_later(pair, &witness)
+}
+
+/// Relays before both hosts, through which everything goes that their agents and VMMs say to each other.
+fn between(pair: &mut Pair) -> Result<[Relay; 2]> {
+    expect_a_lost_peer(pair);
+    let before_b = Relay::before(&pair.b, Tampering::Cuts)?;
+    let before_a = Relay::before(&pair.a, Tampering::Cuts)?;
+    pair.a.set_peer("b", &before_b.url());
+    pair.b.set_peer("a", &before_a.url());
+    for host in [&mut pair.a, &mut pair.b] {
+        host.terminate()?;
+        host.start()?;
+    }
+    Ok([before_b, before_a])
+}
+
+const GRPC: [&str; 2] = ["--transport", "grpc"];
+
+fn hosts_that_are_cut_off_from_each_other_go_on_once_they_are_not(pair: &mut Pair) -> Result<()> {
+    are_cut_off_for_a_while(pair, &[])
+}
+
+fn hosts_that_are_cut_off_from_each_other_over_grpc_go_on_once_they_are_not(pair: &mut Pair) -> Result<()> {
+    are_cut_off_for_a_while(pair, &GRPC)
+}
+
+/// Twice: the agents have noticed by the second time, or not.
+fn are_cut_off_for_a_while(pair: &mut Pair, by: &[&str]) -> Result<()> {
+    let relays = between(pair)?;
+    let witness = pair.run(&Guest::new("g").work(BUSY).vcpus(2))?;
+    let underway = begin(pair, &[&SLOW, by].concat(), 30.0)?;
+
+    for (cut, beats) in [(1, 3), (2, 300)] {
+        relays.iter().for_each(Relay::cut_off);
+        wait_lost(pair, &underway.id)?;
+        witness.wait_for_beats_at("a", beats)?;
+        relays.iter().for_each(Relay::heal);
+        wait_resumed(pair, &underway.id, cut)?;
+    }
+    hurry(pair, &underway.id)?;
+
+    let moved = completes(pair, underway, &witness)?;
+    ensure!(moved.record["resumed_links"] == 2, "{}", moved.record);
+    Ok(())
+}
+
+fn hosts_that_stay_cut_off_from_each_other_leave_the_guest_where_it_was(pair: &mut Pair) -> Result<()> {
+    stay_cut_off(pair, &[])
+}
+
+fn hosts_that_stay_cut_off_from_each_other_over_grpc_leave_the_guest_where_it_was(pair: &mut Pair) -> Result<()> {
+    stay_cut_off(pair, &GRPC)
+}
+
+/// The guest is at A without a word of B; what B has left goes once it hears of that.
+fn stay_cut_off(pair: &mut Pair, by: &[&str]) -> Result<()> {
+    let relays = between(pair)?;
+    let witness = pair.run(&Guest::new("g").work(BUSY))?;
+    let short = ["--bandwidth", "80Mbit", "--resume-window", "1s"];
+    let underway = begin(pair, &[&short, by].concat(), 20.0)?;
+
+    relays.iter().for_each(Relay::cut_off);
+
+    let failed = underway.call.wait()?.exit(1)?.migration()?.is("failed", "a")?;
+    let says = failed.text("error")?;
+    ensure!(says.contains("was not made again within 1s"), "{says}");
+    witness.wait_for_beats_at("a", 5)?;
+    relays.iter().for_each(Relay::heal);
     stays_and_moves_later(pair, &witness)
 }
 

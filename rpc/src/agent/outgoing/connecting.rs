@@ -13,18 +13,18 @@ use crate::agent::instances::Agent;
 use crate::agent::transport::{self, Transport};
 
 /// Which connections, and where they go.
-pub(super) struct Wanted<'a> {
-    pub(super) data_address: &'a str,
-    pub(super) secret: &'a [u8],
-    pub(super) migration: Uuid,
-    pub(super) indexes: Range<u16>,
+pub(in crate::agent) struct Wanted<'a> {
+    pub(in crate::agent) data_address: &'a str,
+    pub(in crate::agent) secret: &'a [u8],
+    pub(in crate::agent) migration: Uuid,
+    pub(in crate::agent) indexes: Range<u16>,
 }
 
 /// Makes connections to this host's VMM, in order, as the migration has it: to the data port, or through both agents.
 ///
 /// # Errors
 /// There is no way there, or the destination refuses one.
-pub(super) async fn connect(
+pub(in crate::agent) async fn connect(
     agent: &Agent,
     context: &RequestContext,
     (host, way): (&str, Transport),

@@ -22,7 +22,7 @@ use ferry_migration::source::{Manner, OnTimeout, Terms};
 use ferry_proto::agent::v1::{MigrationOptions, MigrationPrediction, PredictMigrationRequest};
 use ferry_proto::{InvalidField, required};
 
-pub(crate) use self::probe::Probes;
+pub(crate) use self::probe::{Probe, Probes};
 use self::sample::Sample;
 use super::context::RequestContext;
 use super::failure::Failure;

@@ -1,8 +1,8 @@
-//! What the way to another agent's data port carries, where no migration has told: some MiB are sent there and thrown away.
+//! What the way to another host carries, where no migration has told: some MiB are sent there, as a migration's pages would be, and thrown away.
 //!
 //! ```text
 //!   source:      ProbeLink ─────────► destination: a secret for one probe, for a few seconds
-//!   source:      the data port's connections, proven with it; bytes, then the end of them
+//!   source:      streams as a migration has them, by its transport, proven with it; bytes, then the end of them
 //!   destination: how many came (u64, little-endian)
 //! ```
 //!
@@ -10,28 +10,33 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ferry_proto::agent::v1::{ProbeLinkReply, ProbeLinkRequest};
 use ferry_proto::wire_uuid;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::agent::context::RequestContext;
 use crate::agent::data_port::{self, Secret};
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
+use crate::agent::outgoing::{Wanted, connect};
 use crate::agent::reason::Reason;
+use crate::agent::transport::Transport;
 
 /// The most that is sent, and taken, by all connections of a probe together.
 const MOST_BYTES: u64 = 128 << 20;
 
-/// How long bytes are sent, and how long the whole of it may take.
+/// How long bytes are sent, and how long the whole of it may take: a slow link has much to carry then of what buffers took meanwhile.
 const SENDING: Duration = Duration::from_millis(300);
-const PATIENCE: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = Duration::from_secs(8);
+/// How long a stream is listened to: somewhat longer than its source waits.
+const TAKING: Duration = Duration::from_secs(10);
 
 /// How long a probe that was asked for may be begun, and keeps others away.
 const VALID: Duration = Duration::from_secs(2);
@@ -42,7 +47,7 @@ const BETWEEN_TRIES: Duration = Duration::from_millis(200);
 /// What is written, and read, at once.
 const PIECE: usize = 256 << 10;
 
-/// The most connections.
+/// The most streams.
 const MOST_STREAMS: u16 = 4;
 
 /// The probe that somebody may make of the way to here.
@@ -52,9 +57,11 @@ pub(crate) struct Probes(Mutex<Option<Arc<Probe>>>);
 /// One of them.
 pub(crate) struct Probe {
     id: Uuid,
-    /// What its connections prove.
+    /// What its streams prove.
     pub(crate) secret: Secret,
     until: Instant,
+    /// Streams that it has had.
+    streams: AtomicU16,
     /// Bytes that are still taken.
     left: AtomicU64,
 }
@@ -69,6 +76,7 @@ impl Probes {
             id: Uuid::new_v4(),
             secret: data_port::random()?,
             until: Instant::now() + VALID,
+            streams: AtomicU16::new(0),
             left: AtomicU64::new(MOST_BYTES),
         });
         *present = Some(Arc::clone(&probe));
@@ -85,11 +93,20 @@ impl Probes {
 }
 
 impl Probe {
+    /// Serves one of its streams, which has proven that it is one.
+    pub(crate) async fn serve(&self, mut stream: impl AsyncRead + AsyncWrite + Unpin) {
+        if self.streams.fetch_add(1, Ordering::Relaxed) >= MOST_STREAMS {
+            tracing::info!(probe = %self.id, "a further stream of a probe is not taken");
+            return;
+        }
+        let taken = timeout(TAKING, self.take_in(&mut stream)).await;
+        if let Err(error) = taken.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+            tracing::info!(probe = %self.id, %error, "a stream of a probe was not heard to its end");
+        }
+    }
+
     /// Takes what comes and tells how much that was; no more than is left.
-    ///
-    /// # Errors
-    /// The connection's.
-    pub(crate) async fn take_in(&self, stream: &mut TcpStream) -> io::Result<()> {
+    async fn take_in(&self, stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> io::Result<()> {
         let mut piece = vec![0; PIECE];
         let mut taken = 0u64;
         loop {
@@ -133,11 +150,11 @@ impl Agent {
     /// Bytes a second that the way to a host carries.
     ///
     /// # Errors
-    /// It does not let itself be probed, or its data port is not reached.
+    /// It does not let itself be probed, or is not reached in this manner.
     pub(super) async fn probe(
         self: &Arc<Self>,
         context: &RequestContext,
-        destination: &str,
+        (destination, transport): (&str, Transport),
         streams: u32,
     ) -> Result<f64, Failure> {
         let failed = || Failure::host(format!("failed to probe the way to host {destination}"));
@@ -154,24 +171,52 @@ impl Agent {
         };
         let id = wire_uuid("probe", &reply.probe)?;
         let streams = u16::try_from(streams).unwrap_or(MOST_STREAMS).clamp(1, MOST_STREAMS);
-        let probed = async {
-            let connections = data_port::connect(&reply.data_address, &reply.secret, id, 0..streams).await?;
-            send(connections).await
+        let wanted = Wanted {
+            data_address: &reply.data_address,
+            secret: &reply.secret,
+            migration: id,
+            indexes: 0..streams,
         };
-        match tokio::time::timeout(PATIENCE, probed).await {
-            Ok(measured) => measured.map_err(failed()),
-            Err(_) => Err(failed()(io::ErrorKind::TimedOut.into())),
-        }
+        let probed = async {
+            let connections = connect(self, context, (destination, transport), wanted).await?;
+            let measured = match transport {
+                Transport::Tcp => send(each(connections, tcp).map_err(failed())?).await,
+                Transport::Grpc => send(each(connections, unix).map_err(failed())?).await,
+            };
+            measured.map_err(failed())
+        };
+        timeout(PATIENCE, probed)
+            .await
+            .unwrap_or_else(|_| Err(failed()(io::ErrorKind::TimedOut.into())))
     }
 }
 
-/// Sends on all connections at once; the bytes a second that came through.
-async fn send(connections: Vec<OwnedFd>) -> io::Result<f64> {
+fn each<S>(connections: Vec<OwnedFd>, stream: fn(OwnedFd) -> io::Result<S>) -> io::Result<Vec<S>> {
+    connections.into_iter().map(stream).collect()
+}
+
+fn tcp(connection: OwnedFd) -> io::Result<TcpStream> {
+    let stream = std::net::TcpStream::from(connection);
+    stream.set_nonblocking(true)?;
+    TcpStream::from_std(stream)
+}
+
+fn unix(connection: OwnedFd) -> io::Result<UnixStream> {
+    let stream = std::os::unix::net::UnixStream::from(connection);
+    stream.set_nonblocking(true)?;
+    UnixStream::from_std(stream)
+}
+
+/// Sends on all streams at once; the bytes a second that came through.
+async fn send<S>(streams: Vec<S>) -> io::Result<f64>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let began = Instant::now();
-    let each = MOST_BYTES / connections.len().max(1) as u64;
-    let sending: Vec<_> = connections
+    let each = MOST_BYTES / streams.len().max(1) as u64;
+    let sending: Vec<_> = streams
         .into_iter()
-        .map(|connection| tokio::spawn(send_one(connection, each, began)))
+        .map(|stream| tokio::spawn(send_one(stream, each, began)))
         .collect();
     let mut arrived = 0u64;
     for sent in sending {
@@ -185,10 +230,7 @@ async fn send(connections: Vec<OwnedFd>) -> io::Result<f64> {
 }
 
 /// How many bytes the other side says it got, of at most so many.
-async fn send_one(connection: OwnedFd, most: u64, began: Instant) -> io::Result<u64> {
-    let stream = std::net::TcpStream::from(connection);
-    stream.set_nonblocking(true)?;
-    let mut stream = TcpStream::from_std(stream)?;
+async fn send_one(mut stream: impl AsyncRead + AsyncWrite + Unpin, most: u64, began: Instant) -> io::Result<u64> {
     // No page is like another, so that nothing on the way makes less of it.
     let mut piece = vec![0; PIECE];
     for (number, page) in piece.chunks_mut(4096).enumerate() {
@@ -228,6 +270,7 @@ mod tests {
             id: Uuid::from_u128(1),
             secret: [0; 32],
             until: Instant::now() + VALID,
+            streams: AtomicU16::new(0),
             left: AtomicU64::new(left),
         }
     }
@@ -235,7 +278,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_sent_is_counted_by_who_takes_it() {
         let (near, mut far) = pair().await;
-        let (bounded, near) = (probe(MOST_BYTES), OwnedFd::from(near.into_std().unwrap()));
+        let bounded = probe(MOST_BYTES);
         let (rate, taken) = tokio::join!(send(vec![near]), bounded.take_in(&mut far));
         taken.unwrap();
         assert!(rate.unwrap() > 0.0);
@@ -253,6 +296,16 @@ mod tests {
         };
         let (taken, ()) = tokio::join!(bounded.take_in(&mut far), write);
         assert_eq!(taken.unwrap_err().kind(), io::ErrorKind::FileTooLarge);
+    }
+
+    #[tokio::test]
+    async fn a_probe_has_no_more_streams_than_are_told() {
+        let (near, far) = pair().await;
+        let bounded = probe(MOST_BYTES);
+        bounded.streams.store(MOST_STREAMS, Ordering::Relaxed);
+        let (rate, ()) = tokio::join!(send(vec![near]), bounded.serve(far));
+        assert!(rate.is_err());
+        assert_eq!(bounded.left.load(Ordering::Relaxed), MOST_BYTES);
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::agent::context::RequestContext;
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
 use crate::agent::journal::{MigrationRow, Report};
+use crate::agent::transport::Transport;
 
 /// How many of the last migrations between two hosts are looked at.
 const LOOKED_AT: u32 = 20;
@@ -55,9 +56,14 @@ impl KnownWay {
         self.way.bytes_per_second.min(cap)
     }
 
-    /// What these migrations tell, and of the link what a probe did, if none of them does.
-    fn learned(infos: &[MigrationInfo], options: &MigrationOptions, probed: Option<f64>) -> Self {
-        let lately = || infos.iter();
+    /// What these migrations tell, and of the link what a probe did, if none of them does. What pages cost depends on how they travel: one by another
+    /// transport tells nothing of that.
+    fn learned(
+        infos: &[MigrationInfo],
+        (options, transport): (&MigrationOptions, Transport),
+        probed: Option<f64>,
+    ) -> Self {
+        let lately = || infos.iter().filter(|info| is_by(transport, info));
         let measured = lately().find_map(|info| Some((info, rate(info)?)));
         let cap = Some(options.bandwidth_bytes_per_s as f64).filter(|&cap| cap > 0.0);
         let (bytes_per_second, mut known_from) = match (measured, cap, probed) {
@@ -66,7 +72,13 @@ impl KnownWay {
                 (rate, format!("measured by migration {id} from {from} to {to}"))
             }
             (None, Some(cap), _) => (cap, format!("assumed to carry what --bandwidth allows, {UNTOLD}")),
-            (None, None, Some(rate)) => (rate, format!("measured by sending for a moment, {UNTOLD}")),
+            (None, None, Some(rate)) => {
+                let by = match transport {
+                    Transport::Tcp => "to its data port",
+                    Transport::Grpc => "through both agents, as its pages would go",
+                };
+                (rate, format!("measured by sending {by} for a moment, {UNTOLD}"))
+            }
             (None, None, None) => (ASSUMED, format!("assumed, {UNTOLD}, and it could not be tried")),
         };
         if measured.is_some() && cap.is_some_and(|cap| cap < bytes_per_second) {
@@ -77,8 +89,12 @@ impl KnownWay {
                 bytes_per_second,
                 round: lately().filter_map(round).min().unwrap_or(ROUND),
                 zero_pages_per_second: ZERO_PAGES,
-                preparation: typical(lately().filter_map(preparation)).unwrap_or(PREPARATION),
-                stop_and_start: typical(lately().filter_map(stop_and_start)).unwrap_or(STOP_AND_START),
+                preparation: typical(lately().filter_map(preparation))
+                    .or_else(|| typical(infos.iter().filter_map(preparation)))
+                    .unwrap_or(PREPARATION),
+                stop_and_start: typical(lately().filter_map(stop_and_start))
+                    .or_else(|| typical(infos.iter().filter_map(stop_and_start)))
+                    .unwrap_or(STOP_AND_START),
             },
             known_from,
         }
@@ -96,7 +112,7 @@ impl Agent {
         destination: &str,
         options: &MigrationOptions,
     ) -> Result<KnownWay, Failure> {
-        let peer = destination.to_owned();
+        let (peer, transport) = (destination.to_owned(), Transport::parse(&options.transport)?);
         let reports = self
             .journal
             .read(move |connection| MigrationRow::last_with(connection, &peer, LOOKED_AT))
@@ -106,21 +122,28 @@ impl Agent {
         // Of one that came from there this host knows no rounds.
         let there = |info: &MigrationInfo| info.status == "completed" && info.source == self.host();
         let completed: Vec<_> = infos.into_iter().filter(there).collect();
-        let is_told = completed.iter().any(|info| rate(info).is_some());
+        let is_told = completed
+            .iter()
+            .any(|info| is_by(transport, info) && rate(info).is_some());
         // Nothing is sent faster than its user allows, and so nothing is found out.
         let probed = match is_told || options.bandwidth_bytes_per_s > 0 || destination.is_empty() {
             true => None,
             false => self
-                .probe(context, destination, streams(options))
+                .probe(context, (destination, transport), streams(options))
                 .await
                 .inspect_err(|failure| tracing::info!(destination, error = failure.chain(), "the link is not known"))
                 .ok(),
         };
-        Ok(KnownWay::learned(&completed, options, probed))
+        Ok(KnownWay::learned(&completed, (options, transport), probed))
     }
 }
 
-/// As many connections as the migration would have.
+/// Whether a migration's pages went by this transport.
+fn is_by(transport: Transport, info: &MigrationInfo) -> bool {
+    Transport::parse(&info.transport) == Ok(transport)
+}
+
+/// As many streams as the migration would have.
 fn streams(options: &MigrationOptions) -> u32 {
     match options.streams {
         0 => std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32),
@@ -222,16 +245,18 @@ mod tests {
         }
     }
 
-    fn options(bandwidth_bytes_per_s: u64) -> MigrationOptions {
-        MigrationOptions {
+    fn learned(infos: &[MigrationInfo], bandwidth_bytes_per_s: u64, probed: Option<f64>) -> KnownWay {
+        let options = MigrationOptions {
             bandwidth_bytes_per_s,
             ..MigrationOptions::default()
-        }
+        };
+        KnownWay::learned(infos, (&options, Transport::Tcp), probed)
     }
 
     #[test]
     fn the_last_migration_tells_of_the_way() {
-        let known = KnownWay::learned(&[moved("a", 100, 100.3), moved("older", 100, 50.3)], &options(0), None);
+        let infos = [moved("a", 100, 100.3), moved("older", 100, 50.3)];
+        let known = learned(&infos, 0, None);
         assert!((known.way.bytes_per_second / 1e9 - 1.0).abs() < 0.01, "{:?}", known.way);
         assert_eq!(known.way.preparation, Duration::from_millis(46));
         assert_eq!(known.way.stop_and_start, Duration::from_millis(2));
@@ -245,9 +270,28 @@ mod tests {
             ..moved("a", 100, 100.3)
         };
         let usual = || moved("a", 100, 100.3);
-        let known = KnownWay::learned(&[slow, usual(), usual()], &options(0), None);
+        let known = learned(&[slow, usual(), usual()], 0, None);
         assert_eq!(known.way.preparation, Duration::from_millis(46));
         assert_eq!(typical(std::iter::empty()), None);
+    }
+
+    #[test]
+    fn one_by_another_transport_tells_of_the_preparation_and_not_of_the_link() {
+        let over_grpc = MigrationInfo {
+            transport: "grpc".to_owned(),
+            ..moved("a", 100, 200.3)
+        };
+        let by_tcp = [over_grpc, moved("older", 100, 100.3)];
+        let known = learned(&by_tcp, 0, Some(3e9));
+        assert!(known.known_from.contains("from-older"), "{}", known.known_from);
+        let known = KnownWay::learned(&by_tcp, (&MigrationOptions::default(), Transport::Grpc), None);
+        assert!((known.way.bytes_per_second / 5e8 - 1.0).abs() < 0.01, "{:?}", known.way);
+        let known = KnownWay::learned(&by_tcp[1..], (&MigrationOptions::default(), Transport::Grpc), Some(1e9));
+        assert_eq!(
+            (known.way.bytes_per_second, known.way.preparation),
+            (1e9, Duration::from_millis(46))
+        );
+        assert!(known.known_from.contains("through both agents"), "{}", known.known_from);
     }
 
     #[test]
@@ -273,13 +317,13 @@ mod tests {
     #[test]
     fn what_nobody_has_measured_is_said_to_be_assumed() {
         let tiny = [moved("a", 1, 3.0)];
-        let known = KnownWay::learned(&tiny, &options(0), None);
+        let known = learned(&tiny, 0, None);
         assert_eq!(known.way.bytes_per_second, ASSUMED);
         assert!(known.known_from.contains("assumed"));
-        let capped = KnownWay::learned(&[], &options(1_000_000), None);
+        let capped = learned(&[], 1_000_000, None);
         assert_eq!(capped.way.bytes_per_second, 1e6);
         assert!(capped.known_from.contains("--bandwidth"));
-        let probed = KnownWay::learned(&tiny, &options(0), Some(3e9));
+        let probed = learned(&tiny, 0, Some(3e9));
         assert_eq!(probed.way.bytes_per_second, 3e9);
     }
 }

@@ -11,7 +11,10 @@
 //! behind another. The same secret is proven on it. The VMMs notice no difference but one: the streams go with either agent. That is a cut
 //! link, and nothing else: before GO the copy ends and the guest runs on at the source, GO itself may be lost, and late pages have other streams made.
 
+mod call;
+mod connector;
 mod destination;
+mod messages;
 mod pump;
 mod source;
 
@@ -19,7 +22,10 @@ use ferry_proto::InvalidField;
 use ferry_proto::agent::v1::StreamPiece;
 use ferry_proto::agent::v1::stream_piece::Piece;
 
+pub(super) use connector::Connector;
 pub(super) use destination::StreamsService;
+#[cfg(any(fuzzing, test))]
+pub(crate) use messages::read_hostile as read_hostile_messages;
 pub(super) use source::connect;
 
 /// How the VMMs of a migration reach each other.
@@ -56,9 +62,6 @@ impl Transport {
         }
     }
 }
-
-/// The largest message of a stream: a piece, and what protobuf puts around it.
-pub(super) const MOST_MESSAGE: usize = pump::PIECE + 64;
 
 /// Bytes that a receiver takes in before it is known that its VMM takes them: HTTP/2's window, of the stream and of its connection.
 ///

@@ -18,29 +18,22 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use ferry_proto::agent::v1::StreamEnd;
 use ferry_proto::agent::v1::stream_piece::Piece;
-use ferry_proto::agent::v1::{StreamEnd, StreamPiece};
-use prost::bytes::{BufMut, BytesMut};
+use prost::bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{ReadHalf, WriteHalf};
-use tokio::sync::mpsc;
-use tokio_stream::{Stream, StreamExt};
 use tonic::Status;
 
-use super::piece;
-
-/// The most bytes of one piece: about what a socket's buffer holds.
-pub(super) const PIECE: usize = 256 << 10;
+use super::call::{Hearing, Outgoing};
+use super::messages::{Heard, PIECE, Rooms, message};
 
 /// Bytes that a socket takes before its reader has read any; the kernel caps it (`net.core.wmem_max`) and doubles it for its own bookkeeping.
-const SOCKET_BUFFER: usize = 256 << 10;
+const SOCKET_BUFFER: usize = PIECE;
 
-/// Pieces that wait for a call to take them.
-pub(super) const WAITING: usize = 1;
-
-/// What a call is given to carry.
-pub(super) type Outgoing = mpsc::Sender<Result<StreamPiece, Status>>;
+/// What is read at once and is no more than this is copied, so that its room is free again.
+const LITTLE: usize = 4 << 10;
 
 /// Why a stream ended otherwise than by both sides having said their end.
 #[derive(Debug, thiserror::Error)]
@@ -48,12 +41,12 @@ pub(super) enum Cut {
     /// The call ended, or the connection under it.
     #[error("the call ended in the middle of the stream")]
     CallEnded,
-    /// The call failed, and says why.
+    /// The call failed, or what came in it is no message of a stream; it says why.
     #[error("the call failed: {}", .0.message())]
     CallFailed(Status),
     /// The peer sent what does not belong there.
-    #[error("the peer sent {0} in the middle of the stream")]
-    Misbehaved(&'static str),
+    #[error("the peer sent a word of the beginning in the middle of the stream")]
+    OutOfPlace,
     /// What comes is for a VMM that has hung up.
     #[error("the VMM hung up")]
     NobodyListens,
@@ -79,65 +72,56 @@ pub(super) fn pair() -> io::Result<(UnixStream, OwnedFd)> {
 ///
 /// # Errors
 /// It was cut. The socket is closed when this returns.
-pub(super) async fn pump(
-    mut socket: UnixStream,
-    incoming: &mut (impl Stream<Item = Result<StreamPiece, Status>> + Unpin),
-    outgoing: &Outgoing,
-) -> Result<(), Cut> {
+pub(super) async fn pump(mut socket: UnixStream, hearing: &mut Hearing, outgoing: &Outgoing) -> Result<(), Cut> {
     let (reading, writing) = socket.split();
     let has_hung_up = AtomicBool::new(false);
     tokio::try_join!(
         up(reading, outgoing, &has_hung_up),
-        down(incoming, writing, &has_hung_up)
+        down(hearing, writing, &has_hung_up)
     )
     .map(drop)
 }
 
 /// From the VMM to the call.
 async fn up(mut socket: ReadHalf<'_>, outgoing: &Outgoing, has_hung_up: &AtomicBool) -> Result<(), Cut> {
-    let mut buffer = BytesMut::new();
+    let rooms = Rooms::default();
     loop {
-        buffer.reserve(PIECE);
-        let mut room = (&mut buffer).limit(PIECE);
+        let mut room = rooms.room();
         let read = tokio::select! {
             biased;
             // Noticed at once, also while the VMM has nothing to say.
             () = outgoing.closed() => return Err(Cut::CallEnded),
-            read = socket.read_buf(&mut room) => read.map_err(Cut::Socket)?,
+            read = socket.read(room.space()) => read.map_err(Cut::Socket)?,
         };
         if read == 0 {
             has_hung_up.store(true, Ordering::Relaxed);
-            return say(outgoing, Piece::End(StreamEnd {})).await;
+            return say(outgoing, message(Piece::End(StreamEnd {}))).await;
         }
-        say(outgoing, Piece::Bytes(buffer.split().freeze())).await?;
+        let said = match read <= LITTLE {
+            true => message(Piece::Bytes(Bytes::copy_from_slice(&room.space()[..read]))),
+            false => room.message(read),
+        };
+        say(outgoing, said).await?;
     }
 }
 
-async fn say(outgoing: &Outgoing, what: Piece) -> Result<(), Cut> {
-    outgoing.send(Ok(piece(what))).await.map_err(|_| Cut::CallEnded)
+async fn say(outgoing: &Outgoing, message: Bytes) -> Result<(), Cut> {
+    outgoing.send(Ok(message)).await.map_err(|_| Cut::CallEnded)
 }
 
 /// From the call to the VMM.
-async fn down(
-    incoming: &mut (impl Stream<Item = Result<StreamPiece, Status>> + Unpin),
-    mut socket: WriteHalf<'_>,
-    has_hung_up: &AtomicBool,
-) -> Result<(), Cut> {
+async fn down(hearing: &mut Hearing, mut socket: WriteHalf<'_>, has_hung_up: &AtomicBool) -> Result<(), Cut> {
     let mut listens = true;
     loop {
-        let said = incoming.next().await.ok_or(Cut::CallEnded)?;
-        let bytes = match said.map_err(Cut::CallFailed)?.piece {
-            Some(Piece::Bytes(bytes)) if bytes.len() <= PIECE => bytes,
-            Some(Piece::Bytes(_)) => return Err(Cut::Misbehaved("too large a piece")),
-            Some(Piece::End(StreamEnd {})) => {
+        let heard = hearing.next().await.map_err(Cut::CallFailed)?;
+        let bytes = match heard.ok_or(Cut::CallEnded)? {
+            Heard::Bytes(bytes) => bytes,
+            Heard::Word(Piece::End(StreamEnd {})) => {
                 // One that has hung up needs no telling.
                 let _ = socket.shutdown().await;
                 return Ok(());
             }
-            Some(Piece::Claim(_) | Piece::Nonce(_) | Piece::Proof(_) | Piece::Taken(_)) => {
-                return Err(Cut::Misbehaved("a word of the beginning"));
-            }
-            None => return Err(Cut::Misbehaved("an empty message")),
+            Heard::Word(_) => return Err(Cut::OutOfPlace),
         };
         if listens && let Err(error) = socket.write_all(&bytes).await {
             match error.kind() {

@@ -1,27 +1,29 @@
 //! Agent A's end: makes the calls, and proves the migration's secret on each.
 
+use std::future::poll_fn;
 use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use ferry_proto::agent::v1::stream_piece::Piece;
-use ferry_proto::agent::v1::{StreamClaim, StreamPiece, StreamTaken};
+use ferry_proto::agent::v1::{StreamClaim, StreamTaken};
 use hmac::Mac;
-use tokio::sync::mpsc;
-use tokio_stream::StreamExt;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Response, Streaming};
+use tonic::Status;
+use tonic::body::Body;
+use tonic::codegen::Service;
+use tonic::codegen::http::Request;
 use uuid::Uuid;
 
-use super::pump::{self, Outgoing, pump};
-use super::{FRAME, MOST_MESSAGE, WINDOW, piece};
-use crate::agent::compute_rpcapi::at;
+use super::call::{self, Hearing, Outgoing};
+use super::connector::Connector;
+use super::messages::{Heard, message};
+use super::pump::{self, pump};
+use super::{FRAME, WINDOW};
 use crate::agent::context::RequestContext;
 use crate::agent::data_port::{PATIENCE, Secret, proof};
 use crate::agent::failure::Failure;
 use crate::agent::peers::{Peer, PeerError};
-use crate::agent::versions::RpcVersion;
 
 /// How often the peer is asked whether it lives, and how long it may take to say so. The VMMs notice by themselves; this is for streams on which
 /// nobody waits any more.
@@ -67,27 +69,27 @@ async fn carry(
         .max_frame_size(FRAME)
         .http2_keep_alive_interval(ASK_EACH)
         .keep_alive_timeout(ANSWER_TIME);
-    let client = peer.streams(context, &connection).await?;
-    let (outgoing, pieces) = mpsc::channel(pump::WAITING);
+    let mut connection = peer.connect(context, &connection, Connector).await?;
+    let (outgoing, request) = call::request();
     let claim = StreamClaim {
         migration: migration.to_string(),
         index: index.into(),
     };
     // The channel has room for one.
-    let _ = outgoing.send(Ok(piece(Piece::Claim(claim)))).await;
-    let pieces = ReceiverStream::new(pieces).map_while(Result::ok);
-    let mut client = client.max_decoding_message_size(MOST_MESSAGE);
-    let answered = client.carry(at(RpcVersion::V4_3, pieces)).await;
-    let mut incoming = answered
-        .map(Response::into_inner)
-        .map_err(|status| peer.error(&status))?;
-    prove(peer, &mut incoming, &outgoing, (secret, migration, index)).await?;
+    let _ = outgoing.send(Ok(message(Piece::Claim(claim)))).await;
+    let broken = |error: tonic::transport::Error| peer.error(&Status::from_error(error.into()));
+    let ready = poll_fn(|context| Service::<Request<Body>>::poll_ready(&mut connection, context));
+    ready.await.map_err(broken)?;
+    let answer = connection.call(request).await.map_err(broken)?;
+    let heard = call::answered(answer.map(Body::new));
+    let mut hearing = heard.map_err(|status| peer.error(&status))?;
+    prove(peer, &mut hearing, &outgoing, (secret, migration, index)).await?;
 
     let failed = Failure::host("failed to make a pair of sockets");
     let (socket, handed) = pump::pair().map_err(failed)?;
     tokio::spawn(async move {
-        match pump(socket, &mut incoming, &outgoing).await {
-            Ok(()) => end(incoming, outgoing).await,
+        match pump(socket, &mut hearing, &outgoing).await {
+            Ok(()) => end(hearing, outgoing).await,
             Err(cut) => tracing::info!(%migration, index, error = crate::error_chain(&cut), "a stream was cut"),
         }
     });
@@ -97,25 +99,24 @@ async fn carry(
 /// Says over the peer's nonce what only one who knows the secret can say.
 async fn prove(
     peer: &Peer,
-    incoming: &mut Streaming<StreamPiece>,
+    hearing: &mut Hearing,
     outgoing: &Outgoing,
     (secret, migration, index): (Secret, Uuid, u16),
 ) -> Result<(), Failure> {
-    let Some(Piece::Nonce(nonce)) = said(peer, incoming).await? else {
+    let Some(Heard::Word(Piece::Nonce(nonce))) = said(peer, hearing).await? else {
         return Err(out_of_place(peer));
     };
     let proof = proof(&secret, &nonce, migration, index).finalize().into_bytes();
     // If the call is over, what it said last is read next.
-    let _ = outgoing.send(Ok(piece(Piece::Proof(proof.to_vec())))).await;
-    match said(peer, incoming).await? {
-        Some(Piece::Taken(StreamTaken {})) => Ok(()),
+    let _ = outgoing.send(Ok(message(Piece::Proof(proof.to_vec())))).await;
+    match said(peer, hearing).await? {
+        Some(Heard::Word(Piece::Taken(StreamTaken {}))) => Ok(()),
         _ => Err(out_of_place(peer)),
     }
 }
 
-async fn said(peer: &Peer, incoming: &mut Streaming<StreamPiece>) -> Result<Option<Piece>, PeerError> {
-    let message = incoming.message().await.map_err(|status| peer.error(&status))?;
-    Ok(message.and_then(|message| message.piece))
+async fn said(peer: &Peer, hearing: &mut Hearing) -> Result<Option<Heard>, PeerError> {
+    hearing.next().await.map_err(|status| peer.error(&status))
 }
 
 fn out_of_place(peer: &Peer) -> Failure {
@@ -124,8 +125,8 @@ fn out_of_place(peer: &Peer) -> Failure {
 }
 
 /// Both sides have said all: the peer may end the call, which was this side's.
-async fn end(mut incoming: Streaming<StreamPiece>, outgoing: Outgoing) {
+async fn end(mut hearing: Hearing, outgoing: Outgoing) {
     drop(outgoing);
     // One that does not is hung up on.
-    let _ = tokio::time::timeout(ANSWER_TIME, incoming.next()).await;
+    let _ = tokio::time::timeout(ANSWER_TIME, hearing.next()).await;
 }

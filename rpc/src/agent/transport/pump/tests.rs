@@ -4,12 +4,11 @@ use std::future::Future;
 use std::time::Duration;
 
 use ferry_proto::agent::v1::StreamTaken;
-use prost::bytes::Bytes;
 use rustix::net::Shutdown;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
-use tokio_stream::wrappers::ReceiverStream;
 
+use super::super::call::{WAITING, request, response};
 use super::*;
 
 /// What is waited for in these tests comes at once, or never.
@@ -17,22 +16,32 @@ const DEADLINE: Duration = Duration::from_secs(30);
 /// What is not to happen has this long to happen.
 const A_WHILE: Duration = Duration::from_millis(200);
 
-type Message = Result<StreamPiece, Status>;
 type Pumping = JoinHandle<Result<(), Cut>>;
 
 /// A pump between a call and what a VMM would have.
-fn pumping(incoming: mpsc::Receiver<Message>, outgoing: Outgoing) -> (UnixStream, Pumping) {
+fn pumping(mut hearing: Hearing, outgoing: Outgoing) -> (UnixStream, Pumping) {
     let (socket, handed) = pair().unwrap();
     let vmm = StdUnixStream::from(handed);
     vmm.set_nonblocking(true).unwrap();
-    let task = tokio::spawn(async move { pump(socket, &mut ReceiverStream::new(incoming), &outgoing).await });
+    let task = tokio::spawn(async move { pump(socket, &mut hearing, &outgoing).await });
     (UnixStream::from_std(vmm).unwrap(), task)
+}
+
+/// What is said in a call, and heard at its other end; with the status of an answer at its end, or without as a request.
+fn said() -> (Outgoing, Hearing) {
+    let (outgoing, request) = request();
+    (outgoing, Hearing::new(request.into_body()))
+}
+
+fn answered() -> (Outgoing, Hearing) {
+    let (outgoing, response) = response();
+    (outgoing, Hearing::new(response.into_body()))
 }
 
 /// Both ends of a stream, and the pumps between them.
 fn stream() -> ([UnixStream; 2], [Pumping; 2]) {
-    let (to_b, from_a) = mpsc::channel(WAITING);
-    let (to_a, from_b) = mpsc::channel(WAITING);
+    let (to_b, from_a) = said();
+    let (to_a, from_b) = answered();
     let (vmm_a, pump_a) = pumping(from_b, to_b);
     let (vmm_b, pump_b) = pumping(from_a, to_a);
     ([vmm_a, vmm_b], [pump_a, pump_b])
@@ -138,9 +147,9 @@ async fn what_comes_for_one_that_hung_up_cuts_the_stream() {
 }
 
 /// A pump whose call is the test's: the VMM's end, what the peer says, what it is told.
-fn with_a_peer() -> (UnixStream, Outgoing, mpsc::Receiver<Message>, Pumping) {
-    let (says, incoming) = mpsc::channel(8);
-    let (outgoing, told) = mpsc::channel(WAITING);
+fn with_a_peer() -> (UnixStream, Outgoing, Hearing, Pumping) {
+    let (says, incoming) = answered();
+    let (outgoing, told) = said();
     let (vmm, task) = pumping(incoming, outgoing);
     (vmm, says, told, task)
 }
@@ -148,9 +157,7 @@ fn with_a_peer() -> (UnixStream, Outgoing, mpsc::Receiver<Message>, Pumping) {
 #[tokio::test]
 async fn a_call_that_ends_without_an_end_cuts_the_stream() {
     let (mut vmm, says, _told, task) = with_a_peer();
-    says.send(Ok(piece(Piece::Bytes(Bytes::from_static(b"half a")))))
-        .await
-        .unwrap();
+    says.send(Ok(bytes(b"half a"))).await.unwrap();
     drop(says);
     assert_eq!(read_to_end(&mut vmm).await, b"half a");
     assert!(matches!(ended(task).await, Err(Cut::CallEnded)));
@@ -164,9 +171,8 @@ async fn the_end_of_a_call_is_noticed_while_the_vmm_is_silent_or_does_not_read()
     assert!(matches!(ended(task).await, Err(Cut::CallEnded)));
 
     let (_deaf, says, told, task) = with_a_peer();
-    let much = Bytes::from(vec![0; PIECE]);
-    for _ in 0..8 {
-        says.send(Ok(piece(Piece::Bytes(much.clone())))).await.unwrap();
+    while let Ok(taken) = timeout(A_WHILE, says.send(Ok(bytes(&[0; PIECE])))).await {
+        taken.unwrap();
     }
     drop(told);
     assert!(matches!(ended(task).await, Err(Cut::CallEnded)));
@@ -181,8 +187,13 @@ async fn a_call_that_fails_cuts_the_stream_and_says_why() {
     assert!(read_to_end(&mut vmm).await.is_empty());
 }
 
+/// A message with these bytes.
+fn bytes(said: &[u8]) -> Bytes {
+    message(Piece::Bytes(Bytes::copy_from_slice(said)))
+}
+
 /// What a pump makes of one message of the peer's; nothing of it reaches the VMM.
-async fn refused(said: StreamPiece) -> String {
+async fn refused(said: Bytes) -> String {
     let (mut vmm, says, _told, task) = with_a_peer();
     says.send(Ok(said)).await.unwrap();
     assert!(read_to_end(&mut vmm).await.is_empty());
@@ -191,26 +202,19 @@ async fn refused(said: StreamPiece) -> String {
 
 #[tokio::test]
 async fn what_does_not_belong_there_cuts_the_stream() {
-    let large = Bytes::from(vec![0; PIECE + 1]);
-    assert!(refused(piece(Piece::Bytes(large))).await.contains("too large"));
-    assert!(
-        refused(piece(Piece::Taken(StreamTaken {})))
-            .await
-            .contains("the beginning")
-    );
-    assert!(
-        refused(piece(Piece::Nonce(vec![0; 32])))
-            .await
-            .contains("the beginning")
-    );
-    assert!(refused(StreamPiece { piece: None }).await.contains("empty"));
+    assert!(refused(bytes(&vec![0; PIECE + 1])).await.contains("too large"));
+    let words = [Piece::Taken(StreamTaken {}), Piece::Nonce(vec![0; 32])];
+    for word in words {
+        assert!(refused(message(word)).await.contains("the beginning"));
+    }
+    assert!(refused(Bytes::from_static(&[0; 5])).await.contains("empty"));
 }
 
 #[tokio::test]
 async fn a_piece_of_no_bytes_changes_nothing() {
     let (mut vmm, says, _told, task) = with_a_peer();
-    for bytes in [Bytes::new(), Bytes::from_static(b"x"), Bytes::new()] {
-        says.send(Ok(piece(Piece::Bytes(bytes)))).await.unwrap();
+    for said in [&b""[..], b"x", b""] {
+        says.send(Ok(bytes(said))).await.unwrap();
     }
     let mut heard = [0];
     soon(vmm.read_exact(&mut heard)).await.unwrap();
