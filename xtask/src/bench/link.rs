@@ -70,7 +70,7 @@ fn measure(
 ) -> Result<(Vec<Contender>, Vec<Contender>)> {
     let modes: &[qemu::Mode] = match options.peer {
         Some(Peer::Qemu) => &[qemu::Mode::Plain, qemu::Mode::Multifd2, qemu::Mode::Multifd2Zstd],
-        None => &[],
+        Some(Peer::CloudHypervisor) | None => &[],
     };
     let mut own: Vec<_> = WAYS.iter().map(|(name, _)| Contender::new(name)).collect();
     let mut peers: Vec<_> = modes.iter().map(|mode| Contender::new(mode.name())).collect();

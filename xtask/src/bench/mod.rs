@@ -149,8 +149,10 @@ struct Sample {
 
 /// Builds, warms the memory, runs in turn, prints the table.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
-    if options.peer == Some(Peer::CloudHypervisor) && (options.devices || options.linux) {
-        bail!("only migrations are compared with Cloud Hypervisor; --devices and --linux know QEMU");
+    if options.peer == Some(Peer::CloudHypervisor) && (options.devices || options.linux || options.link.is_some()) {
+        bail!(
+            "only migrations over loopback are compared with Cloud Hypervisor; --devices, --linux and --link know QEMU"
+        );
     }
     if options.devices {
         return devices::run(options);
