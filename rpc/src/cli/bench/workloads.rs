@@ -63,7 +63,7 @@ pub(super) fn chosen(names: &[String]) -> Result<Vec<Workload>, String> {
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
-const ALL: [Workload; 7] = [
+const ALL: [Workload; 8] = [
     Workload {
         name: "idle-random-1g",
         description: "1 GiB of random data, 100 page writes a second",
@@ -142,6 +142,7 @@ const ALL: [Workload; 7] = [
         dirty: "log",
         cmdline: "fill=random fill_mib=512 work=uniform work_mib=16 rate=max heartbeat_ms=20",
         touched_bytes: 528 * MIB,
+        late: None,
     },
 ];
 
