@@ -244,8 +244,11 @@ mod tests {
                     end("success").of_event(t, id)?;
                 }
                 let of_one: i64 = t.query_row("SELECT count(*) FROM events", (), |row| row.get(0))?;
-                // As if very many had been there.
-                t.execute("UPDATE sqlite_sequence SET seq = seq + ?1 WHERE name='events'", [MOST])?;
+                // As if very many had been there before the last.
+                t.execute(
+                    "UPDATE events SET id = id + ?1 WHERE id = (SELECT max(id) FROM events)",
+                    [MOST],
+                )?;
                 event("j", "run").begin(t)?;
                 let of_all: Vec<String> = t
                     .prepare("SELECT instance || ' ' || action FROM events ORDER BY id")?
@@ -257,7 +260,7 @@ mod tests {
             .unwrap();
         // The one that goes on is beyond them.
         assert_eq!(of_one, MOST_OF_ONE + 1);
-        assert_eq!(of_all, ["i run", "j run"]);
+        assert_eq!(of_all, ["i run", "i pause", "j run"]);
     }
 
     #[tokio::test]
