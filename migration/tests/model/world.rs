@@ -61,7 +61,7 @@ pub(crate) struct Onlooker {
     /// The guest that was sent ran at B, or a paused one was taken over there.
     pub(crate) ran_at_b: bool,
     /// Epochs that were used, a bit each.
-    pub(crate) epochs: u32,
+    pub(crate) epochs: u64,
     /// The guest's memory is lost, and nothing but deaths that excuse it could have kept it.
     pub(crate) excused: bool,
     /// VMM A was killed by a failure.
@@ -207,7 +207,12 @@ impl World {
 
     /// A VMM takes a right to run: nobody had it before.
     pub(crate) fn take_right(&mut self, epoch: Epoch) {
-        let bit = 1 << epoch.0;
+        // What a `resolve` at the destination leaves to the source is left out here, too.
+        let place = match epoch.0 {
+            low @ ..32 => low,
+            high => 32 + (high & 31),
+        };
+        let bit = 1 << place;
         if self.onlooker.epochs & bit != 0 {
             self.onlooker.fault.get_or_insert(Fault::EpochTwice);
         }
