@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::host::{Host, free_port};
 use crate::messages::{Observer, Speaker};
@@ -249,14 +249,21 @@ const PREPARES: u32 = 2;
 const PREPARED_ADDRESS: u8 = 2 << 3 | 2;
 /// More connections at once than any scenario makes.
 const MOST_CONNECTIONS: usize = 256;
+/// Ports that are tried before it is given up.
+const TRIES: usize = 8;
 /// How often a thread that waits for something else than bytes looks again.
 const PAUSE: Duration = Duration::from_millis(2);
 
 fn listen() -> Result<(TcpListener, u16)> {
-    let port = free_port()?;
-    let listener = TcpListener::bind(("127.0.0.1", port)).context("failed to listen")?;
-    listener.set_nonblocking(true)?;
-    Ok((listener, port))
+    // A port that was free a moment ago may be somebody else's by now: scenarios of other processes look for some too.
+    for _ in 0..TRIES {
+        let port = free_port()?;
+        if let Ok(listener) = TcpListener::bind(("127.0.0.1", port)) {
+            listener.set_nonblocking(true)?;
+            return Ok((listener, port));
+        }
+    }
+    bail!("failed to listen: each of {TRIES} free ports was taken before it could be used")
 }
 
 fn accept(

@@ -68,7 +68,7 @@ fn lap(pair: &Pair, number: usize, moves: usize) -> Result<()> {
     let work = format!("{work} heartbeat_ms=20");
     let witness = pair.run(&Guest::new("g").memory_mib(384).work(&work).vcpus(vcpus).dirty(dirty))?;
     for turn in 0..moves {
-        let hosts = if turn % 2 == 0 {
+        let hosts = if turn.is_multiple_of(2) {
             [&pair.a, &pair.b]
         } else {
             [&pair.b, &pair.a]
@@ -76,7 +76,7 @@ fn lap(pair: &Pair, number: usize, moves: usize) -> Result<()> {
         let way = WAYS[(number * moves + turn) % WAYS.len()];
         moves_on(pair, hosts, way, &witness).with_context(|| format!("lap {number}, move {turn}, {way:?}"))?;
     }
-    let at = if moves % 2 == 0 { &pair.a } else { &pair.b };
+    let at = if moves.is_multiple_of(2) { &pair.a } else { &pair.b };
     at.ferry(&["delete", "g", "--force"])?.exit(0)?;
     has_nothing(&pair.a)?;
     has_nothing(&pair.b)
