@@ -152,8 +152,8 @@ fn completing_a_hybrid_one_by_force_has_the_rest_come_late(pair: &mut Pair) -> R
 fn pre_copy_whose_time_is_up_goes_over_to_post_copy(pair: &mut Pair) -> Result<()> {
     let witness = pair.run(&Guest::new("g").work(BUSY))?;
 
-    // No round brings a guest that writes so much within this.
-    let terms = ["--max-downtime", "20ms", "--bandwidth", "240Mbit", "--timeout", "5s"];
+    // Within this nothing is handed over, whatever the guest writes.
+    let terms = ["--max-downtime", "1ms", "--bandwidth", "240Mbit", "--timeout", "5s"];
     let moved = pair
         .migrate("g", &[&terms[..], &["--on-timeout", "postcopy"]].concat())?
         .exit(0)?

@@ -327,6 +327,8 @@ impl AbsentPages {
     /// If the run is out of bounds, or the kernel cannot do that at all.
     pub fn make_huge(&self, run: FrameRun) -> Result<bool, MemoryError> {
         let address = self.memory.host_address(run)?;
+        // Memory that waits for a guest is kept from huge pages, and so it would be here.
+        self.memory.advise_huge(run)?;
         // SAFETY: the range was checked to lie in our own mapping; its contents stay what they are.
         let done = unsafe { libc::madvise(address.cast(), run.bytes() as usize, libc::MADV_COLLAPSE) };
         if done == 0 {
@@ -345,17 +347,20 @@ impl AbsentPages {
 
     /// Supplies `len` bytes from `start` on: `step` is given where it is, how many are done and how many are left, and tells what the
     /// kernel said. Pages that are there are passed over.
+    ///
+    /// Where huge pages are wanted below a part of memory only, the kernel keeps the parts apart, and supplies nothing that lies in two of
+    /// them: ENOENT. From there on it goes page by page.
     fn put(
         &self,
         start: u64,
         len: u64,
         mut step: impl FnMut(u64, u64, u64) -> (Result<(), Errno>, i64),
     ) -> io::Result<()> {
-        let mut done = 0;
+        let (mut done, mut most) = (0, len);
         while done < len {
-            let at = start + done;
-            match step(at, done, len - done) {
-                (Ok(()), _) => return Ok(()),
+            let (at, next) = (start + done, most.min(len - done));
+            match step(at, done, next) {
+                (Ok(()), _) => done += next,
                 (Err(_), moved) if moved > 0 => done += moved.unsigned_abs(),
                 (Err(Errno::EXIST), _) => {
                     // Whoever was about to wait for it when it came need not.
@@ -363,6 +368,7 @@ impl AbsentPages {
                     done += PAGE_SIZE;
                 }
                 (Err(Errno::AGAIN), _) => {}
+                (Err(Errno::NOENT), _) if next > PAGE_SIZE => most = PAGE_SIZE,
                 (Err(error), _) => return Err(error.into()),
             }
         }
@@ -517,6 +523,19 @@ mod tests {
         };
         pages.stop_watching().expect("stopped");
         assert_eq!(read(&memory, 3), 0);
+    }
+
+    #[test]
+    fn pages_on_both_sides_of_where_huge_pages_are_wanted_are_supplied_together() {
+        let memory = memory();
+        memory.advise_huge(run(512, 512)).expect("advised");
+        let Some(pages) = watched(&memory, &[]) else { return };
+        let contents: Vec<u8> = (510..1030).flat_map(page_of).collect();
+        pages.supply(&[run(510, 520)], &contents).expect("supplied");
+        pages.supply_zeroes(run(400, 700)).expect("zeroes");
+        assert!((510..1030).all(|frame| read(&memory, frame) == frame));
+        assert_eq!((read(&memory, 400), read(&memory, 1099)), (0, 0));
+        pages.stop_watching().expect("stopped");
     }
 
     #[test]
