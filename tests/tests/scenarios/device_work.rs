@@ -134,23 +134,27 @@ fn a_disk_that_holds_something_else_is_told(pair: &mut Pair) -> Result<()> {
 }
 
 fn a_disk_that_shrinks_fails_its_guests_requests_and_nothing_else(pair: &mut Pair) -> Result<()> {
+    pair.expect_complaint("a disk request failed");
     let image = stamped_image(pair)?;
-    pair.run(&with_disk(&image, "io=randread depth=16 seconds=3"))?;
+    pair.run(&with_disk(&image, "io=randread depth=16 seconds=10"))?;
     let id = pair.a.show("g")?["id"].as_str().unwrap_or_default().to_owned();
     let witness = Witness::of_instance(&[&pair.a, &pair.b], &id);
-    pair.a.ferry(&Guest::new("other").arguments(&pair.kernel()))?.exit(0)?;
 
     File::options()
         .write(true)
         .open(&image)?
         .set_len(PAGES * STAMPED_BYTES / 2)?;
 
+    pair.a.ferry(&Guest::new("other").arguments(&pair.kernel()))?.exit(0)?;
     let told = transfers(&pair.a)?;
     ensure!(
         told.operations > told.failed && told.failed > 0 && told.wrong == 0,
         "{told}"
     );
-    pair.migrate("g", &[])?.exit(4)?.says(&image.display().to_string())?;
+    let logged = pair.a.ferry(&["logs", "g"])?.exit(0)?.stdout;
+    ensure!(logged.matches("a disk request failed").count() < 4, "{logged}");
+    // To the destination it is another disk than the guest's.
+    pair.migrate("g", &[])?.exit(1)?.migration()?.is("failed", "a")?;
     pair.a.wait_for_status("other", "running")?;
     pair.a.ferry(&["delete", "other", "--force"])?.exit(0)?;
     pair.runs_only_at(&pair.a, "g", &witness)

@@ -9,13 +9,14 @@
 //! after, and what the network did meanwhile: frames that went to the old host, and were sent again. A card that was not in use right before the
 //! blackout, and a direction in which nothing came soon after it, have no gap.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ferry_migration::handover::Decision;
 use ferry_proto::agent::v1::{FirstFrame, MigrationInfo, NetworkGap};
 use ferry_proto::vmm::v1 as wire;
 
 use super::script::Script;
+use crate::agent::failure::Failure;
 
 /// How long the first frames are waited for, where frames passed right before the blackout: TCP sends again what was lost after 200 ms, and then after
 /// twice as long each time.
@@ -38,27 +39,35 @@ impl Script {
         if !is_running || self.row.info.downtime_ms.is_none() || !before.iter().any(is_in_use) {
             return;
         }
-        let deadline = Instant::now() + PATIENCE;
-        let mut pause = FIRST_PAUSE;
         let mut after = Vec::new();
-        while !is_whole(&before, &after) && Instant::now() < deadline {
-            match self.first_frames().await {
-                Ok(cards) if !cards.is_empty() => after = cards,
-                // It is not there any more, or its agent is not: what is known is what is known.
-                Ok(_) => break,
-                Err(failure) => {
-                    tracing::info!(migration = %self.row.id, error = failure.chain(), "the first frames are not told");
-                    break;
-                }
-            }
-            tokio::time::sleep(pause).await;
-            pause = LONGEST_PAUSE.min(pause * 2);
-        }
+        // When the time is up, what is known by then is what is known.
+        let _ = tokio::time::timeout(PATIENCE, self.wait_for_frames(&before, &mut after)).await;
         let macs = self.macs().await;
         note_gaps(&mut self.row.info, &macs, &before, &after);
     }
 
-    async fn first_frames(&self) -> Result<Vec<FirstFrame>, crate::agent::failure::Failure> {
+    /// Asks until nothing more is to come.
+    async fn wait_for_frames(&self, before: &[wire::Frames], after: &mut Vec<FirstFrame>) {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            match self.first_frames().await {
+                Ok(cards) if !cards.is_empty() => *after = cards,
+                // The guest is not there any more.
+                Ok(_) => return,
+                Err(failure) => {
+                    tracing::info!(migration = %self.row.id, error = failure.chain(), "the first frames are not told");
+                    return;
+                }
+            }
+            if is_whole(before, after) {
+                return;
+            }
+            tokio::time::sleep(pause).await;
+            pause = LONGEST_PAUSE.min(pause * 2);
+        }
+    }
+
+    async fn first_frames(&self) -> Result<Vec<FirstFrame>, Failure> {
         let compute = self.agent.compute_rpcapi(&self.outgoing.context, &self.row.peer)?;
         compute.first_frames(self.row.id, self.agent.host()).await
     }

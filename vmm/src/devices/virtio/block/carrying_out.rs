@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use rustix::fs::{FallocateFlags, fallocate, fdatasync};
 use vm_memory::{Bytes, GuestAddress};
@@ -76,14 +77,11 @@ impl Block {
         }
         match done {
             // A chain has at most 4 GiB, its status byte included.
-            Ok(()) => {
-                self.fails.set(false);
-                (OK, given as u32)
-            }
+            Ok(()) => (OK, given as u32),
             Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => (UNSUPPORTED, 0),
             Err(error) => {
-                if !self.fails.replace(true) {
-                    tracing::warn!(?request, %error, "a disk request failed: the guest is told of an I/O error");
+                if let Some(untold) = self.failures.add(Instant::now()) {
+                    tracing::warn!(?request, %error, untold, "a disk request failed: the guest is told of an I/O error");
                 }
                 (IO_ERROR, 0)
             }

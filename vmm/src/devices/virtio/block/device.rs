@@ -9,6 +9,7 @@ use std::sync::atomic::AtomicBool;
 use super::super::super::DeviceStateError;
 use super::super::device::{Broken, Device, Turn, Wake};
 use super::super::queue::DeviceQueue;
+use super::failures::Failures;
 use super::request::MOST_EXTENTS;
 use super::service::Job;
 use super::{QUEUE_SIZE, SECTOR, WrittenBlocks, feature, state};
@@ -28,8 +29,7 @@ pub(crate) struct Block {
     pub(super) written: WrittenBlocks,
     /// The driver did not take FLUSH: it counts on every write to last once it is told of it (virtio 1.2, 5.2.6.2).
     pub(super) writes_through: bool,
-    /// The last request failed, and that was said: a guest that asks again and again does not fill the log.
-    pub(super) fails: Cell<bool>,
+    pub(super) failures: Failures,
     pub(super) lost: Arc<AtomicBool>,
 }
 
@@ -70,7 +70,7 @@ impl Block {
             sectors,
             written: WrittenBlocks::new(sectors * SECTOR),
             writes_through: false,
-            fails: Cell::new(false),
+            failures: Failures::default(),
         }
     }
 

@@ -6,6 +6,7 @@ mod bounce;
 mod bursts;
 mod carrying_out;
 mod device;
+mod failures;
 mod request;
 mod service;
 mod state;
