@@ -215,20 +215,14 @@ impl Compressor {
         })
     }
 
-    /// Compresses the first pages of `runs` and sends nothing.
+    /// Compresses some pages of `runs`, spread over them, and sends nothing.
     pub(crate) fn sample(
         &mut self,
         memory: &impl GuestMemory,
         runs: &[FrameRun],
         method: Method,
     ) -> Result<Option<Sampled>, GuestError> {
-        let mut left = SAMPLE_PAGES;
-        let part = |run: &FrameRun| {
-            let count = run.count.min(left);
-            left -= count;
-            FrameRun { count, ..*run }
-        };
-        let part: Vec<_> = runs.iter().map(part).filter(|run| run.count > 0).collect();
+        let part = spread(runs);
         if part.is_empty() {
             return Ok(None);
         }
@@ -270,6 +264,32 @@ impl Compressor {
     }
 }
 
+/// So many pages of these runs, in four stretches that are as far apart as they allow.
+fn spread(runs: &[FrameRun]) -> Vec<FrameRun> {
+    const STRETCHES: u64 = 4;
+    let pages: u64 = runs.iter().map(|run| run.count).sum();
+    let (stretch, apart) = (SAMPLE_PAGES / STRETCHES, pages / STRETCHES);
+    if pages <= SAMPLE_PAGES {
+        return runs.to_vec();
+    }
+    let (mut part, mut before) = (Vec::new(), 0);
+    for run in runs {
+        for number in 0..STRETCHES {
+            // Where this stretch begins and ends among all pages, as far as it is in this run.
+            let (begins, ends) = (number * apart, number * apart + stretch);
+            let (first, end) = (begins.max(before), ends.min(before + run.count));
+            if first < end {
+                part.push(FrameRun {
+                    first: run.first + (first - before),
+                    count: end - first,
+                });
+            }
+        }
+        before += run.count;
+    }
+    part
+}
+
 /// Room for so many bytes behind the sum.
 fn room(block: &mut Vec<u8>, bytes: usize) -> &mut [u8] {
     let len = COMPRESSED_SUM_BYTES + bytes;
@@ -294,6 +314,23 @@ mod tests {
                 "{error}"
             );
         }
+    }
+
+    #[test]
+    fn samples_are_spread_over_a_frame() {
+        let run = |first, count| FrameRun { first, count };
+        assert_eq!(spread(&[run(7, 64)]), [run(7, 64)]);
+        assert_eq!(
+            spread(&[run(0, 512)]),
+            [run(0, 16), run(128, 16), run(256, 16), run(384, 16)]
+        );
+        let split = spread(&[run(0, 130), run(1000, 382)]);
+        assert_eq!(
+            split,
+            [run(0, 16), run(128, 2), run(1000, 14), run(1126, 16), run(1254, 16)]
+        );
+        let scattered: Vec<_> = (0..512).map(|page| run(page * 2, 1)).collect();
+        assert_eq!(spread(&scattered).len(), 64);
     }
 
     #[test]

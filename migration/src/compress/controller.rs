@@ -40,8 +40,14 @@ const LOOK_WAITED: Duration = Duration::from_millis(16);
 const LINK_IS_WAITED_FOR: f64 = 0.25;
 
 /// Bytes of pages between two samples, at first and at most; doubled whenever one changed nothing.
-const SAMPLE_EVERY: u64 = 64 << 20;
+const SAMPLE_EVERY: u64 = 32 << 20;
 const SAMPLE_EVERY_AT_MOST: u64 = 512 << 20;
+
+/// Bytes of pages before the first sample: a guest's first pages are not like the others.
+const FIRST_SAMPLE: u64 = 4 << 20;
+
+/// A way is not taken before it was tried so often: one frame may be unlike the others.
+const TRIED_BEFORE: u32 = 2;
 
 /// Bytes of pages that are sent plainly to see what the link carries by now, and bytes between two such probes: 3 %. Doubled whenever one changed nothing.
 const PROBE_BYTES: u64 = 8 << 20;
@@ -73,6 +79,8 @@ struct Way {
     method: Method,
     /// Seconds for a byte, and what is left of it; `None`: never tried.
     known: Option<(f64, f64)>,
+    /// How often it was tried.
+    tried: u32,
 }
 
 /// A look at the link.
@@ -111,12 +119,12 @@ impl Controller {
     pub(super) fn new(codecs: Codecs) -> Self {
         let ways = WAYS.into_iter().filter(|way| codecs.contains(way.codec()));
         Self {
-            ways: ways.map(|method| Way { method, known: None }).collect(),
+            ways: ways.map(Way::new).collect(),
             link: None,
             link_then: 0.0,
             now: None,
             look: Look::default(),
-            until_sample: 0,
+            until_sample: FIRST_SAMPLE,
             sample_every: SAMPLE_EVERY,
             next_sample: 0,
             until_probe: PROBE_EVERY,
@@ -218,8 +226,13 @@ impl Controller {
         let Some(way) = self.ways.iter_mut().find(|way| way.method == sampled.method) else {
             return;
         };
+        way.tried += 1;
         let blend = |before: f64, now: f64| before + weight * (now - before);
         way.known = Some(match way.known {
+            // One good frame proves nothing: the worse of the first ones counts.
+            Some((cost_before, left_before)) if way.tried <= TRIED_BEFORE => {
+                (cost.max(cost_before), left.max(left_before))
+            }
             Some((cost_before, left_before)) => (blend(cost_before, cost), blend(left_before, left)),
             None => (cost, left),
         });
@@ -292,6 +305,11 @@ impl Controller {
             None if cost(best) < CLEARLY_LESS * plain => Some(best),
             _ => None,
         };
+        let untried = |&index: &usize| self.ways[index].tried < TRIED_BEFORE;
+        if let Some(index) = wanted.filter(untried) {
+            (self.until_sample, self.next_sample) = (0, index);
+            return None;
+        }
         if wanted == self.now {
             if is_new {
                 self.sample_every = (2 * self.sample_every).min(SAMPLE_EVERY_AT_MOST);
@@ -339,6 +357,14 @@ impl Controller {
 }
 
 impl Way {
+    fn new(method: Method) -> Self {
+        Self {
+            method,
+            known: None,
+            tried: 0,
+        }
+    }
+
     /// Seconds for a byte of a page over such a link; `None`: it was never tried.
     fn cost(&self, link: f64) -> Option<f64> {
         let (compressing, left) = self.known?;

@@ -1,7 +1,7 @@
 //! Pages travel compressed where that pays.
 //!
 //! Each frame says for itself whether its pages are compressed and how (`docs/wire.md`). What its user wants is a [`Compression`]; whether, and how, the next
-//! frame is compressed where that is left to Ferry is the [`Controller`]'s decision, a pure function over what was measured. Pages are copied out of guest
+//! frame is compressed where that is left to Ferry is the [`controller::Controller`]'s decision, a pure function over what was measured. Pages are copied out of guest
 //! memory before: no library may be handed bytes that the guest writes meanwhile.
 
 mod codec;

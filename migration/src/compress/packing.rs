@@ -263,6 +263,7 @@ mod tests {
         let packing = Packing::new(Compression::Auto);
         packing.agree(Codecs::ours()).unwrap();
         assert_eq!(packing.plan(512, GuestIs::Waiting), Plan::default());
+        assert_eq!(packing.plan(512, GuestIs::NotWaiting).sample, None);
         assert_eq!(packing.plan(512, GuestIs::NotWaiting).sample, Some(Method::Lz4));
     }
 }

@@ -46,16 +46,14 @@ fn move_on(pair: &Pair, to: &str, how: &str) -> Result<Migration> {
 }
 
 fn text_shrinks_by_each_way_to_compress(pair: &mut Pair) -> Result<()> {
-    let witness = pair.run(&Guest::new("g").work(TEXT))?;
-    for (how, to) in [("lz4", "b"), ("zstd", "a"), ("zstd:12", "b")] {
+    // Hardly anything is sent twice, however slow compressing is.
+    let witness =
+        pair.run(&Guest::new("g").work("fill=text fill_mib=48 work=uniform work_mib=1 rate=100 heartbeat_ms=20"))?;
+    for (how, to) in [("lz4", "b"), ("zstd", "a"), ("zstd:6", "b")] {
         let moved = move_on(pair, to, how)?;
         let (before, after) = (figure(&moved, "bytes_before")?, figure(&moved, "bytes_after")?);
         ensure!(before >= FILLED && after < 0.75 * before, "{}", moved.record);
-        ensure!(
-            moved.number("bytes_sent")? < 0.75 * FILLED + f64::from(16 << 20),
-            "{}",
-            moved.record
-        );
+        ensure!(moved.number("bytes_sent")? < 0.9 * FILLED, "{}", moved.record);
         witness.check()?;
     }
     let plain = move_on(pair, "a", "off")?;
@@ -78,7 +76,7 @@ fn random_pages_are_sent_plainly_by_each_way_to_compress(pair: &mut Pair) -> Res
 fn a_fast_link_is_left_alone(pair: &mut Pair) -> Result<()> {
     let witness = pair.run(&Guest::new("g").work(RANDOM))?;
     let moved = move_on(pair, "b", "auto")?;
-    ensure!(moved.text("compression.wanted")? == "auto", "{}", moved.record);
+    ensure!(moved.record["compression"]["wanted"] == "auto", "{}", moved.record);
     ensure!(figure(&moved, "compressed_frames")? == 0.0, "{}", moved.record);
     ensure!(figure(&moved, "frames")? > 20.0, "{}", moved.record);
     pair.runs_only_at(&pair.b, "g", &witness)

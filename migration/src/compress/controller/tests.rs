@@ -160,6 +160,16 @@ fn changes_are_told_with_their_grounds() {
 }
 
 #[test]
+fn one_frame_that_is_unlike_the_others_switches_nothing_on() {
+    let (mut controller, world) = (controller(), RANDOM.over(59e6));
+    for frame in 0..20 {
+        let plan = controller.plan(FRAME);
+        let sent = if frame == 1 { TEXT.over(59e6) } else { world }.send(plan);
+        assert_eq!(controller.measured(&sent), None);
+    }
+}
+
+#[test]
 fn without_a_format_nothing_is_tried() {
     let mut controller = Controller::new(Codecs::default());
     assert_eq!(TEXT.over(1e6).run(&mut controller, 100), (100, 0));
@@ -185,7 +195,8 @@ proptest! {
             None => 1.0 / link.min(4e9),
             Some(method) => {
                 let (speed, left) = world.of(method);
-                Way { method, known: Some((1.0 / speed, left)) }.cost(link).unwrap_or(f64::INFINITY)
+                let known = Some((1.0 / speed, left));
+                Way { known, ..Way::new(method) }.cost(link).unwrap_or(f64::INFINITY)
             }
         };
         let settled = cost(controller.method());
