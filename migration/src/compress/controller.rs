@@ -54,6 +54,9 @@ const PROBE_BYTES: u64 = 8 << 20;
 const PROBE_EVERY: u64 = 256 << 20;
 const PROBE_EVERY_AT_MOST: u64 = 4 << 30;
 
+/// A link that is waited for and carries this share of what was known of it is as it was.
+const AS_KNOWN: f64 = 0.7;
+
 /// A link that carries this share of what it did is looked at anew.
 const MUCH_SLOWER: f64 = 0.5;
 
@@ -273,7 +276,7 @@ impl Controller {
         true
     }
 
-    /// Compressed frames show what the link carries where it is what is waited for; else that it carries no less.
+    /// Compressed frames show that the link carries no less than they do. Less says nothing of it: the other end may have no processor to unpack them.
     fn look_compressed(&mut self, frame: &Measured) -> bool {
         self.look.add(frame);
         if self.look.bytes < LOOK_BYTES {
@@ -283,13 +286,13 @@ impl Controller {
         let Some(carried) = rate(look.sent, look.busy) else {
             return false;
         };
-        if look.sending.as_secs_f64() >= LINK_IS_WAITED_FOR * look.busy.as_secs_f64() {
-            self.link = Some(self.link.map_or(carried, |before| (before + carried) / 2.0));
-            // Nothing is to be found out by a probe.
+        let known = self.link.unwrap_or(carried);
+        let is_waited_for = look.sending.as_secs_f64() >= LINK_IS_WAITED_FOR * look.busy.as_secs_f64();
+        if is_waited_for && carried >= AS_KNOWN * known {
+            // It is full of them, as it was of plain ones: nothing is to be found out by a probe.
             self.until_probe = self.probe_every;
-        } else {
-            self.link = Some(self.link.map_or(carried, |before| before.max(carried)));
         }
+        self.link = Some(known.max(carried));
         true
     }
 
