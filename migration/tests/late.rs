@@ -207,6 +207,9 @@ fn with_a_disk(lateness: Lateness, workload: Workload) -> Scene {
 
 const DISK: FrameRun = run(HIGH + 500, 300);
 
+/// Its pages of memory that hold something: it may write three more.
+const MEMORY: std::ops::RangeInclusive<u64> = 6000..=6003;
+
 /// What was sent before GO, in pages of each round.
 fn sent(late: &Late) -> Vec<u64> {
     let SourceOutcome::GoSent(parked) = &late.ends.outcome else {
@@ -218,13 +221,14 @@ fn sent(late: &Late) -> Vec<u64> {
 #[test]
 fn disks_come_before_the_guest_and_all_of_its_memory_after() {
     let late = Late::of(migrate(with_a_disk(Lateness::AtOnce, BUSY)));
-    assert_eq!(late.pages.missing(), 6000);
+    let missing = late.pages.missing();
+    assert!(MEMORY.contains(&missing), "{missing}");
     assert_eq!(sent(&late).iter().sum::<u64>(), DISK.count);
     assert_eq!(
         late.destination.digest(DISK).unwrap(),
         late.source.digest(DISK).unwrap()
     );
-    assert_eq!(late.comes().pages, 6000);
+    assert_eq!(late.comes().pages, missing);
 }
 
 #[test]
@@ -233,8 +237,9 @@ fn disks_come_before_the_guest_where_rounds_do_not_bring_its_memory() {
     scene.parameters.manner = live(Duration::from_micros(500));
     let late = Late::of(migrate(scene));
     let missing = late.pages.missing();
-    assert!((1..6000).contains(&missing), "{missing}");
-    assert_eq!(sent(&late)[0], 6300);
+    assert!((1..*MEMORY.end()).contains(&missing), "{missing}");
+    let first = sent(&late)[0] - DISK.count;
+    assert!(MEMORY.contains(&first), "{first}");
     assert_eq!(
         late.destination.digest(DISK).unwrap(),
         late.source.digest(DISK).unwrap()
@@ -251,7 +256,8 @@ fn disks_are_sent_again_after_a_switchover_that_was_called_off() {
         late.destination.digest(DISK).unwrap(),
         late.source.digest(DISK).unwrap()
     );
-    assert_eq!(late.comes().pages, 6000);
+    let pages = late.comes().pages;
+    assert!(MEMORY.contains(&pages), "{pages}");
 }
 
 #[test]
