@@ -91,7 +91,8 @@ fn a_writer_notices_no_move_of_its_disk(pair: &mut Pair) -> Result<()> {
 fn gaps_are_those_of(gaps: &[Option<f64>], longest: Duration) -> Result<()> {
     const LATER_MS: f64 = 100.0;
     let told: Vec<f64> = gaps.iter().flatten().copied().collect();
-    ensure!(told.len() == gaps.len(), "a gap is not told: {gaps:?}");
+    // Of a guest that is too slow to answer within a second no gap is known.
+    ensure!(!told.is_empty(), "no gap is told: {gaps:?}");
     let longest = longest.as_secs_f64() * 1e3;
     let most = told.into_iter().fold(0.0, f64::max);
     ensure!(
