@@ -283,7 +283,10 @@ mod tests {
         let known = KnownWay::learned(&by_tcp, (&MigrationOptions::default(), Transport::Grpc), None);
         assert!((known.way.bytes_per_second / 5e8 - 1.0).abs() < 0.01, "{:?}", known.way);
         let known = KnownWay::learned(&by_tcp[1..], (&MigrationOptions::default(), Transport::Grpc), Some(1e9));
-        assert_eq!((known.way.bytes_per_second, known.way.preparation), (1e9, Duration::from_millis(46)));
+        assert_eq!(
+            (known.way.bytes_per_second, known.way.preparation),
+            (1e9, Duration::from_millis(46))
+        );
         assert!(known.known_from.contains("through both agents"), "{}", known.known_from);
     }
 

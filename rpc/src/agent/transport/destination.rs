@@ -162,13 +162,7 @@ impl Expected {
 }
 
 /// Has the stream prove the migration's secret, hands its other end to the VMM, and carries it.
-async fn take(
-    claim: Claim,
-    expected: Expected,
-    mut hearing: Hearing,
-    outgoing: Outgoing,
-    place: OwnedSemaphorePermit,
-) {
+async fn take(claim: Claim, expected: Expected, mut hearing: Hearing, outgoing: Outgoing, place: OwnedSemaphorePermit) {
     let Claim { migration: id, index } = claim;
     let proven = timeout(PATIENCE, is_proven(claim, expected.secret(), &mut hearing, &outgoing)).await;
     drop(place);
@@ -201,12 +195,7 @@ async fn take(
     }
 }
 
-async fn is_proven(
-    claim: Claim,
-    secret: &[u8],
-    hearing: &mut Hearing,
-    outgoing: &Outgoing,
-) -> Result<bool, Failure> {
+async fn is_proven(claim: Claim, secret: &[u8], hearing: &mut Hearing, outgoing: &Outgoing) -> Result<bool, Failure> {
     let nonce: [u8; NONCE] = data_port::random().map_err(Failure::host("failed to make a nonce"))?;
     let _ = outgoing.send(Ok(message(Piece::Nonce(nonce.to_vec())))).await;
     let Ok(Some(Heard::Word(Piece::Proof(shown)))) = hearing.next().await else {

@@ -308,7 +308,10 @@ mod tests {
         for part in [1, 2, 7, 4096, 65_537, all.len()] {
             let (heard, told, malformed) = read(&all, part);
             let told: Vec<_> = told.into_iter().map(|(_, word)| word).collect();
-            assert!(heard == said && told == words && malformed.is_none(), "in parts of {part}");
+            assert!(
+                heard == said && told == words && malformed.is_none(),
+                "in parts of {part}"
+            );
         }
     }
 
@@ -341,6 +344,9 @@ mod tests {
         // Long ones: another field, a length that does not fill the message, and none at all.
         assert_eq!(refused(&generated(Piece::Nonce(bytes(5000)))), Malformed::NoPiece);
         assert_eq!(refused(&[0, 0, 0, 0x10, 0, BYTES, 0x80, 0x10, 0]), Malformed::NoPiece);
-        assert_eq!(refused(&[0, 0, 0, 0x10, 0, BYTES, 0xff, 0xff, 0xff]), Malformed::NoPiece);
+        assert_eq!(
+            refused(&[0, 0, 0, 0x10, 0, BYTES, 0xff, 0xff, 0xff]),
+            Malformed::NoPiece
+        );
     }
 }

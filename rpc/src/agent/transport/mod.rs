@@ -23,9 +23,9 @@ use ferry_proto::agent::v1::StreamPiece;
 use ferry_proto::agent::v1::stream_piece::Piece;
 
 pub(super) use connector::Connector;
+pub(super) use destination::StreamsService;
 #[cfg(any(fuzzing, test))]
 pub(crate) use messages::read_hostile as read_hostile_messages;
-pub(super) use destination::StreamsService;
 pub(super) use source::connect;
 
 /// How the VMMs of a migration reach each other.

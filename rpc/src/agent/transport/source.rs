@@ -16,9 +16,9 @@ use tonic::codegen::http::Request;
 use uuid::Uuid;
 
 use super::call::{self, Hearing, Outgoing};
+use super::connector::Connector;
 use super::messages::{Heard, message};
 use super::pump::{self, pump};
-use super::connector::Connector;
 use super::{FRAME, WINDOW};
 use crate::agent::context::RequestContext;
 use crate::agent::data_port::{PATIENCE, Secret, proof};
