@@ -31,6 +31,9 @@ const HEAD: usize = PREFIX + FIELD;
 
 const _: () = assert!(PIECE < 1 << 21, "a varint of three bytes");
 
+/// The longest message with its prefix.
+pub(super) const LONGEST: usize = HEAD + PIECE;
+
 /// A message of so many bytes is read as a whole, whatever is in it; a longer one is a piece of bytes.
 const SHORT: usize = 1 << 10;
 
@@ -57,7 +60,7 @@ impl Rooms {
     pub(super) fn room(&self) -> Room {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
         Room {
-            bytes: kept.unwrap_or_else(|| vec![0; HEAD + PIECE].into()),
+            bytes: kept.unwrap_or_else(|| vec![0; LONGEST].into()),
             home: self.clone(),
         }
     }

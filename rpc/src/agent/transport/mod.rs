@@ -69,8 +69,8 @@ impl Transport {
 /// bounds what an agent keeps of a stream whose VMM does not read.
 pub(super) const WINDOW: u32 = 4 << 20;
 
-/// The largest frame of HTTP/2 that an agent takes. Its default, 16 KiB, cuts each piece into sixteen.
-pub(super) const FRAME: u32 = 256 << 10;
+/// The largest frame of HTTP/2 that an agent takes: a piece and what is before it in its message. Its default, 16 KiB, cuts each piece into sixteen.
+pub(super) const FRAME: u32 = messages::LONGEST as u32;
 
 fn piece(piece: Piece) -> StreamPiece {
     StreamPiece { piece: Some(piece) }
