@@ -472,9 +472,12 @@ fn late(lateness: Lateness, most_throttle: u32) -> Policy {
     Policy::new(terms, OVERHEAD, most_throttle).with_late_pages(lateness)
 }
 
+/// What it is about; pages and dirty pages of its rounds; the verdicts on them; what the last one's words have.
+type Course<'a> = (&'a str, &'a [(u64, u64)], &'a [Verdict], &'a str);
+
 #[test]
 fn what_rounds_do_not_bring_comes_late_where_it_may_and_why_is_said() {
-    let table: &[(&str, &[(u64, u64)], &[Verdict], &str)] = &[
+    let table: &[Course] = &[
         (
             "an idle guest is handed over whole",
             &[(400_000, 10)],
