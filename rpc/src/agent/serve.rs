@@ -44,6 +44,7 @@ const LAST_CALLS: Duration = Duration::from_secs(1);
 /// A port is taken, the data directory cannot be used or is another agent's, or the journal cannot be opened.
 pub async fn serve(config: AgentConfig) -> anyhow::Result<()> {
     config.check()?;
+    transport::keep_freed_memory();
     let _lock = open_data_dir(&config.data_dir)?;
     let unfinished = Unfinished::of(&config.data_dir.join(UNFINISHED));
     // Not waited for, and not when the agent ends: they may be on a file system that is slow.

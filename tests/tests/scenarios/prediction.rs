@@ -232,6 +232,12 @@ fn the_link_is_known_by_the_last_migration(pair: &mut Pair) -> Result<()> {
     let measured = number(first, "bytes")? / number(first, "ms")? * 1e3;
     let share = number(prediction(&told)?, "bandwidth_bytes_per_s")? / measured;
     ensure!((0.8..1.3).contains(&share), "{share}: {told}");
+
+    // A move by one transport tells nothing of another.
+    let over_grpc = [&quick[..], &["--transport", "grpc"]].concat();
+    let told = dry_run(pair, &over_grpc, 0)?;
+    ensure!(from(&told)?.contains("through both agents"), "{told}");
+    ensure!(number(prediction(&told)?, "bandwidth_bytes_per_s")? > 0.0, "{told}");
     pair.runs_only_at(&pair.a, "g", &witness)
 }
 

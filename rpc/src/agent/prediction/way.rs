@@ -77,7 +77,7 @@ impl KnownWay {
                     Transport::Tcp => "to its data port",
                     Transport::Grpc => "through both agents, as its pages would go",
                 };
-                (rate, format!("measured by sending {by} for a moment, {UNTOLD}"))
+                (rate, format!("measured by sending for a moment {by}, {UNTOLD}"))
             }
             (None, None, None) => (ASSUMED, format!("assumed, {UNTOLD}, and it could not be tried")),
         };

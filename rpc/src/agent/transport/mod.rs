@@ -72,6 +72,15 @@ pub(super) const WINDOW: u32 = 4 << 20;
 /// The largest frame of HTTP/2 that an agent takes: a piece and what is before it in its message. Its default, 16 KiB, cuts each piece into sixteen.
 pub(super) const FRAME: u32 = messages::LONGEST as u32;
 
+/// Has the allocator keep what is freed for what is allocated next, up to a few windows. Once, when an agent begins.
+///
+/// Each frame that comes is read into new memory of its size. glibc gives memory of that size back to the kernel when it is freed, and to touch it
+/// anew cost a seventh of a move's processor time. To have freed a large block once is how its thresholds are raised without a call of its
+/// own (`M_MMAP_THRESHOLD` in mallopt(3): it adjusts itself, and `M_TRIM_THRESHOLD` to twice as much).
+pub(super) fn keep_freed_memory() {
+    drop(std::hint::black_box(Vec::<u8>::with_capacity(2 * WINDOW as usize)));
+}
+
 fn piece(piece: Piece) -> StreamPiece {
     StreamPiece { piece: Some(piece) }
 }
