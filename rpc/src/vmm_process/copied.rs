@@ -125,6 +125,7 @@ impl CopiedDisk {
 
     /// Reads the run's bytes, the last frame filled up with zeroes.
     pub(super) fn read(&self, run: FrameRun, bytes: &mut [u8]) -> io::Result<()> {
+        check_room(run, bytes.len())?;
         let mut pieces = bytes.chunks_mut((PIECE_FRAMES * FRAME_SIZE) as usize);
         self.each_piece(run, |offset, len, frames| {
             self.image.read_exact_at(&mut frames[..len], offset)?;
@@ -137,6 +138,7 @@ impl CopiedDisk {
 
     /// Writes the run's bytes into the image.
     pub(super) fn write(&self, run: FrameRun, bytes: &[u8]) -> io::Result<()> {
+        check_room(run, bytes.len())?;
         let mut pieces = bytes.chunks((PIECE_FRAMES * FRAME_SIZE) as usize);
         self.each_piece(run, |offset, len, frames| {
             frames.copy_from_slice(pieces.next().ok_or(io::ErrorKind::InvalidInput)?);
@@ -238,6 +240,17 @@ fn read_all(socket: BorrowedFd<'_>, mut bytes: &mut [u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// Fails unless there are just as many bytes as the run has.
+fn check_room(run: FrameRun, bytes: usize) -> io::Result<()> {
+    match run.count.checked_mul(FRAME_SIZE) == Some(bytes as u64) {
+        true => Ok(()),
+        false => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{bytes} bytes are not those of {} blocks", run.count),
+        )),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixStream;
@@ -322,5 +335,6 @@ mod tests {
         assert_eq!(from.digest(run(0, 301)).unwrap(), to.digest(run(0, 301)).unwrap());
         assert_eq!(to.image.metadata().unwrap().len(), 300 * 4096 + 512);
         assert!(from.read(run(0, 301), &mut bytes[..4096]).is_err());
+        assert!(to.write(run(0, 301), &bytes[..4096]).is_err());
     }
 }
