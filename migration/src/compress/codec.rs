@@ -128,9 +128,9 @@ impl Display for Method {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Compression {
     /// Where it pays, as it pays.
-    #[default]
     Auto,
     /// None.
+    #[default]
     Off,
     /// All pages that get any smaller by it, whether it pays or not.
     Always(Method),

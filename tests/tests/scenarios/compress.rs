@@ -156,7 +156,11 @@ fn across(pair: &mut Pair, rate: &str, work: &str) -> Result<(ShapedLink, Witnes
 fn text_over_a_slow_link_is_compressed_of_its_own_accord(pair: &mut Pair) -> Result<()> {
     let (_link, witness) = across(pair, "200mbit", TEXT)?;
 
-    let moved = pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
+    let moved = pair
+        .migrate("g", &["--compress", "auto"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
 
     let (before, after) = (figure(&moved, "bytes_before")?, figure(&moved, "bytes_after")?);
     ensure!(before > 0.5 * FILLED && after < 0.75 * before, "{}", moved.record);
@@ -171,7 +175,11 @@ fn text_over_a_slow_link_is_compressed_of_its_own_accord(pair: &mut Pair) -> Res
 fn random_pages_over_a_slow_link_are_sent_plainly(pair: &mut Pair) -> Result<()> {
     let (_link, witness) = across(pair, "400mbit", RANDOM)?;
 
-    let moved = pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
+    let moved = pair
+        .migrate("g", &["--compress", "auto"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
 
     ensure!(figure(&moved, "compressed_frames")? == 0.0, "{}", moved.record);
     pair.runs_only_at(&pair.b, "g", &witness)

@@ -248,10 +248,10 @@ fn epoch_of_move(row: &InstanceRow) -> u64 {
     }
 }
 
-/// What a request wants of compression; one that says nothing leaves it to Ferry.
+/// What a request wants of compression; one that says nothing wants none.
 pub(super) fn compression(text: &str) -> Result<Compression, ParseCompressionError> {
     match text {
-        "" => Ok(Compression::Auto),
+        "" => Ok(Compression::default()),
         text => text.parse(),
     }
 }
