@@ -458,12 +458,16 @@ impl Compute for ComputeService {
             });
             if decision == Decision::Running {
                 // Most often it is, at once: then it need not be told again.
-                let _ = tokio::time::timeout(CALL_TIME / 2, outgoing.over()).await;
+                let _ = tokio::time::timeout(CALL_TIME / 2, outgoing.let_go()).await;
             }
         }
         let kept_epoch = self.kept_epoch(migration, &request.destination).await?;
         Ok(Response::new(PostLiveMigrationReply {
-            pending: self.0.outgoing.find(migration).is_some(),
+            pending: self
+                .0
+                .outgoing
+                .find(migration)
+                .is_some_and(|outgoing| !outgoing.has_let_go()),
             kept_epoch,
         }))
     }

@@ -1,6 +1,7 @@
-//! What is promised to migrations into here that are being prepared, from the check on until their rows are written.
+//! What is promised to instances that are to become this host's, from the check on until they are among them: those of migrations that are being prepared,
+//! new ones whose files are still being copied, those that a snapshot is restored to.
 //!
-//! A check that is followed by a wait is no promise: two migrations could pass it together, and have more than there is. So who checks
+//! A check that is followed by a wait is no promise: two could pass it together, and have more than there is, or the same. So who checks
 //! writes down in the same turn what was checked, and whoever comes next finds that.
 
 use std::collections::HashMap;
@@ -13,7 +14,7 @@ use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, check_incoming};
 use crate::agent::reason::Reason;
 
-/// The promises, by migration.
+/// The promises, by migration; of an instance that comes by none, by its own id.
 #[derive(Default)]
 pub(crate) struct Reservations {
     /// Who has it checks and promises; the others wait.
@@ -23,24 +24,27 @@ pub(crate) struct Reservations {
 
 type Promises = HashMap<Uuid, Promise>;
 
-/// What one migration was promised.
+/// What one instance was promised.
 #[derive(Clone, Debug)]
 pub(crate) struct Promise {
     /// Who comes.
     pub(crate) instance: Uuid,
+    /// Whether it comes by a migration.
+    migrates: bool,
     /// What it claims, and what it is called.
     pub(crate) spec: InstanceSpec,
 }
 
 /// A promise. Dropping it takes it back, which changes nothing once the instance is among those of this host.
-pub(super) struct Reservation {
-    migration: Uuid,
+#[must_use = "what is promised is promised only while it is held"]
+pub(crate) struct Reservation {
+    id: Uuid,
     promised: Arc<Mutex<Promises>>,
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        lock(&self.promised).remove(&self.migration);
+        lock(&self.promised).remove(&self.id);
     }
 }
 
@@ -57,19 +61,26 @@ impl Reservations {
     /// How many migrations there are with those that have a task.
     fn count_with(&self, live: &[Uuid]) -> usize {
         let promised = lock(&self.promised);
-        live.len() + promised.keys().filter(|&id| !live.contains(id)).count()
+        let migrations = promised.iter().filter(|(_, promise)| promise.migrates);
+        live.len() + migrations.filter(|(id, _)| !live.contains(id)).count()
+    }
+
+    /// Whether this instance is promised its place.
+    pub(crate) fn expects(&self, instance: Uuid) -> bool {
+        lock(&self.promised)
+            .values()
+            .any(|promise| promise.instance == instance)
     }
 
     /// Whether this migration, or another one of this instance, is being prepared.
     fn is_preparing(&self, migration: Uuid, instance: Uuid) -> bool {
-        let promised = lock(&self.promised);
-        promised.contains_key(&migration) || promised.values().any(|promise| promise.instance == instance)
+        lock(&self.promised).contains_key(&migration) || self.expects(instance)
     }
 
-    fn promise(&self, migration: Uuid, promise: Promise) -> Reservation {
-        lock(&self.promised).insert(migration, promise);
+    fn promise(&self, id: Uuid, promise: Promise) -> Reservation {
+        lock(&self.promised).insert(id, promise);
         Reservation {
-            migration,
+            id,
             promised: Arc::clone(&self.promised),
         }
     }
@@ -106,9 +117,25 @@ impl Agent {
         self.check_claim(spec).await?;
         let promise = Promise {
             instance,
+            migrates: true,
             spec: spec.clone(),
         };
         Ok(self.reservations.promise(migration, promise))
+    }
+
+    /// Promises an instance that comes by no migration its id, its name and the addresses of its network cards, for as long as the reservation is held.
+    ///
+    /// # Errors
+    /// Another one of this host has them, or is promised them.
+    pub(crate) async fn reserve_new(&self, instance: Uuid, spec: &InstanceSpec) -> Result<Reservation, Failure> {
+        let _turn = self.reservations.turn.lock().await;
+        check_incoming(self, instance, spec).await?;
+        let promise = Promise {
+            instance,
+            migrates: false,
+            spec: spec.clone(),
+        };
+        Ok(self.reservations.promise(instance, promise))
     }
 
     /// Who asked again before the answer was there is to ask once more.
@@ -125,6 +152,7 @@ mod tests {
     fn promise(instance: u128) -> Promise {
         Promise {
             instance: Uuid::from_u128(instance),
+            migrates: true,
             spec: InstanceSpec::default(),
         }
     }
@@ -138,7 +166,15 @@ mod tests {
         // The second has a task by now, and counts once.
         assert_eq!(reservations.count_with(&[two, three]), 3);
         assert_eq!(reservations.promises().len(), 2);
-        drop((first, second));
+        // One that is restored is no migration.
+        let three_promised = Promise {
+            migrates: false,
+            ..promise(13)
+        };
+        let third = reservations.promise(Uuid::from_u128(13), three_promised);
+        assert_eq!(reservations.count_with(&[two, three]), 3);
+        assert!(reservations.expects(Uuid::from_u128(13)));
+        drop((first, second, third));
         assert_eq!(reservations.count_with(&[three]), 1);
         assert!(reservations.promises().is_empty());
     }

@@ -50,7 +50,7 @@ impl Agent {
     ) -> Result<InstanceInfo, Failure> {
         tokio::task::block_in_place(|| backends::complete(&mut spec))?;
         spec::check(&spec)?;
-        self.check_free(&spec).await?;
+        let reserved = self.reserve_new(id, &spec).await?;
         let folder = self.make_folder(id)?;
         // Up to a gigabyte is read and written: other tasks go elsewhere meanwhile.
         let imported = tokio::task::block_in_place(|| self.import_images(&mut spec, &folder));
@@ -74,17 +74,13 @@ impl Agent {
             return Err(failure);
         }
         let instance = self.instances.add(row);
+        drop(reserved);
         let mut state = instance.state.lock().await;
         if let Err(failure) = self.start(&instance, &mut state, Occasion::Run, Epoch::FIRST.0).await {
             self.forget(&mut state).await;
             return Err(failure);
         }
         Ok(state.info(self.host()))
-    }
-
-    /// No instance of this host has the name, or a network card of the same address.
-    async fn check_free(&self, spec: &InstanceSpec) -> Result<(), Failure> {
-        self.taken(spec).await.into_iter().next().map_or(Ok(()), Err)
     }
 
     /// What of an instance some other of this host has: its name, addresses of its network cards.
@@ -432,6 +428,10 @@ pub(crate) async fn why_not_incoming(agent: &Agent, id: Uuid, spec: &InstanceSpe
     if agent.instances.by_id(id).is_some() {
         let there = format!("instance {id} is on host {} already", agent.host());
         return vec![Failure::Refused(there)];
+    }
+    if agent.reservations.expects(id) {
+        let expected = format!("instance {id} is on its way to host {}", agent.host());
+        return vec![Failure::Refused(expected)];
     }
     agent.taken(spec).await
 }

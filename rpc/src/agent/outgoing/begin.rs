@@ -359,6 +359,7 @@ impl Script {
             news: peer_sender,
             resolvings,
             retunings,
+            let_go: watch::channel(false).0,
             over: watch::channel(false).0,
         });
         agent.outgoing.add(Arc::clone(&outgoing));

@@ -57,6 +57,7 @@ impl Script {
         faults::reach(Site::RowDeparted, Moment::After).await;
         self.agent.instances.remove(self.row.instance);
         self.agent.remove_folder(self.row.instance);
+        self.outgoing.let_go.send_replace(true);
         if self.row.said.as_deref() != Some(Decision::Running.as_str()) {
             // A person said so, who may be wrong: what is on its disks is kept.
             return Ok(());
@@ -74,6 +75,8 @@ impl Script {
                 self.note_network_gap().await;
             }
             Ending::Arrived => {
+                // Whoever waits for a turn, or for the copy to be gone, need not wait for what is only told.
+                drop(self.turn.take());
                 self.note_network_gap().await;
                 self.arrived();
             }
@@ -110,6 +113,7 @@ impl Script {
         );
         faults::reach(Site::RowSourceOver, Moment::After).await;
         self.agent.outgoing.remove(self.row.id);
+        self.outgoing.let_go.send_replace(true);
         self.outgoing.over.send_replace(true);
         if let Some(resolving) = self.resolving.take() {
             resolving.answer(Ok(()));

@@ -68,6 +68,8 @@ pub(crate) struct Outgoing {
     pub(super) news: mpsc::UnboundedSender<PeerNews>,
     pub(super) resolvings: mpsc::UnboundedSender<Resolving>,
     pub(super) retunings: mpsc::UnboundedSender<Retuning>,
+    /// The copy of the guest is destroyed, and will not be there again; or it is over.
+    pub(super) let_go: watch::Sender<bool>,
     pub(super) over: watch::Sender<bool>,
 }
 
@@ -110,6 +112,17 @@ impl Outgoing {
         self.info.subscribe()
     }
 
+    /// Whether no copy of the guest is here for it any more. What is left then is to be told, and nobody waits for it.
+    pub(crate) fn has_let_go(&self) -> bool {
+        *self.let_go.borrow()
+    }
+
+    /// Waits for that, or until it is over.
+    pub(crate) async fn let_go(&self) {
+        // The handle holds the sender, so this cannot fail before it is true.
+        let _ = self.let_go.subscribe().wait_for(|&let_go| let_go).await;
+    }
+
     /// Waits until it is over.
     pub(crate) async fn over(&self) {
         // The handle holds the sender, so this cannot fail before it is true.
@@ -141,7 +154,8 @@ impl OutgoingMigrations {
 
     /// Whether a migration of this instance has a task.
     pub(crate) fn has(&self, instance: Uuid) -> bool {
-        self.lock().values().any(|outgoing| outgoing.instance == instance)
+        let mut all = self.lock().values().cloned().collect::<Vec<_>>().into_iter();
+        all.any(|outgoing| outgoing.instance == instance && !outgoing.has_let_go())
     }
 
     /// How many there are, the queued ones among them.

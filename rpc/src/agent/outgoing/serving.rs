@@ -207,8 +207,15 @@ impl Script {
         if !reply.needed {
             return Ok(Some(End::NotNeeded(Some(Box::new(reply)))));
         }
-        let first = u16::try_from(reply.first_index).unwrap_or(u16::MAX - late_streams(self.streams()) - 1);
-        let indexes = first..first + late_streams(self.streams()) + 1;
+        let first = u16::try_from(reply.first_index).ok();
+        let indexes = first.and_then(|first| Some(first..first.checked_add(late_streams(self.streams()) + 1)?));
+        let indexes = indexes.ok_or_else(|| {
+            let index = reply.first_index;
+            Failure::Unavailable(format!(
+                "host {} wants connections from index {index} on",
+                self.row.peer
+            ))
+        })?;
         let connections = self.connect(&reply.data_address, &reply.secret, indexes).await?;
         let link = Command::LateLink(wire::LateLink {
             migration: self.row.id.to_string(),

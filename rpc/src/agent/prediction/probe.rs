@@ -88,11 +88,19 @@ impl Probes {
         let present = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         present
             .clone()
-            .filter(|probe| probe.id == id && Instant::now() < probe.until)
+            .filter(|probe| probe.id == id && Instant::now() < probe.may_be_joined_until())
     }
 }
 
 impl Probe {
+    /// Its streams come one after the other, over a long way each some round trips later.
+    fn may_be_joined_until(&self) -> Instant {
+        match self.streams.load(Ordering::Relaxed) {
+            0 => self.until,
+            _ => self.until + PATIENCE,
+        }
+    }
+
     /// Serves one of its streams, which has proven that it is one.
     pub(crate) async fn serve(&self, mut stream: impl AsyncRead + AsyncWrite + Unpin) {
         if self.streams.fetch_add(1, Ordering::Relaxed) >= MOST_STREAMS {

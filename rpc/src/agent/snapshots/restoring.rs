@@ -19,7 +19,7 @@ use crate::agent::context::RequestContext;
 use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
 use crate::agent::images;
-use crate::agent::instances::{Agent, Instance, InstanceState, NewRight, check_incoming};
+use crate::agent::instances::{Agent, Instance, InstanceState, NewRight};
 use crate::agent::journal::{InstanceRow, Status};
 use crate::agent::outgoing::now_ms;
 use crate::agent::peers::{CALL_TIME, ComputeClient};
@@ -66,7 +66,7 @@ impl Agent {
         manifest: &Manifest,
         identity: Identity,
     ) -> Result<InstanceInfo, Failure> {
-        check_incoming(self, row.id, &row.spec).await?;
+        let reserved = self.reserve_new(row.id, &row.spec).await?;
         let right = NewRight {
             epoch: first_epoch(&row, identity),
             paused: manifest.paused,
@@ -78,6 +78,7 @@ impl Agent {
                 self.host()
             )));
         };
+        drop(reserved);
         let gone = match identity {
             // From here on peers see it here: of two hosts that restore it at the same time, one at least notices.
             Identity::Same => self.check_gone_elsewhere(context, instance.id).await,
