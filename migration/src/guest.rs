@@ -355,10 +355,10 @@ pub trait AbsentPages: Send + Sync {
     fn end(&self) -> Result<(), GuestError>;
 
     /// Has a huge page put below `block`, which is one, after the end: contents stay what they are, and whoever uses them meanwhile may
-    /// wait. False where the host has none for it now, or somebody holds one of its pages.
+    /// wait. False where the host has none for it now, somebody holds one of its pages, or most of them are not there any more.
     ///
     /// # Errors
-    /// If the host cannot do that for any block.
+    /// If the host says what it should not.
     fn make_huge(&self, block: FrameRun) -> Result<bool, GuestError>;
 }
 

@@ -318,15 +318,20 @@ impl AbsentPages {
     }
 
     /// Has a huge page put below these pages, which must be one's: the kernel copies them, whatever the host's settings for huge pages
-    /// (MADV_COLLAPSE, Linux 6.1). Whoever uses them meanwhile waits. False where the host has no huge page now, or a page is held by
-    /// somebody (a device's transfer under way) or backed otherwise. After [`stop_watching`](Self::stop_watching): among watched pages
-    /// none may be absent.
+    /// (MADV_COLLAPSE, Linux 6.1). Whoever uses them meanwhile waits. False where the host has no huge page now, a page is held by
+    /// somebody (a device's transfer under way) or backed otherwise, the guest has given most of them back, or the kernel does not know the
+    /// request. After [`stop_watching`](Self::stop_watching): among watched pages none may be absent.
     ///
     /// # Errors
     ///
-    /// If the run is out of bounds, or the kernel cannot do that at all.
+    /// If the run is out of bounds, or the kernel says what it should not.
     pub fn make_huge(&self, run: FrameRun) -> Result<bool, MemoryError> {
         let address = self.memory.host_address(run)?;
+        // The kernel would fill what is not there, however much that is: what a balloon gave back among it.
+        let there = self.memory.populated_in(run)?;
+        if 2 * there.runs.iter().map(|run| run.count).sum::<u64>() < run.count {
+            return Ok(false);
+        }
         // Memory that waits for a guest is kept from huge pages, and so it would be here.
         self.memory.advise_huge(run)?;
         // SAFETY: the range was checked to lie in our own mapping; its contents stay what they are.
@@ -335,8 +340,9 @@ impl AbsentPages {
             return Ok(true);
         }
         match last_error() {
-            // As madvise(2) has them: no page, no memory of its group, or pages that cannot be taken now.
-            Errno::NOMEM | Errno::BUSY | Errno::AGAIN => Ok(false),
+            // As madvise(2) has them: no page, no memory of its group, or pages that cannot be taken now. EINVAL is said of a range that is not
+            // as it must be (mm/khugepaged.c, madvise_collapse_errno: pages of zeroes only, none at all), too, and not of the request alone.
+            Errno::NOMEM | Errno::BUSY | Errno::AGAIN | Errno::INVAL => Ok(false),
             error => Err(MemoryError::Advise {
                 what: "put a huge page below",
                 run,
