@@ -431,7 +431,8 @@ fn handshake<G: SourceGuest>(
         );
         return Err(SourceError::Misbehaved(what).into());
     }
-    let agreed = packing.agree(Codecs::from_wire(&reply.codecs));
+    let may_pay = !conversation.asked.parameters.one_host || conversation.lasting.terms().bandwidth.is_some();
+    let agreed = packing.agree(Codecs::from_wire(&reply.codecs), may_pay);
     agreed.map_err(|reason| SourceError::Incompatible(vec![reason]))?;
     conversation.lasting.speaks(reply.protocol);
     conversation.asked.report(SourceReport::Accepted {
@@ -473,6 +474,7 @@ fn with_threads<G: SourceGuest>(
             let totals = &totals[usize::from(stream)];
             let sender = PageSender {
                 stream,
+                streams: sockets.streams(),
                 socket,
                 memory: &*memory,
                 feed,

@@ -83,8 +83,8 @@ fn under_a_tight_cap_it_is_switched_on_and_told() {
     scene.parameters.bandwidth = NonZeroU64::new(10 << 20);
     let summary = compressed(scene, Compression::Auto);
     let tally = &summary.compression;
-    assert_eq!((tally.switched_on, tally.switched_off), (1, 0), "{tally:?}");
-    assert!(tally.bytes_before > 10 << 20, "{tally:?}");
+    assert_eq!(tally.switched_on, tally.switched_off + 1, "{tally:?}");
+    assert!(tally.bytes_before > 0 && tally.saved() > 0, "{tally:?}");
     let decision = summary.decisions.iter().find(|decided| decided.deed == "compress");
     assert!(
         decision.unwrap().words.starts_with("pages are compressed with "),

@@ -5,8 +5,8 @@
 //!             ┌────────────── compressing pays clearly ──────────────┐
 //!             │                                                      ▼
 //!   plain: the link is measured all the time,            compressed: the way is measured all the time,
-//!   a way to compress now and then, on a part            the other ways now and then; the link where it is what is
-//!   of a frame that is sent plain anyway                 waited for, and else by a few plain frames now and then
+//!   a way to compress now and then, on a part            the other ways now and then; the link by a few plain
+//!   of a frame that is sent plain anyway                 frames, soon after the change and then ever more rarely
 //!             ▲                                                      │
 //!             └──────────── it is slower than plain frames ──────────┘
 //! ```
@@ -14,30 +14,30 @@
 //! What a byte of a page costs is what it costs the link, plainly or compressed, or what it costs the processor: the slower of the two decides, for the
 //! kernel sends one frame while the next one is compressed. All of it is per stream: what one stream gets of the link, beside what one thread gets of the
 //! processors, the guest and the other end on the same host included.
+//!
+//! That is a thought, and leaves out what cannot be seen from here: an end that has no processor to unpack what it gets. So what compressed frames came to
+//! counts more than what was thought of them, and plain ones are tried again wherever the two are near each other.
 
 use std::time::Duration;
 
+use super::ways::{CLEARLY_LESS, WAYS, cost};
 use super::{Codecs, Measured, Method, Sampled};
-
-/// The ways that are thought of, each slower than the one before it. What higher levels save is not worth their time at any speed that a migration can live with.
-const WAYS: [Method; 3] = [Method::Lz4, Method::Zstd(1), Method::Zstd(3)];
-
-/// A way to compress is changed to when a byte costs this share of what it does, or less: what is measured varies.
-const CLEARLY_LESS: f64 = 0.85;
-
-/// What of the shorter of the two, compressing and sending, is not hidden behind the longer one.
-const NOT_HIDDEN: f64 = 0.25;
 
 /// A slower way is looked at where the one before it takes no more of what a plain byte takes on the link.
 const ROOM_FOR_SLOWER: f64 = 0.5;
 
 /// What a look at the link lasts: so many bytes of pages, or so much waiting for the link, whatever comes first. Buffers of the kernel take
-/// some MiB before the link is felt.
-const LOOK_BYTES: u64 = 16 << 20;
-const LOOK_WAITED: Duration = Duration::from_millis(16);
+/// some MiB before the link is felt; and an end that was without a processor for a moment is not the link, so it takes two looks.
+const LOOK: Span = Span {
+    bytes: 16 << 20,
+    time: Duration::from_millis(48),
+};
 
-/// Where compressing goes on, the link is what is waited for if sending takes this share of the time.
-const LINK_IS_WAITED_FOR: f64 = 0.25;
+/// What a look at compressed frames lasts: what of them is in the kernel's buffers must not count.
+const COMPRESSED_LOOK: Span = Span {
+    bytes: 64 << 20,
+    time: Duration::from_millis(200),
+};
 
 /// Bytes of pages between two samples, at first and at most; doubled whenever one changed nothing.
 const SAMPLE_EVERY: u64 = 32 << 20;
@@ -49,13 +49,32 @@ const FIRST_SAMPLE: u64 = 4 << 20;
 /// A way is not taken before it was tried so often: one frame may be unlike the others.
 const TRIED_BEFORE: u32 = 2;
 
-/// Bytes of pages that are sent plainly to see what the link carries by now, and bytes between two such probes: 3 %. Doubled whenever one changed nothing.
-const PROBE_BYTES: u64 = 8 << 20;
-const PROBE_EVERY: u64 = 256 << 20;
-const PROBE_EVERY_AT_MOST: u64 = 4 << 30;
+/// What is sent plainly to see what the link carries by now, where pages are compressed. First what does not count, for each stream: what was compressed is
+/// still in the kernel's buffers, and has to be unpacked before what comes after it is read.
+const PROBE_UNSEEN: u64 = 2 << 20;
+const PROBE: Span = Span {
+    bytes: 4 << 20,
+    time: Duration::from_millis(48),
+};
 
-/// A link that is waited for and carries this share of what was known of it is as it was.
-const AS_KNOWN: f64 = 0.7;
+/// The time of sending threads before the first probe. What was thought of the link may have been a moment's, and only plain frames can tell; but where
+/// compressed ones come to clearly more than plain ones did, there is time.
+const FIRST_PROBE: Duration = Duration::from_secs(2);
+const FIRST_PROBE_IF_NEAR: Duration = Duration::from_millis(400);
+const CLEARLY_MORE: f64 = 1.6;
+
+/// A probe comes when so many times of what the last one took have passed, twice as many after each that changed nothing: 6 % of the time at first, and 2 %.
+const PROBE_EVERY: u32 = 16;
+const PROBE_EVERY_AT_MOST: u32 = 64;
+
+/// How much of a slowness that was not foreseen is forgotten with each look at plain frames.
+const FORGOTTEN: f64 = 0.02;
+
+/// Compressed frames that take so many times longer than is thought are looked into.
+const MUCH_SLOWER_THAN_THOUGHT: f64 = 1.4;
+
+/// The most that a way is believed to be slower than was thought.
+const SLOWER_AT_MOST: f64 = 50.0;
 
 /// A link that carries this share of what it did is looked at anew.
 const MUCH_SLOWER: f64 = 0.5;
@@ -86,6 +105,13 @@ struct Way {
     tried: u32,
 }
 
+/// What a look at the link lasts, as [`LOOK`] says.
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    bytes: u64,
+    time: Duration,
+}
+
 /// A look at the link.
 #[derive(Clone, Copy, Debug, Default)]
 struct Look {
@@ -95,26 +121,42 @@ struct Look {
     busy: Duration,
 }
 
+/// Plain frames that are sent for what they tell.
+#[derive(Clone, Copy, Debug, Default)]
+struct Probe {
+    /// All of them, and those that count.
+    all: Look,
+    seen: Look,
+}
+
 /// The decision, and what it is made of. One for all streams.
 #[derive(Debug)]
 pub(super) struct Controller {
     ways: Vec<Way>,
     /// Bytes a second that a stream carries.
     link: Option<f64>,
+    /// A stream's share of the user's cap.
+    cap: Option<f64>,
     /// What it carried when it was decided last.
     link_then: f64,
     /// The way that is used, of `ways`.
     now: Option<usize>,
     look: Look,
+    /// The look before it, at plain frames.
+    look_before: Option<Look>,
     /// Bytes of pages until the next sample, and until the one after it.
     until_sample: u64,
     sample_every: u64,
     /// The way that is sampled next, of `ways`.
     next_sample: usize,
-    until_probe: u64,
-    probe_every: u64,
-    /// Bytes of pages that are still to be sent plainly.
-    probing: u64,
+    /// Bytes of pages a second that a stream of compressed frames came to lately.
+    came_to: Option<f64>,
+    /// How many times longer that was than is thought; 1: no longer.
+    slower: f64,
+    probe: Option<Probe>,
+    /// Time of sending threads until the next probe; none was made with less than this many times of what it takes before it.
+    until_probe: Duration,
+    probe_every: u32,
 }
 
 impl Controller {
@@ -124,15 +166,19 @@ impl Controller {
         Self {
             ways: ways.map(Way::new).collect(),
             link: None,
+            cap: None,
             link_then: 0.0,
             now: None,
             look: Look::default(),
+            look_before: None,
             until_sample: FIRST_SAMPLE,
             sample_every: SAMPLE_EVERY,
             next_sample: 0,
-            until_probe: PROBE_EVERY,
+            came_to: None,
+            slower: 1.0,
+            probe: None,
+            until_probe: FIRST_PROBE,
             probe_every: PROBE_EVERY,
-            probing: 0,
         }
     }
 
@@ -152,22 +198,16 @@ impl Controller {
             self.until_sample = self.sample_every;
             sample = self.wanted_sample();
         }
-        let Some(now) = self.now else {
-            return Plan { method: None, sample };
+        let method = match self.probe {
+            Some(_) => None,
+            None => self.method(),
         };
-        if self.probing == 0 {
-            self.until_probe = self.until_probe.saturating_sub(bytes);
-            if self.until_probe == 0 {
-                self.probing = PROBE_BYTES;
-                self.look = Look::default();
-            }
-        }
-        let method = (self.probing == 0).then_some(self.ways[now].method);
         Plan { method, sample }
     }
 
     /// Takes in what a frame told.
     pub(super) fn measured(&mut self, frame: &Measured) -> Option<Change> {
+        self.cap = frame.cap.map(|cap| cap / f64::from(frame.streams));
         if let Some(sampled) = frame.sampled {
             self.learn(&sampled, 0.5);
         }
@@ -180,9 +220,10 @@ impl Controller {
             };
             self.learn(&whole, 0.25);
         }
-        let looked = match (self.now.is_some() && self.probing == 0, frame.method) {
-            (false, None) => self.look_plain(frame),
-            (true, Some(_)) => self.look_compressed(frame),
+        let looked = match (self.now, self.probe, frame.method) {
+            (None, _, None) => self.look_plain(frame),
+            (Some(now), Some(_), None) => self.look_by_probe(now, frame),
+            (Some(now), None, Some(_)) => self.look_compressed(now, frame),
             // Planned before that was changed.
             _ => false,
         };
@@ -241,59 +282,89 @@ impl Controller {
         });
     }
 
-    /// Plain frames show what the link carries.
+    /// Plain frames show what the link carries: the last two looks count, once there are two.
     fn look_plain(&mut self, frame: &Measured) -> bool {
-        let is_probe = self.probing > 0;
-        self.probing = self.probing.saturating_sub(frame.bytes);
-        // The kernel's buffers take the first half of a probe.
-        if is_probe && self.probing > PROBE_BYTES / 2 {
-            return false;
-        }
         self.look.add(frame);
-        let is_over = match is_probe {
-            true => self.probing == 0,
-            false => self.look.bytes >= LOOK_BYTES || self.look.sending >= LOOK_WAITED,
-        };
-        if !is_over {
+        if !self.look.has_waited(LOOK) {
             return false;
         }
         let look = std::mem::take(&mut self.look);
-        let Some(carried) = rate(look.sent, look.sending) else {
+        let before = self.look_before.replace(look);
+        let Some(before) = before else { return false };
+        let Some(carried) = rate(look.sent + before.sent, look.sending + before.sending) else {
             return false;
         };
-        self.link = Some(match self.link {
-            Some(before) if !is_probe => (before + carried) / 2.0,
-            _ => carried,
-        });
-        if is_probe {
-            self.probe_every = (2 * self.probe_every).min(PROBE_EVERY_AT_MOST);
-            self.until_probe = self.probe_every;
-        }
-        if carried < MUCH_SLOWER * self.link_then {
-            self.sample_every = SAMPLE_EVERY;
-            self.until_sample = 0;
-        }
+        self.slower += FORGOTTEN * (1.0 - self.slower);
+        self.carries(carried);
         true
     }
 
-    /// Compressed frames show that the link carries no less than they do. Less says nothing of it: the other end may have no processor to unpack them.
-    fn look_compressed(&mut self, frame: &Measured) -> bool {
+    /// The same, where pages are compressed otherwise.
+    fn look_by_probe(&mut self, now: usize, frame: &Measured) -> bool {
+        let Some(probe) = &mut self.probe else { return false };
+        if probe.all.bytes >= PROBE_UNSEEN * u64::from(frame.streams) {
+            probe.seen.add(frame);
+        }
+        probe.all.add(frame);
+        if !probe.seen.has_waited(PROBE) {
+            return false;
+        }
+        let Probe { all, seen } = *probe;
+        self.probe = None;
+        self.look = Look::default();
+        self.until_probe = self.probe_every * all.sending;
+        self.probe_every = (2 * self.probe_every).min(PROBE_EVERY_AT_MOST);
+        let Some(carried) = rate(seen.sent, seen.sending) else {
+            return false;
+        };
+        self.carries(carried);
+        self.slower = self.slowness(now);
+        true
+    }
+
+    /// What was saved up under a cap goes at once, and is not the link.
+    fn carries(&mut self, seen: f64) {
+        let link = self.cap.map_or(seen, |cap| seen.min(cap));
+        self.link = Some(link);
+        if link < MUCH_SLOWER * self.link_then {
+            self.sample_every = SAMPLE_EVERY;
+            self.until_sample = 0;
+        }
+    }
+
+    /// Compressed frames show what they come to, and that the link carries no less than they do.
+    fn look_compressed(&mut self, now: usize, frame: &Measured) -> bool {
+        self.until_probe = self.until_probe.saturating_sub(frame.sending + frame.compressing);
+        if self.until_probe.is_zero() {
+            self.probe = Some(Probe::default());
+            return false;
+        }
         self.look.add(frame);
-        if self.look.bytes < LOOK_BYTES {
+        if !self.look.is_over(COMPRESSED_LOOK) {
             return false;
         }
         let look = std::mem::take(&mut self.look);
-        let Some(carried) = rate(look.sent, look.busy) else {
+        let (Some(sent), Some(came_to)) = (rate(look.sent, look.busy), rate(look.bytes, look.busy)) else {
             return false;
         };
-        let known = self.link.unwrap_or(carried);
-        let is_waited_for = look.sending.as_secs_f64() >= LINK_IS_WAITED_FOR * look.busy.as_secs_f64();
-        if is_waited_for && carried >= AS_KNOWN * known {
-            // It is full of them, as it was of plain ones: nothing is to be found out by a probe.
-            self.until_probe = self.probe_every;
+        let link = self.link.unwrap_or(sent);
+        self.came_to = Some(came_to);
+        // It may be the link that is slower than it was, or what cannot be seen from here: plain frames tell which.
+        if came_to < CLEARLY_MORE * link || self.slowness(now) > MUCH_SLOWER_THAN_THOUGHT {
+            let soon = FIRST_PROBE_IF_NEAR * (self.probe_every / PROBE_EVERY);
+            self.until_probe = self.until_probe.min(soon);
         }
-        self.link = Some(known.max(carried));
+        self.carries(link.max(sent));
         true
+    }
+
+    /// How many times longer compressed frames took than is thought of this way.
+    fn slowness(&self, now: usize) -> f64 {
+        let thought = self.link.and_then(|link| self.ways[now].cost(link));
+        let slowness = thought
+            .zip(self.came_to)
+            .map(|(thought, came_to)| 1.0 / (came_to * thought));
+        slowness.unwrap_or(1.0).clamp(1.0, SLOWER_AT_MOST)
     }
 
     fn decide(&mut self, is_new: bool) -> Option<Change> {
@@ -301,7 +372,7 @@ impl Controller {
         self.link_then = link;
         let best = self.best_index()?;
         let plain = 1.0 / link;
-        let cost = |index: usize| self.ways[index].cost(link).unwrap_or(f64::INFINITY);
+        let cost = |index: usize| self.slower * self.ways[index].cost(link).unwrap_or(f64::INFINITY);
         let wanted = match self.now {
             Some(now) if cost(best) < CLEARLY_LESS * cost(now) && cost(best) < plain => Some(best),
             Some(now) if cost(now) < plain => Some(now),
@@ -321,10 +392,12 @@ impl Controller {
             return None;
         }
         let way = self.ways[wanted.or(self.now).unwrap_or(best)];
+        let was_plain = self.now.is_none();
         self.now = wanted;
-        self.look = Look::default();
-        self.probing = 0;
-        self.until_probe = self.probe_every;
+        (self.look, self.look_before, self.probe, self.came_to) = (Look::default(), None, None, None);
+        if was_plain {
+            (self.until_probe, self.probe_every) = (FIRST_PROBE, PROBE_EVERY);
+        }
         self.sample_every = SAMPLE_EVERY;
         self.until_sample = match wanted {
             // What else could be used is of interest at once.
@@ -371,8 +444,7 @@ impl Way {
     /// Seconds for a byte of a page over such a link; `None`: it was never tried.
     fn cost(&self, link: f64) -> Option<f64> {
         let (compressing, left) = self.known?;
-        let sending = left / link;
-        Some(compressing.max(sending) + NOT_HIDDEN * compressing.min(sending))
+        Some(cost(compressing, left, link))
     }
 }
 
@@ -382,6 +454,15 @@ impl Look {
         self.sent += frame.sent;
         self.sending += frame.sending;
         self.busy += frame.sending + frame.compressing;
+    }
+
+    fn is_over(&self, span: Span) -> bool {
+        self.bytes >= span.bytes || self.busy >= span.time
+    }
+
+    /// The same, of what was waited for.
+    fn has_waited(&self, span: Span) -> bool {
+        self.bytes >= span.bytes || self.sending >= span.time
     }
 }
 

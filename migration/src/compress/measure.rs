@@ -4,15 +4,35 @@ use std::time::Duration;
 
 use super::Method;
 
-/// A part of a frame that was compressed and not sent.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Sampled {
-    pub(crate) method: Method,
+/// Pages that were compressed and not sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sampled {
+    /// How.
+    pub method: Method,
     /// Bytes of pages.
-    pub(crate) bytes: u64,
+    pub bytes: u64,
     /// What they became; no more than they were.
-    pub(crate) packed: u64,
-    pub(crate) took: Duration,
+    pub packed: u64,
+    /// How long that took one thread.
+    pub took: Duration,
+}
+
+impl Sampled {
+    /// Of this way nothing is known yet.
+    pub(super) fn nothing(method: Method) -> Self {
+        Self {
+            method,
+            bytes: 0,
+            packed: 0,
+            took: Duration::ZERO,
+        }
+    }
+
+    pub(super) fn add(&mut self, other: &Self) {
+        self.bytes += other.bytes;
+        self.packed += other.packed;
+        self.took += other.took;
+    }
 }
 
 /// A frame that was sent while the guest may run.
@@ -29,4 +49,8 @@ pub(crate) struct Measured {
     /// How long the connection took them, and the wait for what the user's cap allows.
     pub(crate) sending: Duration,
     pub(crate) sampled: Option<Sampled>,
+    /// How many streams there are.
+    pub(crate) streams: u32,
+    /// The user's cap on all of them, in bytes a second.
+    pub(crate) cap: Option<f64>,
 }

@@ -9,10 +9,13 @@ mod controller;
 mod measure;
 mod packing;
 mod unpack;
+mod ways;
 
 pub(crate) use codec::{COMPRESSED_SUM_BYTES, Codecs, Compressor};
 pub use codec::{Codec, Compression, Method, ParseCompressionError};
-pub(crate) use measure::{Measured, Sampled};
+pub(crate) use measure::Measured;
+pub use measure::Sampled;
 pub use packing::Tally;
 pub(crate) use packing::{GuestIs, Packing};
 pub(crate) use unpack::{Block, Decompressor};
+pub use ways::{Packed, foresee, try_out};

@@ -87,13 +87,18 @@ impl Packing {
         }
     }
 
-    /// The destination reads these formats. What was learned over another link is of little use over this one.
+    /// The destination reads these formats; compressing may pay for its link, or cannot: both ends share the same processors, and pages go from memory to
+    /// memory. What was learned over another link is of little use over this one.
     ///
     /// # Errors
     /// Its user wants one that it does not read.
-    pub(crate) fn agree(&self, theirs: Codecs) -> Result<(), String> {
-        let agreed = self.wanted().and(theirs);
+    pub(crate) fn agree(&self, theirs: Codecs, may_pay: bool) -> Result<(), String> {
+        let mut agreed = self.wanted().and(theirs);
         let mut state = self.lock();
+        let is_idle = state.tally.wanted == Compression::Auto && !may_pay;
+        if is_idle {
+            agreed = Codecs::default();
+        }
         state.agreed = agreed;
         state.controller = Controller::new(agreed);
         match state.tally.wanted {
@@ -104,6 +109,10 @@ impl Packing {
                 ));
             }
             Compression::Always(method) => state.tally.method = Some(method),
+            Compression::Auto if is_idle => {
+                state.tally.method = None;
+                state.tally.why = "both ends are on one host".to_owned();
+            }
             Compression::Auto if agreed.is_empty() => {
                 state.tally.method = None;
                 state.tally.why = "the destination does not know it".to_owned();
@@ -220,30 +229,45 @@ mod tests {
             compressing: Duration::from_micros(1),
             sending: Duration::from_micros(1),
             sampled: None,
+            streams: 1,
+            cap: None,
         }
     }
 
     #[test]
     fn what_its_user_wants_is_refused_by_name_where_it_is_not_known() {
         let packing = Packing::new(Compression::Always(Method::Zstd(3)));
-        let error = packing.agree(Codecs::from_wire(&[1])).unwrap_err();
+        let error = packing.agree(Codecs::from_wire(&[1]), true).unwrap_err();
         assert_eq!(error, "it does not know pages that are compressed with zstd");
-        packing.agree(Codecs::ours()).unwrap();
+        packing.agree(Codecs::ours(), true).unwrap();
         assert_eq!(packing.plan(5, GuestIs::Waiting).method, Some(Method::Zstd(3)));
     }
 
     #[test]
     fn where_it_is_left_to_ferry_a_destination_without_it_gets_plain_frames() {
         let packing = Packing::new(Compression::Auto);
-        packing.agree(Codecs::default()).unwrap();
+        packing.agree(Codecs::default(), true).unwrap();
         assert_eq!(packing.plan(512, GuestIs::NotWaiting), Plan::default());
         assert_eq!(packing.tally().why, "the destination does not know it");
     }
 
     #[test]
+    fn within_one_host_it_is_only_done_where_its_user_says_so() {
+        let packing = Packing::new(Compression::Auto);
+        packing.agree(Codecs::ours(), false).unwrap();
+        for _ in 0..100 {
+            assert_eq!(packing.plan(512, GuestIs::NotWaiting), Plan::default());
+        }
+        assert_eq!(packing.tally().why, "both ends are on one host");
+        let packing = Packing::new(Compression::Always(Method::Lz4));
+        packing.agree(Codecs::ours(), false).unwrap();
+        assert_eq!(packing.plan(512, GuestIs::NotWaiting).method, Some(Method::Lz4));
+    }
+
+    #[test]
     fn frames_are_counted_by_what_became_of_them() {
         let packing = Packing::new(Compression::Always(Method::Lz4));
-        packing.agree(Codecs::ours()).unwrap();
+        packing.agree(Codecs::ours(), true).unwrap();
         packing.sent(&frame(Some(Method::Lz4), 300), GuestIs::NotWaiting);
         packing.sent(&frame(Some(Method::Lz4), 1000), GuestIs::NotWaiting);
         packing.sent(&frame(Some(Method::Lz4), 200), GuestIs::Waiting);
@@ -261,7 +285,7 @@ mod tests {
     #[test]
     fn nothing_is_tried_out_while_the_guest_waits() {
         let packing = Packing::new(Compression::Auto);
-        packing.agree(Codecs::ours()).unwrap();
+        packing.agree(Codecs::ours(), true).unwrap();
         assert_eq!(packing.plan(512, GuestIs::Waiting), Plan::default());
         assert_eq!(packing.plan(512, GuestIs::NotWaiting).sample, None);
         assert_eq!(packing.plan(512, GuestIs::NotWaiting).sample, Some(Method::Lz4));

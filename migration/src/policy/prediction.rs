@@ -13,6 +13,7 @@ mod writes;
 use std::time::Duration;
 
 use super::{Moment, Policy, Verdict};
+use crate::compress::Packed;
 use crate::guest::FRAME_SIZE;
 use crate::postcopy::Lateness;
 use crate::source::{BETWEEN_SMALL_ROUNDS, Manner, OnTimeout, Overhead, RoundSummary, Terms};
@@ -71,6 +72,8 @@ pub struct Way {
     pub preparation: Duration,
     /// What of the blackout is no last page.
     pub stop_and_start: Duration,
+    /// How pages are compressed; `None`: they travel as they are.
+    pub packed: Option<Packed>,
 }
 
 /// What is wanted of the migration.
@@ -126,8 +129,17 @@ pub struct Prediction {
 
 impl Way {
     fn time(&self, bytes: f64, zero_pages: f64, bytes_per_second: f64) -> Duration {
-        let seconds = bytes / bytes_per_second.max(1.0) + zero_pages / self.zero_pages_per_second.max(1.0);
+        let byte = match self.packed {
+            Some(packed) => packed.cost(bytes_per_second),
+            None => 1.0 / bytes_per_second.max(1.0),
+        };
+        let seconds = bytes * byte + zero_pages / self.zero_pages_per_second.max(1.0);
         self.round + Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX / 8)
+    }
+
+    /// What is sent of so many bytes of pages.
+    fn sent(&self, bytes: f64) -> f64 {
+        bytes * self.packed.map_or(1.0, |packed| packed.left)
     }
 
     /// What it carries under a cap.
@@ -173,7 +185,7 @@ pub fn predict(guest: &Sampled, way: &Way, wanted: &Wanted) -> Prediction {
             total: way.preparation.saturating_add(blackout),
             blackout,
             rounds: 1,
-            bytes: sent as u64,
+            bytes: way.sent(sent) as u64,
             late_bytes: 0,
             late: Duration::ZERO,
             throttle: 0,
@@ -255,7 +267,7 @@ impl Course<'_> {
     fn send(&mut self, pages: f64, zero_pages: f64) -> Duration {
         let bytes = (pages - zero_pages).max(0.0) * FRAME_SIZE as f64;
         let elapsed = self.way.time(bytes, zero_pages, self.rate);
-        self.bytes += bytes;
+        self.bytes += self.way.sent(bytes);
         self.copied += elapsed;
         elapsed
     }
@@ -267,12 +279,14 @@ impl Course<'_> {
     }
 
     fn round(&self, pages: f64, zero_pages: f64, elapsed: Duration, dirty: f64) -> RoundSummary {
+        let bytes = (pages - zero_pages).max(0.0) * FRAME_SIZE as f64;
+        let sent = self.way.sent(bytes);
         RoundSummary {
             number: self.rounds.len() as u32 + 1,
             pages: pages as u64,
             zero_pages: zero_pages as u64,
-            bytes: ((pages - zero_pages).max(0.0) * FRAME_SIZE as f64) as u64,
-            saved: 0,
+            bytes: sent as u64,
+            saved: (bytes - sent).max(0.0) as u64,
             elapsed,
             dirty_pages: dirty.ceil() as u64,
         }
@@ -301,7 +315,7 @@ impl Course<'_> {
                 .saturating_add(blackout),
             blackout,
             rounds: self.rounds.len() as u32,
-            bytes: (self.bytes + bytes) as u64,
+            bytes: (self.bytes + self.way.sent(bytes)) as u64,
             late_bytes: 0,
             late: Duration::ZERO,
             throttle: self.policy.throttle(),
@@ -328,7 +342,12 @@ impl Course<'_> {
 
     /// So much is left for after the handover.
     fn late(self, bytes: f64, words: String) -> Prediction {
-        let late = self.way.time(bytes, 0.0, self.rate);
+        // They travel as they are.
+        let plain = Way {
+            packed: None,
+            ..*self.way
+        };
+        let late = plain.time(bytes, 0.0, self.rate);
         let ended = self.ended(0.0, End::Late, words);
         Prediction {
             late_bytes: bytes as u64,

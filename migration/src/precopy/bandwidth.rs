@@ -39,6 +39,11 @@ impl Bandwidth {
         self.changed.notify_all();
     }
 
+    /// The cap, in bytes a second.
+    pub(crate) fn cap(&self) -> Option<f64> {
+        self.lock().bytes_per_second
+    }
+
     /// Waits until `bytes` may be sent, or the migration is over.
     pub(crate) fn wait(&self, bytes: u64) {
         let mut bucket = self.lock();

@@ -28,6 +28,8 @@ pub(crate) enum SendError {
 /// One page stream's sending side.
 pub(crate) struct Sender<'a, M, C> {
     pub(crate) stream: u16,
+    /// How many there are.
+    pub(crate) streams: u32,
     pub(crate) socket: &'a TcpStream,
     pub(crate) memory: &'a M,
     pub(crate) feed: &'a Feed<C>,
@@ -133,6 +135,8 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
             compressing,
             sending: began.elapsed(),
             sampled,
+            streams: self.streams,
+            cap: self.bandwidth.cap(),
         };
         self.packing.sent(&measured, guest);
         Ok(sent)

@@ -45,6 +45,9 @@ pub struct SourceParameters {
     pub verify: bool,
     /// What is to be done about compression.
     pub compression: Compression,
+    /// Both ends are on one host: what compression would take of the processors is taken from the other end and from the copying, so it is left
+    /// alone unless its user names a way, or caps the bandwidth.
+    pub one_host: bool,
     /// What the switchover costs beside the last pages, as learned from earlier ones.
     pub overhead: Overhead,
     /// When the destination counts as dead.

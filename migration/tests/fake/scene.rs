@@ -91,6 +91,7 @@ pub fn parameters() -> SourceParameters {
         digests: true,
         verify: true,
         compression: Compression::Auto,
+        one_host: false,
         overhead: Overhead::default(),
         liveness: Liveness::default(),
         resume_window: Duration::ZERO,

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -30,6 +32,8 @@ pub(crate) const ASK_EACH: Duration = Duration::from_secs(5);
 pub(crate) const DOWN_AFTER: Duration = Duration::from_secs(15);
 /// How long a peer may take to say what its host is like.
 const HOST_TIME: Duration = Duration::from_secs(2);
+/// How long the address of a peer is looked up, where it is only of interest.
+const LOOK_UP_TIME: Duration = Duration::from_millis(500);
 /// A connection on which every call carries its request's context.
 pub(crate) type Connection = InterceptedService<Channel, Carried>;
 /// A client of a peer's `Compute` service.
@@ -84,6 +88,18 @@ impl Heard {
 }
 
 impl Peer {
+    /// Whether it is on this very host: whether the way to its URL ends where it begins. Where that cannot be found out, it is not.
+    pub(crate) async fn is_on_this_host(&self) -> bool {
+        let uri = self.endpoint.uri();
+        // An IPv6 address is in brackets in a URL.
+        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+        let looked_up = tokio::net::lookup_host((host, uri.port_u16().unwrap_or(80)));
+        let Ok(Ok(mut addresses)) = tokio::time::timeout(LOOK_UP_TIME, looked_up).await else {
+            return false;
+        };
+        addresses.next().is_some_and(|there| is_here(there).unwrap_or(false))
+    }
+
     /// Asks its `Compute` service and waits for the answer: `patience` at most, and no longer than whoever asked waits.
     ///
     /// # Errors
@@ -309,6 +325,17 @@ impl From<PeerError> for Failure {
     }
 }
 
+/// Whether this address is one of this host's. A connected UDP socket has asked the kernel for the way, and sent nothing.
+fn is_here(address: SocketAddr) -> io::Result<bool> {
+    let any: IpAddr = match address {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.connect(address)?;
+    Ok(socket.local_addr()?.ip() == address.ip())
+}
+
 fn is_unanswered(status: &Status) -> bool {
     use tonic::Code::{Cancelled, DeadlineExceeded, Unavailable, Unknown};
     matches!(status.code(), Unavailable | DeadlineExceeded | Cancelled | Unknown)
@@ -401,5 +428,22 @@ impl Peers {
         } else {
             self.0.keys().cloned().collect::<Vec<_>>().join(", ")
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_peer_is_on_this_host_where_the_way_to_it_ends_where_it_begins() {
+        let is_here = async |url: &str| {
+            let peers = Peers::new("a", &[("b".to_owned(), url.to_owned())]).unwrap();
+            peers.named("b").unwrap().is_on_this_host().await
+        };
+        assert!(is_here("http://127.0.0.1:7601").await);
+        // An address for documentation (RFC 5737), which no host has.
+        assert!(!is_here("http://192.0.2.1:7601").await);
+        assert!(!is_here("http://no-such-host.invalid:7601").await);
     }
 }

@@ -337,7 +337,7 @@ pub(super) struct MigrateArguments {
     #[arg(long, value_name = "RATE", value_parser = parse::bandwidth)]
     pub(super) bandwidth: Option<u64>,
     /// How pages are compressed: where and as it pays, not at all, or all that get smaller by it
-    #[arg(long, value_name = "auto|off|lz4|zstd[:LEVEL]", default_value = "off", value_parser = parse::compression)]
+    #[arg(long, value_name = "auto|off|lz4|zstd[:LEVEL]", default_value = "auto", value_parser = parse::compression)]
     pub(super) compress: Compression,
     /// Keep digests of all that moves, on both hosts, and compare before the guest is handed over: what differs is sent again, once
     #[arg(long)]

@@ -226,7 +226,7 @@ mod tests {
         assert_eq!(migrate.timeout.as_secs(), 900);
         assert_eq!((migrate.streams, migrate.bandwidth, migrate.wait), (0, None, None));
         assert_eq!(migrate.transport, "tcp");
-        assert_eq!(migrate.compress.to_string(), "off");
+        assert_eq!(migrate.compress.to_string(), "auto");
         let Verb::Run(run) = line("ferry run web --kernel k").unwrap().verb else {
             panic!("not run")
         };

@@ -19,6 +19,12 @@ pub(super) fn account(prediction: &MigrationPrediction) -> String {
     if let Some(rate) = prediction.bandwidth_bytes_per_s {
         lines.push(format!("link: {}, {}", human_rate(rate), prediction.bandwidth_from));
     }
+    lines.extend(
+        prediction
+            .compression
+            .as_ref()
+            .map(|words| format!("compression: {words}")),
+    );
     lines.join("\n")
 }
 
@@ -91,6 +97,7 @@ mod tests {
             words: "expected: 1 round".to_owned(),
             bandwidth_bytes_per_s: Some(1048576.0),
             bandwidth_from: "assumed".to_owned(),
+            compression: Some("pages are compressed with lz4".to_owned()),
             memory_bytes: 1 << 30,
             populated_bytes: 1 << 20,
             zero_share: Some(0.25),
@@ -117,6 +124,7 @@ mod tests {
             "0: 1 MiB/s, 1: 0 B/s",
             "128 MiB at 0x8000000: 1 MiB/s",
             "link: 1 MiB/s, assumed",
+            "compression: pages are compressed with lz4",
         ] {
             assert!(told.contains(words), "{words:?} in {told}");
         }

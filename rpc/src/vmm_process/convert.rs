@@ -77,6 +77,7 @@ pub(super) fn source_parameters(send: &wire::Send, instance: Uuid) -> Result<Sou
         digests: send.digests,
         verify: send.verify,
         compression: compression(&send.compress)?,
+        one_host: send.one_host,
         overhead: Overhead::default(),
         liveness: Default::default(),
         resume_window: Duration::from_millis(send.resume_window_ms),

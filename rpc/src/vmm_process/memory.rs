@@ -217,7 +217,7 @@ pub(super) fn to_vmm(run: FrameRun) -> ferry_vmm::FrameRun {
     }
 }
 
-fn to_engine(run: ferry_vmm::FrameRun) -> FrameRun {
+pub(super) fn to_engine(run: ferry_vmm::FrameRun) -> FrameRun {
     FrameRun {
         first: run.first,
         count: run.count,

@@ -7,10 +7,12 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use ferry_migration::{Compression, SampledWay};
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{self as wire};
 use ferry_vmm::{DirtyBitmap, FrameRun, Machine, PAGE_SIZE, Population, RunState};
 
+use super::memory::{SharedMemory, to_engine};
 use super::vmm::{Holding, Vmm};
 
 /// The longest sample: it slows the guest down.
@@ -45,9 +47,10 @@ pub(super) struct Sampling {
 }
 
 impl Sampling {
-    fn begin(machine: &mut Machine, number: u64, time: Duration) -> anyhow::Result<Self> {
+    fn begin(machine: &mut Machine, number: u64, (time, compression): (Duration, Compression)) -> anyhow::Result<Self> {
         let population = machine.memory().populated()?;
-        let (looked_at_pages, zero_pages) = zero_pages(machine, &population)?;
+        let looked_at = LookedAt::of(machine, &population)?;
+        let tried = try_ways(machine, &looked_at, compression)?;
         let is_paused = machine.run_state() == RunState::Paused;
         let mut looks = VecDeque::new();
         if !time.is_zero() && !is_paused {
@@ -62,8 +65,9 @@ impl Sampling {
             before: machine.written_by_vcpu(),
             sampled: wire::Sampled {
                 populated_pages: population.runs.iter().map(|run| run.count).sum(),
-                looked_at_pages,
-                zero_pages,
+                looked_at_pages: count(&looked_at.all),
+                zero_pages: count(&looked_at.zero),
+                tried,
                 paused: is_paused,
                 ..Default::default()
             },
@@ -104,7 +108,6 @@ impl Sampling {
             first: part * pages,
             count: pages,
         });
-        let count = |runs: &[FrameRun]| runs.iter().map(|run| run.count).sum();
         let in_part = |part: FrameRun| {
             let populated = self.population.runs.iter().filter_map(|run| run.intersection(part));
             wire::SampledPart {
@@ -135,7 +138,12 @@ impl Vmm {
         let Holding::Here(guest) = &mut self.holding else {
             anyhow::bail!("the guest is {}", self.machine_word());
         };
-        let sampling = Sampling::begin(&mut guest.machine, number, time).context("failed to sample the guest")?;
+        let compression = match order.compress.as_str() {
+            "" => Compression::Off,
+            text => text.parse()?,
+        };
+        let sampling =
+            Sampling::begin(&mut guest.machine, number, (time, compression)).context("failed to sample the guest")?;
         if sampling.looks.is_empty() {
             return Ok(Some(Body::Sampled(sampling.into_sampled(&guest.machine))));
         }
@@ -187,15 +195,62 @@ impl Vmm {
     }
 }
 
-/// How many pages were looked at, evenly over all that is populated, and how many of them are zero.
-fn zero_pages(machine: &Machine, population: &Population) -> anyhow::Result<(u64, u64)> {
-    let mut found = Vec::new();
-    let looked_at = spread(&population.runs);
-    for &run in &looked_at {
-        machine.memory().zero_pages(run, &mut found)?;
+/// Pages that were looked at, evenly over all that is populated, and those of them that are zero.
+struct LookedAt {
+    all: Vec<FrameRun>,
+    zero: Vec<FrameRun>,
+}
+
+impl LookedAt {
+    fn of(machine: &Machine, population: &Population) -> anyhow::Result<Self> {
+        let all = spread(&population.runs);
+        let mut zero = Vec::new();
+        for &run in &all {
+            machine.memory().zero_pages(run, &mut zero)?;
+        }
+        Ok(Self { all, zero })
     }
-    let count = |runs: &[FrameRun]| runs.iter().map(|run| run.count).sum();
-    Ok((count(&looked_at), count(&found)))
+
+    /// What is not zero.
+    fn with_data(&self) -> Vec<FrameRun> {
+        let mut found = Vec::new();
+        for run in &self.all {
+            let mut first = run.first;
+            let zero = self.zero.iter().filter_map(|zero| zero.intersection(*run));
+            let end = FrameRun {
+                first: run.end(),
+                count: 0,
+            };
+            for zero in zero.chain([end]) {
+                if first < zero.first {
+                    found.push(FrameRun {
+                        first,
+                        count: zero.first - first,
+                    });
+                }
+                first = zero.end();
+            }
+        }
+        found
+    }
+}
+
+/// What ways to compress make of pages that were looked at.
+fn try_ways(machine: &Machine, looked_at: &LookedAt, compression: Compression) -> anyhow::Result<Vec<wire::TriedWay>> {
+    let runs: Vec<_> = looked_at.with_data().into_iter().map(to_engine).collect();
+    let memory = SharedMemory::new(machine.memory().clone(), Vec::new());
+    let told = |way: SampledWay| wire::TriedWay {
+        method: way.method.to_string(),
+        bytes: way.bytes,
+        packed: way.packed,
+        took_us: u64::try_from(way.took.as_micros()).unwrap_or(u64::MAX),
+    };
+    let tried = ferry_migration::try_out(&memory, &runs, compression)?;
+    Ok(tried.into_iter().map(told).collect())
+}
+
+fn count(runs: &[FrameRun]) -> u64 {
+    runs.iter().map(|run| run.count).sum()
 }
 
 /// Short runs, spread evenly over these; all of them where they are few.
@@ -230,6 +285,16 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn what_is_not_zero_is_told_from_what_is() {
+        let run = |first, count| FrameRun { first, count };
+        let looked_at = LookedAt {
+            all: vec![run(0, 64), run(100, 64), run(200, 64)],
+            zero: vec![run(0, 64), run(100, 1), run(130, 4)],
+        };
+        assert_eq!(looked_at.with_data(), [run(101, 29), run(134, 30), run(200, 64)]);
+    }
 
     proptest! {
         #[test]

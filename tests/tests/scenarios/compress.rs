@@ -13,7 +13,8 @@ pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = on_kvm![
         text_shrinks_by_each_way_to_compress,
         random_pages_are_sent_plainly_by_each_way_to_compress,
-        a_fast_link_is_left_alone,
+        within_one_host_it_is_left_alone_unless_a_way_is_named,
+        a_dry_run_foretells_what_is_left_of_pages,
         over_grpc_pages_are_compressed_too,
         a_disk_that_is_copied_is_compressed_too,
         a_cold_guest_arrives_compressed,
@@ -73,12 +74,47 @@ fn random_pages_are_sent_plainly_by_each_way_to_compress(pair: &mut Pair) -> Res
     pair.runs_only_at(&pair.b, "g", &witness)
 }
 
-fn a_fast_link_is_left_alone(pair: &mut Pair) -> Result<()> {
-    let witness = pair.run(&Guest::new("g").work(RANDOM))?;
-    let moved = move_on(pair, "b", "auto")?;
-    ensure!(moved.record["compression"]["wanted"] == "auto", "{}", moved.record);
+fn within_one_host_it_is_left_alone_unless_a_way_is_named(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g").work(TEXT))?;
+    let moved = pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
+    let told = &moved.record["compression"];
+    ensure!(
+        told["wanted"] == "auto" && told["why"] == "both ends are on one host",
+        "{told}"
+    );
     ensure!(figure(&moved, "compressed_frames")? == 0.0, "{}", moved.record);
     ensure!(figure(&moved, "frames")? > 20.0, "{}", moved.record);
+    let moved = move_on(pair, "a", "lz4")?;
+    ensure!(figure(&moved, "compressed_frames")? > 0.0, "{}", moved.record);
+    pair.runs_only_at(&pair.a, "g", &witness)
+}
+
+fn a_dry_run_foretells_what_is_left_of_pages(pair: &mut Pair) -> Result<()> {
+    let witness = pair.run(&Guest::new("g").work("fill=text fill_mib=48 work=idle heartbeat_ms=20"))?;
+    let foretold = |how: &str| -> Result<(f64, String)> {
+        let words = ["--dry-run", "--sample", "100ms", "--compress", how, "-o", "json"];
+        let told = pair.migrate("g", &words)?.exit(0)?.json()?;
+        let bytes = told["prediction"]["bytes"].as_f64().context("no bytes are foretold")?;
+        let words = told["prediction"]["compression"].as_str().unwrap_or_default();
+        Ok((bytes, words.to_owned()))
+    };
+    let (plain, words) = foretold("off")?;
+    ensure!(plain >= FILLED && words.is_empty(), "{plain} bytes, {words:?}");
+    let (packed, words) = foretold("zstd:3")?;
+    ensure!(
+        packed < plain / 2.0 && words.starts_with("pages are compressed with zstd:3: "),
+        "{packed} bytes, {words:?}"
+    );
+    let (alone, words) = foretold("auto")?;
+    ensure!(
+        alone == plain && words.contains("both ends are on one host"),
+        "{alone} bytes, {words:?}"
+    );
+    let sent = move_on(pair, "b", "zstd:3")?.number("bytes_sent")?;
+    ensure!(
+        packed > 0.5 * sent && packed < 2.0 * sent,
+        "{packed} bytes were foretold, {sent} sent"
+    );
     pair.runs_only_at(&pair.b, "g", &witness)
 }
 

@@ -63,6 +63,8 @@ impl World {
                     took: seconds(f64::from(256 << 10), speed),
                 }
             }),
+            streams: 1,
+            cap: None,
         }
     }
 
@@ -118,9 +120,54 @@ fn a_link_that_becomes_fast_is_noticed_and_one_that_becomes_slow_too() {
     let mut controller = controller();
     TEXT.over(59e6).run(&mut controller, 200);
     assert!(controller.method().is_some());
-    TEXT.over(3e9).run(&mut controller, 400);
+    TEXT.over(3e9).run(&mut controller, 800);
     assert_eq!(controller.method(), None);
     TEXT.over(59e6).run(&mut controller, 60);
+    assert!(controller.method().is_some(), "{controller:?}");
+}
+
+#[test]
+fn a_link_that_was_slow_for_a_moment_is_found_out_soon() {
+    let mut controller = controller();
+    // The other end was without a processor.
+    TEXT.over(20e6).run(&mut controller, 8);
+    assert!(controller.method().is_some());
+    let (plain, _) = TEXT.over(2e9).run(&mut controller, 300);
+    assert_eq!(controller.method(), None);
+    assert!(plain > 100, "{plain} frames were sent plainly");
+}
+
+#[test]
+fn a_receiver_that_is_slow_to_unpack_gets_plain_frames() {
+    // What is compressed is taken at a fraction of the link's rate: over any of these links plain frames are faster.
+    for link in [100e6, 400e6, 2e9] {
+        let (mut controller, starved) = (controller(), TEXT.over(50e6 * 0.2));
+        TEXT.over(50e6).run(&mut controller, 20);
+        assert!(controller.method().is_some());
+        let fast = TEXT.over(link);
+        let mut plain = 0;
+        for _ in 0..1000 {
+            let plan = controller.plan(FRAME);
+            let world = if plan.method.is_some() { starved } else { fast };
+            controller.measured(&world.send(plan));
+            plain += u32::from(plan.method.is_none());
+        }
+        assert!(plain > 900, "{plain} frames were sent plainly over {link}");
+    }
+}
+
+#[test]
+fn what_was_saved_up_under_a_cap_is_not_taken_for_a_fast_link() {
+    let (mut controller, burst) = (controller(), TEXT.over(4e9));
+    for _ in 0..1000 {
+        let plan = controller.plan(FRAME);
+        // A probe's frames go at once, for what is compressed takes less than is allowed.
+        let sent = burst.send(plan);
+        controller.measured(&Measured {
+            cap: Some(100e6),
+            ..sent
+        });
+    }
     assert!(controller.method().is_some());
 }
 
@@ -218,6 +265,8 @@ proptest! {
                 compressing: Duration::from_nanos(compressing),
                 sending: Duration::from_nanos(sending),
                 sampled,
+                streams: 1,
+                cap: None,
             });
         }
     }

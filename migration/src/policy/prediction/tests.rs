@@ -27,6 +27,7 @@ fn way(megabytes_per_second: f64) -> Way {
         zero_pages_per_second: 2e6,
         preparation: 60 * MS,
         stop_and_start: 3 * MS,
+        packed: None,
     }
 }
 
@@ -50,6 +51,31 @@ fn sampled(writes: Writes) -> Sampled {
 
 fn near(found: f64, expected: f64) -> bool {
     (found / expected - 1.0).abs() < 0.05
+}
+
+#[test]
+fn pages_that_are_compressed_take_less_of_the_link() {
+    let packed = |bytes_per_second| Way {
+        packed: Some(Packed {
+            method: crate::Method::Lz4,
+            left: 0.25,
+            bytes_per_second,
+        }),
+        ..way(100.0)
+    };
+    let writes = uniform(30_000.0, GIB_PAGES / 4);
+    let plain = predict(&sampled(writes.clone()), &way(100.0), &wanted());
+    assert_eq!(plain.end, End::Never);
+    // A gigabyte a second is hidden behind what a quarter of it takes on the link, but for a quarter of its time.
+    let compressed = predict(&sampled(writes), &packed(1e9), &wanted());
+    assert_eq!(compressed.end, End::Whole, "{}", compressed.words);
+    let idle = predict(&sampled(Writes::default()), &packed(1e9), &wanted());
+    assert_eq!(idle.bytes, GIB_PAGES * FRAME_SIZE / 4);
+    let seconds = (GIB_PAGES * FRAME_SIZE) as f64 * (0.25 / 100e6 + 0.25 / 1e9);
+    assert!(near(idle.total.as_secs_f64(), seconds + 0.063), "{idle:?}");
+    // The threads are what is waited for.
+    let slow = predict(&sampled(Writes::default()), &packed(50e6), &wanted());
+    assert!(slow.total > 2 * idle.total);
 }
 
 #[test]

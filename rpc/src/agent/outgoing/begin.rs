@@ -249,7 +249,7 @@ fn epoch_of_move(row: &InstanceRow) -> u64 {
 }
 
 /// What a request wants of compression; one that says nothing wants none.
-pub(super) fn compression(text: &str) -> Result<Compression, ParseCompressionError> {
+pub(crate) fn compression(text: &str) -> Result<Compression, ParseCompressionError> {
     match text {
         "" => Ok(Compression::default()),
         text => text.parse(),

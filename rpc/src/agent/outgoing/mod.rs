@@ -17,7 +17,7 @@ mod script;
 mod serving;
 mod switchover;
 
-pub(crate) use begin::{MOST_RESUME_WINDOW_MS, check_options, recover, request_id, wait_on, waits};
+pub(crate) use begin::{MOST_RESUME_WINDOW_MS, check_options, compression, recover, request_id, wait_on, waits};
 pub(in crate::agent) use connecting::{Wanted, connect};
 pub(crate) use figures::note_completed;
 pub(crate) use handle::{MOST_STREAMS, Outgoing, OutgoingMigrations, PeerNews, now_ms, now_text};

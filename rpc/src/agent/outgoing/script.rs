@@ -388,8 +388,9 @@ impl Script {
             late_streams: self.late_streams().unwrap_or(0).into(),
             resume_window_ms: self.row.options.resume_window_ms,
             carried: self.row.transport() == Transport::Grpc,
-            // A request that says nothing of it leaves it to Ferry.
+            // A request that says nothing of it wants none.
             compress: compression(&options.compress).unwrap_or_default().to_string(),
+            one_host: self.agent.peers.named(&self.row.peer)?.is_on_this_host().await,
         };
         let (sender, news) = mpsc::unbounded_channel();
         let mut state = self.instance.state.lock().await;

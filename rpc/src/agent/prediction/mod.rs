@@ -19,17 +19,19 @@ use std::time::Duration;
 use ferry_migration::policy::prediction::{self, End, Prediction, Sampled, Wanted};
 use ferry_migration::postcopy::Lateness;
 use ferry_migration::source::{Manner, OnTimeout, Terms};
+use ferry_migration::{Compression, foresee};
 use ferry_proto::agent::v1::{MigrationOptions, MigrationPrediction, PredictMigrationRequest};
 use ferry_proto::{InvalidField, required};
 
 pub(crate) use self::probe::{Probe, Probes};
 use self::sample::Sample;
+use self::way::streams;
 use super::context::RequestContext;
 use super::failure::Failure;
 use super::instances::Agent;
 use super::mode::Mode;
 use super::mode::{PAUSE, POSTCOPY};
-use super::outgoing::check_options;
+use super::outgoing::{check_options, compression};
 
 /// The longest that a guest is sampled.
 const LONGEST_SAMPLE_MS: u32 = 30_000;
@@ -65,12 +67,28 @@ impl Agent {
         // A guest that stands still, or is handed over before anything was sent, may write what it likes.
         let writes_matter = wanted.terms.manner != Manner::Cold && wanted.lateness != Lateness::AtOnce;
         let sample_ms = if writes_matter { request.sample_ms } else { 0 };
-        let sample = match self.sample(context, &instance, sample_ms).await {
+        let compression = compression(&options.compress).map_err(|unknown| InvalidField {
+            field: "options.compress",
+            problem: unknown.to_string(),
+        })?;
+        let is_left_alone = compression == Compression::Auto
+            && options.bandwidth_bytes_per_s == 0
+            && match self.peers.named(&request.destination) {
+                Ok(peer) => peer.is_on_this_host().await,
+                Err(_) => false,
+            };
+        let compression = if is_left_alone { Compression::Off } else { compression };
+        let compress = compression.to_string();
+        let sampled = self.sample(context, &instance, sample_ms, &compress);
+        let sample = match sampled.await {
             Ok(sample) => sample,
             Err(failure) => return Ok(words::unknown(&failure)),
         };
-        let way = self.way(context, &request.destination, &options).await?;
+        let mut way = self.way(context, &request.destination, &options).await?;
         let guest = sample.guest(request.disk_bytes);
+        let (tried, link) = (sample.tried(), way.carries(&wanted));
+        way.way.packed = foresee(compression, &tried, link, streams(&options));
+        let packed = words::compression(&tried, way.way.packed, is_left_alone);
         // Thousands of rounds may have to be gone through.
         let told = tokio::task::spawn_blocking(move || {
             let prediction = prediction::predict(&guest, &way.way, &wanted);
@@ -82,6 +100,7 @@ impl Agent {
                 remedies,
                 bandwidth_bytes_per_s: Some(way.carries(&wanted)),
                 bandwidth_from: way.known_from.clone(),
+                compression: packed,
                 ..told(&sample, &guest, &prediction, &wanted)
             }
         });

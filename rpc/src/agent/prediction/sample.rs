@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ferry_migration::policy::prediction::{Place, Sampled, Writes};
+use ferry_migration::{Compression, SampledWay};
 use ferry_proto::agent::v1::{InstanceSpec, MigrationPrediction, WrittenBy, WrittenPart};
 use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
@@ -23,6 +24,7 @@ const PAGE: u64 = 4096;
 const MOST_VCPUS: usize = 1024;
 const MOST_PARTS: usize = 256;
 const MOST_LOOKS: usize = 64;
+const MOST_WAYS: usize = 8;
 
 /// How many of the parts that the guest writes most are told.
 const TOLD_PARTS: usize = 5;
@@ -62,6 +64,7 @@ impl Agent {
         context: &RequestContext,
         instance: &Arc<Instance>,
         sample_ms: u32,
+        compress: &str,
     ) -> Result<Sample, Failure> {
         let turn = context.wait(Arc::clone(&instance.sampling).lock_owned()).await?;
         let state = context.wait(instance.state.lock()).await?;
@@ -83,6 +86,7 @@ impl Agent {
         let order = wire::Sample {
             epoch: state.row.epoch,
             ms: sample_ms,
+            compress: compress.to_owned(),
         };
         let vmm = state.vmm()?.clone();
         // The instance is anyone's meanwhile: what takes the guest away ends the sample.
@@ -111,6 +115,7 @@ fn believable(mut sampled: wire::Sampled, pages: u64) -> wire::Sampled {
     sampled.written.truncate(MOST_LOOKS);
     sampled.by_vcpu.truncate(MOST_VCPUS);
     sampled.parts.truncate(MOST_PARTS);
+    sampled.tried.truncate(MOST_WAYS);
     for written in &mut sampled.written {
         written.pages = written.pages.min(pages);
         written.after_us = written.after_us.min(u64::from(u32::MAX));
@@ -153,6 +158,20 @@ impl Sample {
             writes: Writes::new(found.collect(), self.memory_bytes / PAGE),
             places: parts.iter().map(place).filter(|place| place.share > 0.0).collect(),
         }
+    }
+
+    /// What ways to compress made of some pages; those that this agent does not know are left out.
+    pub(super) fn tried(&self) -> Vec<SampledWay> {
+        let known = |tried: &wire::TriedWay| match tried.method.parse() {
+            Ok(Compression::Always(method)) => Some(SampledWay {
+                method,
+                bytes: tried.bytes,
+                packed: tried.packed.min(tried.bytes),
+                took: Duration::from_micros(tried.took_us),
+            }),
+            _ => None,
+        };
+        self.sampled.tried.iter().filter_map(known).collect()
     }
 
     fn zero_share(&self) -> Option<f64> {
@@ -226,6 +245,7 @@ mod tests {
                 part_bytes: 128 << 20,
                 parts: vec![part(0, 100, 10), part(1, 0, 0), part(2, 300, 40)],
                 paused: false,
+                tried: Vec::new(),
             },
             memory_bytes: 1 << 30,
             dirty: "ring".to_owned(),
@@ -274,6 +294,15 @@ mod tests {
                 100_000
             ],
             paused: true,
+            tried: vec![
+                wire::TriedWay {
+                    method: "lz4".to_owned(),
+                    bytes: 1,
+                    packed: u64::MAX,
+                    took_us: u64::MAX,
+                };
+                100_000
+            ],
         };
         let sample = Sample {
             sampled: believable(hostile, 10),
@@ -286,5 +315,7 @@ mod tests {
         assert_eq!(told.populated_bytes, 10 * PAGE);
         assert!(told.dirty_parts.len() == TOLD_PARTS && told.dirty_bytes_per_s_by_vcpu.len() == MOST_VCPUS);
         assert!(told.dirty_bytes_per_s_by_vcpu.iter().all(|rate| rate.is_finite()));
+        let tried = sample.tried();
+        assert!(tried.len() == MOST_WAYS && tried.iter().all(|way| way.packed <= way.bytes));
     }
 }

@@ -95,6 +95,7 @@ impl KnownWay {
                 stop_and_start: typical(lately().filter_map(stop_and_start))
                     .or_else(|| typical(infos.iter().filter_map(stop_and_start)))
                     .unwrap_or(STOP_AND_START),
+                packed: None,
             },
             known_from,
         }
@@ -144,7 +145,7 @@ fn is_by(transport: Transport, info: &MigrationInfo) -> bool {
 }
 
 /// As many streams as the migration would have.
-fn streams(options: &MigrationOptions) -> u32 {
+pub(super) fn streams(options: &MigrationOptions) -> u32 {
     match options.streams {
         0 => std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32),
         streams => streams,

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use ferry_migration::policy::prediction::{End, Prediction, Remedies, Wanted};
+use ferry_migration::{Packed, SampledWay};
 use ferry_proto::agent::v1::{MigrationPrediction, PredictedRemedy};
 
 use crate::agent::failure::Failure;
@@ -90,6 +91,32 @@ pub(super) fn remedies(remedies: &Remedies) -> Vec<PredictedRemedy> {
         told.push(remedy("--mode hybrid".to_owned(), words));
     }
     told
+}
+
+/// How pages are expected to be compressed, or why not; `None`: no way was tried.
+pub(super) fn compression(tried: &[SampledWay], packed: Option<Packed>, is_left_alone: bool) -> Option<String> {
+    let takes = |bytes: u64, time: Duration| bytes as f64 / time.as_secs_f64().max(1e-6) / 1e6;
+    let share = |part: u64, of: u64| 100.0 * part as f64 / of.max(1) as f64;
+    let told = |way: &SampledWay| {
+        format!(
+            "{} takes in {:.0} MB/s a stream and leaves {:.0} %",
+            way.method,
+            takes(way.bytes, way.took),
+            share(way.packed, way.bytes)
+        )
+    };
+    let found: Vec<_> = tried.iter().filter(|way| way.bytes > 0).map(told).collect();
+    let words = match packed {
+        _ if is_left_alone => "pages are not compressed: both ends are on one host".to_owned(),
+        _ if tried.is_empty() => return None,
+        _ if found.is_empty() => "pages are not compressed: those that were looked at are zero".to_owned(),
+        Some(packed) => format!("pages are compressed with {}: {}", packed.method, found.join(", ")),
+        None => format!(
+            "pages are not compressed, for it would take longer: {}",
+            found.join(", ")
+        ),
+    };
+    Some(words)
 }
 
 fn rounds(count: u32) -> String {

@@ -1,0 +1,132 @@
+//! The ways to compress and what a byte of a page costs by each of them; before a migration, too, where nothing was sent yet.
+
+use super::codec::Compressor;
+use super::{Compression, Method, Sampled};
+use crate::guest::{FrameRun, GuestError, GuestMemory};
+
+/// The ways that are thought of, each slower than the one before it. What higher levels save is not worth their time at any speed that a migration can live with.
+pub(super) const WAYS: [Method; 3] = [Method::Lz4, Method::Zstd(1), Method::Zstd(3)];
+
+/// A way to compress is changed to when a byte costs this share of what it does, or less: what is measured varies.
+pub(super) const CLEARLY_LESS: f64 = 0.85;
+
+/// What of the shorter of the two, compressing and sending, is not hidden behind the longer one.
+const NOT_HIDDEN: f64 = 0.25;
+
+/// How many runs of pages are tried before a migration, and how many pages of each: 2 MiB, in some hundredths of a second for all ways.
+const TRIED_RUNS: usize = 8;
+const TRIED_PAGES: u64 = 64;
+
+/// How pages are expected to be compressed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Packed {
+    /// The way.
+    pub method: Method,
+    /// What is left of a byte, 0 to 1.
+    pub left: f64,
+    /// Bytes of pages a second that all sending threads take in.
+    pub bytes_per_second: f64,
+}
+
+impl Packed {
+    /// Seconds for a byte of a page over a link that carries so many bytes a second.
+    #[must_use]
+    pub fn cost(&self, link: f64) -> f64 {
+        cost(1.0 / self.bytes_per_second.max(1.0), self.left, link.max(1.0))
+    }
+}
+
+/// Seconds for a byte that takes so long to be compressed, and of which so much is left: the slower of the two decides, and some of the other one.
+pub(super) fn cost(compressing: f64, left: f64, link: f64) -> f64 {
+    let sending = left / link;
+    compressing.max(sending) + NOT_HIDDEN * compressing.min(sending)
+}
+
+/// What each way that its user's wish allows makes of some of these pages, which are not zero. Nothing is sent.
+///
+/// # Errors
+/// The guest's memory cannot be read.
+pub fn try_out(memory: &impl GuestMemory, runs: &[FrameRun], wanted: Compression) -> Result<Vec<Sampled>, GuestError> {
+    let ways = match wanted {
+        Compression::Off => &[][..],
+        Compression::Always(method) => &[method][..],
+        Compression::Auto => &WAYS[..],
+    };
+    let mut compressor = Compressor::default();
+    let mut tried = Vec::new();
+    for &method in ways {
+        let mut all = Sampled::nothing(method);
+        for run in runs.iter().step_by(runs.len().div_ceil(TRIED_RUNS).max(1)) {
+            let part = FrameRun {
+                count: run.count.min(TRIED_PAGES),
+                ..*run
+            };
+            if let Some(one) = compressor.sample(memory, &[part], method)? {
+                all.add(&one);
+            }
+        }
+        tried.push(all);
+    }
+    Ok(tried)
+}
+
+/// How pages will be compressed, for all that was tried, over a link that carries so many bytes a second with so many streams; `None`: they are sent plainly.
+#[must_use]
+pub fn foresee(wanted: Compression, tried: &[Sampled], link: f64, streams: u32) -> Option<Packed> {
+    let known = tried
+        .iter()
+        .filter(|way| way.bytes > 0 && !way.took.is_zero())
+        .map(|way| Packed {
+            method: way.method,
+            left: way.packed.min(way.bytes) as f64 / way.bytes as f64,
+            bytes_per_second: f64::from(streams.max(1)) * way.bytes as f64 / way.took.as_secs_f64(),
+        });
+    let best = known.min_by(|one, other| one.cost(link).total_cmp(&other.cost(link)))?;
+    match wanted {
+        Compression::Off => None,
+        Compression::Always(_) => Some(best),
+        Compression::Auto => Some(best).filter(|best| best.cost(link) < CLEARLY_LESS / link.max(1.0)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    /// Of a MiB so much is left, in so many milliseconds.
+    fn tried(method: Method, left: u64, ms: u64) -> Sampled {
+        Sampled {
+            method,
+            bytes: 1 << 20,
+            packed: left << 10,
+            took: Duration::from_millis(ms),
+        }
+    }
+
+    fn all() -> [Sampled; 2] {
+        [tried(Method::Lz4, 512, 2), tried(Method::Zstd(1), 256, 8)]
+    }
+
+    #[test]
+    fn what_is_expected_depends_on_the_link() {
+        let method = |link, streams| foresee(Compression::Auto, &all(), link, streams).map(|packed| packed.method);
+        assert_eq!(method(20e6, 2), Some(Method::Zstd(1)));
+        assert_eq!(method(300e6, 2), Some(Method::Lz4));
+        assert_eq!(method(3e9, 2), None);
+        // More threads take in more.
+        assert_eq!(method(3e9, 32), Some(Method::Lz4));
+    }
+
+    #[test]
+    fn a_way_that_its_user_chose_is_taken_even_where_it_does_not_pay() {
+        let lz4 = Compression::Always(Method::Lz4);
+        let packed = foresee(lz4, &all()[..1], 3e9, 1).unwrap();
+        assert_eq!((packed.method, packed.left), (Method::Lz4, 0.5));
+        assert!(packed.cost(3e9) > 1.0 / 3e9);
+        assert_eq!(foresee(Compression::Off, &all(), 1e6, 1), None);
+        assert_eq!(foresee(lz4, &[], 1e6, 1), None);
+        assert_eq!(foresee(lz4, &[Sampled::nothing(Method::Lz4)], 1e6, 1), None);
+    }
+}
