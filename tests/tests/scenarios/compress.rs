@@ -92,7 +92,7 @@ fn within_one_host_it_is_left_alone_unless_a_way_is_named(pair: &mut Pair) -> Re
 fn a_dry_run_foretells_what_is_left_of_pages(pair: &mut Pair) -> Result<()> {
     let witness = pair.run(&Guest::new("g").work("fill=text fill_mib=48 work=idle heartbeat_ms=20"))?;
     let foretold = |how: &str| -> Result<(f64, String)> {
-        let words = ["--dry-run", "--sample", "100ms", "--compress", how, "-o", "json"];
+        let words = ["--dry-run", "--sample", "100ms", "--compress", how];
         let told = pair.migrate("g", &words)?.exit(0)?.json()?;
         let bytes = told["prediction"]["bytes"].as_f64().context("no bytes are foretold")?;
         let words = told["prediction"]["compression"].as_str().unwrap_or_default();
