@@ -102,6 +102,13 @@ const VERSION_3: &str = "
 -- Nobody asks for migrations by it, and each write of one paid for a page of it.
 DROP INDEX migrations_by_instance;
 
+-- What the last report has of each round is read where one migration is looked at: a list of thousands does without.
+ALTER TABLE migrations ADD COLUMN details TEXT NOT NULL DEFAULT '{}'; -- JSON: its rounds and decisions
+UPDATE migrations SET
+  details = json_object('rounds', json(coalesce(info -> '$.rounds', '[]')), 'decisions', json(coalesce(info -> '$.decisions', '[]'))),
+  info = json_remove(info, '$.rounds', '$.decisions')
+WHERE json_valid(info);
+
 -- What was done to instances. The newest are kept, also of instances that are gone.
 CREATE TABLE events(
   id INTEGER PRIMARY KEY,     -- the newest row is never removed: no number is used twice
