@@ -13,6 +13,7 @@ use uuid::Uuid;
 use super::instance::{Agent, Instance, InstanceState};
 use crate::agent::context::RequestContext;
 use crate::agent::events::{Action, Subject};
+use crate::agent::failure::Failure;
 use crate::agent::journal::{Arrival, EventEnd, InstanceRow, Status};
 use crate::agent::peers::{CALL_TIME, Call, ComputeClient};
 
@@ -118,11 +119,8 @@ impl Agent {
                 self.destroy_stale(&mut state, epoch).await;
                 self.instances.by_id(arrival.instance).is_none()
             }
-            Heard::Conflict(epoch) => {
-                tracing::error!(
-                    instance = %arrival.instance, here = state.row.epoch, there = %epoch, source = arrival.source,
-                    "two hosts have the instance: somebody resolved its migration on both; delete one of them"
-                );
+            Heard::Conflict(_) => {
+                self.note_said(&mut state, copy).await;
                 false
             }
         }
@@ -163,8 +161,30 @@ impl Agent {
         match said {
             None => state.origin = Origin::Silent,
             Some(PeerCopy::Nothing) => drop(self.settled(&mut state, &arrival).await),
-            Some(copy) => state.origin = Origin::Says(copy),
+            Some(copy) => self.note_said(&mut state, copy).await,
         }
+    }
+
+    /// The source still has something of it. That both hosts have the instance is a failure of it, told when it is first heard; until one
+    /// of them is deleted whoever looks at it is told.
+    async fn note_said(&self, state: &mut InstanceState, copy: PeerCopy) {
+        let was_known = state.conflict().is_some();
+        state.origin = Origin::Says(copy);
+        let Some((source, there)) = state.conflict().filter(|_| !was_known) else {
+            return;
+        };
+        let failure = Failure::Refused(format!(
+            "two hosts have the instance, this one under epoch {}, host {source} under epoch {there}: its migration was resolved on \
+             both; delete one of them",
+            state.row.epoch
+        ));
+        tracing::error!(instance = %state.row.id, error = failure.chain(), "an instance is on two hosts");
+        let subject = Subject {
+            migration: state.row.migration,
+            ..Subject::instance(state.row.id, &state.row.spec.name)
+        };
+        let context = RequestContext::agent();
+        self.record_failure(&context, Action::Resolve, subject, &failure).await;
     }
 
     /// The source acknowledged: nobody but this host has the guest.
