@@ -18,7 +18,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_copy_that_is_discarded_at_the_source_leaves_the_guest_to_the_destination,
         a_destination_that_went_down_asks_the_source_before_it_starts_the_guest,
         a_guest_resolved_at_the_destination_boots_anew_and_the_source_destroys_its_copy,
-        a_guest_resolved_on_both_hosts_is_told_as_such,
+        a_guest_resolved_on_both_hosts_is_told_as_such_until_one_of_them_is_deleted,
         an_instance_that_came_stopped_is_stopped_again_once_its_silent_source_answers,
     ]
 }
@@ -121,7 +121,7 @@ fn a_guest_resolved_at_the_destination_boots_anew_and_the_source_destroys_its_co
     pair.exists_only_at(&pair.b, "g")
 }
 
-fn a_guest_resolved_on_both_hosts_is_told_as_such(pair: &mut Pair) -> Result<()> {
+fn a_guest_resolved_on_both_hosts_is_told_as_such_until_one_of_them_is_deleted(pair: &mut Pair) -> Result<()> {
     let (_, id) = arrive_unheard(pair)?;
     pair.expect_complaint("on two hosts");
     lose_both(pair)?;
@@ -152,6 +152,9 @@ fn a_guest_resolved_on_both_hosts_is_told_as_such(pair: &mut Pair) -> Result<()>
 
     pair.a.ferry(&["delete", "g", "--force"])?.exit(0)?;
 
+    until("b has it alone", CALL, || {
+        Ok(pair.b.show("g")?["also_at"].is_null().then_some(()))
+    })?;
     pair.exists_only_at(&pair.b, "g")
 }
 
