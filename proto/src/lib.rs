@@ -8,6 +8,8 @@
 #![forbid(unsafe_code)]
 
 mod generated;
+#[cfg(feature = "rpc")]
+mod record;
 mod validate;
 
 pub use generated::{agent, state, stream, vmm};

@@ -33,7 +33,7 @@ use super::events::{Action, Subject};
 use super::failure::Failure;
 use super::images::{self, Upload};
 use super::instances::{Agent, Press};
-use super::journal::{MigrationRow, Role};
+use super::journal::{InstanceRow, MigrationRow, Role};
 use super::outgoing::PeerNews;
 use super::peers::CALL_TIME;
 use super::snapshots::Identity;
@@ -116,6 +116,20 @@ impl ComputeService {
             Some(row) if row.role != Role::Destination || row.peer != source => Err(foreign()),
             _ => Ok(()),
         }
+    }
+
+    /// Whether an instance that was here is neither here nor where it went from here.
+    async fn is_deleted(&self, instance: &str) -> Result<bool, Failure> {
+        let id = wire_uuid("instance", instance)?;
+        if self.0.instances.by_id(id).is_some() {
+            return Ok(false);
+        }
+        let moved_to = self
+            .0
+            .journal
+            .read(move |connection| InstanceRow::moved_to(connection, &id.to_string()))
+            .await?;
+        Ok(moved_to.is_none())
     }
 
     /// The epoch under which this host had a guest again that had left in a migration; 0 if it never did. A migration that
@@ -469,6 +483,7 @@ impl Compute for ComputeService {
                 .find(migration)
                 .is_some_and(|outgoing| !outgoing.has_let_go()),
             kept_epoch,
+            deleted: kept_epoch > 0 && self.is_deleted(&request.instance).await?,
         }))
     }
 

@@ -372,7 +372,11 @@ pub(super) struct MigrateArguments {
 #[derive(Debug, Subcommand)]
 pub(super) enum MigrationVerb {
     /// List the migrations that the asked host took part in
-    List,
+    List {
+        /// With the rounds and decisions of each, as `show` has them; in a table there is no place for them
+        #[arg(long)]
+        details: bool,
+    },
     /// Show a migration
     Show(Identified),
     /// Tell a migration's rounds, and what was decided on each of them and why

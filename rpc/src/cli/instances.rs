@@ -240,6 +240,7 @@ fn details(info: &InstanceInfo) -> String {
         ("cmdline", or_dash(cmdline)),
         ("vmm pid", or_dash(info.vmm_pid)),
     ];
+    rows.extend(info.also_at.iter().map(|host| ("also at", host.clone())));
     rows.extend(info.disks.iter().map(|disk| ("disk", disk_line(disk))));
     rows.extend(info.nics.iter().map(|nic| ("net", nic_line(nic))));
     rows.extend(info.fault.iter().map(|fault| ("fault", events::fault_line(fault))));

@@ -15,8 +15,9 @@ use super::progress::{account, moment, report, table, whereabouts};
 
 pub(super) async fn run(agent: &Agent, verb: MigrationVerb, format: Format) -> Outcome {
     match verb {
-        MigrationVerb::List => {
-            list(agent, format).await?;
+        MigrationVerb::List { details } => {
+            let instance = String::new();
+            list(agent, ListMigrationsRequest { instance, details }, format).await?;
             Ok(Exit::Done)
         }
         MigrationVerb::Show(identified) => {
@@ -66,22 +67,22 @@ pub(super) async fn show(agent: &Agent, id: &str) -> Result<MigrationInfo, Failu
 }
 
 /// Prints all of them once the last one is here: each part is made ready while the agent is at the next.
-async fn list(agent: &Agent, format: Format) -> Result<(), Failure> {
+async fn list(agent: &Agent, wanted: ListMigrationsRequest, format: Format) -> Result<(), Failure> {
     let failed = |status: Status| Failure::of_status("list migrations", &status);
     let mut conductor = agent.conductor().await?;
-    let all = || within(PATIENCE, ListMigrationsRequest::default());
+    let asked = || within(PATIENCE, wanted.clone());
     let mut listed = Listing::new(format);
-    match conductor.list_migration_parts(all()).await {
+    match conductor.list_migration_parts(asked()).await {
         Ok(parts) => {
             let mut parts = parts.into_inner();
             while let Some(part) = parts.message().await.map_err(failed)? {
-                listed.add(part.migrations)?;
+                listed.add(part.migrations, MigrationInfo::add_json)?;
             }
         }
-        // An agent of before gives all of them in one message.
+        // An agent of before gives all of them in one message, and all that it knows of each.
         Err(status) if status.code() == Code::Unimplemented => {
-            let whole = conductor.list_migrations(all()).await.map_err(failed)?;
-            listed.add(whole.into_inner().migrations)?;
+            let whole = conductor.list_migrations(asked()).await.map_err(failed)?;
+            listed.add(whole.into_inner().migrations, MigrationInfo::add_json)?;
         }
         Err(status) => return Err(failed(status)),
     }

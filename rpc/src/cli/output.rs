@@ -42,7 +42,7 @@ pub(super) enum Listing<T> {
     Json(Vec<u8>),
 }
 
-impl<T: Serialize> Listing<T> {
+impl<T> Listing<T> {
     pub(super) fn new(format: Format) -> Self {
         match format {
             Format::Human => Self::Human(Vec::new()),
@@ -50,11 +50,15 @@ impl<T: Serialize> Listing<T> {
         }
     }
 
-    /// Takes the next part.
-    pub(super) fn add(&mut self, part: Vec<T>) -> Result<(), Failure> {
+    /// Takes the next part, each of which `add_json` makes JSON of.
+    pub(super) fn add(
+        &mut self,
+        part: Vec<T>,
+        add_json: impl Fn(&T, &mut Vec<u8>) -> serde_json::Result<()>,
+    ) -> Result<(), Failure> {
         match self {
             Self::Human(all) => all.extend(part),
-            Self::Json(lines) => add_json_lines(lines, &part)?,
+            Self::Json(lines) => add_json_lines(lines, &part, add_json)?,
         }
         Ok(())
     }
@@ -76,14 +80,18 @@ pub(super) fn json_line<T: Serialize>(value: &T) -> Result<(), Failure> {
 /// Prints an object a line, all in one go: there may be thousands.
 fn json_lines<T: Serialize>(values: &[T]) -> Result<(), Failure> {
     let mut lines = Vec::new();
-    add_json_lines(&mut lines, values)?;
+    add_json_lines(&mut lines, values, |value, lines| serde_json::to_writer(lines, value))?;
     bytes(&lines)
 }
 
-fn add_json_lines<T: Serialize>(lines: &mut Vec<u8>, values: &[T]) -> Result<(), Failure> {
+fn add_json_lines<T>(
+    lines: &mut Vec<u8>,
+    values: &[T],
+    add_json: impl Fn(&T, &mut Vec<u8>) -> serde_json::Result<()>,
+) -> Result<(), Failure> {
     let failed = |error| Failure::new(Exit::Failed, format!("print as JSON: {error}"));
     for value in values {
-        serde_json::to_writer(&mut *lines, value).map_err(failed)?;
+        add_json(value, lines).map_err(failed)?;
         lines.push(b'\n');
     }
     Ok(())

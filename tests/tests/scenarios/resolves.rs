@@ -5,6 +5,7 @@ use ferry_rpc::faults::{Moment, Site, Word};
 use ferry_tests::{Guest, Pair, Relay, Tampering, Witness, process, until, waiting::CALL, waiting::MOVE};
 use libtest_mimic::Trial;
 use rustix::process::Signal;
+use serde_json::Value;
 
 use crate::gate::Gate;
 use crate::journal;
@@ -17,6 +18,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_copy_that_is_discarded_at_the_source_leaves_the_guest_to_the_destination,
         a_destination_that_went_down_asks_the_source_before_it_starts_the_guest,
         a_guest_resolved_at_the_destination_boots_anew_and_the_source_destroys_its_copy,
+        a_guest_resolved_on_both_hosts_is_told_as_such_until_one_of_them_is_deleted,
         an_instance_that_came_stopped_is_stopped_again_once_its_silent_source_answers,
     ]
 }
@@ -116,6 +118,43 @@ fn a_guest_resolved_at_the_destination_boots_anew_and_the_source_destroys_its_co
     pair.a.start()?;
     has_nothing(&pair.a)?;
     witness.wait_for_beats_at("b", 5)?;
+    pair.exists_only_at(&pair.b, "g")
+}
+
+fn a_guest_resolved_on_both_hosts_is_told_as_such_until_one_of_them_is_deleted(pair: &mut Pair) -> Result<()> {
+    let (_, id) = arrive_unheard(pair)?;
+    pair.expect_complaint("on two hosts");
+    lose_both(pair)?;
+    let resolve = ["migration", "resolve", id.as_str(), "--run-here", "--confirm", "g"];
+    b_is_back(pair)?;
+    pair.b.wait_for_indeterminate("g")?;
+    pair.b.ferry(&resolve)?.exit(0)?;
+    // Its guest runs on.
+    pair.b.kill();
+    pair.a.start()?;
+    pair.a.wait_for_indeterminate("g")?;
+    pair.a.ferry(&resolve)?.exit(0)?;
+
+    pair.b.start()?;
+
+    let shown = until("b knows that a has it, too", CALL, || {
+        let shown = pair.b.show("g")?;
+        Ok((shown["also_at"] == "a").then_some(shown))
+    })?;
+    let told = shown["fault"]["message"].as_str().unwrap_or_default();
+    ensure!(told.contains("two hosts have the instance"), "{shown}");
+    let events = pair.b.ferry(&["events", "g"])?.exit(0)?.json_lines()?;
+    let failed = |event: &&Value| event["action"] == "resolve" && event["result"] == "error";
+    ensure!(events.iter().filter(failed).count() == 1, "{events:?}");
+    let needs = pair.b.ferry(&["doctor"])?.exit(1)?.json_lines()?;
+    let found = |need: &Value| !need["ok"].as_bool().unwrap_or(true) && need["found"] == "g is on b and on a";
+    ensure!(needs.iter().any(found), "{needs:?}");
+
+    pair.a.ferry(&["delete", "g", "--force"])?.exit(0)?;
+
+    until("b has it alone", CALL, || {
+        Ok(pair.b.show("g")?["also_at"].is_null().then_some(()))
+    })?;
     pair.exists_only_at(&pair.b, "g")
 }
 

@@ -12,7 +12,7 @@ use tonic::Status;
 
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
-use crate::agent::journal::{MigrationRow, Report};
+use crate::agent::journal::{Depth, MigrationRow, Report};
 
 /// How many are in one part.
 const PART: u32 = 256;
@@ -24,11 +24,11 @@ pub(super) type Parts = ReceiverStream<Result<ListMigrationsReply, Status>>;
 
 impl Agent {
     /// The migrations of the instance of this id or name, of all if it is empty. Whoever drops the parts ends it.
-    pub(super) fn list_migrations(self: &Arc<Self>, wanted: String) -> Parts {
+    pub(super) fn list_migrations(self: &Arc<Self>, wanted: String, depth: Depth) -> Parts {
         let (parts, listed) = mpsc::channel(AHEAD);
         let agent = Arc::clone(self);
         tokio::spawn(async move {
-            if let Err(failure) = agent.list_into(&parts, &wanted).await {
+            if let Err(failure) = agent.list_into(&parts, &wanted, depth).await {
                 // Whoever asked may have gone.
                 let _ = parts.send(Err(failure.into())).await;
             }
@@ -40,12 +40,14 @@ impl Agent {
         &self,
         parts: &mpsc::Sender<Result<ListMigrationsReply, Status>>,
         wanted: &str,
+        depth: Depth,
     ) -> Result<(), Failure> {
         let part = |after| {
             let journal = self.journal.clone();
             tokio::spawn(async move {
-                let reports = move |connection: &rusqlite::Connection| MigrationRow::reports(connection, after, PART);
-                journal.read(reports).await
+                journal
+                    .read(move |connection| MigrationRow::reports(connection, after, PART, depth))
+                    .await
             })
         };
         let mut reading = Some(part(0));
@@ -59,7 +61,10 @@ impl Agent {
             let read = tokio::task::block_in_place(|| reports.iter().map(Report::read).collect::<Result<Vec<_>, _>>());
             let read = read.map_err(|error| unreadable(error.into()))?;
             let is_wanted = |info: &MigrationInfo| wanted.is_empty() || info.instance == wanted || info.name == wanted;
-            let migrations = read.into_iter().map(|info| self.newest(info)).filter(is_wanted);
+            let migrations = read
+                .into_iter()
+                .map(|info| depth.of(self.newest(info)))
+                .filter(is_wanted);
             let part = ListMigrationsReply {
                 migrations: migrations.collect(),
             };

@@ -22,7 +22,7 @@ use crate::agent::context::RequestContext;
 use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
-use crate::agent::journal::{MigrationRow, Role};
+use crate::agent::journal::{Depth, MigrationRow, Role};
 use crate::agent::outgoing::{Outgoing, check_retuning};
 use crate::agent::peers::{CALL_TIME, ConductorClient, Peer};
 use crate::agent::steps::{LINK_LOST, SourceStep};
@@ -67,7 +67,8 @@ impl Conductor for ConductorService {
     }
 
     async fn list_migrations(&self, request: Request<ListMigrationsRequest>) -> Answer<ListMigrationsReply> {
-        let mut parts = self.0.list_migrations(request.into_inner().instance);
+        // As ever: who asked for it before there were parts was told all.
+        let mut parts = self.0.list_migrations(request.into_inner().instance, Depth::Full);
         let mut all = ListMigrationsReply::default();
         while let Some(part) = parts.next().await {
             all.migrations.extend(part?.migrations);
@@ -78,7 +79,9 @@ impl Conductor for ConductorService {
     type ListMigrationPartsStream = Parts;
 
     async fn list_migration_parts(&self, request: Request<ListMigrationsRequest>) -> Answer<Parts> {
-        Ok(Response::new(self.0.list_migrations(request.into_inner().instance)))
+        let ListMigrationsRequest { instance, details } = request.into_inner();
+        let depth = if details { Depth::Full } else { Depth::Summary };
+        Ok(Response::new(self.0.list_migrations(instance, depth)))
     }
 
     async fn show_migration(&self, request: Request<MigrationRequest>) -> Answer<MigrationInfo> {

@@ -13,6 +13,7 @@ use uuid::Uuid;
 use super::instance::{Agent, Instance, InstanceState};
 use crate::agent::context::RequestContext;
 use crate::agent::events::{Action, Subject};
+use crate::agent::failure::Failure;
 use crate::agent::journal::{Arrival, EventEnd, InstanceRow, Status};
 use crate::agent::peers::{CALL_TIME, Call, ComputeClient};
 
@@ -26,12 +27,19 @@ const PAUSES: [Duration; 6] = [
     Duration::from_secs(15),
 ];
 
-/// What a source's answer says of its copy.
-fn copy_of(reply: PostLiveMigrationReply) -> PeerCopy {
-    match reply {
-        PostLiveMigrationReply { pending: true, .. } => PeerCopy::Pending,
-        PostLiveMigrationReply { kept_epoch: 0, .. } => PeerCopy::Nothing,
-        PostLiveMigrationReply { kept_epoch, .. } => PeerCopy::Holds(Epoch(kept_epoch)),
+/// What a source's answer says of its copy to this host, which has its own under the epoch `here`. One under a higher epoch was the right
+/// one, also where it is deleted since; of two that nobody could tell apart the deleted one was the wrong one.
+fn copy_of(reply: PostLiveMigrationReply, here: Epoch) -> PeerCopy {
+    let PostLiveMigrationReply {
+        pending,
+        kept_epoch,
+        deleted,
+    } = reply;
+    match (pending, Epoch(kept_epoch)) {
+        (true, _) => PeerCopy::Pending,
+        (false, Epoch(0)) => PeerCopy::Nothing,
+        (false, there) if deleted && there <= here => PeerCopy::Nothing,
+        (false, there) => PeerCopy::Holds(there),
     }
 }
 
@@ -68,7 +76,8 @@ impl Agent {
             let mut pauses = PAUSES.into_iter();
             let mut last = PAUSES[0];
             loop {
-                if let Some(copy) = agent.tell(&context, &arrival, news.clone()).await
+                let here = agent.epoch_here(arrival.instance).await;
+                if let Some(copy) = agent.tell(&context, &arrival, here, news.clone()).await
                     && agent.heard_of(&arrival, copy).await
                 {
                     return;
@@ -79,11 +88,19 @@ impl Agent {
         });
     }
 
+    async fn epoch_here(&self, id: Uuid) -> Epoch {
+        match self.instances.by_id(id) {
+            Some(instance) => Epoch(instance.state.lock().await.row.epoch),
+            None => Epoch(0),
+        }
+    }
+
     /// None if the source did not answer, or does not want to know.
     async fn tell(
         &self,
         context: &RequestContext,
         arrival: &Arrival,
+        here: Epoch,
         news: PostLiveMigrationRequest,
     ) -> Option<PeerCopy> {
         let peer = self.peers.named(&arrival.source).ok()?;
@@ -92,7 +109,7 @@ impl Agent {
             async move { client.post_live_migration(news).await }
         };
         match peer.call(context, Call::PostLiveMigration, CALL_TIME, send).await {
-            Ok(reply) => Some(copy_of(reply)),
+            Ok(reply) => Some(copy_of(reply, here)),
             Err(error) => {
                 tracing::info!(instance = %arrival.instance, %error, "the source does not acknowledge yet that its guest is here");
                 None
@@ -118,11 +135,8 @@ impl Agent {
                 self.destroy_stale(&mut state, epoch).await;
                 self.instances.by_id(arrival.instance).is_none()
             }
-            Heard::Conflict(epoch) => {
-                tracing::error!(
-                    instance = %arrival.instance, here = state.row.epoch, there = %epoch, source = arrival.source,
-                    "two hosts have the instance: somebody resolved its migration on both; delete one of them"
-                );
+            Heard::Conflict(_) => {
+                self.note_said(&mut state, copy).await;
                 false
             }
         }
@@ -151,10 +165,11 @@ impl Agent {
             state.origin = Origin::Settled;
             return;
         };
+        let here = Epoch(state.row.epoch);
         drop(state);
         // The host's own affair, whoever has it look.
         let context = RequestContext::agent();
-        let said = self.tell(&context, &arrival, self.arrived(&arrival)).await;
+        let said = self.tell(&context, &arrival, here, self.arrived(&arrival)).await;
         let mut state = instance.state.lock().await;
         if state.arrival.as_ref() != Some(&arrival) {
             // It was acknowledged meanwhile, or the copy was destroyed.
@@ -163,8 +178,30 @@ impl Agent {
         match said {
             None => state.origin = Origin::Silent,
             Some(PeerCopy::Nothing) => drop(self.settled(&mut state, &arrival).await),
-            Some(copy) => state.origin = Origin::Says(copy),
+            Some(copy) => self.note_said(&mut state, copy).await,
         }
+    }
+
+    /// The source still has something of it. That both hosts have the instance is a failure of it, told when it is first heard; until one
+    /// of them is deleted whoever looks at it is told.
+    async fn note_said(&self, state: &mut InstanceState, copy: PeerCopy) {
+        let was_known = state.conflict().is_some();
+        state.origin = Origin::Says(copy);
+        let Some((source, there)) = state.conflict().filter(|_| !was_known) else {
+            return;
+        };
+        let failure = Failure::Refused(format!(
+            "two hosts have the instance, this one under epoch {}, host {source} under epoch {there}: its migration was resolved on \
+             both; delete one of them",
+            state.row.epoch
+        ));
+        tracing::error!(instance = %state.row.id, error = failure.chain(), "an instance is on two hosts");
+        let subject = Subject {
+            migration: state.row.migration,
+            ..Subject::instance(state.row.id, &state.row.spec.name)
+        };
+        let context = RequestContext::agent();
+        self.record_failure(&context, Action::Resolve, subject, &failure).await;
     }
 
     /// The source acknowledged: nobody but this host has the guest.
@@ -261,9 +298,23 @@ mod tests {
 
     #[test]
     fn a_source_that_knows_nothing_of_this_has_acknowledged() {
-        assert_eq!(copy_of(PostLiveMigrationReply::default()), PeerCopy::Nothing);
-        let reply = |pending, kept_epoch| PostLiveMigrationReply { pending, kept_epoch };
-        assert_eq!(copy_of(reply(true, 0)), PeerCopy::Pending);
-        assert_eq!(copy_of(reply(false, 6)), PeerCopy::Holds(Epoch(6)));
+        let of = |reply| copy_of(reply, Epoch(6));
+        assert_eq!(of(PostLiveMigrationReply::default()), PeerCopy::Nothing);
+        assert_eq!(of(reply(true, 0, false)), PeerCopy::Pending);
+        assert_eq!(of(reply(false, 6, false)), PeerCopy::Holds(Epoch(6)));
+    }
+
+    #[test]
+    fn of_two_that_were_resolved_the_deleted_one_counts_no_more_unless_its_epoch_is_higher() {
+        let of = |kept_epoch| copy_of(reply(false, kept_epoch, true), Epoch(6));
+        assert_eq!((of(6), of(7)), (PeerCopy::Nothing, PeerCopy::Holds(Epoch(7))));
+    }
+
+    fn reply(pending: bool, kept_epoch: u64, deleted: bool) -> PostLiveMigrationReply {
+        PostLiveMigrationReply {
+            pending,
+            kept_epoch,
+            deleted,
+        }
     }
 }

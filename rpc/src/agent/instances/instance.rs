@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ferry_migration::handover::Origin;
+use ferry_migration::handover::{Epoch, Heard, Origin, heard};
 use ferry_proto::agent::v1::InstanceInfo;
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{self as wire};
@@ -350,6 +350,18 @@ impl InstanceState {
             restart: policy_of(&row.spec).as_str().to_owned(),
             events: Vec::new(),
             fault: None,
+            also_at: self.conflict().map(|(host, _)| host.to_owned()),
+        }
+    }
+
+    /// The other host that has it, and its epoch there: somebody resolved its migration on both.
+    pub(crate) fn conflict(&self) -> Option<(&str, Epoch)> {
+        let (Some(arrival), Origin::Says(copy)) = (&self.arrival, self.origin) else {
+            return None;
+        };
+        match heard(Epoch(self.row.epoch), copy) {
+            Heard::Conflict(there) => Some((&arrival.source, there)),
+            Heard::NotYet | Heard::Settled | Heard::Superseded(_) => None,
         }
     }
 

@@ -26,5 +26,5 @@ pub(crate) use decisions::DecisionRow;
 pub(crate) use events::{EventEnd, EventRow, MIGRATE, MIGRATE_IN, interrupt};
 pub(crate) use faults::FaultRow;
 pub(crate) use instances::{InstanceRow, Restarts, Status};
-pub(crate) use migrations::{MigrationRow, Report, Role};
+pub(crate) use migrations::{Depth, MigrationRow, Report, Role};
 pub(crate) use writer::{Journal, JournalError};

@@ -8,9 +8,9 @@ use rusqlite::{Connection, Transaction};
 /// The schema that this build writes.
 pub(super) const SCHEMA_VERSION: i64 = 3;
 
-/// Rows written and removed once, so that the WAL has its length before the first switchover: extending a file costs more
-/// than writing into it.
-const WAL_FILLER_ROWS: usize = 256;
+/// How many pages the WAL is made long before anything is written: extending a file costs more than writing into it. A cast takes some
+/// ten of them, a switchover's rows as many.
+const WAL_PAGES: u32 = 512;
 
 /// What leads from each version to the next, from none on.
 const STEPS: [&str; SCHEMA_VERSION as usize] = [VERSION_1, VERSION_2, VERSION_3];
@@ -102,6 +102,13 @@ const VERSION_3: &str = "
 -- Nobody asks for migrations by it, and each write of one paid for a page of it.
 DROP INDEX migrations_by_instance;
 
+-- What the last report has of each round is read where one migration is looked at: a list of thousands does without.
+ALTER TABLE migrations ADD COLUMN details TEXT NOT NULL DEFAULT '{}'; -- JSON: its rounds and decisions
+UPDATE migrations SET
+  details = json_object('rounds', json(coalesce(info -> '$.rounds', '[]')), 'decisions', json(coalesce(info -> '$.decisions', '[]'))),
+  info = json_remove(info, '$.rounds', '$.decisions')
+WHERE json_valid(info);
+
 -- What was done to instances. The newest are kept, also of instances that are gone.
 CREATE TABLE events(
   id INTEGER PRIMARY KEY,     -- the newest row is never removed: no number is used twice
@@ -192,15 +199,17 @@ fn upgrade(connection: &Connection, found: i64) -> rusqlite::Result<()> {
     transaction.commit()
 }
 
+/// One page is written again and again: the database itself gets no longer by it.
 fn lengthen_wal(connection: &Connection) -> rusqlite::Result<()> {
-    connection.execute_batch("BEGIN;")?;
-    for row in 0..WAL_FILLER_ROWS {
-        connection.execute(
-            "INSERT OR REPLACE INTO meta VALUES(?1, zeroblob(0) || ?2)",
-            (format!("filler-{row}"), "0".repeat(4096)),
-        )?;
+    connection.execute("INSERT OR REPLACE INTO meta VALUES('filler', 0)", ())?;
+    // None of these has to wait for the disk: the checkpoint does.
+    connection.pragma_update(None, "synchronous", "NORMAL")?;
+    let mut fill = connection.prepare("UPDATE meta SET value=?1 WHERE key='filler'")?;
+    for page in 0..WAL_PAGES {
+        fill.execute([page])?;
     }
-    connection.execute_batch("COMMIT; BEGIN; DELETE FROM meta WHERE key LIKE 'filler-%'; COMMIT;")?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.execute("DELETE FROM meta WHERE key='filler'", ())?;
     checkpoint(connection)
 }
 
@@ -217,9 +226,10 @@ pub(super) fn write_nothing(transaction: &Transaction<'_>) -> rusqlite::Result<(
     transaction.execute("DELETE FROM meta WHERE key='tried'", ()).map(drop)
 }
 
-/// Moves the WAL into the database; the next write begins it anew without shortening the file.
+/// Moves the WAL into the database; the next write begins it anew without shortening the file. Whoever reads it with other tools is not
+/// waited for: what he still needs stays where it is until the next time.
 pub(super) fn checkpoint(connection: &Connection) -> rusqlite::Result<()> {
-    connection.query_row("PRAGMA wal_checkpoint(RESTART)", (), |_| Ok(()))
+    connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", (), |_| Ok(()))
 }
 
 #[cfg(test)]
@@ -295,6 +305,24 @@ mod tests {
         // What was done under it left no events.
         let events = journal.read(|c| EventRow::of(c, "web", 0)).await.unwrap();
         assert_eq!(events, []);
+    }
+
+    #[tokio::test]
+    async fn a_wal_that_was_moved_into_the_database_is_written_again_and_gets_no_longer() {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = Journal::open(&folder.path().join("journal.db")).unwrap();
+        let long = || std::fs::metadata(folder.path().join("journal.db-wal")).unwrap().len();
+        let before = long();
+        assert!(before >= u64::from(WAL_PAGES) * 4096, "{before}");
+        for key in ["one", "two", "three"] {
+            let most_of_it = "0".repeat(300 * 4096);
+            journal
+                .write(move |t| t.execute("INSERT INTO meta VALUES(?1,?2)", (key, most_of_it)))
+                .await
+                .unwrap();
+            journal.read(checkpoint).await.unwrap();
+        }
+        assert_eq!(long(), before);
     }
 
     #[test]

@@ -121,6 +121,10 @@ impl Drop for Switchover {
 
 /// How long the journal is idle before its WAL is moved into the database.
 const IDLE: Duration = Duration::from_secs(1);
+/// How long after so many jobs: what they wrote takes a third of the WAL's length, and a WAL that has to grow makes each fsync take twice
+/// as long.
+const SHORTLY: Duration = Duration::from_millis(20);
+const MANY: u32 = 16;
 /// How long no write was tried before one is that changes nothing: who only waits hears, too, that the journal takes none.
 const LOOK: Duration = Duration::from_secs(5);
 /// After so many of these the WAL is moved into the database, which they would lengthen otherwise.
@@ -285,19 +289,21 @@ fn tell_writable(writable: &watch::Sender<bool>, now: bool) {
 }
 
 fn write(mut connection: Connection, jobs: &Receiver<Job>, switchovers: &AtomicUsize, writable: &watch::Sender<bool>) {
-    let mut written = false;
+    let mut done = 0_u32;
     let mut tried = Instant::now();
     let mut looks = 0;
     let mut next = None;
     loop {
-        match next.take().map_or_else(|| jobs.recv_timeout(IDLE), Ok) {
+        let switches_over = switchovers.load(Ordering::Relaxed) > 0;
+        let idle = if done >= MANY && !switches_over { SHORTLY } else { IDLE };
+        match next.take().map_or_else(|| jobs.recv_timeout(idle), Ok) {
             Ok(Job::Alone(job)) => {
                 job(&mut connection);
-                written = true;
+                done = done.saturating_add(1);
             }
             Ok(Job::Write(first)) => {
                 next = together::commit(&mut connection, first, jobs);
-                (written, tried) = (true, Instant::now());
+                (done, tried) = (done.saturating_add(1), Instant::now());
             }
             Err(RecvTimeoutError::Timeout) => {
                 let switches_over = switchovers.load(Ordering::Relaxed) > 0;
@@ -308,10 +314,10 @@ fn write(mut connection: Connection, jobs: &Receiver<Job>, switchovers: &AtomicU
                 } else if tried.elapsed() >= LOOK && !switches_over {
                     look(&mut connection, writable);
                     (tried, looks) = (Instant::now(), looks + 1);
-                    written |= looks % MOST_LOOKS == 0;
+                    done += u32::from(looks % MOST_LOOKS == 0);
                 }
-                if written && !switches_over {
-                    written = false;
+                if done > 0 && !switches_over {
+                    done = 0;
                     if let Err(error) = schema::checkpoint(&connection) {
                         tracing::info!(%error, "the journal's WAL grows: it could not be checkpointed");
                     }

@@ -4,6 +4,7 @@
 
 mod cgroups;
 mod disks;
+mod instances;
 mod jail;
 mod kvm;
 mod memory;
@@ -97,7 +98,9 @@ impl Need {
 pub(super) async fn run(arguments: DoctorArguments, agent: String, format: Format) -> Outcome {
     let data_dir = arguments.data_dir.map_or_else(default_data_dir, Ok)?;
     let mut needs = of_this_host(&data_dir);
-    needs.extend(place::network(arguments.listen, &Agent::new(agent)).await);
+    let agent = Agent::new(agent);
+    needs.extend(place::network(arguments.listen, &agent).await);
+    needs.extend(instances::on_one_host(&agent).await);
     match format {
         Format::Json => needs.iter().try_for_each(output::json_line)?,
         Format::Human => output::text(&report(&needs))?,

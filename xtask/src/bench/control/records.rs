@@ -59,11 +59,17 @@ async fn ask(pair: &Pair) -> Result<Vec<f64>> {
     let mut asked = Vec::new();
     for _ in 0..RUNS {
         let began = Instant::now();
-        agent
+        let parts = agent
             .conductor()
-            .list_migrations(ListMigrationsRequest::default())
+            .list_migration_parts(ListMigrationsRequest::default())
             .await?;
+        let mut parts = parts.into_inner();
+        let mut records = 0;
+        while let Some(part) = parts.message().await? {
+            records += part.migrations.len();
+        }
         asked.push(ms(began.elapsed()));
+        ensure!(records == RECORDS, "{records} records are answered");
     }
     Ok(asked)
 }
