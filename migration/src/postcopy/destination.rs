@@ -7,14 +7,11 @@
 //!                    the last one: nobody watches any more, AllHere, then huge pages again, over
 //! ```
 //!
-//! Both threads outlive the migration's own and end by themselves. A page leaves the set of missing ones after it was supplied, never
-//! before: one that is touched and not in it is filled with zeroes.
+//! Both threads outlive the migration's own and end by themselves.
 
-use std::collections::HashMap;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvError};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 
@@ -22,24 +19,22 @@ use ferry_proto::stream::v1::{
     AllHere, FromDestination, FromSource, from_destination::Message as Reply, from_source::Message as Said,
 };
 
-use super::asking::{Asking, Wishes};
+use super::asking::Asking;
 use super::gathering;
 use super::taking::Taker;
-use super::{Latency, SessionLost, URGENT_STREAMS, chain, parts};
+use super::waiting::Shared;
+use super::{Latency, SessionLost, URGENT_STREAMS, chain};
 use crate::PageSet;
 use crate::guest::{AbsentPages, FrameRun, GuestError, MemoryShape};
 use crate::handover::Attempt;
 use crate::link::{self, FAREWELL, Link, Liveness, Outgoing, Sockets};
-use crate::wire::{ControlError, FrameError, StreamIdentity, Wish};
+use crate::wire::{ControlError, FrameError, StreamIdentity};
 
 /// How long the threads wait at most before they look at what they were told.
 const TICK: Duration = Duration::from_millis(20);
 
 /// How often progress is told.
 const PROGRESS: Duration = Duration::from_millis(250);
-
-/// A page that is touched brings its neighbours along, those of the same 64 KiB.
-const NEIGHBOURHOOD: u64 = 16;
 
 /// What a guest without all of its pages tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,31 +93,13 @@ impl LatePages {
             attempt,
             liveness,
         } = awaited;
-        let left = missing.count();
         let blocks = gathering::blocks(&wanted_huge, &missing);
-        let shared = Arc::new(Shared {
-            pages,
-            state: Mutex::new(State {
-                asked: PageSet::new(&shape),
-                missing,
-                left,
-                waiting: HashMap::new(),
-                latency: Latency::default(),
-                round_trip: None,
-                asking: None,
-                outcome: None,
-            }),
-            shape,
-            total: left,
-            began: Instant::now(),
-            over: AtomicBool::new(false),
-            failure: OnceLock::new(),
-        });
+        let shared = Arc::new(Shared::new(pages, missing, shape));
         let (links, links_out) = mpsc::channel();
         let (faults, late) = (Arc::clone(&shared), Arc::clone(&shared));
         thread::Builder::new().name("ferry-faults".into()).spawn(move || {
             if let Err(error) = faults.watch()
-                && !faults.over.load(Ordering::Acquire)
+                && !faults.is_over()
             {
                 faults.fail(chain(&error));
             }
@@ -156,7 +133,7 @@ impl LatePages {
     /// How it came out, once every page is here.
     #[must_use]
     pub fn outcome(&self) -> Option<LateOutcome> {
-        self.shared.lock().outcome.clone()
+        self.shared.outcome()
     }
 }
 
@@ -169,167 +146,6 @@ pub(crate) struct Awaited {
     pub(crate) shape: MemoryShape,
     pub(crate) attempt: Attempt,
     pub(crate) liveness: Liveness,
-}
-
-pub(super) struct Shared {
-    pub(super) pages: Box<dyn AbsentPages>,
-    pub(super) shape: MemoryShape,
-    state: Mutex<State>,
-    total: u64,
-    began: Instant,
-    /// Nobody is to hear any more which pages are touched.
-    over: AtomicBool,
-    /// Why no page can be taken in any more.
-    failure: OnceLock<String>,
-}
-
-impl std::fmt::Debug for Shared {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter
-            .debug_struct("Shared")
-            .field("total", &self.total)
-            .finish_non_exhaustive()
-    }
-}
-
-struct State {
-    missing: PageSet,
-    /// How many there are.
-    left: u64,
-    /// Asked for in this session.
-    asked: PageSet,
-    /// Touched and missing, and since when.
-    waiting: HashMap<u64, Instant>,
-    latency: Latency,
-    /// As last measured.
-    round_trip: Option<Duration>,
-    /// Where to ask; none between sessions.
-    asking: Option<Asking>,
-    outcome: Option<LateOutcome>,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The thread that hears which pages are touched.
-    fn watch(&self) -> Result<(), GuestError> {
-        let mut frames = Vec::new();
-        while !self.over.load(Ordering::Acquire) {
-            frames.clear();
-            self.pages.touched(TICK, &mut frames)?;
-            if let Some(asking) = &mut self.lock().asking {
-                asking.go_on();
-            }
-            if !frames.is_empty() {
-                frames.sort_unstable();
-                frames.dedup();
-                self.take_touched(&frames)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Zeroes for pages that are not missing; the others are asked for, once in a session.
-    fn take_touched(&self, frames: &[u64]) -> Result<(), GuestError> {
-        let now = Instant::now();
-        let mut zero = Vec::new();
-        let mut state = self.lock();
-        let mut table = Wishes::default();
-        for &frame in frames {
-            if state.missing.contains(frame) {
-                state.waiting.entry(frame).or_insert(now);
-                state.wish(frame, &self.shape, &mut table);
-            } else {
-                zero.push(frame);
-            }
-        }
-        if let Some(asking) = &mut state.asking
-            && !table.is_empty()
-        {
-            asking.ask(&table.sorted());
-        }
-        drop(state);
-        for first in zero {
-            self.pages.supply_zeroes(FrameRun { first, count: 1 })?;
-        }
-        Ok(())
-    }
-
-    /// These pages are there now.
-    pub(super) fn supplied(&self, runs: &[FrameRun]) {
-        let mut guard = self.lock();
-        let state = &mut *guard;
-        for &run in runs {
-            let Some((region, offset)) = state.missing.locate(run.first) else {
-                continue;
-            };
-            state.left -= state.missing.count_in(region, offset, run.count);
-            state.missing.remove(run);
-        }
-        let latency = &mut state.latency;
-        state.waiting.retain(|&frame, since| {
-            let is_here = runs.iter().any(|run| (run.first..run.end()).contains(&frame));
-            if is_here {
-                latency.add(since.elapsed());
-            }
-            !is_here
-        });
-    }
-
-    /// How many pages are missing.
-    pub(super) fn left(&self) -> u64 {
-        self.lock().left
-    }
-
-    /// The last page is here: nobody waits for one any more.
-    fn finish(&self) -> Result<(), GuestError> {
-        // Before it: a page that is touched from here on is zero, as in any memory.
-        self.over.store(true, Ordering::Release);
-        self.pages.end()?;
-        let mut state = self.lock();
-        state.outcome = Some(LateOutcome {
-            pages: self.total,
-            latency: state.latency.clone(),
-            round_trip: state.round_trip,
-            took: self.began.elapsed(),
-        });
-        Ok(())
-    }
-
-    fn fail(&self, reason: String) {
-        tracing::error!(reason, "late pages cannot be taken in any more");
-        self.over.store(true, Ordering::Release);
-        // The first reason is the one that counts.
-        let _ = self.failure.set(reason);
-        if let Some(asking) = self.lock().asking.take() {
-            asking.sockets.cut();
-        }
-    }
-}
-
-impl State {
-    /// Adds a page that somebody waits for, and its neighbours, unless they were asked for.
-    fn wish(&mut self, frame: u64, shape: &MemoryShape, table: &mut Wishes) {
-        if self.asking.is_none() {
-            // The next session begins with all that is waited for.
-            return;
-        }
-        let Some((region, _)) = shape.locate(frame) else { return };
-        let region = shape.regions()[region].run();
-        let first = (frame - frame % NEIGHBOURHOOD).max(region.first);
-        let end = (frame - frame % NEIGHBOURHOOD + NEIGHBOURHOOD).min(region.end());
-        for near in first..end {
-            let page = FrameRun { first: near, count: 1 };
-            let is_touched = near == frame;
-            // What came along with another is on its way; what was pushed may be far behind.
-            if self.missing.contains(near) && !self.asked.contains(near) {
-                self.asked.insert(page);
-                table.add(page, if is_touched { Wish::Touched } else { Wish::Beside });
-            }
-        }
-    }
 }
 
 /// What the threads of a session tell.
@@ -377,7 +193,7 @@ impl Supervisor {
                 Session::Lost(lost) => lost,
                 ended => break ended,
             };
-            if let Some(reason) = self.shared.failure.get() {
+            if let Some(reason) = self.shared.failure() {
                 break Session::Failed(reason.clone());
             }
             if self.shared.left() == 0 {
@@ -395,7 +211,7 @@ impl Supervisor {
         };
         match ended {
             Session::AllHere => {
-                let outcome = self.shared.lock().outcome.clone().unwrap_or_default();
+                let outcome = self.shared.outcome().unwrap_or_default();
                 (self.reports)(LateReport::AllHere(outcome));
                 match gathering::gather(&*self.shared.pages, &self.blocks) {
                     Ok(gathered) => tracing::info!(?gathered, "huge pages again where pages came late"),
@@ -407,7 +223,7 @@ impl Supervisor {
                 (self.reports)(LateReport::Failed { reason });
             }
             // What is missing stays so: whoever waits goes with the process.
-            Session::Stopped | Session::Lost(_) => self.shared.over.store(true, Ordering::Release),
+            Session::Stopped | Session::Lost(_) => self.shared.stop(),
         }
     }
 
@@ -434,31 +250,19 @@ impl Supervisor {
             self.begin(&sockets, &outbox);
             self.until_all_here(&sockets, &events, &outbox, next)
         });
-        self.shared.lock().asking = None;
+        self.shared.end_session();
         ended
     }
 
     /// Says what is missing, and asks for what is waited for.
     fn begin(&self, sockets: &Arc<Sockets>, outbox: &Sender<Outgoing<FromDestination>>) {
-        let mut state = self.shared.lock();
-        let state = &mut *state;
-        for part in parts(&state.missing, self.attempt) {
+        for part in self.shared.tell_missing(self.attempt) {
             let message = Some(Reply::Missing(part));
             let _ = outbox.send(Outgoing::Say(FromDestination { message }));
         }
         let urgent = URGENT_STREAMS.min(sockets.pages.len()) as u16;
-        state.asked.clear();
-        state.asking = Some(Asking::new(Arc::clone(sockets), urgent, self.liveness.silence));
-        let mut table = Wishes::default();
-        let waiting: Vec<u64> = state.waiting.keys().copied().collect();
-        for frame in waiting {
-            state.wish(frame, &self.shared.shape, &mut table);
-        }
-        if let Some(asking) = &mut state.asking
-            && !table.is_empty()
-        {
-            asking.ask(&table.sorted());
-        }
+        let asking = Asking::new(Arc::clone(sockets), urgent, self.liveness.silence);
+        self.shared.ask_on(asking);
     }
 
     fn start<'scope>(
@@ -525,7 +329,7 @@ impl Supervisor {
                 return Session::Lost(SessionLost::Silent(silence));
             }
             if let Some(round_trip) = sockets.round_trip() {
-                self.shared.lock().round_trip = Some(round_trip);
+                self.shared.note_round_trip(round_trip);
             }
             if told.elapsed() >= PROGRESS {
                 told = Instant::now();

@@ -20,6 +20,7 @@ mod source;
 mod table;
 mod taking;
 mod unsent;
+mod waiting;
 
 pub use choice::Lateness;
 pub(crate) use choice::Shrinking;

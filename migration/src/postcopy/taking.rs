@@ -4,7 +4,8 @@ use std::io::Read as _;
 use std::net::TcpStream;
 
 use super::URGENT_STREAMS;
-use super::destination::{Event, Shared};
+use super::destination::Event;
+use super::waiting::Shared;
 use crate::guest::FRAME_SIZE;
 use crate::link::Sockets;
 use crate::wire::{FrameError, FrameReader, StreamIdentity};

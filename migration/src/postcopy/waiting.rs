@@ -1,0 +1,263 @@
+//! Which pages a guest lacks that runs without all of its memory, and who waits for them; at the destination.
+//!
+//! The thread that hears which pages are touched, those that take frames in, and the one that begins and ends sessions share it. A page
+//! leaves the set of missing ones after it was supplied, never before: one that is touched and not in it is filled with zeroes.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use ferry_proto::stream::v1;
+
+use super::asking::{Asking, Wishes};
+use super::destination::LateOutcome;
+use super::{Latency, parts};
+use crate::PageSet;
+use crate::guest::{AbsentPages, FrameRun, GuestError, MemoryShape};
+use crate::handover::Attempt;
+use crate::wire::Wish;
+
+/// How long the thread that hears which pages are touched waits at most before it looks at what it was told.
+const TICK: Duration = Duration::from_millis(20);
+
+/// A page that is touched brings its neighbours along, those of the same 64 KiB.
+const NEIGHBOURHOOD: u64 = 16;
+
+/// What the threads share.
+pub(super) struct Shared {
+    pub(super) pages: Box<dyn AbsentPages>,
+    pub(super) shape: MemoryShape,
+    state: Mutex<State>,
+    total: u64,
+    began: Instant,
+    /// Nobody is to hear any more which pages are touched.
+    over: AtomicBool,
+    /// Why no page can be taken in any more.
+    failure: OnceLock<String>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("Shared")
+            .field("total", &self.total)
+            .finish_non_exhaustive()
+    }
+}
+
+struct State {
+    missing: PageSet,
+    /// How many there are.
+    left: u64,
+    /// Asked for in this session.
+    asked: PageSet,
+    /// Touched and missing, and since when.
+    waiting: HashMap<u64, Instant>,
+    latency: Latency,
+    /// As last measured.
+    round_trip: Option<Duration>,
+    /// Where to ask; none between sessions.
+    asking: Option<Asking>,
+    outcome: Option<LateOutcome>,
+}
+
+impl Shared {
+    /// These pages of memory of this shape are missing.
+    pub(super) fn new(pages: Box<dyn AbsentPages>, missing: PageSet, shape: MemoryShape) -> Self {
+        let left = missing.count();
+        Self {
+            pages,
+            state: Mutex::new(State {
+                asked: PageSet::new(&shape),
+                missing,
+                left,
+                waiting: HashMap::new(),
+                latency: Latency::default(),
+                round_trip: None,
+                asking: None,
+                outcome: None,
+            }),
+            shape,
+            total: left,
+            began: Instant::now(),
+            over: AtomicBool::new(false),
+            failure: OnceLock::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is missing now, as a new session tells it.
+    pub(super) fn tell_missing(&self, attempt: Attempt) -> Vec<v1::Missing> {
+        parts(&self.lock().missing, attempt)
+    }
+
+    /// Asks for what is waited for, and from now on for what is touched.
+    pub(super) fn ask_on(&self, asking: Asking) {
+        let mut state = self.lock();
+        let state = &mut *state;
+        state.asked.clear();
+        state.asking = Some(asking);
+        let mut table = Wishes::default();
+        let waiting: Vec<u64> = state.waiting.keys().copied().collect();
+        for frame in waiting {
+            state.wish(frame, &self.shape, &mut table);
+        }
+        if let Some(asking) = &mut state.asking
+            && !table.is_empty()
+        {
+            asking.ask(&table.sorted());
+        }
+    }
+
+    /// The session is over: nothing is asked for until the next one.
+    pub(super) fn end_session(&self) {
+        self.lock().asking = None;
+    }
+
+    /// The round trip as it was measured last.
+    pub(super) fn note_round_trip(&self, round_trip: Duration) {
+        self.lock().round_trip = Some(round_trip);
+    }
+
+    /// How it came out, once every page is here.
+    pub(super) fn outcome(&self) -> Option<LateOutcome> {
+        self.lock().outcome.clone()
+    }
+
+    /// Why no page can be taken in any more.
+    pub(super) fn failure(&self) -> Option<&String> {
+        self.failure.get()
+    }
+
+    /// Whether nobody is to hear any more which pages are touched.
+    pub(super) fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
+
+    /// Nobody is to hear any more which pages are touched.
+    pub(super) fn stop(&self) {
+        self.over.store(true, Ordering::Release);
+    }
+
+    /// The thread that hears which pages are touched.
+    pub(super) fn watch(&self) -> Result<(), GuestError> {
+        let mut frames = Vec::new();
+        while !self.over.load(Ordering::Acquire) {
+            frames.clear();
+            self.pages.touched(TICK, &mut frames)?;
+            if let Some(asking) = &mut self.lock().asking {
+                asking.go_on();
+            }
+            if !frames.is_empty() {
+                frames.sort_unstable();
+                frames.dedup();
+                self.take_touched(&frames)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Zeroes for pages that are not missing; the others are asked for, once in a session.
+    fn take_touched(&self, frames: &[u64]) -> Result<(), GuestError> {
+        let now = Instant::now();
+        let mut zero = Vec::new();
+        let mut state = self.lock();
+        let mut table = Wishes::default();
+        for &frame in frames {
+            if state.missing.contains(frame) {
+                state.waiting.entry(frame).or_insert(now);
+                state.wish(frame, &self.shape, &mut table);
+            } else {
+                zero.push(frame);
+            }
+        }
+        if let Some(asking) = &mut state.asking
+            && !table.is_empty()
+        {
+            asking.ask(&table.sorted());
+        }
+        drop(state);
+        for first in zero {
+            self.pages.supply_zeroes(FrameRun { first, count: 1 })?;
+        }
+        Ok(())
+    }
+
+    /// These pages are there now.
+    pub(super) fn supplied(&self, runs: &[FrameRun]) {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        for &run in runs {
+            let Some((region, offset)) = state.missing.locate(run.first) else {
+                continue;
+            };
+            state.left -= state.missing.count_in(region, offset, run.count);
+            state.missing.remove(run);
+        }
+        let latency = &mut state.latency;
+        state.waiting.retain(|&frame, since| {
+            let is_here = runs.iter().any(|run| (run.first..run.end()).contains(&frame));
+            if is_here {
+                latency.add(since.elapsed());
+            }
+            !is_here
+        });
+    }
+
+    /// How many pages are missing.
+    pub(super) fn left(&self) -> u64 {
+        self.lock().left
+    }
+
+    /// The last page is here: nobody waits for one any more.
+    pub(super) fn finish(&self) -> Result<(), GuestError> {
+        // Before it: a page that is touched from here on is zero, as in any memory.
+        self.over.store(true, Ordering::Release);
+        self.pages.end()?;
+        let mut state = self.lock();
+        state.outcome = Some(LateOutcome {
+            pages: self.total,
+            latency: state.latency.clone(),
+            round_trip: state.round_trip,
+            took: self.began.elapsed(),
+        });
+        Ok(())
+    }
+
+    pub(super) fn fail(&self, reason: String) {
+        tracing::error!(reason, "late pages cannot be taken in any more");
+        self.over.store(true, Ordering::Release);
+        // The first reason is the one that counts.
+        let _ = self.failure.set(reason);
+        if let Some(asking) = self.lock().asking.take() {
+            asking.sockets.cut();
+        }
+    }
+}
+
+impl State {
+    /// Adds a page that somebody waits for, and its neighbours, unless they were asked for.
+    fn wish(&mut self, frame: u64, shape: &MemoryShape, table: &mut Wishes) {
+        if self.asking.is_none() {
+            // The next session begins with all that is waited for.
+            return;
+        }
+        let Some((region, _)) = shape.locate(frame) else { return };
+        let region = shape.regions()[region].run();
+        let first = (frame - frame % NEIGHBOURHOOD).max(region.first);
+        let end = (frame - frame % NEIGHBOURHOOD + NEIGHBOURHOOD).min(region.end());
+        for near in first..end {
+            let page = FrameRun { first: near, count: 1 };
+            let is_touched = near == frame;
+            // What came along with another is on its way; what was pushed may be far behind.
+            if self.missing.contains(near) && !self.asked.contains(near) {
+                self.asked.insert(page);
+                table.add(page, if is_touched { Wish::Touched } else { Wish::Beside });
+            }
+        }
+    }
+}
