@@ -38,7 +38,7 @@ use crate::handover::Attempt;
 use crate::link::{Link, Sockets};
 use crate::postcopy::{Awaited, LatePages};
 use crate::verify::PageDigests;
-use crate::wire::{StreamIdentity, StreamTotals, VERIFY_SINCE, Versions, check_hello, runs_from_wire};
+use crate::wire::{StreamIdentity, StreamTotals, Sums, VERIFY_SINCE, Versions, check_hello, runs_from_wire};
 use crew::Crew;
 pub use error::DestinationError;
 use hearing::Hearing;
@@ -100,10 +100,11 @@ pub fn run<G: DestinationGuest>(
         }),
         (Come::Broken(error), _) => Err(error),
         (Come::InPart(guest, mut arrived), Some(link)) => {
-            let late = await_late(&*memory, &shared, &mut arrived, *link, (parameters, reports))?;
+            let late = await_late(&*memory, (&shared, kept.codecs), &mut arrived, *link, (parameters, reports))?;
             let loaded = load(guest, arrived, &shared)?;
             Ok(Loaded {
                 late: Some(late),
+                leftovers: Leftovers::new(shared.digests.into_inner()),
                 ..loaded
             })
         }
@@ -171,7 +172,7 @@ enum Come<G: DestinationGuest> {
 /// From here on whoever touches a missing page waits for it: restoring the machine may be the first to do so.
 fn await_late<M: GuestMemory>(
     memory: &M,
-    shared: &Shared,
+    (shared, codecs): (&Shared, Codecs),
     arrived: &mut Arrived,
     link: Link,
     (parameters, reports): (&DestinationParameters, &Sender<DestinationReport>),
@@ -195,6 +196,11 @@ fn await_late<M: GuestMemory>(
         shape: memory.shape().clone(),
         attempt: arrived.attempt,
         liveness: parameters.liveness,
+        codecs,
+        sums: match shared.digests.get() {
+            Some(_) => Sums::Told,
+            None => Sums::Absent,
+        },
     };
     let reports = reports.clone();
     // Whoever does not listen does not want to know.

@@ -25,10 +25,11 @@ use super::taking::Taker;
 use super::waiting::Shared;
 use super::{Latency, SessionLost, URGENT_STREAMS, chain};
 use crate::PageSet;
+use crate::compress::Codecs;
 use crate::guest::{AbsentPages, FrameRun, GuestError, MemoryShape};
 use crate::handover::Attempt;
 use crate::link::{self, FAREWELL, Link, Liveness, Outgoing, Sockets};
-use crate::wire::{ControlError, FrameError, StreamIdentity};
+use crate::wire::{ControlError, FrameError, StreamIdentity, Sums};
 
 /// How long the threads wait at most before they look at what they were told.
 const TICK: Duration = Duration::from_millis(20);
@@ -69,6 +70,10 @@ pub struct LateOutcome {
     pub round_trip: Option<Duration>,
     /// From GO until the last one was here.
     pub took: Duration,
+    /// How many were found to be what was sent before anybody saw them; `None`: that was not asked for.
+    pub verified: Option<u64>,
+    /// How many were asked for again, for they were damaged on their way.
+    pub sent_again: u64,
 }
 
 /// The pages of one guest that come late.
@@ -92,9 +97,11 @@ impl LatePages {
             shape,
             attempt,
             liveness,
+            codecs,
+            sums,
         } = awaited;
         let blocks = gathering::blocks(&wanted_huge, &missing);
-        let shared = Arc::new(Shared::new(pages, missing, shape));
+        let shared = Arc::new(Shared::new(pages, missing, shape, sums));
         let (links, links_out) = mpsc::channel();
         let (faults, late) = (Arc::clone(&shared), Arc::clone(&shared));
         thread::Builder::new().name("ferry-faults".into()).spawn(move || {
@@ -111,6 +118,8 @@ impl LatePages {
             reports: Box::new(reports),
             attempt,
             liveness,
+            codecs,
+            sums,
         };
         thread::Builder::new()
             .name("ferry-late".into())
@@ -146,6 +155,10 @@ pub(crate) struct Awaited {
     pub(crate) shape: MemoryShape,
     pub(crate) attempt: Attempt,
     pub(crate) liveness: Liveness,
+    /// What pages may be compressed with.
+    pub(crate) codecs: Codecs,
+    /// Whether frames say what their pages add up to, so that these are checked before anybody sees them.
+    pub(crate) sums: Sums,
 }
 
 /// What the threads of a session tell.
@@ -166,6 +179,8 @@ struct Supervisor {
     reports: Box<dyn Fn(LateReport) + Send>,
     attempt: Attempt,
     liveness: Liveness,
+    codecs: Codecs,
+    sums: Sums,
 }
 
 /// How a session ended.
@@ -286,7 +301,7 @@ impl Supervisor {
                 let _ = lost.send(Event::ControlLost(error));
             }
         })?;
-        let shared: &Shared = &self.shared;
+        let (shared, codecs, sums): (&Shared, _, _) = (&self.shared, self.codecs, self.sums);
         for (stream, socket) in (0u16..).zip(&sockets.pages) {
             let events = events.clone();
             spawn(scope, format!("ferry-late-{stream}"), move || {
@@ -295,6 +310,8 @@ impl Supervisor {
                     socket,
                     sockets,
                     shared,
+                    codecs,
+                    sums,
                 };
                 // Nobody listens once the session is over.
                 let event = match taker.run(&identity) {

@@ -16,6 +16,7 @@ mod choice;
 mod destination;
 mod gathering;
 mod latency;
+mod sending;
 mod source;
 mod table;
 mod taking;

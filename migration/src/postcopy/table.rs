@@ -86,6 +86,11 @@ impl Table {
     }
 
     /// The pages, once the last part is here.
+    pub(crate) fn as_whole(&self) -> Option<&PageSet> {
+        self.whole.then_some(&self.set)
+    }
+
+    /// The same, given away.
     pub(crate) fn whole(self) -> Option<PageSet> {
         self.whole.then_some(self.set)
     }

@@ -7,7 +7,7 @@ use crate::guest::{FrameRun, Region};
 use crate::precopy::next_run;
 
 /// Pages of one frame that is pushed: 1 MiB, so that one that somebody waits for does not wait for long on the same link.
-const CHUNK_PAGES: u64 = 256;
+pub(super) const CHUNK_PAGES: u64 = 256;
 
 /// What the pushing threads take from and the answering ones take out of.
 #[derive(Debug, Default)]

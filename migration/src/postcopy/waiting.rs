@@ -16,10 +16,16 @@ use super::{Latency, parts};
 use crate::PageSet;
 use crate::guest::{AbsentPages, FrameRun, GuestError, MemoryShape};
 use crate::handover::Attempt;
-use crate::wire::Wish;
+use crate::wire::{Pages, Sums, Wish};
 
 /// How long the thread that hears which pages are touched waits at most before it looks at what it was told.
 const TICK: Duration = Duration::from_millis(20);
+
+/// So often a page may come damaged, in all sessions: then the guest is given up, for it cannot have the page.
+const MOST_DAMAGED: u32 = 8;
+
+/// So many pages may be damaged and not have come right yet: a source that damages everything is not remembered page by page for ever.
+const MOST_DAMAGED_AT_ONCE: usize = 1 << 16;
 
 /// A page that is touched brings its neighbours along, those of the same 64 KiB.
 const NEIGHBOURHOOD: u64 = 16;
@@ -30,6 +36,8 @@ pub(super) struct Shared {
     pub(super) shape: MemoryShape,
     state: Mutex<State>,
     total: u64,
+    /// Whether a page is compared with what the source has before it is supplied.
+    is_verified: bool,
     began: Instant,
     /// Nobody is to hear any more which pages are touched.
     over: AtomicBool,
@@ -54,6 +62,10 @@ struct State {
     asked: PageSet,
     /// Touched and missing, and since when.
     waiting: HashMap<u64, Instant>,
+    /// Came damaged and were asked for again: how often, page by page.
+    damaged: HashMap<u64, u32>,
+    /// How many pages were asked for again, however often.
+    sent_again: u64,
     latency: Latency,
     /// As last measured.
     round_trip: Option<Duration>,
@@ -64,7 +76,7 @@ struct State {
 
 impl Shared {
     /// These pages of memory of this shape are missing.
-    pub(super) fn new(pages: Box<dyn AbsentPages>, missing: PageSet, shape: MemoryShape) -> Self {
+    pub(super) fn new(pages: Box<dyn AbsentPages>, missing: PageSet, shape: MemoryShape, sums: Sums) -> Self {
         let left = missing.count();
         Self {
             pages,
@@ -73,6 +85,8 @@ impl Shared {
                 missing,
                 left,
                 waiting: HashMap::new(),
+                damaged: HashMap::new(),
+                sent_again: 0,
                 latency: Latency::default(),
                 round_trip: None,
                 asking: None,
@@ -80,6 +94,7 @@ impl Shared {
             }),
             shape,
             total: left,
+            is_verified: sums == Sums::Told,
             began: Instant::now(),
             over: AtomicBool::new(false),
             failure: OnceLock::new(),
@@ -198,6 +213,11 @@ impl Shared {
             state.left -= state.missing.count_in(region, offset, run.count);
             state.missing.remove(run);
         }
+        if !state.damaged.is_empty() {
+            state
+                .damaged
+                .retain(|&frame, _| !runs.iter().any(|run| (run.first..run.end()).contains(&frame)));
+        }
         let latency = &mut state.latency;
         state.waiting.retain(|&frame, since| {
             let is_here = runs.iter().any(|run| (run.first..run.end()).contains(&frame));
@@ -206,6 +226,49 @@ impl Shared {
             }
             !is_here
         });
+    }
+
+    /// A frame's pages are not what was sent. The source has them as they were: those that are missing are asked for again, whether anybody
+    /// waits for them or not, for the source does not send them a second time of its own accord.
+    ///
+    /// # Errors
+    /// They came damaged too often: the guest must not have them, and cannot go on without.
+    pub(super) fn damaged(&self, pages: &Pages<'_>) -> Result<(), GuestError> {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let mut table = Wishes::default();
+        let (mut first, mut count) = (None, 0);
+        for frame in pages.data.iter().chain(pages.zero).flat_map(|run| run.first..run.end()) {
+            if !state.missing.contains(frame) {
+                continue;
+            }
+            (first, count) = (first.or(Some(frame)), count + 1);
+            let times = state.damaged.entry(frame).or_default();
+            *times += 1;
+            if *times >= MOST_DAMAGED {
+                return Err(GuestError::new(format!(
+                    "page {frame:#x} was damaged on its way {times} times, or one that was sent with it"
+                )));
+            }
+            let page = FrameRun { first: frame, count: 1 };
+            state.asked.insert(page);
+            let is_waited_for = state.waiting.contains_key(&frame);
+            table.add(page, if is_waited_for { Wish::Touched } else { Wish::Beside });
+        }
+        if state.damaged.len() > MOST_DAMAGED_AT_ONCE {
+            return Err(GuestError::new(format!(
+                "{} late pages were damaged on their way and have not come right since",
+                state.damaged.len()
+            )));
+        }
+        let Some(first) = first else { return Ok(()) };
+        tracing::warn!(first, count, "what came late is not what was sent, and is asked for again");
+        state.sent_again += count;
+        // Between sessions there is nobody to ask: the next one begins with all that is missing.
+        if let Some(asking) = &mut state.asking {
+            asking.ask(&table.sorted());
+        }
+        Ok(())
     }
 
     /// How many pages are missing.
@@ -223,6 +286,8 @@ impl Shared {
             pages: self.total,
             latency: state.latency.clone(),
             round_trip: state.round_trip,
+            verified: self.is_verified.then_some(self.total),
+            sent_again: state.sent_again,
             took: self.began.elapsed(),
         });
         Ok(())

@@ -163,7 +163,7 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
 }
 
 /// Writes one after the other, in one call as far as the connection takes it.
-fn write_both(mut socket: &TcpStream, first: &[u8], second: &[u8]) -> io::Result<()> {
+pub(crate) fn write_both(mut socket: &TcpStream, first: &[u8], second: &[u8]) -> io::Result<()> {
     let mut parts = [IoSlice::new(first), IoSlice::new(second)];
     let mut left = &mut parts[..];
     while !left.is_empty() {

@@ -34,6 +34,9 @@ pub struct FakeMemory {
     /// How many times more that happens.
     pub damages: AtomicU64,
     digest_delay_micros: AtomicU64,
+    sent_plainly: AtomicU64,
+    /// A frame that is damaged on its way, and how many times more.
+    damage_on_way: Mutex<(u64, u64)>,
 }
 
 /// The bytes, which outlive the handle of those who wait for late pages.
@@ -83,17 +86,34 @@ impl FakeMemory {
             damage: None,
             damages: AtomicU64::new(u64::MAX),
             digest_delay_micros: AtomicU64::new(0),
+            sent_plainly: AtomicU64::new(0),
+            damage_on_way: Mutex::default(),
         }
     }
 
-    /// Each write to a socket takes so long from now on.
     /// Huge pages that were asked for after all pages had come.
     pub fn made_huge(&self) -> u64 {
         self.store.made_huge.load(Ordering::Relaxed)
     }
 
+    /// Each write to a socket takes so long from now on.
     pub fn slow_sends(&self, time: Duration) {
         self.send_delay_micros.store(time.as_micros() as u64, Ordering::Relaxed);
+    }
+
+    /// A bit of this frame is another the next so many times that it is sent. What is here stays as it is.
+    pub fn damage_sends(&self, frame: u64, times: u64) {
+        *self.damage_on_way.lock().unwrap() = (frame, times);
+    }
+
+    /// Where in what is sent of these runs a bit is to be another.
+    fn damaged_byte(&self, runs: &[FrameRun]) -> Option<usize> {
+        let mut damage = self.damage_on_way.lock().unwrap();
+        let (frame, times) = &mut *damage;
+        let mut frames = runs.iter().flat_map(|run| run.first..run.end());
+        let at = frames.position(|sent| sent == *frame).filter(|_| *times > 0)?;
+        *times -= 1;
+        Some(at * FRAME_SIZE as usize + 100)
     }
 
     /// The next digesting of pages takes so long.
@@ -161,6 +181,17 @@ impl FakeMemory {
         }
     }
 
+    /// Whether it is not there yet.
+    pub fn is_absent(&self, frame: u64) -> bool {
+        let late = self.store.late.lock().unwrap();
+        late.absent.as_ref().is_some_and(|absent| absent.contains(frame))
+    }
+
+    /// Pages that were sent as they are.
+    pub fn sent_plainly(&self) -> u64 {
+        self.sent_plainly.load(Ordering::Relaxed)
+    }
+
     /// Pages that came late although they were there.
     pub fn doubled(&self) -> u64 {
         self.store.late.lock().unwrap().doubled
@@ -225,6 +256,14 @@ impl Store {
     }
 }
 
+fn write_all(socket: BorrowedFd<'_>, mut left: &mut [IoSlice<'_>]) -> io::Result<()> {
+    while !left.is_empty() {
+        let written = rustix::io::retry_on_intr(|| rustix::io::writev(socket, left))?;
+        IoSlice::advance_slices(&mut left, written);
+    }
+    Ok(())
+}
+
 /// Those who wait for late pages.
 struct Waiting(Arc<Store>);
 
@@ -281,6 +320,14 @@ impl GuestMemory for FakeMemory {
         if !delay.is_zero() {
             thread::sleep(delay);
         }
+        let pages: u64 = runs.iter().map(|run| run.count).sum();
+        self.sent_plainly.fetch_add(pages, Ordering::Relaxed);
+        if let Some(at) = self.damaged_byte(runs) {
+            let mut bytes = vec![0; (pages * FRAME_SIZE) as usize];
+            self.read_pages(runs, &mut bytes).map_err(io::Error::other)?;
+            bytes[at] ^= 1;
+            return write_all(socket, &mut [IoSlice::new(prefix), IoSlice::new(&bytes)]);
+        }
         let pieces = self.all_pieces(runs);
         let mut guards: Vec<(usize, RwLockReadGuard<'_, Vec<u8>>)> = Vec::new();
         for &(chunk, ..) in &pieces {
@@ -296,12 +343,7 @@ impl GuestMemory for FakeMemory {
             }
             slices.push(IoSlice::new(&guards[guard].1[offset..offset + length]));
         }
-        let mut left = &mut slices[..];
-        while !left.is_empty() {
-            let written = rustix::io::retry_on_intr(|| rustix::io::writev(socket, left))?;
-            IoSlice::advance_slices(&mut left, written);
-        }
-        Ok(())
+        write_all(socket, &mut slices)
     }
 
     fn receive(&self, socket: BorrowedFd<'_>, runs: &[FrameRun]) -> io::Result<()> {

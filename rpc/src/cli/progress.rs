@@ -79,6 +79,7 @@ pub(super) fn account(info: &MigrationInfo) -> String {
     lines.extend(info.network_gaps.iter().map(network_gap));
     lines.extend(info.compression.as_ref().and_then(compressed));
     lines.extend(info.verified.as_ref().map(verified));
+    lines.extend(info.late_verified.map(|pages| verified_late(pages, info.late_sent_again)));
     if let (Some(memory), Some(state)) = (&info.memory_digest, &info.state_digest) {
         lines.push(format!("digests equal on both sides: memory {memory}, state {state}"));
     }
@@ -128,6 +129,19 @@ fn verified(verified: &Verified) -> String {
         "verified: {} pages are what was sent{again}; {} of the blackout",
         human_count(verified.pages),
         human_ms(verified.blackout_ms)
+    )
+}
+
+/// What came of checking pages that came late.
+fn verified_late(pages: u64, sent_again: Option<u64>) -> String {
+    let again = match sent_again.unwrap_or_default() {
+        0 => String::new(),
+        1 => ", 1 of them asked for again".to_owned(),
+        pages => format!(", {} of them asked for again", human_count(pages)),
+    };
+    format!(
+        "verified: {} pages that came late are what the source had{again}",
+        human_count(pages)
     )
 }
 

@@ -220,4 +220,6 @@ fn note_outcome(late: &mut wire::Late, outcome: &LateOutcome) {
     late.median_wait_ms = outcome.latency.median().map(ms);
     late.round_trip_ms = outcome.round_trip.map(ms);
     late.took_ms = ms(outcome.took);
+    late.verified_pages = outcome.verified;
+    late.sent_again_pages = outcome.sent_again;
 }

@@ -123,6 +123,9 @@ pub enum FrameError {
     /// A run of an unknown kind.
     #[error("a run of unknown kind {0}")]
     RunKind(u32),
+    /// Its table does not end with what its pages add up to.
+    #[error("a frame does not say what its pages add up to")]
+    NoSum,
     /// A run begins before the end of the one before it.
     #[error("the run at page {first:#x} overlaps or precedes the one before it")]
     Order {
