@@ -398,7 +398,12 @@ impl Shared {
         let Some(at) = find(bytes, self.told_address().as_bytes()) else {
             return;
         };
-        match self.tampering() {
+        // Connections that are made after a cut come by as well: they are to be refused until it is healed.
+        let cuts = match &self.lock().tampering {
+            cuts @ Tampering::CutsAt { .. } => Some(cuts.clone()),
+            _ => None,
+        };
+        match cuts.unwrap_or_else(|| self.tampering()) {
             Tampering::Hello(_)
             | Tampering::Frame { .. }
             | Tampering::Pages { .. }

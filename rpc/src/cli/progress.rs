@@ -79,7 +79,10 @@ pub(super) fn account(info: &MigrationInfo) -> String {
     lines.extend(info.network_gaps.iter().map(network_gap));
     lines.extend(info.compression.as_ref().and_then(compressed));
     lines.extend(info.verified.as_ref().map(verified));
-    lines.extend(info.late_verified.map(|pages| verified_late(pages, info.late_sent_again)));
+    lines.extend(
+        info.late_verified
+            .map(|pages| verified_late(pages, info.late_sent_again)),
+    );
     if let (Some(memory), Some(state)) = (&info.memory_digest, &info.state_digest) {
         lines.push(format!("digests equal on both sides: memory {memory}, state {state}"));
     }

@@ -28,6 +28,7 @@ mod hanging;
 mod hostile;
 mod jail;
 mod journal;
+mod late_cuts;
 mod lifecycle;
 mod limits;
 mod linux;
@@ -90,6 +91,7 @@ fn main() -> ExitCode {
         compress::trials(),
         convergence::trials(),
         postcopy::trials(),
+        late_cuts::trials(),
         resume::trials(),
         carried::trials(),
         agents::trials(),

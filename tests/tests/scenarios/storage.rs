@@ -138,7 +138,10 @@ fn a_local_disk_comes_before_the_guest_and_its_memory_late(pair: &mut Pair) -> R
     let disk = format!("path={}", folders.both.join("g.img").display());
     let witness = pair.run(&Guest::new("g").work(busy).disk(&disk))?;
 
-    let dry = pair.migrate("g", &["--mode", "postcopy", "--dry-run"])?.exit(0)?.json()?;
+    let dry = pair
+        .migrate("g", &["--mode", "postcopy", "--dry-run"])?
+        .exit(0)?
+        .json()?;
     let moved = pair
         .migrate("g", &["--mode", "postcopy"])?
         .exit(0)?
@@ -150,7 +153,10 @@ fn a_local_disk_comes_before_the_guest_and_its_memory_late(pair: &mut Pair) -> R
     let processed = moved.number("disk_processed")? as usize;
     let foretold = &dry["prediction"];
     let (late, before) = (foretold["late_bytes"].as_u64(), foretold["bytes"].as_u64());
-    ensure!(late <= foretold["populated_bytes"].as_u64() && late >= Some(32 << 20), "{dry}");
+    ensure!(
+        late <= foretold["populated_bytes"].as_u64() && late >= Some(32 << 20),
+        "{dry}"
+    );
     ensure!(before >= Some(2 * PIECE as u64) && foretold["rounds"] == 1, "{dry}");
     ensure!((2 * PIECE..SIZE as usize / 2).contains(&processed), "{}", moved.record);
     pair.runs_only_at(&pair.b, "g", &witness)?;

@@ -140,7 +140,11 @@ fn late_pages_that_are_damaged_on_their_way_are_asked_for_again(pair: &mut Pair)
     let witness = pair.run(&Guest::new("g").work(WORK))?;
 
     let postcopy = ["--mode", "postcopy", "--verify", "--streams", "1"];
-    let moved = pair.migrate("g", &postcopy)?.exit(0)?.migration()?.is("completed", "b")?;
+    let moved = pair
+        .migrate("g", &postcopy)?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
 
     ensure!(relay.has_tampered(), "nothing was tampered with: {}", moved.record);
     let (_, again) = checked(&moved)?;
@@ -149,7 +153,10 @@ fn late_pages_that_are_damaged_on_their_way_are_asked_for_again(pair: &mut Pair)
 }
 
 fn a_guest_whose_late_pages_are_damaged_each_time_is_lost_and_never_sees_them(pair: &mut Pair) -> Result<()> {
-    expect_a_lost_peer_and(pair, &["VMM", "source", "stream", "lost", "is not what was sent", "late pages"]);
+    expect_a_lost_peer_and(
+        pair,
+        &["VMM", "source", "stream", "lost", "is not what was sent", "late pages"],
+    );
     let relay = between(pair, damage(LATE, 1, None))?;
     let witness = pair.run(&Guest::new("g").work(WORK).restart("on-crash"))?;
 
