@@ -33,7 +33,9 @@ use ferry_proto::stream::v1::{self, from_destination::Message as Reply, from_sou
 
 use crate::PageSet;
 use crate::compress::Codecs;
-use crate::guest::{DestinationGuest, GuestMemory, GuestWas, MemoryShape, Population, RestoredGuest};
+use crate::guest::{
+    DestinationGuest, FRAMES_PER_HUGE_PAGE, GuestMemory, GuestWas, MemoryShape, Population, RestoredGuest,
+};
 use crate::handover::Attempt;
 use crate::link::{Link, Sockets};
 use crate::postcopy::{Awaited, LatePages};
@@ -100,7 +102,13 @@ pub fn run<G: DestinationGuest>(
         }),
         (Come::Broken(error), _) => Err(error),
         (Come::InPart(guest, mut arrived), Some(link)) => {
-            let late = await_late(&*memory, (&shared, kept.codecs), &mut arrived, *link, (parameters, reports))?;
+            let late = await_late(
+                &*memory,
+                (&shared, kept.codecs),
+                &mut arrived,
+                *link,
+                (parameters, reports),
+            )?;
             let loaded = load(guest, arrived, &shared)?;
             Ok(Loaded {
                 late: Some(late),
@@ -189,11 +197,17 @@ fn await_late<M: GuestMemory>(
         step: "wait for its missing pages",
         cause,
     })?;
+    let unit = memory.late_unit();
     let awaited = Awaited {
         pages,
         missing,
-        wanted_huge: wanted_huge(&populated, memory.shape()),
+        // What comes by huge pages is in huge pages.
+        wanted_huge: match unit < FRAMES_PER_HUGE_PAGE {
+            true => wanted_huge(&populated, memory.shape()),
+            false => Vec::new(),
+        },
         shape: memory.shape().clone(),
+        unit,
         attempt: arrived.attempt,
         liveness: parameters.liveness,
         codecs,

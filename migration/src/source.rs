@@ -241,7 +241,7 @@ pub fn run<G: SourceGuest>(
                 link: *link,
                 parameters: ServeParameters {
                     attempt,
-                    bandwidth: parameters.bandwidth,
+                    bandwidth: lasting.terms().bandwidth,
                     liveness: parameters.liveness,
                     verify: parameters.verify,
                     compression: summary.compression.method,

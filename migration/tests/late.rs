@@ -14,7 +14,7 @@ use ferry_migration::Link;
 use ferry_migration::destination::{DestinationError, DestinationReport};
 use ferry_migration::guest::{FrameRun, GuestMemory as _, SourceGuest};
 use ferry_migration::postcopy::{LateOutcome, LatePages, LateReport, Lateness, ServeReport, Served, serve};
-use ferry_migration::source::{OnTimeout, SourceError, SourceOrder, SourceOutcome, SourceReport};
+use ferry_migration::source::{NewTerms, OnTimeout, SourceError, SourceOrder, SourceOutcome, SourceReport};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -425,7 +425,10 @@ fn who_waits_for_a_page_that_is_damaged_on_its_way_sees_it_as_it_was_sent() {
     late.source.damage_sends(5900, 2);
     late.touch([5900].into_iter());
     let page = run(5900, 1);
-    assert_eq!(late.destination.digest(page).unwrap(), late.source.digest(page).unwrap());
+    assert_eq!(
+        late.destination.digest(page).unwrap(),
+        late.source.digest(page).unwrap()
+    );
     late.source.slow_sends(Duration::ZERO);
     let outcome = late.comes();
     assert!(outcome.sent_again >= 2 && outcome.latency.count() == 1, "{outcome:?}");
@@ -467,4 +470,68 @@ fn pages_that_nobody_waits_for_travel_compressed_where_the_migration_does() {
     // Who touched a page did not wait for a compressor; and some pages do not get any smaller.
     let plain = source.sent_plainly();
     assert!((1..1000).contains(&plain), "{plain} of 6300 pages");
+}
+
+/// Four pages come together, as those of a huge page do.
+fn by_fours(lateness: Lateness, workload: Workload) -> Scene {
+    let memory_by_fours = || {
+        let mut memory = memory();
+        memory.late_unit = 4;
+        memory
+    };
+    let populated = [run(3, 6000), run(HIGH + 500, 300)];
+    let source = FakeSource::new(memory_by_fours(), Tracking::Log, &populated, workload);
+    Scene {
+        source,
+        destination: FakeDestination::new(memory_by_fours()),
+        ..verified(lateness, workload)
+    }
+}
+
+#[test]
+fn pages_that_only_come_together_come_together() {
+    let late = Late::of(migrate(by_fours(Lateness::AtOnce, Workload::Idle)));
+    late.source.slow_sends(Duration::from_millis(20));
+    late.source.damage_sends(5001, 2);
+    late.touch([5001, 4003, NEVER_POPULATED.first + 5].into_iter());
+    late.source.slow_sends(Duration::ZERO);
+    let outcome = late.comes();
+    // What was not populated of the first four comes along.
+    assert_eq!((outcome.pages, outcome.verified), (6304, Some(6304)));
+    assert!(
+        outcome.sent_again >= 8 && outcome.sent_again.is_multiple_of(4),
+        "{outcome:?}"
+    );
+    assert!((1..=2).contains(&outcome.latency.count()), "{outcome:?}");
+}
+
+#[test]
+fn what_rounds_do_not_bring_of_such_memory_comes_late_together() {
+    let mut scene = by_fours(Lateness::WhenItPays, BUSY);
+    scene.parameters.manner = live(Duration::from_micros(500));
+    let late = Late::of(migrate(scene));
+    let missing = late.pages.missing();
+    assert!((1..6304).contains(&missing) && missing.is_multiple_of(4), "{missing}");
+    assert_eq!(late.comes().pages, missing);
+}
+
+#[test]
+fn a_limit_that_was_changed_while_it_copied_holds_for_what_comes_late() {
+    let cap = std::num::NonZeroU64::new(123 << 20);
+    let mut scene = late(Lateness::WhenItPays, BUSY);
+    scene.parameters.manner = live(Duration::from_micros(500));
+    let is_round = |report: &SourceReport| matches!(report, SourceReport::Round { .. });
+    scene.agent = arming_and(is_round, move |controls| {
+        let bandwidth = Some(cap);
+        let new = NewTerms {
+            bandwidth,
+            ..NewTerms::default()
+        };
+        controls.source_orders.send(SourceOrder::Retune(new)).unwrap();
+    });
+    let mut ends = migrate(scene);
+    let SourceOutcome::GoSent(parked) = &mut ends.outcome else {
+        panic!("not sent")
+    };
+    assert_eq!(parked.take_late().unwrap().parameters.bandwidth, cap);
 }

@@ -95,13 +95,14 @@ impl LatePages {
             missing,
             wanted_huge,
             shape,
+            unit,
             attempt,
             liveness,
             codecs,
             sums,
         } = awaited;
         let blocks = gathering::blocks(&wanted_huge, &missing);
-        let shared = Arc::new(Shared::new(pages, missing, shape, sums));
+        let shared = Arc::new(Shared::new(pages, missing, (shape, unit), sums));
         let (links, links_out) = mpsc::channel();
         let (faults, late) = (Arc::clone(&shared), Arc::clone(&shared));
         thread::Builder::new().name("ferry-faults".into()).spawn(move || {
@@ -153,6 +154,8 @@ pub(crate) struct Awaited {
     /// Where huge pages are wanted once the missing ones are there: whole huge pages.
     pub(crate) wanted_huge: Vec<FrameRun>,
     pub(crate) shape: MemoryShape,
+    /// How many pages come together.
+    pub(crate) unit: u64,
     pub(crate) attempt: Attempt,
     pub(crate) liveness: Liveness,
     /// What pages may be compressed with.

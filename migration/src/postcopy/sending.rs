@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 
 use super::source::Shared;
-use super::unsent::CHUNK_PAGES;
+use super::unsent::chunk_pages;
 use crate::compress::Compressor;
 use crate::guest::{FrameRun, GuestError, GuestMemory};
 use crate::precopy::{Contents, write_both};
@@ -65,8 +65,9 @@ impl<'a, 'b, M: GuestMemory> LateFrames<'a, 'b, M> {
             self.shared.unsent.asked(&touched);
             self.shared.unsent.asked(&beside);
             // What somebody waits for has a frame of its own, before its neighbours.
+            let chunk = chunk_pages(self.shared.memory.late_unit());
             for runs in [touched, beside] {
-                for piece in pieces(&runs) {
+                for piece in pieces(&runs, chunk) {
                     self.send(&piece, Urgency::AwaitedNow)?;
                 }
             }
@@ -75,13 +76,17 @@ impl<'a, 'b, M: GuestMemory> LateFrames<'a, 'b, M> {
 
     fn send(&mut self, runs: &[FrameRun], urgency: Urgency) -> Result<(), FrameError> {
         let Shared { memory, parameters, .. } = *self.shared;
-        self.contents.split(memory, runs).map_err(guest_failed)?;
+        self.contents
+            .split(memory, runs, memory.late_unit())
+            .map_err(guest_failed)?;
         let data = &self.contents.data;
         let sum = match &mut self.sum {
             Some(sum) => Some(sum.of_memory(memory, data).map_err(guest_failed)?),
             None => None,
         };
-        let method = parameters.compression.filter(|_| urgency == Urgency::CanWait && !data.is_empty());
+        let method = parameters
+            .compression
+            .filter(|_| urgency == Urgency::CanWait && !data.is_empty());
         let block = match method {
             Some(method) => {
                 let packed = self.compressor.pack(memory, data, method).map_err(guest_failed)?;
@@ -119,17 +124,17 @@ fn guest_failed(error: GuestError) -> FrameError {
     FrameError::Io(io::Error::other(error))
 }
 
-/// Runs as they fit into frames: as many pages as are pushed at once, so that a table with as many runs has room for their sum.
-fn pieces(runs: &[FrameRun]) -> Vec<Vec<FrameRun>> {
+/// Runs as they fit into frames of so many pages.
+fn pieces(runs: &[FrameRun], chunk: u64) -> Vec<Vec<FrameRun>> {
     let (mut pieces, mut piece, mut pages) = (Vec::new(), Vec::new(), 0);
     for &run in runs {
         let mut rest = run;
         while rest.count > 0 {
-            if pages == CHUNK_PAGES {
+            if pages == chunk {
                 pieces.push(std::mem::take(&mut piece));
                 pages = 0;
             }
-            let count = rest.count.min(CHUNK_PAGES - pages);
+            let count = rest.count.min(chunk - pages);
             piece.push(FrameRun {
                 first: rest.first,
                 count,
@@ -154,9 +159,9 @@ mod tests {
     #[test]
     fn runs_are_cut_to_the_size_of_frames() {
         let run = |first, count| FrameRun { first, count };
-        assert_eq!(pieces(&[]), Vec::<Vec<FrameRun>>::new());
+        assert_eq!(pieces(&[], 256), Vec::<Vec<FrameRun>>::new());
         assert_eq!(
-            pieces(&[run(0, 250), run(1000, 300)]),
+            pieces(&[run(0, 250), run(1000, 300)], 256),
             [
                 vec![run(0, 250), run(1000, 6)],
                 vec![run(1006, 256)],

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use ferry_proto::stream::v1::{FromDestination, FromSource, from_destination::Message as Reply};
 
 use super::sending::LateFrames;
-use super::unsent::Unsent;
+use super::unsent::{Unsent, chunk_pages};
 use super::{SessionLost, Table, URGENT_STREAMS, chain};
 use crate::PageSet;
 use crate::compress::Method;
@@ -155,7 +155,7 @@ impl<M: GuestMemory> Source<'_, M> {
             memory: self.memory,
             parameters: self.parameters,
             sockets: &sockets,
-            unsent: Unsent::default(),
+            unsent: Unsent::new(chunk_pages(self.memory.late_unit())),
             bandwidth: Bandwidth::new(self.parameters.bandwidth),
             sent: 0.into(),
         };

@@ -7,7 +7,7 @@ use super::URGENT_STREAMS;
 use super::destination::Event;
 use super::waiting::Shared;
 use crate::compress::{Codecs, Decompressor};
-use crate::guest::{FRAME_SIZE, GuestError};
+use crate::guest::{FRAME_SIZE, FrameRun, GuestError};
 use crate::link::Sockets;
 use crate::verify::FrameSum;
 use crate::wire::{FrameError, FrameReader, Pages, StreamIdentity, Sums};
@@ -44,6 +44,12 @@ impl Taker<'_> {
         loop {
             let pages = reader.pages(&mut socket, &self.shared.shape)?.ok_or(None)?;
             self.sockets.hear();
+            let unit = self.shared.unit;
+            let mut runs = pages.data.iter().chain(pages.zero);
+            if let Some(part) = runs.find(|run| !run.is_of_whole(unit)) {
+                let FrameRun { first, count } = *part;
+                return Err(Some(FrameError::PartOfUnit { first, count, unit }));
+            }
             let contents = match pages.block {
                 Some(block) => decompressor.unpack(&mut socket, block)?,
                 None => {

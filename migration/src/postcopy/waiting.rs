@@ -27,13 +27,15 @@ const MOST_DAMAGED: u32 = 8;
 /// So many pages may be damaged and not have come right yet: a source that damages everything is not remembered page by page for ever.
 const MOST_DAMAGED_AT_ONCE: usize = 1 << 16;
 
-/// A page that is touched brings its neighbours along, those of the same 64 KiB.
+/// A page that is touched brings its neighbours along, those of the same 64 KiB, and those that come with it anyway.
 const NEIGHBOURHOOD: u64 = 16;
 
 /// What the threads share.
 pub(super) struct Shared {
     pub(super) pages: Box<dyn AbsentPages>,
     pub(super) shape: MemoryShape,
+    /// How many pages come together.
+    pub(super) unit: u64,
     state: Mutex<State>,
     total: u64,
     /// Whether a page is compared with what the source has before it is supplied.
@@ -60,9 +62,9 @@ struct State {
     left: u64,
     /// Asked for in this session.
     asked: PageSet,
-    /// Touched and missing, and since when.
+    /// Touched and missing, each by the first page of its unit, and since when.
     waiting: HashMap<u64, Instant>,
-    /// Came damaged and were asked for again: how often, page by page.
+    /// Came damaged and were asked for again: how often, unit by unit.
     damaged: HashMap<u64, u32>,
     /// How many pages were asked for again, however often.
     sent_again: u64,
@@ -76,7 +78,12 @@ struct State {
 
 impl Shared {
     /// These pages of memory of this shape are missing.
-    pub(super) fn new(pages: Box<dyn AbsentPages>, missing: PageSet, shape: MemoryShape, sums: Sums) -> Self {
+    pub(super) fn new(
+        pages: Box<dyn AbsentPages>,
+        missing: PageSet,
+        (shape, unit): (MemoryShape, u64),
+        sums: Sums,
+    ) -> Self {
         let left = missing.count();
         Self {
             pages,
@@ -93,6 +100,7 @@ impl Shared {
                 outcome: None,
             }),
             shape,
+            unit,
             total: left,
             is_verified: sums == Sums::Told,
             began: Instant::now(),
@@ -119,7 +127,7 @@ impl Shared {
         let mut table = Wishes::default();
         let waiting: Vec<u64> = state.waiting.keys().copied().collect();
         for frame in waiting {
-            state.wish(frame, &self.shape, &mut table);
+            state.wish(frame, (&self.shape, self.unit), &mut table);
         }
         if let Some(asking) = &mut state.asking
             && !table.is_empty()
@@ -168,6 +176,7 @@ impl Shared {
                 asking.go_on();
             }
             if !frames.is_empty() {
+                frames.iter_mut().for_each(|frame| *frame -= *frame % self.unit);
                 frames.sort_unstable();
                 frames.dedup();
                 self.take_touched(&frames)?;
@@ -185,7 +194,7 @@ impl Shared {
         for &frame in frames {
             if state.missing.contains(frame) {
                 state.waiting.entry(frame).or_insert(now);
-                state.wish(frame, &self.shape, &mut table);
+                state.wish(frame, (&self.shape, self.unit), &mut table);
             } else {
                 zero.push(frame);
             }
@@ -197,7 +206,8 @@ impl Shared {
         }
         drop(state);
         for first in zero {
-            self.pages.supply_zeroes(FrameRun { first, count: 1 })?;
+            let count = self.unit;
+            self.pages.supply_zeroes(FrameRun { first, count })?;
         }
         Ok(())
     }
@@ -238,11 +248,12 @@ impl Shared {
         let state = &mut *guard;
         let mut table = Wishes::default();
         let (mut first, mut count) = (None, 0);
-        for frame in pages.data.iter().chain(pages.zero).flat_map(|run| run.first..run.end()) {
+        let (runs, unit) = (pages.data.iter().chain(pages.zero), self.unit);
+        for frame in runs.flat_map(|run| (run.first..run.end()).step_by(unit as usize)) {
             if !state.missing.contains(frame) {
                 continue;
             }
-            (first, count) = (first.or(Some(frame)), count + 1);
+            (first, count) = (first.or(Some(frame)), count + unit);
             let times = state.damaged.entry(frame).or_default();
             *times += 1;
             if *times >= MOST_DAMAGED {
@@ -250,7 +261,10 @@ impl Shared {
                     "page {frame:#x} was damaged on its way {times} times, or one that was sent with it"
                 )));
             }
-            let page = FrameRun { first: frame, count: 1 };
+            let page = FrameRun {
+                first: frame,
+                count: unit,
+            };
             state.asked.insert(page);
             let is_waited_for = state.waiting.contains_key(&frame);
             table.add(page, if is_waited_for { Wish::Touched } else { Wish::Beside });
@@ -262,7 +276,11 @@ impl Shared {
             )));
         }
         let Some(first) = first else { return Ok(()) };
-        tracing::warn!(first, count, "what came late is not what was sent, and is asked for again");
+        tracing::warn!(
+            first,
+            count,
+            "what came late is not what was sent, and is asked for again"
+        );
         state.sent_again += count;
         // Between sessions there is nobody to ask: the next one begins with all that is missing.
         if let Some(asking) = &mut state.asking {
@@ -306,17 +324,21 @@ impl Shared {
 
 impl State {
     /// Adds a page that somebody waits for, and its neighbours, unless they were asked for.
-    fn wish(&mut self, frame: u64, shape: &MemoryShape, table: &mut Wishes) {
+    fn wish(&mut self, frame: u64, (shape, unit): (&MemoryShape, u64), table: &mut Wishes) {
         if self.asking.is_none() {
             // The next session begins with all that is waited for.
             return;
         }
         let Some((region, _)) = shape.locate(frame) else { return };
         let region = shape.regions()[region].run();
-        let first = (frame - frame % NEIGHBOURHOOD).max(region.first);
-        let end = (frame - frame % NEIGHBOURHOOD + NEIGHBOURHOOD).min(region.end());
-        for near in first..end {
-            let page = FrameRun { first: near, count: 1 };
+        let near = NEIGHBOURHOOD.max(unit);
+        let first = (frame - frame % near).max(region.first);
+        let end = (frame - frame % near + near).min(region.end());
+        for near in (first..end).step_by(unit as usize) {
+            let page = FrameRun {
+                first: near,
+                count: unit,
+            };
             let is_touched = near == frame;
             // What came along with another is on its way; what was pushed may be far behind.
             if self.missing.contains(near) && !self.asked.contains(near) {

@@ -9,7 +9,7 @@ use ferry_proto::stream::v1::{self, from_source::Message as Said};
 
 use crate::PageSet;
 use crate::digest;
-use crate::guest::{GuestCondition, GuestEnd, GuestError, GuestWas, SourceGuest, StopTimes};
+use crate::guest::{GuestCondition, GuestEnd, GuestError, GuestMemory as _, GuestWas, SourceGuest, StopTimes};
 use crate::handover::{Attempt, Traded};
 use crate::policy::Force;
 use crate::postcopy;
@@ -249,7 +249,8 @@ fn stop_guest<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, deadline: Instant) -> 
 
 /// Says what is missing. It all stays pending: the switchover may be called off.
 fn leave_late<G: SourceGuest>(copy: &Copy<'_, '_, G>, grant: Attempt) -> PageSet {
-    let missing = copy.pending.clone();
+    let mut missing = copy.pending.clone();
+    missing.round_out(copy.guest.memory().late_unit());
     if let Some(digests) = &copy.streams.digests {
         digests.leave_out(&missing);
     }

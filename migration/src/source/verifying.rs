@@ -59,7 +59,9 @@ pub(super) fn agree<G: SourceGuest>(
             .lasting
             .tell(Decided::send_again((copy.round, throttle), &what));
         let mut set = copy.empty_set();
-        let runs = differing.iter().filter_map(|&number| digests.ranges().run(number as usize));
+        let runs = differing
+            .iter()
+            .filter_map(|&number| digests.ranges().run(number as usize));
         runs.for_each(|run| set.insert(run));
         late.into_iter().for_each(|late| set.subtract(late));
         if set.is_empty() {

@@ -27,6 +27,8 @@ pub struct FakeMemory {
     pub populated: AtomicU64,
     /// Its regions but the first are disks.
     pub has_disk: bool,
+    /// So many of its pages come late together.
+    pub late_unit: u64,
     /// Its pages cannot come late.
     pub cannot_wait: bool,
     /// A frame that is damaged after it was received.
@@ -82,6 +84,7 @@ impl FakeMemory {
             advised: Mutex::default(),
             populated: AtomicU64::new(0),
             has_disk: false,
+            late_unit: 1,
             cannot_wait: false,
             damage: None,
             damages: AtomicU64::new(u64::MAX),
@@ -265,43 +268,55 @@ fn write_all(socket: BorrowedFd<'_>, mut left: &mut [IoSlice<'_>]) -> io::Result
 }
 
 /// Those who wait for late pages.
-struct Waiting(Arc<Store>);
+struct Waiting {
+    store: Arc<Store>,
+    /// So many pages come together.
+    unit: u64,
+}
+
+impl Waiting {
+    fn check_whole(&self, run: FrameRun) {
+        assert!(run.is_of_whole(self.unit), "{run:?} comes without what comes with it");
+    }
+}
 
 impl AbsentPages for Waiting {
     fn touched(&self, patience: Duration, frames: &mut Vec<u64>) -> Result<(), GuestError> {
-        let mut late = self.0.late.lock().unwrap();
+        let mut late = self.store.late.lock().unwrap();
         if late.touched.is_empty() {
-            late = self.0.changed.wait_timeout(late, patience).unwrap().0;
+            late = self.store.changed.wait_timeout(late, patience).unwrap().0;
         }
         frames.append(&mut late.touched);
         Ok(())
     }
 
     fn supply(&self, runs: &[FrameRun], contents: &[u8]) -> Result<(), GuestError> {
+        runs.iter().for_each(|&run| self.check_whole(run));
         let mut pages = contents.chunks_exact(FRAME_SIZE as usize);
         runs.iter()
-            .try_for_each(|&run| self.0.put(run, |_| Some(pages.next().unwrap().to_vec())))?;
+            .try_for_each(|&run| self.store.put(run, |_| Some(pages.next().unwrap().to_vec())))?;
         assert!(pages.next().is_none(), "more contents than pages");
         Ok(())
     }
 
     fn supply_zeroes(&self, run: FrameRun) -> Result<(), GuestError> {
-        self.0.put(run, |_| None)
+        self.check_whole(run);
+        self.store.put(run, |_| None)
     }
 
     fn make_huge(&self, block: FrameRun) -> Result<bool, GuestError> {
-        assert!(self.0.late.lock().unwrap().absent.is_none(), "pages are missing");
+        assert!(self.store.late.lock().unwrap().absent.is_none(), "pages are missing");
         assert_eq!(
             (block.first % FRAMES_PER_HUGE_PAGE, block.count),
             (0, FRAMES_PER_HUGE_PAGE)
         );
-        self.0.made_huge.fetch_add(1, Ordering::Relaxed);
+        self.store.made_huge.fetch_add(1, Ordering::Relaxed);
         Ok(true)
     }
 
     fn end(&self) -> Result<(), GuestError> {
-        self.0.late.lock().unwrap().absent = None;
-        self.0.changed.notify_all();
+        self.store.late.lock().unwrap().absent = None;
+        self.store.changed.notify_all();
         Ok(())
     }
 }
@@ -455,6 +470,10 @@ impl GuestMemory for FakeMemory {
         Ok(())
     }
 
+    fn late_unit(&self) -> u64 {
+        self.late_unit
+    }
+
     fn check_late(&self) -> Result<(), GuestError> {
         match self.cannot_wait {
             true => Err(GuestError::new("userfaultfd is not permitted")),
@@ -471,6 +490,9 @@ impl GuestMemory for FakeMemory {
         let mut absent = missing.clone();
         absent.insert(NEVER_POPULATED);
         self.store.late.lock().unwrap().absent = Some(absent);
-        Ok(Box::new(Waiting(Arc::clone(&self.store))))
+        Ok(Box::new(Waiting {
+            store: Arc::clone(&self.store),
+            unit: self.late_unit,
+        }))
     }
 }

@@ -26,6 +26,7 @@ mod foreign;
 mod gate;
 mod hanging;
 mod hostile;
+mod hugepages;
 mod jail;
 mod journal;
 mod late_cuts;
@@ -92,6 +93,7 @@ fn main() -> ExitCode {
         convergence::trials(),
         postcopy::trials(),
         late_cuts::trials(),
+        hugepages::trials(),
         resume::trials(),
         carried::trials(),
         agents::trials(),

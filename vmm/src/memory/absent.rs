@@ -13,16 +13,17 @@
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::ptr::null_mut;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
-use rustix::mm::{Advice, UserfaultfdFlags, madvise, userfaultfd};
+use rustix::mm::{Advice, MapFlags, ProtFlags, UserfaultfdFlags, madvise, mmap_anonymous, munmap, userfaultfd};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::mapping::{GuestMemory, MemoryError};
-use super::shape::{FrameRun, PAGE_SIZE};
+use super::shape::{FrameRun, HUGE_PAGE_SIZE, PAGE_SIZE};
 use crate::host_files;
 
 /// Gives descriptors to those who may open it, since Linux 6.1: a matter of its permissions, not of capabilities.
@@ -42,7 +43,9 @@ const UFFDIO_ZEROPAGE: libc::c_ulong = 0xc020_aa04;
 const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
 const REGISTER_MODE_MISSING: u64 = 1;
 /// WAKE, COPY and ZEROPAGE, as bits of their numbers.
-const NEEDED: u64 = 1 << 2 | 1 << 3 | 1 << 4;
+const NEEDED: u64 = NEEDED_OF_POOL | 1 << 4;
+/// The pool of huge pages has no page of zeroes.
+const NEEDED_OF_POOL: u64 = 1 << 2 | 1 << 3;
 const EVENT_PAGEFAULT: u8 = 0x12;
 
 #[repr(C)]
@@ -164,16 +167,24 @@ impl GuestMemory {
     ///
     /// # Errors
     ///
-    /// Why not: the process may not, the kernel cannot, or the memory is from the pool of huge pages.
+    /// Why not: the process may not, or the kernel cannot.
     pub fn check_watchable(&self) -> Result<(), MemoryError> {
-        if self.is_hugetlb() {
-            return Err(MemoryError::WatchPool);
-        }
-        host_files::watcher().map(drop).map_err(denied)
+        host_files::watcher().map(drop).map_err(denied)?;
+        if self.is_hugetlb() { give_up_of_pool() } else { Ok(()) }
+    }
+
+    /// How many frames are absent, and are supplied, together: those of a page of the host's.
+    #[must_use]
+    pub fn frames_together(&self) -> u64 {
+        self.page_bytes() / PAGE_SIZE
+    }
+
+    fn page_bytes(&self) -> u64 {
+        if self.is_hugetlb() { HUGE_PAGE_SIZE } else { PAGE_SIZE }
     }
 
     /// From now on whoever touches a page that is not backed waits until it is supplied. The pages of `absent` are given up first,
-    /// whatever is in them.
+    /// whatever is in them: they are whole pages of the host's ([`frames_together`](Self::frames_together)).
     ///
     /// The memory must be nobody's else meanwhile: no guest runs in it, and no thread fills it.
     ///
@@ -194,7 +205,8 @@ impl GuestMemory {
             };
             // SAFETY: the layout is this request's, the range our own mapping.
             unsafe { request(watcher.as_fd(), UFFDIO_REGISTER, &mut order) }.map_err(failed)?;
-            if order.ioctls & NEEDED != NEEDED {
+            let needed = if self.is_hugetlb() { NEEDED_OF_POOL } else { NEEDED };
+            if order.ioctls & needed != needed {
                 return Err(failed(Errno::OPNOTSUPP));
             }
         }
@@ -287,6 +299,15 @@ impl AbsentPages {
     /// If the run is out of bounds, or the host has no memory left.
     pub fn supply_zeroes(&self, run: FrameRun) -> Result<(), MemoryError> {
         let target = self.memory.host_address(run)?;
+        if self.memory.is_hugetlb() {
+            let zeroes = vec![0; HUGE_PAGE_SIZE as usize];
+            let pages = (run.first..run.end()).step_by((HUGE_PAGE_SIZE / PAGE_SIZE) as usize);
+            let page = |first| FrameRun {
+                first,
+                count: HUGE_PAGE_SIZE / PAGE_SIZE,
+            };
+            return pages.map(page).try_for_each(|page| self.supply(&[page], &zeroes));
+        }
         let put = self.put(target.addr() as u64, run.bytes(), |start, _, len| {
             let mut order = ZeroOrder {
                 range: RangeOrder { start, len },
@@ -356,7 +377,7 @@ impl AbsentPages {
         len: u64,
         mut step: impl FnMut(u64, u64, u64) -> (Result<(), Errno>, i64),
     ) -> io::Result<()> {
-        let (mut done, mut most) = (0, len);
+        let (mut done, mut most, page) = (0, len, self.memory.page_bytes());
         while done < len {
             let (at, next) = (start + done, most.min(len - done));
             match step(at, done, next) {
@@ -364,19 +385,19 @@ impl AbsentPages {
                 (Err(_), moved) if moved > 0 => done += moved.unsigned_abs(),
                 (Err(Errno::EXIST), _) => {
                     // Whoever was about to wait for it when it came need not.
-                    self.wake(at)?;
-                    done += PAGE_SIZE;
+                    self.wake(at, page)?;
+                    done += page;
                 }
                 (Err(Errno::AGAIN), _) => {}
-                (Err(Errno::NOENT), _) if next > PAGE_SIZE => most = PAGE_SIZE,
+                (Err(Errno::NOENT), _) if next > page => most = page,
                 (Err(error), _) => return Err(error.into()),
             }
         }
         Ok(())
     }
 
-    fn wake(&self, start: u64) -> io::Result<()> {
-        let mut order = RangeOrder { start, len: PAGE_SIZE };
+    fn wake(&self, start: u64, len: u64) -> io::Result<()> {
+        let mut order = RangeOrder { start, len };
         // SAFETY: the layout is this request's, the page of our own mapping.
         Ok(unsafe { request(self.watcher.as_fd(), UFFDIO_WAKE, &mut order) }?)
     }
@@ -388,6 +409,19 @@ impl AbsentPages {
             (offset < len as u64).then(|| (region.start + offset) / PAGE_SIZE)
         })
     }
+}
+
+/// Whether this kernel takes pages of the pool back from a mapping that stays (Linux 5.18). The pool need not have one for this.
+fn give_up_of_pool() -> Result<(), MemoryError> {
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::HUGETLB | MapFlags::HUGE_2MB;
+    let len = HUGE_PAGE_SIZE as usize;
+    // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
+    let page = unsafe { mmap_anonymous(null_mut(), len, ProtFlags::READ, flags) }.map_err(failed)?;
+    // SAFETY: the mapping was just made, and nobody else knows of it.
+    let given_up = unsafe { madvise(page, len, Advice::LinuxDontNeed) };
+    // SAFETY: as above; nothing points into it.
+    unsafe { munmap(page, len) }.map_err(failed)?;
+    given_up.map_err(|_| MemoryError::WatchPool)
 }
 
 fn denied(error: Errno) -> MemoryError {
@@ -413,12 +447,15 @@ mod tests {
     use super::*;
 
     fn memory() -> GuestMemory {
+        memory_of(64 << 20, false).expect("memory")
+    }
+
+    fn memory_of(bytes: u64, hugetlb: bool) -> Result<GuestMemory, MemoryError> {
         GuestMemory::new(MemoryOptions {
-            bytes: 64 << 20,
-            hugetlb: false,
+            bytes,
+            hugetlb,
             expect_incoming: true,
         })
-        .expect("memory")
     }
 
     /// Watched memory; none where this process may not watch, which it says.
@@ -553,6 +590,36 @@ mod tests {
         }
         assert_eq!(memory.populated().expect("scan").huge, [run(512, 512)]);
         assert!((512..1024).all(|frame| read(&memory, frame) == frame));
+    }
+
+    #[test]
+    fn pages_of_the_pool_come_as_a_whole() {
+        let Ok(memory) = memory_of(4 * HUGE_PAGE_SIZE, true) else {
+            eprintln!("skipped: this host's pool of huge pages is too small");
+            return;
+        };
+        write(&memory, 7, 1);
+        write(&memory, 600, 2);
+        let Some(pages) = watched(&memory, &[run(0, 512), run(1024, 512)]) else {
+            return;
+        };
+        let reader = thread::spawn({
+            let memory = memory.clone();
+            move || read(&memory, 1030)
+        });
+        assert_eq!(first_touched(&pages), 1024);
+        pages
+            .supply(&[run(1024, 512)], &page_of(9).repeat(512))
+            .expect("supplied");
+        assert_eq!(reader.join().expect("thread"), 9);
+        // Again, with one that nobody touched; and one that is there stays as it is.
+        pages
+            .supply(&[run(0, 1024)], &page_of(8).repeat(1024))
+            .expect("supplied");
+        pages.supply_zeroes(run(0, 2048)).expect("zeroes");
+        let found = [7, 600, 1030, 1600].map(|frame| read(&memory, frame));
+        assert_eq!(found, [8, 2, 9, 0]);
+        pages.stop_watching().expect("stopped");
     }
 
     #[test]

@@ -140,6 +140,16 @@ pub enum FrameError {
         /// Its length.
         count: u64,
     },
+    /// Pages that come late only together with others, without these.
+    #[error("{count} pages from page {first:#x} on came late, of memory of which {unit} come together")]
+    PartOfUnit {
+        /// The run's first frame number.
+        first: u64,
+        /// Its length.
+        count: u64,
+        /// How many come together.
+        unit: u64,
+    },
     /// The stream was opened for another migration.
     #[error("the stream belongs to migration {0}, or to another epoch, number of streams or session of it")]
     Identity(Uuid),
