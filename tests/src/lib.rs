@@ -23,6 +23,7 @@ pub mod passing;
 pub mod process;
 pub mod relay;
 pub mod shaped;
+pub mod tampering;
 pub mod waiting;
 pub mod witness;
 
@@ -32,7 +33,8 @@ pub use hanging::HangingDisk;
 pub use host::{Call, Host};
 pub use huge_pages::HugePages;
 pub use pair::Pair;
-pub use relay::{Cut, CutPoint, Relay, Tampering};
+pub use relay::Relay;
 pub use shaped::ShapedLink;
+pub use tampering::{Cut, CutPoint, Tampering};
 pub use waiting::until;
 pub use witness::Witness;

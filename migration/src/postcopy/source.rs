@@ -75,7 +75,10 @@ pub enum ServeReport {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Served {
     /// The destination has every page, and said so.
-    All,
+    All {
+        /// Bytes sent, of all sessions.
+        bytes_sent: u64,
+    },
     /// Nobody wants it to go on: the other end of the links is gone.
     Stopped,
 }
@@ -107,7 +110,12 @@ pub fn serve<M: GuestMemory>(
             },
         };
         match source.session(current) {
-            Ok(served) => return served,
+            Ok(Over::AllHere) => {
+                return Served::All {
+                    bytes_sent: source.bytes_sent,
+                };
+            }
+            Ok(Over::Stopped) => return Served::Stopped,
             Err(SessionLost::Replaced) => {}
             Err(lost) => {
                 let reason = chain(&lost);
@@ -130,6 +138,14 @@ struct Source<'a, M> {
     next: Option<Link>,
 }
 
+/// How a session came to be the last one.
+enum Over {
+    /// The destination said that it has every page.
+    AllHere,
+    /// Nobody wants it to go on.
+    Stopped,
+}
+
 /// What the threads tell.
 enum Event {
     Said(FromDestination),
@@ -148,7 +164,7 @@ pub(super) struct Shared<'a, M> {
 }
 
 impl<M: GuestMemory> Source<'_, M> {
-    fn session(&mut self, link: Link) -> Result<Served, SessionLost> {
+    fn session(&mut self, link: Link) -> Result<Over, SessionLost> {
         let liveness = self.parameters.liveness;
         let sockets = Sockets::new(link, liveness).map_err(SessionLost::Host)?;
         let shared = Shared {
@@ -199,7 +215,7 @@ impl<M: GuestMemory> Source<'_, M> {
         ended
     }
 
-    fn until_all_here(&mut self, shared: &Shared<'_, M>, events: &Receiver<Event>) -> Result<Served, SessionLost> {
+    fn until_all_here(&mut self, shared: &Shared<'_, M>, events: &Receiver<Event>) -> Result<Over, SessionLost> {
         let mut table = Some(Table::new(self.memory.shape()));
         let mut told = Instant::now();
         loop {
@@ -208,7 +224,7 @@ impl<M: GuestMemory> Source<'_, M> {
                     self.next = Some(link);
                     return Err(SessionLost::Replaced);
                 }
-                Err(TryRecvError::Disconnected) => return Ok(Served::Stopped),
+                Err(TryRecvError::Disconnected) => return Ok(Over::Stopped),
                 Err(TryRecvError::Empty) => {}
             }
             let silence = shared.sockets.silence();
@@ -235,7 +251,7 @@ impl<M: GuestMemory> Source<'_, M> {
                             table = Some(growing);
                         }
                     }
-                    Some(Reply::AllHere(_)) => return Ok(Served::All),
+                    Some(Reply::AllHere(_)) => return Ok(Over::AllHere),
                     other => return Err(SessionLost::Misbehaved(format!("unexpected: {other:?}"))),
                 },
                 Ok(Event::ControlLost(error)) => return Err(SessionLost::Control(error)),

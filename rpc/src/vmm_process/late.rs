@@ -172,9 +172,11 @@ impl Vmm {
 
     /// It serves no more.
     pub(super) fn served(&mut self, served: Served) {
-        if served == Served::All {
+        if let Served::All { bytes_sent } = served {
             self.late.stop_serving();
-            self.say_late(|late| (late.what, late.missing_pages) = ("served".to_owned(), 0));
+            self.say_late(|late| {
+                (late.what, late.missing_pages, late.bytes_sent) = ("served".to_owned(), 0, bytes_sent);
+            });
         }
     }
 

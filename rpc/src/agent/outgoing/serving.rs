@@ -169,6 +169,7 @@ impl Script {
         let info = &mut self.row.info;
         info.late_pages = Some(late.pages);
         info.late_missing = Some(late.missing_pages);
+        info.late_bytes = Some(late.bytes_sent);
         info.remaining_pages = late.missing_pages;
         self.show();
     }
