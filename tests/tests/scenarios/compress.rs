@@ -66,9 +66,9 @@ fn late_pages_that_nobody_waits_for_are_compressed_too(pair: &mut Pair) -> Resul
     let back = [&["migrate", "g", "--to", "a"], &postcopy[..]].concat();
     let plain = came_late(pair.b.ferry(&back)?.exit(0)?.migration()?, "a")?;
 
-    // Those that the guest waited for travelled plainly.
+    // Those that the guest waited for travelled plainly. Some are zero, and only told.
     ensure!(
-        packed < 0.9 && plain >= 0.95,
+        packed < 0.75 && plain > 0.85,
         "{packed} of them compressed, {plain} not"
     );
     pair.runs_only_at(&pair.a, "g", &witness)
