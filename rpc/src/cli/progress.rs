@@ -406,6 +406,24 @@ mod tests {
     }
 
     #[test]
+    fn late_pages_that_were_checked_are_told() {
+        let told = |late_sent_again| {
+            account(&MigrationInfo {
+                late_verified: Some(9000),
+                late_sent_again,
+                ..info("completed")
+            })
+        };
+        let whole = "verified: 9,000 pages that came late are what the source had";
+        assert!(told(Some(0)).contains(&format!("{whole}\n")), "{}", told(Some(0)));
+        let again = told(Some(256));
+        assert!(
+            again.contains(&format!("{whole}, 256 of them asked for again")),
+            "{again}"
+        );
+    }
+
+    #[test]
     fn gaps_that_are_known_are_told() {
         let gap = |sent_ms, received_ms| NetworkGap {
             mac: "02:00:5e:10:00:01".to_owned(),
