@@ -544,3 +544,21 @@ fn a_limit_that_was_changed_while_it_copied_holds_for_what_comes_late() {
     };
     assert_eq!(parked.take_late().unwrap().parameters.bandwidth, cap);
 }
+
+#[test]
+fn what_was_rounded_out_for_a_switchover_that_was_called_off_is_compared_all_the_same() {
+    let mut scene = by_fours(Lateness::WhenItPays, BUSY);
+    scene.parameters.manner = live(Duration::from_micros(500));
+    // The first try is too long, and called off after the table of missing pages was told.
+    let slow = fake::StopFault::Slow(Duration::from_millis(20));
+    scene.source.stop_faults = [slow].into();
+    let late = Late::of(migrate(scene));
+    let SourceOutcome::GoSent(parked) = &late.ends.outcome else {
+        panic!("not sent")
+    };
+    assert!(parked.attempt().attempt > 1, "{}", parked.attempt());
+    let (compared, missing) = (parked.summary().verified.unwrap(), late.pages.missing());
+    // Each page that holds something is compared or comes late; some of those that come late hold nothing.
+    assert!(compared.pages + missing >= 6300, "{compared:?}, {missing} missing");
+    assert_eq!(late.comes().verified, Some(missing));
+}

@@ -129,6 +129,9 @@ impl PageSet {
 
     /// Fills up every unit of so many frames, from a multiple of that on, of which a frame is in the set; as far as its region goes.
     pub(crate) fn round_out(&mut self, unit: u64) {
+        if unit == 1 {
+            return;
+        }
         for part in &mut self.parts {
             let Region { start_frame, frames } = part.region;
             let mut offset = 0;

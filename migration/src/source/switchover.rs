@@ -247,10 +247,10 @@ fn stop_guest<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, deadline: Instant) -> 
     stopped.map_err(|cause| Setback::CallOff(format!("the guest did not stand still: {cause}")))
 }
 
-/// Says what is missing. It all stays pending: the switchover may be called off.
-fn leave_late<G: SourceGuest>(copy: &Copy<'_, '_, G>, grant: Attempt) -> PageSet {
-    let mut missing = copy.pending.clone();
-    missing.round_out(copy.guest.memory().late_unit());
+/// Says what is missing, by whole units. It all stays pending: the switchover may be called off.
+fn leave_late<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, grant: Attempt) -> PageSet {
+    copy.pending.round_out(copy.guest.memory().late_unit());
+    let missing = copy.pending.clone();
     if let Some(digests) = &copy.streams.digests {
         digests.leave_out(&missing);
     }
