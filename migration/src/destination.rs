@@ -33,12 +33,14 @@ use ferry_proto::stream::v1::{self, from_destination::Message as Reply, from_sou
 
 use crate::PageSet;
 use crate::compress::Codecs;
-use crate::guest::{DestinationGuest, GuestMemory, GuestWas, MemoryShape, Population, RestoredGuest};
+use crate::guest::{
+    DestinationGuest, FRAMES_PER_HUGE_PAGE, GuestMemory, GuestWas, MemoryShape, Population, RestoredGuest,
+};
 use crate::handover::Attempt;
 use crate::link::{Link, Sockets};
 use crate::postcopy::{Awaited, LatePages};
 use crate::verify::PageDigests;
-use crate::wire::{StreamIdentity, StreamTotals, VERIFY_SINCE, Versions, check_hello, runs_from_wire};
+use crate::wire::{StreamIdentity, StreamTotals, Sums, VERIFY_SINCE, Versions, check_hello, runs_from_wire};
 use crew::Crew;
 pub use error::DestinationError;
 use hearing::Hearing;
@@ -100,10 +102,17 @@ pub fn run<G: DestinationGuest>(
         }),
         (Come::Broken(error), _) => Err(error),
         (Come::InPart(guest, mut arrived), Some(link)) => {
-            let late = await_late(&*memory, &shared, &mut arrived, *link, (parameters, reports))?;
+            let late = await_late(
+                &*memory,
+                (&shared, kept.codecs),
+                &mut arrived,
+                *link,
+                (parameters, reports),
+            )?;
             let loaded = load(guest, arrived, &shared)?;
             Ok(Loaded {
                 late: Some(late),
+                leftovers: Leftovers::new(shared.digests.into_inner()),
                 ..loaded
             })
         }
@@ -171,7 +180,7 @@ enum Come<G: DestinationGuest> {
 /// From here on whoever touches a missing page waits for it: restoring the machine may be the first to do so.
 fn await_late<M: GuestMemory>(
     memory: &M,
-    shared: &Shared,
+    (shared, codecs): (&Shared, Codecs),
     arrived: &mut Arrived,
     link: Link,
     (parameters, reports): (&DestinationParameters, &Sender<DestinationReport>),
@@ -188,13 +197,24 @@ fn await_late<M: GuestMemory>(
         step: "wait for its missing pages",
         cause,
     })?;
+    let unit = memory.late_unit();
     let awaited = Awaited {
         pages,
         missing,
-        wanted_huge: wanted_huge(&populated, memory.shape()),
+        // What comes by huge pages is in huge pages.
+        wanted_huge: match unit < FRAMES_PER_HUGE_PAGE {
+            true => wanted_huge(&populated, memory.shape()),
+            false => Vec::new(),
+        },
         shape: memory.shape().clone(),
+        unit,
         attempt: arrived.attempt,
         liveness: parameters.liveness,
+        codecs,
+        sums: match shared.digests.get() {
+            Some(_) => Sums::Told,
+            None => Sums::Absent,
+        },
     };
     let reports = reports.clone();
     // Whoever does not listen does not want to know.

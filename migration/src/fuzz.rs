@@ -9,8 +9,8 @@ use crate::compress::{Block, Codec, Codecs, Decompressor};
 use crate::guest::{FRAME_SIZE, MemoryShape, Region};
 use crate::handover::Epoch;
 use crate::wire::{
-    FrameReader, Holdings, StreamIdentity, Versions, attempt_from_wire, check_hello, digest_from_wire, read_message,
-    runs_from_wire, summed_up,
+    FrameReader, Holdings, StreamIdentity, Sums, Versions, attempt_from_wire, check_hello, digest_from_wire,
+    read_message, runs_from_wire, summed_up,
 };
 
 fn shape() -> MemoryShape {
@@ -36,13 +36,20 @@ pub fn page_frames(bytes: &[u8]) {
         let runs = asked.touched.iter().chain(asked.beside);
         assert!(runs.into_iter().all(|&run| shape.contains(run)));
     }
-    let reader = || FrameReader::new(0).with_codecs(Codecs::ours());
-    let (mut reader_opened, mut source) = (reader(), Cursor::new(&bytes));
+    for sums in [Sums::Absent, Sums::Told] {
+        pages_of_frames(&bytes, sums, &shape);
+    }
+}
+
+fn pages_of_frames(bytes: &[u8], sums: Sums, shape: &MemoryShape) {
+    let reader = || FrameReader::new(0).with_codecs(Codecs::ours()).with_sums(sums);
+    let (mut reader_opened, mut source) = (reader(), Cursor::new(bytes));
     let mut decompressor = Decompressor::default();
     if !matches!(reader_opened.open(&mut source, &identity()), Ok(Some(()))) {
-        (reader_opened, source) = (reader(), Cursor::new(&bytes));
+        (reader_opened, source) = (reader(), Cursor::new(bytes));
     }
-    while let Ok(Some(pages)) = reader_opened.pages(&mut source, &shape) {
+    while let Ok(Some(pages)) = reader_opened.pages(&mut source, shape) {
+        assert_eq!(pages.sum.is_some(), sums == Sums::Told);
         assert!(pages.data.iter().chain(pages.zero).all(|&run| shape.contains(run)));
         let data: u64 = pages.data.iter().map(|run| run.count * FRAME_SIZE).sum();
         if let Some(block) = pages.block {
@@ -162,7 +169,10 @@ mod tests {
         compressed.extend(packed);
         compressed.extend(writer.pages(1, [(run(0, 4096), Content::Zero)].into_iter()));
         assert_eq!(summed_up(&compressed), compressed);
-        feed("page_frames", &[opened, not_opened, compressed], page_frames);
+        let late = FrameWriter::new(0)
+            .late(data.into_iter(), None, Some(u64::MAX))
+            .to_vec();
+        feed("page_frames", &[opened, not_opened, compressed, late], page_frames);
     }
 
     #[test]

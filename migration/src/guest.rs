@@ -41,6 +41,12 @@ impl FrameRun {
         self.first + self.count
     }
 
+    /// Whether it is whole units of so many frames, from a multiple of that on.
+    #[must_use]
+    pub fn is_of_whole(self, unit: u64) -> bool {
+        self.first.is_multiple_of(unit) && self.count.is_multiple_of(unit)
+    }
+
     /// The size in bytes.
     #[must_use]
     pub fn bytes(self) -> u64 {
@@ -317,7 +323,13 @@ pub trait GuestMemory: Send + Sync + 'static {
         Err(GuestError::new("its memory cannot be filled while it is in use"))
     }
 
-    /// Gives up what is in the pages of `missing`; from now on whoever touches one waits until it is supplied. A page that is absent and
+    /// How many frames of memory can only come late together, from a multiple of that on: those of one page of the host's. Regions of memory begin
+    /// and end at such multiples.
+    fn late_unit(&self) -> u64 {
+        1
+    }
+
+    /// Gives up what is in the pages of `missing`, which are whole [units](Self::late_unit); from now on whoever touches one waits until it is supplied. A page that is absent and
     /// not in `missing` is zero, and whoever touches it waits all the same. Nobody else uses the memory yet.
     ///
     /// # Errors
@@ -335,7 +347,7 @@ pub trait AbsentPages: Send + Sync {
     /// If the host does not tell: nobody who waits can be helped any more.
     fn touched(&self, patience: Duration, frames: &mut Vec<u64>) -> Result<(), GuestError>;
 
-    /// Supplies the pages of `runs` with `contents`, all of them in this order; those that are there already are left as they are. Contents
+    /// Supplies the pages of `runs`, whole [units](GuestMemory::late_unit), with `contents`, all of them in this order; those that are there already are left as they are. Contents
     /// are copied, because whoever waits must see all of a page or nothing.
     ///
     /// # Errors

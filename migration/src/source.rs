@@ -241,8 +241,10 @@ pub fn run<G: SourceGuest>(
                 link: *link,
                 parameters: ServeParameters {
                     attempt,
-                    bandwidth: parameters.bandwidth,
+                    bandwidth: lasting.terms().bandwidth,
                     liveness: parameters.liveness,
+                    verify: parameters.verify,
+                    compression: summary.compression.method,
                 },
             });
             return SourceOutcome::GoSent(Parked {
@@ -387,10 +389,6 @@ fn handshake<G: SourceGuest>(
     let identity = conversation.identity();
     let late_streams = journey.late_streams;
     let verify = conversation.asked.parameters.verify;
-    if verify && late_streams > 0 {
-        let reason = "pages that come late cannot be compared before it is handed over".to_owned();
-        return Err(SourceError::Incompatible(vec![reason]).into());
-    }
     let profile = journey.guest.profile();
     let packing = conversation.lasting.packing();
     let wishes = Wishes {

@@ -11,10 +11,10 @@ use fake::memory::{FakeMemory, NEVER_POPULATED};
 use fake::scene::{Ends, HIGH, LATE_STREAMS, Scene, arming_and, attempt, guest, links, live, memory, migrate, run};
 use fake::{FakeDestination, FakeSource, LoadFault, Tracking, Workload};
 use ferry_migration::Link;
-use ferry_migration::destination::DestinationError;
+use ferry_migration::destination::{DestinationError, DestinationReport};
 use ferry_migration::guest::{FrameRun, GuestMemory as _, SourceGuest};
-use ferry_migration::postcopy::{LateOutcome, LatePages, Lateness, ServeReport, Served, serve};
-use ferry_migration::source::{OnTimeout, SourceError, SourceOrder, SourceOutcome, SourceReport};
+use ferry_migration::postcopy::{LateOutcome, LatePages, LateReport, Lateness, ServeReport, Served, serve};
+use ferry_migration::source::{NewTerms, OnTimeout, SourceError, SourceOrder, SourceOutcome, SourceReport};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -74,14 +74,22 @@ impl Late {
     /// Every page comes, and both memories are the same then.
     #[track_caller]
     fn comes(self) -> LateOutcome {
+        self.comes_in_bytes().0
+    }
+
+    /// The same, and what was sent for it.
+    #[track_caller]
+    fn comes_in_bytes(self) -> (LateOutcome, u64) {
         let deadline = Instant::now() + PATIENCE;
         while self.pages.outcome().is_none() {
             assert!(Instant::now() < deadline, "{} pages are missing", self.pages.missing());
             thread::sleep(Duration::from_millis(1));
         }
-        assert_eq!(self.serving.join().unwrap(), Served::All);
+        let Served::All { bytes_sent } = self.serving.join().unwrap() else {
+            panic!("it was not served to the end")
+        };
         self.source.equals(&self.destination).unwrap();
-        self.pages.outcome().unwrap()
+        (self.pages.outcome().unwrap(), bytes_sent)
     }
 
     fn touch(&self, frames: impl Iterator<Item = u64>) {
@@ -352,4 +360,205 @@ fn a_machine_that_does_not_load_ends_the_wait_for_its_pages() {
     scene.destination.fault = LoadFault::Restore;
     let ends = migrate(scene);
     assert!(matches!(ends.loaded, Err(DestinationError::Restore(_))));
+}
+
+/// A guest whose late pages are checked.
+fn verified(lateness: Lateness, workload: Workload) -> Scene {
+    let mut scene = late(lateness, workload);
+    scene.parameters.verify = true;
+    scene
+}
+
+#[test]
+fn what_comes_late_is_checked_when_it_comes() {
+    let outcome = Late::of(migrate(verified(Lateness::AtOnce, Workload::Idle))).comes();
+    assert_eq!((outcome.verified, outcome.sent_again), (Some(6300), 0));
+}
+
+#[test]
+fn without_verify_nothing_is_checked() {
+    let outcome = Late::of(migrate(late(Lateness::AtOnce, Workload::Idle))).comes();
+    assert_eq!((outcome.verified, outcome.sent_again), (None, 0));
+}
+
+#[test]
+fn what_rounds_brought_is_compared_before_go_and_the_rest_when_it_comes() {
+    let mut scene = verified(Lateness::WhenItPays, BUSY);
+    scene.parameters.manner = live(Duration::from_micros(500));
+    let late = Late::of(migrate(scene));
+    let SourceOutcome::GoSent(parked) = &late.ends.outcome else {
+        panic!("not sent")
+    };
+    let (compared, missing) = (parked.summary().verified.unwrap(), late.pages.missing());
+    assert_eq!(compared.ranges_sent_again, 0);
+    // What the guest wrote again was sent before, and is left out of the comparison all the same. Three pages are only its own writing's.
+    let all = compared.pages + missing;
+    assert!((6300..=6303).contains(&all), "{compared:?}, {missing} missing");
+    assert_eq!(late.comes().verified, Some(missing));
+}
+
+#[test]
+fn a_page_that_was_damaged_in_rounds_is_sent_again_though_others_come_late() {
+    // The guest writes other pages of the same range.
+    let work = Workload::Uniform {
+        frames: 4900,
+        rate: 200_000,
+    };
+    let mut scene = verified(Lateness::WhenItPays, work);
+    scene.parameters.manner = live(Duration::from_millis(20));
+    scene.parameters.bandwidth = std::num::NonZeroU64::new(64 << 20);
+    scene.source.memory().damage_sends(5000, 1);
+    let late = Late::of(migrate(scene));
+    let SourceOutcome::GoSent(parked) = &late.ends.outcome else {
+        panic!("not sent")
+    };
+    assert_eq!(parked.summary().verified.unwrap().ranges_sent_again, 1);
+    late.comes();
+}
+
+#[test]
+fn a_late_page_that_is_damaged_on_its_way_is_asked_for_again() {
+    let late = Late::of(migrate(verified(Lateness::AtOnce, Workload::Idle)));
+    late.source.slow_sends(Duration::from_millis(2));
+    late.source.damage_sends(5900, 3);
+    let outcome = late.comes();
+    assert_eq!(outcome.verified, Some(6300));
+    assert!((3..=3 * 256).contains(&outcome.sent_again), "{outcome:?}");
+}
+
+#[test]
+fn who_waits_for_a_page_that_is_damaged_on_its_way_sees_it_as_it_was_sent() {
+    let late = Late::of(migrate(verified(Lateness::AtOnce, Workload::Idle)));
+    late.source.slow_sends(Duration::from_millis(20));
+    late.source.damage_sends(5900, 2);
+    late.touch([5900].into_iter());
+    let page = run(5900, 1);
+    assert_eq!(
+        late.destination.digest(page).unwrap(),
+        late.source.digest(page).unwrap()
+    );
+    late.source.slow_sends(Duration::ZERO);
+    let outcome = late.comes();
+    assert!(outcome.sent_again >= 2 && outcome.latency.count() == 1, "{outcome:?}");
+}
+
+#[test]
+fn a_page_that_is_damaged_each_time_is_never_seen_and_ends_the_wait_for_it() {
+    let late = Late::of(migrate(verified(Lateness::AtOnce, Workload::Idle)));
+    late.source.damage_sends(5900, u64::MAX);
+    let deadline = Instant::now() + PATIENCE;
+    let reason = loop {
+        assert!(Instant::now() < deadline, "nobody says that it fails");
+        match late.ends.late_reports.recv_timeout(PATIENCE) {
+            Ok(DestinationReport::Late(LateReport::Failed { reason })) => break reason,
+            Ok(_) => {}
+            Err(error) => panic!("{error}"),
+        }
+    };
+    assert!(reason.contains("damaged on its way 8 times"), "{reason}");
+    assert!(late.pages.missing() > 0 && late.pages.outcome().is_none());
+    assert!(late.destination.is_absent(5900));
+    drop(late.links);
+    assert_eq!(late.serving.join().unwrap(), Served::Stopped);
+}
+
+#[test]
+fn pages_that_nobody_waits_for_travel_compressed_where_the_migration_does() {
+    let mut scene = verified(Lateness::AtOnce, Workload::Idle);
+    scene.parameters.compression = "lz4".parse().unwrap();
+    for frame in 3..6003 {
+        scene.source.memory().repeat(frame, frame);
+    }
+    let late = Late::of(migrate(scene));
+    late.source.slow_sends(Duration::from_millis(20));
+    late.touch([4000].into_iter());
+    late.source.slow_sends(Duration::ZERO);
+    let source = Arc::clone(&late.source);
+    let (_, bytes) = late.comes_in_bytes();
+    assert!(bytes < 1500 << 12, "{bytes} bytes for 6300 pages");
+    // Who touched a page did not wait for a compressor; and some pages do not get any smaller.
+    let plain = source.sent_plainly();
+    assert!((1..1000).contains(&plain), "{plain} of 6300 pages");
+}
+
+/// Four pages come together, as those of a huge page do.
+fn by_fours(lateness: Lateness, workload: Workload) -> Scene {
+    let memory_by_fours = || {
+        let mut memory = memory();
+        memory.late_unit = 4;
+        memory
+    };
+    let populated = [run(3, 6000), run(HIGH + 500, 300)];
+    let source = FakeSource::new(memory_by_fours(), Tracking::Log, &populated, workload);
+    Scene {
+        source,
+        destination: FakeDestination::new(memory_by_fours()),
+        ..verified(lateness, workload)
+    }
+}
+
+#[test]
+fn pages_that_only_come_together_come_together() {
+    let late = Late::of(migrate(by_fours(Lateness::AtOnce, Workload::Idle)));
+    late.source.slow_sends(Duration::from_millis(20));
+    late.source.damage_sends(5001, 2);
+    late.touch([5001, 4003, NEVER_POPULATED.first + 5].into_iter());
+    late.source.slow_sends(Duration::ZERO);
+    let outcome = late.comes();
+    // What was not populated of the first four comes along.
+    assert_eq!((outcome.pages, outcome.verified), (6304, Some(6304)));
+    assert!(
+        outcome.sent_again >= 8 && outcome.sent_again.is_multiple_of(4),
+        "{outcome:?}"
+    );
+    assert!((1..=2).contains(&outcome.latency.count()), "{outcome:?}");
+}
+
+#[test]
+fn what_rounds_do_not_bring_of_such_memory_comes_late_together() {
+    let mut scene = by_fours(Lateness::WhenItPays, BUSY);
+    scene.parameters.manner = live(Duration::from_micros(500));
+    let late = Late::of(migrate(scene));
+    let missing = late.pages.missing();
+    assert!((1..6304).contains(&missing) && missing.is_multiple_of(4), "{missing}");
+    assert_eq!(late.comes().pages, missing);
+}
+
+#[test]
+fn a_limit_that_was_changed_while_it_copied_holds_for_what_comes_late() {
+    let cap = std::num::NonZeroU64::new(123 << 20);
+    let mut scene = late(Lateness::WhenItPays, BUSY);
+    scene.parameters.manner = live(Duration::from_micros(500));
+    let is_round = |report: &SourceReport| matches!(report, SourceReport::Round { .. });
+    scene.agent = arming_and(is_round, move |controls| {
+        let bandwidth = Some(cap);
+        let new = NewTerms {
+            bandwidth,
+            ..NewTerms::default()
+        };
+        controls.source_orders.send(SourceOrder::Retune(new)).unwrap();
+    });
+    let mut ends = migrate(scene);
+    let SourceOutcome::GoSent(parked) = &mut ends.outcome else {
+        panic!("not sent")
+    };
+    assert_eq!(parked.take_late().unwrap().parameters.bandwidth, cap);
+}
+
+#[test]
+fn what_was_rounded_out_for_a_switchover_that_was_called_off_is_compared_all_the_same() {
+    let mut scene = by_fours(Lateness::WhenItPays, BUSY);
+    scene.parameters.manner = live(Duration::from_micros(500));
+    // The first try is too long, and called off after the table of missing pages was told.
+    let slow = fake::StopFault::Slow(Duration::from_millis(20));
+    scene.source.stop_faults = [slow].into();
+    let late = Late::of(migrate(scene));
+    let SourceOutcome::GoSent(parked) = &late.ends.outcome else {
+        panic!("not sent")
+    };
+    assert!(parked.attempt().attempt > 1, "{}", parked.attempt());
+    let (compared, missing) = (parked.summary().verified.unwrap(), late.pages.missing());
+    // Each page that holds something is compared or comes late; some of those that come late hold nothing.
+    assert!(compared.pages + missing >= 6300, "{compared:?}, {missing} missing");
+    assert_eq!(late.comes().verified, Some(missing));
 }

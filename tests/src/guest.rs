@@ -77,6 +77,13 @@ impl Guest {
         self.device("--restart", policy)
     }
 
+    /// The same with its memory from the pool of huge pages.
+    #[must_use]
+    pub fn hugepages(mut self) -> Self {
+        self.devices.push("--hugepages".to_owned());
+        self
+    }
+
     fn device(mut self, flag: &str, device: &str) -> Self {
         self.devices.extend([flag, device].map(str::to_owned));
         self

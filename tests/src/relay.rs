@@ -13,47 +13,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::host::{Host, free_port};
-use crate::messages::{Observer, Speaker};
+use crate::messages::Speaker;
+use crate::passing::{MESSAGE_HEADER, find, pass_bytes, pump, read_frame, read_message, says};
+use crate::tampering::{Cut, CutPoint, Tampering};
 use crate::waiting::{CALL, until};
-
-/// What the relay does to what passes. It does it once and is honest from then on, unless it says otherwise.
-#[derive(Clone)]
-pub enum Tampering {
-    /// Nothing.
-    None,
-    /// The caller's RPC version becomes one of another major number.
-    RpcVersion,
-    /// The request to prepare a guest is held back until [`Relay::release`], and whatever the caller says after it.
-    HoldPrepare,
-    /// The answer to that request is held back until [`Relay::release`], and whatever the peer says after it.
-    HoldPrepared,
-    /// The source's `Hello` on the control stream, without magic number and length; of equal length.
-    Hello(fn(&mut [u8])),
-    /// Header and table of one frame of one page stream.
-    Frame {
-        /// The stream's index.
-        stream: u16,
-        /// Frames of the stream before it.
-        number: u64,
-        /// What becomes of it, of equal length.
-        change: fn(&mut [u8]),
-    },
-    /// The pages of frames of one page stream, where there are any.
-    Pages {
-        /// The stream's index.
-        stream: u16,
-        /// Frames of the stream before the first one.
-        number: u64,
-        /// Of how many frames: the rest is honest. With none, of all.
-        frames: Option<u64>,
-        /// What becomes of a page, of equal length.
-        change: fn(&mut [u8]),
-    },
-    /// Nothing. Page streams come by, and can be [cut](Relay::cut).
-    Cuts,
-    /// Each message of the control stream is looked at, in both directions and as long as the relay lives.
-    Messages(Observer),
-}
 
 /// The relay. Dropping it hangs up everything that goes through it and ends its threads.
 pub struct Relay {
@@ -77,13 +40,33 @@ struct State {
     /// Times that what is to be held back went by.
     passed: u32,
     connections: Vec<TcpStream>,
-    /// Those to the data port.
-    streams: Vec<TcpStream>,
+    /// Those to the data port, in the order in which they were made.
+    streams: Vec<Stream>,
+    /// How many there were.
+    made: u64,
+    /// How many were not let through.
+    refused: u64,
     /// No page streams are let through.
     is_cut: bool,
     /// Nothing at all is.
     is_cut_off: bool,
     threads: Vec<JoinHandle<()>>,
+}
+
+/// A connection to the data port.
+struct Stream {
+    number: u64,
+    /// By its claim: 0 is the first link's control stream.
+    index: Option<u16>,
+    ends: [TcpStream; 2],
+}
+
+impl Stream {
+    fn cut(&self) {
+        for end in &self.ends {
+            let _ = end.shutdown(Shutdown::Both);
+        }
+    }
 }
 
 impl Relay {
@@ -102,6 +85,8 @@ impl Relay {
                 passed: 0,
                 connections: Vec::new(),
                 streams: Vec::new(),
+                made: 0,
+                refused: 0,
                 is_cut: false,
                 is_cut_off: false,
                 threads: Vec::new(),
@@ -150,11 +135,18 @@ impl Relay {
 
     /// Cuts every page stream, and lets no other through until [`Relay::heal`].
     pub fn cut(&self) {
-        let mut state = self.shared.lock();
-        state.is_cut = true;
-        for stream in state.streams.drain(..) {
-            let _ = stream.shutdown(Shutdown::Both);
-        }
+        self.shared.cut(&Cut::All);
+    }
+
+    /// Waits until so many streams more were not let through.
+    ///
+    /// # Errors
+    /// If nobody tries.
+    pub fn wait_refused(&self, more: u64) -> Result<()> {
+        let before = self.shared.lock().refused;
+        until("others are tried in vain", CALL, || {
+            Ok((self.shared.lock().refused >= before + more).then_some(()))
+        })
     }
 
     /// Cuts one page stream of the newest link, by its index.
@@ -163,11 +155,8 @@ impl Relay {
     /// If there is no such stream.
     pub fn cut_stream(&self, index: usize) -> Result<()> {
         let state = self.shared.lock();
-        // Connections are made in their order, the control stream first; of each both ends are kept.
-        let ends = state.streams.chunks(2).nth(index + 1);
-        for end in ends.context("no such stream came by")? {
-            let _ = end.shutdown(Shutdown::Both);
-        }
+        // Connections are made in their order, the control stream first.
+        state.streams.get(index + 1).context("no such stream came by")?.cut();
         Ok(())
     }
 
@@ -216,28 +205,12 @@ impl Drop for Relay {
     }
 }
 
-/// Computes the checksum of a frame's header and table anew, for a change that is about something else.
-pub fn reseal(frame: &mut [u8]) {
-    let mut hasher = crc32fast::Hasher::new();
-    hasher.update(&frame[..CHECKED]);
-    hasher.update(&frame[HEADER..]);
-    frame[CHECKED..HEADER].copy_from_slice(&hasher.finalize().to_le_bytes());
-}
-
-/// Bytes of a frame's header.
-pub const HEADER: usize = 32;
-/// Bytes of it before its checksum.
-const CHECKED: usize = 28;
-/// Bytes of an entry of a frame's table.
-const ENTRY: usize = 16;
 /// Bytes of a page.
 const PAGE: usize = 4096;
 /// What a data port says first: a word and a nonce.
 const GREETING: usize = 8 + 32;
 /// What a connection to a data port says first: migration, index, proof.
 const CLAIM: usize = 16 + 2 + 32;
-/// Magic number and length before a message of the control stream.
-const MESSAGE_HEADER: usize = 8;
 /// The first byte of a message that is a `Hello`: field 1, with a length.
 const HELLO: u8 = 0x0a;
 /// The field `rpc_version` of a request to prepare, as far as its major number is not told.
@@ -357,11 +330,17 @@ impl Shared {
         let Some(at) = find(bytes, self.told_address().as_bytes()) else {
             return;
         };
-        match self.tampering() {
+        // Connections that are made after a cut come by as well: they are to be refused until it is healed.
+        let cuts = match &self.lock().tampering {
+            cuts @ Tampering::CutsAt { .. } => Some(cuts.clone()),
+            _ => None,
+        };
+        match cuts.unwrap_or_else(|| self.tampering()) {
             Tampering::Hello(_)
             | Tampering::Frame { .. }
             | Tampering::Pages { .. }
             | Tampering::Messages(_)
+            | Tampering::CutsAt { .. }
             | Tampering::Cuts => {
                 let own = self.own_address();
                 bytes[at..at + own.len()].copy_from_slice(own.as_bytes());
@@ -391,17 +370,22 @@ impl Shared {
 
     fn relay_data(self: &Arc<Self>, caller: TcpStream) -> io::Result<()> {
         let callee = self.connect(&caller, self.peer_data)?;
-        {
+        let ends = [caller.try_clone()?, callee.try_clone()?];
+        let number = {
             let mut state = self.lock();
             if state.is_cut {
+                state.refused += 1;
                 let _ = caller.shutdown(Shutdown::Both);
                 return Ok(());
             }
-            state.streams.extend([caller.try_clone()?, callee.try_clone()?]);
-        }
+            state.made += 1;
+            let (number, index) = (state.made, None);
+            state.streams.push(Stream { number, index, ends });
+            number
+        };
         let shared = Arc::clone(self);
         self.spawn(move || {
-            if shared.relay_connection(&caller, &callee).is_err() {
+            if shared.relay_connection(number, &caller, &callee).is_err() {
                 let _ = caller.shutdown(Shutdown::Both);
                 let _ = callee.shutdown(Shutdown::Both);
             }
@@ -410,17 +394,33 @@ impl Shared {
     }
 
     /// The greeting, the claim and what the peer says of it; then what the connection is for.
-    fn relay_connection(&self, source: &TcpStream, destination: &TcpStream) -> io::Result<()> {
+    fn relay_connection(&self, number: u64, source: &TcpStream, destination: &TcpStream) -> io::Result<()> {
         pass_bytes::<GREETING>(destination, source)?;
         let claim = pass_bytes::<CLAIM>(source, destination)?;
         pass_bytes::<1>(destination, source)?;
         let index = u16::from_le_bytes([claim[16], claim[17]]);
+        let mut state = self.lock();
+        let mut streams = state.streams.iter_mut();
+        if let Some(stream) = streams.find(|stream| stream.number == number) {
+            stream.index = Some(index);
+        }
+        drop(state);
         let tampering = self.tampering();
         thread::scope(|scope| match (index.checked_sub(1), tampering) {
             (None, Tampering::Messages(observer)) => {
                 let listener = observer.clone();
                 scope.spawn(move || listener.pass(Speaker::Destination, destination, source));
                 observer.pass(Speaker::Source, source, destination);
+            }
+            (Some(index), Tampering::CutsAt { stream, at, cut }) if index == stream => {
+                let theirs = cut.clone();
+                scope.spawn(move || {
+                    // An error is a connection that ended, and is noticed again.
+                    let _ = self.until_said(at, &theirs, destination, source);
+                    pump(destination, source, |_| {});
+                });
+                let _ = self.until_sent(at, &cut, source, destination);
+                pump(source, destination, |_| {});
             }
             (index, tampering) => {
                 scope.spawn(|| pump(destination, source, |_| {}));
@@ -429,6 +429,58 @@ impl Shared {
                 pump(source, destination, |_| {});
             }
         });
+        Ok(())
+    }
+
+    fn cut(&self, cut: &Cut) {
+        let mut state = self.lock();
+        match cut {
+            Cut::All => {
+                state.is_cut = true;
+                state.streams.drain(..).for_each(|stream| stream.cut());
+            }
+            Cut::Streams(indexes) => {
+                let is_meant = |stream: &&Stream| {
+                    let index = stream.index.and_then(|index| index.checked_sub(1));
+                    index.is_some_and(|index| indexes.contains(&index))
+                };
+                state.streams.iter().filter(is_meant).for_each(Stream::cut);
+            }
+        }
+    }
+
+    /// Passes on what a destination says until it is time to cut.
+    fn until_said(&self, at: CutPoint, cut: &Cut, from: &TcpStream, mut to: &TcpStream) -> io::Result<()> {
+        match at {
+            CutPoint::Asked => {
+                from.peek(&mut [0])?;
+                self.cut(cut);
+                self.done();
+                Ok(())
+            }
+            CutPoint::Said(field) => loop {
+                let message = read_message(from)?;
+                if says(&message, field) {
+                    self.cut(cut);
+                    self.done();
+                    return Ok(());
+                }
+                to.write_all(&message)?;
+            },
+            CutPoint::Frames(_) => Ok(()),
+        }
+    }
+
+    /// Passes on what a source sends until it is time to cut.
+    fn until_sent(&self, at: CutPoint, cut: &Cut, from: &TcpStream, mut to: &TcpStream) -> io::Result<()> {
+        let CutPoint::Frames(frames) = at else { return Ok(()) };
+        for _ in 0..frames {
+            let (frame, pages) = read_frame(from)?;
+            to.write_all(&frame)?;
+            io::copy(&mut from.take(pages), &mut to)?;
+        }
+        self.cut(cut);
+        self.done();
         Ok(())
     }
 
@@ -442,10 +494,7 @@ impl Shared {
     ) -> io::Result<()> {
         match (page_stream, tampering) {
             (None, Tampering::Hello(change)) => loop {
-                let mut message = vec![0; MESSAGE_HEADER];
-                from.read_exact(&mut message)?;
-                message.resize(MESSAGE_HEADER + read_u32(&message, 4), 0);
-                from.read_exact(&mut message[MESSAGE_HEADER..])?;
+                let mut message = read_message(from)?;
                 // A ping may come before it.
                 let is_hello = message.get(MESSAGE_HEADER) == Some(&HELLO);
                 if is_hello {
@@ -471,12 +520,12 @@ impl Shared {
             (
                 Some(index),
                 Tampering::Pages {
-                    stream,
+                    streams,
                     number,
                     frames,
                     change,
                 },
-            ) if index == *stream => {
+            ) if streams.contains(&index) => {
                 for at in 0.. {
                     let (frame, length) = read_frame(from)?;
                     to.write_all(&frame)?;
@@ -494,55 +543,4 @@ impl Shared {
             _ => Ok(()),
         }
     }
-}
-
-/// Passes on exactly so many bytes, and tells them.
-fn pass_bytes<const COUNT: usize>(mut from: &TcpStream, mut to: &TcpStream) -> io::Result<[u8; COUNT]> {
-    let mut bytes = [0; COUNT];
-    from.read_exact(&mut bytes)?;
-    to.write_all(&bytes)?;
-    Ok(bytes)
-}
-
-/// Header and table of the next frame, and how many bytes of pages follow.
-fn read_frame(mut from: &TcpStream) -> io::Result<(Vec<u8>, u64)> {
-    let mut frame = vec![0; HEADER];
-    from.read_exact(&mut frame)?;
-    let entries = usize::from(u16::from_le_bytes([frame[10], frame[11]]));
-    let pages = read_u32(&frame, 24);
-    frame.resize(HEADER + entries * ENTRY, 0);
-    from.read_exact(&mut frame[HEADER..])?;
-    Ok((frame, pages as u64))
-}
-
-fn read_u32(bytes: &[u8], at: usize) -> usize {
-    let four = bytes[at..at + 4].try_into().expect("four bytes are four bytes");
-    u32::from_le_bytes(four) as usize
-}
-
-fn find(bytes: &[u8], wanted: &[u8]) -> Option<usize> {
-    bytes.windows(wanted.len()).position(|window| window == wanted)
-}
-
-/// Passes bytes on until either side ends, and then ends the other.
-fn pump(mut from: &TcpStream, mut to: &TcpStream, mut change: impl FnMut(&mut [u8])) {
-    let mut buffer = vec![0; 256 << 10];
-    loop {
-        match from.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(read) => {
-                change(&mut buffer[..read]);
-                if to.write_all(&buffer[..read]).is_err() {
-                    let _ = from.shutdown(Shutdown::Both);
-                    break;
-                }
-            }
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(_) => {
-                let _ = to.shutdown(Shutdown::Both);
-                break;
-            }
-        }
-    }
-    let _ = to.shutdown(Shutdown::Write);
 }

@@ -99,6 +99,7 @@ impl Phase {
                 }
                 let table = held.missing.get_or_insert_with(|| Table::new(crew.memory.shape()));
                 table.take(&part, crew.memory).map_err(DestinationError::Misbehaved)?;
+                verifying::leave_out(table, crew);
                 Ok(Step::Next(Self::GuestStopped(held)))
             }
             (Self::GuestStopped(mut held), Said::Compare(compare)) => {

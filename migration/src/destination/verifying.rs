@@ -7,6 +7,7 @@ use crate::destination::crew::Crew;
 use crate::destination::hearing::Hearing;
 use crate::destination::phase::from_wire;
 use crate::guest::GuestMemory;
+use crate::postcopy::Table;
 use crate::verify::PageDigests;
 use crate::wire::StreamTotals;
 
@@ -57,6 +58,13 @@ pub(super) fn compare<M: GuestMemory>(
         ranges: differing,
     }));
     Ok(compared)
+}
+
+/// Pages that come late are compared when they come, once the table of them is whole.
+pub(super) fn leave_out<M: GuestMemory>(late: &Table, crew: &Crew<'_, '_, M>) {
+    if let (Some(late), Some(digests)) = (late.as_whole(), crew.shared.digests.get()) {
+        digests.leave_out(late);
+    }
 }
 
 /// Why a guest is not to be claimed whose source wanted to compare: nothing may have come since all of it was right.

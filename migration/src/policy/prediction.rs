@@ -42,6 +42,8 @@ const FASTEST_LINK: f64 = 1e12;
 pub struct Sampled {
     /// Pages that the first pass sends or tells: populated ones, and those of disks that move along.
     pub pages: u64,
+    /// Those of them that are blocks of disks: these never come late.
+    pub disk_pages: u64,
     /// Those of them that are zero, told and not sent.
     pub zero_pages: u64,
     /// What it writes.
@@ -205,8 +207,7 @@ pub fn predict(guest: &Sampled, way: &Way, wanted: &Wanted) -> Prediction {
         within_budget_after: None,
     };
     if wanted.lateness == Lateness::AtOnce {
-        let words = "the guest is handed over at once, and all of its memory comes late".to_owned();
-        return course.late(sent, words);
+        return course.at_once();
     }
     course.run(guest.pages as f64, guest.zero_pages as f64)
 }
@@ -261,6 +262,30 @@ impl Course<'_> {
             pause = BETWEEN_SMALL_ROUNDS.saturating_sub(elapsed);
             self.copied += pause;
         }
+    }
+
+    /// Disks that move along are copied first, in a round of their own, and are whole when the guest is handed over.
+    fn at_once(mut self) -> Prediction {
+        let Sampled {
+            pages,
+            disk_pages,
+            zero_pages,
+            ..
+        } = *self.guest;
+        let memory = pages.saturating_sub(disk_pages).saturating_sub(zero_pages) as f64 * FRAME_SIZE as f64;
+        if disk_pages == 0 {
+            let words = "the guest is handed over at once, and all of its memory comes late".to_owned();
+            return self.late(memory, words);
+        }
+        let elapsed = self.send(disk_pages as f64, 0.0);
+        self.rounds.push(self.round(disk_pages as f64, 0.0, elapsed, 0.0));
+        if self.copied > self.wanted.terms.timeout && self.wanted.on_timeout == OnTimeout::Abort {
+            let words = "the disks that move with the guest are not copied in time".to_owned();
+            return self.ended(0.0, End::Never, words);
+        }
+        let words =
+            "the guest is handed over as soon as its disks are copied, and all of its memory comes late".to_owned();
+        self.late(memory, words)
     }
 
     /// Has these pages sent; how long that takes.

@@ -7,14 +7,11 @@
 //!                    the last one: nobody watches any more, AllHere, then huge pages again, over
 //! ```
 //!
-//! Both threads outlive the migration's own and end by themselves. A page leaves the set of missing ones after it was supplied, never
-//! before: one that is touched and not in it is filled with zeroes.
+//! Both threads outlive the migration's own and end by themselves.
 
-use std::collections::HashMap;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvError};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 
@@ -22,24 +19,23 @@ use ferry_proto::stream::v1::{
     AllHere, FromDestination, FromSource, from_destination::Message as Reply, from_source::Message as Said,
 };
 
-use super::asking::{Asking, Wishes};
+use super::asking::Asking;
 use super::gathering;
 use super::taking::Taker;
-use super::{Latency, SessionLost, URGENT_STREAMS, chain, parts};
+use super::waiting::Shared;
+use super::{Latency, SessionLost, URGENT_STREAMS, chain};
 use crate::PageSet;
+use crate::compress::Codecs;
 use crate::guest::{AbsentPages, FrameRun, GuestError, MemoryShape};
 use crate::handover::Attempt;
 use crate::link::{self, FAREWELL, Link, Liveness, Outgoing, Sockets};
-use crate::wire::{ControlError, FrameError, StreamIdentity, Wish};
+use crate::wire::{ControlError, FrameError, StreamIdentity, Sums};
 
 /// How long the threads wait at most before they look at what they were told.
 const TICK: Duration = Duration::from_millis(20);
 
 /// How often progress is told.
 const PROGRESS: Duration = Duration::from_millis(250);
-
-/// A page that is touched brings its neighbours along, those of the same 64 KiB.
-const NEIGHBOURHOOD: u64 = 16;
 
 /// What a guest without all of its pages tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,6 +70,10 @@ pub struct LateOutcome {
     pub round_trip: Option<Duration>,
     /// From GO until the last one was here.
     pub took: Duration,
+    /// How many were found to be what was sent before anybody saw them; `None`: that was not asked for.
+    pub verified: Option<u64>,
+    /// How many were asked for again, for they were damaged on their way.
+    pub sent_again: u64,
 }
 
 /// The pages of one guest that come late.
@@ -95,34 +95,19 @@ impl LatePages {
             missing,
             wanted_huge,
             shape,
+            unit,
             attempt,
             liveness,
+            codecs,
+            sums,
         } = awaited;
-        let left = missing.count();
         let blocks = gathering::blocks(&wanted_huge, &missing);
-        let shared = Arc::new(Shared {
-            pages,
-            state: Mutex::new(State {
-                asked: PageSet::new(&shape),
-                missing,
-                left,
-                waiting: HashMap::new(),
-                latency: Latency::default(),
-                round_trip: None,
-                asking: None,
-                outcome: None,
-            }),
-            shape,
-            total: left,
-            began: Instant::now(),
-            over: AtomicBool::new(false),
-            failure: OnceLock::new(),
-        });
+        let shared = Arc::new(Shared::new(pages, missing, (shape, unit), sums));
         let (links, links_out) = mpsc::channel();
         let (faults, late) = (Arc::clone(&shared), Arc::clone(&shared));
         thread::Builder::new().name("ferry-faults".into()).spawn(move || {
             if let Err(error) = faults.watch()
-                && !faults.over.load(Ordering::Acquire)
+                && !faults.is_over()
             {
                 faults.fail(chain(&error));
             }
@@ -134,6 +119,8 @@ impl LatePages {
             reports: Box::new(reports),
             attempt,
             liveness,
+            codecs,
+            sums,
         };
         thread::Builder::new()
             .name("ferry-late".into())
@@ -156,7 +143,7 @@ impl LatePages {
     /// How it came out, once every page is here.
     #[must_use]
     pub fn outcome(&self) -> Option<LateOutcome> {
-        self.shared.lock().outcome.clone()
+        self.shared.outcome()
     }
 }
 
@@ -167,169 +154,14 @@ pub(crate) struct Awaited {
     /// Where huge pages are wanted once the missing ones are there: whole huge pages.
     pub(crate) wanted_huge: Vec<FrameRun>,
     pub(crate) shape: MemoryShape,
+    /// How many pages come together.
+    pub(crate) unit: u64,
     pub(crate) attempt: Attempt,
     pub(crate) liveness: Liveness,
-}
-
-pub(super) struct Shared {
-    pub(super) pages: Box<dyn AbsentPages>,
-    pub(super) shape: MemoryShape,
-    state: Mutex<State>,
-    total: u64,
-    began: Instant,
-    /// Nobody is to hear any more which pages are touched.
-    over: AtomicBool,
-    /// Why no page can be taken in any more.
-    failure: OnceLock<String>,
-}
-
-impl std::fmt::Debug for Shared {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter
-            .debug_struct("Shared")
-            .field("total", &self.total)
-            .finish_non_exhaustive()
-    }
-}
-
-struct State {
-    missing: PageSet,
-    /// How many there are.
-    left: u64,
-    /// Asked for in this session.
-    asked: PageSet,
-    /// Touched and missing, and since when.
-    waiting: HashMap<u64, Instant>,
-    latency: Latency,
-    /// As last measured.
-    round_trip: Option<Duration>,
-    /// Where to ask; none between sessions.
-    asking: Option<Asking>,
-    outcome: Option<LateOutcome>,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The thread that hears which pages are touched.
-    fn watch(&self) -> Result<(), GuestError> {
-        let mut frames = Vec::new();
-        while !self.over.load(Ordering::Acquire) {
-            frames.clear();
-            self.pages.touched(TICK, &mut frames)?;
-            if let Some(asking) = &mut self.lock().asking {
-                asking.go_on();
-            }
-            if !frames.is_empty() {
-                frames.sort_unstable();
-                frames.dedup();
-                self.take_touched(&frames)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Zeroes for pages that are not missing; the others are asked for, once in a session.
-    fn take_touched(&self, frames: &[u64]) -> Result<(), GuestError> {
-        let now = Instant::now();
-        let mut zero = Vec::new();
-        let mut state = self.lock();
-        let mut table = Wishes::default();
-        for &frame in frames {
-            if state.missing.contains(frame) {
-                state.waiting.entry(frame).or_insert(now);
-                state.wish(frame, &self.shape, &mut table);
-            } else {
-                zero.push(frame);
-            }
-        }
-        if let Some(asking) = &mut state.asking
-            && !table.is_empty()
-        {
-            asking.ask(&table.sorted());
-        }
-        drop(state);
-        for first in zero {
-            self.pages.supply_zeroes(FrameRun { first, count: 1 })?;
-        }
-        Ok(())
-    }
-
-    /// These pages are there now.
-    pub(super) fn supplied(&self, runs: &[FrameRun]) {
-        let mut guard = self.lock();
-        let state = &mut *guard;
-        for &run in runs {
-            let Some((region, offset)) = state.missing.locate(run.first) else {
-                continue;
-            };
-            state.left -= state.missing.count_in(region, offset, run.count);
-            state.missing.remove(run);
-        }
-        let latency = &mut state.latency;
-        state.waiting.retain(|&frame, since| {
-            let is_here = runs.iter().any(|run| (run.first..run.end()).contains(&frame));
-            if is_here {
-                latency.add(since.elapsed());
-            }
-            !is_here
-        });
-    }
-
-    /// How many pages are missing.
-    pub(super) fn left(&self) -> u64 {
-        self.lock().left
-    }
-
-    /// The last page is here: nobody waits for one any more.
-    fn finish(&self) -> Result<(), GuestError> {
-        // Before it: a page that is touched from here on is zero, as in any memory.
-        self.over.store(true, Ordering::Release);
-        self.pages.end()?;
-        let mut state = self.lock();
-        state.outcome = Some(LateOutcome {
-            pages: self.total,
-            latency: state.latency.clone(),
-            round_trip: state.round_trip,
-            took: self.began.elapsed(),
-        });
-        Ok(())
-    }
-
-    fn fail(&self, reason: String) {
-        tracing::error!(reason, "late pages cannot be taken in any more");
-        self.over.store(true, Ordering::Release);
-        // The first reason is the one that counts.
-        let _ = self.failure.set(reason);
-        if let Some(asking) = self.lock().asking.take() {
-            asking.sockets.cut();
-        }
-    }
-}
-
-impl State {
-    /// Adds a page that somebody waits for, and its neighbours, unless they were asked for.
-    fn wish(&mut self, frame: u64, shape: &MemoryShape, table: &mut Wishes) {
-        if self.asking.is_none() {
-            // The next session begins with all that is waited for.
-            return;
-        }
-        let Some((region, _)) = shape.locate(frame) else { return };
-        let region = shape.regions()[region].run();
-        let first = (frame - frame % NEIGHBOURHOOD).max(region.first);
-        let end = (frame - frame % NEIGHBOURHOOD + NEIGHBOURHOOD).min(region.end());
-        for near in first..end {
-            let page = FrameRun { first: near, count: 1 };
-            let is_touched = near == frame;
-            // What came along with another is on its way; what was pushed may be far behind.
-            if self.missing.contains(near) && !self.asked.contains(near) {
-                self.asked.insert(page);
-                table.add(page, if is_touched { Wish::Touched } else { Wish::Beside });
-            }
-        }
-    }
+    /// What pages may be compressed with.
+    pub(crate) codecs: Codecs,
+    /// Whether frames say what their pages add up to, so that these are checked before anybody sees them.
+    pub(crate) sums: Sums,
 }
 
 /// What the threads of a session tell.
@@ -350,6 +182,8 @@ struct Supervisor {
     reports: Box<dyn Fn(LateReport) + Send>,
     attempt: Attempt,
     liveness: Liveness,
+    codecs: Codecs,
+    sums: Sums,
 }
 
 /// How a session ended.
@@ -377,7 +211,7 @@ impl Supervisor {
                 Session::Lost(lost) => lost,
                 ended => break ended,
             };
-            if let Some(reason) = self.shared.failure.get() {
+            if let Some(reason) = self.shared.failure() {
                 break Session::Failed(reason.clone());
             }
             if self.shared.left() == 0 {
@@ -395,7 +229,7 @@ impl Supervisor {
         };
         match ended {
             Session::AllHere => {
-                let outcome = self.shared.lock().outcome.clone().unwrap_or_default();
+                let outcome = self.shared.outcome().unwrap_or_default();
                 (self.reports)(LateReport::AllHere(outcome));
                 match gathering::gather(&*self.shared.pages, &self.blocks) {
                     Ok(gathered) => tracing::info!(?gathered, "huge pages again where pages came late"),
@@ -407,7 +241,7 @@ impl Supervisor {
                 (self.reports)(LateReport::Failed { reason });
             }
             // What is missing stays so: whoever waits goes with the process.
-            Session::Stopped | Session::Lost(_) => self.shared.over.store(true, Ordering::Release),
+            Session::Stopped | Session::Lost(_) => self.shared.stop(),
         }
     }
 
@@ -434,31 +268,19 @@ impl Supervisor {
             self.begin(&sockets, &outbox);
             self.until_all_here(&sockets, &events, &outbox, next)
         });
-        self.shared.lock().asking = None;
+        self.shared.end_session();
         ended
     }
 
     /// Says what is missing, and asks for what is waited for.
     fn begin(&self, sockets: &Arc<Sockets>, outbox: &Sender<Outgoing<FromDestination>>) {
-        let mut state = self.shared.lock();
-        let state = &mut *state;
-        for part in parts(&state.missing, self.attempt) {
+        for part in self.shared.tell_missing(self.attempt) {
             let message = Some(Reply::Missing(part));
             let _ = outbox.send(Outgoing::Say(FromDestination { message }));
         }
         let urgent = URGENT_STREAMS.min(sockets.pages.len()) as u16;
-        state.asked.clear();
-        state.asking = Some(Asking::new(Arc::clone(sockets), urgent, self.liveness.silence));
-        let mut table = Wishes::default();
-        let waiting: Vec<u64> = state.waiting.keys().copied().collect();
-        for frame in waiting {
-            state.wish(frame, &self.shared.shape, &mut table);
-        }
-        if let Some(asking) = &mut state.asking
-            && !table.is_empty()
-        {
-            asking.ask(&table.sorted());
-        }
+        let asking = Asking::new(Arc::clone(sockets), urgent, self.liveness.silence);
+        self.shared.ask_on(asking);
     }
 
     fn start<'scope>(
@@ -482,7 +304,7 @@ impl Supervisor {
                 let _ = lost.send(Event::ControlLost(error));
             }
         })?;
-        let shared: &Shared = &self.shared;
+        let (shared, codecs, sums): (&Shared, _, _) = (&self.shared, self.codecs, self.sums);
         for (stream, socket) in (0u16..).zip(&sockets.pages) {
             let events = events.clone();
             spawn(scope, format!("ferry-late-{stream}"), move || {
@@ -491,6 +313,8 @@ impl Supervisor {
                     socket,
                     sockets,
                     shared,
+                    codecs,
+                    sums,
                 };
                 // Nobody listens once the session is over.
                 let event = match taker.run(&identity) {
@@ -525,7 +349,7 @@ impl Supervisor {
                 return Session::Lost(SessionLost::Silent(silence));
             }
             if let Some(round_trip) = sockets.round_trip() {
-                self.shared.lock().round_trip = Some(round_trip);
+                self.shared.note_round_trip(round_trip);
             }
             if told.elapsed() >= PROGRESS {
                 told = Instant::now();

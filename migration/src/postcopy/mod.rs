@@ -16,10 +16,12 @@ mod choice;
 mod destination;
 mod gathering;
 mod latency;
+mod sending;
 mod source;
 mod table;
 mod taking;
 mod unsent;
+mod waiting;
 
 pub use choice::Lateness;
 pub(crate) use choice::Shrinking;

@@ -3,10 +3,7 @@
 //! [`serve`] blocks until the destination has every page or nobody wants it to go on. It reads the memory and decides nothing: that the
 //! guest is another host's by now is for its agent to know.
 
-use std::io::{self, Write as _};
-use std::net::TcpStream;
 use std::num::NonZeroU64;
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvError};
 use std::thread::{self, Scope};
@@ -14,15 +11,16 @@ use std::time::{Duration, Instant};
 
 use ferry_proto::stream::v1::{FromDestination, FromSource, from_destination::Message as Reply};
 
-use super::unsent::Unsent;
+use super::sending::LateFrames;
+use super::unsent::{Unsent, chunk_pages};
 use super::{SessionLost, Table, URGENT_STREAMS, chain};
 use crate::PageSet;
-use crate::guest::{FrameRun, GuestMemory};
+use crate::compress::Method;
+use crate::guest::GuestMemory;
 use crate::handover::Attempt;
 use crate::link::{self, Link, Liveness, Outgoing, Sockets};
-use crate::precopy::{Bandwidth, Contents};
-use crate::wire::{ControlError, FrameError, FrameReader, FrameWriter, MAX_DATA_PAGES, StreamIdentity};
-use crate::yielding::stand_back;
+use crate::precopy::Bandwidth;
+use crate::wire::{ControlError, FrameError, StreamIdentity};
 
 /// How long a session waits at most before it looks at its orders and the clock again.
 const TICK: Duration = Duration::from_millis(20);
@@ -50,6 +48,10 @@ pub struct ServeParameters {
     pub bandwidth: Option<NonZeroU64>,
     /// When the destination counts as dead, and the session as lost.
     pub liveness: Liveness,
+    /// Each frame says what its pages add up to, so that the destination can tell what was damaged on the way.
+    pub verify: bool,
+    /// How what nobody waits for is compressed; `None`: not at all. Who waits for a page does not wait for a compressor.
+    pub compression: Option<Method>,
 }
 
 /// What a source of pages tells.
@@ -73,7 +75,10 @@ pub enum ServeReport {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Served {
     /// The destination has every page, and said so.
-    All,
+    All {
+        /// Bytes sent, of all sessions.
+        bytes_sent: u64,
+    },
     /// Nobody wants it to go on: the other end of the links is gone.
     Stopped,
 }
@@ -105,7 +110,12 @@ pub fn serve<M: GuestMemory>(
             },
         };
         match source.session(current) {
-            Ok(served) => return served,
+            Ok(Over::AllHere) => {
+                return Served::All {
+                    bytes_sent: source.bytes_sent,
+                };
+            }
+            Ok(Over::Stopped) => return Served::Stopped,
             Err(SessionLost::Replaced) => {}
             Err(lost) => {
                 let reason = chain(&lost);
@@ -128,6 +138,14 @@ struct Source<'a, M> {
     next: Option<Link>,
 }
 
+/// How a session came to be the last one.
+enum Over {
+    /// The destination said that it has every page.
+    AllHere,
+    /// Nobody wants it to go on.
+    Stopped,
+}
+
 /// What the threads tell.
 enum Event {
     Said(FromDestination),
@@ -136,22 +154,24 @@ enum Event {
 }
 
 /// What the threads of a session share.
-struct Shared<'a, M> {
-    memory: &'a M,
-    sockets: &'a Sockets,
-    unsent: Unsent,
-    bandwidth: Bandwidth,
-    sent: AtomicU64,
+pub(super) struct Shared<'a, M> {
+    pub(super) memory: &'a M,
+    pub(super) parameters: &'a ServeParameters,
+    pub(super) sockets: &'a Sockets,
+    pub(super) unsent: Unsent,
+    pub(super) bandwidth: Bandwidth,
+    pub(super) sent: AtomicU64,
 }
 
 impl<M: GuestMemory> Source<'_, M> {
-    fn session(&mut self, link: Link) -> Result<Served, SessionLost> {
+    fn session(&mut self, link: Link) -> Result<Over, SessionLost> {
         let liveness = self.parameters.liveness;
         let sockets = Sockets::new(link, liveness).map_err(SessionLost::Host)?;
         let shared = Shared {
             memory: self.memory,
+            parameters: self.parameters,
             sockets: &sockets,
-            unsent: Unsent::default(),
+            unsent: Unsent::new(chunk_pages(self.memory.late_unit())),
             bandwidth: Bandwidth::new(self.parameters.bandwidth),
             sent: 0.into(),
         };
@@ -195,7 +215,7 @@ impl<M: GuestMemory> Source<'_, M> {
         ended
     }
 
-    fn until_all_here(&mut self, shared: &Shared<'_, M>, events: &Receiver<Event>) -> Result<Served, SessionLost> {
+    fn until_all_here(&mut self, shared: &Shared<'_, M>, events: &Receiver<Event>) -> Result<Over, SessionLost> {
         let mut table = Some(Table::new(self.memory.shape()));
         let mut told = Instant::now();
         loop {
@@ -204,7 +224,7 @@ impl<M: GuestMemory> Source<'_, M> {
                     self.next = Some(link);
                     return Err(SessionLost::Replaced);
                 }
-                Err(TryRecvError::Disconnected) => return Ok(Served::Stopped),
+                Err(TryRecvError::Disconnected) => return Ok(Over::Stopped),
                 Err(TryRecvError::Empty) => {}
             }
             let silence = shared.sockets.silence();
@@ -231,7 +251,7 @@ impl<M: GuestMemory> Source<'_, M> {
                             table = Some(growing);
                         }
                     }
-                    Some(Reply::AllHere(_)) => return Ok(Served::All),
+                    Some(Reply::AllHere(_)) => return Ok(Over::AllHere),
                     other => return Err(SessionLost::Misbehaved(format!("unexpected: {other:?}"))),
                 },
                 Ok(Event::ControlLost(error)) => return Err(SessionLost::Control(error)),
@@ -283,130 +303,5 @@ impl<M> Drop for Ending<'_, '_, M> {
         self.0.unsent.close();
         self.0.bandwidth.close();
         self.0.sockets.cut();
-    }
-}
-
-/// The frames of one stream.
-struct LateFrames<'a, 'b, M> {
-    socket: &'a TcpStream,
-    shared: &'a Shared<'b, M>,
-    writer: FrameWriter,
-    reader: FrameReader,
-    contents: Contents,
-}
-
-impl<'a, 'b, M: GuestMemory> LateFrames<'a, 'b, M> {
-    fn new(stream: u16, socket: &'a TcpStream, shared: &'a Shared<'b, M>) -> Self {
-        Self {
-            socket,
-            shared,
-            writer: FrameWriter::new(stream),
-            reader: FrameReader::new(stream),
-            contents: Contents::default(),
-        }
-    }
-
-    fn open(&mut self, identity: &StreamIdentity) -> Result<(), FrameError> {
-        self.socket
-            .write_all(self.writer.open(identity))
-            .map_err(FrameError::Io)
-    }
-
-    /// Sends what nobody asked for, until closed.
-    fn push(&mut self) -> Result<(), FrameError> {
-        let mut runs = Vec::new();
-        stand_back();
-        while self.shared.unsent.next(&mut runs) {
-            self.send(&runs, Urgency::CanWait)?;
-        }
-        Ok(())
-    }
-
-    /// Sends what is asked for on this stream, until the stream ends.
-    fn answer(&mut self) -> Result<(), FrameError> {
-        loop {
-            let asked = self.reader.asked(&mut &*self.socket, self.shared.memory.shape())?;
-            let Some(asked) = asked else { return Ok(()) };
-            let (touched, beside) = (asked.touched.to_vec(), asked.beside.to_vec());
-            self.shared.sockets.hear();
-            self.shared.unsent.asked(&touched);
-            self.shared.unsent.asked(&beside);
-            // What somebody waits for has a frame of its own, before its neighbours.
-            for runs in [touched, beside] {
-                for piece in pieces(&runs) {
-                    self.send(&piece, Urgency::AwaitedNow)?;
-                }
-            }
-        }
-    }
-
-    fn send(&mut self, runs: &[FrameRun], urgency: Urgency) -> Result<(), FrameError> {
-        let memory = self.shared.memory;
-        let guest = |error| FrameError::Io(io::Error::other(error));
-        self.contents.split(memory, runs).map_err(guest)?;
-        let prefix = self.writer.pages(0, self.contents.table.iter().copied());
-        let bytes = self.contents.totals(prefix.len()).bytes;
-        if urgency == Urgency::CanWait {
-            self.shared.bandwidth.wait(bytes);
-        }
-        memory
-            .send(self.socket.as_fd(), prefix, &self.contents.data)
-            .map_err(FrameError::Io)?;
-        self.shared.sent.fetch_add(bytes, Ordering::Relaxed);
-        Ok(())
-    }
-}
-
-/// Whether the cap applies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Urgency {
-    AwaitedNow,
-    CanWait,
-}
-
-/// Runs as they fit into frames.
-fn pieces(runs: &[FrameRun]) -> Vec<Vec<FrameRun>> {
-    let (mut pieces, mut piece, mut pages) = (Vec::new(), Vec::new(), 0);
-    for &run in runs {
-        let mut rest = run;
-        while rest.count > 0 {
-            if pages == MAX_DATA_PAGES {
-                pieces.push(std::mem::take(&mut piece));
-                pages = 0;
-            }
-            let count = rest.count.min(MAX_DATA_PAGES - pages);
-            piece.push(FrameRun {
-                first: rest.first,
-                count,
-            });
-            pages += count;
-            rest = FrameRun {
-                first: rest.first + count,
-                count: rest.count - count,
-            };
-        }
-    }
-    if !piece.is_empty() {
-        pieces.push(piece);
-    }
-    pieces
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn runs_are_cut_to_the_size_of_frames() {
-        let run = |first, count| FrameRun { first, count };
-        assert_eq!(pieces(&[]), Vec::<Vec<FrameRun>>::new());
-        assert_eq!(
-            pieces(&[run(0, 500), run(1000, 600)]),
-            [
-                vec![run(0, 500), run(1000, 12)],
-                vec![run(1012, 512)],
-                vec![run(1524, 76)]
-            ]
-        );
     }
 }

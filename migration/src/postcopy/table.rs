@@ -74,6 +74,13 @@ impl Table {
                     run.first
                 ));
             }
+            let unit = memory.late_unit();
+            if !run.is_of_whole(unit) {
+                return Err(format!(
+                    "{} pages from page {:#x} on are missing, and pages come late {unit} at a time",
+                    run.count, run.first
+                ));
+            }
             let region = shape.locate(run.first).map(|(region, _)| shape.regions()[region]);
             if region.is_some_and(|region| memory.is_disk(region)) {
                 return Err(format!("page {:#x} is of a disk, which cannot come late", run.first));
@@ -86,6 +93,11 @@ impl Table {
     }
 
     /// The pages, once the last part is here.
+    pub(crate) fn as_whole(&self) -> Option<&PageSet> {
+        self.whole.then_some(&self.set)
+    }
+
+    /// The same, given away.
     pub(crate) fn whole(self) -> Option<PageSet> {
         self.whole.then_some(self.set)
     }

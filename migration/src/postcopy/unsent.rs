@@ -6,18 +6,26 @@ use crate::PageSet;
 use crate::guest::{FrameRun, Region};
 use crate::precopy::next_run;
 
-/// Pages of one frame that is pushed: 1 MiB, so that one that somebody waits for does not wait for long on the same link.
+/// Pages of one frame: 1 MiB, so that one that somebody waits for does not wait for long on the same link.
 const CHUNK_PAGES: u64 = 256;
 
+/// The most pages of one frame of memory of which so many come together: as many or one unit, so that a table with a run for each of them, or of one
+/// unit, has room for their sum.
+pub(super) fn chunk_pages(unit: u64) -> u64 {
+    CHUNK_PAGES.max(unit)
+}
+
 /// What the pushing threads take from and the answering ones take out of.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Unsent {
     state: Mutex<State>,
     changed: Condvar,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
+    /// Pages of one frame at most.
+    chunk: u64,
     /// None until the destination said what is missing.
     set: Option<PageSet>,
     /// Where the next pages are looked for: region, and offset in it.
@@ -26,6 +34,19 @@ struct State {
 }
 
 impl Unsent {
+    /// Nothing is known yet. Frames have so many pages at most.
+    pub(crate) fn new(chunk: u64) -> Self {
+        Self {
+            state: Mutex::new(State {
+                chunk,
+                set: None,
+                at: (0, 0),
+                closed: false,
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
     /// All of this set is to be sent, and nothing else.
     pub(crate) fn begin(&self, set: PageSet) {
         let mut state = self.lock();
@@ -83,7 +104,7 @@ impl State {
     fn take(&mut self, runs: &mut Vec<FrameRun>) {
         runs.clear();
         let Some(set) = &mut self.set else { return };
-        let (mut wanted, mut wrapped) = (CHUNK_PAGES, false);
+        let (mut wanted, mut wrapped) = (self.chunk, false);
         loop {
             let (region, mut offset) = self.at;
             if region >= set.regions() {
@@ -140,7 +161,7 @@ mod tests {
                 runs.into_iter().map(|(first, count)| FrameRun { first, count }).collect()
             };
             let (missing, asked) = (set(&to_runs(missing)), to_runs(asked));
-            let unsent = Unsent::default();
+            let unsent = Unsent::new(CHUNK_PAGES);
             unsent.begin(missing.clone());
             let (mut pushed, mut awaited) = (set(&[]), set(&[]));
             for run in asked {
@@ -174,7 +195,7 @@ mod tests {
 
     #[test]
     fn what_lies_behind_a_page_that_was_asked_for_comes_next() {
-        let unsent = Unsent::default();
+        let unsent = Unsent::new(CHUNK_PAGES);
         unsent.begin(set(&[FrameRun { first: 0, count: 3000 }]));
         unsent.asked(&[FrameRun { first: 2000, count: 16 }]);
         let mut runs = Vec::new();
@@ -184,7 +205,7 @@ mod tests {
 
     #[test]
     fn nothing_is_pushed_before_it_is_known_or_after_the_end() {
-        let unsent = Unsent::default();
+        let unsent = Unsent::new(CHUNK_PAGES);
         assert_eq!(unsent.left(), None);
         unsent.close();
         unsent.begin(set(&[FrameRun { first: 0, count: 1 }]));

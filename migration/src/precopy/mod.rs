@@ -10,5 +10,5 @@ pub(crate) use bandwidth::Bandwidth;
 pub(crate) use feed::{Pace, Round, Standing};
 pub use page_set::PageSet;
 pub(crate) use page_set::{for_each_word, next_run, word_of, words_for};
-pub(crate) use sender::{Contents, SendError, Sender};
+pub(crate) use sender::{Contents, SendError, Sender, write_both};
 pub(crate) use streams::Streams;

@@ -127,6 +127,25 @@ impl PageSet {
         }
     }
 
+    /// Fills up every unit of so many frames, from a multiple of that on, of which a frame is in the set; as far as its region goes.
+    pub(crate) fn round_out(&mut self, unit: u64) {
+        if unit == 1 {
+            return;
+        }
+        for part in &mut self.parts {
+            let Region { start_frame, frames } = part.region;
+            let mut offset = 0;
+            while let Some((first, count)) = next_run(&part.words, offset, frames) {
+                let before = (start_frame + first) % unit;
+                let end = (start_frame + first + count).next_multiple_of(unit) - start_frame;
+                offset = end.min(frames);
+                for_each_word(first.saturating_sub(before), offset, |index, mask| {
+                    part.words[index] |= mask
+                });
+            }
+        }
+    }
+
     /// The runs of the set, ascending, as long as possible within a region.
     pub fn runs(&self) -> impl Iterator<Item = FrameRun> + '_ {
         self.parts.iter().flat_map(|part| {
@@ -308,6 +327,20 @@ mod tests {
             prop_assert_eq!(set.is_empty(), expected.is_empty());
             prop_assert!((0..320).all(|frame| set.contains(frame) == expected.contains(&frame)));
             prop_assert_eq!(frames(&set), expected.into_iter().collect::<Vec<_>>());
+        }
+
+        #[test]
+        fn rounded_out_units_are_full_where_they_were_begun(runs in runs(), unit in prop_oneof![Just(1u64), Just(8), Just(64), Just(512)]) {
+            let mut rounded = set(&runs);
+            rounded.round_out(unit);
+            let begun: BTreeSet<(usize, u64)> = model(&runs)
+                .into_iter()
+                .map(|frame| (shape().locate(frame).unwrap().0, frame / unit))
+                .collect();
+            for frame in 0..320 {
+                let expected = shape().locate(frame).is_some_and(|(region, _)| begun.contains(&(region, frame / unit)));
+                prop_assert_eq!(rounded.contains(frame), expected, "{}", frame);
+            }
         }
 
         #[test]

@@ -70,7 +70,7 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
             let Some(chunk) = chunk else { return Ok(()) };
             let guest_runs = chunk.pace == Pace::Yielding;
             yielding.set(guest_runs, self.memory);
-            contents.split(self.memory, &runs).map_err(SendError::Guest)?;
+            contents.split(self.memory, &runs, 1).map_err(SendError::Guest)?;
             if let Some(digests) = self.digests {
                 let taken = contents.digest(self.memory, digests);
                 taken.map_err(SendError::Guest)?;
@@ -167,7 +167,7 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
 }
 
 /// Writes one after the other, in one call as far as the connection takes it.
-fn write_both(mut socket: &TcpStream, first: &[u8], second: &[u8]) -> io::Result<()> {
+pub(crate) fn write_both(mut socket: &TcpStream, first: &[u8], second: &[u8]) -> io::Result<()> {
     let mut parts = [IoSlice::new(first), IoSlice::new(second)];
     let mut left = &mut parts[..];
     while !left.is_empty() {
@@ -182,15 +182,15 @@ fn write_both(mut socket: &TcpStream, first: &[u8], second: &[u8]) -> io::Result
 }
 
 impl Contents {
-    /// Splits `runs` into data and zero runs.
-    pub(crate) fn split(&mut self, memory: &impl GuestMemory, runs: &[FrameRun]) -> Result<(), GuestError> {
+    /// Splits `runs`, whole units of so many pages, into units that hold something and units that are zero.
+    pub(crate) fn split(&mut self, memory: &impl GuestMemory, runs: &[FrameRun], unit: u64) -> Result<(), GuestError> {
         self.table.clear();
         self.data.clear();
         for &run in runs {
             self.zero.clear();
             memory.zero_pages(run, &mut self.zero)?;
             let mut next = run.first;
-            for &zero in &self.zero {
+            for zero in self.zero.iter().filter_map(|&zero| whole_units(zero, unit)) {
                 push_data(&mut self.table, &mut self.data, next, zero.first);
                 self.table.push((zero, Content::Zero));
                 next = zero.end();
@@ -228,6 +228,16 @@ impl Contents {
             bytes: bytes as u64,
         }
     }
+}
+
+/// The units that lie in this run, if any.
+fn whole_units(run: FrameRun, unit: u64) -> Option<FrameRun> {
+    let first = run.first.next_multiple_of(unit);
+    let end = run.end() - run.end() % unit;
+    (first < end).then(|| FrameRun {
+        first,
+        count: end - first,
+    })
 }
 
 fn push_data(table: &mut Vec<(FrameRun, Content)>, data: &mut Vec<FrameRun>, first: u64, end: u64) {

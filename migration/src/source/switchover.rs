@@ -9,7 +9,7 @@ use ferry_proto::stream::v1::{self, from_source::Message as Said};
 
 use crate::PageSet;
 use crate::digest;
-use crate::guest::{GuestCondition, GuestEnd, GuestError, GuestWas, SourceGuest, StopTimes};
+use crate::guest::{GuestCondition, GuestEnd, GuestError, GuestMemory as _, GuestWas, SourceGuest, StopTimes};
 use crate::handover::{Attempt, Traded};
 use crate::policy::Force;
 use crate::postcopy;
@@ -122,7 +122,7 @@ fn hand_over<G: SourceGuest>(
     }
     let late = copy.is_late.then(|| leave_late(copy, grant));
     let last_pages = copied_cold + last_pages_began.elapsed();
-    let compared = verifying::agree(copy, &budget, grant, last_round)?;
+    let compared = verifying::agree(copy, &budget, grant, late.as_ref(), last_round)?;
     let totals: Vec<_> = copy.streams.each().into_iter().map(v1::StreamTotals::from).collect();
 
     let digests_began = Instant::now();
@@ -247,9 +247,13 @@ fn stop_guest<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, deadline: Instant) -> 
     stopped.map_err(|cause| Setback::CallOff(format!("the guest did not stand still: {cause}")))
 }
 
-/// Says what is missing. It all stays pending: the switchover may be called off.
-fn leave_late<G: SourceGuest>(copy: &Copy<'_, '_, G>, grant: Attempt) -> PageSet {
+/// Says what is missing, by whole units. It all stays pending: the switchover may be called off.
+fn leave_late<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, grant: Attempt) -> PageSet {
+    copy.pending.round_out(copy.guest.memory().late_unit());
     let missing = copy.pending.clone();
+    if let Some(digests) = &copy.streams.digests {
+        digests.leave_out(&missing);
+    }
     for part in postcopy::parts(&missing, grant) {
         copy.conversation.say(Said::Missing(part));
     }

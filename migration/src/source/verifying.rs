@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use ferry_proto::stream::v1::{self, from_source::Message as Said};
 
+use crate::PageSet;
 use crate::guest::{FrameRun, SourceGuest};
 use crate::handover::Attempt;
 use crate::precopy::{Pace, Round};
@@ -28,11 +29,12 @@ pub(super) struct Comparing {
     sent_again: u64,
 }
 
-/// Compares, where that is wanted, until nothing differs. Every page was sent.
+/// Compares, where that is wanted, until nothing differs. Every page was sent but those that come late, which are left out of it on both sides.
 pub(super) fn agree<G: SourceGuest>(
     copy: &mut Copy<'_, '_, G>,
     budget: &Budget,
     grant: Attempt,
+    late: Option<&PageSet>,
     last_round: &mut LastRound,
 ) -> Result<Duration, Setback> {
     let streams = copy.streams;
@@ -56,7 +58,17 @@ pub(super) fn agree<G: SourceGuest>(
         copy.conversation
             .lasting
             .tell(Decided::send_again((copy.round, throttle), &what));
-        send_again(copy, digests.ranges(), &differing, budget, last_round)?;
+        let mut set = copy.empty_set();
+        let runs = differing
+            .iter()
+            .filter_map(|&number| digests.ranges().run(number as usize));
+        runs.for_each(|run| set.insert(run));
+        late.into_iter().for_each(|late| set.subtract(late));
+        if set.is_empty() {
+            let what = "it says of ranges that differ which come late as a whole".to_owned();
+            return Err(Setback::End(SourceError::Misbehaved(what).into()));
+        }
+        send_again(copy, set, budget, last_round)?;
     }
     let took = began.elapsed();
     copy.summary.verified = Some(Verified {
@@ -106,11 +118,10 @@ fn compare<G: SourceGuest>(
     }
 }
 
-/// Sends these ranges once more, all of their pages; where the budget does not allow that, while the guest runs.
+/// Sends these pages once more; where the budget does not allow that, while the guest runs.
 fn send_again<G: SourceGuest>(
     copy: &mut Copy<'_, '_, G>,
-    ranges: &Ranges,
-    differing: &[u32],
+    set: PageSet,
     budget: &Budget,
     last_round: &mut LastRound,
 ) -> Result<(), Setback> {
@@ -118,13 +129,10 @@ fn send_again<G: SourceGuest>(
     let saved_before = copy.streams.packing.saved();
     if *last_round == LastRound::Sent {
         // A page travels once in a round. Its pages were not re-armed: they are owed if the guest is to run on.
-        let set = copy.close_round(copy.round)?;
-        copy.pending.union_with(&set);
+        let sent = copy.close_round(copy.round)?;
+        copy.pending.union_with(&sent);
         *last_round = LastRound::NotStarted;
     }
-    let mut set = copy.empty_set();
-    let runs = differing.iter().filter_map(|&number| ranges.run(number as usize));
-    runs.for_each(|run| set.insert(run));
     let pages = set.count();
     if copy.policy.after_stop(pages) > budget.left() {
         copy.pending.union_with(&set);

@@ -3,6 +3,7 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::PageSet;
 use crate::guest::{FRAME_SIZE, FRAMES_PER_HUGE_PAGE, FrameRun, GuestError, GuestMemory, MemoryShape};
 use crate::verify::Ranges;
 
@@ -36,7 +37,7 @@ impl PageDigests {
             blocks: shape.regions().iter().map(|region| blocks(region.frames)).collect(),
             sums: (0..ranges.count()).map(|_| AtomicU64::new(0)).collect(),
             pages: AtomicU64::new(0),
-            zeroes: xxhash_rust::xxh3::xxh3_64(&[0; FRAME_SIZE as usize]),
+            zeroes: digest_of_zeroes(),
             shape: shape.clone(),
             ranges,
         }
@@ -88,14 +89,24 @@ impl PageDigests {
             return;
         };
         let mut changes = Changes::default();
-        for offset in offset..offset + run.count {
+        let (mut offset, end) = (offset, offset + run.count);
+        while offset < end {
+            let after = (offset / BLOCK + 1) * BLOCK;
             // Where there is no block they are zero as it is.
             if let Some(block) = self.blocks[region][(offset / BLOCK) as usize].get() {
-                let was = block[(offset % BLOCK) as usize].swap(0, Ordering::Relaxed);
-                self.change(&mut changes, self.ranges.of(region, offset), was, 0);
+                for offset in offset..after.min(end) {
+                    let was = block[(offset % BLOCK) as usize].swap(0, Ordering::Relaxed);
+                    self.change(&mut changes, self.ranges.of(region, offset), was, 0);
+                }
             }
+            offset = after;
         }
         self.apply(&changes);
+    }
+
+    /// Forgets pages that come late: those that were sent of them before are not what they are, and are checked when they come.
+    pub(crate) fn leave_out(&self, late: &PageSet) {
+        late.runs().for_each(|run| self.note_zero(run));
     }
 
     /// The sum of each range.
@@ -149,8 +160,13 @@ fn empty_block() -> Box<[AtomicU64]> {
     (0..BLOCK).map(|_| AtomicU64::new(0)).collect()
 }
 
+/// XXH3 of a page of zeroes.
+pub(super) fn digest_of_zeroes() -> u64 {
+    xxhash_rust::xxh3::xxh3_64(&[0; FRAME_SIZE as usize])
+}
+
 /// What a page adds to its range's sum; nothing if it is zero. The mixing is that of SplitMix64, which maps 64 bits one to one.
-fn placed(frame: u64, digest: u64) -> u64 {
+pub(super) fn placed(frame: u64, digest: u64) -> u64 {
     if digest == 0 {
         return 0;
     }

@@ -25,9 +25,14 @@
 //!
 //! XXH3 is what the repository's other digests of memory are made with, and what keeps up with the copy: SHA or BLAKE3 would be most of its processor
 //! time. CRC-32 would be faster on some processors, and is too short for a sum over millions of pages.
+//!
+//! **Pages that come late** are left out of the comparison on both sides. After GO the source's copy does not change any more: each frame of late pages says what they
+//! add up to, and the destination checks that before anybody sees them. What is wrong is asked for again ([`postcopy`](crate::postcopy)).
 
 mod digests;
+mod frame_sum;
 mod ranges;
 
 pub(crate) use digests::PageDigests;
+pub(crate) use frame_sum::FrameSum;
 pub(crate) use ranges::Ranges;

@@ -33,6 +33,8 @@ const KIND_PAGES: u8 = 2;
 const KIND_ASKED: u8 = 3;
 const RUN_DATA: u32 = 1;
 const RUN_ZERO: u32 = 2;
+/// No run: in the place of a page's number, what the pages of the frame add up to.
+const SUM: u32 = 3;
 /// In a frame that asks.
 const RUN_TOUCHED: u32 = 1;
 const RUN_BESIDE: u32 = 2;
@@ -147,7 +149,7 @@ impl FrameWriter {
     /// Header and table of a frame of pages: 1 to [`MAX_RUNS`] runs, ascending and apart, at most [`MAX_DATA_PAGES`] pages
     /// of them data. The bytes of the data runs follow on the stream.
     pub(crate) fn pages(&mut self, round: u32, runs: impl Iterator<Item = (FrameRun, Content)>) -> &[u8] {
-        self.framed(round, runs, None)
+        self.framed(round, runs, None, None)
     }
 
     /// The same of pages that are compressed: so many bytes follow on the stream in their place, the checksum of the rest first.
@@ -157,7 +159,17 @@ impl FrameWriter {
         runs: impl Iterator<Item = (FrameRun, Content)>,
         block: (usize, Codec),
     ) -> &[u8] {
-        self.framed(round, runs, Some(block))
+        self.framed(round, runs, Some(block), None)
+    }
+
+    /// The same of pages that come late, compressed or not; with what they add up to, where that is checked: at most one run less then.
+    pub(crate) fn late(
+        &mut self,
+        runs: impl Iterator<Item = (FrameRun, Content)>,
+        block: Option<(usize, Codec)>,
+        sum: Option<u64>,
+    ) -> &[u8] {
+        self.framed(0, runs, block, sum)
     }
 
     fn framed(
@@ -165,6 +177,7 @@ impl FrameWriter {
         round: u32,
         runs: impl Iterator<Item = (FrameRun, Content)>,
         block: Option<(usize, Codec)>,
+        sum: Option<u64>,
     ) -> &[u8] {
         self.buffer.clear();
         self.buffer.resize(HEADER_BYTES, 0);
@@ -183,6 +196,15 @@ impl FrameWriter {
             self.buffer.extend_from_slice(entry.as_bytes());
             entries += 1;
             data_pages += if content == Content::Data { run.count } else { 0 };
+        }
+        if let Some(sum) = sum {
+            let entry = Entry {
+                first: sum.into(),
+                count: 0.into(),
+                kind: SUM.into(),
+            };
+            self.buffer.extend_from_slice(entry.as_bytes());
+            entries += 1;
         }
         let plain = || ((data_pages * FRAME_SIZE) as usize, None);
         let payload = block.map_or_else(plain, |(bytes, codec)| (bytes, Some(codec)));
@@ -248,10 +270,23 @@ pub(crate) struct FrameReader {
     stream: u16,
     /// What pages may be compressed with.
     codecs: Codecs,
+    /// Whether frames say what their pages add up to.
+    sums: Sums,
     sequence: u64,
     table: Vec<u8>,
     data: Vec<FrameRun>,
     zero: Vec<FrameRun>,
+    sum: Option<u64>,
+}
+
+/// Whether frames of pages say what these add up to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Sums {
+    /// None does.
+    #[default]
+    Absent,
+    /// Each does.
+    Told,
 }
 
 /// A checked table. The bytes of `data`, or the block that stands for them, are next on the stream.
@@ -268,6 +303,8 @@ pub(crate) struct Pages<'a> {
     pub(crate) payload: u64,
     /// If the pages are compressed.
     pub(crate) block: Option<Block>,
+    /// What they add up to, where that is told.
+    pub(crate) sum: Option<u64>,
 }
 
 impl FrameReader {
@@ -276,16 +313,23 @@ impl FrameReader {
         Self {
             stream,
             codecs: Codecs::default(),
+            sums: Sums::Absent,
             sequence: 0,
             table,
             data: Vec::with_capacity(MAX_RUNS),
             zero: Vec::with_capacity(MAX_RUNS),
+            sum: None,
         }
     }
 
     /// Pages may be compressed with these formats, as was agreed on.
     pub(crate) fn with_codecs(self, codecs: Codecs) -> Self {
         Self { codecs, ..self }
+    }
+
+    /// Whether frames of pages say what these add up to, as was agreed on.
+    pub(crate) fn with_sums(self, sums: Sums) -> Self {
+        Self { sums, ..self }
     }
 
     /// Reads the stream's first frame. `None` if the stream ended before it.
@@ -332,7 +376,8 @@ impl FrameReader {
             return Err(FrameError::TooLong(length));
         }
         self.table(source, &header)?;
-        self.sort_runs(header.entries.get(), shape)?;
+        let runs = self.take_sum(header.entries.get())?;
+        self.sort_runs(runs, shape)?;
         let table = self.data.iter().map(|run| run.bytes()).sum();
         let sequence = self.sequence;
         let block = match header.codec {
@@ -360,6 +405,7 @@ impl FrameReader {
             overhead,
             payload: length,
             block,
+            sum: self.sum,
         }))
     }
 
@@ -441,6 +487,24 @@ impl FrameReader {
             });
         }
         Ok(table)
+    }
+
+    /// What the pages add up to is the last entry, where it is told. How many entries are runs.
+    fn take_sum(&mut self, entries: u16) -> Result<u16, FrameError> {
+        self.sum = None;
+        if self.sums == Sums::Absent {
+            return Ok(entries);
+        }
+        // Of a table without runs there is nothing to add up.
+        let runs = entries.checked_sub(1).filter(|&runs| runs > 0);
+        let runs = runs.ok_or(FrameError::Entries(entries))?;
+        let at = usize::from(runs) * ENTRY_BYTES;
+        let entry = Entry::read_from_bytes(&self.table[at..at + ENTRY_BYTES]).map_err(|_| FrameError::Truncated)?;
+        if entry.kind.get() != SUM || entry.count.get() != 0 {
+            return Err(FrameError::NoSum);
+        }
+        self.sum = Some(entry.first.get());
+        Ok(runs)
     }
 
     fn sort_runs(&mut self, entries: u16, shape: &MemoryShape) -> Result<(), FrameError> {

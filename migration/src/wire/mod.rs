@@ -11,7 +11,9 @@ pub(crate) use control::{read_message, write_message};
 pub use frame::FrameError;
 #[cfg(any(fuzzing, test))]
 pub(crate) use frame::summed_up;
-pub(crate) use frame::{Content, FrameReader, FrameWriter, MAX_DATA_PAGES, MAX_RUNS, Pages, StreamIdentity, Wish};
+pub(crate) use frame::{
+    Content, FrameReader, FrameWriter, MAX_DATA_PAGES, MAX_RUNS, Pages, StreamIdentity, Sums, Wish,
+};
 pub(crate) use handshake::{LATE_PAGES_SINCE, RESUMES_SINCE, VERIFY_SINCE, Versions, Wishes, check_hello, hello};
 pub use handshake::{OLDEST_PROTOCOL, PROTOCOL};
 pub(crate) use holding::{Holdings, holding_to_wire};

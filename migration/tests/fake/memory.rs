@@ -27,6 +27,8 @@ pub struct FakeMemory {
     pub populated: AtomicU64,
     /// Its regions but the first are disks.
     pub has_disk: bool,
+    /// So many of its pages come late together.
+    pub late_unit: u64,
     /// Its pages cannot come late.
     pub cannot_wait: bool,
     /// A frame that is damaged after it was received.
@@ -34,6 +36,9 @@ pub struct FakeMemory {
     /// How many times more that happens.
     pub damages: AtomicU64,
     digest_delay_micros: AtomicU64,
+    sent_plainly: AtomicU64,
+    /// A frame that is damaged on its way, and how many times more.
+    damage_on_way: Mutex<(u64, u64)>,
 }
 
 /// The bytes, which outlive the handle of those who wait for late pages.
@@ -79,21 +84,39 @@ impl FakeMemory {
             advised: Mutex::default(),
             populated: AtomicU64::new(0),
             has_disk: false,
+            late_unit: 1,
             cannot_wait: false,
             damage: None,
             damages: AtomicU64::new(u64::MAX),
             digest_delay_micros: AtomicU64::new(0),
+            sent_plainly: AtomicU64::new(0),
+            damage_on_way: Mutex::default(),
         }
     }
 
-    /// Each write to a socket takes so long from now on.
     /// Huge pages that were asked for after all pages had come.
     pub fn made_huge(&self) -> u64 {
         self.store.made_huge.load(Ordering::Relaxed)
     }
 
+    /// Each write to a socket takes so long from now on.
     pub fn slow_sends(&self, time: Duration) {
         self.send_delay_micros.store(time.as_micros() as u64, Ordering::Relaxed);
+    }
+
+    /// A bit of this frame is another the next so many times that it is sent. What is here stays as it is.
+    pub fn damage_sends(&self, frame: u64, times: u64) {
+        *self.damage_on_way.lock().unwrap() = (frame, times);
+    }
+
+    /// Where in what is sent of these runs a bit is to be another.
+    fn damaged_byte(&self, runs: &[FrameRun]) -> Option<usize> {
+        let mut damage = self.damage_on_way.lock().unwrap();
+        let (frame, times) = &mut *damage;
+        let mut frames = runs.iter().flat_map(|run| run.first..run.end());
+        let at = frames.position(|sent| sent == *frame).filter(|_| *times > 0)?;
+        *times -= 1;
+        Some(at * FRAME_SIZE as usize + 100)
     }
 
     /// The next digesting of pages takes so long.
@@ -161,6 +184,17 @@ impl FakeMemory {
         }
     }
 
+    /// Whether it is not there yet.
+    pub fn is_absent(&self, frame: u64) -> bool {
+        let late = self.store.late.lock().unwrap();
+        late.absent.as_ref().is_some_and(|absent| absent.contains(frame))
+    }
+
+    /// Pages that were sent as they are.
+    pub fn sent_plainly(&self) -> u64 {
+        self.sent_plainly.load(Ordering::Relaxed)
+    }
+
     /// Pages that came late although they were there.
     pub fn doubled(&self) -> u64 {
         self.store.late.lock().unwrap().doubled
@@ -225,44 +259,64 @@ impl Store {
     }
 }
 
+fn write_all(socket: BorrowedFd<'_>, mut left: &mut [IoSlice<'_>]) -> io::Result<()> {
+    while !left.is_empty() {
+        let written = rustix::io::retry_on_intr(|| rustix::io::writev(socket, left))?;
+        IoSlice::advance_slices(&mut left, written);
+    }
+    Ok(())
+}
+
 /// Those who wait for late pages.
-struct Waiting(Arc<Store>);
+struct Waiting {
+    store: Arc<Store>,
+    /// So many pages come together.
+    unit: u64,
+}
+
+impl Waiting {
+    fn check_whole(&self, run: FrameRun) {
+        assert!(run.is_of_whole(self.unit), "{run:?} comes without what comes with it");
+    }
+}
 
 impl AbsentPages for Waiting {
     fn touched(&self, patience: Duration, frames: &mut Vec<u64>) -> Result<(), GuestError> {
-        let mut late = self.0.late.lock().unwrap();
+        let mut late = self.store.late.lock().unwrap();
         if late.touched.is_empty() {
-            late = self.0.changed.wait_timeout(late, patience).unwrap().0;
+            late = self.store.changed.wait_timeout(late, patience).unwrap().0;
         }
         frames.append(&mut late.touched);
         Ok(())
     }
 
     fn supply(&self, runs: &[FrameRun], contents: &[u8]) -> Result<(), GuestError> {
+        runs.iter().for_each(|&run| self.check_whole(run));
         let mut pages = contents.chunks_exact(FRAME_SIZE as usize);
         runs.iter()
-            .try_for_each(|&run| self.0.put(run, |_| Some(pages.next().unwrap().to_vec())))?;
+            .try_for_each(|&run| self.store.put(run, |_| Some(pages.next().unwrap().to_vec())))?;
         assert!(pages.next().is_none(), "more contents than pages");
         Ok(())
     }
 
     fn supply_zeroes(&self, run: FrameRun) -> Result<(), GuestError> {
-        self.0.put(run, |_| None)
+        self.check_whole(run);
+        self.store.put(run, |_| None)
     }
 
     fn make_huge(&self, block: FrameRun) -> Result<bool, GuestError> {
-        assert!(self.0.late.lock().unwrap().absent.is_none(), "pages are missing");
+        assert!(self.store.late.lock().unwrap().absent.is_none(), "pages are missing");
         assert_eq!(
             (block.first % FRAMES_PER_HUGE_PAGE, block.count),
             (0, FRAMES_PER_HUGE_PAGE)
         );
-        self.0.made_huge.fetch_add(1, Ordering::Relaxed);
+        self.store.made_huge.fetch_add(1, Ordering::Relaxed);
         Ok(true)
     }
 
     fn end(&self) -> Result<(), GuestError> {
-        self.0.late.lock().unwrap().absent = None;
-        self.0.changed.notify_all();
+        self.store.late.lock().unwrap().absent = None;
+        self.store.changed.notify_all();
         Ok(())
     }
 }
@@ -281,6 +335,14 @@ impl GuestMemory for FakeMemory {
         if !delay.is_zero() {
             thread::sleep(delay);
         }
+        let pages: u64 = runs.iter().map(|run| run.count).sum();
+        self.sent_plainly.fetch_add(pages, Ordering::Relaxed);
+        if let Some(at) = self.damaged_byte(runs) {
+            let mut bytes = vec![0; (pages * FRAME_SIZE) as usize];
+            self.read_pages(runs, &mut bytes).map_err(io::Error::other)?;
+            bytes[at] ^= 1;
+            return write_all(socket, &mut [IoSlice::new(prefix), IoSlice::new(&bytes)]);
+        }
         let pieces = self.all_pieces(runs);
         let mut guards: Vec<(usize, RwLockReadGuard<'_, Vec<u8>>)> = Vec::new();
         for &(chunk, ..) in &pieces {
@@ -296,12 +358,7 @@ impl GuestMemory for FakeMemory {
             }
             slices.push(IoSlice::new(&guards[guard].1[offset..offset + length]));
         }
-        let mut left = &mut slices[..];
-        while !left.is_empty() {
-            let written = rustix::io::retry_on_intr(|| rustix::io::writev(socket, left))?;
-            IoSlice::advance_slices(&mut left, written);
-        }
-        Ok(())
+        write_all(socket, &mut slices)
     }
 
     fn receive(&self, socket: BorrowedFd<'_>, runs: &[FrameRun]) -> io::Result<()> {
@@ -413,6 +470,10 @@ impl GuestMemory for FakeMemory {
         Ok(())
     }
 
+    fn late_unit(&self) -> u64 {
+        self.late_unit
+    }
+
     fn check_late(&self) -> Result<(), GuestError> {
         match self.cannot_wait {
             true => Err(GuestError::new("userfaultfd is not permitted")),
@@ -429,6 +490,9 @@ impl GuestMemory for FakeMemory {
         let mut absent = missing.clone();
         absent.insert(NEVER_POPULATED);
         self.store.late.lock().unwrap().absent = Some(absent);
-        Ok(Box::new(Waiting(Arc::clone(&self.store))))
+        Ok(Box::new(Waiting {
+            store: Arc::clone(&self.store),
+            unit: self.late_unit,
+        }))
     }
 }

@@ -1,7 +1,7 @@
 //! Both ends of a migration over loopback, and an agent that watches the source.
 
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::mpsc::{self, Sender};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -285,6 +285,8 @@ pub struct Ends {
     pub loaded: Result<Loaded<FakeRestored>, DestinationError>,
     pub reports: Vec<SourceReport>,
     pub destination_reports: Vec<DestinationReport>,
+    /// What the destination tells after it was loaded.
+    pub late_reports: Receiver<DestinationReport>,
     pub took: Duration,
 }
 
@@ -341,6 +343,7 @@ pub fn migrate(scene: Scene) -> Ends {
             loaded: receiving.join().unwrap(),
             reports: watcher.join().unwrap(),
             destination_reports: destination_reports.try_iter().collect(),
+            late_reports: destination_reports,
             took: began.elapsed(),
         }
     })

@@ -79,6 +79,10 @@ pub(super) fn account(info: &MigrationInfo) -> String {
     lines.extend(info.network_gaps.iter().map(network_gap));
     lines.extend(info.compression.as_ref().and_then(compressed));
     lines.extend(info.verified.as_ref().map(verified));
+    lines.extend(
+        info.late_verified
+            .map(|pages| verified_late(pages, info.late_sent_again)),
+    );
     if let (Some(memory), Some(state)) = (&info.memory_digest, &info.state_digest) {
         lines.push(format!("digests equal on both sides: memory {memory}, state {state}"));
     }
@@ -128,6 +132,19 @@ fn verified(verified: &Verified) -> String {
         "verified: {} pages are what was sent{again}; {} of the blackout",
         human_count(verified.pages),
         human_ms(verified.blackout_ms)
+    )
+}
+
+/// What came of checking pages that came late.
+fn verified_late(pages: u64, sent_again: Option<u64>) -> String {
+    let again = match sent_again.unwrap_or_default() {
+        0 => String::new(),
+        1 => ", 1 of them asked for again".to_owned(),
+        pages => format!(", {} of them asked for again", human_count(pages)),
+    };
+    format!(
+        "verified: {} pages that came late are what the source had{again}",
+        human_count(pages)
     )
 }
 
@@ -386,6 +403,24 @@ mod tests {
             told(1)
         );
         assert!(!account(&info("completed")).contains("verified"));
+    }
+
+    #[test]
+    fn late_pages_that_were_checked_are_told() {
+        let told = |late_sent_again| {
+            account(&MigrationInfo {
+                late_verified: Some(9000),
+                late_sent_again,
+                ..info("completed")
+            })
+        };
+        let whole = "verified: 9,000 pages that came late are what the source had";
+        assert!(told(Some(0)).contains(&format!("{whole}\n")), "{}", told(Some(0)));
+        let again = told(Some(256));
+        assert!(
+            again.contains(&format!("{whole}, 256 of them asked for again")),
+            "{again}"
+        );
     }
 
     #[test]

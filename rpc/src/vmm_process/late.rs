@@ -172,9 +172,11 @@ impl Vmm {
 
     /// It serves no more.
     pub(super) fn served(&mut self, served: Served) {
-        if served == Served::All {
+        if let Served::All { bytes_sent } = served {
             self.late.stop_serving();
-            self.say_late(|late| (late.what, late.missing_pages) = ("served".to_owned(), 0));
+            self.say_late(|late| {
+                (late.what, late.missing_pages, late.bytes_sent) = ("served".to_owned(), 0, bytes_sent);
+            });
         }
     }
 
@@ -220,4 +222,6 @@ fn note_outcome(late: &mut wire::Late, outcome: &LateOutcome) {
     late.median_wait_ms = outcome.latency.median().map(ms);
     late.round_trip_ms = outcome.round_trip.map(ms);
     late.took_ms = ms(outcome.took);
+    late.verified_pages = outcome.verified;
+    late.sent_again_pages = outcome.sent_again;
 }

@@ -178,6 +178,10 @@ impl GuestMemory for SharedMemory {
         self.memory.check_watchable().map_err(GuestError::new)
     }
 
+    fn late_unit(&self) -> u64 {
+        self.memory.frames_together()
+    }
+
     fn await_late(&self, missing: &PageSet) -> Result<Box<dyn AbsentPages>, GuestError> {
         let watched = self.memory.watch(missing.runs().map(to_vmm)).map_err(GuestError::new)?;
         Ok(Box::new(Watched(watched)))

@@ -2,7 +2,7 @@
 //! destination is left with nothing.
 
 use anyhow::{Result, ensure};
-use ferry_tests::{Guest, Pair, Tampering, relay::HEADER, relay::reseal};
+use ferry_tests::{Guest, Pair, Tampering, passing::HEADER, passing::reseal};
 use libtest_mimic::Trial;
 
 use crate::scenario::{between, expect_a_lost_peer, has_nothing, on_kvm};

@@ -26,8 +26,10 @@ mod foreign;
 mod gate;
 mod hanging;
 mod hostile;
+mod hugepages;
 mod jail;
 mod journal;
+mod late_cuts;
 mod lifecycle;
 mod limits;
 mod linux;
@@ -90,6 +92,8 @@ fn main() -> ExitCode {
         compress::trials(),
         convergence::trials(),
         postcopy::trials(),
+        late_cuts::trials(),
+        hugepages::trials(),
         resume::trials(),
         carried::trials(),
         agents::trials(),

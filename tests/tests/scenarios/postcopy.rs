@@ -48,7 +48,7 @@ fn matrix() -> Vec<Trial> {
     cells.into_iter().map(trial).collect()
 }
 
-const BUSY: &str = "fill=random fill_mib=48 work=uniform work_mib=24 rate=20000 heartbeat_ms=20";
+pub(crate) const BUSY: &str = "fill=random fill_mib=48 work=uniform work_mib=24 rate=20000 heartbeat_ms=20";
 
 /// Pages that nobody waits for come within several seconds.
 const SLOW: [&str; 4] = ["--mode", "postcopy", "--bandwidth", "80Mbit"];
@@ -196,7 +196,12 @@ fn a_guest_that_its_user_paused_arrives_paused_and_whole(pair: &mut Pair) -> Res
 
 /// Begins to move the guest and waits until it runs at B without all of its memory.
 fn begin(pair: &Pair) -> Result<Underway> {
-    let call = pair.begin_migrate("g", &SLOW)?;
+    begin_with(pair, &[])
+}
+
+/// The same with further arguments.
+pub(crate) fn begin_with(pair: &Pair, further: &[&str]) -> Result<Underway> {
+    let call = pair.begin_migrate("g", &[&SLOW, further].concat())?;
     let id = until("the guest runs without all of its memory", CALL, || {
         let listed = pair.a.ferry(&["migration", "list"])?.exit(0)?.json_lines()?;
         let Some(last) = listed.last() else { return Ok(None) };
@@ -209,7 +214,7 @@ fn begin(pair: &Pair) -> Result<Underway> {
 }
 
 /// The migration completes, whoever watched it, and the guest is whole.
-fn completes(pair: &Pair, id: &str, witness: &Witness) -> Result<()> {
+pub(crate) fn completes(pair: &Pair, id: &str, witness: &Witness) -> Result<()> {
     pair.wait_over(id)?.is("completed", "b")?;
     pair.runs_only_at(&pair.b, "g", witness)?;
     has_nothing(&pair.a)?;

@@ -138,15 +138,26 @@ fn a_local_disk_comes_before_the_guest_and_its_memory_late(pair: &mut Pair) -> R
     let disk = format!("path={}", folders.both.join("g.img").display());
     let witness = pair.run(&Guest::new("g").work(busy).disk(&disk))?;
 
+    let dry = pair
+        .migrate("g", &["--mode", "postcopy", "--dry-run"])?
+        .exit(0)?
+        .json()?;
     let moved = pair
         .migrate("g", &["--mode", "postcopy"])?
         .exit(0)?
         .migration()?
         .is("completed", "b")?;
 
-    // All of its memory and nothing of its disk.
+    // All of its memory and nothing of its disk, as was foretold.
     ensure!(moved.number("late_pages")? >= 32.0 * 256.0, "{}", moved.record);
     let processed = moved.number("disk_processed")? as usize;
+    let foretold = &dry["prediction"];
+    let (late, before) = (foretold["late_bytes"].as_u64(), foretold["bytes"].as_u64());
+    ensure!(
+        late <= foretold["populated_bytes"].as_u64() && late >= Some(32 << 20),
+        "{dry}"
+    );
+    ensure!(before >= Some(2 * PIECE as u64) && foretold["rounds"] == 1, "{dry}");
     ensure!((2 * PIECE..SIZE as usize / 2).contains(&processed), "{}", moved.record);
     pair.runs_only_at(&pair.b, "g", &witness)?;
     is_whole(folders.b.join("g.img"))?;
@@ -303,7 +314,7 @@ fn a_disk_that_is_damaged_on_its_way_stays_where_it_is(pair: &mut Pair) -> Resul
     let relay = between(
         pair,
         Tampering::Pages {
-            stream: 0,
+            streams: 0..=0,
             number: 0,
             frames: None,
             change: damage,

@@ -13,16 +13,17 @@
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::ptr::null_mut;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
-use rustix::mm::{Advice, UserfaultfdFlags, madvise, userfaultfd};
+use rustix::mm::{Advice, MapFlags, ProtFlags, UserfaultfdFlags, madvise, mmap_anonymous, munmap, userfaultfd};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::mapping::{GuestMemory, MemoryError};
-use super::shape::{FrameRun, PAGE_SIZE};
+use super::shape::{FrameRun, HUGE_PAGE_SIZE, PAGE_SIZE};
 use crate::host_files;
 
 /// Gives descriptors to those who may open it, since Linux 6.1: a matter of its permissions, not of capabilities.
@@ -42,7 +43,9 @@ const UFFDIO_ZEROPAGE: libc::c_ulong = 0xc020_aa04;
 const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
 const REGISTER_MODE_MISSING: u64 = 1;
 /// WAKE, COPY and ZEROPAGE, as bits of their numbers.
-const NEEDED: u64 = 1 << 2 | 1 << 3 | 1 << 4;
+const NEEDED: u64 = NEEDED_OF_POOL | 1 << 4;
+/// The pool of huge pages has no page of zeroes.
+const NEEDED_OF_POOL: u64 = 1 << 2 | 1 << 3;
 const EVENT_PAGEFAULT: u8 = 0x12;
 
 #[repr(C)]
@@ -164,16 +167,24 @@ impl GuestMemory {
     ///
     /// # Errors
     ///
-    /// Why not: the process may not, the kernel cannot, or the memory is from the pool of huge pages.
+    /// Why not: the process may not, or the kernel cannot.
     pub fn check_watchable(&self) -> Result<(), MemoryError> {
-        if self.is_hugetlb() {
-            return Err(MemoryError::WatchPool);
-        }
-        host_files::watcher().map(drop).map_err(denied)
+        host_files::watcher().map(drop).map_err(denied)?;
+        if self.is_hugetlb() { give_up_of_pool() } else { Ok(()) }
+    }
+
+    /// How many frames are absent, and are supplied, together: those of a page of the host's.
+    #[must_use]
+    pub fn frames_together(&self) -> u64 {
+        self.page_bytes() / PAGE_SIZE
+    }
+
+    fn page_bytes(&self) -> u64 {
+        if self.is_hugetlb() { HUGE_PAGE_SIZE } else { PAGE_SIZE }
     }
 
     /// From now on whoever touches a page that is not backed waits until it is supplied. The pages of `absent` are given up first,
-    /// whatever is in them.
+    /// whatever is in them: they are whole pages of the host's ([`frames_together`](Self::frames_together)).
     ///
     /// The memory must be nobody's else meanwhile: no guest runs in it, and no thread fills it.
     ///
@@ -194,7 +205,8 @@ impl GuestMemory {
             };
             // SAFETY: the layout is this request's, the range our own mapping.
             unsafe { request(watcher.as_fd(), UFFDIO_REGISTER, &mut order) }.map_err(failed)?;
-            if order.ioctls & NEEDED != NEEDED {
+            let needed = if self.is_hugetlb() { NEEDED_OF_POOL } else { NEEDED };
+            if order.ioctls & needed != needed {
                 return Err(failed(Errno::OPNOTSUPP));
             }
         }
@@ -287,6 +299,15 @@ impl AbsentPages {
     /// If the run is out of bounds, or the host has no memory left.
     pub fn supply_zeroes(&self, run: FrameRun) -> Result<(), MemoryError> {
         let target = self.memory.host_address(run)?;
+        if self.memory.is_hugetlb() {
+            let zeroes = vec![0; HUGE_PAGE_SIZE as usize];
+            let pages = (run.first..run.end()).step_by((HUGE_PAGE_SIZE / PAGE_SIZE) as usize);
+            let page = |first| FrameRun {
+                first,
+                count: HUGE_PAGE_SIZE / PAGE_SIZE,
+            };
+            return pages.map(page).try_for_each(|page| self.supply(&[page], &zeroes));
+        }
         let put = self.put(target.addr() as u64, run.bytes(), |start, _, len| {
             let mut order = ZeroOrder {
                 range: RangeOrder { start, len },
@@ -362,7 +383,7 @@ impl AbsentPages {
         len: u64,
         mut step: impl FnMut(u64, u64, u64) -> (Result<(), Errno>, i64),
     ) -> io::Result<()> {
-        let (mut done, mut most) = (0, len);
+        let (mut done, mut most, page) = (0, len, self.memory.page_bytes());
         while done < len {
             let (at, next) = (start + done, most.min(len - done));
             match step(at, done, next) {
@@ -370,19 +391,19 @@ impl AbsentPages {
                 (Err(_), moved) if moved > 0 => done += moved.unsigned_abs(),
                 (Err(Errno::EXIST), _) => {
                     // Whoever was about to wait for it when it came need not.
-                    self.wake(at)?;
-                    done += PAGE_SIZE;
+                    self.wake(at, page)?;
+                    done += page;
                 }
                 (Err(Errno::AGAIN), _) => {}
-                (Err(Errno::NOENT), _) if next > PAGE_SIZE => most = PAGE_SIZE,
+                (Err(Errno::NOENT), _) if next > page => most = page,
                 (Err(error), _) => return Err(error.into()),
             }
         }
         Ok(())
     }
 
-    fn wake(&self, start: u64) -> io::Result<()> {
-        let mut order = RangeOrder { start, len: PAGE_SIZE };
+    fn wake(&self, start: u64, len: u64) -> io::Result<()> {
+        let mut order = RangeOrder { start, len };
         // SAFETY: the layout is this request's, the page of our own mapping.
         Ok(unsafe { request(self.watcher.as_fd(), UFFDIO_WAKE, &mut order) }?)
     }
@@ -394,6 +415,19 @@ impl AbsentPages {
             (offset < len as u64).then(|| (region.start + offset) / PAGE_SIZE)
         })
     }
+}
+
+/// Whether this kernel takes pages of the pool back from a mapping that stays (Linux 5.18). The pool need not have one for this.
+fn give_up_of_pool() -> Result<(), MemoryError> {
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::HUGETLB | MapFlags::HUGE_2MB;
+    let len = HUGE_PAGE_SIZE as usize;
+    // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
+    let page = unsafe { mmap_anonymous(null_mut(), len, ProtFlags::READ, flags) }.map_err(failed)?;
+    // SAFETY: the mapping was just made, and nobody else knows of it.
+    let given_up = unsafe { madvise(page, len, Advice::LinuxDontNeed) };
+    // SAFETY: as above; nothing points into it.
+    unsafe { munmap(page, len) }.map_err(failed)?;
+    given_up.map_err(|_| MemoryError::WatchPool)
 }
 
 fn denied(error: Errno) -> MemoryError {
@@ -408,169 +442,4 @@ fn failed(error: Errno) -> MemoryError {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::Read;
-    use std::os::unix::net::UnixStream;
-    use std::thread;
-
-    use vm_memory::{Bytes, GuestAddress};
-
-    use super::super::MemoryOptions;
-    use super::*;
-
-    fn memory() -> GuestMemory {
-        GuestMemory::new(MemoryOptions {
-            bytes: 64 << 20,
-            hugetlb: false,
-            expect_incoming: true,
-        })
-        .expect("memory")
-    }
-
-    /// Watched memory; none where this process may not watch, which it says.
-    fn watched(memory: &GuestMemory, absent: &[FrameRun]) -> Option<AbsentPages> {
-        match memory.watch(absent.iter().copied()) {
-            Err(MemoryError::WatchDenied) => {
-                eprintln!("skipped: {}", MemoryError::WatchDenied);
-                None
-            }
-            watched => Some(watched.expect("watched")),
-        }
-    }
-
-    fn run(first: u64, count: u64) -> FrameRun {
-        FrameRun { first, count }
-    }
-
-    fn read(memory: &GuestMemory, frame: u64) -> u64 {
-        let address = GuestAddress(frame * PAGE_SIZE + 8);
-        memory.tracked().read_obj(address).expect("guest memory")
-    }
-
-    fn write(memory: &GuestMemory, frame: u64, value: u64) {
-        let address = GuestAddress(frame * PAGE_SIZE + 8);
-        memory.tracked().write_obj(value, address).expect("guest memory");
-    }
-
-    fn page_of(value: u64) -> Vec<u8> {
-        value.to_le_bytes().repeat((PAGE_SIZE / 8) as usize)
-    }
-
-    fn first_touched(pages: &AbsentPages) -> u64 {
-        let mut frames = Vec::new();
-        while frames.is_empty() {
-            pages.touched(Duration::from_secs(10), &mut frames).expect("told");
-        }
-        frames[0]
-    }
-
-    #[test]
-    fn who_touches_an_absent_page_waits_until_it_is_supplied() {
-        let memory = memory();
-        write(&memory, 7, 1);
-        write(&memory, 8, 2);
-        let Some(pages) = watched(&memory, &[run(7, 1)]) else {
-            return;
-        };
-        let reader = thread::spawn({
-            let memory = memory.clone();
-            move || read(&memory, 7)
-        });
-        assert_eq!(first_touched(&pages), 7);
-        pages.supply(&[run(7, 1)], &page_of(77)).expect("supplied");
-        assert_eq!(reader.join().expect("thread"), 77);
-        assert_eq!(read(&memory, 8), 2);
-        pages.stop_watching().expect("stopped");
-    }
-
-    #[test]
-    fn pages_that_are_there_are_passed_over_and_zeroes_are_zero() {
-        let memory = memory();
-        write(&memory, 101, 5);
-        let Some(pages) = watched(&memory, &[run(100, 1), run(102, 600)]) else {
-            return;
-        };
-        pages
-            .supply(&[run(100, 3), run(300, 1)], &page_of(9).repeat(4))
-            .expect("supplied");
-        pages.supply_zeroes(run(100, 602)).expect("zeroes");
-        let found = [100, 101, 102, 103, 300, 701].map(|frame| read(&memory, frame));
-        assert_eq!(found, [9, 5, 9, 0, 9, 0]);
-        pages.stop_watching().expect("stopped");
-    }
-
-    #[test]
-    fn the_kernel_waits_as_well() {
-        let memory = memory();
-        let Some(pages) = watched(&memory, &[run(20, 2)]) else {
-            return;
-        };
-        let (mine, mut theirs) = UnixStream::pair().expect("pair");
-        let sender = thread::spawn({
-            let memory = memory.clone();
-            // As a system call of a device's thread does it.
-            move || memory.send(mine.as_fd(), b"", &[run(20, 2)])
-        });
-        assert_eq!(first_touched(&pages), 20);
-        pages.supply_zeroes(run(20, 2)).expect("zeroes");
-        sender.join().expect("thread").expect("sent");
-        let mut sent = vec![1; 2 * PAGE_SIZE as usize];
-        theirs.read_exact(&mut sent).expect("two pages");
-        assert!(sent.iter().all(|&byte| byte == 0));
-        pages.stop_watching().expect("stopped");
-    }
-
-    #[test]
-    fn what_is_absent_when_nobody_watches_any_more_is_zero() {
-        let memory = memory();
-        write(&memory, 3, 4);
-        let Some(pages) = watched(&memory, &[run(3, 1)]) else {
-            return;
-        };
-        pages.stop_watching().expect("stopped");
-        assert_eq!(read(&memory, 3), 0);
-    }
-
-    #[test]
-    fn pages_on_both_sides_of_where_huge_pages_are_wanted_are_supplied_together() {
-        let memory = memory();
-        memory.advise_huge(run(512, 512)).expect("advised");
-        let Some(pages) = watched(&memory, &[]) else { return };
-        let contents: Vec<u8> = (510..1030).flat_map(page_of).collect();
-        pages.supply(&[run(510, 520)], &contents).expect("supplied");
-        pages.supply_zeroes(run(400, 700)).expect("zeroes");
-        assert!((510..1030).all(|frame| read(&memory, frame) == frame));
-        assert_eq!((read(&memory, 400), read(&memory, 1099)), (0, 0));
-        pages.stop_watching().expect("stopped");
-    }
-
-    #[test]
-    fn pages_that_came_one_by_one_are_one_huge_page_again() {
-        let memory = memory();
-        let Some(pages) = watched(&memory, &[]) else { return };
-        for frame in 512..1024 {
-            pages.supply(&[run(frame, 1)], &page_of(frame)).expect("supplied");
-        }
-        pages.stop_watching().expect("stopped");
-        assert_eq!(memory.populated().expect("scan").huge, []);
-        if !pages.make_huge(run(512, 512)).expect("asked") {
-            eprintln!("skipped: this host has no huge page left");
-            return;
-        }
-        assert_eq!(memory.populated().expect("scan").huge, [run(512, 512)]);
-        assert!((512..1024).all(|frame| read(&memory, frame) == frame));
-    }
-
-    #[test]
-    fn a_run_outside_memory_is_refused() {
-        let memory = memory();
-        let Some(pages) = watched(&memory, &[]) else { return };
-        assert!(pages.supply_zeroes(run(u64::MAX, 2)).is_err());
-        assert!(pages.supply(&[run(0, 2)], &page_of(1)).is_err());
-        assert!(matches!(
-            super::tests::memory().watch([run(1 << 40, 1)].into_iter()),
-            Err(MemoryError::OutOfBounds { .. })
-        ));
-        pages.stop_watching().expect("stopped");
-    }
-}
+mod tests;

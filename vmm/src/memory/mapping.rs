@@ -82,8 +82,10 @@ pub enum MemoryError {
          it access to /dev/userfaultfd, or run it as root"
     )]
     WatchDenied,
-    /// Memory from the pool of huge pages is not watched.
-    #[error("watch for absent pages: not in memory from the pool of huge pages (hugetlbfs)")]
+    /// The kernel takes no page of the pool of huge pages back from a mapping that stays.
+    #[error(
+        "watch for absent pages: this kernel does not give up pages of the pool of huge pages (hugetlbfs), as Linux 5.18 does"
+    )]
     WatchPool,
     /// Watching for absent pages, or supplying one, failed.
     #[error("watch for absent pages")]

@@ -43,6 +43,7 @@ fn uniform(pages_per_second: f64, of: u64) -> Writes {
 fn sampled(writes: Writes) -> Sampled {
     Sampled {
         pages: GIB_PAGES,
+        disk_pages: 0,
         zero_pages: 0,
         writes,
         places: Vec::new(),
@@ -213,6 +214,45 @@ fn post_copy_hands_over_at_once_and_all_of_it_comes_late() {
     assert_eq!((prediction.end, prediction.rounds, prediction.bytes), (End::Late, 0, 0));
     assert_eq!(prediction.late_bytes, GIB_PAGES * FRAME_SIZE);
     assert!(near(prediction.late.as_secs_f64(), 1.074), "{prediction:?}");
+}
+
+#[test]
+fn disks_that_move_along_are_copied_before_post_copy_and_none_of_them_comes_late() {
+    let postcopy = Wanted {
+        lateness: Lateness::AtOnce,
+        ..wanted()
+    };
+    let guest = Sampled {
+        pages: 3 * GIB_PAGES,
+        disk_pages: 2 * GIB_PAGES,
+        zero_pages: GIB_PAGES / 2,
+        ..sampled(uniform(1e6, 1 << 16))
+    };
+    let prediction = predict(&guest, &way(1000.0), &postcopy);
+    assert_eq!((prediction.end, prediction.rounds), (End::Late, 1));
+    assert_eq!(prediction.bytes, 2 * GIB_PAGES * FRAME_SIZE);
+    assert_eq!(prediction.late_bytes, GIB_PAGES / 2 * FRAME_SIZE);
+    assert!(near(prediction.total.as_secs_f64(), 2.21), "{prediction:?}");
+    assert!(prediction.blackout < 10 * MS, "{prediction:?}");
+}
+
+#[test]
+fn disks_that_are_not_copied_in_time_keep_a_guest_from_being_handed_over() {
+    let postcopy = Wanted {
+        terms: Terms {
+            timeout: Duration::from_secs(1),
+            ..wanted().terms
+        },
+        lateness: Lateness::AtOnce,
+        ..wanted()
+    };
+    let guest = Sampled {
+        pages: 2 * GIB_PAGES,
+        disk_pages: GIB_PAGES,
+        ..sampled(Writes::default())
+    };
+    let prediction = predict(&guest, &way(1000.0), &postcopy);
+    assert_eq!((prediction.end, prediction.late_bytes), (End::Never, 0));
 }
 
 #[test]

@@ -123,6 +123,9 @@ pub enum FrameError {
     /// A run of an unknown kind.
     #[error("a run of unknown kind {0}")]
     RunKind(u32),
+    /// Its table does not end with what its pages add up to.
+    #[error("a frame does not say what its pages add up to")]
+    NoSum,
     /// A run begins before the end of the one before it.
     #[error("the run at page {first:#x} overlaps or precedes the one before it")]
     Order {
@@ -136,6 +139,16 @@ pub enum FrameError {
         first: u64,
         /// Its length.
         count: u64,
+    },
+    /// Pages that come late only together with others, without these.
+    #[error("{count} pages from page {first:#x} on came late, of memory of which {unit} come together")]
+    PartOfUnit {
+        /// The run's first frame number.
+        first: u64,
+        /// Its length.
+        count: u64,
+        /// How many come together.
+        unit: u64,
     },
     /// The stream was opened for another migration.
     #[error("the stream belongs to migration {0}, or to another epoch, number of streams or session of it")]

@@ -156,6 +156,40 @@ fn a_compressed_frame_stands_for_what_its_table_says() {
     ));
 }
 
+/// A late frame with its sum, read by who expects one or does not.
+fn read_late(bytes: &[u8], sums: Sums) -> Result<Option<u64>, FrameError> {
+    let mut reader = FrameReader::new(STREAM).with_sums(sums);
+    Ok(reader.pages(&mut &*bytes, &shape())?.expect("a frame").sum)
+}
+
+#[test]
+fn what_the_pages_of_a_late_frame_add_up_to_comes_out_as_it_went_in() {
+    let runs = [(run(16, 2), Content::Data), (run(20, 5), Content::Zero)];
+    let late = |sum| FrameWriter::new(STREAM).late(runs.into_iter(), None, sum).to_vec();
+    assert_eq!(read_late(&late(Some(u64::MAX)), Sums::Told).unwrap(), Some(u64::MAX));
+    assert_eq!(read_late(&late(None), Sums::Absent).unwrap(), None);
+}
+
+#[test]
+fn a_frame_with_a_sum_where_none_is_expected_or_without_is_refused() {
+    let with = FrameWriter::new(STREAM)
+        .late([(run(16, 2), Content::Data)].into_iter(), None, Some(1))
+        .to_vec();
+    // Its place is that of a run, which is none.
+    assert!(matches!(
+        read_late(&with, Sums::Absent),
+        Err(FrameError::OutsideMemory { .. })
+    ));
+    assert!(matches!(read_late(&two_runs(), Sums::Told), Err(FrameError::NoSum)));
+    let only_a_run = frame(&[(run(16, 2), Content::Data)]);
+    assert!(matches!(
+        read_late(&only_a_run, Sums::Told),
+        Err(FrameError::Entries(1))
+    ));
+    let counted = resealed(with, |bytes| bytes[HEADER_BYTES + ENTRY_BYTES + 8] = 1);
+    assert!(matches!(read_late(&counted, Sums::Told), Err(FrameError::NoSum)));
+}
+
 #[test]
 fn a_stream_may_end_between_frames_only() {
     let bytes = two_runs();

@@ -315,6 +315,8 @@ fn note_late(info: &mut MigrationInfo, late: &wire::Late) {
         info.late_longest_wait_ms = Some(late.longest_wait_ms);
         info.late_median_wait_ms = late.median_wait_ms;
         info.late_round_trip_ms = late.round_trip_ms;
+        info.late_verified = late.verified_pages;
+        info.late_sent_again = late.verified_pages.map(|_| late.sent_again_pages);
     }
 }
 
@@ -327,6 +329,8 @@ pub(super) fn reply_of(info: &MigrationInfo) -> LateLinkReply {
         late_longest_wait_ms: info.late_longest_wait_ms,
         late_median_wait_ms: info.late_median_wait_ms,
         late_round_trip_ms: info.late_round_trip_ms,
+        late_verified: info.late_verified,
+        late_sent_again: info.late_sent_again,
         ended: info.error.clone().unwrap_or_default(),
         lost: info.guest_ended.as_deref() == Some(LOST),
         ..LateLinkReply::default()

@@ -279,24 +279,10 @@ impl InstanceState {
         let busy = |failure: Failure| failure.because(Reason::InstanceBusy);
         let is_idle = self.check_idle("migrate").map_err(busy);
         let is_whole = self.check_whole("migrate").map_err(busy);
-        [is_idle, is_whole, self.check_pages(mode), self.check_guest(mode)]
+        [is_idle, is_whole, self.check_guest(mode)]
             .into_iter()
             .filter_map(Result::err)
             .collect()
-    }
-
-    /// Whether its pages could come late, if they are to.
-    fn check_pages(&self, mode: Mode) -> Result<(), Failure> {
-        let name = &self.row.spec.name;
-        match mode.may_be_late() && self.row.spec.hugepages {
-            true => Err(Failure::denied(
-                Reason::Machine,
-                format!(
-                    "instance {name} has its memory from the pool of huge pages, of which none comes late: pre-copy moves it"
-                ),
-            )),
-            false => Ok(()),
-        }
     }
 
     /// Whether there is a guest to move this way.

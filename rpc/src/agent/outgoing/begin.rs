@@ -287,10 +287,6 @@ pub(crate) fn check_options(options: MigrationOptions) -> Result<MigrationOption
             let problem = "pages that come late cannot be compared before the guest is handed over".to_owned();
             return invalid("options.digests", problem);
         }
-        Mode::Postcopy | Mode::Hybrid | Mode::Overtime if options.verify => {
-            let problem = "pages that come late cannot be compared before the guest is handed over".to_owned();
-            return invalid("options.verify", problem);
-        }
         // A mode that a user asks for by another field.
         Mode::Overtime if options.on_timeout != POSTCOPY => {
             return invalid("options.mode", format!("{:?} is --on-timeout {POSTCOPY}", options.mode));

@@ -169,6 +169,7 @@ impl Script {
         let info = &mut self.row.info;
         info.late_pages = Some(late.pages);
         info.late_missing = Some(late.missing_pages);
+        info.late_bytes = Some(late.bytes_sent);
         info.remaining_pages = late.missing_pages;
         self.show();
     }
@@ -204,6 +205,10 @@ impl Script {
             return Ok(Some(End::Lost(why)));
         };
         let reply = self.late_link(String::new()).await?;
+        if reply.lost {
+            // It found out by itself: pages came damaged, or it could not take them in.
+            return Ok(Some(End::Lost(reply.ended)));
+        }
         if !reply.needed {
             return Ok(Some(End::NotNeeded(Some(Box::new(reply)))));
         }
@@ -294,6 +299,8 @@ fn note_reply(info: &mut MigrationInfo, reply: &LateLinkReply) {
     info.late_longest_wait_ms = reply.late_longest_wait_ms;
     info.late_median_wait_ms = reply.late_median_wait_ms;
     info.late_round_trip_ms = reply.late_round_trip_ms;
+    info.late_verified = reply.late_verified;
+    info.late_sent_again = reply.late_sent_again;
     if !reply.ended.is_empty() {
         info.decision = Some(format!("the last pages were not needed: {}", reply.ended));
     }

@@ -136,7 +136,8 @@ impl Sample {
             parts,
             ..
         } = &self.sampled;
-        let pages = populated_pages.saturating_add(disk_bytes.div_ceil(PAGE));
+        let disk_pages = disk_bytes.div_ceil(PAGE);
+        let pages = populated_pages.saturating_add(disk_pages);
         let found = written
             .iter()
             .map(|written| (Duration::from_micros(written.after_us), written.pages));
@@ -152,6 +153,7 @@ impl Sample {
         };
         Sampled {
             pages,
+            disk_pages,
             zero_pages: self
                 .zero_share()
                 .map_or(0, |share| (*populated_pages as f64 * share) as u64),
@@ -255,7 +257,7 @@ mod tests {
     #[test]
     fn a_part_lies_behind_what_is_populated_before_it() {
         let guest = sample().guest(400 * PAGE);
-        assert_eq!((guest.pages, guest.zero_pages), (800, 100));
+        assert_eq!((guest.pages, guest.disk_pages, guest.zero_pages), (800, 400, 100));
         let places: Vec<_> = guest.places.iter().map(|place| (place.position, place.share)).collect();
         assert_eq!(places, [(0.0, 0.2), (0.125, 0.8)]);
     }

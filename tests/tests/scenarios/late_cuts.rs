@@ -1,0 +1,162 @@
+//! Links that are cut while pages come late: at the first word and the last one, all of them or one alone, and mended at once or after a while.
+
+use std::ops::RangeInclusive;
+
+use anyhow::{Result, ensure};
+use ferry_tests::waiting::CALL;
+use ferry_tests::{Cut, CutPoint, Guest, Pair, Tampering, until};
+use libtest_mimic::Trial;
+
+use crate::postcopy::{BUSY, begin_with, completes};
+use crate::scenario::{self, between, expect_a_lost_peer, on_kvm};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    let mut trials: Vec<Trial> = points().into_iter().map(Point::trial).collect();
+    trials.extend(on_kvm![who_needs_no_page_runs_on_while_the_link_is_cut]);
+    trials
+}
+
+/// With one page stream: after it the control stream of late pages, those on which pages are asked for, and the one on which the others are pushed.
+const CONTROL: u16 = 1;
+const URGENT: RangeInclusive<u16> = 2..=3;
+const PUSHED: u16 = 4;
+
+/// Fields of what a destination says.
+const MISSING: u32 = 20;
+const ALL_HERE: u32 = 21;
+
+/// Pages take about two seconds, and each connection has its share of them.
+const MOVE: [&str; 6] = ["--mode", "postcopy", "--streams", "1", "--bandwidth", "320Mbit"];
+
+/// Where a link is cut.
+struct Point {
+    name: &'static str,
+    stream: u16,
+    at: CutPoint,
+    cut: Cut,
+    /// Connections that are tried in vain before the link is mended.
+    in_vain: u64,
+}
+
+fn points() -> Vec<Point> {
+    let point = |name, stream, at, cut, in_vain| Point {
+        name,
+        stream,
+        at,
+        cut,
+        in_vain,
+    };
+    let urgent = || Cut::Streams(URGENT);
+    let alone = |stream| Cut::Streams(stream..=stream);
+    vec![
+        point(
+            "all_before_the_first_word",
+            CONTROL,
+            CutPoint::Said(MISSING),
+            Cut::All,
+            0,
+        ),
+        point("all_at_the_first_page_asked_for", 2, CutPoint::Asked, Cut::All, 0),
+        point("all_when_some_are_pushed", PUSHED, CutPoint::Frames(10), Cut::All, 0),
+        point("all_for_a_while", PUSHED, CutPoint::Frames(20), Cut::All, 4),
+        point("all_at_the_last_pages", PUSHED, CutPoint::Frames(40), Cut::All, 0),
+        point("all_at_the_last_word", CONTROL, CutPoint::Said(ALL_HERE), Cut::All, 0),
+        point(
+            "urgent_ones_at_the_first_page_asked_for",
+            3,
+            CutPoint::Asked,
+            urgent(),
+            0,
+        ),
+        point(
+            "urgent_ones_when_some_are_pushed",
+            PUSHED,
+            CutPoint::Frames(15),
+            urgent(),
+            0,
+        ),
+        point("one_that_pushes", PUSHED, CutPoint::Frames(12), alone(PUSHED), 0),
+        point("one_that_answers", 2, CutPoint::Frames(8), alone(2), 0),
+        point("the_control_stream", PUSHED, CutPoint::Frames(25), alone(CONTROL), 0),
+    ]
+}
+
+impl Point {
+    fn trial(self) -> Trial {
+        let name = format!("scenarios::late_cuts::{}", self.name);
+        scenario::trial_on_kvm(&name, move |pair| self.heals(pair))
+    }
+
+    fn heals(&self, pair: &mut Pair) -> Result<()> {
+        expect_a_lost_peer(pair);
+        let relay = between(
+            pair,
+            Tampering::CutsAt {
+                stream: self.stream,
+                at: self.at,
+                cut: self.cut.clone(),
+            },
+        )?;
+        let witness = pair.run(&Guest::new("g").work(BUSY).vcpus(2))?;
+        let call = pair.begin_migrate("g", &MOVE)?;
+
+        relay.wait_tampered()?;
+        if self.in_vain > 0 {
+            relay.wait_refused(self.in_vain)?;
+            ensure!(pair.b.show("g")?["status"] == "running");
+        }
+        relay.heal();
+
+        let moved = call.wait()?.exit(0)?.migration()?.is("completed", "b")?;
+        ensure!(
+            moved.number("late_pages")? > 0.0 && moved.number("late_missing")? == 0.0,
+            "{}",
+            moved.record
+        );
+        let id = moved.record["id"].as_str().unwrap_or_default();
+        completes(pair, id, &witness)
+    }
+}
+
+fn who_needs_no_page_runs_on_while_the_link_is_cut(pair: &mut Pair) -> Result<()> {
+    expect_a_lost_peer(pair);
+    let relay = between(pair, Tampering::Cuts)?;
+    // It touches what it beats with, and nothing else. That its memory came as it was the hosts find out.
+    let idle = "fill=random fill_mib=64 work=idle check=off heartbeat_ms=20";
+    let witness = pair.run(&Guest::new("g").work(idle))?;
+    let underway = begin_with(pair, &["--verify"])?;
+    witness.wait_for_beats_at("b", 10)?;
+
+    relay.cut();
+    relay.wait_refused(3)?;
+    let missing = || {
+        let record = pair
+            .a
+            .ferry(&["migration", "show", &underway.id])?
+            .exit(0)?
+            .migration()?;
+        ensure!(!record.is_over(), "it ended: {}", record.record);
+        record.number("late_missing")
+    };
+    let before = missing()?;
+    witness.wait_for_beats_at("b", 100)?;
+    ensure!(before > 0.0 && missing()? == before, "pages came over a cut link");
+    until("the source says that the guest waits", CALL, || {
+        let record = pair
+            .a
+            .ferry(&["migration", "show", &underway.id])?
+            .exit(0)?
+            .migration()?;
+        let words = record.record["decision"].as_str().unwrap_or_default();
+        Ok(words.contains("waits for pages").then_some(()))
+    })?;
+    relay.heal();
+
+    let moved = underway.call.wait()?.exit(0)?.migration()?.is("completed", "b")?;
+    ensure!(
+        moved.number("late_verified")? == moved.number("late_pages")?,
+        "{}",
+        moved.record
+    );
+    completes(pair, &underway.id, &witness)
+}
