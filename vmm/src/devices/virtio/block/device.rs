@@ -12,7 +12,7 @@ use super::super::queue::DeviceQueue;
 use super::failures::Failures;
 use super::request::MOST_EXTENTS;
 use super::service::Job;
-use super::{QUEUE_SIZE, SECTOR, WrittenBlocks, feature, state};
+use super::{KIND, QUEUE_SIZE, SECTOR, WrittenBlocks, feature, state};
 use crate::machine::{DiskAccess, DiskBackend};
 use crate::memory::Ring;
 
@@ -82,7 +82,7 @@ impl Block {
 
 impl Device for Block {
     fn kind(&self) -> u32 {
-        2
+        KIND
     }
 
     fn features(&self) -> u64 {
