@@ -46,3 +46,4 @@ pub use ring::probe_rings;
 pub(crate) use ring::{Ring, keep_rings};
 pub use shape::{FrameRun, HUGE_PAGE_SIZE, MemoryRegion, MemoryShape, PAGE_SIZE};
 pub(crate) use spans::{Span, total};
+pub(crate) use transfer::MAX_BUFFERS;

@@ -12,6 +12,7 @@ mod service;
 mod state;
 #[cfg(test)]
 mod tests;
+mod together;
 mod written;
 
 pub(crate) use self::device::Block;
