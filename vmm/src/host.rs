@@ -269,6 +269,7 @@ mod tests {
             tsc: 1000,
             boot_id: "there".to_owned(),
             units: unit_kinds(2, &[]),
+            disk_sectors: Vec::new(),
         }
     }
 

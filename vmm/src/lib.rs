@@ -33,7 +33,7 @@ pub use machine::{
     MachineConfig, MachineError, MachineEvent, NicBackend, PauseTimes, RunState, ThrottledVcpus,
 };
 pub use memory::{
-    AbsentPages, DirtyBitmap, FrameRun, GuestMemory, HUGE_PAGE_SIZE, ImageError, MemoryError, MemoryRegion,
+    AbsentPages, DirtyBitmap, DiskBuffer, FrameRun, GuestMemory, HUGE_PAGE_SIZE, ImageError, MemoryError, MemoryRegion,
     MemoryShape, PAGE_SIZE, PieceTable, Population, TableError, probe_rings, probe_watching,
 };
 pub use state::{MachineProfile, MachineState, StateError, UnitKind};

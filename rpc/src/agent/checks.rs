@@ -82,7 +82,7 @@ impl Agent {
         match refused.into_iter().next() {
             Some(first) if !request.dry_run => Err(first),
             _ => Ok(CheckSourceReply {
-                disk_sizes: storage::sizes(&spec),
+                disk_sizes: storage::sizes(&spec, &machine_profile),
                 spec: Some(spec),
                 epoch,
                 machine_profile,

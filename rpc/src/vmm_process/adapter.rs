@@ -161,13 +161,11 @@ impl DestinationGuest for BlankGuest {
 
     fn check(&self, profile: &[u8]) -> Vec<String> {
         match MachineProfile::from_bytes(profile) {
-            Ok(profile) => self
-                .machine
-                .host()
-                .check(&profile)
-                .iter()
-                .map(ToString::to_string)
-                .collect(),
+            Ok(profile) => {
+                let lacks = self.machine.host().check(&profile);
+                let lacks = lacks.iter().map(ToString::to_string);
+                lacks.chain(self.disks.too_small_for(&profile.disk_sectors)).collect()
+            }
             Err(error) => vec![format!("the source's machine profile does not parse: {error}")],
         }
     }

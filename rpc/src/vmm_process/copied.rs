@@ -12,6 +12,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use ferry_migration::guest::{FRAME_SIZE, FrameRun, Region};
+use ferry_vmm::DiskBuffer;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
 use xxhash_rust::xxh3::xxh3_64;
@@ -22,11 +23,8 @@ const FIRST_FRAME: u64 = 1 << 40;
 /// From one disk's first frame to the next one's: 64 TiB.
 const DISK_FRAMES: u64 = 1 << 34;
 
-/// Frames that are read or written at once.
-const PIECE_FRAMES: u64 = 256;
-
-/// What direct I/O wants of a buffer on every disk.
-const ALIGNMENT: usize = 4096;
+/// Frames that are read or written at once: a huge page.
+const PIECE_FRAMES: u64 = ferry_vmm::HUGE_PAGE_SIZE / FRAME_SIZE;
 
 /// A disk that is copied.
 #[derive(Debug, Clone)]
@@ -199,17 +197,20 @@ impl CopiedDisk {
         mut step: impl FnMut(u64, usize, &mut [u8]) -> io::Result<()>,
     ) -> io::Result<()> {
         thread_local! {
-            static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+            static BUFFER: RefCell<Option<DiskBuffer>> = const { RefCell::new(None) };
         }
-        BUFFER.with_borrow_mut(|buffer| {
-            buffer.resize((PIECE_FRAMES * FRAME_SIZE) as usize + ALIGNMENT, 0);
-            let skip = buffer.as_ptr().align_offset(ALIGNMENT);
+        BUFFER.with_borrow_mut(|kept| {
+            let buffer = match kept {
+                Some(buffer) => buffer,
+                None => kept.insert(DiskBuffer::new((PIECE_FRAMES * FRAME_SIZE) as usize)?),
+            };
+            let buffer = buffer.as_mut_slice();
             let mut frame = run.first;
             while frame < run.end() {
                 let count = PIECE_FRAMES.min(run.end() - frame);
                 let offset = self.offset(frame);
                 let len = (count * FRAME_SIZE).min(self.bytes - offset) as usize;
-                step(offset, len, &mut buffer[skip..skip + (count * FRAME_SIZE) as usize])?;
+                step(offset, len, &mut buffer[..(count * FRAME_SIZE) as usize])?;
                 frame += count;
             }
             Ok(())

@@ -154,7 +154,9 @@ fn a_disk_that_shrinks_fails_its_guests_requests_and_nothing_else(pair: &mut Pai
     let logged = pair.a.ferry(&["logs", "g"])?.exit(0)?.stdout;
     ensure!(logged.matches("a disk request failed").count() < 4, "{logged}");
     // To the destination it is another disk than the guest's.
-    pair.migrate("g", &[])?.exit(1)?.migration()?.is("failed", "a")?;
+    let all = PAGES * STAMPED_BYTES;
+    let sizes = format!("it has {} bytes, and the guest's disk {all}", all / 2);
+    pair.migrate("g", &[])?.exit(4)?.says(&sizes)?.says("DISKS")?;
     pair.a.wait_for_status("other", "running")?;
     pair.a.ferry(&["delete", "other", "--force"])?.exit(0)?;
     pair.runs_only_at(&pair.a, "g", &witness)

@@ -23,6 +23,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_locked_disk_names_its_holder,
         a_read_only_disk_is_shared,
         a_disk_that_is_missing_at_the_destination_is_named_before_anything_moves,
+        an_image_that_does_not_hold_the_guests_disk_is_refused_before_anything_moves,
         images_that_cannot_be_disks_are_refused,
         a_stale_copy_is_not_started,
         a_guest_whose_disk_is_taken_at_the_switch_is_indeterminate_until_it_has_it_back,
@@ -161,6 +162,39 @@ fn a_disk_that_is_missing_at_the_destination_is_named_before_anything_moves(pair
         .says("DISKS")?;
 
     fs::rename(&hidden, &disk)?;
+    stays_and_moves_later(pair, &witness)
+}
+
+fn an_image_that_does_not_hold_the_guests_disk_is_refused_before_anything_moves(pair: &mut Pair) -> Result<()> {
+    const SIZE: u64 = 16 << 20;
+    let disk = image(pair, "root.img")?;
+    let witness = pair.run(&with_disk(&disk))?;
+    let refused = |storage: &str, here: u64| -> Result<()> {
+        pair.migrate("g", &["--storage", storage])?
+            .exit(4)?
+            .says(&format!(
+                "disk {} on host b: it has {here} bytes, and the guest's disk {SIZE}",
+                disk.display()
+            ))?
+            .says("DISKS")?;
+        pair.runs_only_at(&pair.a, "g", &witness)
+    };
+
+    // The guest's own image became shorter, where both hosts see it.
+    let resized = |bytes| OpenOptions::new().write(true).open(&disk)?.set_len(bytes);
+    resized(SIZE / 2)?;
+    refused("auto", SIZE / 2)?;
+    refused("shared", SIZE / 2)?;
+    resized(SIZE)?;
+    // Another one under the same path at B: the guest has its own open.
+    let own = pair.folder().join("own.img");
+    fs::rename(&disk, &own)?;
+    disk::sparse(pair.folder(), "root.img", SIZE - 512)?;
+    refused("shared", SIZE - 512)?;
+    fs::rename(&own, &disk)?;
+
+    // One that grew holds the disk that the guest knows.
+    resized(2 * SIZE)?;
     stays_and_moves_later(pair, &witness)
 }
 

@@ -217,6 +217,11 @@ impl Devices {
         self.virtio.iter().map(MmioDevice::name).collect()
     }
 
+    /// Sectors of each disk as the guest reads them, in the order of the slots.
+    pub(crate) fn disk_sectors(&self) -> Vec<u64> {
+        self.virtio.iter().filter_map(MmioDevice::disk_sectors).collect()
+    }
+
     /// Gives the console input, as much as the port has room for; returns how many bytes it took. None while quiet.
     pub(crate) fn push_input(&self, bytes: &[u8]) -> usize {
         let mut serial = lock(&self.serial);

@@ -284,6 +284,7 @@ impl Machine {
             tsc: host_tsc().wrapping_add(self.tsc_offset),
             boot_id: facts.boot_id.clone(),
             units: unit_kinds(vcpus.len(), &self.parts.devices.virtio_names()),
+            disk_sectors: self.parts.devices.disk_sectors(),
         }
     }
 

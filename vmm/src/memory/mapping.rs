@@ -305,9 +305,9 @@ impl GuestMemory {
 
 /// One region's mapping, unmapped when it goes.
 #[derive(Debug)]
-struct Mapping {
-    start: NonNull<u8>,
-    len: usize,
+pub(super) struct Mapping {
+    pub(super) start: NonNull<u8>,
+    pub(super) len: usize,
 }
 
 // SAFETY: the address is only ever used for raw accesses, which any thread may make; the mapping lives as long as this value.
@@ -316,7 +316,7 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    fn new(len: usize, hugetlb: bool) -> io::Result<Self> {
+    pub(super) fn new(len: usize, hugetlb: bool) -> io::Result<Self> {
         let mut flags = MapFlags::PRIVATE;
         let align = HUGE_PAGE_SIZE as usize;
         // Kernels before 6.7 do not align large anonymous mappings, and an unaligned one gets no huge pages at its edges.
@@ -345,7 +345,7 @@ impl Mapping {
     }
 
     /// Advice for the whole region. What the kernel does not know is left: memory is then slower or dumped, not wrong.
-    fn advise_whole(&self, hugetlb: bool, expect_incoming: bool) {
+    pub(super) fn advise_whole(&self, hugetlb: bool, expect_incoming: bool) {
         let huge = match (hugetlb, expect_incoming) {
             (true, _) => None,
             (false, true) => Some(Advice::LinuxNoHugepage),

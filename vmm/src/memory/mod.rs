@@ -14,6 +14,7 @@
 //! | `spans` | the same for any bytes, as a device's request names them |
 //! | `ring` | the same with many of them under way at once (io_uring) |
 //! | `contents` | zero pages, zeroing, digests |
+//! | `buffer` | memory of this process's own, for what disks read and write |
 //! | `pieces`, `image` | all of it as a file, with a table that says what is in it |
 
 #![expect(
@@ -22,6 +23,7 @@
 )]
 
 mod absent;
+mod buffer;
 mod contents;
 mod dirty;
 mod image;
@@ -35,6 +37,7 @@ mod transfer;
 
 pub(crate) use absent::open_watcher;
 pub use absent::{AbsentPages, probe_watching};
+pub use buffer::DiskBuffer;
 pub use dirty::DirtyBitmap;
 pub(crate) use dirty::word_mask;
 pub use image::ImageError;
@@ -46,3 +49,4 @@ pub use ring::probe_rings;
 pub(crate) use ring::{Ring, keep_rings};
 pub use shape::{FrameRun, HUGE_PAGE_SIZE, MemoryRegion, MemoryShape, PAGE_SIZE};
 pub(crate) use spans::{Span, total};
+pub(crate) use transfer::MAX_BUFFERS;

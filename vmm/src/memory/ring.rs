@@ -99,9 +99,9 @@ impl<T> Ring<T> {
         DEPTH - self.free.len()
     }
 
-    /// Whether another one can be begun.
-    pub(crate) fn has_room(&self) -> bool {
-        !self.free.is_empty() && self.buffers < MOST_BUFFERS && self.bytes < MOST_BYTES && !self.is_dead
+    /// Whether so many more can be begun.
+    pub(crate) fn has_room_for(&self, further: usize) -> bool {
+        self.free.len() >= further && self.buffers < MOST_BUFFERS && self.bytes < MOST_BYTES && !self.is_dead
     }
 
     /// Whether the kernel takes nothing more: once nothing is in flight, the ring is of no more use.
@@ -433,11 +433,11 @@ mod tests {
         }
         let mut ring = ring(file);
         for number in 0..DEPTH as u64 {
-            assert!(ring.has_room());
+            assert!(ring.has_room_for(1));
             let spans = [span(number * 2 * PAGE, 4096)];
             ring.read(number, &memory, number * PAGE, &spans).expect("begun");
         }
-        assert!(!ring.has_room());
+        assert!(!ring.has_room_for(1));
         let mut landed: Vec<u64> = (0..DEPTH)
             .map(|_| land(&mut ring))
             .map(|(number, done)| {

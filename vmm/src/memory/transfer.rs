@@ -7,7 +7,7 @@ use super::mapping::{GuestMemory, MemoryError};
 use super::shape::FrameRun;
 
 /// The kernel takes at most this many buffers per call (IOV_MAX, `limits.h`).
-pub(super) const MAX_BUFFERS: usize = 1024;
+pub(crate) const MAX_BUFFERS: usize = 1024;
 
 impl GuestMemory {
     /// Writes `prefix` and then the pages of `runs`, in this order, straight out of guest memory; returns when all of it is written.

@@ -27,6 +27,9 @@ pub struct MachineProfile {
     pub boot_id: String,
     /// The saved units that will come.
     pub units: Vec<UnitKind>,
+    /// Sectors of 512 bytes of each disk, as the guest knows them; empty of a build that did not tell. What holds the disks is opened by who
+    /// makes a machine, and so compared there.
+    pub disk_sectors: Vec<u64>,
 }
 
 /// A kind of saved unit.
@@ -58,6 +61,7 @@ impl MachineProfile {
             tsc,
             boot_id,
             units,
+            disk_sectors,
         } = self;
         saved::MachineProfile {
             version: VERSION,
@@ -84,6 +88,7 @@ impl MachineProfile {
                     body: Vec::new(),
                 })
                 .collect(),
+            disk_sectors: disk_sectors.clone(),
         }
         .encode_to_vec()
     }
@@ -104,6 +109,7 @@ impl MachineProfile {
             tsc,
             boot_id,
             units,
+            disk_sectors,
         } = decode(WHAT, bytes)?;
         let value = |field: String| StateError::Value {
             what: WHAT.to_owned(),
@@ -145,6 +151,7 @@ impl MachineProfile {
                     version: unit.version,
                 })
                 .collect(),
+            disk_sectors,
         })
     }
 }
@@ -165,6 +172,7 @@ pub(super) mod tests {
             tsc: 77,
             boot_id: "boot".to_owned(),
             units: super::super::unit_kinds(2, &[]),
+            disk_sectors: vec![2048, 1],
         }
     }
 

@@ -4,16 +4,20 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use ferry_proto::agent::v1::{DiskSize, InstanceSpec};
+use ferry_proto::agent::v1::{DiskSize, DiskSpec, InstanceSpec};
+use ferry_vmm::MachineProfile;
 use rustix::fs::OFlags;
 use uuid::Uuid;
 
 use crate::agent::failure::Failure;
 use crate::agent::images;
 use crate::lock_file::{self, Holder};
+
+/// What a guest counts its disks in.
+const SECTOR: u64 = 512;
 
 /// What the user wants of writable disks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,18 +70,27 @@ pub(crate) fn plan(
     for (number, disk) in (0u32..).zip(&spec.disks) {
         let path = Path::new(&disk.path);
         let refused = |problem: String| Failure::Refused(format!("disk {} on host {host}: {problem}", disk.path));
+        let size = coming.sizes.get(number as usize).copied().unwrap_or_default();
         if disk.readonly || !is_copied(path, storage, coming).map_err(refused)? {
+            if allowed.is_none_or(|allowed| images::check_place(path, allowed).is_ok()) {
+                check_holds(image_bytes(path), size).map_err(refused)?;
+            }
             continue;
         }
         if let Some(allowed) = allowed {
             let folder = path.parent().unwrap_or(path);
             images::check_place(folder, allowed).map_err(|failure| refused(failure.to_string()))?;
         }
-        let size = coming.sizes.get(number as usize).copied().unwrap_or_default();
         if size.bytes == 0 {
             return Err(refused(
                 "the source does not say how large it is, so it cannot be copied".to_owned(),
             ));
+        }
+        if size.bytes < size.guest_bytes {
+            return Err(refused(format!(
+                "it has {} bytes at the source by now, and the guest's disk {}",
+                size.bytes, size.guest_bytes
+            )));
         }
         check_room(path, size).map_err(refused)?;
         copied.push(number);
@@ -150,17 +163,55 @@ fn make_lock_file(image: &Path, holder: &Holder) -> io::Result<()> {
     File::open(image.parent().unwrap_or(image))?.sync_all()
 }
 
-/// The sizes of an instance's disks here; 0 of one that cannot be looked at.
-pub(crate) fn sizes(spec: &InstanceSpec) -> Vec<DiskSize> {
-    let size = |path: &str| match fs::metadata(path) {
-        Ok(metadata) if metadata.is_file() => DiskSize {
-            bytes: metadata.len(),
-            allocated_bytes: metadata.blocks() * 512,
-        },
-        // A block device is shared or refused.
-        _ => DiskSize::default(),
+/// The sizes of an instance's disks here, whose VMM told this profile of it, or none; 0 of one that cannot be looked at.
+pub(crate) fn sizes(spec: &InstanceSpec, profile: &[u8]) -> Vec<DiskSize> {
+    let sectors = MachineProfile::from_bytes(profile).map_or_else(|_| Vec::new(), |profile| profile.disk_sectors);
+    let size = |(number, disk): (usize, &DiskSpec)| {
+        let path = Path::new(&disk.path);
+        // A guest that does not run has the disk that it will find.
+        let of_guest = sectors.get(number).map(|sectors| sectors.saturating_mul(SECTOR));
+        let guest_bytes = of_guest.or_else(|| image_bytes(path)).unwrap_or_default();
+        match fs::metadata(path) {
+            Ok(metadata) if metadata.is_file() => DiskSize {
+                bytes: metadata.len(),
+                allocated_bytes: metadata.blocks() * SECTOR,
+                guest_bytes,
+            },
+            // A block device is shared or refused.
+            _ => DiskSize {
+                guest_bytes,
+                ..DiskSize::default()
+            },
+        }
     };
-    spec.disks.iter().map(|disk| size(&disk.path)).collect()
+    spec.disks.iter().enumerate().map(size).collect()
+}
+
+/// The size of an image or of a block device, which is not opened; none of what is neither, or cannot be looked at.
+fn image_bytes(path: &Path) -> Option<u64> {
+    let metadata = fs::metadata(path).ok()?;
+    if metadata.is_file() {
+        return Some(metadata.len());
+    }
+    if !metadata.file_type().is_block_device() {
+        return None;
+    }
+    let (major, minor) = (rustix::fs::major(metadata.rdev()), rustix::fs::minor(metadata.rdev()));
+    let sectors = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/size")).ok()?;
+    sectors.trim().parse::<u64>().ok()?.checked_mul(SECTOR)
+}
+
+/// Whether the guest's disk finds room in what is here; larger is an image that grew. What cannot be looked at is left to who opens it.
+fn check_holds(here: Option<u64>, size: DiskSize) -> Result<(), String> {
+    let guest = match size.guest_bytes {
+        // Of a source before 4.3.
+        0 => size.bytes,
+        known => known,
+    };
+    match here {
+        Some(here) if here < guest => Err(format!("it has {here} bytes, and the guest's disk {guest}")),
+        _ => Ok(()),
+    }
 }
 
 fn is_copied(path: &Path, storage: Storage, coming: &Coming) -> Result<bool, String> {
@@ -224,8 +275,6 @@ fn check_room(path: &Path, size: DiskSize) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
-    use ferry_proto::agent::v1::DiskSpec;
-
     use super::*;
 
     const INSTANCE: Uuid = Uuid::from_u128(1);
@@ -244,7 +293,12 @@ mod tests {
         let sizes = [DiskSize {
             bytes: 1 << 20,
             allocated_bytes,
+            guest_bytes: 1 << 20,
         }];
+        planned_of(path, storage, sizes)
+    }
+
+    fn planned_of(path: &Path, storage: Storage, sizes: [DiskSize; 1]) -> Result<Vec<u32>, String> {
         let coming = Coming {
             instance: INSTANCE,
             source: "a".to_owned(),
@@ -268,7 +322,7 @@ mod tests {
     fn a_disk_that_is_there_is_shared_only_if_it_is_the_guests() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("web.img");
-        fs::write(&path, b"x").unwrap();
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
         assert!(planned(&path, Storage::Auto, 0).unwrap_err().contains("lock file"));
         assert!(
             planned(&path, Storage::Copy, 0)
@@ -303,12 +357,54 @@ mod tests {
     }
 
     #[test]
+    fn an_image_that_does_not_hold_the_guests_disk_is_refused_with_both_sizes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web.img");
+        let told = |bytes, guest_bytes| {
+            [DiskSize {
+                bytes,
+                guest_bytes,
+                ..DiskSize::default()
+            }]
+        };
+        let shrunk = planned_of(&path, Storage::Auto, told(1 << 20, 2 << 20)).unwrap_err();
+        assert!(
+            shrunk.contains("1048576 bytes at the source") && shrunk.contains("the guest's disk 2097152"),
+            "{shrunk}"
+        );
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let shared = |bytes, guest_bytes| planned_of(&path, Storage::Shared, told(bytes, guest_bytes));
+        // As large, larger, of a block device at the source, and of a source that tells the image's alone.
+        for (bytes, guest_bytes) in [(1 << 20, 1 << 20), (3 << 20, 1 << 19), (0, 1 << 20), (1 << 20, 0)] {
+            assert_eq!(shared(bytes, guest_bytes), Ok(vec![]));
+        }
+        for (bytes, guest_bytes) in [(1 << 20, 2 << 20), (0, 2 << 20), (2 << 20, 0)] {
+            let refused = shared(bytes, guest_bytes).unwrap_err();
+            assert!(
+                refused.contains("1048576 bytes, and the guest's disk 2097152"),
+                "{refused}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_a_guest_knows_of_its_disk_is_told_beside_the_image() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web.img");
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let off = sizes(&spec(&path), &[]);
+        assert_eq!((off[0].bytes, off[0].guest_bytes), (1 << 20, 1 << 20));
+        assert_eq!(sizes(&spec(Path::new("/nowhere/web.img")), &[]), [DiskSize::default()]);
+        assert_eq!(image_bytes(folder.path()), None);
+    }
+
+    #[test]
     fn room_is_made_without_taking_it_and_removed_with_its_lock_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("web.img");
         let sizes = [DiskSize {
             bytes: 1 << 30,
-            allocated_bytes: 0,
+            ..DiskSize::default()
         }];
         let holder = Holder {
             host: "b".to_owned(),

@@ -277,7 +277,7 @@ impl Script {
     /// Nova's pre_live_migration, with the kernel and initrd sent along where they are missing.
     async fn pre_live_migration(&self, peer: &Peer) -> Result<PreLiveMigrationReply, Stop> {
         let spec = self.instance.state.lock().await.row.spec.clone();
-        let disk_sizes = storage::sizes(&spec);
+        let disk_sizes = storage::sizes(&spec, &self.machine_profile().await);
         let request = PreLiveMigrationRequest {
             migration: self.row.id.to_string(),
             instance: self.row.instance.to_string(),
@@ -314,6 +314,16 @@ impl Script {
             "host {} does not keep the instance's images",
             peer.host
         )))
+    }
+
+    /// What the guest's machine needs; empty where no VMM tells, as one of an earlier build does not.
+    async fn machine_profile(&self) -> Vec<u8> {
+        let vmm = self.instance.state.lock().await.vmm().ok().cloned();
+        let Some(vmm) = vmm else { return Vec::new() };
+        match vmm.order(Command::Profile(wire::Profile {})).await {
+            Ok(Body::Profiled(profiled)) => profiled.profile,
+            _ => Vec::new(),
+        }
     }
 
     /// The destination says no; with which reason is kept for the instance's fault.

@@ -22,6 +22,7 @@ use ferry_migration::guest::DiskCondition;
 use ferry_migration::handover::Epoch;
 use ferry_proto::vmm::v1::DiskMoment;
 use ferry_vmm::DiskAccess;
+use rustix::fs::{SeekFrom, seek};
 use uuid::Uuid;
 
 use self::cache::PageCache;
@@ -34,6 +35,9 @@ use crate::lock_file::Holder;
 /// How long a disk is waited for: far less than an agent waits for the answer to its permit.
 const PATIENCE: Duration = Duration::from_secs(1);
 const BETWEEN_TRIES: Duration = Duration::from_millis(10);
+
+/// What a guest counts its disks in.
+const SECTOR: u64 = 512;
 
 /// A disk as its VMM has it.
 #[derive(Debug)]
@@ -102,6 +106,19 @@ impl Disks {
         numbers.iter().enumerate().map(copied).collect()
     }
 
+    /// Names each that does not hold the guest's disk of so many sectors. Looks at sizes only, and may be asked while the guest is elsewhere.
+    pub(super) fn too_small_for(&self, sectors: &[u64]) -> Vec<String> {
+        let too_small = |(disk, &sectors): (&Disk, &u64)| {
+            let guest = sectors.saturating_mul(SECTOR);
+            match seek(&*disk.image, SeekFrom::End(0)) {
+                Ok(here) if here >= guest => None,
+                Ok(here) => Some(format!("disk {} has {here} bytes, and the guest's {guest}", disk.path)),
+                Err(error) => Some(format!("the size of disk {} cannot be told: {error}", disk.path)),
+            }
+        };
+        self.locks.disks().iter().zip(sectors).filter_map(too_small).collect()
+    }
+
     /// Locks all of them or none, as [`Disks::lock`] does, but leaves no name yet: the guest may turn out not to be theirs.
     ///
     /// # Errors
@@ -166,5 +183,39 @@ impl Disks {
     /// Forgets what this host read of the disks before: another host has written them since.
     pub(super) fn forget_cached(&self) {
         self.cache.forget();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_that_does_not_hold_the_guests_is_named_with_both_sizes() {
+        let disk = |path: &str| {
+            let image = tempfile::tempfile().unwrap();
+            image.set_len(1 << 20).unwrap();
+            Disk {
+                path: path.to_owned(),
+                image: Arc::new(image),
+                lock_file: None,
+                access: DiskAccess::ReadWrite,
+                lost: Default::default(),
+            }
+        };
+        let me = Holder {
+            host: "b".to_owned(),
+            instance: Uuid::from_u128(1),
+            name: "web".to_owned(),
+            epoch: 0,
+            pid: 1,
+        };
+        let disks = Disks::new(["/srv/a", "/srv/b", "/srv/c"].map(disk).into(), me);
+
+        let small = disks.too_small_for(&[2048, 2049, 1]);
+
+        assert_eq!(small, ["disk /srv/b has 1048576 bytes, and the guest's 1049088"]);
+        assert!(disks.too_small_for(&[]).is_empty());
+        assert_eq!(disks.too_small_for(&[u64::MAX]).len(), 1);
     }
 }

@@ -9,6 +9,7 @@ use ferry_proto::state::v1 as saved;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::super::DeviceStateError;
+use super::block;
 use super::device::Device;
 use super::interrupt::{Interrupt, InterruptFd};
 use super::queue::DeviceQueue;
@@ -57,6 +58,13 @@ impl MmioDevice {
     /// Its name, which names its saved unit too.
     pub(crate) fn name(&self) -> &str {
         &self.shared.name
+    }
+
+    /// Of a disk its sectors, as the guest reads them.
+    pub(crate) fn disk_sectors(&self) -> Option<u64> {
+        let config = self.shared.config.lock().unwrap_or_else(PoisonError::into_inner);
+        let sectors = config.0.first_chunk().filter(|_| self.kind == block::KIND)?;
+        Some(u64::from_le_bytes(*sectors))
     }
 
     /// What rings when the guest writes the queue's number to the register at [`DOORBELL`](Self::DOORBELL).

@@ -159,6 +159,32 @@ fn who_is_ready_first_is_answered_first_and_others_come_in_between() {
 }
 
 #[test]
+fn what_follows_on_the_disk_is_one_transfer_and_each_is_answered() {
+    let (mut driver, mut theirs) = socket_disk();
+    for number in [0, 1, 2] {
+        driver.put(data(number), &[number as u8 + 1; 512]);
+    }
+    at_once(&mut driver, |driver| {
+        (0..3).for_each(|number| give(driver, number, WRITE, number));
+        (3..6).for_each(|number| give(driver, number, READ, number - 3));
+    });
+    answers(&mut driver, 3);
+    let mut written = [0; 3 * 512];
+    theirs.read_exact(&mut written).expect("what was written");
+    assert_eq!(written, *[[1; 512], [2; 512], [3; 512]].as_flattened());
+    // By themselves the second and the third would have an offset, which a socket does not take.
+    let all = [[4; 512], [5; 512], [6; 512]];
+    theirs.write_all(all.as_flattened()).expect("what is awaited");
+    answers(&mut driver, 3);
+    for number in 3..6 {
+        assert_eq!(
+            (status(&driver, number), driver.look(data(number), 512)),
+            (0, vec![number as u8 + 1; 512])
+        );
+    }
+}
+
+#[test]
 fn rest_in_the_middle_waits_for_what_is_in_flight_and_begins_nothing() {
     let (mut driver, mut theirs) = socket_disk();
     at_once(&mut driver, |driver| {
@@ -303,4 +329,10 @@ fn what_is_written_together_is_marked() {
     });
     answers(&mut driver, 70);
     assert_eq!(written.take(), [u64::MAX, (1 << 6) - 1]);
+    // What goes as one transfer, too.
+    at_once(&mut driver, |driver| {
+        (0..24).for_each(|number| give(driver, number, WRITE, number));
+    });
+    answers(&mut driver, 24);
+    assert_eq!(written.take(), [7, 0]);
 }

@@ -11,8 +11,8 @@ use super::super::device::{Broken, Device, Turn, Wake};
 use super::super::queue::DeviceQueue;
 use super::failures::Failures;
 use super::request::MOST_EXTENTS;
-use super::service::Job;
-use super::{QUEUE_SIZE, SECTOR, WrittenBlocks, feature, state};
+use super::together::Together;
+use super::{KIND, QUEUE_SIZE, SECTOR, WrittenBlocks, feature, state};
 use crate::machine::{DiskAccess, DiskBackend};
 use crate::memory::Ring;
 
@@ -20,7 +20,7 @@ use crate::memory::Ring;
 pub(crate) struct Block {
     pub(super) file: Arc<File>,
     /// Where the kernel has such: requests that come together go to it together.
-    pub(super) ring: Option<Ring<Job>>,
+    pub(super) ring: Option<Ring<Together>>,
     /// Requests came while another was carried out: the guest has several at a time.
     pub(super) is_crowded: Cell<bool>,
     pub(super) access: DiskAccess,
@@ -82,7 +82,7 @@ impl Block {
 
 impl Device for Block {
     fn kind(&self) -> u32 {
-        2
+        KIND
     }
 
     fn features(&self) -> u64 {

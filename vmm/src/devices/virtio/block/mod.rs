@@ -12,10 +12,14 @@ mod service;
 mod state;
 #[cfg(test)]
 mod tests;
+mod together;
 mod written;
 
 pub(crate) use self::device::Block;
 pub use self::written::WrittenBlocks;
+
+/// The device type (virtio 1.2, 5.2.1).
+pub(super) const KIND: u32 = 2;
 
 /// The unit of everything in a request.
 const SECTOR: u64 = 512;
