@@ -66,11 +66,11 @@ fn freed_page_cache(pair: &Pair, cache: u64, memory: &str) -> Result<()> {
         full > fresh + cache / 20 * 19,
         "the page cache was not there: {full} bytes, fresh {fresh}"
     );
-    let most_given_back = resident(pair.a.vmm()?)?.saturating_sub(cache / 20 * 19);
+    let most_given_back = resident(pair.a.vmm()?)?.saturating_sub(cache / 5 * 4);
     carry_out(&pair.a, "g", "echo 3 >/proc/sys/vm/drop_caches", ALL_MEMORY)?;
 
-    // The guest tells a few seconds later, and takes its time, which a move would only make longer: it is moved once its host has the memory
-    // back, and again if the guest had not told all of it by then.
+    // The guest tells a few seconds later, and takes its time, which a move would only make longer: it is moved once its host has most of the
+    // memory back, and again until the guest had told nearly all of it. It also takes some into use meanwhile.
     let (mut from, mut to) = (&pair.a, &pair.b);
     let mut vmm = from.vmm()?;
     let mut freed = Vec::new();
