@@ -258,8 +258,13 @@ fn disks_come_before_the_guest_where_rounds_do_not_bring_its_memory() {
 #[test]
 fn disks_are_sent_again_after_a_switchover_that_was_called_off() {
     let mut scene = with_a_disk(Lateness::AtOnce, BUSY);
-    scene.source.stop_faults = [fake::StopFault::Fails].into();
+    // Its last round is on its way when the budget is used up.
+    scene.parameters.manner = live(Duration::from_millis(60));
+    scene.source.stop_faults = [fake::StopFault::SlowSends(Duration::from_millis(100))].into();
+    scene.source.written_by_disks = DISK.first + 10..DISK.first + 20;
     let late = Late::of(migrate(scene));
+    let is_disarmed = |report: &SourceReport| matches!(report, SourceReport::Disarmed { .. });
+    assert!(late.ends.reports.iter().any(is_disarmed));
     assert_eq!(
         late.destination.digest(DISK).unwrap(),
         late.source.digest(DISK).unwrap()

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use lz4_flex::block::{self, CompressTable};
+use rustix::time::{ClockId, clock_gettime};
 use zstd_safe::CCtx;
 
 use super::measure::Sampled;
@@ -184,7 +185,44 @@ pub(crate) struct Compressor {
 pub(crate) struct Packed<'a> {
     /// What is sent in their place; `None` if that would hardly be less.
     pub(crate) block: Option<&'a [u8]>,
-    pub(crate) took: Duration,
+    pub(crate) took: Took,
+}
+
+/// How long something took.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Took {
+    /// By the clock: with the time that others had the processor.
+    pub(crate) time: Duration,
+    /// Of a processor.
+    pub(crate) work: Duration,
+}
+
+/// When something began.
+struct Began {
+    time: Instant,
+    work: Duration,
+}
+
+impl Began {
+    fn now() -> Self {
+        Self {
+            time: Instant::now(),
+            work: worked(),
+        }
+    }
+
+    fn took(&self) -> Took {
+        Took {
+            time: self.time.elapsed(),
+            work: worked().saturating_sub(self.work),
+        }
+    }
+}
+
+/// The processor time that this thread has had.
+fn worked() -> Duration {
+    let had = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(had.tv_sec.unsigned_abs(), had.tv_nsec.unsigned_abs() as u32)
 }
 
 impl Compressor {
@@ -195,7 +233,7 @@ impl Compressor {
         runs: &[FrameRun],
         method: Method,
     ) -> Result<Packed<'_>, GuestError> {
-        let began = Instant::now();
+        let began = Began::now();
         self.take(memory, runs)?;
         let most = self.pages.len() - self.pages.len() / LEAST_SAVED;
         let block = match self
@@ -211,7 +249,7 @@ impl Compressor {
         };
         Ok(Packed {
             block,
-            took: began.elapsed(),
+            took: began.took(),
         })
     }
 
@@ -226,14 +264,14 @@ impl Compressor {
         if part.is_empty() {
             return Ok(None);
         }
-        let began = Instant::now();
+        let began = Began::now();
         self.take(memory, &part)?;
         let packed = self.compress(method).unwrap_or(self.pages.len());
         Ok(Some(Sampled {
             method,
             bytes: self.pages.len() as u64,
             packed: packed.min(self.pages.len()) as u64,
-            took: began.elapsed(),
+            took: began.took().work,
         }))
     }
 

@@ -49,12 +49,15 @@ const FIRST_SAMPLE: u64 = 4 << 20;
 /// A way is not taken before it was tried so often: one frame may be unlike the others.
 const TRIED_BEFORE: u32 = 2;
 
-/// What is sent plainly to see what the link carries by now, where pages are compressed. First what does not count, for each stream: what was compressed is
-/// still in the kernel's buffers, and has to be unpacked before what comes after it is read.
+/// What is sent plainly to see what the link carries by now, where pages are compressed; all for each stream. First what does not count: what was compressed
+/// is still in the kernel's buffers, and has to be unpacked before what comes after it is read; or they are empty, and take some MiB at once. Where so much was
+/// waited for they are full.
 const PROBE_UNSEEN: u64 = 2 << 20;
+const PROBE_WAITED: Duration = Duration::from_millis(24);
+const PROBE_UNSEEN_AT_MOST: u64 = 16 << 20;
 const PROBE: Span = Span {
     bytes: 4 << 20,
-    time: Duration::from_millis(48),
+    time: Duration::from_millis(24),
 };
 
 /// The time of sending threads before the first probe. What was thought of the link may have been a moment's, and only plain frames can tell; but where
@@ -110,6 +113,15 @@ struct Way {
 struct Span {
     bytes: u64,
     time: Duration,
+}
+
+impl Span {
+    fn times(self, streams: u32) -> Self {
+        Self {
+            bytes: self.bytes * u64::from(streams),
+            time: self.time * streams,
+        }
+    }
 }
 
 /// A look at the link.
@@ -216,7 +228,7 @@ impl Controller {
                 method,
                 bytes: frame.bytes,
                 packed: frame.sent.min(frame.bytes),
-                took: frame.compressing,
+                took: frame.worked,
             };
             self.learn(&whole, 0.25);
         }
@@ -302,11 +314,14 @@ impl Controller {
     /// The same, where pages are compressed otherwise.
     fn look_by_probe(&mut self, now: usize, frame: &Measured) -> bool {
         let Some(probe) = &mut self.probe else { return false };
-        if probe.all.bytes >= PROBE_UNSEEN * u64::from(frame.streams) {
+        let streams = frame.streams.max(1);
+        let bytes = probe.all.bytes / u64::from(streams);
+        let has_waited = probe.all.sending >= PROBE_WAITED * streams;
+        if bytes >= PROBE_UNSEEN_AT_MOST || bytes >= PROBE_UNSEEN && has_waited {
             probe.seen.add(frame);
         }
         probe.all.add(frame);
-        if !probe.seen.has_waited(PROBE) {
+        if !probe.seen.has_waited(PROBE.times(streams)) {
             return false;
         }
         let Probe { all, seen } = *probe;

@@ -13,7 +13,7 @@ pub struct Sampled {
     pub bytes: u64,
     /// What they became; no more than they were.
     pub packed: u64,
-    /// How long that took one thread.
+    /// The processor time that it took.
     pub took: Duration,
 }
 
@@ -44,8 +44,9 @@ pub(crate) struct Measured {
     pub(crate) sent: u64,
     /// How they were compressed, or were tried to be.
     pub(crate) method: Option<Method>,
-    /// How long compressing took.
+    /// How long compressing took, and what of it was processor time. The rest is the host's, and no matter of the way.
     pub(crate) compressing: Duration,
+    pub(crate) worked: Duration,
     /// How long the connection took them, and the wait for what the user's cap allows.
     pub(crate) sending: Duration,
     pub(crate) sampled: Option<Sampled>,

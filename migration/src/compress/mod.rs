@@ -11,7 +11,7 @@ mod packing;
 mod unpack;
 mod ways;
 
-pub(crate) use codec::{COMPRESSED_SUM_BYTES, Codecs, Compressor};
+pub(crate) use codec::{COMPRESSED_SUM_BYTES, Codecs, Compressor, Took};
 pub use codec::{Codec, Compression, Method, ParseCompressionError};
 pub(crate) use measure::Measured;
 pub use measure::Sampled;

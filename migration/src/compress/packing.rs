@@ -227,6 +227,7 @@ mod tests {
             sent,
             method,
             compressing: Duration::from_micros(1),
+            worked: Duration::from_micros(1),
             sending: Duration::from_micros(1),
             sampled: None,
             streams: 1,

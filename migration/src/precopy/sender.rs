@@ -4,9 +4,9 @@ use std::io::{self, IoSlice, Write};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use crate::compress::{Compressor, GuestIs, Measured, Packing};
+use crate::compress::{Compressor, GuestIs, Measured, Packing, Took};
 use crate::guest::{DirtyClearer, FRAME_SIZE, FrameRun, GuestError, GuestMemory};
 use crate::precopy::bandwidth::Bandwidth;
 use crate::precopy::feed::{Chunk, Feed, Pace, Standing};
@@ -116,7 +116,7 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
                 let packed = packed.map_err(SendError::Guest)?;
                 (packed.block.zip(Some(method.codec())), packed.took)
             }
-            None => (None, Duration::ZERO),
+            None => (None, Took::default()),
         };
         let runs = contents.table.iter().copied();
         let began = Instant::now();
@@ -132,7 +132,8 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
             bytes,
             sent: block.map_or(bytes, |(block, _)| block.len() as u64),
             method: plan.method,
-            compressing,
+            compressing: compressing.time,
+            worked: compressing.work,
             sending: began.elapsed(),
             sampled,
             streams: self.streams,

@@ -66,7 +66,7 @@ pub enum StopFault {
     None,
     /// Stopping takes so long.
     Slow(Duration),
-    /// Draining writes 200 pages, and each write to a socket takes so long until the guest runs again.
+    /// Draining writes 200 pages and what disks write, and each write to a socket takes so long until the guest runs again.
     SlowSends(Duration),
     /// Devices do not drain.
     Fails,
@@ -172,6 +172,8 @@ pub struct FakeSource {
     pub notes: Arc<Notes>,
     pub profile: String,
     pub stop_faults: VecDeque<StopFault>,
+    /// What disks write while they are drained, slowly.
+    pub written_by_disks: std::ops::Range<u64>,
     pub huge: Vec<FrameRun>,
     /// How often the disks say that they are not settled, for each switchover.
     pub settles_after: VecDeque<u32>,
@@ -214,6 +216,7 @@ impl FakeSource {
             notes,
             profile: "cpu: sse2".to_owned(),
             stop_faults: VecDeque::new(),
+            written_by_disks: 0..0,
             huge: Vec::new(),
             settles_after: VecDeque::new(),
             on_release: None,
@@ -382,8 +385,8 @@ impl SourceGuest for FakeSource {
             StopFault::None => {}
             StopFault::Slow(time) => thread::sleep(time),
             StopFault::SlowSends(time) => {
-                // As a device does whose requests are drained.
-                (100..300).for_each(|frame| {
+                // As devices do whose requests are drained.
+                (100..300).chain(self.written_by_disks.clone()).for_each(|frame| {
                     self.memory
                         .write(frame, 0xd1, || self.tracker.lock().unwrap().touch(frame))
                 });

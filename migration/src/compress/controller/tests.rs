@@ -53,6 +53,7 @@ impl World {
             sent: (bytes * left) as u64,
             method: plan.method,
             compressing,
+            worked: compressing,
             sending: sending.max(seconds(bytes * left, 4e9)),
             sampled: plan.sample.map(|method| {
                 let (speed, left) = self.of(method);
@@ -263,6 +264,7 @@ proptest! {
                 sent,
                 method,
                 compressing: Duration::from_nanos(compressing),
+                worked: Duration::from_nanos(compressing),
                 sending: Duration::from_nanos(sending),
                 sampled,
                 streams: 1,

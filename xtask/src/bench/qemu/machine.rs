@@ -123,8 +123,10 @@ fn inside(network: &Path, command: &Command) -> Command {
 
 /// QEMU with one vCPU, this kernel and nothing else.
 pub(in crate::bench) fn command(memory_mib: u64, kernel: &Path, cmdline: &str) -> Command {
-    let mut command = Command::new(PROGRAM);
+    // It ends with this process, however that ends.
+    let mut command = Command::new("setpriv");
     command
+        .args(["--pdeathsig", "KILL", PROGRAM])
         .args(["-M", "microvm,accel=kvm,acpi=off,rtc=off,pit=on"])
         .args(["-cpu", "host,-arch-capabilities"])
         .args([
