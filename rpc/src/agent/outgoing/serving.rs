@@ -64,11 +64,22 @@ impl Script {
         if !self.row.may_be_late() {
             return false;
         }
-        match order_until_answered(&self.instance, Command::ServePages(wire::ServePages {})).await {
-            Some(Ok(_)) | None => true,
-            Some(Err(reason)) => {
-                tracing::debug!(migration = %self.row.id, reason, "no page comes late");
-                false
+        loop {
+            let reason = match order_until_answered(&self.instance, Command::ServePages(wire::ServePages {})).await {
+                Some(Ok(_)) | None => return true,
+                Some(Err(reason)) => reason,
+            };
+            // One that was stopped right after GO may hear of this before it has seen its own sending end.
+            match order_until_answered(&self.instance, Command::Ping(wire::Ping {})).await {
+                Some(Ok(Body::Standing(standing))) if may_come_to_serve(&standing) => {
+                    tracing::info!(migration = %self.row.id, reason, "the VMM does not serve pages yet");
+                    tokio::time::sleep(PAUSES[0]).await;
+                }
+                Some(_) => {
+                    tracing::debug!(migration = %self.row.id, reason, "no page comes late");
+                    return false;
+                }
+                None => return true,
             }
         }
     }
@@ -291,6 +302,15 @@ impl Script {
     }
 }
 
+/// Whether a VMM that sent GO, and serves no pages, may have to. Its engine says whether any page comes late when it ends.
+fn may_come_to_serve(standing: &wire::Standing) -> bool {
+    match standing.machine.as_str() {
+        "sending" => true,
+        "parked" => standing.late.is_some(),
+        _ => false,
+    }
+}
+
 fn note_reply(info: &mut MigrationInfo, reply: &LateLinkReply) {
     info.late_pages = reply.late_pages.or(info.late_pages);
     info.late_missing = reply.ended.is_empty().then_some(0).or(info.late_missing);
@@ -343,5 +363,24 @@ fn departed(row: &MigrationRow, agent: &Agent) -> InstanceRow {
         reason: None,
         boot_id: agent.boot_id.clone(),
         restarts: Default::default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vmm_that_has_not_seen_its_sending_end_may_come_to_serve() {
+        let standing = |machine: &str, late: Option<wire::Late>| wire::Standing {
+            machine: machine.to_owned(),
+            late,
+            ..wire::Standing::default()
+        };
+        assert!(may_come_to_serve(&standing("sending", None)));
+        // It ended between the refusal and the question.
+        assert!(may_come_to_serve(&standing("parked", Some(wire::Late::default()))));
+        assert!(!may_come_to_serve(&standing("parked", None)));
+        assert!(!may_come_to_serve(&standing("running", Some(wire::Late::default()))));
     }
 }
