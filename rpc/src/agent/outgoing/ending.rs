@@ -57,13 +57,13 @@ impl Script {
         faults::reach(Site::RowDeparted, Moment::After).await;
         self.agent.instances.remove(self.row.instance);
         self.agent.remove_folder(self.row.instance);
-        self.outgoing.let_go.send_replace(true);
-        if self.row.said.as_deref() != Some(Decision::Running.as_str()) {
-            // A person said so, who may be wrong: what is on its disks is kept.
-            return Ok(());
+        // Where a person said so, who may be wrong, what is on its disks is kept.
+        if self.row.said.as_deref() == Some(Decision::Running.as_str()) {
+            // Their contents are the destination's now, and go on changing there.
+            storage::remove(&self.row.info.copied_disks, self.row.instance, self.agent.host());
         }
-        // Their contents are the destination's now, and go on changing there.
-        storage::remove(&self.row.info.copied_disks, self.row.instance, self.agent.host());
+        // Last: from here on the guest may come back, and bring its disks to the same paths.
+        self.outgoing.let_go.send_replace(true);
         Ok(())
     }
 

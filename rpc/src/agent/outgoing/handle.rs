@@ -152,10 +152,10 @@ impl OutgoingMigrations {
             .cloned()
     }
 
-    /// Whether a migration of this instance has a task.
+    /// Whether a migration of this instance has a task that has not let it go yet.
     pub(crate) fn has(&self, instance: Uuid) -> bool {
-        let mut all = self.lock().values().cloned().collect::<Vec<_>>().into_iter();
-        all.any(|outgoing| outgoing.instance == instance && !outgoing.has_let_go())
+        let holds = |outgoing: &Arc<Outgoing>| outgoing.instance == instance && !outgoing.has_let_go();
+        self.lock().values().any(holds)
     }
 
     /// How many there are, the queued ones among them.
