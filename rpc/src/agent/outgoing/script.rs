@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use ferry_migration::Compression;
 use ferry_migration::handover::{Ending, Epoch, SourceAgent, SourceEffect};
 use ferry_proto::agent::v1::{ImageChunk, PreLiveMigrationReply, PreLiveMigrationRequest};
 use ferry_proto::vmm::v1 as wire;
@@ -378,6 +379,7 @@ impl Script {
     /// The VMM begins to send; its news come to this task from now on.
     async fn send(&mut self, connections: Vec<OwnedFd>, copied_disks: Vec<u32>) -> Result<(), Stop> {
         let options = &self.row.options;
+        let compress = compression(&options.compress).unwrap_or_default();
         let send = wire::Send {
             migration: self.row.id.to_string(),
             epoch: self.row.epoch,
@@ -399,8 +401,9 @@ impl Script {
             resume_window_ms: self.row.options.resume_window_ms,
             carried: self.row.transport() == Transport::Grpc,
             // A request that says nothing of it wants none.
-            compress: compression(&options.compress).unwrap_or_default().to_string(),
-            one_host: self.agent.peers.named(&self.row.peer)?.is_on_this_host().await,
+            compress: compress.to_string(),
+            // Only `auto` goes by it: nobody else waits for a name to be looked up.
+            one_host: compress == Compression::Auto && self.agent.peers.named(&self.row.peer)?.is_on_this_host().await,
         };
         let (sender, news) = mpsc::unbounded_channel();
         let mut state = self.instance.state.lock().await;
