@@ -111,6 +111,8 @@ pub struct SourceAgent {
     epoch: Epoch,
     newest_attempt: u32,
     state: SourceState,
+    /// What D said, once that is final. A journal that does not take it has it taken again, and nobody is asked: B may be gone by then.
+    final_word: Option<Decision>,
 }
 
 impl SourceAgent {
@@ -121,6 +123,7 @@ impl SourceAgent {
             epoch,
             newest_attempt: 0,
             state: SourceState::Copying,
+            final_word: None,
         }
     }
 
@@ -133,6 +136,7 @@ impl SourceAgent {
             epoch,
             newest_attempt,
             state: SourceState::Copying,
+            final_word: None,
         };
         let effects = match (copy, attempt) {
             (Copy::Gone, 0) => agent.finish(Ending::Crashed),
@@ -161,9 +165,24 @@ impl SourceAgent {
                 epoch,
                 newest_attempt: attempt,
                 state,
+                final_word: Some(Decision::Source),
             },
             vec![SourceEffect::SendPermit(resumed)],
         )
+    }
+
+    /// After a restart, when the journal has what D said of this attempt and not, for SRC, that the guest resumes here: nobody is asked again. GO was sent, or the
+    /// VMM was gone, before D was asked for.
+    #[must_use]
+    pub fn recover_decided(epoch: Epoch, attempt: u32, copy: Copy, decision: Decision) -> (Self, Vec<SourceEffect>) {
+        let mut agent = Self {
+            epoch,
+            newest_attempt: attempt,
+            state: SourceState::Asking { attempt, copy },
+            final_word: None,
+        };
+        let effects = agent.decided(attempt, copy, decision);
+        (agent, effects)
     }
 
     /// Where it stands.
@@ -239,7 +258,10 @@ impl SourceAgent {
                 };
                 Vec::new()
             }
-            (Asking { attempt, .. }, SourceEvent::TimeToAsk) => vec![SourceEffect::AskDecision(attempt)],
+            (Asking { attempt, copy }, SourceEvent::TimeToAsk) => match self.final_word {
+                Some(decision) => self.decided(attempt, copy, decision),
+                None => vec![SourceEffect::AskDecision(attempt)],
+            },
             (Asking { attempt, copy, .. }, SourceEvent::Decided(decided, decision)) if decided == attempt => {
                 self.decided(attempt, copy, decision)
             }
@@ -300,8 +322,11 @@ impl SourceAgent {
     }
 
     fn decided(&mut self, attempt: u32, copy: Copy, decision: Decision) -> Vec<SourceEffect> {
-        // The state stays Asking until the last effect is carried out: if D cannot be journalled, A asks again.
+        // The state stays Asking until the last effect is carried out: what cannot be journalled is tried again.
         let said = SourceEffect::JournalDecision(attempt, decision);
+        if matches!(decision, Decision::Running | Decision::Source) {
+            self.final_word = Some(decision);
+        }
         match (decision, copy) {
             // B is at it: between its claim and RUNNING.
             (Decision::Open | Decision::Claimed, _) => vec![SourceEffect::AskAgain],

@@ -327,14 +327,13 @@ fn start(world: &mut World, config: &Config, write: Write) {
     } else {
         migration.armed
     };
-    let (mut core, mut effects) = match migration.resumed.filter(|_| copy == SourceCopy::Held) {
-        Some(resumed) => SourceAgent::recover_resuming(migration.epoch, armed, resumed),
-        None if config.is(Mutant::RestartingWithoutAsking) => SourceAgent::recover(migration.epoch, 0, copy),
-        None => SourceAgent::recover(migration.epoch, armed, copy),
+    let resumed = migration.resumed.filter(|_| copy == SourceCopy::Held);
+    let (core, effects) = match (resumed, migration.said) {
+        (Some(resumed), _) => SourceAgent::recover_resuming(migration.epoch, armed, resumed),
+        (None, _) if config.is(Mutant::RestartingWithoutAsking) => SourceAgent::recover(migration.epoch, 0, copy),
+        (None, Some(decision)) => SourceAgent::recover_decided(migration.epoch, armed, copy, decision),
+        (None, None) => SourceAgent::recover(migration.epoch, armed, copy),
     };
-    if migration.said == Some(Decision::Running) {
-        effects = core.step(SourceEvent::Decided(armed, Decision::Running));
-    }
     if let Some(agent) = &mut world.a.agent {
         (agent.core, agent.todo) = (Some(core), effects);
     }

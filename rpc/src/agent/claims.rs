@@ -43,16 +43,24 @@ impl AllocationRatios {
 }
 
 impl Claims {
-    fn and(self, spec: &InstanceSpec) -> Self {
+    /// What an instance claims while it claims anything.
+    pub(crate) fn of(spec: &InstanceSpec) -> Self {
         Self {
-            memory_bytes: self.memory_bytes.saturating_add(spec.memory_bytes),
-            vcpus: self.vcpus.saturating_add(spec.vcpus),
+            memory_bytes: spec.memory_bytes,
+            vcpus: spec.vcpus,
+        }
+    }
+
+    fn and(self, other: Self) -> Self {
+        Self {
+            memory_bytes: self.memory_bytes.saturating_add(other.memory_bytes),
+            vcpus: self.vcpus.saturating_add(other.vcpus),
         }
     }
 
     /// What an instance lacks beside what is claimed: all that is short, and how much of it is there.
     fn lacks(self, limit: Self, spec: &InstanceSpec, host: &str) -> Vec<Failure> {
-        let with = self.and(spec);
+        let with = self.and(Self::of(spec));
         let mut lacks = Vec::new();
         if with.memory_bytes > limit.memory_bytes {
             lacks.push(Failure::denied(
@@ -86,32 +94,37 @@ impl Agent {
     }
 
     /// What is claimed here, or promised to those that are being prepared.
-    pub(crate) async fn claimed(&self) -> Claims {
+    pub(crate) fn claimed(&self) -> Claims {
         let mut claims = Claims::default();
         let mut promises = self.reservations.promises();
         for instance in self.instances.all() {
             promises.retain(|promise| promise.instance != instance.id);
-            let state = instance.state.lock().await;
-            if !matches!(state.row.status, Status::Stopped | Status::Crashed) {
-                claims = claims.and(&state.row.spec);
+            // Nobody waits for an instance that is worked on: a start or the making of its machine takes seconds, and other hosts take one that does not
+            // answer for down. It is about to claim, or still does.
+            let is_off = instance
+                .state
+                .try_lock()
+                .is_ok_and(|state| matches!(state.row.status, Status::Stopped | Status::Crashed));
+            if !is_off {
+                claims = claims.and(instance.claim);
             }
         }
         promises
             .iter()
-            .fold(claims, |claims, promise| claims.and(&promise.spec))
+            .fold(claims, |claims, promise| claims.and(Claims::of(&promise.spec)))
     }
 
     /// Whether an instance that comes here may claim what it needs.
     ///
     /// # Errors
     /// Says what is short.
-    pub(crate) async fn check_claim(&self, spec: &InstanceSpec) -> Result<(), Failure> {
-        self.lacks(spec).await.into_iter().next().map_or(Ok(()), Err)
+    pub(crate) fn check_claim(&self, spec: &InstanceSpec) -> Result<(), Failure> {
+        self.lacks(spec).into_iter().next().map_or(Ok(()), Err)
     }
 
     /// All that is short for an instance that comes here.
-    pub(crate) async fn lacks(&self, spec: &InstanceSpec) -> Vec<Failure> {
-        self.claimed().await.lacks(self.claims_limit(), spec, self.host())
+    pub(crate) fn lacks(&self, spec: &InstanceSpec) -> Vec<Failure> {
+        self.claimed().lacks(self.claims_limit(), spec, self.host())
     }
 }
 
@@ -130,7 +143,7 @@ mod tests {
     #[test]
     fn what_is_short_is_said() {
         let limit = AllocationRatios::default().of(8 << 30, 1);
-        let claimed = Claims::default().and(&spec(10 << 30, 8));
+        let claimed = Claims::of(&spec(10 << 30, 8));
         let lacks = |spec: &InstanceSpec| -> Vec<_> {
             let lacks = claimed.lacks(limit, spec, "b");
             lacks.iter().filter_map(Failure::reason).collect()

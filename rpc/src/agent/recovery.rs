@@ -101,7 +101,8 @@ async fn find(agent: &Arc<Agent>, instance: &Arc<Instance>) {
         let ended = tokio::task::spawn_blocking(move || spawn::kill_listening(&socket)).await;
         tracing::debug!(instance = %instance.id, ?ended, "looked for a VMM that should not be there");
         if state.row.status == Status::Incoming {
-            agent.forget(&mut state).await;
+            // The log has why not; the next start finds it again.
+            let _ = agent.forget(&mut state).await;
         } else if state.row.restarts.due.is_some() {
             // Taken up once everything is found again.
             let _ = agent.due.send(instance.id);

@@ -35,14 +35,20 @@ impl Agent {
             what: format!("migration {id}"),
             moved_to: None,
         })?;
-        let Some(instance) = self.instances.by_id(row.instance) else {
+        let instance = self.instances.by_id(row.instance);
+        let is_kept = row.is_serving() && !row.over;
+        if instance.is_none() && !is_kept {
             return Err(self.not_here(&row.info.name).await);
-        };
+        }
         let subject = Subject::migration(row.instance, &row.info.name, id);
         let resolve = async {
             // Before the instance is locked: this takes as long as a silent host is waited for.
             let peer = self.contact(context, &row.peer).await;
             let said = (wish, request.confirm.as_str());
+            let Some(instance) = instance.filter(|_| !is_kept) else {
+                self.resolve_kept_pages(&row, said, peer, context).await?;
+                return Ok(self.journal.read(find).await?.unwrap_or_else(|| row.clone()).info);
+            };
             match row.role {
                 Role::Source => self.resolve_at_source(&instance, &row, said, peer, context).await?,
                 Role::Destination => {
@@ -97,6 +103,40 @@ impl Agent {
             .resolve(wish, context.clone())
             .await
             .unwrap_or_else(|| Err(decided()))
+    }
+
+    /// The guest has left, its memory is kept for it, and the host that it is on does not come back: nobody will ever say that it needs
+    /// no more pages.
+    async fn resolve_kept_pages(
+        &self,
+        row: &MigrationRow,
+        (wish, confirm): (Wish, &str),
+        peer: Peer,
+        context: &RequestContext,
+    ) -> Result<(), Failure> {
+        let refused = |why: String| Err(Failure::Refused(format!("migration {} is not resolved: {why}", row.id)));
+        let (name, host) = (&row.info.name, &row.peer);
+        if wish == Wish::RunHere {
+            return refused(format!(
+                "the guest has run on host {host}, what is kept here is a part of its memory of before that. --discard-here frees it"
+            ));
+        }
+        if peer == Peer::Answers {
+            return refused(format!(
+                "host {host} answers, and settles it by itself: wait for it, or stop its agent if it cannot"
+            ));
+        }
+        if confirm != name {
+            return refused(format!(
+                "--confirm says {confirm:?}, the instance is called {name:?}: nothing was done"
+            ));
+        }
+        let outgoing = self.outgoing.find(row.id);
+        let answer = match &outgoing {
+            Some(outgoing) => outgoing.resolve(wish, context.clone()).await,
+            None => None,
+        };
+        answer.unwrap_or_else(|| refused("it is over".to_owned()))
     }
 
     /// The guest came here and crashed, and its source does not say whether it has it again.

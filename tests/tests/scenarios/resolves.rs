@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use crate::gate::Gate;
 use crate::journal;
+use crate::postcopy::{BUSY, begin_with};
 use crate::scenario::{expect_a_lost_peer_and, has_nothing, on_kvm};
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -20,6 +21,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_guest_resolved_at_the_destination_boots_anew_and_the_source_destroys_its_copy,
         a_guest_resolved_on_both_hosts_is_told_as_such_until_one_of_them_is_deleted,
         an_instance_that_came_stopped_is_stopped_again_once_its_silent_source_answers,
+        a_source_that_has_heard_the_decision_goes_on_without_the_destination,
+        memory_that_is_kept_for_a_host_that_is_gone_is_freed_by_a_word,
     ]
 }
 
@@ -193,6 +196,82 @@ fn an_instance_that_came_stopped_is_stopped_again_once_its_silent_source_answers
     pair.b.ferry(&start)?.exit(0)?;
     Witness::of(&[&pair.b]).wait_ready()?;
     pair.exists_only_at(&pair.b, "g")
+}
+
+fn a_source_that_has_heard_the_decision_goes_on_without_the_destination(pair: &mut Pair) -> Result<()> {
+    expect_a_lost_peer_and(
+        pair,
+        &["--fault-gate", "source", "transport", "VMM", "stream", "indeterminate"],
+    );
+    let folder = pair.folder().join("gate-of-b");
+    std::fs::create_dir(&folder)?;
+    let (at_a, at_b) = (Gate::open(pair.folder())?, Gate::open(&folder)?);
+    for (host, gate) in [(&mut pair.a, &at_a), (&mut pair.b, &at_b)] {
+        let flag = ["--fault-gate".to_owned(), gate.socket().display().to_string()];
+        host.arguments.extend(flag);
+        host.terminate()?;
+        host.start()?;
+    }
+    let witness = pair.run(&Guest::new("g"))?;
+    at_b.hold(Moment::Before, Site::JournalClaimed);
+    at_a.hold(Moment::Before, Site::JournalResumed);
+    pair.a.ferry(&["migrate", "g", "--to", "b", "--detach"])?.exit(0)?;
+    ensure!(at_b.wait_held(MOVE), "agent b does not come to its claim");
+    process::signal(pair.b.vmm()?, Signal::KILL)?;
+    at_b.say(Word::Go);
+    ensure!(at_a.wait_held(MOVE), "agent a does not hear that the guest is to go on");
+    pair.a.kill();
+    pair.b.kill();
+
+    at_a.say(Word::Go);
+    pair.a.start()?;
+
+    until("the guest goes on at a", MOVE, || {
+        Ok((pair.a.show("g")?["epoch"] == 3).then_some(()))
+    })?;
+    pair.a.wait_for_status("g", "running")?;
+    witness.wait_for_beats_at("a", 5)?;
+    pair.b.start()?;
+    has_nothing(&pair.b)?;
+    pair.runs_only_at(&pair.a, "g", &witness)
+}
+
+fn memory_that_is_kept_for_a_host_that_is_gone_is_freed_by_a_word(pair: &mut Pair) -> Result<()> {
+    let further = [
+        "the host went down",
+        "crashed",
+        "resolved by its user",
+        "VMM",
+        "source",
+        "stream",
+        "lost",
+    ];
+    expect_a_lost_peer_and(pair, &further);
+    pair.run(&Guest::new("g").work(BUSY))?;
+    let underway = begin_with(pair, &[])?;
+    let id = underway.id.as_str();
+    let resolve = |wish: &'static str, name: &'static str| ["migration", "resolve", id, wish, "--confirm", name];
+    let answers = pair.a.ferry(&resolve("--discard-here", "g"))?;
+    answers.exit(4)?.says("answers")?;
+    lose_b(pair)?;
+
+    pair.a
+        .ferry(&resolve("--run-here", "g"))?
+        .exit(4)?
+        .says("--discard-here frees it")?;
+    let other = pair.a.ferry(&resolve("--discard-here", "another"))?;
+    other.exit(4)?.says("nothing was done")?;
+    ensure!(pair.a.vmms().len() == 1, "its memory is kept");
+    let resolved = pair.a.ferry(&resolve("--discard-here", "g"))?;
+    resolved.exit(0)?.migration()?.is("error", "b")?;
+
+    has_nothing(&pair.a)?;
+    ensure!(journal::of(&pair.a)?.audited("resolve", "discard-here")? == 1);
+    underway.call.wait()?.migration()?.is("error", "b")?;
+    b_is_back(pair)?;
+    pair.b.wait_for_status("g", "crashed")?;
+    pair.b.ferry(&["delete", "g"])?.exit(0)?;
+    has_nothing(&pair.b)
 }
 
 /// A guest that has moved to B, of which A does not hear: when it has begun to move, B's way to A is cut.

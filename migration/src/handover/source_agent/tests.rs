@@ -200,3 +200,53 @@ fn a_decision_that_cannot_be_journalled_destroys_nothing() {
     );
     assert!(matches!(agent.state(), SourceState::Asking { .. }));
 }
+
+#[test]
+fn what_d_said_is_tried_again_and_not_asked_again() {
+    let mut agent = asking();
+    let resuming = agent.step(SourceEvent::Decided(1, Decision::Source));
+    agent.step(SourceEvent::JournalFailed);
+    assert_eq!(agent.step(SourceEvent::TimeToAsk), resuming, "B may be gone by now");
+    assert!(matches!(agent.state(), SourceState::Resuming { .. }));
+
+    let mut agent = asking();
+    let arrived = agent.step(SourceEvent::Decided(1, Decision::Running));
+    agent.step(SourceEvent::JournalFailed);
+    assert_eq!(agent.step(SourceEvent::TimeToAsk), arrived);
+
+    let mut agent = asking();
+    agent.step(SourceEvent::Decided(1, Decision::Source));
+    agent.step(SourceEvent::JournalFailed);
+    agent.step(SourceEvent::VmmGone);
+    assert!(
+        agent
+            .step(SourceEvent::TimeToAsk)
+            .contains(&SourceEffect::Finish(Ending::Crashed)),
+        "its copy is gone meanwhile"
+    );
+}
+
+#[test]
+fn a_restarted_agent_that_knows_what_d_said_asks_nobody() {
+    let (mut agent, effects) = SourceAgent::recover_decided(Epoch(4), 1, Copy::Held, Decision::Source);
+    assert_eq!(
+        effects,
+        [
+            SourceEffect::JournalDecision(1, Decision::Source),
+            SourceEffect::JournalResumed(Epoch(6)),
+            SourceEffect::SendPermit(Epoch(6))
+        ]
+    );
+    assert_eq!(agent.step(SourceEvent::Resumed), [SourceEffect::Finish(Ending::Stayed)]);
+
+    let (_, effects) = SourceAgent::recover_decided(Epoch(4), 1, Copy::Gone, Decision::Source);
+    assert_eq!(
+        effects,
+        [
+            SourceEffect::JournalDecision(1, Decision::Source),
+            SourceEffect::Finish(Ending::Crashed)
+        ]
+    );
+    let (_, effects) = SourceAgent::recover_decided(Epoch(4), 1, Copy::Held, Decision::Running);
+    assert!(effects.contains(&SourceEffect::DestroyCopy));
+}

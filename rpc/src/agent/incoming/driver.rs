@@ -375,7 +375,7 @@ impl Driver {
     pub(super) async fn forget(&self) -> bool {
         let mut state = self.instance.state.lock().await;
         state.news = None;
-        self.agent.forget(&mut state).await
+        self.agent.forget(&mut state).await.is_ok()
     }
 }
 

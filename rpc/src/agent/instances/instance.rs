@@ -16,6 +16,7 @@ use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use super::restarting::policy_of;
+use crate::agent::claims::Claims;
 use crate::agent::config::AgentConfig;
 use crate::agent::failure::Failure;
 use crate::agent::images;
@@ -48,7 +49,7 @@ pub(crate) struct Agent {
     pub(crate) probes: Probes,
     /// The migrations out of here that wait for their turn.
     pub(crate) queue: Queue,
-    /// Instances whose next start is in the journal, to whoever starts them.
+    /// Instances whose next start is in the journal, or whose end is still to be written there, to whoever sees to that.
     pub(crate) due: UnboundedSender<Uuid>,
 }
 
@@ -120,6 +121,8 @@ pub(crate) struct Instance {
     pub(crate) id: Uuid,
     /// Its name never changes: it is found by that without waiting for what is done to it, or to another.
     pub(crate) name: String,
+    /// What it claims of the host while it claims anything; that never changes either.
+    pub(crate) claim: Claims,
     pub(crate) state: tokio::sync::Mutex<InstanceState>,
     /// Whose turn it is to have its guest sampled.
     pub(crate) sampling: Arc<tokio::sync::Mutex<()>>,
@@ -135,6 +138,7 @@ impl Instance {
         Self {
             id: row.id,
             name: row.spec.name.clone(),
+            claim: Claims::of(&row.spec),
             sampling: Arc::default(),
             state: tokio::sync::Mutex::new(InstanceState {
                 row,
@@ -146,6 +150,7 @@ impl Instance {
                 arrival: None,
                 origin: Origin::Settled,
                 doubted: None,
+                is_unwritten: false,
             }),
         }
     }
@@ -169,6 +174,8 @@ pub(crate) struct InstanceState {
     pub(crate) origin: Origin,
     /// What it was, and why, before it was indeterminate here for that source's silence.
     pub(crate) doubted: Option<(Status, Option<String>)>,
+    /// How it ended is not in the journal, which did not take it: an agent that restarted would call it crashed, and start it again.
+    pub(crate) is_unwritten: bool,
 }
 
 impl InstanceState {

@@ -77,7 +77,8 @@ impl Agent {
         drop(reserved);
         let mut state = instance.state.lock().await;
         if let Err(failure) = self.start(&instance, &mut state, Occasion::Run, Epoch::FIRST.0).await {
-            self.forget(&mut state).await;
+            // The log has why not.
+            let _ = self.forget(&mut state).await;
             return Err(failure);
         }
         Ok(state.info(self.host()))
@@ -379,20 +380,21 @@ impl Agent {
         Ok(state.info(self.host()))
     }
 
-    /// Removes row, folder and entry of an instance that has no process. False if the row could not be removed: then nothing was.
-    pub(crate) async fn forget(&self, state: &mut InstanceState) -> bool {
+    /// Removes row, folder and entry of an instance that has no process.
+    ///
+    /// # Errors
+    /// The row could not be removed: then nothing was.
+    pub(crate) async fn forget(&self, state: &mut InstanceState) -> Result<(), Failure> {
         let id = state.row.id;
-        if let Err(error) = self
-            .journal
+        self.journal
             .write(move |transaction| InstanceRow::delete(transaction, id))
             .await
-        {
-            tracing::error!(instance = %id, %error, "failed to remove an instance from the journal");
-            return false;
-        }
+            .inspect_err(
+                |error| tracing::error!(instance = %id, %error, "failed to remove an instance from the journal"),
+            )?;
         self.instances.remove(id);
         self.remove_folder(id);
-        true
+        Ok(())
     }
 
     pub(super) fn expect_status(&self, state: &InstanceState, wanted: Status) -> Result<(), Failure> {

@@ -66,6 +66,12 @@ pub(super) fn plan(row: &mut InstanceRow, ended: Ended, now_ms: i64) {
     row.reason = Some(format!("{reason}{STARTED_AGAIN}{when}"));
 }
 
+/// How long until a start is due. No pause is longer than the longest, so what seems later is due: the clock was set back since.
+fn until(due_ms: i64, now_ms: i64) -> Duration {
+    let left = Duration::from_millis(u64::try_from(due_ms.saturating_sub(now_ms)).unwrap_or(0));
+    if left > BackOff::LONGEST { Duration::ZERO } else { left }
+}
+
 /// What may be said and done about an instance that is to be started.
 pub(super) enum Clearance {
     /// It may be started under this epoch.
@@ -135,14 +141,20 @@ impl Agent {
         state.row.reason = Some(reason);
     }
 
-    /// Waits until the start of an instance is due and starts it, unless somebody else comes first.
+    /// Waits until the start of an instance is due and starts it, unless somebody else comes first. How it ended is in the journal before that.
     async fn look_after_restart(self: Arc<Self>, id: Uuid) {
         let mut ask_again = ASK_AGAIN[0];
         while let Some(instance) = self.instances.by_id(id) {
-            let Some(due) = instance.state.lock().await.row.restarts.due else {
-                return;
-            };
-            let left = Duration::from_millis(u64::try_from(due.saturating_sub(now_ms())).unwrap_or(0));
+            let mut state = instance.state.lock().await;
+            if self.write_end(&mut state).await.is_err() {
+                drop(state);
+                tokio::time::sleep(ask_again).await;
+                ask_again = ASK_AGAIN[1].min(2 * ask_again);
+                continue;
+            }
+            let Some(due) = state.row.restarts.due else { return };
+            drop(state);
+            let left = until(due, now_ms());
             if !left.is_zero() {
                 tokio::time::sleep(left.min(LOOK_AGAIN)).await;
                 continue;
@@ -213,12 +225,13 @@ impl Agent {
     /// Its user wants it to stay as it is.
     pub(super) async fn cancel_restart(&self, state: &mut InstanceState) -> Result<(), Failure> {
         if state.row.restarts.due.take().is_none() {
-            return Ok(());
+            return self.write_end(state).await;
         }
         let reason = state.row.reason.take().unwrap_or_default();
         let why = reason.split(STARTED_AGAIN).next().unwrap_or_default();
         state.row.reason = Some(format!("{why}; its user does not want it started again"));
-        self.save(&state.row).await
+        state.is_unwritten = true;
+        self.write_end(state).await
     }
 }
 
@@ -269,6 +282,15 @@ mod tests {
         assert_eq!(crashed.restarts.due, Some(5_008_000));
         let reason = crashed.reason.unwrap();
         assert!(reason.contains("in 8s, start 5 in a row"), "{reason}");
+    }
+
+    #[test]
+    fn a_clock_that_is_set_back_does_not_put_a_start_off() {
+        let due = 5_008_000;
+        assert_eq!(until(due, 5_000_000), Duration::from_secs(8));
+        assert_eq!(until(due, 6_000_000), Duration::ZERO);
+        let days = 3 * 24 * 3_600_000;
+        assert_eq!(until(due, due - days), Duration::ZERO);
     }
 
     #[test]

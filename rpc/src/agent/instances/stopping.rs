@@ -149,7 +149,7 @@ impl Agent {
     /// Pulls the plug. Aborts a migration before GO; after GO it waits for the decision.
     ///
     /// # Errors
-    /// It runs on, or the migration is not decided within `patience`.
+    /// It runs on; the migration is not decided within `patience`; or the journal does not take that it stopped, which it has: it is tried again.
     pub(crate) async fn stop_by_force(&self, name: &str, patience: Duration) -> Result<InstanceInfo, Failure> {
         let instance = self.instance(name).await?;
         self.end_migration(&instance, patience).await?;
@@ -170,6 +170,9 @@ impl Agent {
     }
 
     /// Removes an instance and all that belongs to it.
+    ///
+    /// # Errors
+    /// It is not one to be deleted now; its VMM does not die; or the journal does not take it: it is stopped then, and still there.
     pub(crate) async fn delete_instance(&self, name: &str, force: bool) -> Result<Uuid, Failure> {
         let instance = self.instance(name).await?;
         if force {
@@ -193,7 +196,7 @@ impl Agent {
             }
             _ => self.pull_plug(&mut state).await?,
         }
-        self.forget(&mut state).await;
+        self.forget(&mut state).await?;
         Ok(instance.id)
     }
 
@@ -203,7 +206,8 @@ impl Agent {
             let undead = std::io::Error::other("its process does not die, the agent's log says more");
             return Err(Failure::host("failed to end the VMM")(undead));
         }
-        Ok(())
+        // Whoever is told that it is stopped counts on that after a restart of this agent, too.
+        self.write_end(state).await
     }
 
     /// Aborts the migration of an instance, or waits until it is decided.

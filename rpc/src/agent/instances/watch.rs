@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use super::instance::{Agent, Instance, InstanceState, VmmNews};
 use super::restarting;
+use crate::agent::failure::Failure;
 use crate::agent::journal::Status;
 use crate::agent::outgoing::now_ms;
 use crate::agent::spawn;
@@ -146,14 +147,28 @@ impl Agent {
         };
         state.row.reason = Some(reason);
         restarting::plan(&mut state.row, ended, now_ms());
-        if let Err(error) = self.save(&state.row).await {
-            tracing::error!(instance = %state.row.id, error = error.chain(), "failed to journal how the instance ended");
+        state.is_unwritten = true;
+        if let Err(error) = self.write_end(state).await {
+            tracing::error!(instance = %state.row.id, error = error.chain(), "failed to journal how the instance ended: it is tried again");
         }
-        if state.row.restarts.due.is_some() {
+        if state.row.restarts.due.is_some() || state.is_unwritten {
             // Whoever starts instances lives as long as the agent.
             let _ = self.due.send(state.row.id);
         }
         spawn::remove_cgroup(&state.row.id.to_string());
+    }
+
+    /// Writes how the instance ended, where the journal did not take it before.
+    ///
+    /// # Errors
+    /// The journal's: it is not known to an agent that restarts.
+    pub(super) async fn write_end(&self, state: &mut InstanceState) -> Result<(), Failure> {
+        // A doubt is not for the journal.
+        if state.is_unwritten && state.doubted.is_none() {
+            self.save(&state.row).await?;
+            state.is_unwritten = false;
+        }
+        Ok(())
     }
 }
 

@@ -419,13 +419,13 @@ pub(crate) async fn recover(agent: &Arc<Agent>, mut row: MigrationRow, instance:
         } else {
             tracing::info!(instance = %instance.id, "the VMM of a migrating instance is gone");
         }
-        let (mut core, mut effects) = match resumed.filter(|_| copy == SourceCopy::Held) {
-            Some(resumed) => SourceAgent::recover_resuming(epoch, armed, Epoch(resumed)),
-            None => SourceAgent::recover(epoch, armed, copy),
+        let decided = said.as_deref().and_then(Decision::parse);
+        let (mut core, mut effects) = match (resumed.filter(|_| copy == SourceCopy::Held), decided) {
+            (Some(resumed), _) => SourceAgent::recover_resuming(epoch, armed, Epoch(resumed)),
+            (None, Some(decision)) => SourceAgent::recover_decided(epoch, armed, copy, decision),
+            (None, None) => SourceAgent::recover(epoch, armed, copy),
         };
-        if said.as_deref() == Some(Decision::Running.as_str()) {
-            effects = core.step(SourceEvent::Decided(armed, Decision::Running));
-        } else if said.as_deref() == Some(Wish::DiscardHere.as_str()) {
+        if said.as_deref() == Some(Wish::DiscardHere.as_str()) {
             // GO was sent: nobody is asked any more what became of the grant.
             (core, _) = SourceAgent::recover(epoch, armed, SourceCopy::Gone);
             effects = core.step(SourceEvent::Resolved(Wish::DiscardHere));

@@ -12,7 +12,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use ferry_migration::handover::{Decision, Ending, RestartPolicy};
+use ferry_migration::handover::{Decision, Ending, RestartPolicy, Wish};
 use ferry_migration::postcopy::URGENT_STREAMS;
 use ferry_proto::agent::v1::{InstanceSpec, LateLinkReply, LateLinkRequest, MigrationInfo};
 use ferry_proto::vmm::v1 as wire;
@@ -21,6 +21,8 @@ use ferry_proto::vmm::v1::report::Report as Body;
 use tokio::sync::mpsc;
 
 use super::calls::order_until_answered;
+use super::ending::note_resolved;
+use super::handle::Resolving;
 use super::script::Script;
 use super::switchover::next;
 use crate::agent::backends::storage;
@@ -55,6 +57,8 @@ enum End {
     NotNeeded(Option<Box<LateLinkReply>>),
     /// The pages are lost, and with them the guest.
     Lost(String),
+    /// A person said that nobody will ever need them: the destination does not come back.
+    Discarded,
 }
 
 impl Script {
@@ -109,13 +113,14 @@ impl Script {
 
     /// Looks after the page source until it is not needed any more, and frees it.
     pub(super) async fn serve_pages(&mut self) {
-        let end = match self.until_not_needed().await {
-            End::Lost(reason) => self.tell_lost(reason).await,
-            end => end,
-        };
+        let end = self.until_over().await;
         self.free().await;
+        if matches!(end, End::Discarded) {
+            return;
+        }
         self.arrived();
         match end {
+            End::Discarded => {}
             End::NotNeeded(reply) => reply.iter().for_each(|reply| note_reply(&mut self.row.info, reply)),
             End::Lost(reason) => {
                 tracing::error!(migration = %self.row.id, reason, "a guest is lost with the pages that it lacked");
@@ -124,6 +129,53 @@ impl Script {
                 self.row.info.error = Some(format!("on host {}: {reason}", self.row.peer));
             }
         }
+    }
+
+    /// Serves until that ends by itself or by a person's word, which is journalled before anything is freed.
+    async fn until_over(&mut self) -> End {
+        if self.row.said.as_deref() == Some(Wish::DiscardHere.as_str()) {
+            return End::Discarded;
+        }
+        let mut asked = self.asked_to_resolve.take();
+        loop {
+            let resolving = tokio::select! {
+                end = self.until_not_needed_or_lost() => return end,
+                Some(resolving) = next(&mut asked) => resolving,
+            };
+            match self.journal_discarded(&resolving).await {
+                Ok(()) => {
+                    self.resolving = Some(resolving);
+                    return End::Discarded;
+                }
+                Err(failure) => resolving.answer(Err(failure)),
+            }
+        }
+    }
+
+    async fn until_not_needed_or_lost(&mut self) -> End {
+        match self.until_not_needed().await {
+            End::Lost(reason) => self.tell_lost(reason).await,
+            end => end,
+        }
+    }
+
+    async fn journal_discarded(&mut self, resolving: &Resolving) -> Result<(), Failure> {
+        let mut row = self.row.clone();
+        note_resolved(&mut row, self.agent.host(), resolving.wish);
+        let audit = resolving
+            .context
+            .did("resolve", &row.instance.to_string(), resolving.wish.as_str());
+        let saved = row.clone();
+        self.agent
+            .journal
+            .write(move |transaction| {
+                saved.save(transaction)?;
+                audit.add(transaction)
+            })
+            .await?;
+        self.row = row;
+        self.show();
+        Ok(())
     }
 
     async fn until_not_needed(&mut self) -> End {
@@ -154,9 +206,6 @@ impl Script {
                         said = Some(late);
                     },
                     Some(VmmNews::Standing(standing)) => said = standing.late,
-                },
-                Some(resolving) = next(&mut self.asked_to_resolve) => {
-                    resolving.answer(Err(Failure::Refused(format!("its guest runs on host {}", self.row.peer))));
                 },
             }
         }

@@ -212,7 +212,8 @@ impl Agent {
         {
             tracing::error!(instance = %state.row.id, %error, "the VMM does not die");
         }
-        self.forget(state).await;
+        // The log has why not.
+        let _ = self.forget(state).await;
     }
 }
 
