@@ -22,6 +22,7 @@ use super::context::RequestContext;
 use super::failure::Failure;
 use super::instances::Agent;
 use super::mode::{Mode, PAUSE, POSTCOPY};
+use super::peer_journal::{check_answer, on_the_wire};
 use super::peers::{CALL_TIME, Call, ComputeClient, PREPARE_TIME, Peer, PeerError};
 use super::reason::Reason;
 use super::transport::Transport;
@@ -262,19 +263,26 @@ impl ComputeRpcApi {
         }
     }
 
-    /// Whether the destination still needs pages that come late, and how they get there.
+    /// Whether the destination still needs pages that come late, and how they get there: as the agent with this journal says, if it is
+    /// known.
     ///
     /// # Errors
-    /// It does not answer.
-    pub(crate) async fn late_link(&self, request: LateLinkRequest) -> Result<LateLinkReply, Failure> {
+    /// It does not answer, or another one does.
+    pub(crate) async fn late_link(
+        &self,
+        mut request: LateLinkRequest,
+        journal: Option<Uuid>,
+    ) -> Result<LateLinkReply, Failure> {
+        request.journal = on_the_wire(journal);
         match &self.to {
             To::Here(agent) => agent.late_link(request).await,
             To::There(peer) => {
-                self.call(peer, CALL_TIME, |mut client, version| {
+                let reply = self.call(peer, CALL_TIME, |mut client, version| {
                     let request = at(version, request.clone());
                     async move { client.late_link(request).await }
-                })
-                .await
+                });
+                let reply = reply.await?;
+                check_answer(peer, journal, &reply.journal).map(|()| reply)
             }
         }
     }

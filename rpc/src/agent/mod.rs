@@ -43,6 +43,7 @@ mod instances;
 mod journal;
 mod mode;
 mod outgoing;
+mod peer_journal;
 mod peers;
 mod prediction;
 mod reason;

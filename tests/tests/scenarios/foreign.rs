@@ -93,6 +93,7 @@ fn a_peers_record_of_another_epoch_is_refused_and_decides_nothing(pair: &mut Pai
         attempt: 1,
         epoch,
         source: source.to_owned(),
+        journal: String::new(),
     };
     let another = "5f0c6a52-6d0e-4b8f-9a8b-0a7d3c1e2f40";
     let wrong = [

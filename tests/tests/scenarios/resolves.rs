@@ -1,5 +1,7 @@
 //! Nobody knows who has the guest, and a person says so; and whoever comes back later learns of it.
 
+use std::mem;
+
 use anyhow::{Context, Result, ensure};
 use ferry_rpc::faults::{Moment, Site, Word};
 use ferry_tests::{Guest, Pair, Relay, Tampering, Witness, process, until, waiting::CALL, waiting::MOVE};
@@ -20,6 +22,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_guest_resolved_at_the_destination_boots_anew_and_the_source_destroys_its_copy,
         a_guest_resolved_on_both_hosts_is_told_as_such_until_one_of_them_is_deleted,
         an_instance_that_came_stopped_is_stopped_again_once_its_silent_source_answers,
+        an_agent_with_another_journal_at_the_destinations_url_decides_nothing,
+        an_agent_with_another_journal_at_the_sources_url_acknowledges_nothing,
     ]
 }
 
@@ -192,6 +196,53 @@ fn an_instance_that_came_stopped_is_stopped_again_once_its_silent_source_answers
     has_nothing(&pair.a)?;
     pair.b.ferry(&start)?.exit(0)?;
     Witness::of(&[&pair.b]).wait_ready()?;
+    pair.exists_only_at(&pair.b, "g")
+}
+
+fn an_agent_with_another_journal_at_the_destinations_url_decides_nothing(pair: &mut Pair) -> Result<()> {
+    let (witness, id) = arrive_unheard(pair)?;
+    pair.expect_complaint("this decides nothing");
+    pair.b.kill();
+    let of_another = pair.folder().join("b-again");
+    let own = mem::replace(&mut pair.b.data_dir, of_another);
+    b_is_back(pair)?;
+
+    until("a says who answers", CALL, || {
+        let record = pair.a.ferry(&["migration", "show", &id])?.exit(0)?.json()?;
+        let error = record["error"].as_str().unwrap_or_default();
+        Ok(error.contains("another journal answers").then_some(()))
+    })?;
+    pair.a.wait_for_indeterminate("g")?;
+    let shown = pair.a.show("g")?;
+    ensure!(shown["fault"]["reason"] == "JOURNAL_IS_OTHER", "{shown}");
+    ensure!(journal::of(&pair.b)?.rows("decisions")?.is_empty(), "it decided");
+
+    pair.b.terminate()?;
+    pair.b.data_dir = own;
+    pair.b.start()?;
+    let record = pair.wait_over(&id)?.is("completed", "b")?;
+    ensure!(record.record["error"].is_null(), "{}", record.record);
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn an_agent_with_another_journal_at_the_sources_url_acknowledges_nothing(pair: &mut Pair) -> Result<()> {
+    let (witness, _) = arrive_unheard(pair)?;
+    lose_both(pair)?;
+    let of_another = pair.folder().join("a-again");
+    let own = mem::replace(&mut pair.a.data_dir, of_another);
+    pair.a.start()?;
+
+    b_is_back(pair)?;
+
+    pair.b.wait_for_indeterminate("g")?;
+    pair.b.ferry(&["start", "g"])?.exit(4)?;
+    ensure!(pair.b.vmms().is_empty());
+    pair.a.terminate()?;
+    pair.a.data_dir = own;
+    pair.a.start()?;
+    witness.wait_ready_times(2)?;
+    pair.b.wait_for_status("g", "running")?;
+    has_nothing(&pair.a)?;
     pair.exists_only_at(&pair.b, "g")
 }
 

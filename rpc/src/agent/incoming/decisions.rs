@@ -14,6 +14,7 @@ use crate::agent::events::end_of_migration;
 use crate::agent::instances::VmmNews;
 use crate::agent::journal::{Arrival, DecisionRow, EventEnd, InstanceRow, JournalError};
 use crate::agent::outgoing::{note_completed, now_ms};
+use crate::agent::peer_journal::on_the_wire;
 use crate::agent::peers::{CALL_TIME, Call, ComputeClient};
 use crate::faults::{self, Moment, Site};
 use crate::vmm_process::ms;
@@ -128,6 +129,7 @@ impl Driver {
             part: self.part.to_wire(),
             reason: self.reason.clone().unwrap_or_default(),
             destination: self.agent.host().to_owned(),
+            journal: on_the_wire(self.row.peer_journal),
         };
         if decision == Decision::Running {
             return self.agent.settle(&self.incoming.context, self.arrival(attempt), post);

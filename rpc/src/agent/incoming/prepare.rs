@@ -27,6 +27,7 @@ use crate::agent::instances::Agent;
 use crate::agent::journal::{InstanceRow, MigrationRow, Role, Status};
 use crate::agent::mode::Mode;
 use crate::agent::outgoing::{MOST_RESUME_WINDOW_MS, MOST_STREAMS, late_streams, now_ms, now_text};
+use crate::agent::peer_journal::journal_of;
 use crate::agent::reason::Reason;
 use crate::agent::steps::DestinationStep;
 use crate::agent::transport::Transport;
@@ -52,6 +53,8 @@ struct Guest {
     /// Numbers of the disks whose contents come along.
     copied_disks: Vec<u32>,
     resume_window_ms: u64,
+    /// Of the source.
+    journal: Option<Uuid>,
 }
 
 impl Guest {
@@ -113,6 +116,7 @@ impl Guest {
             disk_sizes: request.disk_sizes,
             copied_disks: Vec::new(),
             resume_window_ms: request.resume_window_ms.min(MOST_RESUME_WINDOW_MS),
+            journal: journal_of(&request.journal)?,
         })
     }
 }
@@ -162,6 +166,7 @@ impl Agent {
             secret: Vec::new(),
             destination: self.host().to_owned(),
             copied_disks: Vec::new(),
+            journal: self.journal.id().to_string(),
         };
         if let Some(incoming) = self.incoming.find(guest.migration) {
             reply.secret = incoming.secret.to_vec();
@@ -301,6 +306,7 @@ impl Agent {
             },
             info: first_info(&guest, self.host()),
             began: now_ms(),
+            peer_journal: guest.journal,
         };
         let folder = self.make_folder(guest.instance)?;
         let prepared = self.take_images(&guest.spec, &folder);

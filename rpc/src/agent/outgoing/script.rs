@@ -29,6 +29,7 @@ use crate::agent::images;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{InstanceRow, MigrationRow, Status};
 use crate::agent::mode::{Mode, PAUSE, POSTCOPY};
+use crate::agent::peer_journal::journal_of;
 use crate::agent::peers::{Call, ComputeClient, PREPARE_TIME, Peer, PeerError};
 use crate::agent::reason::Reason;
 use crate::agent::steps::{Journalled, SourceStep};
@@ -102,6 +103,8 @@ pub(super) struct Script {
     pub(super) guest_ended: Option<wire::GuestEnded>,
     /// The guest is the destination's, and needs pages of the memory that is kept here.
     pub(super) serving: bool,
+    /// Whoever answered in the destination's place had another journal; why the record has an error.
+    pub(super) another_answers: bool,
     /// What the destination said no with before anything was sent.
     pub(super) refusal: Mutex<Option<Failure>>,
     /// Telling agent B that it is over; true once it has answered.
@@ -147,6 +150,7 @@ impl Script {
             go: None,
             guest_ended: None,
             serving: false,
+            another_answers: false,
             refusal: Mutex::new(None),
             rollback: None,
             reported: Instant::now(),
@@ -225,10 +229,9 @@ impl Script {
         let copied = prepared.copied_disks;
         self.row.info.copied_disks = self.paths_of(&copied).await?;
         self.row.info.streams = streams.into();
-        if !copied.is_empty() {
-            // Before anything of it happens: an agent that restarts must know what becomes superfluous here.
-            self.save().await?;
-        }
+        self.row.peer_journal = journal_of(&prepared.journal).map_err(Failure::from)?;
+        // Before anything of it happens: an agent that restarts must know what becomes superfluous here, and which journal D is in.
+        self.save().await?;
         self.enter(SourceStep::Copy).await?;
         self.send(connections, copied).await?;
         // The VMM copies meanwhile. Should this fail it goes on all the same: a restarted agent believes the VMM's word.
@@ -296,6 +299,7 @@ impl Script {
             transport: self.row.options.transport.clone(),
             guest_was: self.row.info.guest_was.clone(),
             resume_window_ms: self.row.options.resume_window_ms,
+            journal: self.agent.journal.id().to_string(),
         };
         let compute = self.agent.compute_rpcapi(&self.outgoing.context, &peer.host)?;
         // Another migration may take an image between our sending it and our asking again.

@@ -165,6 +165,7 @@ mod tests {
                 ..MigrationInfo::default()
             },
             began: 0,
+            peer_journal: None,
         }
     }
 
