@@ -308,6 +308,8 @@ impl Script {
                 Ok(reply) => reply,
                 Err(failure) => return Err(self.refused(failure)),
             };
+            // Before an image goes there. What it prepared is undone where it was asked for.
+            check_who_prepares(peer, &reply.destination).map_err(|failure| self.refused(failure))?;
             if reply.missing_images.is_empty() {
                 return Ok(reply);
             }
@@ -534,5 +536,38 @@ impl Script {
     /// Shows how it stands to whoever watches.
     pub(super) fn show(&self) {
         self.outgoing.info.send_replace(self.row.info.clone());
+    }
+}
+
+/// The record names this host as the destination, and so will whoever looks for the guest: another one at its URL is not to have it.
+fn check_who_prepares(peer: &Peer, destination: &str) -> Result<(), Failure> {
+    match destination == peer.host {
+        true => Ok(()),
+        false => Err(Failure::denied(
+            Reason::DestinationIsOther,
+            format!("at {} host {destination:?} answers, not host {}", peer.url, peer.host),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::peers::Peers;
+
+    #[tokio::test]
+    async fn a_host_that_prepares_in_anothers_place_is_refused_by_both_names() {
+        let peers = Peers::new("a", &[("b".to_owned(), "http://127.0.0.1:7601".to_owned())]).unwrap();
+        let peer = peers.named("b").unwrap();
+        assert!(check_who_prepares(peer, "b").is_ok());
+        for other in ["c", ""] {
+            let refused = check_who_prepares(peer, other).unwrap_err();
+            assert_eq!(refused.reason(), Some(Reason::DestinationIsOther));
+            let told = refused.chain();
+            assert!(
+                told.contains(&format!("{other:?}")) && told.contains("not host b"),
+                "{told}"
+            );
+        }
     }
 }
