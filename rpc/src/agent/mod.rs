@@ -41,6 +41,7 @@ mod images;
 mod incoming;
 mod instances;
 mod journal;
+mod marks;
 mod mode;
 mod outgoing;
 mod peer_journal;

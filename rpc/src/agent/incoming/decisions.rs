@@ -156,9 +156,7 @@ impl Driver {
     /// Writes how it came out; of a guest that was refused nothing is left.
     pub(super) async fn finish(mut self, mut news: mpsc::UnboundedReceiver<VmmNews>) {
         // D is final, so the mark says nothing that the journal does not. Before the last row: nobody looks for it after that.
-        let _ = std::fs::remove_dir_all(self.agent.mark_folder(self.row.id));
-        // Another migration's mark keeps the folder; one that comes later makes it anew.
-        let _ = std::fs::remove_dir(&self.agent.marks);
+        self.agent.marks.remove(self.row.id);
         self.row.info.ended = Some(crate::agent::outgoing::now_text());
         self.row.info.link_lost_until = None;
         if self.core.decision() == Some(Decision::Running) {

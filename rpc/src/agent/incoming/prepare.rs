@@ -399,12 +399,12 @@ impl Agent {
         state: &mut crate::agent::instances::InstanceState,
     ) -> Result<(), Failure> {
         let backends = self.open_backends(&guest.spec, guest.whose()).await?;
-        let folder = self.mark_folder(guest.migration);
+        // One that is there could only be an earlier attempt's of the very same migration.
+        self.marks.remove(guest.migration);
+        let folder = self.marks.folder(guest.migration);
         std::fs::create_dir_all(&folder)
             .map_err(Failure::host(format!("failed to make the folder {}", folder.display())))?;
-        let mark = self.started_mark(guest.migration);
-        // A mark of this name could only be an earlier attempt of the very same migration.
-        let _ = std::fs::remove_file(&mark);
+        let mark = self.marks.mark(guest.migration);
         let (vmm, events) = self.spawn_vmm(guest.instance, Some(folder)).await?;
         self.attach(instance, state, vmm.clone(), events);
         let build = wire::Build {
