@@ -226,7 +226,7 @@ fn an_agent_with_another_journal_at_the_destinations_url_decides_nothing(pair: &
 }
 
 fn an_agent_with_another_journal_at_the_sources_url_acknowledges_nothing(pair: &mut Pair) -> Result<()> {
-    let (witness, _) = arrive_unheard(pair)?;
+    let (witness, id) = arrive_unheard(pair)?;
     lose_both(pair)?;
     let of_another = pair.folder().join("a-again");
     let own = mem::replace(&mut pair.a.data_dir, of_another);
@@ -237,6 +237,8 @@ fn an_agent_with_another_journal_at_the_sources_url_acknowledges_nothing(pair: &
     pair.b.wait_for_indeterminate("g")?;
     pair.b.ferry(&["start", "g"])?.exit(4)?;
     ensure!(pair.b.vmms().is_empty());
+    let resolve = ["migration", "resolve", id.as_str(), "--run-here", "--confirm", "g"];
+    pair.b.ferry(&resolve)?.exit(4)?.says("--host-is-gone")?;
     pair.a.terminate()?;
     pair.a.data_dir = own;
     pair.a.start()?;
