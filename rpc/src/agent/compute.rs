@@ -10,13 +10,13 @@ use ferry_proto::agent::v1::compute_server::Compute;
 use ferry_proto::agent::v1::{
     AttemptRequest, BalloonInstanceRequest, CheckDestinationReply, CheckDestinationRequest, CheckSourceReply,
     CheckSourceRequest, ConsoleInputReply, ConsoleInputRequest, ConsoleOutput, ConsoleRequest, DecisionReply,
-    DeleteInstanceReply, DeleteInstanceRequest, FirstFramesReply, FirstFramesRequest, HeartbeatReply, HeartbeatRequest,
-    HostInfo, HostRequest, ImageChunk, InstanceInfo, InstanceRequest, LateLinkReply, LateLinkRequest, ListEventsReply,
-    ListEventsRequest, ListInstancesReply, ListInstancesRequest, LiveMigrationCast, MigrationPrediction,
-    PostLiveMigrationReply, PostLiveMigrationRequest, PreLiveMigrationReply, PreLiveMigrationRequest,
-    PredictMigrationRequest, ProbeLinkReply, ProbeLinkRequest, PutImageReply, Receipt, RecordRefusalReply,
-    RecordRefusalRequest, RestoreInstanceRequest, RollbackReply, RollbackRequest, RunInstanceRequest, SnapshotInfo,
-    SnapshotInstanceRequest, StopInstanceRequest,
+    DeleteInstanceReply, DeleteInstanceRequest, DestinationPart, FirstFramesReply, FirstFramesRequest, HeartbeatReply,
+    HeartbeatRequest, HostInfo, HostRequest, ImageChunk, InstanceInfo, InstanceRequest, LateLinkReply, LateLinkRequest,
+    ListEventsReply, ListEventsRequest, ListInstancesReply, ListInstancesRequest, LiveMigrationCast,
+    MigrationPrediction, PostLiveMigrationReply, PostLiveMigrationRequest, PreLiveMigrationReply,
+    PreLiveMigrationRequest, PredictMigrationRequest, ProbeLinkReply, ProbeLinkRequest, PutImageReply, Receipt,
+    RecordRefusalReply, RecordRefusalRequest, RestoreInstanceRequest, RollbackReply, RollbackRequest,
+    RunInstanceRequest, SnapshotInfo, SnapshotInstanceRequest, StopInstanceRequest,
 };
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
@@ -35,6 +35,7 @@ use super::images::{self, Upload};
 use super::instances::{Agent, Press};
 use super::journal::{InstanceRow, MigrationRow, Role};
 use super::outgoing::PeerNews;
+use super::peer_journal::check_question;
 use super::peers::CALL_TIME;
 use super::snapshots::Identity;
 use super::spawn::VMM_LOG;
@@ -151,8 +152,22 @@ impl ComputeService {
         }
     }
 
+    /// A question for another journal than this agent's: nothing is known of it here.
+    fn check_journal(&self, told: &str) -> Result<(), Failure> {
+        check_question(self.0.host(), self.0.journal.id(), told)
+    }
+
+    fn decision_reply(&self, (decision, part): (Decision, Option<DestinationPart>)) -> DecisionReply {
+        DecisionReply {
+            decision: decision.to_string(),
+            part,
+            journal: self.0.journal.id().to_string(),
+        }
+    }
+
     /// The tuple (vm, M, n, e) of a request, as far as the record knows it.
     async fn check_attempt(&self, request: &AttemptRequest) -> Result<Uuid, Failure> {
+        self.check_journal(&request.journal)?;
         let migration = wire_uuid("migration", &request.migration)?;
         self.check_peer(migration, &request.source).await?;
         let row = self
@@ -436,18 +451,21 @@ impl Compute for ComputeService {
     async fn expect(&self, request: Request<AttemptRequest>) -> Answer<DecisionReply> {
         let request = request.into_inner();
         let migration = self.check_attempt(&request).await?;
-        answer(self.0.expect(migration, request.attempt).await.map(decision_reply))
+        let expected = self.0.expect(migration, request.attempt).await;
+        answer(expected.map(|expected| self.decision_reply(expected)))
     }
 
     async fn decide(&self, request: Request<AttemptRequest>) -> Answer<DecisionReply> {
         let request = request.into_inner();
         let migration = self.check_attempt(&request).await?;
-        answer(self.0.decide(migration, request.attempt).await.map(decision_reply))
+        let decided = self.0.decide(migration, request.attempt).await;
+        answer(decided.map(|decided| self.decision_reply(decided)))
     }
 
     async fn post_live_migration(&self, request: Request<PostLiveMigrationRequest>) -> Answer<PostLiveMigrationReply> {
         let heard_ns = monotonic_ns();
         let request = request.into_inner();
+        self.check_journal(&request.journal)?;
         let migration = wire_uuid("migration", &request.migration).map_err(Failure::from)?;
         let decision = Decision::parse(&request.decision).ok_or_else(|| {
             Failure::from(InvalidField {
@@ -484,6 +502,7 @@ impl Compute for ComputeService {
                 .is_some_and(|outgoing| !outgoing.has_let_go()),
             kept_epoch,
             deleted: kept_epoch > 0 && self.is_deleted(&request.instance).await?,
+            journal: self.0.journal.id().to_string(),
         }))
     }
 
@@ -501,8 +520,11 @@ impl Compute for ComputeService {
     async fn late_link(&self, request: Request<LateLinkRequest>) -> Answer<LateLinkReply> {
         let request = request.into_inner();
         let migration = wire_uuid("migration", &request.migration).map_err(Failure::from)?;
+        self.check_journal(&request.journal)?;
         self.check_peer(migration, &request.source).await?;
-        answer(self.0.late_link(request).await)
+        let mut reply = self.0.late_link(request).await?;
+        reply.journal = self.0.journal.id().to_string();
+        Ok(Response::new(reply))
     }
 
     async fn first_frames(&self, request: Request<FirstFramesRequest>) -> Answer<FirstFramesReply> {
@@ -532,11 +554,4 @@ impl Compute for ComputeService {
 
 fn goes_elsewhere(migration: Uuid, host: &str) -> Failure {
     Failure::Refused(format!("migration {migration} does not go from here to host {host:?}"))
-}
-
-fn decision_reply((decision, part): (Decision, Option<ferry_proto::agent::v1::DestinationPart>)) -> DecisionReply {
-    DecisionReply {
-        decision: decision.to_string(),
-        part,
-    }
 }

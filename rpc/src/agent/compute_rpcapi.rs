@@ -22,6 +22,7 @@ use super::context::RequestContext;
 use super::failure::Failure;
 use super::instances::Agent;
 use super::mode::{Mode, PAUSE, POSTCOPY};
+use super::peer_journal::{check_answer, on_the_wire};
 use super::peers::{CALL_TIME, Call, ComputeClient, PREPARE_TIME, Peer, PeerError};
 use super::reason::Reason;
 use super::transport::Transport;
@@ -262,19 +263,26 @@ impl ComputeRpcApi {
         }
     }
 
-    /// Whether the destination still needs pages that come late, and how they get there.
+    /// Whether the destination still needs pages that come late, and how they get there: as the agent with this journal says, if it is
+    /// known.
     ///
     /// # Errors
-    /// It does not answer.
-    pub(crate) async fn late_link(&self, request: LateLinkRequest) -> Result<LateLinkReply, Failure> {
+    /// It does not answer, or another one does.
+    pub(crate) async fn late_link(
+        &self,
+        mut request: LateLinkRequest,
+        journal: Option<Uuid>,
+    ) -> Result<LateLinkReply, Failure> {
+        request.journal = on_the_wire(journal);
         match &self.to {
             To::Here(agent) => agent.late_link(request).await,
             To::There(peer) => {
-                self.call(peer, CALL_TIME, |mut client, version| {
+                let reply = self.call(peer, CALL_TIME, |mut client, version| {
                     let request = at(version, request.clone());
                     async move { client.late_link(request).await }
-                })
-                .await
+                });
+                let reply = reply.await?;
+                check_answer(peer, journal, &reply.journal).map(|()| reply)
             }
         }
     }
@@ -353,16 +361,23 @@ impl ComputeRpcApi {
         match &self.to {
             To::Here(agent) => agent.live_migration(&self.context, record.clone()).await,
             To::There(peer) if self.can_send_version(RpcVersion::V4_2) => match self.cast(peer, record).await {
-                // The host speaks an older version than was thought, and that is known now.
-                Err(failure)
-                    if failure.reason() == Some(Reason::RpcVersion) && !self.can_send_version(RpcVersion::V4_2) =>
-                {
-                    self.create_and_cast(peer, record).await
+                Err(error) if is_other_version(&error) => {
+                    self.refresh(peer).await?;
+                    self.cast_again(peer, record).await
                 }
-                receipt => receipt,
+                receipt => Ok(receipt?),
             },
             To::There(peer) => self.create_and_cast(peer, record).await,
         }
+    }
+
+    /// The host speaks another version than was thought, and that is known now: once more, in its way.
+    async fn cast_again(&self, peer: &Peer, record: &LiveMigrationCast) -> Result<Receipt, Failure> {
+        if !self.can_send_version(RpcVersion::V4_2) {
+            return self.create_and_cast(peer, record).await;
+        }
+        self.check_can_say(peer, record.options.as_ref().and_then(novelty))?;
+        Ok(self.cast(peer, record).await?)
     }
 
     /// A host that does not know what is new about a migration would take it for another.
@@ -374,10 +389,7 @@ impl ComputeRpcApi {
     }
 
     async fn create_and_cast(&self, peer: &Peer, record: &LiveMigrationCast) -> Result<Receipt, Failure> {
-        let what = record.options.as_ref().and_then(novelty);
-        if let Some(what) = what.filter(|_| !self.can_send_version(RpcVersion::V4_3)) {
-            return Err(knows_not(what, &peer.host, self.version()));
-        }
+        self.check_can_say(peer, record.options.as_ref().and_then(novelty))?;
         let created = self
             .call(peer, CALL_TIME, |mut client, version| {
                 let request = at(version, record.clone());
@@ -388,27 +400,21 @@ impl ComputeRpcApi {
             instance: record.instance.clone(),
             ..LiveMigrationCast::default()
         };
-        match self.cast(peer, &by_instance).await {
+        match self.cast(peer, &by_instance).await.map_err(Failure::from) {
             // The record was there before, and so was the cast: it is not waiting any more.
             Err(Failure::Refused(_) | Failure::Denied { .. }) if created.replay => Ok(created),
             receipt => receipt,
         }
     }
 
-    async fn cast(&self, peer: &Peer, record: &LiveMigrationCast) -> Result<Receipt, Failure> {
+    async fn cast(&self, peer: &Peer, record: &LiveMigrationCast) -> Result<Receipt, PeerError> {
         let record = LiveMigrationCast {
             rpc_version: self.version().to_string(),
             ..record.clone()
         };
         let request = at(self.version(), record);
         let cast = |mut client: ComputeClient| async move { client.live_migration(request).await };
-        match peer.ask(&self.context, CALL_TIME, cast).await {
-            Err(error) if is_other_version(&error) => {
-                self.refresh(peer).await?;
-                Err(error.into())
-            }
-            answer => Ok(answer?),
-        }
+        peer.ask(&self.context, CALL_TIME, cast).await
     }
 
     /// A call at the version that is thought right; where that is refused, once more at the one that the host speaks.
@@ -498,21 +504,4 @@ pub(crate) fn check_version(cap: RpcVersion, request: Request<()>) -> Result<Req
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_message_of_a_newer_version_is_refused_by_name() {
-        assert!(check_version(RpcVersion::V4_0, at(RpcVersion::V4_0, ())).is_ok());
-        let status = check_version(RpcVersion::V4_0, at(RpcVersion::V4_2, ())).unwrap_err();
-        assert!(
-            status.message().contains("\"4.2\"") && status.message().contains("4.0"),
-            "{status}"
-        );
-    }
-
-    #[test]
-    fn a_message_that_says_nothing_is_taken() {
-        assert!(check_version(RpcVersion::V4_0, Request::new(())).is_ok());
-    }
-}
+mod tests;

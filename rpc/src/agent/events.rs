@@ -136,16 +136,20 @@ fn error(context: &RequestContext, instance: Uuid, failure: &Failure) -> EventEn
     EventEnd {
         result: "error",
         message: Some(failure.chain()),
-        fault: Some(FaultRow {
-            instance: instance.to_string(),
-            created: finished.clone(),
-            code: name_of(failure.code()),
-            reason: failure.reason().map(super::reason::Reason::code),
-            message: failure.to_string(),
-            details: failure.causes().join("\n"),
-            request: context.request().to_owned(),
-        }),
+        fault: Some(fault(context, instance, failure, finished.clone())),
         finished,
+    }
+}
+
+fn fault(context: &RequestContext, instance: Uuid, failure: &Failure, created: String) -> FaultRow {
+    FaultRow {
+        instance: instance.to_string(),
+        created,
+        code: name_of(failure.code()),
+        reason: failure.reason().map(super::reason::Reason::code),
+        message: failure.to_string(),
+        details: failure.causes().join("\n"),
+        request: context.request().to_owned(),
     }
 }
 
@@ -253,6 +257,14 @@ impl Agent {
     ) {
         let event = self.begin(subject.begins(context, action)).await;
         event.end(error(context, subject.instance, failure)).await;
+    }
+
+    /// Writes down what fails of an action that goes on.
+    pub(crate) async fn record_fault(&self, context: &RequestContext, instance: Uuid, failure: &Failure) {
+        let fault = fault(context, instance, failure, now_text());
+        if let Err(error) = self.journal.note(move |transaction| fault.add(transaction)).await {
+            tracing::error!(%error, "failed to write a fault");
+        }
     }
 
     async fn begin(&self, row: EventRow) -> Open {

@@ -1,7 +1,9 @@
 //! What this host is, read from the kernel.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+
+use super::marks;
 
 /// The id of this boot: another one after each reboot.
 ///
@@ -27,37 +29,13 @@ pub(crate) fn meminfo(field: &str) -> u64 {
         .map_or(0, |kib: u64| kib * 1024)
 }
 
-/// Where started marks may be: on tmpfs, gone when the host is.
-const MARK_ROOTS: [&str; 3] = ["/run", "/dev/shm", "/tmp"];
-
-/// The folder for the started marks of the agent with this data directory. It is there while a migration needs it.
-///
-/// # Errors
-/// This host has none of the places where it could be.
-pub(crate) fn mark_folder(data_dir: &Path) -> std::io::Result<PathBuf> {
-    let name = mark_name(data_dir);
-    let is_writable = |root: &&&str| rustix::fs::access(**root, rustix::fs::Access::WRITE_OK).is_ok();
-    let root = MARK_ROOTS
-        .iter()
-        .find(is_writable)
-        .ok_or(std::io::ErrorKind::NotFound)?;
-    Ok(Path::new(root).join(name))
-}
-
-fn mark_name(data_dir: &Path) -> String {
-    format!(
-        "ferry-{}",
-        &blake3::hash(data_dir.as_os_str().as_encoded_bytes()).to_hex()[..16]
-    )
-}
-
 /// Removes what an agent that was killed left outside its data directory, which must be there still. For laboratories
 /// that end an agent for good, with its guests.
 pub(crate) fn remove_leftovers(data_dir: &Path) {
     let data_dir = fs::canonicalize(data_dir).unwrap_or_else(|_| data_dir.to_owned());
-    for root in MARK_ROOTS {
+    for folder in marks::folders(&data_dir) {
         // In most of them it is not there.
-        let _ = fs::remove_dir_all(Path::new(root).join(mark_name(&data_dir)));
+        let _ = fs::remove_dir_all(folder);
     }
     for entry in fs::read_dir(data_dir.join("instances")).into_iter().flatten().flatten() {
         super::spawn::remove_cgroup(&entry.file_name().to_string_lossy());

@@ -48,6 +48,8 @@ reasons! {
     DestinationDown = "DESTINATION_DOWN", "look after the destination's agent, or name another host";
     /// Who answers at the destination's address is another host.
     DestinationIsOther = "DESTINATION_IS_OTHER", "correct --peer";
+    /// The agent at the peer's address has another journal than the one that took part in the migration.
+    JournalIsOther = "JOURNAL_IS_OTHER", "start the agent with the data directory that it had, or correct --peer";
     /// The peer speaks another version of the RPCs.
     RpcVersion = "RPC_VERSION", "upgrade the older agent, or set --rpc-cap on the newer one";
     /// The destination's build is older than the source's: it may not know what the guest's state holds.

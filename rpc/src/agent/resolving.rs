@@ -12,6 +12,7 @@ use super::events::{Action, Subject};
 use super::failure::Failure;
 use super::instances::{Agent, Instance, InstanceState};
 use super::journal::{InstanceRow, MigrationRow, Role, Status};
+use super::peer_journal::check_answer;
 use super::peers::{CALL_TIME, ComputeClient, PeerError};
 
 impl Agent {
@@ -43,7 +44,8 @@ impl Agent {
         let subject = Subject::migration(row.instance, &row.info.name, id);
         let resolve = async {
             // Before the instance is locked: this takes as long as a silent host is waited for.
-            let peer = self.contact(context, &row.peer).await;
+            let peer = self.contact(context, &row).await;
+            let peer = peer.by_word_of(request.host_is_gone, &row)?;
             let said = (wish, request.confirm.as_str());
             let Some(instance) = instance.filter(|_| !is_kept) else {
                 self.resolve_kept_pages(&row, said, peer, context).await?;
@@ -66,14 +68,18 @@ impl Agent {
     }
 
     /// Whether the other agent is there at all. A refusal is an answer.
-    async fn contact(&self, context: &RequestContext, host: &str) -> Peer {
-        let Ok(peer) = self.peers.named(host) else {
-            return Peer::Silent;
+    async fn contact(&self, context: &RequestContext, row: &MigrationRow) -> Contact {
+        let Ok(peer) = self.peers.named(&row.peer) else {
+            return Contact::Unasked(format!("this agent was started without --peer for host {}", row.peer));
         };
         let host = |mut client: ComputeClient| async move { client.host(HostRequest {}).await };
         match peer.ask(context, CALL_TIME, host).await {
-            Ok(_) | Err(PeerError::Refused { .. }) => Peer::Answers,
-            Err(PeerError::NoAnswer(_)) => Peer::Silent,
+            Ok(info) => match check_answer(peer, row.peer_journal, &info.journal) {
+                Ok(()) => Contact::Asked(Peer::Answers),
+                Err(another) => Contact::Unasked(another.chain()),
+            },
+            Err(PeerError::Refused { .. }) => Contact::Asked(Peer::Answers),
+            Err(PeerError::NoAnswer(_)) => Contact::Asked(Peer::Silent),
         }
     }
 
@@ -197,6 +203,33 @@ impl Agent {
     }
 }
 
+/// What came of looking for the other agent of a migration.
+enum Contact {
+    /// It was asked.
+    Asked(Peer),
+    /// It could not be, and why: it may be up, and have the guest.
+    Unasked(String),
+}
+
+impl Contact {
+    /// What counts: one that cannot be asked is silent where a person says that its host is gone.
+    ///
+    /// # Errors
+    /// Nobody says so.
+    fn by_word_of(self, host_is_gone: bool, row: &MigrationRow) -> Result<Peer, Failure> {
+        match self {
+            Self::Asked(peer) => Ok(peer),
+            Self::Unasked(_) if host_is_gone => Ok(Peer::Silent),
+            Self::Unasked(why) => Err(Failure::Refused(format!(
+                "migration {} is not resolved: whether host {host} has the guest cannot be asked: {why}. Start this agent with --peer \
+                 {host}=URL of the agent that has its journal; if that host is gone for good, say so: --host-is-gone",
+                row.id,
+                host = row.peer
+            ))),
+        }
+    }
+}
+
 /// What an instance's row becomes when a person gave the guest to this host. Its epoch is a right that nobody had: from here
 /// on every other copy is stale.
 pub(crate) fn become_resolved(row: &mut InstanceRow, epoch: Epoch) {
@@ -249,4 +282,51 @@ fn check(
         )));
     }
     Ok(epoch)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row() -> MigrationRow {
+        MigrationRow {
+            id: uuid::Uuid::from_u128(7),
+            instance: uuid::Uuid::from_u128(1),
+            role: Role::Source,
+            peer: "b".to_owned(),
+            epoch: 1,
+            over: false,
+            armed: 1,
+            said: None,
+            resumed: None,
+            user_paused: false,
+            options: Default::default(),
+            info: MigrationInfo::default(),
+            began: 0,
+            peer_journal: None,
+        }
+    }
+
+    #[test]
+    fn a_host_that_cannot_be_asked_is_silent_only_by_its_users_word() {
+        let unasked = || Contact::Unasked("nobody knows its URL".to_owned());
+        let refused = unasked().by_word_of(false, &row()).unwrap_err().chain();
+        assert!(
+            ["nobody knows its URL", "--peer b=URL", "--host-is-gone"]
+                .iter()
+                .all(|words| refused.contains(words)),
+            "{refused}"
+        );
+        assert_eq!(unasked().by_word_of(true, &row()).unwrap(), Peer::Silent);
+    }
+
+    #[test]
+    fn what_an_agent_that_was_asked_does_outweighs_its_users_word() {
+        for word in [false, true] {
+            let answers = Contact::Asked(Peer::Answers).by_word_of(word, &row());
+            assert_eq!(answers.unwrap(), Peer::Answers);
+            let silent = Contact::Asked(Peer::Silent).by_word_of(word, &row());
+            assert_eq!(silent.unwrap(), Peer::Silent);
+        }
+    }
 }

@@ -27,6 +27,7 @@ use super::context::RequestContext;
 use super::health::Health;
 use super::instances::{Agent, restart_when_due};
 use super::journal::Journal;
+use super::marks::Marks;
 use super::outgoing::Queue;
 use super::peers::Peers;
 use super::prediction::Probes;
@@ -140,7 +141,7 @@ async fn build(
         None => format!("http://{}", grpc.local_addr()?),
     };
     let data_address = data.local_addr()?.to_string();
-    let marks = host::mark_folder(&fs::canonicalize(&config.data_dir)?).context("failed to make a folder on tmpfs")?;
+    let marks = Marks::of(&fs::canonicalize(&config.data_dir)?).context("failed to make a folder on tmpfs")?;
     let peers = Peers::new(&config.host_id, &config.peers)?;
     Ok(Agent {
         journal,

@@ -423,6 +423,9 @@ pub(super) struct ResolveArguments {
     /// The instance's name, typed to show that this one is meant
     #[arg(long, value_name = "NAME")]
     pub(super) confirm: String,
+    /// The other host is gone for good: where it is no `--peer` any more, or another agent has its address
+    #[arg(long)]
+    pub(super) host_is_gone: bool,
 }
 
 #[derive(Debug, Args)]

@@ -139,6 +139,7 @@ async fn resolve(agent: &Agent, arguments: ResolveArguments) -> Result<Migration
             migration: id.clone(),
             wish: wish.as_str().to_owned(),
             confirm: arguments.confirm,
+            host_is_gone: arguments.host_is_gone,
         },
     );
     let answered = agent.conductor().await?.resolve_migration(request).await;

@@ -22,6 +22,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     ];
     trials.extend(on_kvm![
         a_host_that_has_this_ones_id_is_no_destination,
+        a_host_at_the_destinations_url_that_is_another_does_not_get_the_guest,
         a_peers_record_of_another_epoch_is_refused_and_decides_nothing,
         a_destination_that_has_less_memory_than_it_says_leaves_the_guest_where_it_is,
         a_wall_clock_that_jumps_changes_nothing_but_what_it_is_asked_for,
@@ -78,6 +79,33 @@ fn a_host_that_has_this_ones_id_is_no_destination(pair: &mut Pair) -> Result<()>
     stays_and_moves_later(pair, &witness)
 }
 
+/// Whoever was asked to migrate knows the hosts by their own URLs; the source has another's for the destination.
+fn a_host_at_the_destinations_url_that_is_another_does_not_get_the_guest(pair: &mut Pair) -> Result<()> {
+    expect_a_lost_peer(pair);
+    pair.start_three(&[])?;
+    let witness = pair.run(&Guest::new("g"))?;
+    let third = pair.c.as_ref().context("there is no third host")?;
+    let (url, url_of_b) = (third.url(), pair.b.url());
+    pair.a.set_peer("b", &url);
+    pair.a.terminate()?;
+    pair.a.start()?;
+
+    let told = third.ferry(&["migrate", "g", "--to", "b"])?.exit(1)?;
+
+    let record = told.migration()?.is("failed", "a")?;
+    ensure!(
+        record.text("error")?.contains(r#"host "c" answers, not host b"#),
+        "{}",
+        record.record
+    );
+    ensure!(pair.a.show("g")?["fault"]["reason"] == "DESTINATION_IS_OTHER");
+    has_nothing(third)?;
+    pair.a.set_peer("b", &url_of_b);
+    pair.a.terminate()?;
+    pair.a.start()?;
+    stays_and_moves_later(pair, &witness)
+}
+
 fn a_peers_record_of_another_epoch_is_refused_and_decides_nothing(pair: &mut Pair) -> Result<()> {
     let witness = pair.run(&Guest::new("g"))?;
     let began = pair.migrate("g", &["--detach", "--hold-at", "armed"])?.exit(0)?;
@@ -93,6 +121,7 @@ fn a_peers_record_of_another_epoch_is_refused_and_decides_nothing(pair: &mut Pai
         attempt: 1,
         epoch,
         source: source.to_owned(),
+        journal: String::new(),
     };
     let another = "5f0c6a52-6d0e-4b8f-9a8b-0a7d3c1e2f40";
     let wrong = [

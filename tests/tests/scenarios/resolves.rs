@@ -1,5 +1,7 @@
 //! Nobody knows who has the guest, and a person says so; and whoever comes back later learns of it.
 
+use std::mem;
+
 use anyhow::{Context, Result, ensure};
 use ferry_rpc::faults::{Moment, Site, Word};
 use ferry_tests::{Guest, Pair, Relay, Tampering, Witness, process, until, waiting::CALL, waiting::MOVE};
@@ -23,6 +25,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         an_instance_that_came_stopped_is_stopped_again_once_its_silent_source_answers,
         a_source_that_has_heard_the_decision_goes_on_without_the_destination,
         memory_that_is_kept_for_a_host_that_is_gone_is_freed_by_a_word,
+        an_agent_with_another_journal_at_the_destinations_url_decides_nothing,
+        an_agent_with_another_journal_at_the_sources_url_acknowledges_nothing,
     ]
 }
 
@@ -272,6 +276,55 @@ fn memory_that_is_kept_for_a_host_that_is_gone_is_freed_by_a_word(pair: &mut Pai
     pair.b.wait_for_status("g", "crashed")?;
     pair.b.ferry(&["delete", "g"])?.exit(0)?;
     has_nothing(&pair.b)
+}
+
+fn an_agent_with_another_journal_at_the_destinations_url_decides_nothing(pair: &mut Pair) -> Result<()> {
+    let (witness, id) = arrive_unheard(pair)?;
+    pair.expect_complaint("this decides nothing");
+    pair.b.kill();
+    let of_another = pair.folder().join("b-again");
+    let own = mem::replace(&mut pair.b.data_dir, of_another);
+    b_is_back(pair)?;
+
+    until("a says who answers", CALL, || {
+        let record = pair.a.ferry(&["migration", "show", &id])?.exit(0)?.json()?;
+        let error = record["error"].as_str().unwrap_or_default();
+        Ok(error.contains("another journal answers").then_some(()))
+    })?;
+    pair.a.wait_for_indeterminate("g")?;
+    let shown = pair.a.show("g")?;
+    ensure!(shown["fault"]["reason"] == "JOURNAL_IS_OTHER", "{shown}");
+    ensure!(journal::of(&pair.b)?.rows("decisions")?.is_empty(), "it decided");
+
+    pair.b.terminate()?;
+    pair.b.data_dir = own;
+    pair.b.start()?;
+    let record = pair.wait_over(&id)?.is("completed", "b")?;
+    ensure!(record.record["error"].is_null(), "{}", record.record);
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn an_agent_with_another_journal_at_the_sources_url_acknowledges_nothing(pair: &mut Pair) -> Result<()> {
+    let (witness, id) = arrive_unheard(pair)?;
+    lose_both(pair)?;
+    let of_another = pair.folder().join("a-again");
+    let own = mem::replace(&mut pair.a.data_dir, of_another);
+    pair.a.start()?;
+
+    b_is_back(pair)?;
+
+    pair.b.wait_for_indeterminate("g")?;
+    pair.b.ferry(&["start", "g"])?.exit(4)?;
+    ensure!(pair.b.vmms().is_empty());
+    let resolve = ["migration", "resolve", id.as_str(), "--run-here", "--confirm", "g"];
+    pair.b.ferry(&resolve)?.exit(4)?.says("--host-is-gone")?;
+    pair.a.terminate()?;
+    pair.a.data_dir = own;
+    pair.a.start()?;
+    witness.wait_ready_times(2)?;
+    pair.b.wait_for_status("g", "running")?;
+    has_nothing(&pair.a)?;
+    pair.exists_only_at(&pair.b, "g")
 }
 
 /// A guest that has moved to B, of which A does not hear: when it has begun to move, B's way to A is cut.

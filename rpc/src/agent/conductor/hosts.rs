@@ -36,6 +36,7 @@ impl Agent {
             vcpus_claimed: claimed.vcpus,
             migrations_out: self.outgoing.count() as u32,
             migrations_in: self.incoming.count() as u32,
+            journal: self.journal.id().to_string(),
         }
     }
 

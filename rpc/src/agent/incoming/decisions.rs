@@ -14,6 +14,7 @@ use crate::agent::events::end_of_migration;
 use crate::agent::instances::VmmNews;
 use crate::agent::journal::{Arrival, DecisionRow, EventEnd, InstanceRow, JournalError};
 use crate::agent::outgoing::{note_completed, now_ms};
+use crate::agent::peer_journal::on_the_wire;
 use crate::agent::peers::{CALL_TIME, Call, ComputeClient};
 use crate::faults::{self, Moment, Site};
 use crate::vmm_process::ms;
@@ -128,6 +129,7 @@ impl Driver {
             part: self.part.to_wire(),
             reason: self.reason.clone().unwrap_or_default(),
             destination: self.agent.host().to_owned(),
+            journal: on_the_wire(self.row.peer_journal),
         };
         if decision == Decision::Running {
             return self.agent.settle(&self.incoming.context, self.arrival(attempt), post);
@@ -154,9 +156,7 @@ impl Driver {
     /// Writes how it came out; of a guest that was refused nothing is left.
     pub(super) async fn finish(mut self, mut news: mpsc::UnboundedReceiver<VmmNews>) {
         // D is final, so the mark says nothing that the journal does not. Before the last row: nobody looks for it after that.
-        let _ = std::fs::remove_dir_all(self.agent.mark_folder(self.row.id));
-        // Another migration's mark keeps the folder; one that comes later makes it anew.
-        let _ = std::fs::remove_dir(&self.agent.marks);
+        self.agent.marks.remove(self.row.id);
         self.row.info.ended = Some(crate::agent::outgoing::now_text());
         self.row.info.link_lost_until = None;
         if self.core.decision() == Some(Decision::Running) {

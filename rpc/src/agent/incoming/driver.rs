@@ -216,7 +216,7 @@ impl Driver {
     }
 
     pub(super) async fn vmm_gone(&mut self) {
-        let started = self.agent.started_mark(self.row.id).exists();
+        let started = self.agent.marks.may_have_started(self.row.id);
         let same_boot = self.claimed_boot == self.agent.boot_id;
         if self.reason.is_none() {
             let obituary = self.instance.state.lock().await.vmm_obituary().await;

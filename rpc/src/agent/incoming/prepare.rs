@@ -27,6 +27,7 @@ use crate::agent::instances::Agent;
 use crate::agent::journal::{InstanceRow, MigrationRow, Role, Status};
 use crate::agent::mode::Mode;
 use crate::agent::outgoing::{MOST_RESUME_WINDOW_MS, MOST_STREAMS, late_streams, now_ms, now_text};
+use crate::agent::peer_journal::journal_of;
 use crate::agent::reason::Reason;
 use crate::agent::steps::DestinationStep;
 use crate::agent::transport::Transport;
@@ -52,6 +53,8 @@ struct Guest {
     /// Numbers of the disks whose contents come along.
     copied_disks: Vec<u32>,
     resume_window_ms: u64,
+    /// Of the source.
+    journal: Option<Uuid>,
 }
 
 impl Guest {
@@ -113,6 +116,7 @@ impl Guest {
             disk_sizes: request.disk_sizes,
             copied_disks: Vec::new(),
             resume_window_ms: request.resume_window_ms.min(MOST_RESUME_WINDOW_MS),
+            journal: journal_of(&request.journal)?,
         })
     }
 }
@@ -162,6 +166,7 @@ impl Agent {
             secret: Vec::new(),
             destination: self.host().to_owned(),
             copied_disks: Vec::new(),
+            journal: self.journal.id().to_string(),
         };
         if let Some(incoming) = self.incoming.find(guest.migration) {
             reply.secret = incoming.secret.to_vec();
@@ -301,6 +306,7 @@ impl Agent {
             },
             info: first_info(&guest, self.host()),
             began: now_ms(),
+            peer_journal: guest.journal,
         };
         let folder = self.make_folder(guest.instance)?;
         let prepared = self.take_images(&guest.spec, &folder);
@@ -393,12 +399,12 @@ impl Agent {
         state: &mut crate::agent::instances::InstanceState,
     ) -> Result<(), Failure> {
         let backends = self.open_backends(&guest.spec, guest.whose()).await?;
-        let folder = self.mark_folder(guest.migration);
+        // One that is there could only be an earlier attempt's of the very same migration.
+        self.marks.remove(guest.migration);
+        let folder = self.marks.folder(guest.migration);
         std::fs::create_dir_all(&folder)
             .map_err(Failure::host(format!("failed to make the folder {}", folder.display())))?;
-        let mark = self.started_mark(guest.migration);
-        // A mark of this name could only be an earlier attempt of the very same migration.
-        let _ = std::fs::remove_file(&mark);
+        let mark = self.marks.mark(guest.migration);
         let (vmm, events) = self.spawn_vmm(guest.instance, Some(folder)).await?;
         self.attach(instance, state, vmm.clone(), events);
         let build = wire::Build {

@@ -14,7 +14,8 @@ use super::instance::{Agent, Instance, InstanceState};
 use crate::agent::context::RequestContext;
 use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
-use crate::agent::journal::{Arrival, EventEnd, InstanceRow, Status};
+use crate::agent::journal::{Arrival, EventEnd, InstanceRow, JournalError, MigrationRow, Status};
+use crate::agent::peer_journal::{check_answer, on_the_wire};
 use crate::agent::peers::{CALL_TIME, Call, ComputeClient};
 
 /// The pauses between two times that a source is told; the last one for ever.
@@ -34,6 +35,8 @@ fn copy_of(reply: PostLiveMigrationReply, here: Epoch) -> PeerCopy {
         pending,
         kept_epoch,
         deleted,
+        // It was compared when the answer came.
+        journal: _,
     } = reply;
     match (pending, Epoch(kept_epoch)) {
         (true, _) => PeerCopy::Pending,
@@ -65,6 +68,7 @@ impl Agent {
             part: None,
             reason: String::new(),
             destination: self.host().to_owned(),
+            journal: String::new(),
         }
     }
 
@@ -104,17 +108,39 @@ impl Agent {
         news: PostLiveMigrationRequest,
     ) -> Option<PeerCopy> {
         let peer = self.peers.named(&arrival.source).ok()?;
+        // Another agent at its URL never heard of the guest, and would say that nobody has it.
+        let journal = match self.journal_of_peer(arrival.migration).await {
+            Ok(journal) => journal,
+            Err(error) => {
+                tracing::error!(instance = %arrival.instance, %error, "failed to read of whom a guest came");
+                return None;
+            }
+        };
+        let news = PostLiveMigrationRequest {
+            journal: on_the_wire(journal),
+            ..news
+        };
         let send = |mut client: ComputeClient| {
             let news = news.clone();
             async move { client.post_live_migration(news).await }
         };
-        match peer.call(context, Call::PostLiveMigration, CALL_TIME, send).await {
+        let answered = peer.call(context, Call::PostLiveMigration, CALL_TIME, send).await;
+        let is_its_own = |reply: PostLiveMigrationReply| check_answer(peer, journal, &reply.journal).map(|()| reply);
+        match answered.map_err(Failure::from).and_then(is_its_own) {
             Ok(reply) => Some(copy_of(reply, here)),
-            Err(error) => {
-                tracing::info!(instance = %arrival.instance, %error, "the source does not acknowledge yet that its guest is here");
+            Err(failure) => {
+                let error = failure.chain();
+                tracing::info!(instance = %arrival.instance, error, "the source does not acknowledge yet that its guest is here");
                 None
             }
         }
+    }
+
+    /// Which journal the other host of a migration has, if it was told.
+    async fn journal_of_peer(&self, migration: Uuid) -> Result<Option<Uuid>, JournalError> {
+        let find = move |connection: &rusqlite::Connection| MigrationRow::find(connection, migration);
+        let row = self.journal.read(find).await?;
+        Ok(row.and_then(|row| row.peer_journal))
     }
 
     /// Acts upon what a source said. True if it need not be told again.
@@ -315,6 +341,7 @@ mod tests {
             pending,
             kept_epoch,
             deleted,
+            journal: String::new(),
         }
     }
 }

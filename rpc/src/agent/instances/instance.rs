@@ -22,6 +22,7 @@ use crate::agent::failure::Failure;
 use crate::agent::images;
 use crate::agent::incoming::{IncomingMigrations, Reservations};
 use crate::agent::journal::{Arrival, InstanceRow, Journal, Status};
+use crate::agent::marks::Marks;
 use crate::agent::mode::Mode;
 use crate::agent::outgoing::{OutgoingMigrations, Queue};
 use crate::agent::peers::Peers;
@@ -38,7 +39,7 @@ pub(crate) struct Agent {
     pub(crate) url: String,
     /// Where its data port is reached.
     pub(crate) data_address: String,
-    pub(crate) marks: PathBuf,
+    pub(crate) marks: Marks,
     pub(crate) instances: Instances,
     pub(crate) outgoing: OutgoingMigrations,
     pub(crate) incoming: IncomingMigrations,
@@ -82,17 +83,6 @@ impl Agent {
             tracing::warn!(folder = %folder.display(), %error, "failed to remove an instance's folder");
         }
         super::super::spawn::remove_cgroup(&id.to_string());
-    }
-
-    /// The folder in which the VMM of a migration into here leaves its started mark. It is that VMM's alone: others' marks are not
-    /// its to make.
-    pub(crate) fn mark_folder(&self, migration: Uuid) -> PathBuf {
-        self.marks.join(migration.to_string())
-    }
-
-    /// The started mark of a migration into here.
-    pub(crate) fn started_mark(&self, migration: Uuid) -> PathBuf {
-        self.mark_folder(migration).join("started")
     }
 
     /// Makes a row durable.

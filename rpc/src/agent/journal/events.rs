@@ -274,7 +274,7 @@ mod tests {
             .note(move |t| {
                 for (migration, over) in [("goes-on", 0), ("is-over", 1)] {
                     t.execute(
-                        "INSERT INTO migrations VALUES(?1,'i','source','b',1,?2,0,NULL,NULL,0,'{}','{}',0,'{}')",
+                        "INSERT INTO migrations VALUES(?1,'i','source','b',1,?2,0,NULL,NULL,0,'{}','{}',0,NULL,'{}')",
                         (migration, over),
                     )?;
                     migrating(migration, MIGRATE).begin(t)?;

@@ -31,7 +31,7 @@ pub(crate) struct FaultRow {
 
 impl FaultRow {
     /// Adds the row. What is too old makes room for it.
-    pub(super) fn add(&self, transaction: &Transaction<'_>) -> rusqlite::Result<()> {
+    pub(crate) fn add(&self, transaction: &Transaction<'_>) -> rusqlite::Result<()> {
         transaction.execute(
             "INSERT INTO faults(instance,created,code,reason,message,details,request) VALUES(?1,?2,?3,?4,?5,?6,?7)",
             (

@@ -44,6 +44,8 @@ pub(crate) struct MigrationRow {
     pub(crate) options: MigrationOptions,
     pub(crate) info: MigrationInfo,
     pub(crate) began: i64,
+    /// Which journal the other host has; none: it was not told, as by an agent of before 4.3.
+    pub(crate) peer_journal: Option<Uuid>,
 }
 
 /// How much of a migration is to be known.
@@ -126,7 +128,8 @@ fn read(summary: &str, details: Option<&str>) -> serde_json::Result<MigrationInf
     Ok(info)
 }
 
-const COLUMNS: &str = "id,instance,role,peer,epoch,over,armed,said,resumed,user_paused,options,info,began,details";
+const COLUMNS: &str =
+    "id,instance,role,peer,epoch,over,armed,said,resumed,user_paused,options,info,began,details,peer_journal";
 
 impl MigrationRow {
     /// What the instance was when the migration was accepted, and is to be once it is over.
@@ -165,9 +168,10 @@ impl MigrationRow {
         let details = Details::take(&mut summary);
         transaction
             .prepare_cached(&format!(
-                "INSERT INTO migrations({COLUMNS}) VALUES(?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14)
+                "INSERT INTO migrations({COLUMNS}) VALUES(?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15)
                      ON CONFLICT(id) DO UPDATE SET instance=?2,role=?3,peer=?4,epoch=?5,over=?6,armed=?7,said=?8,
-                                                   resumed=?9,user_paused=?10,options=?11,info=?12,began=?13,details=?14"
+                                                   resumed=?9,user_paused=?10,options=?11,info=?12,began=?13,details=?14,
+                                                   peer_journal=?15"
             ))?
             .execute((
                 self.id.to_string(),
@@ -184,6 +188,7 @@ impl MigrationRow {
                 serde_json::to_string(&summary).map_err(json)?,
                 self.began,
                 serde_json::to_string(&details).map_err(json)?,
+                self.peer_journal.map(|journal| journal.to_string()),
             ))
             .map(drop)
     }
@@ -254,6 +259,10 @@ impl MigrationRow {
             info: read(&row.get::<_, String>(11)?, Some(&row.get::<_, String>(13)?))
                 .map_err(|error| bad_text(11, error))?,
             began: row.get(12)?,
+            peer_journal: row
+                .get::<_, Option<String>>(14)?
+                .map(|journal| uuid(&journal, 14))
+                .transpose()?,
         })
     }
 }
@@ -300,6 +309,7 @@ mod tests {
             options: MigrationOptions::default(),
             info: info(),
             began: 0,
+            peer_journal: Some(Uuid::from_u128(9)),
         }
     }
 

@@ -14,6 +14,7 @@ mod events;
 #[cfg(test)]
 mod fault_tests;
 mod faults;
+mod identity;
 mod instances;
 mod migrations;
 mod schema;

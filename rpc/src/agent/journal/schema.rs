@@ -102,6 +102,9 @@ const VERSION_3: &str = "
 -- Nobody asks for migrations by it, and each write of one paid for a page of it.
 DROP INDEX migrations_by_instance;
 
+-- Which journal the other host has: only that answers for the migration. NULL: it was not told.
+ALTER TABLE migrations ADD COLUMN peer_journal TEXT;
+
 -- What the last report has of each round is read where one migration is looked at: a list of thousands does without.
 ALTER TABLE migrations ADD COLUMN details TEXT NOT NULL DEFAULT '{}'; -- JSON: its rounds and decisions
 UPDATE migrations SET

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, ErrorCode, Transaction};
 use tokio::sync::{oneshot, watch};
+use uuid::Uuid;
 
+use super::identity;
 use super::schema::{self, NotOpened};
 use super::together::{self, Waiting, Write};
 
@@ -105,6 +107,8 @@ pub(super) enum Job {
 #[derive(Clone)]
 pub(crate) struct Journal {
     jobs: Sender<Job>,
+    /// Which one it is.
+    id: Uuid,
     path: Arc<Path>,
     switchovers: Arc<AtomicUsize>,
     writable: Arc<watch::Sender<bool>>,
@@ -146,6 +150,7 @@ impl Journal {
                 source,
             },
         })?;
+        let id = identity::of(&connection).map_err(|source| JournalError::of(path, source))?;
         connection.set_prepared_statement_cache_capacity(STATEMENTS);
         let (jobs, receiver) = mpsc::channel();
         let switchovers = Arc::new(AtomicUsize::new(0));
@@ -157,10 +162,16 @@ impl Journal {
             .map_err(|_| JournalError::Ended)?;
         Ok(Self {
             jobs,
+            id,
             path: path.into(),
             switchovers,
             writable,
         })
+    }
+
+    /// Which journal this is, for as long as it lasts. A copy of the file is the same one.
+    pub(crate) fn id(&self) -> Uuid {
+        self.id
     }
 
     /// Runs `work`, all of it or nothing; when this returns, it is durable. Others' works that wait at the same moment are committed
@@ -385,7 +396,7 @@ mod tests {
             .await;
         assert!(failed.is_err());
         let rows: i64 = journal
-            .read(|c| c.query_row("SELECT count(*) FROM meta", (), |r| r.get(0)))
+            .read(|c| c.query_row("SELECT count(*) FROM meta WHERE key='k'", (), |r| r.get(0)))
             .await
             .unwrap();
         assert_eq!(rows, 0);

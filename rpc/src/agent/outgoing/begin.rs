@@ -180,6 +180,7 @@ impl Agent {
             },
             options,
             began: now_ms(),
+            peer_journal: None,
         };
         note_terms(&mut row.info, &row.options);
         let mut instance_row = state.row.clone();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ferry_migration::handover::{Decision, Epoch, SourceEvent, Traded};
-use ferry_proto::agent::v1::{AttemptRequest, DestinationPart, HeartbeatRequest, RollbackRequest};
+use ferry_proto::agent::v1::{AttemptRequest, DecisionReply, DestinationPart, HeartbeatRequest, RollbackRequest};
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
@@ -14,8 +14,11 @@ use tokio::sync::mpsc;
 use super::begin::{attempt_of, call_off};
 use super::retuning::Retuning;
 use super::script::{Script, Stop};
+use crate::agent::failure::Failure;
 use crate::agent::instances::Instance;
+use crate::agent::peer_journal::{another_answers, check_answer, on_the_wire};
 use crate::agent::peers::{CALL_TIME, Call, ComputeClient, PeerError};
+use crate::agent::reason::Reason;
 use crate::agent::vmm_client::VmmError;
 use crate::vmm_process::monotonic_ns;
 
@@ -35,6 +38,8 @@ pub(super) enum Outcome {
     NotExpected(u32, String),
     /// D, with B's part of the blackout.
     Decided(u32, Decision, Option<DestinationPart>, u64),
+    /// Whoever was asked for D has another journal than the one that it is in.
+    AnotherAnswers(Failure),
     /// RUNNING was heard before GO, and has waited long enough for it.
     EarlyNews,
     /// B had its time to say why the link broke.
@@ -79,6 +84,7 @@ impl Script {
             attempt,
             epoch: self.row.epoch,
             source: self.agent.host().to_owned(),
+            journal: on_the_wire(self.row.peer_journal),
         }
     }
 
@@ -88,17 +94,20 @@ impl Script {
             return;
         };
         let context = self.outgoing.context.clone();
+        let journal = self.row.peer_journal;
         calls.start(async move {
+            let is_its_own = |reply: DecisionReply| check_answer(&peer, journal, &reply.journal).map(|()| reply);
             let send = |mut client: ComputeClient| {
                 let request = request.clone();
                 async move { client.expect(request).await }
             };
-            Some(match peer.call(&context, Call::Expect, CALL_TIME, send).await {
+            let answered = peer.call(&context, Call::Expect, CALL_TIME, send).await;
+            Some(match answered.map_err(Failure::from).and_then(is_its_own) {
                 Ok(reply) if reply.decision == Decision::Open.as_str() => {
                     Outcome::Event(SourceEvent::Expecting(attempt))
                 }
                 Ok(reply) => Outcome::NotExpected(attempt, format!("host {} says {}", peer.host, reply.decision)),
-                Err(error) => Outcome::NotExpected(attempt, error.to_string()),
+                Err(failure) => Outcome::NotExpected(attempt, failure.chain()),
             })
         });
     }
@@ -110,18 +119,24 @@ impl Script {
             return;
         };
         let context = self.outgoing.context.clone();
+        let journal = self.row.peer_journal;
         calls.start(async move {
+            let is_its_own = |reply: DecisionReply| check_answer(&peer, journal, &reply.journal).map(|()| reply);
             let send = |mut client: ComputeClient| {
                 let request = request.clone();
                 async move { client.decide(request).await }
             };
-            Some(match peer.call(&context, Call::Decide, CALL_TIME, send).await {
+            let answered = peer.call(&context, Call::Decide, CALL_TIME, send).await;
+            Some(match answered.map_err(Failure::from).and_then(is_its_own) {
                 Ok(reply) => match Decision::parse(&reply.decision) {
                     Some(decision) => Outcome::Decided(attempt, decision, reply.part, monotonic_ns()),
                     None => Outcome::Event(SourceEvent::NoAnswer),
                 },
-                Err(error) => {
-                    tracing::info!(%error, "the destination does not say what was decided");
+                Err(failure) if failure.reason() == Some(Reason::JournalIsOther) => {
+                    Outcome::AnotherAnswers(another_answers(&peer))
+                }
+                Err(failure) => {
+                    tracing::info!(error = failure.chain(), "the destination does not say what was decided");
                     Outcome::Event(SourceEvent::NoAnswer)
                 }
             })

@@ -52,6 +52,8 @@ struct Maker {
     context: RequestContext,
     migration: String,
     peer: String,
+    /// The destination's, where it is known.
+    journal: Option<uuid::Uuid>,
     transport: Transport,
     id: uuid::Uuid,
     /// All page streams, and the control stream of late ones.
@@ -106,6 +108,7 @@ impl Script {
             context: self.outgoing.context.clone(),
             migration: self.row.id.to_string(),
             peer: self.row.peer.clone(),
+            journal: self.row.peer_journal,
             transport: self.row.transport(),
             id: self.row.id,
             streams: self.streams() + if late_streams > 0 { late_streams + 1 } else { 0 },
@@ -192,8 +195,9 @@ impl Maker {
             streams: self.streams.into(),
             copying: true,
             late_streams: self.late_streams.into(),
+            journal: String::new(),
         };
         let compute = self.agent.compute_rpcapi(&self.context, &self.peer)?;
-        compute.late_link(request).await
+        compute.late_link(request, self.journal).await
     }
 }

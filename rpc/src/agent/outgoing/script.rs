@@ -29,6 +29,7 @@ use crate::agent::images;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{InstanceRow, MigrationRow, Status};
 use crate::agent::mode::{Mode, PAUSE, POSTCOPY};
+use crate::agent::peer_journal::journal_of;
 use crate::agent::peers::{Call, ComputeClient, PREPARE_TIME, Peer, PeerError};
 use crate::agent::reason::Reason;
 use crate::agent::steps::{Journalled, SourceStep};
@@ -102,6 +103,8 @@ pub(super) struct Script {
     pub(super) guest_ended: Option<wire::GuestEnded>,
     /// The guest is the destination's, and needs pages of the memory that is kept here.
     pub(super) serving: bool,
+    /// Whoever answered in the destination's place had another journal; why the record has an error.
+    pub(super) another_answers: bool,
     /// What the destination said no with before anything was sent.
     pub(super) refusal: Mutex<Option<Failure>>,
     /// Telling agent B that it is over; true once it has answered.
@@ -147,6 +150,7 @@ impl Script {
             go: None,
             guest_ended: None,
             serving: false,
+            another_answers: false,
             refusal: Mutex::new(None),
             rollback: None,
             reported: Instant::now(),
@@ -225,10 +229,9 @@ impl Script {
         let copied = prepared.copied_disks;
         self.row.info.copied_disks = self.paths_of(&copied).await?;
         self.row.info.streams = streams.into();
-        if !copied.is_empty() {
-            // Before anything of it happens: an agent that restarts must know what becomes superfluous here.
-            self.save().await?;
-        }
+        self.row.peer_journal = journal_of(&prepared.journal).map_err(Failure::from)?;
+        // Before anything of it happens: an agent that restarts must know what becomes superfluous here, and which journal D is in.
+        self.save().await?;
         self.enter(SourceStep::Copy).await?;
         self.send(connections, copied).await?;
         // The VMM copies meanwhile. Should this fail it goes on all the same: a restarted agent believes the VMM's word.
@@ -296,6 +299,7 @@ impl Script {
             transport: self.row.options.transport.clone(),
             guest_was: self.row.info.guest_was.clone(),
             resume_window_ms: self.row.options.resume_window_ms,
+            journal: self.agent.journal.id().to_string(),
         };
         let compute = self.agent.compute_rpcapi(&self.outgoing.context, &peer.host)?;
         // Another migration may take an image between our sending it and our asking again.
@@ -304,6 +308,8 @@ impl Script {
                 Ok(reply) => reply,
                 Err(failure) => return Err(self.refused(failure)),
             };
+            // Before an image goes there. What it prepared is undone where it was asked for.
+            check_who_prepares(peer, &reply.destination).map_err(|failure| self.refused(failure))?;
             if reply.missing_images.is_empty() {
                 return Ok(reply);
             }
@@ -530,5 +536,38 @@ impl Script {
     /// Shows how it stands to whoever watches.
     pub(super) fn show(&self) {
         self.outgoing.info.send_replace(self.row.info.clone());
+    }
+}
+
+/// The record names this host as the destination, and so will whoever looks for the guest: another one at its URL is not to have it.
+fn check_who_prepares(peer: &Peer, destination: &str) -> Result<(), Failure> {
+    match destination == peer.host {
+        true => Ok(()),
+        false => Err(Failure::denied(
+            Reason::DestinationIsOther,
+            format!("at {} host {destination:?} answers, not host {}", peer.url, peer.host),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::peers::Peers;
+
+    #[tokio::test]
+    async fn a_host_that_prepares_in_anothers_place_is_refused_by_both_names() {
+        let peers = Peers::new("a", &[("b".to_owned(), "http://127.0.0.1:7601".to_owned())]).unwrap();
+        let peer = peers.named("b").unwrap();
+        assert!(check_who_prepares(peer, "b").is_ok());
+        for other in ["c", ""] {
+            let refused = check_who_prepares(peer, other).unwrap_err();
+            assert_eq!(refused.reason(), Some(Reason::DestinationIsOther));
+            let told = refused.chain();
+            assert!(
+                told.contains(&format!("{other:?}")) && told.contains("not host b"),
+                "{told}"
+            );
+        }
     }
 }

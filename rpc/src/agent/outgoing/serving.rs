@@ -300,9 +300,10 @@ impl Script {
             streams: late_streams(self.streams()).into(),
             copying: false,
             late_streams: 0,
+            journal: String::new(),
         };
         let compute = self.agent.compute_rpcapi(&self.outgoing.context, &self.row.peer)?;
-        compute.late_link(request).await
+        compute.late_link(request, self.row.peer_journal).await
     }
 
     /// What the destination measured, if it says so in time.

@@ -167,8 +167,15 @@ impl Script {
                 Some(SourceEvent::ExpectFailed(attempt))
             }
             Outcome::Decided(attempt, decision, part, heard_ns) => {
+                if std::mem::take(&mut self.another_answers) {
+                    self.row.info.error = None;
+                }
                 self.note_figures(decision, part, heard_ns);
                 Some(SourceEvent::Decided(attempt, decision))
+            }
+            Outcome::AnotherAnswers(failure) => {
+                self.say_another_answers(&failure).await;
+                Some(SourceEvent::NoAnswer)
             }
             Outcome::EarlyNews => {
                 let news = self.early.take()?;
@@ -417,6 +424,21 @@ impl Script {
         self.row.info.error = Some(reason);
         let here = self.agent.host().to_owned();
         self.become_indeterminate(Some(here)).await;
+    }
+
+    /// Whoever answers in the destination's place knows nothing of D: nobody knows, and why is told. Once, until D is.
+    async fn say_another_answers(&mut self, failure: &Failure) {
+        if std::mem::replace(&mut self.another_answers, true) {
+            return;
+        }
+        let reason = failure.chain();
+        tracing::warn!(migration = %self.row.id, instance = %self.row.instance, reason, "this decides nothing");
+        self.row.info.error = Some(reason);
+        if let Err(failure) = self.save().await {
+            tracing::error!(migration = %self.row.id, error = failure.chain(), "failed to journal who answers");
+        }
+        let context = &self.outgoing.context;
+        self.agent.record_fault(context, self.row.instance, failure).await;
     }
 
     async fn say_indeterminate(&mut self) {

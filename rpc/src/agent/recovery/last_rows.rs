@@ -3,7 +3,6 @@
 //! The agent before this one ended between the last that it did for a migration and the migration's last row. Meanwhile the instance
 //! may have been given to another migration: it moves on before the row of its arrival is written, or it stayed and is migrated again.
 
-use std::fs;
 use std::sync::Arc;
 
 use ferry_migration::handover::Decision;
@@ -76,7 +75,7 @@ async fn settle(agent: &Arc<Agent>, mut row: MigrationRow, has_arrived: bool) ->
     let (source, destination) = match row.role {
         Role::Destination => {
             // Its driver does that before its last row.
-            let _ = fs::remove_dir_all(agent.mark_folder(row.id));
+            agent.marks.remove(row.id);
             (there, here)
         }
         Role::Source => (here, there),
@@ -165,6 +164,7 @@ mod tests {
                 ..MigrationInfo::default()
             },
             began: 0,
+            peer_journal: None,
         }
     }
 
