@@ -82,7 +82,7 @@ impl Agent {
         match refused.into_iter().next() {
             Some(first) if !request.dry_run => Err(first),
             _ => Ok(CheckSourceReply {
-                disk_sizes: storage::sizes(&spec, &machine_profile),
+                disk_sizes: storage::sizes(&spec, &machine_profile, &self.boot_id),
                 spec: Some(spec),
                 epoch,
                 machine_profile,
@@ -195,7 +195,7 @@ impl Agent {
                 disks: vec![disk.clone()],
                 ..spec.clone()
             };
-            let its_size = coming.sizes.get(number as usize).copied().into_iter().collect();
+            let its_size = coming.sizes.get(number as usize).cloned().into_iter().collect();
             let coming = Coming {
                 sizes: its_size,
                 ..coming.clone()

@@ -33,14 +33,25 @@ const PIECES: [(u64, u8); 2] = [(1 << 20, 0x5a), (40 << 20, 0xa5)];
 const PIECE: usize = 3 << 20;
 
 /// The folders that the hosts see as one.
-struct Folders {
-    a: PathBuf,
-    b: PathBuf,
-    both: PathBuf,
+pub(crate) struct Folders {
+    pub(crate) a: PathBuf,
+    pub(crate) b: PathBuf,
+    pub(crate) both: PathBuf,
 }
 
 /// Two hosts with a folder each, and the guest's disk in that of A.
 fn apart(pair: &mut Pair) -> Result<Folders> {
+    let folders = folders(pair)?;
+    let disk = File::create(folders.a.join("g.img"))?;
+    disk.set_len(SIZE)?;
+    for (at, byte) in PIECES {
+        disk.write_all_at(&vec![byte; PIECE], at)?;
+    }
+    Ok(folders)
+}
+
+/// Two hosts with a folder each.
+pub(crate) fn folders(pair: &mut Pair) -> Result<Folders> {
     let folder = |name: &str| pair.folder().join(name);
     let folders = Folders {
         a: folder("disks-a"),
@@ -55,11 +66,6 @@ fn apart(pair: &mut Pair) -> Result<Folders> {
     for host in [&mut pair.a, &mut pair.b] {
         host.terminate()?;
         host.start()?;
-    }
-    let disk = File::create(folders.a.join("g.img"))?;
-    disk.set_len(SIZE)?;
-    for (at, byte) in PIECES {
-        disk.write_all_at(&vec![byte; PIECE], at)?;
     }
     Ok(folders)
 }

@@ -4,6 +4,7 @@
 //! would outlive the guest: a tap, or a lock on a disk.
 
 mod disks;
+mod identity;
 mod nics;
 mod spec;
 pub(crate) mod storage;

@@ -12,6 +12,7 @@ use ferry_vmm::MachineProfile;
 use rustix::fs::OFlags;
 use uuid::Uuid;
 
+use super::identity;
 use crate::agent::failure::Failure;
 use crate::agent::images;
 use crate::lock_file::{self, Holder};
@@ -55,23 +56,28 @@ pub(crate) struct Coming {
     pub(crate) sizes: Vec<DiskSize>,
 }
 
+/// Where they come to.
+#[derive(Clone, Debug)]
+pub(crate) struct Here {
+    pub(crate) host: String,
+    pub(crate) boot_id: String,
+    /// Folders in which disks may lie, if not in all.
+    pub(crate) allowed: Option<Vec<PathBuf>>,
+}
+
 /// Numbers of the disks that are to be copied here, ascending. Looks only, and changes nothing.
 ///
 /// # Errors
 /// Names the disk and why it can neither be shared nor copied.
-pub(crate) fn plan(
-    spec: &InstanceSpec,
-    storage: Storage,
-    coming: &Coming,
-    host: &str,
-    allowed: Option<&[PathBuf]>,
-) -> Result<Vec<u32>, Failure> {
+pub(crate) fn plan(spec: &InstanceSpec, storage: Storage, coming: &Coming, here: &Here) -> Result<Vec<u32>, Failure> {
+    let (host, allowed) = (&here.host, here.allowed.as_deref());
     let mut copied = Vec::new();
     for (number, disk) in (0u32..).zip(&spec.disks) {
         let path = Path::new(&disk.path);
         let refused = |problem: String| Failure::Refused(format!("disk {} on host {host}: {problem}", disk.path));
-        let size = coming.sizes.get(number as usize).copied().unwrap_or_default();
-        if disk.readonly || !is_copied(path, storage, coming).map_err(refused)? {
+        let unknown = DiskSize::default();
+        let size = coming.sizes.get(number as usize).unwrap_or(&unknown);
+        if disk.readonly || !is_copied(path, storage, coming, (size, here)).map_err(refused)? {
             if allowed.is_none_or(|allowed| images::check_place(path, allowed).is_ok()) {
                 check_holds(image_bytes(path), size).map_err(refused)?;
             }
@@ -80,6 +86,11 @@ pub(crate) fn plan(
         if let Some(allowed) = allowed {
             let folder = path.parent().unwrap_or(path);
             images::check_place(folder, allowed).map_err(|failure| refused(failure.to_string()))?;
+        }
+        if is_device(size) {
+            return Err(refused(
+                "it is not there, and a block device at the source: only files are copied".to_owned(),
+            ));
         }
         if size.bytes == 0 {
             return Err(refused(
@@ -163,8 +174,8 @@ fn make_lock_file(image: &Path, holder: &Holder) -> io::Result<()> {
     File::open(image.parent().unwrap_or(image))?.sync_all()
 }
 
-/// The sizes of an instance's disks here, whose VMM told this profile of it, or none; 0 of one that cannot be looked at.
-pub(crate) fn sizes(spec: &InstanceSpec, profile: &[u8]) -> Vec<DiskSize> {
+/// The sizes of an instance's disks here, whose VMM told this profile of it, or none, in this boot of the host; 0 of one that cannot be looked at.
+pub(crate) fn sizes(spec: &InstanceSpec, profile: &[u8], boot_id: &str) -> Vec<DiskSize> {
     let sectors = MachineProfile::from_bytes(profile).map_or_else(|_| Vec::new(), |profile| profile.disk_sectors);
     let size = |(number, disk): (usize, &DiskSpec)| {
         let path = Path::new(&disk.path);
@@ -176,8 +187,15 @@ pub(crate) fn sizes(spec: &InstanceSpec, profile: &[u8]) -> Vec<DiskSize> {
                 bytes: metadata.len(),
                 allocated_bytes: metadata.blocks() * SECTOR,
                 guest_bytes,
+                ..DiskSize::default()
             },
-            // A block device is shared or refused.
+            // It is shared or refused.
+            Ok(metadata) if metadata.file_type().is_block_device() => DiskSize {
+                guest_bytes,
+                device: identity::of(metadata.rdev()).unwrap_or_default(),
+                device_here: identity::here(boot_id, metadata.rdev()),
+                ..DiskSize::default()
+            },
             _ => DiskSize {
                 guest_bytes,
                 ..DiskSize::default()
@@ -202,7 +220,7 @@ fn image_bytes(path: &Path) -> Option<u64> {
 }
 
 /// Whether the guest's disk finds room in what is here; larger is an image that grew. What cannot be looked at is left to who opens it.
-fn check_holds(here: Option<u64>, size: DiskSize) -> Result<(), String> {
+fn check_holds(here: Option<u64>, size: &DiskSize) -> Result<(), String> {
     let guest = match size.guest_bytes {
         // Of a source before 4.3.
         0 => size.bytes,
@@ -214,7 +232,13 @@ fn check_holds(here: Option<u64>, size: DiskSize) -> Result<(), String> {
     }
 }
 
-fn is_copied(path: &Path, storage: Storage, coming: &Coming) -> Result<bool, String> {
+/// Whether the source has this disk on a block device.
+fn is_device(size: &DiskSize) -> bool {
+    !size.device_here.is_empty()
+}
+
+/// Whether a disk is copied, of which the source tells this, to here.
+fn is_copied(path: &Path, storage: Storage, coming: &Coming, (size, here): (&DiskSize, &Here)) -> Result<bool, String> {
     let found = match fs::metadata(path) {
         Ok(metadata) => Some(metadata),
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
@@ -226,7 +250,14 @@ fn is_copied(path: &Path, storage: Storage, coming: &Coming) -> Result<bool, Str
         (Storage::Copy, Some(_)) => Err(
             "it is there already, and nothing is written over: remove it, or say --storage shared if it is the same disk".to_owned(),
         ),
+        (Storage::Auto, Some(metadata)) if metadata.file_type().is_block_device() => {
+            check_same_device(metadata.rdev(), size, &here.boot_id).map(|()| false)
+        }
+        // Who opens it says what it is.
         (Storage::Auto, Some(metadata)) if !metadata.is_file() => Ok(false),
+        (Storage::Auto, Some(_)) if is_device(size) => {
+            Err("it is a file, and at the source a block device: say --storage shared if it is the same disk".to_owned())
+        }
         (Storage::Auto, Some(_)) => {
             // Whoever sees the lock file that the guest's own VMM has written, under the right that it has now, sees the same disk; what is
             // left of an earlier copy says something else.
@@ -249,8 +280,32 @@ fn is_copied(path: &Path, storage: Storage, coming: &Coming) -> Result<bool, Str
     }
 }
 
+/// A path is no reason to take a device for the guest's disk, and nothing beside it says whose it is: the device must say so itself.
+fn check_same_device(device: u64, size: &DiskSize, boot_id: &str) -> Result<(), String> {
+    // Two agents of one host: the kernel has one device of that number.
+    if size.device_here == identity::here(boot_id, device) {
+        return Ok(());
+    }
+    let advice = "say --storage shared if it is the same disk";
+    if size.bytes > 0 {
+        return Err(format!("it is a block device, and at the source a file: {advice}"));
+    }
+    match (size.device.as_str(), identity::of(device)) {
+        (there, Some(here)) if there == here => Ok(()),
+        ("", _) => Err(format!(
+            "it is a block device, and the source does not tell which one it has: {advice}"
+        )),
+        (there, Some(here)) => Err(format!(
+            "it is the block device {here}, and at the source it is {there}"
+        )),
+        (there, None) => Err(format!(
+            "it is a block device that does not tell which one it is, and at the source it is {there}: {advice}"
+        )),
+    }
+}
+
 /// Whether what the source's file takes has room; the rest of a sparse one is the guest's to fill, as it was at the source.
-fn check_room(path: &Path, size: DiskSize) -> Result<(), String> {
+fn check_room(path: &Path, size: &DiskSize) -> Result<(), String> {
     let folder = path.parent().unwrap_or(path);
     let stat = rustix::fs::statvfs(folder).map_err(|error| format!("its folder {}: {error}", folder.display()))?;
     let free = stat.f_bavail.saturating_mul(stat.f_frsize);
@@ -294,6 +349,7 @@ mod tests {
             bytes: 1 << 20,
             allocated_bytes,
             guest_bytes: 1 << 20,
+            ..DiskSize::default()
         }];
         planned_of(path, storage, sizes)
     }
@@ -305,7 +361,15 @@ mod tests {
             epoch: 3,
             sizes: sizes.to_vec(),
         };
-        plan(&spec(path), storage, &coming, "b", None).map_err(|failure| failure.to_string())
+        plan(&spec(path), storage, &coming, &here()).map_err(|failure| failure.to_string())
+    }
+
+    fn here() -> Here {
+        Here {
+            host: "b".to_owned(),
+            boot_id: "boot-of-b".to_owned(),
+            allowed: None,
+        }
     }
 
     #[test]
@@ -345,6 +409,59 @@ mod tests {
         holder.host = "b".to_owned();
         lock_file::write(&file, &holder).unwrap();
         assert!(planned(&path, Storage::Auto, 0).is_err(), "a half copy");
+    }
+
+    #[test]
+    fn a_device_is_shared_only_if_it_says_that_it_is_the_sources() {
+        let device = rustix::fs::makedev(7, 0);
+        let told = |device: &str, device_here: &str| DiskSize {
+            device: device.to_owned(),
+            device_here: device_here.to_owned(),
+            ..DiskSize::default()
+        };
+        let checked = |size: &DiskSize| check_same_device(device, size, "boot-of-b");
+        assert_eq!(checked(&told("", "boot-of-b 7:0")), Ok(()), "two agents of one host");
+        // A loop device elsewhere, one of another number here, one that can be told from others, one of a source before 4.3, and a file.
+        let file = DiskSize {
+            bytes: 1 << 20,
+            ..DiskSize::default()
+        };
+        let others = [
+            (told("", "boot-of-a 7:0"), "does not tell which"),
+            (told("", "boot-of-b 7:1"), "does not tell which"),
+            (
+                told("naa.5000c50015ea71ac", "boot-of-a 8:0"),
+                "at the source it is naa.5000c50015ea71ac",
+            ),
+            (told("", ""), "does not tell which"),
+            (file, "at the source a file"),
+        ];
+        for (size, why) in others {
+            let refused = checked(&size).unwrap_err();
+            assert!(
+                refused.contains(why) && refused.contains("--storage shared"),
+                "{refused}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_device_at_the_source_is_no_file_here() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web.img");
+        let device = || DiskSize {
+            guest_bytes: 1 << 20,
+            device_here: "boot-of-a 7:0".to_owned(),
+            ..DiskSize::default()
+        };
+        for storage in [Storage::Auto, Storage::Copy] {
+            let refused = planned_of(&path, storage, [device()]).unwrap_err();
+            assert!(refused.contains("only files are copied"), "{refused}");
+        }
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let refused = planned_of(&path, Storage::Auto, [device()]).unwrap_err();
+        assert!(refused.contains("at the source a block device"), "{refused}");
+        assert_eq!(planned_of(&path, Storage::Shared, [device()]), Ok(vec![]));
     }
 
     #[test]
@@ -392,9 +509,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("web.img");
         File::create(&path).unwrap().set_len(1 << 20).unwrap();
-        let off = sizes(&spec(&path), &[]);
+        let off = sizes(&spec(&path), &[], "boot");
         assert_eq!((off[0].bytes, off[0].guest_bytes), (1 << 20, 1 << 20));
-        assert_eq!(sizes(&spec(Path::new("/nowhere/web.img")), &[]), [DiskSize::default()]);
+        let nowhere = spec(Path::new("/nowhere/web.img"));
+        assert_eq!(sizes(&nowhere, &[], "boot"), [DiskSize::default()]);
         assert_eq!(image_bytes(folder.path()), None);
     }
 

@@ -18,7 +18,7 @@ use super::driver::Driver;
 use super::handle::Incoming;
 use super::late::LateSession;
 use super::reservations::Reservation;
-use crate::agent::backends::storage::{self, Coming, Storage};
+use crate::agent::backends::storage::{self, Coming, Here, Storage};
 use crate::agent::backends::{Occasion, Whose};
 use crate::agent::context::RequestContext;
 use crate::agent::events::{Action, Subject};
@@ -227,9 +227,13 @@ impl Agent {
         storage: Storage,
         coming: Coming,
     ) -> Result<Vec<u32>, Failure> {
-        let (spec, host) = (spec.clone(), self.host().to_owned());
-        let allowed = self.config.is_exposed().then(|| self.config.image_dirs.clone());
-        let plan = move || storage::plan(&spec, storage, &coming, &host, allowed.as_deref());
+        let spec = spec.clone();
+        let here = Here {
+            host: self.host().to_owned(),
+            boot_id: self.boot_id.clone(),
+            allowed: self.config.is_exposed().then(|| self.config.image_dirs.clone()),
+        };
+        let plan = move || storage::plan(&spec, storage, &coming, &here);
         // A network file system may take its time.
         tokio::task::spawn_blocking(plan)
             .await
