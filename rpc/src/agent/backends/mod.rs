@@ -6,6 +6,7 @@
 mod disks;
 mod identity;
 mod nics;
+pub(crate) mod room;
 mod spec;
 pub(crate) mod storage;
 

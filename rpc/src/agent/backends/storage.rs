@@ -4,18 +4,18 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use ferry_proto::agent::v1::{DiskSize, DiskSpec, InstanceSpec};
 use ferry_vmm::MachineProfile;
-use rustix::fs::OFlags;
 use uuid::Uuid;
 
 use super::identity;
+use super::room::{self, Promised};
 use crate::agent::failure::Failure;
 use crate::agent::images;
-use crate::lock_file::{self, Holder};
+use crate::lock_file;
 
 /// What a guest counts its disks in.
 const SECTOR: u64 = 512;
@@ -63,15 +63,26 @@ pub(crate) struct Here {
     pub(crate) boot_id: String,
     /// Folders in which disks may lie, if not in all.
     pub(crate) allowed: Option<Vec<PathBuf>>,
+    /// What other disks that are copied here were promised.
+    pub(crate) promised: Vec<Promised>,
 }
 
-/// Numbers of the disks that are to be copied here, ascending. Looks only, and changes nothing.
+/// Disks that are to be copied here.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    /// Their numbers, ascending.
+    pub(crate) copied: Vec<u32>,
+    /// What they need, in the same order.
+    pub(crate) needs: Vec<Promised>,
+}
+
+/// What becomes of each disk here. Looks only, and changes nothing.
 ///
 /// # Errors
 /// Names the disk and why it can neither be shared nor copied.
-pub(crate) fn plan(spec: &InstanceSpec, storage: Storage, coming: &Coming, here: &Here) -> Result<Vec<u32>, Failure> {
+pub(crate) fn plan(spec: &InstanceSpec, storage: Storage, coming: &Coming, here: &Here) -> Result<Plan, Failure> {
     let (host, allowed) = (&here.host, here.allowed.as_deref());
-    let mut copied = Vec::new();
+    let mut plan = Plan::default();
     for (number, disk) in (0u32..).zip(&spec.disks) {
         let path = Path::new(&disk.path);
         let refused = |problem: String| Failure::Refused(format!("disk {} on host {host}: {problem}", disk.path));
@@ -103,75 +114,12 @@ pub(crate) fn plan(spec: &InstanceSpec, storage: Storage, coming: &Coming, here:
                 size.bytes, size.guest_bytes
             )));
         }
-        check_room(path, size).map_err(refused)?;
-        copied.push(number);
+        let others = here.promised.iter().chain(&plan.needs);
+        let needs = room::check(path, size, others).map_err(refused)?;
+        plan.needs.push(needs);
+        plan.copied.push(number);
     }
-    Ok(copied)
-}
-
-/// Makes room for the disks that are to be copied: files of the right size, all hole, each with a lock file that says whose it is, under no epoch
-/// yet: until its VMM has the guest, nobody may take it for the guest's disk.
-///
-/// # Errors
-/// Names the disk. What was made before it is still there, for [`remove`] to find.
-pub(crate) fn make_room(
-    spec: &InstanceSpec,
-    copied: &[u32],
-    sizes: &[DiskSize],
-    holder: &Holder,
-) -> Result<(), Failure> {
-    for &number in copied {
-        let Some((disk, size)) = spec.disks.get(number as usize).zip(sizes.get(number as usize)) else {
-            continue;
-        };
-        let made = File::options()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&disk.path)
-            .and_then(|file| file.set_len(size.bytes))
-            .and_then(|()| make_lock_file(Path::new(&disk.path), holder));
-        made.map_err(Failure::host(format!(
-            "host {} failed to make room for disk {}",
-            holder.host, disk.path
-        )))?;
-    }
-    Ok(())
-}
-
-/// Removes images that are not the guest's any more, with their lock files: the half copy of a migration that failed, or the source's
-/// after one that did not. Only those whose lock file says that they were this guest's on this host: nothing else is ours to remove, least of all
-/// what another host's guest works on under the same path.
-pub(crate) fn remove(paths: &[String], instance: Uuid, host: &str) {
-    for path in paths.iter().map(Path::new) {
-        let lock_file = lock_file::path_of(path);
-        let holder = File::open(&lock_file).ok().and_then(|file| lock_file::read(&file));
-        if holder.is_none_or(|holder| holder.instance != instance || holder.host != host) {
-            tracing::info!(path = %path.display(), "not removed: it is not known as the guest's on this host");
-            continue;
-        }
-        for path in [path, &lock_file] {
-            match fs::remove_file(path) {
-                Ok(()) => tracing::info!(path = %path.display(), "removed"),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => tracing::error!(path = %path.display(), %error, "a disk that is no guest's stays"),
-            }
-        }
-    }
-}
-
-fn make_lock_file(image: &Path, holder: &Holder) -> io::Result<()> {
-    let file = File::options()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o644)
-        // Whoever may write into the image's folder must not lead us elsewhere.
-        .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
-        .open(lock_file::path_of(image))?;
-    lock_file::write(&file, holder)?;
-    // The source removes its image once the guest runs here: until then the name of this one must be durable too.
-    File::open(image.parent().unwrap_or(image))?.sync_all()
+    Ok(plan)
 }
 
 /// The sizes of an instance's disks here, whose VMM told this profile of it, or none, in this boot of the host; 0 of one that cannot be looked at.
@@ -304,33 +252,10 @@ fn check_same_device(device: u64, size: &DiskSize, boot_id: &str) -> Result<(), 
     }
 }
 
-/// Whether what the source's file takes has room; the rest of a sparse one is the guest's to fill, as it was at the source.
-fn check_room(path: &Path, size: &DiskSize) -> Result<(), String> {
-    let folder = path.parent().unwrap_or(path);
-    let stat = rustix::fs::statvfs(folder).map_err(|error| format!("its folder {}: {error}", folder.display()))?;
-    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
-    if size.allocated_bytes > free {
-        return Err(format!(
-            "it takes {} MiB, and {} MiB are free in {}",
-            size.allocated_bytes >> 20,
-            free >> 20,
-            folder.display()
-        ));
-    }
-    if size.bytes > free {
-        tracing::warn!(
-            disk = %path.display(),
-            bytes = size.bytes,
-            free,
-            "there is room for what a disk holds now, and not for all that it may hold"
-        );
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lock_file::Holder;
 
     const INSTANCE: Uuid = Uuid::from_u128(1);
 
@@ -361,7 +286,8 @@ mod tests {
             epoch: 3,
             sizes: sizes.to_vec(),
         };
-        plan(&spec(path), storage, &coming, &here()).map_err(|failure| failure.to_string())
+        let plan = plan(&spec(path), storage, &coming, &here());
+        plan.map(|plan| plan.copied).map_err(|failure| failure.to_string())
     }
 
     fn here() -> Here {
@@ -369,6 +295,7 @@ mod tests {
             host: "b".to_owned(),
             boot_id: "boot-of-b".to_owned(),
             allowed: None,
+            promised: Vec::new(),
         }
     }
 
@@ -474,6 +401,42 @@ mod tests {
     }
 
     #[test]
+    fn disks_that_do_not_fit_together_are_refused_together() {
+        let folder = tempfile::tempdir().unwrap();
+        let stat = rustix::fs::statvfs(folder.path()).unwrap();
+        // Two thirds of what is free fit once.
+        let size = DiskSize {
+            bytes: 1 << 50,
+            allocated_bytes: stat.f_bavail * stat.f_frsize / 3 * 2,
+            ..DiskSize::default()
+        };
+        let disks = ["one.img", "two.img"].map(|name| folder.path().join(name));
+        let both = InstanceSpec {
+            disks: disks.iter().flat_map(|path| spec(path).disks).collect(),
+            ..InstanceSpec::default()
+        };
+        let coming = Coming {
+            instance: INSTANCE,
+            source: "a".to_owned(),
+            epoch: 3,
+            sizes: vec![size.clone(), size],
+        };
+        let first = plan(&spec(&disks[0]), Storage::Auto, &coming, &here()).unwrap();
+        assert_eq!(first.copied, [0]);
+        let refused = plan(&both, Storage::Auto, &coming, &here()).unwrap_err().to_string();
+        assert!(refused.contains("two.img") && refused.contains("promised"), "{refused}");
+        // And the disk of another guest, which is still on its way.
+        let crowded = Here {
+            promised: first.needs,
+            ..here()
+        };
+        let refused = plan(&spec(&disks[1]), Storage::Auto, &coming, &crowded)
+            .unwrap_err()
+            .to_string();
+        assert!(refused.contains("promised"), "{refused}");
+    }
+
+    #[test]
     fn an_image_that_does_not_hold_the_guests_disk_is_refused_with_both_sizes() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("web.img");
@@ -514,32 +477,5 @@ mod tests {
         let nowhere = spec(Path::new("/nowhere/web.img"));
         assert_eq!(sizes(&nowhere, &[], "boot"), [DiskSize::default()]);
         assert_eq!(image_bytes(folder.path()), None);
-    }
-
-    #[test]
-    fn room_is_made_without_taking_it_and_removed_with_its_lock_file() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("web.img");
-        let sizes = [DiskSize {
-            bytes: 1 << 30,
-            ..DiskSize::default()
-        }];
-        let holder = Holder {
-            host: "b".to_owned(),
-            instance: INSTANCE,
-            name: "web".to_owned(),
-            epoch: 3,
-            pid: 1,
-        };
-        make_room(&spec(&path), &[0], &sizes, &holder).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().len(), 1 << 30);
-        assert!(fs::metadata(&path).unwrap().blocks() < 100);
-        assert!(make_room(&spec(&path), &[0], &sizes, &holder).is_err());
-        let paths = [path.to_str().unwrap().to_owned()];
-        remove(&paths, Uuid::from_u128(2), "b");
-        remove(&paths, INSTANCE, "a");
-        assert!(path.exists());
-        remove(&paths, INSTANCE, "b");
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 }
