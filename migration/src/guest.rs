@@ -167,6 +167,33 @@ impl GuestError {
     pub fn new(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self(cause.into())
     }
+
+    /// What [`GuestMemory::send`] and [`GuestMemory::receive`] fail with when it is the guest's side that failed, and not the socket:
+    /// another connection would be no help.
+    #[must_use]
+    pub fn in_transfer(self) -> io::Error {
+        io::Error::other(self)
+    }
+
+    /// Takes apart what a transfer failed with: the guest's side, or else the socket.
+    pub(crate) fn of_transfer(error: io::Error) -> Result<Self, io::Error> {
+        error.downcast()
+    }
+
+    /// What failed and why, down to the first cause.
+    pub(crate) fn chain(&self) -> String {
+        let mut words = self.to_string();
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            let said = error.to_string();
+            // A wrapper says what it wraps.
+            if !words.ends_with(&said) {
+                words = format!("{words}: {said}");
+            }
+            cause = error.source();
+        }
+        words
+    }
 }
 
 /// How a guest ended by itself.
@@ -249,13 +276,13 @@ pub trait GuestMemory: Send + Sync + 'static {
     /// Writes `prefix` and then the bytes of `runs` to a blocking stream socket, all of it.
     ///
     /// # Errors
-    /// The socket's error.
+    /// The socket's error, or [`GuestError::in_transfer`].
     fn send(&self, socket: BorrowedFd<'_>, prefix: &[u8], runs: &[FrameRun]) -> io::Result<()>;
 
     /// Reads the bytes of `runs` from a blocking stream socket, all of them.
     ///
     /// # Errors
-    /// The socket's error; [`io::ErrorKind::UnexpectedEof`] if it ended before.
+    /// The socket's error; [`io::ErrorKind::UnexpectedEof`] if it ended before; or [`GuestError::in_transfer`].
     fn receive(&self, socket: BorrowedFd<'_>, runs: &[FrameRun]) -> io::Result<()>;
 
     /// Copies the bytes of `runs` into `bytes`, which has just room for them, in this order.

@@ -10,7 +10,8 @@ use std::time::Duration;
 use fake::cutting::{Cut, Cutter};
 use fake::scene::*;
 use fake::{FakeSource, StopFault, Tracking, Workload};
-use ferry_migration::guest::{FRAME_SIZE, GuestEnd};
+use ferry_migration::destination::DestinationError;
+use ferry_migration::guest::{FRAME_SIZE, GuestEnd, SourceGuest};
 use ferry_migration::postcopy::Lateness;
 use ferry_migration::source::{MOST_BEFORE_THE_END, SourceError, SourceOutcome, SourceReport};
 use proptest::prelude::*;
@@ -129,6 +130,37 @@ fn a_link_is_cut_at_every_word_of_its_being_made_again() {
         ("holding", Before),
         ("barrier-reached", Before),
     ]);
+}
+
+/// Neither side takes what its own disk does for the link's fault, which would be made again without an end.
+#[test]
+fn a_disk_that_cannot_be_read_at_the_source_ends_the_migration_with_its_reason() {
+    let mut scene = resumable(guest(Tracking::Log, BUSY), LONG);
+    scene.source.memory().fail_transfers();
+    scene.agent = healing();
+    let ends = migrate(scene);
+    assert!(
+        matches!(ends.cancelled(), SourceError::Guest { cause, .. } if cause.to_string().contains("storage")),
+        "{}",
+        ends.cancelled()
+    );
+    let Err(DestinationError::AbortedBySource(reason)) = &ends.loaded else {
+        panic!("{:?}", ends.loaded.map(|_| ()))
+    };
+    assert!(reason.contains("storage"), "{reason}");
+}
+
+#[test]
+fn a_disk_that_takes_nothing_at_the_destination_ends_the_migration_with_its_reason() {
+    let mut scene = resumable(guest(Tracking::Log, BUSY), LONG);
+    scene.destination.memory.fail_transfers();
+    scene.agent = healing();
+    let ends = migrate(scene);
+    let SourceError::Refused(reasons) = ends.cancelled() else {
+        panic!("{}", ends.cancelled())
+    };
+    assert!(reasons.len() == 1 && reasons[0].contains("storage"), "{reasons:?}");
+    assert!(matches!(&ends.loaded, Err(DestinationError::Guest { .. })));
 }
 
 #[test]

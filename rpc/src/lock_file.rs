@@ -47,7 +47,8 @@ pub(crate) fn parse(bytes: &[u8]) -> Option<Holder> {
     serde_json::from_slice(bytes).ok()
 }
 
-/// Names `holder`. It is not synced: whoever asks on this host sees it at once, and after a crash of the host it matters no more.
+/// Names `holder`. It is not synced: whoever asks on this host sees it at once, after a crash of the host it matters no more, and for other
+/// hosts somebody syncs it when nothing waits for that.
 ///
 /// # Errors
 /// The file system is full or gone.

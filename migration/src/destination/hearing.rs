@@ -165,7 +165,7 @@ impl<'a> Hearing<'a> {
         let cause = match error {
             Some(ReceiveError::Guest(cause)) => {
                 return DestinationError::Guest {
-                    step: "take pages into its memory",
+                    step: "take in what arrives",
                     cause,
                 };
             }
@@ -200,7 +200,7 @@ impl<'a> Hearing<'a> {
             DestinationError::ManifestRefused(_) | DestinationError::Restore(_) => return,
             // Told in the handshake's reply.
             DestinationError::Incompatible(_) => Vec::new(),
-            DestinationError::Guest { cause, .. } => vec![format!("{error}: {cause}")],
+            DestinationError::Guest { cause, .. } => vec![format!("{error}: {}", cause.chain())],
             DestinationError::Frame { cause, .. } => vec![format!("{error}: {cause}")],
             error => vec![error.to_string()],
         };

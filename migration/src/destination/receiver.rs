@@ -1,5 +1,6 @@
 //! One receiving thread: reads frames, checks them, and puts their pages into guest memory.
 
+use std::io;
 use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -75,6 +76,14 @@ pub(super) enum ReceiveError {
     /// This side's own memory failed.
     #[error(transparent)]
     Guest(GuestError),
+}
+
+impl ReceiveError {
+    /// What it means that a frame's pages could not be read from the connection.
+    fn from_pages(error: io::Error) -> Self {
+        let in_frame = |error| Self::Frame(FrameError::from_pages(error));
+        GuestError::of_transfer(error).map_or_else(in_frame, Self::Guest)
+    }
 }
 
 /// What a receiving thread keeps from frame to frame to save allocations.
@@ -160,7 +169,7 @@ impl<M: GuestMemory> Receiver<'_, M> {
                 Some(bytes) => self.memory.write_pages(data, bytes).map_err(ReceiveError::Guest)?,
                 None => {
                     let taken = self.memory.receive(self.socket.as_fd(), data);
-                    taken.map_err(|error| ReceiveError::Frame(FrameError::from_pages(error)))?;
+                    taken.map_err(ReceiveError::from_pages)?;
                 }
             }
         }

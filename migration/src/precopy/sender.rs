@@ -25,6 +25,13 @@ pub(crate) enum SendError {
     Guest(GuestError),
 }
 
+impl SendError {
+    /// What it means that pages could not be written to the connection.
+    fn from_pages(error: io::Error) -> Self {
+        GuestError::of_transfer(error).map_or_else(Self::Connection, Self::Guest)
+    }
+}
+
 /// One page stream's sending side.
 pub(crate) struct Sender<'a, M, C> {
     pub(crate) stream: u16,
@@ -162,7 +169,7 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
             Some(block) => write_both(self.socket, prefix, block),
             None => self.memory.send(self.socket.as_fd(), prefix, &contents.data),
         };
-        written.map_err(SendError::Connection)?;
+        written.map_err(SendError::from_pages)?;
         Ok(sent)
     }
 }

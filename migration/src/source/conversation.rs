@@ -166,7 +166,7 @@ impl<'a> Conversation<'a> {
                 error: SendError::Guest(cause),
                 ..
             } => Err(SourceError::Guest {
-                step: "read or re-arm its memory",
+                step: "read or re-arm what is copied",
                 cause,
             }
             .into()),
@@ -204,6 +204,7 @@ impl<'a> Conversation<'a> {
             )
             // Another link may be made, over which nothing is over.
             | Stop::LinkLost(_) => return,
+            Stop::Error(error @ SourceError::Guest { cause, .. }) => format!("{error}: {}", cause.chain()),
             Stop::Error(error) => error.to_string(),
             Stop::GuestEnded(_) => "guest stopped".to_owned(),
         };

@@ -2,7 +2,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread;
 use std::time::Duration;
@@ -37,6 +37,8 @@ pub struct FakeMemory {
     pub damages: AtomicU64,
     digest_delay_micros: AtomicU64,
     sent_plainly: AtomicU64,
+    /// A disk among it neither reads nor takes anything.
+    fails: AtomicBool,
     /// A frame that is damaged on its way, and how many times more.
     damage_on_way: Mutex<(u64, u64)>,
 }
@@ -90,6 +92,7 @@ impl FakeMemory {
             damages: AtomicU64::new(u64::MAX),
             digest_delay_micros: AtomicU64::new(0),
             sent_plainly: AtomicU64::new(0),
+            fails: AtomicBool::new(false),
             damage_on_way: Mutex::default(),
         }
     }
@@ -102,6 +105,19 @@ impl FakeMemory {
     /// Each write to a socket takes so long from now on.
     pub fn slow_sends(&self, time: Duration) {
         self.send_delay_micros.store(time.as_micros() as u64, Ordering::Relaxed);
+    }
+
+    /// From now on each transfer fails, and not for the socket's sake.
+    pub fn fail_transfers(&self) {
+        self.fails.store(true, Ordering::Relaxed);
+    }
+
+    fn check_transfer(&self) -> io::Result<()> {
+        if self.fails.load(Ordering::Relaxed) {
+            let cause = io::Error::from(io::ErrorKind::StorageFull);
+            return Err(GuestError::new(cause).in_transfer());
+        }
+        Ok(())
     }
 
     /// A bit of this frame is another the next so many times that it is sent. What is here stays as it is.
@@ -331,6 +347,7 @@ impl GuestMemory for FakeMemory {
     }
 
     fn send(&self, socket: BorrowedFd<'_>, prefix: &[u8], runs: &[FrameRun]) -> io::Result<()> {
+        self.check_transfer()?;
         let delay = Duration::from_micros(self.send_delay_micros.load(Ordering::Relaxed));
         if !delay.is_zero() {
             thread::sleep(delay);
@@ -362,6 +379,7 @@ impl GuestMemory for FakeMemory {
     }
 
     fn receive(&self, socket: BorrowedFd<'_>, runs: &[FrameRun]) -> io::Result<()> {
+        self.check_transfer()?;
         let pieces = self.all_pieces(runs);
         let mut guards: Vec<(usize, RwLockWriteGuard<'_, Vec<u8>>)> = Vec::new();
         for &(chunk, ..) in &pieces {

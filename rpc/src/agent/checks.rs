@@ -12,6 +12,7 @@ use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::{InvalidField, required, wire_uuid};
 use ferry_vmm::{HostCapabilities, HostError, MachineProfile};
 
+use super::backends::room::Promised;
 use super::backends::storage::{self, Coming, Storage};
 use super::backends::{Occasion, Whose};
 use super::context::RequestContext;
@@ -82,7 +83,7 @@ impl Agent {
         match refused.into_iter().next() {
             Some(first) if !request.dry_run => Err(first),
             _ => Ok(CheckSourceReply {
-                disk_sizes: storage::sizes(&spec, &machine_profile),
+                disk_sizes: storage::sizes(&spec, &machine_profile, &self.boot_id),
                 spec: Some(spec),
                 epoch,
                 machine_profile,
@@ -148,7 +149,7 @@ impl Agent {
             epoch: told.epoch,
             sizes: told.disk_sizes,
         };
-        let Planned { copied, failed } = self.plan_each(&spec, storage, &coming).await;
+        let Planned { copied, failed, .. } = self.plan_each(&spec, storage, &coming).await;
         let (unplanned, failures): (Vec<_>, Vec<_>) = failed.into_iter().unzip();
         note(&mut checks, "disks", Reason::Disks, failures, || {
             storage_words(spec.disks.len(), copied.len())
@@ -195,14 +196,17 @@ impl Agent {
                 disks: vec![disk.clone()],
                 ..spec.clone()
             };
-            let its_size = coming.sizes.get(number as usize).copied().into_iter().collect();
+            let its_size = coming.sizes.get(number as usize).cloned().into_iter().collect();
             let coming = Coming {
                 sizes: its_size,
                 ..coming.clone()
             };
-            match self.plan_storage(&only, storage, coming).await {
-                Ok(planned) if planned.is_empty() => {}
-                Ok(_) => all.copied.push(number),
+            match self.plan_storage(&only, storage, coming, all.needs.clone()).await {
+                Ok(plan) if plan.copied.is_empty() => {}
+                Ok(plan) => {
+                    all.copied.push(number);
+                    all.needs.extend(plan.needs);
+                }
                 Err(failure) => all.failed.push((number, failure)),
             }
         }
@@ -223,6 +227,8 @@ impl Agent {
 #[derive(Default)]
 struct Planned {
     copied: Vec<u32>,
+    /// What they need.
+    needs: Vec<Promised>,
     /// Those that can neither be shared nor copied, and why.
     failed: Vec<(u32, Failure)>,
 }

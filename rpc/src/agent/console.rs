@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use ferry_proto::agent::v1::ConsoleOutput;
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::inotify;
+use rustix::fs::{SeekFrom, inotify, seek};
 use rustix::io::Errno;
 use rustix::time::Timespec;
 use tokio::sync::mpsc;
@@ -64,6 +64,7 @@ fn copy(path: &Path, follow: Follow, to: &mpsc::Sender<Result<ConsoleOutput, Sta
     let mut removed = false;
     loop {
         loop {
+            skip_hole(&file)?;
             let count = file.read(&mut buffer)?;
             if count == 0 {
                 break;
@@ -89,6 +90,16 @@ fn copy(path: &Path, follow: Follow, to: &mpsc::Sender<Result<ConsoleOutput, Sta
         // A guest prints byte by byte: without a rest each would be a message of its own.
         std::thread::sleep(BURST);
         removed = was_removed(changes)?;
+    }
+}
+
+/// What is too old of a log is a hole: whoever reads goes on behind it.
+fn skip_hole(file: &File) -> io::Result<()> {
+    let here = seek(file, SeekFrom::Current(0))?;
+    match seek(file, SeekFrom::Data(here)) {
+        // At the end, or on a file system that has no holes.
+        Ok(_) | Err(Errno::NXIO | Errno::INVAL | Errno::OPNOTSUPP) => Ok(()),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -121,5 +132,26 @@ fn was_removed(inotify: &OwnedFd) -> io::Result<bool> {
             Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_was_let_go_of_a_log_is_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("console.log");
+        let log = File::create(&path).unwrap();
+        log.write_all_at(b"the end", 64 << 20).unwrap();
+        let mut pieces = stream(path, Follow::No);
+        let mut read = Vec::new();
+        while let Some(piece) = pieces.recv().await {
+            read.extend(piece.unwrap().bytes);
+        }
+        assert_eq!(read, b"the end");
     }
 }

@@ -153,6 +153,7 @@ async fn build(
         outgoing: Default::default(),
         incoming: Default::default(),
         reservations: Default::default(),
+        room: Default::default(),
         peers,
         probes: Probes::default(),
         queue: Queue::new(config.max_outgoing),

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use ferry_migration::guest::{FRAME_SIZE, FrameRun, Region};
+use ferry_migration::guest::{FRAME_SIZE, FrameRun, GuestError, Region};
 use ferry_vmm::DiskBuffer;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
@@ -26,10 +26,22 @@ const DISK_FRAMES: u64 = 1 << 34;
 /// Frames that are read or written at once: a huge page.
 const PIECE_FRAMES: u64 = ferry_vmm::HUGE_PAGE_SIZE / FRAME_SIZE;
 
+/// What a disk that is copied did not do. Both sides of a migration tell it from what a connection does not do.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to {doing} disk {path}")]
+struct DiskError {
+    doing: &'static str,
+    path: String,
+    #[source]
+    source: io::Error,
+}
+
 /// A disk that is copied.
 #[derive(Debug, Clone)]
 pub(super) struct CopiedDisk {
     image: Arc<File>,
+    /// Its name, for messages.
+    path: String,
     bytes: u64,
     region: Region,
 }
@@ -39,7 +51,7 @@ impl CopiedDisk {
     ///
     /// # Errors
     /// Its size cannot be told, or it is larger than the numbers go.
-    pub(super) fn new(image: Arc<File>, number: usize) -> io::Result<Self> {
+    pub(super) fn new(image: Arc<File>, path: &str, number: usize) -> io::Result<Self> {
         let bytes = seek(&image, SeekFrom::End(0))?;
         let frames = bytes.div_ceil(FRAME_SIZE);
         if frames == 0 || frames > DISK_FRAMES {
@@ -47,7 +59,13 @@ impl CopiedDisk {
         }
         let start_frame = FIRST_FRAME + number as u64 * DISK_FRAMES;
         let region = Region { start_frame, frames };
-        Ok(Self { image, bytes, region })
+        let path = path.to_owned();
+        Ok(Self {
+            image,
+            path,
+            bytes,
+            region,
+        })
     }
 
     /// Its frames.
@@ -67,6 +85,10 @@ impl CopiedDisk {
 
     /// Where the image has data, in whole frames, ascending; everything where its file system does not tell.
     pub(super) fn extents(&self, run: FrameRun) -> io::Result<Vec<FrameRun>> {
+        self.find_extents(run).map_err(self.failed("look for data on"))
+    }
+
+    fn find_extents(&self, run: FrameRun) -> io::Result<Vec<FrameRun>> {
         let (start, end) = (self.offset(run.first), self.offset(run.end()).min(self.bytes));
         let mut found: Vec<FrameRun> = Vec::new();
         let mut at = start;
@@ -105,7 +127,7 @@ impl CopiedDisk {
     /// Writes the run's bytes to the socket, the last frame filled up with zeroes.
     pub(super) fn send(&self, socket: BorrowedFd<'_>, run: FrameRun) -> io::Result<()> {
         self.each_piece(run, |offset, len, frames| {
-            self.image.read_exact_at(&mut frames[..len], offset)?;
+            self.load(offset, &mut frames[..len])?;
             frames[len..].fill(0);
             write_all(socket, frames)
         })
@@ -115,9 +137,7 @@ impl CopiedDisk {
     pub(super) fn receive(&self, socket: BorrowedFd<'_>, run: FrameRun) -> io::Result<()> {
         self.each_piece(run, |offset, len, frames| {
             read_all(socket, frames)?;
-            // The kind of error must not be that of a connection.
-            let written = self.image.write_all_at(&frames[..len], offset);
-            written.map_err(|error| io::Error::other(format!("a disk does not take what arrives: {error}")))
+            self.store(offset, &frames[..len])
         })
     }
 
@@ -126,7 +146,7 @@ impl CopiedDisk {
         check_room(run, bytes.len())?;
         let mut pieces = bytes.chunks_mut((PIECE_FRAMES * FRAME_SIZE) as usize);
         self.each_piece(run, |offset, len, frames| {
-            self.image.read_exact_at(&mut frames[..len], offset)?;
+            self.load(offset, &mut frames[..len])?;
             frames[len..].fill(0);
             let piece = pieces.next().ok_or(io::ErrorKind::InvalidInput)?;
             piece.copy_from_slice(frames);
@@ -140,8 +160,7 @@ impl CopiedDisk {
         let mut pieces = bytes.chunks((PIECE_FRAMES * FRAME_SIZE) as usize);
         self.each_piece(run, |offset, len, frames| {
             frames.copy_from_slice(pieces.next().ok_or(io::ErrorKind::InvalidInput)?);
-            let written = self.image.write_all_at(&frames[..len], offset);
-            written.map_err(|error| io::Error::other(format!("a disk does not take what arrives: {error}")))
+            self.store(offset, &frames[..len])
         })
     }
 
@@ -152,9 +171,9 @@ impl CopiedDisk {
         match fallocate(&self.image, how, offset, end - offset) {
             Err(Errno::OPNOTSUPP) => self.each_piece(run, |offset, len, frames| {
                 frames.fill(0);
-                self.image.write_all_at(&frames[..len], offset)
+                self.store(offset, &frames[..len])
             }),
-            done => Ok(done?),
+            done => done.map_err(|error| self.failed("make zeroes on")(error.into())),
         }
     }
 
@@ -162,7 +181,7 @@ impl CopiedDisk {
     pub(super) fn digest(&self, run: FrameRun) -> io::Result<u128> {
         let mut hasher = blake3::Hasher::new();
         self.each_piece(run, |offset, len, frames| {
-            self.image.read_exact_at(&mut frames[..len], offset)?;
+            self.load(offset, &mut frames[..len])?;
             hasher.update(&frames[..len]);
             Ok(())
         })?;
@@ -174,7 +193,7 @@ impl CopiedDisk {
     /// Appends the XXH3 of each of the run's blocks, the last one filled up with zeroes. They are read from the disk again.
     pub(super) fn block_digests(&self, run: FrameRun, digests: &mut Vec<u64>) -> io::Result<()> {
         self.each_piece(run, |offset, len, frames| {
-            self.image.read_exact_at(&mut frames[..len], offset)?;
+            self.load(offset, &mut frames[..len])?;
             frames[len..].fill(0);
             digests.extend(frames.chunks_exact(FRAME_SIZE as usize).map(xxh3_64));
             Ok(())
@@ -183,7 +202,29 @@ impl CopiedDisk {
 
     /// Waits until all that was received is on the disk.
     pub(super) fn sync(&self) -> io::Result<()> {
-        self.image.sync_data()
+        self.image.sync_data().map_err(self.failed("write back"))
+    }
+
+    fn load(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let read = self.image.read_exact_at(bytes, offset);
+        read.map_err(self.failed("read"))
+    }
+
+    fn store(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let written = self.image.write_all_at(bytes, offset);
+        written.map_err(self.failed("write"))
+    }
+
+    /// What it means that the disk failed, whatever the kind of its error: that must not be taken for a connection's.
+    fn failed(&self, doing: &'static str) -> impl FnOnce(io::Error) -> io::Error {
+        let path = self.path.clone();
+        move |source| {
+            let source = match source.kind() {
+                io::ErrorKind::UnexpectedEof => io::Error::other("it has become smaller"),
+                _ => source,
+            };
+            GuestError::new(DiskError { doing, path, source }).in_transfer()
+        }
     }
 
     fn offset(&self, frame: u64) -> u64 {
@@ -261,7 +302,7 @@ mod tests {
     fn disk(bytes: u64) -> CopiedDisk {
         let file = tempfile::tempfile().unwrap();
         file.set_len(bytes).unwrap();
-        CopiedDisk::new(Arc::new(file), 1).unwrap()
+        CopiedDisk::new(Arc::new(file), "/srv/web.img", 1).unwrap()
     }
 
     fn run(first: u64, count: u64) -> FrameRun {
@@ -322,6 +363,32 @@ mod tests {
         assert_eq!(blocks(&from), blocks(&to));
         assert_eq!(to.image.metadata().unwrap().len(), 300 * 4096 + 512);
         to.sync().unwrap();
+    }
+
+    #[test]
+    fn a_disk_that_fails_says_which_it_is_and_why() {
+        let (mine, theirs) = UnixStream::pair().unwrap();
+        let shrunk = disk(2 * 4096);
+        shrunk.image.set_len(4096).unwrap();
+        let error = shrunk.send(mine.as_fd(), run(0, 2)).unwrap_err();
+        let told = crate::error_chain(&error);
+        assert_eq!(told, "failed to read disk /srv/web.img: it has become smaller");
+        let full = CopiedDisk {
+            image: Arc::new(File::options().read(true).write(true).open("/dev/full").unwrap()),
+            ..disk(4096)
+        };
+        rustix::io::write(&mine, &[7; 4096]).unwrap();
+        let error = full.receive(theirs.as_fd(), run(0, 1)).unwrap_err();
+        let told = crate::error_chain(&error);
+        assert!(
+            told.starts_with("failed to write disk /srv/web.img: No space left"),
+            "{told}"
+        );
+        assert!(error.downcast::<GuestError>().is_ok());
+        // A connection that ends is none of a disk's doing.
+        drop(mine);
+        let error = full.receive(theirs.as_fd(), run(0, 1)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod aborts;
 mod admission;
 mod agents;
 mod alphabet;
+mod block_devices;
 mod callers;
 mod carried;
 mod clients;
@@ -75,6 +76,7 @@ fn main() -> ExitCode {
         moves::trials(),
         disks::trials(),
         storage::trials(),
+        block_devices::trials(),
         linux_devices::trials(),
         linux_stop::trials(),
         device_work::trials(),

@@ -17,6 +17,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_disk_that_is_there_already_is_not_written_over,
         an_aborted_copy_leaves_the_source_as_it_was_and_nothing_at_the_destination,
         a_disk_without_room_at_the_destination_is_refused_before_anything_moves,
+        a_destination_that_fills_while_a_disk_is_copied_says_so_and_keeps_nothing,
         a_local_disk_moves_over_grpc,
         a_local_disk_comes_before_the_guest_and_its_memory_late,
         a_local_disk_that_the_guest_writes_is_of_the_instant_of_the_switch,
@@ -33,14 +34,25 @@ const PIECES: [(u64, u8); 2] = [(1 << 20, 0x5a), (40 << 20, 0xa5)];
 const PIECE: usize = 3 << 20;
 
 /// The folders that the hosts see as one.
-struct Folders {
-    a: PathBuf,
-    b: PathBuf,
-    both: PathBuf,
+pub(crate) struct Folders {
+    pub(crate) a: PathBuf,
+    pub(crate) b: PathBuf,
+    pub(crate) both: PathBuf,
 }
 
 /// Two hosts with a folder each, and the guest's disk in that of A.
 fn apart(pair: &mut Pair) -> Result<Folders> {
+    let folders = folders(pair)?;
+    let disk = File::create(folders.a.join("g.img"))?;
+    disk.set_len(SIZE)?;
+    for (at, byte) in PIECES {
+        disk.write_all_at(&vec![byte; PIECE], at)?;
+    }
+    Ok(folders)
+}
+
+/// Two hosts with a folder each.
+pub(crate) fn folders(pair: &mut Pair) -> Result<Folders> {
     let folder = |name: &str| pair.folder().join(name);
     let folders = Folders {
         a: folder("disks-a"),
@@ -55,11 +67,6 @@ fn apart(pair: &mut Pair) -> Result<Folders> {
     for host in [&mut pair.a, &mut pair.b] {
         host.terminate()?;
         host.start()?;
-    }
-    let disk = File::create(folders.a.join("g.img"))?;
-    disk.set_len(SIZE)?;
-    for (at, byte) in PIECES {
-        disk.write_all_at(&vec![byte; PIECE], at)?;
     }
     Ok(folders)
 }
@@ -239,6 +246,36 @@ fn a_disk_without_room_at_the_destination_is_refused_before_anything_moves(pair:
 
     is_whole(folders.a.join("g.img"))?;
     pair.runs_only_at(&pair.a, "g", &witness)
+}
+
+fn a_destination_that_fills_while_a_disk_is_copied_says_so_and_keeps_nothing(pair: &mut Pair) -> Result<()> {
+    expect_a_lost_peer(pair);
+    pair.expect_complaint("No space left");
+    let folders = apart(pair)?;
+    let witness = run(pair, &folders)?;
+    // What is looked for is there, and then somebody else takes it.
+    let pid = pair.b.pid().unwrap_or_default().to_string();
+    let at_b = |what: &str| command("nsenter", &["--mount", "--target", &pid, "sh", "-c", what]);
+    at_b(&format!("mount -t tmpfs -o size=16M none {}", folders.both.display()))?;
+    let slow = ["--bandwidth", "40Mbit", "--resume-window", "20s"];
+    let underway = pair.migrate_until("g", &slow, |record| Ok(record.number("disk_processed")? > 0.0))?;
+    at_b(&format!(
+        "head -c 14M /dev/zero > {}/other || true",
+        folders.both.display()
+    ))?;
+
+    let told = underway.call.wait()?.exit(1)?;
+
+    let error = told.migration()?.is("failed", "a")?.text("error")?.to_owned();
+    let image = folders.both.join("g.img").display().to_string();
+    ensure!(error.contains("No space left") && error.contains(&image), "{error}");
+    pair.runs_only_at(&pair.a, "g", &witness)?;
+    is_whole(folders.a.join("g.img"))?;
+    has_nothing(&pair.b)?;
+    until("nothing but the other's file is left", CALL, || {
+        let left = at_b(&format!("ls {}", folders.both.display()))?;
+        Ok((left.trim() == "other").then_some(()))
+    })
 }
 
 fn a_shared_disk_is_not_copied(pair: &mut Pair) -> Result<()> {

@@ -3,11 +3,11 @@
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use ferry_proto::agent::v1::DiskSpec;
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::fs::{AtFlags, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl, major, minor, statx};
 use rustix::io::Errno;
 
 use super::{Occasion, Whose};
@@ -28,7 +28,7 @@ pub(super) struct OpenDisk {
     pub(super) lock_file: Option<File>,
 }
 
-/// Opens a disk: past the page cache where the guest may write it and the file system can do that, because then what the
+/// Opens a disk: past the page cache where the guest may write it and the file system can do that by sectors, because then what the
 /// guest wrote is on the disk and not in this host's memory when the guest leaves.
 ///
 /// # Errors
@@ -106,11 +106,47 @@ fn open_image(path: &Path, readonly: bool) -> Result<File, String> {
         }
     }
     .map_err(cannot_open)?;
+    let mut flags = fcntl_getfl(&image).map_err(|error| cannot_open(error.into()))?;
+    let unit = direct_unit(&image).map_err(cannot_open)?;
+    if flags.contains(OFlags::DIRECT) && unit > SECTOR {
+        tracing::info!(
+            disk = %path.display(),
+            unit,
+            "without the page cache it takes no single sectors, and guests ask for such: what the guest writes goes through the page cache"
+        );
+        flags -= OFlags::DIRECT;
+    }
     // With io_uring the flag would make requests fail that have to wait.
-    fcntl_getfl(&image)
-        .and_then(|flags| fcntl_setfl(&image, flags - OFlags::NONBLOCK))
-        .map_err(|error| cannot_open(error.into()))?;
+    fcntl_setfl(&image, flags - OFlags::NONBLOCK).map_err(|error| cannot_open(error.into()))?;
     Ok(image)
+}
+
+/// What offset and length of a transfer past the page cache have to be multiples of; [`SECTOR`] where nobody tells.
+fn direct_unit(image: &File) -> io::Result<u64> {
+    let told = statx(image, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
+    // Since Linux 6.1, of some file systems only.
+    if let Ok(told) = told
+        && StatxFlags::from_bits_retain(told.stx_mask).contains(StatxFlags::DIOALIGN)
+        && told.stx_dio_offset_align > 0
+    {
+        return Ok(told.stx_dio_offset_align.into());
+    }
+    let metadata = image.metadata()?;
+    let device = match metadata.file_type().is_block_device() {
+        true => metadata.rdev(),
+        false => metadata.dev(),
+    };
+    Ok(logical_block(Path::new("/sys/dev/block"), device).unwrap_or(SECTOR))
+}
+
+/// The least that a block device transfers, by what the kernel tells of devices; none if it is not one of this host.
+fn logical_block(devices: &Path, device: u64) -> Option<u64> {
+    // Through the link: a partition lies in its disk's folder.
+    let folder = fs::canonicalize(devices.join(format!("{}:{}", major(device), minor(device)))).ok()?;
+    let told = [folder.as_path(), folder.parent()?]
+        .iter()
+        .find_map(|folder| fs::read_to_string(folder.join("queue/logical_block_size")).ok())?;
+    told.trim().parse().ok()
 }
 
 /// The size of an image, or of the medium of a block device.
@@ -219,6 +255,22 @@ mod tests {
         assert!(open.lock_file.is_some());
         assert!(lock_file_of(&disk).exists());
         assert!(!fcntl_getfl(&open.image).unwrap().contains(OFlags::NONBLOCK));
+    }
+
+    #[test]
+    fn a_device_tells_the_least_that_it_transfers_and_a_partition_what_its_disk_does() {
+        let sys = tempfile::tempdir().unwrap();
+        let disk = sys.path().join("nvme0n1");
+        fs::create_dir_all(disk.join("queue")).unwrap();
+        fs::create_dir(disk.join("nvme0n1p1")).unwrap();
+        fs::write(disk.join("queue/logical_block_size"), "4096\n").unwrap();
+        std::os::unix::fs::symlink(&disk, sys.path().join("259:0")).unwrap();
+        std::os::unix::fs::symlink(disk.join("nvme0n1p1"), sys.path().join("259:1")).unwrap();
+        for number in [0, 1] {
+            let device = rustix::fs::makedev(259, number);
+            assert_eq!(logical_block(sys.path(), device), Some(4096));
+        }
+        assert_eq!(logical_block(sys.path(), rustix::fs::makedev(259, 2)), None);
     }
 
     #[test]

@@ -4,7 +4,9 @@
 //! would outlive the guest: a tap, or a lock on a disk.
 
 mod disks;
+mod identity;
 mod nics;
+pub(crate) mod room;
 mod spec;
 pub(crate) mod storage;
 

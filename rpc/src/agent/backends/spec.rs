@@ -2,8 +2,10 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::io;
 use std::ops::RangeInclusive;
-use std::path::Path;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 
 use ferry_proto::InvalidField;
 use ferry_proto::agent::v1::{DiskSpec, InstanceSpec, NicSpec};
@@ -21,15 +23,16 @@ pub(crate) const NIC_RATES: RangeInclusive<u64> = 8_000..=125_000_000_000;
 /// The longest serial number that a guest can be told (virtio 1.2, 5.2.6.1).
 const LONGEST_SERIAL: usize = 20;
 
-/// Makes of a request what is kept: paths without symbolic links, and an address for each card, the same wherever the
-/// instance goes.
+/// Makes of a request what is kept: paths without symbolic links, unless they are names of block devices, and an address for each card, the
+/// same wherever the instance goes.
 ///
 /// # Errors
 /// Names the disk that is not there.
 pub(crate) fn complete(spec: &mut InstanceSpec) -> Result<(), Failure> {
     for disk in &mut spec.disks {
         let refused = |problem: String| Failure::Refused(format!("disk {}: {problem}", disk.path));
-        let real = fs::canonicalize(&disk.path).map_err(|error| refused(format!("it cannot be opened: {error}")))?;
+        let real = real_path(Path::new(&disk.path));
+        let real = real.map_err(|error| refused(format!("it cannot be opened: {error}")))?;
         disk.path = real
             .into_os_string()
             .into_string()
@@ -43,6 +46,18 @@ pub(crate) fn complete(spec: &mut InstanceSpec) -> Result<(), Failure> {
         nic.mac.make_ascii_lowercase();
     }
     Ok(())
+}
+
+/// The kernel numbers devices as they come: what is /dev/dm-3 or /dev/sdb here is another disk on the next host, and it is the link in
+/// /dev/mapper or /dev/disk that names the same one there.
+fn real_path(path: &Path) -> io::Result<PathBuf> {
+    let real = fs::canonicalize(path)?;
+    match (path.parent(), path.file_name()) {
+        (Some(folder), Some(name)) if fs::metadata(&real)?.file_type().is_block_device() => {
+            Ok(fs::canonicalize(folder)?.join(name))
+        }
+        _ => Ok(real),
+    }
 }
 
 /// Checks what was asked for, and gives back nothing that could be asked of the host.

@@ -4,17 +4,18 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use ferry_proto::agent::v1::{DiskSize, DiskSpec, InstanceSpec};
 use ferry_vmm::MachineProfile;
-use rustix::fs::OFlags;
 use uuid::Uuid;
 
+use super::identity;
+use super::room::{self, Promised};
 use crate::agent::failure::Failure;
 use crate::agent::images;
-use crate::lock_file::{self, Holder};
+use crate::lock_file;
 
 /// What a guest counts its disks in.
 const SECTOR: u64 = 512;
@@ -55,23 +56,39 @@ pub(crate) struct Coming {
     pub(crate) sizes: Vec<DiskSize>,
 }
 
-/// Numbers of the disks that are to be copied here, ascending. Looks only, and changes nothing.
+/// Where they come to.
+#[derive(Clone, Debug)]
+pub(crate) struct Here {
+    pub(crate) host: String,
+    pub(crate) boot_id: String,
+    /// Folders in which disks may lie, if not in all.
+    pub(crate) allowed: Option<Vec<PathBuf>>,
+    /// What other disks that are copied here were promised.
+    pub(crate) promised: Vec<Promised>,
+}
+
+/// Disks that are to be copied here.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    /// Their numbers, ascending.
+    pub(crate) copied: Vec<u32>,
+    /// What they need, in the same order.
+    pub(crate) needs: Vec<Promised>,
+}
+
+/// What becomes of each disk here. Looks only, and changes nothing.
 ///
 /// # Errors
 /// Names the disk and why it can neither be shared nor copied.
-pub(crate) fn plan(
-    spec: &InstanceSpec,
-    storage: Storage,
-    coming: &Coming,
-    host: &str,
-    allowed: Option<&[PathBuf]>,
-) -> Result<Vec<u32>, Failure> {
-    let mut copied = Vec::new();
+pub(crate) fn plan(spec: &InstanceSpec, storage: Storage, coming: &Coming, here: &Here) -> Result<Plan, Failure> {
+    let (host, allowed) = (&here.host, here.allowed.as_deref());
+    let mut plan = Plan::default();
     for (number, disk) in (0u32..).zip(&spec.disks) {
         let path = Path::new(&disk.path);
         let refused = |problem: String| Failure::Refused(format!("disk {} on host {host}: {problem}", disk.path));
-        let size = coming.sizes.get(number as usize).copied().unwrap_or_default();
-        if disk.readonly || !is_copied(path, storage, coming).map_err(refused)? {
+        let unknown = DiskSize::default();
+        let size = coming.sizes.get(number as usize).unwrap_or(&unknown);
+        if disk.readonly || !is_copied(path, storage, coming, (size, here)).map_err(refused)? {
             if allowed.is_none_or(|allowed| images::check_place(path, allowed).is_ok()) {
                 check_holds(image_bytes(path), size).map_err(refused)?;
             }
@@ -80,6 +97,11 @@ pub(crate) fn plan(
         if let Some(allowed) = allowed {
             let folder = path.parent().unwrap_or(path);
             images::check_place(folder, allowed).map_err(|failure| refused(failure.to_string()))?;
+        }
+        if is_device(size) {
+            return Err(refused(
+                "it is not there, and a block device at the source: only files are copied".to_owned(),
+            ));
         }
         if size.bytes == 0 {
             return Err(refused(
@@ -92,79 +114,16 @@ pub(crate) fn plan(
                 size.bytes, size.guest_bytes
             )));
         }
-        check_room(path, size).map_err(refused)?;
-        copied.push(number);
+        let others = here.promised.iter().chain(&plan.needs);
+        let needs = room::check(path, size, others).map_err(refused)?;
+        plan.needs.push(needs);
+        plan.copied.push(number);
     }
-    Ok(copied)
+    Ok(plan)
 }
 
-/// Makes room for the disks that are to be copied: files of the right size, all hole, each with a lock file that says whose it is, under no epoch
-/// yet: until its VMM has the guest, nobody may take it for the guest's disk.
-///
-/// # Errors
-/// Names the disk. What was made before it is still there, for [`remove`] to find.
-pub(crate) fn make_room(
-    spec: &InstanceSpec,
-    copied: &[u32],
-    sizes: &[DiskSize],
-    holder: &Holder,
-) -> Result<(), Failure> {
-    for &number in copied {
-        let Some((disk, size)) = spec.disks.get(number as usize).zip(sizes.get(number as usize)) else {
-            continue;
-        };
-        let made = File::options()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&disk.path)
-            .and_then(|file| file.set_len(size.bytes))
-            .and_then(|()| make_lock_file(Path::new(&disk.path), holder));
-        made.map_err(Failure::host(format!(
-            "host {} failed to make room for disk {}",
-            holder.host, disk.path
-        )))?;
-    }
-    Ok(())
-}
-
-/// Removes images that are not the guest's any more, with their lock files: the half copy of a migration that failed, or the source's
-/// after one that did not. Only those whose lock file says that they were this guest's on this host: nothing else is ours to remove, least of all
-/// what another host's guest works on under the same path.
-pub(crate) fn remove(paths: &[String], instance: Uuid, host: &str) {
-    for path in paths.iter().map(Path::new) {
-        let lock_file = lock_file::path_of(path);
-        let holder = File::open(&lock_file).ok().and_then(|file| lock_file::read(&file));
-        if holder.is_none_or(|holder| holder.instance != instance || holder.host != host) {
-            tracing::info!(path = %path.display(), "not removed: it is not known as the guest's on this host");
-            continue;
-        }
-        for path in [path, &lock_file] {
-            match fs::remove_file(path) {
-                Ok(()) => tracing::info!(path = %path.display(), "removed"),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => tracing::error!(path = %path.display(), %error, "a disk that is no guest's stays"),
-            }
-        }
-    }
-}
-
-fn make_lock_file(image: &Path, holder: &Holder) -> io::Result<()> {
-    let file = File::options()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o644)
-        // Whoever may write into the image's folder must not lead us elsewhere.
-        .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
-        .open(lock_file::path_of(image))?;
-    lock_file::write(&file, holder)?;
-    // The source removes its image once the guest runs here: until then the name of this one must be durable too.
-    File::open(image.parent().unwrap_or(image))?.sync_all()
-}
-
-/// The sizes of an instance's disks here, whose VMM told this profile of it, or none; 0 of one that cannot be looked at.
-pub(crate) fn sizes(spec: &InstanceSpec, profile: &[u8]) -> Vec<DiskSize> {
+/// The sizes of an instance's disks here, whose VMM told this profile of it, or none, in this boot of the host; 0 of one that cannot be looked at.
+pub(crate) fn sizes(spec: &InstanceSpec, profile: &[u8], boot_id: &str) -> Vec<DiskSize> {
     let sectors = MachineProfile::from_bytes(profile).map_or_else(|_| Vec::new(), |profile| profile.disk_sectors);
     let size = |(number, disk): (usize, &DiskSpec)| {
         let path = Path::new(&disk.path);
@@ -176,8 +135,15 @@ pub(crate) fn sizes(spec: &InstanceSpec, profile: &[u8]) -> Vec<DiskSize> {
                 bytes: metadata.len(),
                 allocated_bytes: metadata.blocks() * SECTOR,
                 guest_bytes,
+                ..DiskSize::default()
             },
-            // A block device is shared or refused.
+            // It is shared or refused.
+            Ok(metadata) if metadata.file_type().is_block_device() => DiskSize {
+                guest_bytes,
+                device: identity::of(metadata.rdev()).unwrap_or_default(),
+                device_here: identity::here(boot_id, metadata.rdev()),
+                ..DiskSize::default()
+            },
             _ => DiskSize {
                 guest_bytes,
                 ..DiskSize::default()
@@ -202,7 +168,7 @@ fn image_bytes(path: &Path) -> Option<u64> {
 }
 
 /// Whether the guest's disk finds room in what is here; larger is an image that grew. What cannot be looked at is left to who opens it.
-fn check_holds(here: Option<u64>, size: DiskSize) -> Result<(), String> {
+fn check_holds(here: Option<u64>, size: &DiskSize) -> Result<(), String> {
     let guest = match size.guest_bytes {
         // Of a source before 4.3.
         0 => size.bytes,
@@ -214,7 +180,13 @@ fn check_holds(here: Option<u64>, size: DiskSize) -> Result<(), String> {
     }
 }
 
-fn is_copied(path: &Path, storage: Storage, coming: &Coming) -> Result<bool, String> {
+/// Whether the source has this disk on a block device.
+fn is_device(size: &DiskSize) -> bool {
+    !size.device_here.is_empty()
+}
+
+/// Whether a disk is copied, of which the source tells this, to here.
+fn is_copied(path: &Path, storage: Storage, coming: &Coming, (size, here): (&DiskSize, &Here)) -> Result<bool, String> {
     let found = match fs::metadata(path) {
         Ok(metadata) => Some(metadata),
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
@@ -226,7 +198,14 @@ fn is_copied(path: &Path, storage: Storage, coming: &Coming) -> Result<bool, Str
         (Storage::Copy, Some(_)) => Err(
             "it is there already, and nothing is written over: remove it, or say --storage shared if it is the same disk".to_owned(),
         ),
+        (Storage::Auto, Some(metadata)) if metadata.file_type().is_block_device() => {
+            check_same_device(metadata.rdev(), size, &here.boot_id).map(|()| false)
+        }
+        // Who opens it says what it is.
         (Storage::Auto, Some(metadata)) if !metadata.is_file() => Ok(false),
+        (Storage::Auto, Some(_)) if is_device(size) => {
+            Err("it is a file, and at the source a block device: say --storage shared if it is the same disk".to_owned())
+        }
         (Storage::Auto, Some(_)) => {
             // Whoever sees the lock file that the guest's own VMM has written, under the right that it has now, sees the same disk; what is
             // left of an earlier copy says something else.
@@ -249,33 +228,34 @@ fn is_copied(path: &Path, storage: Storage, coming: &Coming) -> Result<bool, Str
     }
 }
 
-/// Whether what the source's file takes has room; the rest of a sparse one is the guest's to fill, as it was at the source.
-fn check_room(path: &Path, size: DiskSize) -> Result<(), String> {
-    let folder = path.parent().unwrap_or(path);
-    let stat = rustix::fs::statvfs(folder).map_err(|error| format!("its folder {}: {error}", folder.display()))?;
-    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
-    if size.allocated_bytes > free {
-        return Err(format!(
-            "it takes {} MiB, and {} MiB are free in {}",
-            size.allocated_bytes >> 20,
-            free >> 20,
-            folder.display()
-        ));
+/// A path is no reason to take a device for the guest's disk, and nothing beside it says whose it is: the device must say so itself.
+fn check_same_device(device: u64, size: &DiskSize, boot_id: &str) -> Result<(), String> {
+    // Two agents of one host: the kernel has one device of that number.
+    if size.device_here == identity::here(boot_id, device) {
+        return Ok(());
     }
-    if size.bytes > free {
-        tracing::warn!(
-            disk = %path.display(),
-            bytes = size.bytes,
-            free,
-            "there is room for what a disk holds now, and not for all that it may hold"
-        );
+    let advice = "say --storage shared if it is the same disk";
+    if size.bytes > 0 {
+        return Err(format!("it is a block device, and at the source a file: {advice}"));
     }
-    Ok(())
+    match (size.device.as_str(), identity::of(device)) {
+        (there, Some(here)) if there == here => Ok(()),
+        ("", _) => Err(format!(
+            "it is a block device, and the source does not tell which one it has: {advice}"
+        )),
+        (there, Some(here)) => Err(format!(
+            "it is the block device {here}, and at the source it is {there}"
+        )),
+        (there, None) => Err(format!(
+            "it is a block device that does not tell which one it is, and at the source it is {there}: {advice}"
+        )),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lock_file::Holder;
 
     const INSTANCE: Uuid = Uuid::from_u128(1);
 
@@ -294,6 +274,7 @@ mod tests {
             bytes: 1 << 20,
             allocated_bytes,
             guest_bytes: 1 << 20,
+            ..DiskSize::default()
         }];
         planned_of(path, storage, sizes)
     }
@@ -305,7 +286,17 @@ mod tests {
             epoch: 3,
             sizes: sizes.to_vec(),
         };
-        plan(&spec(path), storage, &coming, "b", None).map_err(|failure| failure.to_string())
+        let plan = plan(&spec(path), storage, &coming, &here());
+        plan.map(|plan| plan.copied).map_err(|failure| failure.to_string())
+    }
+
+    fn here() -> Here {
+        Here {
+            host: "b".to_owned(),
+            boot_id: "boot-of-b".to_owned(),
+            allowed: None,
+            promised: Vec::new(),
+        }
     }
 
     #[test]
@@ -348,12 +339,101 @@ mod tests {
     }
 
     #[test]
+    fn a_device_is_shared_only_if_it_says_that_it_is_the_sources() {
+        let device = rustix::fs::makedev(7, 0);
+        let told = |device: &str, device_here: &str| DiskSize {
+            device: device.to_owned(),
+            device_here: device_here.to_owned(),
+            ..DiskSize::default()
+        };
+        let checked = |size: &DiskSize| check_same_device(device, size, "boot-of-b");
+        assert_eq!(checked(&told("", "boot-of-b 7:0")), Ok(()), "two agents of one host");
+        // A loop device elsewhere, one of another number here, one that can be told from others, one of a source before 4.3, and a file.
+        let file = DiskSize {
+            bytes: 1 << 20,
+            ..DiskSize::default()
+        };
+        let others = [
+            (told("", "boot-of-a 7:0"), "does not tell which"),
+            (told("", "boot-of-b 7:1"), "does not tell which"),
+            (
+                told("naa.5000c50015ea71ac", "boot-of-a 8:0"),
+                "at the source it is naa.5000c50015ea71ac",
+            ),
+            (told("", ""), "does not tell which"),
+            (file, "at the source a file"),
+        ];
+        for (size, why) in others {
+            let refused = checked(&size).unwrap_err();
+            assert!(
+                refused.contains(why) && refused.contains("--storage shared"),
+                "{refused}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_device_at_the_source_is_no_file_here() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web.img");
+        let device = || DiskSize {
+            guest_bytes: 1 << 20,
+            device_here: "boot-of-a 7:0".to_owned(),
+            ..DiskSize::default()
+        };
+        for storage in [Storage::Auto, Storage::Copy] {
+            let refused = planned_of(&path, storage, [device()]).unwrap_err();
+            assert!(refused.contains("only files are copied"), "{refused}");
+        }
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let refused = planned_of(&path, Storage::Auto, [device()]).unwrap_err();
+        assert!(refused.contains("at the source a block device"), "{refused}");
+        assert_eq!(planned_of(&path, Storage::Shared, [device()]), Ok(vec![]));
+    }
+
+    #[test]
     fn a_disk_that_does_not_fit_is_refused_before_anything_moves() {
         let folder = tempfile::tempdir().unwrap();
         let error = planned(&folder.path().join("web.img"), Storage::Copy, 1 << 60).unwrap_err();
         assert!(error.contains("MiB are free"), "{error}");
         let error = planned(Path::new("/nowhere/web.img"), Storage::Copy, 0).unwrap_err();
         assert!(error.contains("/nowhere"), "{error}");
+    }
+
+    #[test]
+    fn disks_that_do_not_fit_together_are_refused_together() {
+        let folder = tempfile::tempdir().unwrap();
+        let stat = rustix::fs::statvfs(folder.path()).unwrap();
+        // Two thirds of what is free fit once.
+        let size = DiskSize {
+            bytes: 1 << 50,
+            allocated_bytes: stat.f_bavail * stat.f_frsize / 3 * 2,
+            ..DiskSize::default()
+        };
+        let disks = ["one.img", "two.img"].map(|name| folder.path().join(name));
+        let both = InstanceSpec {
+            disks: disks.iter().flat_map(|path| spec(path).disks).collect(),
+            ..InstanceSpec::default()
+        };
+        let coming = Coming {
+            instance: INSTANCE,
+            source: "a".to_owned(),
+            epoch: 3,
+            sizes: vec![size.clone(), size],
+        };
+        let first = plan(&spec(&disks[0]), Storage::Auto, &coming, &here()).unwrap();
+        assert_eq!(first.copied, [0]);
+        let refused = plan(&both, Storage::Auto, &coming, &here()).unwrap_err().to_string();
+        assert!(refused.contains("two.img") && refused.contains("promised"), "{refused}");
+        // And the disk of another guest, which is still on its way.
+        let crowded = Here {
+            promised: first.needs,
+            ..here()
+        };
+        let refused = plan(&spec(&disks[1]), Storage::Auto, &coming, &crowded)
+            .unwrap_err()
+            .to_string();
+        assert!(refused.contains("promised"), "{refused}");
     }
 
     #[test]
@@ -392,36 +472,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("web.img");
         File::create(&path).unwrap().set_len(1 << 20).unwrap();
-        let off = sizes(&spec(&path), &[]);
+        let off = sizes(&spec(&path), &[], "boot");
         assert_eq!((off[0].bytes, off[0].guest_bytes), (1 << 20, 1 << 20));
-        assert_eq!(sizes(&spec(Path::new("/nowhere/web.img")), &[]), [DiskSize::default()]);
+        let nowhere = spec(Path::new("/nowhere/web.img"));
+        assert_eq!(sizes(&nowhere, &[], "boot"), [DiskSize::default()]);
         assert_eq!(image_bytes(folder.path()), None);
-    }
-
-    #[test]
-    fn room_is_made_without_taking_it_and_removed_with_its_lock_file() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("web.img");
-        let sizes = [DiskSize {
-            bytes: 1 << 30,
-            ..DiskSize::default()
-        }];
-        let holder = Holder {
-            host: "b".to_owned(),
-            instance: INSTANCE,
-            name: "web".to_owned(),
-            epoch: 3,
-            pid: 1,
-        };
-        make_room(&spec(&path), &[0], &sizes, &holder).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().len(), 1 << 30);
-        assert!(fs::metadata(&path).unwrap().blocks() < 100);
-        assert!(make_room(&spec(&path), &[0], &sizes, &holder).is_err());
-        let paths = [path.to_str().unwrap().to_owned()];
-        remove(&paths, Uuid::from_u128(2), "b");
-        remove(&paths, INSTANCE, "a");
-        assert!(path.exists());
-        remove(&paths, INSTANCE, "b");
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 }

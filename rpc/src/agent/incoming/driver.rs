@@ -15,6 +15,7 @@ use super::decisions::Part;
 use super::handle::{Answer, Incoming, Request};
 use super::late::{FIRST_LATE, LOOK, LateEnd, LateSession};
 use super::undoing::step_of;
+use crate::agent::backends::room::Promise;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{DecisionRow, JournalError, MigrationRow, Status};
@@ -41,6 +42,8 @@ pub(super) struct Driver {
     pub(super) streams: u16,
     /// Numbers of the disks whose contents come with the guest.
     pub(super) copied_disks: Vec<u32>,
+    /// What those are promised, as long as this lasts; of a migration that an earlier run of this agent began, nothing.
+    pub(super) _room: Option<Promise>,
     pub(super) connections: BTreeMap<u16, OwnedFd>,
     pub(super) part: Part,
     /// Why the guest was refused, where that is known.
@@ -411,6 +414,7 @@ pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc
             .max(DestinationStep::Load),
         streams: 0,
         copied_disks: Vec::new(),
+        _room: None,
         connections: BTreeMap::new(),
         part: Part::default(),
         reason: None,

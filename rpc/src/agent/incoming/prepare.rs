@@ -18,7 +18,8 @@ use super::driver::Driver;
 use super::handle::Incoming;
 use super::late::LateSession;
 use super::reservations::Reservation;
-use crate::agent::backends::storage::{self, Coming, Storage};
+use crate::agent::backends::room::{self, Promised};
+use crate::agent::backends::storage::{self, Coming, Here, Plan, Storage};
 use crate::agent::backends::{Occasion, Whose};
 use crate::agent::context::RequestContext;
 use crate::agent::events::{Action, Subject};
@@ -52,6 +53,8 @@ struct Guest {
     disk_sizes: Vec<DiskSize>,
     /// Numbers of the disks whose contents come along.
     copied_disks: Vec<u32>,
+    /// What they are promised.
+    room: Option<room::Promise>,
     resume_window_ms: u64,
     /// Of the source.
     journal: Option<Uuid>,
@@ -115,6 +118,7 @@ impl Guest {
             storage,
             disk_sizes: request.disk_sizes,
             copied_disks: Vec::new(),
+            room: None,
             resume_window_ms: request.resume_window_ms.min(MOST_RESUME_WINDOW_MS),
             journal: journal_of(&request.journal)?,
         })
@@ -192,7 +196,13 @@ impl Agent {
         }
         self.clear_the_way(guest.instance).await;
         let reserved = self.reserve(id, guest.instance, &guest.spec).await?;
-        guest.copied_disks = self.plan_storage(&guest.spec, guest.storage, guest.coming()).await?;
+        let turn = self.room.turn.lock().await;
+        let plan = self
+            .plan_storage(&guest.spec, guest.storage, guest.coming(), Vec::new())
+            .await?;
+        guest.copied_disks = plan.copied;
+        guest.room = Some(self.room.promise(id, plan.needs));
+        drop(turn);
         // Before anything is sent here: a disk or a bridge that is missing is the more likely reason to say no.
         drop(
             self.open_backends(&without_disks(&guest.spec, &guest.copied_disks), guest.whose())
@@ -219,10 +229,10 @@ impl Agent {
             epoch: 0,
             pid: std::process::id(),
         };
-        storage::make_room(&guest.spec, &guest.copied_disks, &guest.disk_sizes, &holder)
+        room::make_room(&guest.spec, &guest.copied_disks, &guest.disk_sizes, &holder)
     }
 
-    /// Numbers of the disks that are to be copied here, ascending. Looks only, and changes nothing.
+    /// What becomes of each disk here, where these others come along. Looks only, and changes nothing.
     ///
     /// # Errors
     /// Names the disk and why it can neither be shared nor copied.
@@ -231,10 +241,18 @@ impl Agent {
         spec: &InstanceSpec,
         storage: Storage,
         coming: Coming,
-    ) -> Result<Vec<u32>, Failure> {
-        let (spec, host) = (spec.clone(), self.host().to_owned());
-        let allowed = self.config.is_exposed().then(|| self.config.image_dirs.clone());
-        let plan = move || storage::plan(&spec, storage, &coming, &host, allowed.as_deref());
+        others: Vec<Promised>,
+    ) -> Result<Plan, Failure> {
+        let spec = spec.clone();
+        let mut promised = self.room.all();
+        promised.extend(others);
+        let here = Here {
+            host: self.host().to_owned(),
+            boot_id: self.boot_id.clone(),
+            allowed: self.config.is_exposed().then(|| self.config.image_dirs.clone()),
+            promised,
+        };
+        let plan = move || storage::plan(&spec, storage, &coming, &here);
         // A network file system may take its time.
         tokio::task::spawn_blocking(plan)
             .await
@@ -274,7 +292,7 @@ impl Agent {
     async fn prepare(
         self: &Arc<Self>,
         context: &RequestContext,
-        guest: Guest,
+        mut guest: Guest,
         reserved: Reservation,
     ) -> Result<Option<Arc<Incoming>>, Failure> {
         let secret = data_port::random().map_err(Failure::host("failed to make a secret"))?;
@@ -384,6 +402,7 @@ impl Agent {
             late_streams: guest.mode.may_be_late().then(|| late_streams(guest.streams)),
             late: None,
             late_session: LateSession::default(),
+            _room: guest.room.take(),
             is_adopted: false,
             ended_late: None,
         };

@@ -5,7 +5,7 @@ use std::time::Duration;
 use ferry_migration::handover::Decision;
 
 use super::driver::Driver;
-use crate::agent::backends::storage;
+use crate::agent::backends::room;
 use crate::agent::steps::{DestinationStep, DestinationUndo};
 
 impl Driver {
@@ -22,7 +22,7 @@ impl Driver {
                 DestinationUndo::EndMachine => self.kill_vmm().await,
                 DestinationUndo::RemoveDisks if self.row.info.copied_disks.is_empty() => continue,
                 DestinationUndo::RemoveDisks => {
-                    storage::remove(&self.row.info.copied_disks, self.row.instance, self.agent.host());
+                    room::remove(&self.row.info.copied_disks, self.row.instance, self.agent.host());
                 }
                 DestinationUndo::Forget => {
                     while !self.forget().await {

@@ -16,6 +16,7 @@ use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use super::restarting::policy_of;
+use crate::agent::backends::room::Promises;
 use crate::agent::claims::Claims;
 use crate::agent::config::AgentConfig;
 use crate::agent::failure::Failure;
@@ -45,6 +46,8 @@ pub(crate) struct Agent {
     pub(crate) incoming: IncomingMigrations,
     /// What is promised to those that are being prepared.
     pub(crate) reservations: Reservations,
+    /// What is promised to disks that are copied here.
+    pub(crate) room: Promises,
     pub(crate) peers: Peers,
     /// Who may send bytes here to see how fast they come.
     pub(crate) probes: Probes,

@@ -8,7 +8,7 @@ use ferry_migration::handover::{Decision, Ended, Ending, Wish};
 use super::figures::note_completed;
 use super::handle::now_text;
 use super::script::{Script, Stop};
-use crate::agent::backends::storage;
+use crate::agent::backends::room;
 use crate::agent::events::end_of_migration;
 use crate::agent::failure::Failure;
 use crate::agent::instances::InstanceState;
@@ -60,7 +60,7 @@ impl Script {
         // Where a person said so, who may be wrong, what is on its disks is kept.
         if self.row.said.as_deref() == Some(Decision::Running.as_str()) {
             // Their contents are the destination's now, and go on changing there.
-            storage::remove(&self.row.info.copied_disks, self.row.instance, self.agent.host());
+            room::remove(&self.row.info.copied_disks, self.row.instance, self.agent.host());
         }
         // Last: from here on the guest may come back, and bring its disks to the same paths.
         self.outgoing.let_go.send_replace(true);

@@ -281,7 +281,7 @@ impl Script {
     /// Nova's pre_live_migration, with the kernel and initrd sent along where they are missing.
     async fn pre_live_migration(&self, peer: &Peer) -> Result<PreLiveMigrationReply, Stop> {
         let spec = self.instance.state.lock().await.row.spec.clone();
-        let disk_sizes = storage::sizes(&spec, &self.machine_profile().await);
+        let disk_sizes = storage::sizes(&spec, &self.machine_profile().await, &self.agent.boot_id);
         let request = PreLiveMigrationRequest {
             migration: self.row.id.to_string(),
             instance: self.row.instance.to_string(),

@@ -25,7 +25,7 @@ use super::ending::note_resolved;
 use super::handle::Resolving;
 use super::script::Script;
 use super::switchover::next;
-use crate::agent::backends::storage;
+use crate::agent::backends::room;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{InstanceRow, MigrationRow, Status};
@@ -347,7 +347,7 @@ impl Script {
         self.agent.remove_folder(self.row.instance);
         if self.row.said.as_deref() == Some(Decision::Running.as_str()) {
             // Their contents came before the guest was handed over, and go on changing there.
-            storage::remove(&self.row.info.copied_disks, self.row.instance, self.agent.host());
+            room::remove(&self.row.info.copied_disks, self.row.instance, self.agent.host());
         }
     }
 }

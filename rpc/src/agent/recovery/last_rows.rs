@@ -8,7 +8,7 @@ use std::sync::Arc;
 use ferry_migration::handover::Decision;
 use uuid::Uuid;
 
-use crate::agent::backends::storage;
+use crate::agent::backends::room;
 use crate::agent::events::end_of_migration;
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
@@ -57,7 +57,7 @@ pub(super) async fn of_one_without_its_instance(agent: &Arc<Agent>, row: Migrati
         Role::Destination => !has_arrived,
     };
     if is_nobodys {
-        storage::remove(&row.info.copied_disks, row.instance, agent.host());
+        room::remove(&row.info.copied_disks, row.instance, agent.host());
     }
     settle(agent, row, has_arrived).await
 }

@@ -8,6 +8,7 @@
 use std::cell::Cell;
 use std::fs::File;
 use std::io;
+use std::thread;
 
 use ferry_migration::handover::Epoch;
 use ferry_vmm::DiskAccess;
@@ -112,7 +113,7 @@ impl DiskLocks {
         self.noted.set(Epoch(0));
     }
 
-    /// Writes the epoch, not synced.
+    /// Writes the epoch, and has it synced by a thread of its own: whoever waits for this does not wait for the disk.
     pub(super) fn note_epoch(&self, epoch: Epoch) {
         if self.noted.replace(epoch) == epoch {
             return;
@@ -121,13 +122,18 @@ impl DiskLocks {
             epoch: epoch.0,
             ..self.me.clone()
         };
+        let mut written = Vec::new();
         for disk in self.disks.iter().filter(|disk| disk.access == DiskAccess::ReadWrite) {
             let Some(file) = &disk.lock_file else { continue };
             // The lock holds all the same, and a full disk is no reason to lose a guest.
-            if let Err(error) = lock_file::write(file, &holder) {
-                tracing::warn!(disk = disk.path, %error, "the lock file of a disk does not say who has it");
+            match lock_file::write(file, &holder).and_then(|()| file.try_clone()) {
+                Ok(file) => written.push((disk.path.clone(), file)),
+                Err(error) => {
+                    tracing::warn!(disk = disk.path, %error, "the lock file of a disk does not say who has it")
+                }
             }
         }
+        sync(written);
     }
 
     fn lock_one(&self, disk: &Disk, epoch: Epoch) -> Result<(), LockError> {
@@ -160,6 +166,24 @@ impl DiskLocks {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// Another host of a network file system sees what was written when it was written back or the file is closed, and a VMM keeps its lock
+/// files open: without this a guest that is to move on within seconds would be refused, for its disk says that another host has it.
+fn sync(lock_files: Vec<(String, File)>) {
+    if lock_files.is_empty() {
+        return;
+    }
+    let sync_all = move || {
+        for (disk, file) in lock_files {
+            if let Err(error) = file.sync_data() {
+                tracing::warn!(disk, %error, "other hosts may not see yet who has a disk");
+            }
+        }
+    };
+    if let Err(error) = thread::Builder::new().name("lock-files".to_owned()).spawn(sync_all) {
+        tracing::warn!(%error, "other hosts may not see yet who has a disk");
     }
 }
 

@@ -100,7 +100,7 @@ impl Disks {
         let copied = |(position, &number): (usize, &u32)| {
             let disk = self.locks.disks().get(number as usize);
             let disk = disk.with_context(|| format!("there is no disk {number} to copy"))?;
-            CopiedDisk::new(Arc::clone(&disk.image), position)
+            CopiedDisk::new(Arc::clone(&disk.image), &disk.path, position)
                 .with_context(|| format!("failed to copy disk {}", disk.path))
         };
         numbers.iter().enumerate().map(copied).collect()

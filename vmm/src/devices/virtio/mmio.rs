@@ -290,10 +290,13 @@ impl MmioDevice {
             }
             None => {
                 drop(registers);
-                tracing::info!(
-                    device = self.name(),
-                    "the guest set up queues that cannot be: it must reset the device"
-                );
+                if let Some(untold) = self.shared.breaks.add(Instant::now()) {
+                    tracing::info!(
+                        device = self.name(),
+                        untold,
+                        "the guest set up queues that cannot be: it must reset the device"
+                    );
+                }
                 self.shared.broken.store(true, Ordering::Release);
             }
         }

@@ -18,6 +18,7 @@ mod balloon;
 mod block;
 mod device;
 mod entropy;
+mod failures;
 #[cfg(test)]
 mod golden;
 #[cfg(any(fuzzing, test))]

@@ -20,6 +20,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Broken, Device, Doorbells, Interest, Turn, Wake};
+use super::failures::Failures;
 use super::interrupt::{CONFIG_CHANGED, Interrupt, USED_BUFFERS};
 use super::queue::DeviceQueue;
 use crate::memory::GuestMemory;
@@ -33,6 +34,8 @@ pub(super) struct Shared {
     pub(super) doorbells: Doorbells,
     /// The guest broke a rule and has not reset the device since.
     pub(super) broken: AtomicBool,
+    /// How often it did, for the log.
+    pub(super) breaks: Failures,
     /// The configuration space as the guest reads it, and its generation.
     pub(super) config: Mutex<(Vec<u8>, u32)>,
     work: Mutex<Work>,
@@ -79,6 +82,7 @@ impl Shared {
             interrupt,
             doorbells,
             broken: AtomicBool::new(false),
+            breaks: Failures::default(),
             config: Mutex::new(config),
             work: Mutex::new(Work { device, queues }),
             rest: AtomicBool::new(true),
@@ -204,11 +208,14 @@ impl Shared {
             self.interrupt.raise(USED_BUFFERS);
         }
         if let Err(Broken(reason)) = done {
-            tracing::info!(
-                device = self.name,
-                reason,
-                "the guest broke a device's rules: it must reset the device"
-            );
+            if let Some(untold) = self.breaks.add(Instant::now()) {
+                tracing::info!(
+                    device = self.name,
+                    reason,
+                    untold,
+                    "the guest broke a device's rules: it must reset the device"
+                );
+            }
             self.broken.store(true, Ordering::Release);
             work.queues.clear();
             self.interrupt.raise(CONFIG_CHANGED);

@@ -36,7 +36,11 @@ impl Block {
             Request::Flush if self.access == DiskAccess::ReadOnly => Ok(()),
             Request::Flush => fdatasync(&self.file).map_err(io::Error::from),
             Request::Serial { data } => self.tell_serial(memory, data),
-            Request::Discard(extents) => self.each(extents, FallocateFlags::PUNCH_HOLE),
+            // It is advice: what is no whole block of the disk stays.
+            Request::Discard(extents) => match self.each(extents, FallocateFlags::PUNCH_HOLE) {
+                Err(error) if is_misaligned(&error) => Ok(()),
+                done => done,
+            },
             Request::WriteZeroes(extents) => self.write_zeroes(extents).and_then(|()| self.write_through()),
             Request::Unsupported | Request::Impossible => Ok(()),
         };
@@ -126,7 +130,12 @@ impl Block {
             } else {
                 FallocateFlags::ZERO_RANGE
             };
-            self.each(std::slice::from_ref(extent), how)
+            let done = self.each(std::slice::from_ref(extent), how);
+            // A device with larger blocks does not do that by sectors: the guest then writes the zeroes itself.
+            done.map_err(|error| match is_misaligned(&error) {
+                true => io::Error::from_raw_os_error(libc::EOPNOTSUPP),
+                false => error,
+            })
         })
     }
 
@@ -154,7 +163,8 @@ impl Block {
     }
 }
 
-/// Direct I/O says so of buffers that do not lie as it wants them; spans outside memory never get here.
+/// Direct I/O says so of buffers that do not lie as it wants them, fallocate of what is no whole block of a device; spans outside memory
+/// never get here.
 fn is_misaligned(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EINVAL)
 }

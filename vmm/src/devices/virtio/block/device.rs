@@ -8,8 +8,8 @@ use std::sync::atomic::AtomicBool;
 
 use super::super::super::DeviceStateError;
 use super::super::device::{Broken, Device, Turn, Wake};
+use super::super::failures::Failures;
 use super::super::queue::DeviceQueue;
-use super::failures::Failures;
 use super::request::MOST_EXTENTS;
 use super::together::Together;
 use super::{KIND, QUEUE_SIZE, SECTOR, WrittenBlocks, feature, state};

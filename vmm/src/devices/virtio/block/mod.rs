@@ -6,7 +6,6 @@ mod bounce;
 mod bursts;
 mod carrying_out;
 mod device;
-mod failures;
 mod request;
 mod service;
 mod state;

@@ -1,16 +1,16 @@
-//! Which failed requests the log is told of: neither a guest that asks again and again nor a disk of which a part is gone fills it.
+//! Which failures the log is told of: neither a guest that does the same again and again nor a disk of which a part is gone fills it.
 
-use std::cell::Cell;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The least time from one that is told to the next.
 const PAUSE: Duration = Duration::from_secs(10);
 
-/// The failed requests of one disk.
+/// The failures of one device.
 #[derive(Debug, Default)]
-pub(super) struct Failures(Cell<Count>);
+pub(super) struct Failures(Mutex<Count>);
 
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Default)]
 struct Count {
     told: Option<Instant>,
     untold: u64,
@@ -19,17 +19,16 @@ struct Count {
 impl Failures {
     /// One more, now. If it is to be told: how many were not since the last one that was.
     pub(super) fn add(&self, now: Instant) -> Option<u64> {
-        let Count { told, untold } = self.0.get();
-        if told.is_some_and(|told| now.saturating_duration_since(told) < PAUSE) {
-            let untold = untold + 1;
-            self.0.set(Count { told, untold });
+        let mut count = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if count
+            .told
+            .is_some_and(|told| now.saturating_duration_since(told) < PAUSE)
+        {
+            count.untold += 1;
             return None;
         }
-        self.0.set(Count {
-            told: Some(now),
-            untold: 0,
-        });
-        Some(untold)
+        count.told = Some(now);
+        Some(std::mem::take(&mut count.untold))
     }
 }
 

@@ -1,0 +1,319 @@
+//! Room for disks that are copied here: whether there is any, made, promised, and given back.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use ferry_proto::agent::v1::{DiskSize, InstanceSpec};
+use rustix::fs::OFlags;
+use uuid::Uuid;
+
+use crate::agent::failure::Failure;
+use crate::lock_file::{self, Holder};
+
+/// What blocks of files are counted in.
+const SECTOR: u64 = 512;
+
+/// What is promised to disks while they are copied here, by migration.
+#[derive(Default)]
+pub(crate) struct Promises {
+    /// Who has it looks for room and promises it; the others wait.
+    pub(crate) turn: tokio::sync::Mutex<()>,
+    made: Arc<Mutex<ByMigration>>,
+}
+
+type ByMigration = HashMap<Uuid, Vec<Promised>>;
+
+/// A promise of room. Dropping it takes it back.
+#[derive(Debug)]
+pub(crate) struct Promise {
+    migration: Uuid,
+    made: Arc<Mutex<ByMigration>>,
+}
+
+impl Promises {
+    /// All that is promised now.
+    pub(crate) fn all(&self) -> Vec<Promised> {
+        lock(&self.made).values().flatten().cloned().collect()
+    }
+
+    /// Promises a migration what its disks need.
+    pub(crate) fn promise(&self, migration: Uuid, needs: Vec<Promised>) -> Promise {
+        lock(&self.made).insert(migration, needs);
+        Promise {
+            migration,
+            made: Arc::clone(&self.made),
+        }
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        lock(&self.made).remove(&self.migration);
+    }
+}
+
+fn lock(made: &Mutex<ByMigration>) -> MutexGuard<'_, ByMigration> {
+    made.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a disk that is copied here needs of the file system that it comes to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Promised {
+    /// The file system.
+    device: u64,
+    path: PathBuf,
+    bytes: u64,
+}
+
+impl Promised {
+    /// What is still to come of it: the rest is taken already, and no longer free.
+    fn outstanding(&self) -> u64 {
+        let taken = fs::metadata(&self.path).map_or(0, |image| image.blocks() * SECTOR);
+        self.bytes.saturating_sub(taken)
+    }
+}
+
+/// Whether what the source's file takes has room besides what others are promised; the rest of a sparse one is the guest's to fill, as it
+/// was at the source.
+pub(super) fn check<'a>(
+    path: &Path,
+    size: &DiskSize,
+    others: impl Iterator<Item = &'a Promised>,
+) -> Result<Promised, String> {
+    let folder = path.parent().unwrap_or(path);
+    let unseen = |error: io::Error| format!("its folder {}: {error}", folder.display());
+    let stat = rustix::fs::statvfs(folder).map_err(|error| unseen(error.into()))?;
+    let device = fs::metadata(folder).map_err(unseen)?.dev();
+    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+    let others = others.filter(|other| other.device == device && other.path != path);
+    let promised = others.map(Promised::outstanding).sum::<u64>();
+    let left = free.saturating_sub(promised);
+    if size.allocated_bytes > left {
+        let of_others = match promised {
+            0 => String::new(),
+            _ => format!(
+                ", of which {} MiB are promised to other disks that come",
+                promised.div_ceil(1 << 20)
+            ),
+        };
+        return Err(format!(
+            "it takes {} MiB, and {} MiB are free in {}{of_others}",
+            size.allocated_bytes >> 20,
+            free >> 20,
+            folder.display()
+        ));
+    }
+    if size.bytes > left {
+        tracing::warn!(
+            disk = %path.display(),
+            bytes = size.bytes,
+            left,
+            "there is room for what a disk holds now, and not for all that it may hold"
+        );
+    }
+    Ok(Promised {
+        device,
+        path: path.to_owned(),
+        bytes: size.allocated_bytes,
+    })
+}
+
+/// Makes room for the disks that are to be copied: files of the right size, all hole, each with a lock file that says whose it is, under no epoch
+/// yet: until its VMM has the guest, nobody may take it for the guest's disk.
+///
+/// # Errors
+/// Names the disk. What was made before it is still there, for [`remove`] to find.
+pub(crate) fn make_room(
+    spec: &InstanceSpec,
+    copied: &[u32],
+    sizes: &[DiskSize],
+    holder: &Holder,
+) -> Result<(), Failure> {
+    for &number in copied {
+        let Some((disk, size)) = spec.disks.get(number as usize).zip(sizes.get(number as usize)) else {
+            continue;
+        };
+        make_image(Path::new(&disk.path), size.bytes, holder).map_err(Failure::host(format!(
+            "host {} failed to make room for disk {}",
+            holder.host, disk.path
+        )))?;
+    }
+    Ok(())
+}
+
+/// The image gets its size last: one without a size and without a name beside it is what an agent left that was killed in between, and
+/// nobody's disk.
+fn make_image(path: &Path, bytes: u64, holder: &Holder) -> io::Result<()> {
+    let image = File::options().write(true).create_new(true).mode(0o600).open(path)?;
+    let made = make_lock_file(path, holder).and_then(|()| image.set_len(bytes));
+    made.inspect_err(|_| {
+        // Whoever finds it would refuse to write over it.
+        let removed = fs::remove_file(path);
+        tracing::debug!(path = %path.display(), ?removed, "an image could not be made");
+        let lock_file = lock_file::path_of(path);
+        if is_of(&lock_file, |found| found == holder) || fs::metadata(&lock_file).is_ok_and(|file| file.len() == 0) {
+            let _ = fs::remove_file(&lock_file);
+        }
+    })
+}
+
+/// Whether a lock file names such a holder.
+fn is_of(lock_file: &Path, holder: impl FnOnce(&Holder) -> bool) -> bool {
+    let found = File::open(lock_file).ok().and_then(|file| lock_file::read(&file));
+    found.is_some_and(|found| holder(&found))
+}
+
+/// Removes images that are not the guest's any more, with their lock files: the half copy of a migration that failed, or the source's
+/// after one that did not. Only those whose lock file says that they were this guest's on this host: nothing else is ours to remove, least of all
+/// what another host's guest works on under the same path.
+pub(crate) fn remove(paths: &[String], instance: Uuid, host: &str) {
+    for path in paths.iter().map(Path::new) {
+        let lock_file = lock_file::path_of(path);
+        let is_ours = is_of(&lock_file, |holder| holder.instance == instance && holder.host == host);
+        if !is_ours && !is_begun(path, &lock_file) {
+            tracing::info!(path = %path.display(), "not removed: it is not known as the guest's on this host");
+            continue;
+        }
+        for path in [path, &lock_file] {
+            match fs::remove_file(path) {
+                Ok(()) => tracing::info!(path = %path.display(), "removed"),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => tracing::error!(path = %path.display(), %error, "a disk that is no guest's stays"),
+            }
+        }
+    }
+}
+
+/// Whether an image has no size yet, and beside it is nothing that names anybody: see [`make_image`]. No disk is so small.
+fn is_begun(path: &Path, lock_file: &Path) -> bool {
+    let is_empty_file = fs::symlink_metadata(path).is_ok_and(|file| file.is_file() && file.len() == 0);
+    is_empty_file && !is_of(lock_file, |_| true)
+}
+
+fn make_lock_file(image: &Path, holder: &Holder) -> io::Result<()> {
+    let file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o644)
+        // Whoever may write into the image's folder must not lead us elsewhere.
+        .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
+        .open(lock_file::path_of(image))?;
+    lock_file::write(&file, holder)?;
+    // Before the image has its size, whatever becomes of this host.
+    file.sync_all()?;
+    // The source removes its image once the guest runs here: until then the name of this one must be durable too.
+    File::open(image.parent().unwrap_or(image))?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use ferry_proto::agent::v1::DiskSpec;
+
+    use super::*;
+
+    const INSTANCE: Uuid = Uuid::from_u128(1);
+
+    fn spec(path: &Path) -> InstanceSpec {
+        InstanceSpec {
+            disks: vec![DiskSpec {
+                path: path.to_str().unwrap().to_owned(),
+                ..DiskSpec::default()
+            }],
+            ..InstanceSpec::default()
+        }
+    }
+
+    fn holder() -> Holder {
+        Holder {
+            host: "b".to_owned(),
+            instance: INSTANCE,
+            name: "web".to_owned(),
+            epoch: 3,
+            pid: 1,
+        }
+    }
+
+    #[test]
+    fn room_is_made_without_taking_it_and_removed_with_its_lock_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web.img");
+        let sizes = [DiskSize {
+            bytes: 1 << 30,
+            ..DiskSize::default()
+        }];
+        let holder = holder();
+        make_room(&spec(&path), &[0], &sizes, &holder).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().len(), 1 << 30);
+        assert!(fs::metadata(&path).unwrap().blocks() < 100);
+        assert!(make_room(&spec(&path), &[0], &sizes, &holder).is_err());
+        let paths = [path.to_str().unwrap().to_owned()];
+        remove(&paths, Uuid::from_u128(2), "b");
+        remove(&paths, INSTANCE, "a");
+        assert!(path.exists());
+        remove(&paths, INSTANCE, "b");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn an_image_without_its_lock_file_is_not_left_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web.img");
+        let sizes = [DiskSize {
+            bytes: 1 << 20,
+            ..DiskSize::default()
+        }];
+        fs::create_dir(lock_file::path_of(&path)).unwrap();
+        assert!(make_room(&spec(&path), &[0], &sizes, &holder()).is_err());
+        assert!(!path.exists(), "a later attempt would be refused");
+        fs::remove_dir(lock_file::path_of(&path)).unwrap();
+        make_room(&spec(&path), &[0], &sizes, &holder()).unwrap();
+        // Not even a disk of another is touched where one cannot be made.
+        assert!(make_room(&spec(&path), &[0], &sizes, &holder()).is_err());
+        assert_eq!(fs::metadata(&path).unwrap().len(), 1 << 20);
+    }
+
+    #[test]
+    fn what_an_agent_that_was_killed_had_begun_is_removed_and_no_disk_of_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web.img");
+        let paths = [path.to_str().unwrap().to_owned()];
+        let image = File::create(&path).unwrap();
+        fs::write(lock_file::path_of(&path), b"").unwrap();
+        remove(&paths, INSTANCE, "b");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        drop(image);
+        // It has a size, or somebody's name beside it.
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        remove(&paths, INSTANCE, "b");
+        assert!(path.exists());
+        let lock = File::create(lock_file::path_of(&path)).unwrap();
+        lock_file::write(&lock, &holder()).unwrap();
+        File::create(&path).unwrap();
+        remove(&paths, Uuid::from_u128(2), "b");
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn room_is_promised_until_it_is_taken_or_given_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let needs = Promised {
+            device: 1,
+            path: folder.path().join("web.img"),
+            bytes: 1 << 20,
+        };
+        let promises = Promises::default();
+        let promise = promises.promise(Uuid::from_u128(7), vec![needs.clone()]);
+        assert_eq!(promises.all(), [needs.clone()]);
+        assert_eq!(needs.outstanding(), 1 << 20);
+        fs::write(&needs.path, vec![1; 1 << 19]).unwrap();
+        File::open(&needs.path).unwrap().sync_all().unwrap();
+        assert!(needs.outstanding() <= 1 << 19);
+        drop(promise);
+        assert!(promises.all().is_empty());
+    }
+}
