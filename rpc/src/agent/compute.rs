@@ -11,12 +11,12 @@ use ferry_proto::agent::v1::{
     AttemptRequest, BalloonInstanceRequest, CheckDestinationReply, CheckDestinationRequest, CheckSourceReply,
     CheckSourceRequest, ConsoleInputReply, ConsoleInputRequest, ConsoleOutput, ConsoleRequest, DecisionReply,
     DeleteInstanceReply, DeleteInstanceRequest, FirstFramesReply, FirstFramesRequest, HeartbeatReply, HeartbeatRequest,
-    HostInfo, HostRequest, ImageChunk, InstanceInfo, InstanceRequest, LateLinkReply, LateLinkRequest, ListEventsReply,
-    ListEventsRequest, ListInstancesReply, ListInstancesRequest, LiveMigrationCast, MigrationPrediction,
-    PostLiveMigrationReply, PostLiveMigrationRequest, PreLiveMigrationReply, PreLiveMigrationRequest,
-    PredictMigrationRequest, ProbeLinkReply, ProbeLinkRequest, PutImageReply, Receipt, RecordRefusalReply,
-    RecordRefusalRequest, RestoreInstanceRequest, RollbackReply, RollbackRequest, RunInstanceRequest, SnapshotInfo,
-    SnapshotInstanceRequest, StopInstanceRequest,
+    HostInfo, HostRequest, ImageChunk, InstanceInfo, InstanceRequest, LateLinkReply, LateLinkRequest, LatePagesReply,
+    LatePagesRequest, ListEventsReply, ListEventsRequest, ListInstancesReply, ListInstancesRequest, LiveMigrationCast,
+    MigrationPrediction, PostLiveMigrationReply, PostLiveMigrationRequest, PreLiveMigrationReply,
+    PreLiveMigrationRequest, PredictMigrationRequest, ProbeLinkReply, ProbeLinkRequest, PutImageReply, Receipt,
+    RecordRefusalReply, RecordRefusalRequest, RestoreInstanceRequest, RollbackReply, RollbackRequest,
+    RunInstanceRequest, SnapshotInfo, SnapshotInstanceRequest, StopInstanceRequest,
 };
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
@@ -503,6 +503,10 @@ impl Compute for ComputeService {
         let migration = wire_uuid("migration", &request.migration).map_err(Failure::from)?;
         self.check_peer(migration, &request.source).await?;
         answer(self.0.late_link(request).await)
+    }
+
+    async fn late_pages(&self, request: Request<LatePagesRequest>) -> Answer<LatePagesReply> {
+        answer(self.0.late_pages(request.into_inner()).await)
     }
 
     async fn first_frames(&self, request: Request<FirstFramesRequest>) -> Answer<FirstFramesReply> {
