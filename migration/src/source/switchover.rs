@@ -19,7 +19,7 @@ use crate::source::conversation::{Heard, TICK, unexpected};
 use crate::source::rounds::Copy;
 use crate::source::verifying;
 use crate::source::{Blackout, Manner, RoundSummary, SourceError, SourceReport, Stop};
-use crate::wire::attempt_to_wire;
+use crate::wire::{StreamTotals, attempt_to_wire};
 
 /// What came of a switchover.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -266,8 +266,7 @@ fn send_last_pages<G: SourceGuest>(
     budget: &Budget,
     last_round: &mut LastRound,
 ) -> Result<(), Setback> {
-    let (began, before) = (Instant::now(), copy.streams.sum());
-    let saved_before = copy.streams.packing.saved();
+    let sending = LastPages::begin(copy);
     copy.fetch_dirty()?;
     let pages = copy.due();
     let needed = copy.policy.after_stop(pages);
@@ -278,41 +277,79 @@ fn send_last_pages<G: SourceGuest>(
             "{pages} last pages and the start need {needed:.1} ms, {left:.1} ms are left"
         )));
     }
-    if pages > 0 {
-        let set = copy.take_due();
-        copy.meter.round_begins(&set, pages);
-        *last_round = LastRound::UnderWay;
-        copy.streams.feed.start(Round {
-            number: copy.round,
-            set,
-            clearer: None,
-            pace: Pace::Unlimited,
-        });
-        wait_for_last_pages(copy, budget)?;
-        *last_round = LastRound::Sent;
-    }
-    let sent = copy.streams.sum();
-    copy.meter.last_round_ends();
-    copy.summary.copied = Some(copy.meter.copied());
-    copy.summary.rounds.push(RoundSummary {
-        number: copy.round,
-        pages,
-        zero_pages: sent.zero_pages - before.zero_pages,
-        bytes: sent.bytes - before.bytes,
-        saved: copy.streams.packing.saved() - saved_before,
-        elapsed: began.elapsed(),
-        dirty_pages: 0,
-    });
-    Ok(())
+    let set = (pages > 0).then(|| copy.take_due());
+    sending.send(copy, set, budget, last_round)
 }
 
-pub(super) fn wait_for_last_pages<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, budget: &Budget) -> Result<(), Setback> {
+/// Pages that are sent while the guest stands still: how it was before.
+pub(super) struct LastPages {
+    began: Instant,
+    sent: StreamTotals,
+    saved: u64,
+}
+
+impl LastPages {
+    pub(super) fn begin<G: SourceGuest>(copy: &Copy<'_, '_, G>) -> Self {
+        Self {
+            began: Instant::now(),
+            sent: copy.streams.sum(),
+            saved: copy.streams.packing.saved(),
+        }
+    }
+
+    /// Sends them as a round, within the budget. With none, there is no round; it is told all the same.
+    pub(super) fn send<G: SourceGuest>(
+        self,
+        copy: &mut Copy<'_, '_, G>,
+        set: Option<PageSet>,
+        budget: &Budget,
+        last_round: &mut LastRound,
+    ) -> Result<(), Setback> {
+        let pages = set.as_ref().map_or(0, PageSet::count);
+        if let Some(set) = set {
+            copy.meter.round_begins(&set, pages);
+            *last_round = LastRound::UnderWay;
+            copy.streams.feed.start(Round {
+                number: copy.round,
+                set,
+                clearer: None,
+                pace: Pace::Unlimited,
+            });
+            wait_within(copy, budget, "the last pages were being sent", |heard| match heard {
+                Heard::RoundSent => Ok(()),
+                other => Err(other),
+            })?;
+            *last_round = LastRound::Sent;
+        }
+        let sent = copy.streams.sum();
+        copy.meter.last_round_ends();
+        copy.summary.copied = Some(copy.meter.copied());
+        copy.summary.rounds.push(RoundSummary {
+            number: copy.round,
+            pages,
+            zero_pages: sent.zero_pages - self.sent.zero_pages,
+            bytes: sent.bytes - self.sent.bytes,
+            saved: copy.streams.packing.saved() - self.saved,
+            elapsed: self.began.elapsed(),
+            dirty_pages: 0,
+        });
+        Ok(())
+    }
+}
+
+/// Waits for one thing while the guest stands still, and not beyond the budget; anything else is misbehaviour.
+pub(super) fn wait_within<G: SourceGuest, T>(
+    copy: &mut Copy<'_, '_, G>,
+    budget: &Budget,
+    when: &str,
+    wanted: impl Fn(Heard) -> Result<T, Heard>,
+) -> Result<T, Setback> {
     loop {
-        match copy.conversation.next(TICK.min(budget.left()))? {
-            Some(Heard::RoundSent) => return Ok(()),
-            Some(other) => return Err(Setback::End(unexpected(&other).into())),
+        match copy.conversation.next(TICK.min(budget.left()))?.map(&wanted) {
+            Some(Ok(heard)) => return Ok(heard),
+            Some(Err(other)) => return Err(Setback::End(unexpected(&other).into())),
             None => {
-                budget.check("the last pages were being sent")?;
+                budget.check(when)?;
                 copy.conversation.look_around()?;
             }
         }
