@@ -81,7 +81,7 @@ fn hand_over<G: SourceGuest>(
         copy.conversation.lasting.force(),
         began,
     );
-    if copy.is_late {
+    if copy.so_far.is_late {
         budget.widen(grant.attempt);
     }
     let stop = stop_guest(copy, budget.deadline.unwrap_or(began + STOP_TRY))?;
@@ -111,16 +111,16 @@ fn hand_over<G: SourceGuest>(
         machine_state: state,
     }));
     let last_pages_began = Instant::now();
-    copy.policy.stopped(began.elapsed());
+    copy.so_far.policy.stopped(began.elapsed());
 
-    if copy.is_late && !copy.has_disks() {
+    if copy.so_far.is_late && !copy.has_disks() {
         copy.fetch_dirty()?;
-        copy.meter.last_round_ends();
-        copy.summary.copied = Some(copy.meter.copied());
+        copy.so_far.meter.last_round_ends();
+        copy.summary.copied = Some(copy.so_far.meter.copied());
     } else {
         send_last_pages(copy, &budget, last_round)?;
     }
-    let late = copy.is_late.then(|| leave_late(copy, grant));
+    let late = copy.so_far.is_late.then(|| leave_late(copy, grant));
     let last_pages = copied_cold + last_pages_began.elapsed();
     let compared = verifying::agree(copy, &budget, grant, late.as_ref(), last_round)?;
     let totals: Vec<_> = copy.streams.each().into_iter().map(v1::StreamTotals::from).collect();
@@ -150,7 +150,7 @@ fn hand_over<G: SourceGuest>(
 
     let manifest = v1::Manifest {
         attempt,
-        rounds: copy.round,
+        rounds: copy.so_far.round,
         totals,
         state_checksum: state_checksum.to_le_bytes().to_vec(),
         paused_by_user: parameters.guest_was == GuestWas::PausedByUser,
@@ -249,8 +249,8 @@ fn stop_guest<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, deadline: Instant) -> 
 
 /// Says what is missing, by whole units. It all stays pending: the switchover may be called off.
 fn leave_late<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, grant: Attempt) -> PageSet {
-    copy.pending.round_out(copy.guest.memory().late_unit());
-    let missing = copy.pending.clone();
+    copy.so_far.pending.round_out(copy.guest.memory().late_unit());
+    let missing = copy.so_far.pending.clone();
     if let Some(digests) = &copy.streams.digests {
         digests.leave_out(&missing);
     }
@@ -269,7 +269,7 @@ fn send_last_pages<G: SourceGuest>(
     let sending = LastPages::begin(copy);
     copy.fetch_dirty()?;
     let pages = copy.due();
-    let needed = copy.policy.after_stop(pages);
+    let needed = copy.so_far.policy.after_stop(pages);
     let left = budget.left();
     if needed > left {
         let (needed, left) = (needed.as_secs_f64() * 1e3, left.as_secs_f64() * 1e3);
@@ -307,10 +307,10 @@ impl LastPages {
     ) -> Result<(), Setback> {
         let pages = set.as_ref().map_or(0, PageSet::count);
         if let Some(set) = set {
-            copy.meter.round_begins(&set, pages);
+            copy.so_far.meter.round_begins(&set, pages);
             *last_round = LastRound::UnderWay;
             copy.streams.feed.start(Round {
-                number: copy.round,
+                number: copy.so_far.round,
                 set,
                 clearer: None,
                 pace: Pace::Unlimited,
@@ -322,10 +322,10 @@ impl LastPages {
             *last_round = LastRound::Sent;
         }
         let sent = copy.streams.sum();
-        copy.meter.last_round_ends();
-        copy.summary.copied = Some(copy.meter.copied());
+        copy.so_far.meter.last_round_ends();
+        copy.summary.copied = Some(copy.so_far.meter.copied());
         copy.summary.rounds.push(RoundSummary {
-            number: copy.round,
+            number: copy.so_far.round,
             pages,
             zero_pages: sent.zero_pages - self.sent.zero_pages,
             bytes: sent.bytes - self.sent.bytes,
@@ -403,8 +403,8 @@ fn close_last_round<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, last_round: Last
         }
         LastRound::UnderWay | LastRound::Sent => {}
     }
-    let set = copy.close_round(copy.round)?;
-    copy.pending.union_with(&set);
+    let set = copy.close_round(copy.so_far.round)?;
+    copy.so_far.pending.union_with(&set);
     Ok(())
 }
 

@@ -47,16 +47,16 @@ pub(super) fn agree<G: SourceGuest>(
             break;
         }
         let what = describe(digests.ranges(), &differing);
-        if copy.comparing.has_differed {
+        if copy.so_far.comparing.has_differed {
             return Err(Setback::End(SourceError::Differs(what).into()));
         }
         tracing::warn!(what, "what the destination holds is not what was sent");
-        copy.comparing.has_differed = true;
-        copy.comparing.sent_again += differing.len() as u64;
-        let throttle = copy.policy.throttle();
+        copy.so_far.comparing.has_differed = true;
+        copy.so_far.comparing.sent_again += differing.len() as u64;
+        let throttle = copy.so_far.policy.throttle();
         copy.conversation
             .lasting
-            .tell(Decided::send_again((copy.round, throttle), &what));
+            .tell(Decided::send_again((copy.so_far.round, throttle), &what));
         let mut set = copy.empty_set();
         let runs = differing
             .iter()
@@ -72,7 +72,7 @@ pub(super) fn agree<G: SourceGuest>(
     let took = began.elapsed();
     copy.summary.verified = Some(Verified {
         pages: digests.pages(),
-        ranges_sent_again: copy.comparing.sent_again,
+        ranges_sent_again: copy.so_far.comparing.sent_again,
         blackout: took,
     });
     Ok(took)
@@ -92,12 +92,12 @@ fn compare<G: SourceGuest>(
         totals,
         sums: digests.sums(),
     }));
-    copy.comparing.is_asked = true;
+    copy.so_far.comparing.is_asked = true;
     let compared = wait_within(copy, budget, "what arrived was being compared", |heard| match heard {
         Heard::Compared(compared) => Ok(compared),
         other => Err(other),
     })?;
-    copy.comparing.is_asked = false;
+    copy.so_far.comparing.is_asked = false;
     let ranges = compared.ranges;
     let ascend = ranges.windows(2).all(|pair| pair[0] < pair[1]);
     let exist = ranges
@@ -120,13 +120,13 @@ fn send_again<G: SourceGuest>(
     let sending = LastPages::begin(copy);
     if *last_round == LastRound::Sent {
         // A page travels once in a round. Its pages were not re-armed: they are owed if the guest is to run on.
-        let sent = copy.close_round(copy.round)?;
-        copy.pending.union_with(&sent);
+        let sent = copy.close_round(copy.so_far.round)?;
+        copy.so_far.pending.union_with(&sent);
         *last_round = LastRound::NotStarted;
     }
     let pages = set.count();
-    if copy.policy.after_stop(pages) > budget.left() {
-        copy.pending.union_with(&set);
+    if copy.so_far.policy.after_stop(pages) > budget.left() {
+        copy.so_far.pending.union_with(&set);
         return Err(Setback::CallOff(format!(
             "{pages} pages that differ at the destination cannot be sent again within the budget"
         )));
@@ -136,7 +136,7 @@ fn send_again<G: SourceGuest>(
 
 /// Waits for an answer that nobody wants any more: it comes before that to anything that is said later.
 pub(super) fn hear_out<G: SourceGuest>(copy: &mut Copy<'_, '_, G>) -> Result<(), Stop> {
-    if std::mem::take(&mut copy.comparing.is_asked) {
+    if std::mem::take(&mut copy.so_far.comparing.is_asked) {
         copy.wait(|heard| matches!(heard, Heard::Compared(_)))?;
     }
     Ok(())
