@@ -7,6 +7,7 @@
 
 pub mod answer;
 pub mod binary;
+mod carried;
 pub mod complaints;
 pub mod disk;
 pub mod echo;

@@ -16,7 +16,7 @@ pub const HEADER: usize = 32;
 /// Bytes of it before its checksum.
 const CHECKED: usize = 28;
 /// Bytes of an entry of a frame's table.
-const ENTRY: usize = 16;
+pub(crate) const ENTRY: usize = 16;
 
 /// Magic number and length before a message of the control stream.
 pub(crate) const MESSAGE_HEADER: usize = 8;
@@ -33,11 +33,15 @@ pub(crate) fn pass_bytes<const COUNT: usize>(mut from: &TcpStream, mut to: &TcpS
 pub(crate) fn read_frame(mut from: &TcpStream) -> io::Result<(Vec<u8>, u64)> {
     let mut frame = vec![0; HEADER];
     from.read_exact(&mut frame)?;
-    let entries = usize::from(u16::from_le_bytes([frame[10], frame[11]]));
     let pages = read_u32(&frame, 24);
-    frame.resize(HEADER + entries * ENTRY, 0);
+    frame.resize(HEADER + entries(&frame) * ENTRY, 0);
     from.read_exact(&mut frame[HEADER..])?;
     Ok((frame, pages as u64))
+}
+
+/// How many entries the table has of a frame with this header.
+pub(crate) fn entries(header: &[u8]) -> usize {
+    usize::from(u16::from_le_bytes([header[10], header[11]]))
 }
 
 /// The next message of a control stream, with magic number and length.
@@ -65,7 +69,7 @@ pub(crate) fn says(message: &[u8], field: u32) -> bool {
     false
 }
 
-fn read_u32(bytes: &[u8], at: usize) -> usize {
+pub(crate) fn read_u32(bytes: &[u8], at: usize) -> usize {
     let four = bytes[at..at + 4].try_into().expect("four bytes are four bytes");
     u32::from_le_bytes(four) as usize
 }

@@ -3,6 +3,8 @@
 //! The caller's agent is told the relay's address as its peer's. The peer names its data port in an answer; the relay puts
 //! its own there instead, of the same length, so page streams come by too. What is honest, it passes on as it is.
 
+mod carried;
+
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,6 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use self::carried::CarriedStream;
 use crate::host::{Host, free_port};
 use crate::messages::Speaker;
 use crate::passing::{MESSAGE_HEADER, find, pass_bytes, pump, read_frame, read_message, says};
@@ -40,9 +43,9 @@ struct State {
     /// Times that what is to be held back went by.
     passed: u32,
     connections: Vec<TcpStream>,
-    /// Those to the data port, in the order in which they were made.
+    /// Those that are page streams or control streams, in the order in which they were made.
     streams: Vec<Stream>,
-    /// How many there were.
+    /// How many connections there were.
     made: u64,
     /// How many were not let through.
     refused: u64,
@@ -53,7 +56,7 @@ struct State {
     threads: Vec<JoinHandle<()>>,
 }
 
-/// A connection to the data port.
+/// A connection to the data port, or one by which a stream goes over gRPC.
 struct Stream {
     number: u64,
     /// By its claim: 0 is the first link's control stream.
@@ -307,10 +310,27 @@ impl Shared {
 
     fn relay_api(self: &Arc<Self>, caller: TcpStream) -> io::Result<()> {
         let callee = self.connect(&caller, self.peer)?;
+        let number = {
+            let mut state = self.lock();
+            state.made += 1;
+            state.made
+        };
         let (from, to, shared) = (caller.try_clone()?, callee.try_clone()?, Arc::clone(self));
-        self.spawn(move || pump(&from, &to, |bytes| shared.change_request(bytes)));
+        let mut said = CarriedStream::new(number, Speaker::Source);
+        self.spawn(move || {
+            pump(&from, &to, |bytes| {
+                shared.change_request(bytes);
+                shared.look(&mut said, bytes, [&from, &to]);
+            });
+        });
         let shared = Arc::clone(self);
-        self.spawn(move || pump(&callee, &caller, |bytes| shared.change_answer(bytes)));
+        let mut said = CarriedStream::new(number, Speaker::Destination);
+        self.spawn(move || {
+            pump(&callee, &caller, |bytes| {
+                shared.change_answer(bytes);
+                shared.look(&mut said, bytes, [&caller, &callee]);
+            });
+        });
         Ok(())
     }
 

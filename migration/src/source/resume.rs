@@ -22,22 +22,27 @@ use crate::source::verifying::Comparing;
 use crate::source::{SourceError, SourceReport, Stop};
 use crate::wire::Holdings;
 
-/// The copy while there is no link.
+/// How far the copy is: what it keeps while there is no link.
 pub(super) struct Kept {
+    /// What rounds did not bring of memory comes late; of disks, nothing does.
     pub(super) is_late: bool,
     pub(super) policy: Policy,
+    /// Frames that the destination does not hold as they are, as far as was fetched. Nothing leaves this set but by
+    /// being sent after its range was re-armed, and a barrier.
     pub(super) pending: PageSet,
     pub(super) meter: Meter,
+    /// The number of the next round.
     pub(super) round: u32,
+    /// After a switchover was called off, the next one is not asked for before this.
     pub(super) rest_until: Instant,
     pub(super) announced: Option<u32>,
     pub(super) told: (Instant, u64),
     pub(super) copying_since: Instant,
     /// The map of what is populated, until the destination has it.
     pub(super) population: Option<Population>,
-    /// The round that was cut.
+    /// The round that was cut with the link before.
     pub(super) unacknowledged: Option<Unacknowledged>,
-    /// What came of comparing before.
+    /// What came of comparing so far.
     pub(super) comparing: Comparing,
 }
 
@@ -94,46 +99,22 @@ impl<G: SourceGuest> Copy<'_, '_, G> {
         };
         let Self {
             guest,
-            is_late,
-            policy,
-            pending,
-            mut meter,
-            round,
-            rest_until,
-            announced,
-            told,
-            copying_since,
-            population,
-            unacknowledged,
-            comparing,
+            mut so_far,
             streams,
             summary,
             kept,
             ..
         } = self;
-        meter.is_at(streams.feed.remaining());
-        meter.round_is_cut();
-        summary.copied = Some(meter.copied());
-        if policy.throttle() > 0 {
+        so_far.meter.is_at(streams.feed.remaining());
+        so_far.meter.round_is_cut();
+        summary.copied = Some(so_far.meter.copied());
+        if so_far.policy.throttle() > 0 {
             // It is throttled again with the next round.
             if let Err(cause) = guest.throttle(0) {
                 tracing::warn!(%cause, "the vCPUs cannot be let run freely");
             }
         }
-        *kept = Some(Kept {
-            is_late,
-            policy,
-            pending,
-            meter,
-            round,
-            rest_until,
-            announced,
-            told,
-            copying_since,
-            population,
-            unacknowledged,
-            comparing,
-        });
+        *kept = Some(so_far);
         ended
     }
 
@@ -153,11 +134,11 @@ impl<G: SourceGuest> Copy<'_, '_, G> {
     fn go_on(&mut self, reply: &v1::HelloReply) -> Result<(), Stop> {
         let holding = self.hear_holding(reply)?;
         let held = holding.held.count();
-        if !reply.begun && self.population.is_none() {
+        if !reply.begun && self.so_far.population.is_none() {
             let what = "it has not got what was acknowledged before".to_owned();
             return Err(SourceError::Misbehaved(what).into());
         }
-        match self.unacknowledged.take() {
+        match self.so_far.unacknowledged.take() {
             Some(cut) => {
                 let before = cut.set.count();
                 let due = cut.due(&holding)?;
@@ -167,23 +148,23 @@ impl<G: SourceGuest> Copy<'_, '_, G> {
                     held,
                     "the round that was cut goes on"
                 );
-                self.pending.union_with(&due);
+                self.so_far.pending.union_with(&due);
             }
-            None if holding.round != self.round => {
-                let what = format!("it is in round {} instead of {}", holding.round, self.round);
+            None if holding.round != self.so_far.round => {
+                let what = format!("it is in round {} instead of {}", holding.round, self.so_far.round);
                 return Err(SourceError::Misbehaved(what).into());
             }
             None => {}
         }
-        self.round = holding.round;
+        self.so_far.round = holding.round;
         if reply.begun {
-            self.population = None;
+            self.so_far.population = None;
         }
         self.conversation.say(Said::Proceed(v1::Proceed {}));
         self.conversation.lasting.goes_on();
         self.conversation.asked.report(SourceReport::Resumed {
             held_pages: held,
-            due_pages: self.pending.count(),
+            due_pages: self.so_far.pending.count(),
         });
         Ok(())
     }
@@ -209,7 +190,8 @@ impl<G: SourceGuest> Copy<'_, '_, G> {
 
     /// How long the copy has had a link.
     pub(super) fn copying_for(&self) -> Duration {
-        self.copying_since
+        self.so_far
+            .copying_since
             .elapsed()
             .saturating_sub(self.conversation.lasting.waited())
     }

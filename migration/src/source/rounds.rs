@@ -14,7 +14,7 @@ use crate::precopy::{Pace, Round, Streams};
 use crate::source::cold::Halt;
 use crate::source::conversation::{Conversation, Heard, TICK, unexpected};
 use crate::source::meter::Meter;
-use crate::source::resume::{Kept, Unacknowledged};
+use crate::source::resume::Kept;
 use crate::source::verifying::Comparing;
 use crate::source::{
     Decided, Journey, Manner, Progress, RoundSummary, SourceError, SourceReport, SourceSummary, Stop, Written,
@@ -46,31 +46,14 @@ pub(super) struct Copy<'c, 'a, G: SourceGuest> {
     pub(super) missing: &'c mut Option<PageSet>,
     /// Set if the link is lost and another one may follow.
     pub(super) kept: &'c mut Option<Kept>,
-    /// What rounds did not bring of memory comes late; of disks, nothing does.
-    pub(super) is_late: bool,
     pub(super) conversation: &'c mut Conversation<'a>,
     pub(super) streams: &'c Streams<G::Clearer>,
-    pub(super) policy: Policy,
-    /// Frames that the destination does not hold as they are, as far as was fetched. Nothing leaves this set but by
-    /// being sent after its range was re-armed, and a barrier.
-    pub(super) pending: PageSet,
-    pub(super) meter: Meter,
-    pub(super) comparing: Comparing,
-    /// The number of the next round.
-    pub(super) round: u32,
+    /// How far it is, over all links.
+    pub(super) so_far: Kept,
     /// An empty set, kept to save allocations.
     spare: Option<PageSet>,
-    /// After a switchover was called off, the next one is not asked for before this.
-    pub(super) rest_until: Instant,
-    pub(super) announced: Option<u32>,
     /// What each vCPU had written when it was last asked.
     written_before: Vec<u64>,
-    pub(super) told: (Instant, u64),
-    pub(super) copying_since: Instant,
-    /// The map of what is populated, until the destination has it.
-    pub(super) population: Option<Population>,
-    /// The round that was cut with the link before this one.
-    pub(super) unacknowledged: Option<Unacknowledged>,
     /// What went over the links before this one.
     sent_before: StreamTotals,
 }
@@ -82,7 +65,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         conversation: &'c mut Conversation<'a>,
         streams: &'c Streams<G::Clearer>,
     ) -> Result<Self, Stop> {
-        let kept = match journey.kept.take() {
+        let so_far = match journey.kept.take() {
             Some(kept) => kept,
             None => begin(journey.guest, conversation)?,
         };
@@ -97,20 +80,6 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             kept: to_keep,
             sent,
         } = journey;
-        let Kept {
-            is_late,
-            policy,
-            pending,
-            meter,
-            round,
-            rest_until,
-            announced,
-            told,
-            copying_since,
-            population,
-            unacknowledged,
-            comparing,
-        } = kept;
         let spare = Some(PageSet::new(guest.memory().shape()));
         let written_before = guest.written_by_vcpu().unwrap_or_default();
         Ok(Self {
@@ -120,33 +89,22 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             halt,
             missing,
             kept: to_keep,
-            is_late,
             conversation,
             streams,
-            policy,
-            pending,
-            meter,
-            comparing,
-            round,
+            so_far,
             spare,
-            rest_until,
-            announced,
             written_before,
-            told,
-            copying_since,
-            population,
-            unacknowledged,
             sent_before: *sent,
         })
     }
 
     /// Sends the map of what is populated, and waits until the destination is ready for pages.
     pub(super) fn populate(&mut self) -> Result<(), Stop> {
-        let Some(population) = &self.population else {
+        let Some(population) = &self.so_far.population else {
             return Ok(());
         };
         // Nothing is to be backed ahead of pages that come when they are touched.
-        let told = if self.is_late {
+        let told = if self.so_far.is_late {
             &Population::default()
         } else {
             population
@@ -158,13 +116,13 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             Heard::PopulationReady => Ok(()),
             other => Err(other),
         })?;
-        self.population = None;
-        self.summary.copied = Some(self.meter.copied());
+        self.so_far.population = None;
+        self.summary.copied = Some(self.so_far.meter.copied());
         self.conversation.asked.report(SourceReport::Copying {
-            populated_pages: self.pending.count(),
-            copied: self.meter.copied(),
+            populated_pages: self.so_far.pending.count(),
+            copied: self.so_far.meter.copied(),
         });
-        self.copying_since = Instant::now();
+        self.so_far.copying_since = Instant::now();
         Ok(())
     }
 
@@ -179,7 +137,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         let is_void = cancelled.is_some_and(|cancelled| {
             cancelled.migration == self.attempt.migration && cancelled.attempt >= self.attempt.attempt
         });
-        self.announced == Some(self.attempt.attempt) && !is_void
+        self.so_far.announced == Some(self.attempt.attempt) && !is_void
     }
 
     /// Whether the guest is to stand still while it is copied.
@@ -190,13 +148,13 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
     /// Rounds until the budget allows the switchover, and small ones on until a grant is held.
     pub(super) fn until_armed(&mut self) -> Result<Attempt, Stop> {
         loop {
-            let was_late = self.is_late;
+            let was_late = self.so_far.is_late;
             if was_late && !self.has_disks() {
                 return self.until_armed_late();
             }
             let began = Instant::now();
             let decision = self.running_round()?;
-            if self.is_late && !was_late {
+            if self.so_far.is_late && !was_late {
                 continue;
             }
             let pause = match decision.verdict {
@@ -222,7 +180,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             if let Some(heard) = self.conversation.next(Duration::ZERO)? {
                 return Err(unexpected(&heard).into());
             }
-            let predicted = self.policy.after_stop(0);
+            let predicted = self.so_far.policy.after_stop(0);
             self.announce(predicted);
             if let Some(grant) = self.wait_for_grant(BETWEEN_SMALL_ROUNDS)? {
                 return Ok(grant);
@@ -235,12 +193,14 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         self.conversation.look_after(self.guest)?;
         let (began, before, pages) = (Instant::now(), self.sum(), self.due());
         let saved_before = self.streams.packing.saved();
-        let number = self.round;
-        self.conversation.lasting.round_begins(number, self.policy.throttle());
+        let number = self.so_far.round;
+        self.conversation
+            .lasting
+            .round_begins(number, self.so_far.policy.throttle());
         if pages > 0 {
             let clearer = Some(self.guest.clearer());
             let set = self.take_due();
-            self.meter.round_begins(&set, pages);
+            self.so_far.meter.round_begins(&set, pages);
             self.streams.feed.start(Round {
                 number,
                 set,
@@ -259,8 +219,10 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         self.fetch_dirty()?;
         let sent = self.sum();
         let dirty_pages = self.due();
-        self.meter.round_ends(&self.pending, self.pending.count());
-        self.summary.copied = Some(self.meter.copied());
+        self.so_far
+            .meter
+            .round_ends(&self.so_far.pending, self.so_far.pending.count());
+        self.summary.copied = Some(self.so_far.meter.copied());
         let round = RoundSummary {
             number,
             pages,
@@ -270,20 +232,20 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             elapsed,
             dirty_pages,
         };
-        self.policy.follow(self.conversation.lasting.terms());
-        self.policy.force(self.conversation.lasting.force());
+        self.so_far.policy.follow(self.conversation.lasting.terms());
+        self.so_far.policy.force(self.conversation.lasting.force());
         let now = Moment {
-            elapsed: self.copying_since.elapsed(),
+            elapsed: self.so_far.copying_since.elapsed(),
             bytes: sent.bytes,
             round_trip: self.round_trips(),
         };
-        let decision = self.policy.judge(&round, now);
+        let decision = self.so_far.policy.judge(&round, now);
         if decision.verdict == Verdict::Postcopy {
-            self.is_late = true;
-            self.policy.leave_memory();
+            self.so_far.is_late = true;
+            self.so_far.policy.leave_memory();
         }
         let throttled = self.throttle(decision.throttle);
-        if pages > 0 || self.is_late || self.summary.rounds.is_empty() {
+        if pages > 0 || self.so_far.is_late || self.summary.rounds.is_empty() {
             let written = self.written();
             let decided = Decided::on(&round, &decision).throttled(throttled);
             self.note(round, decided.written(written));
@@ -305,7 +267,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         self.written_before = now;
         Written {
             by_vcpu,
-            parts: self.pending.busiest(PART_FRAMES, TOLD_PARTS),
+            parts: self.so_far.pending.busiest(PART_FRAMES, TOLD_PARTS),
         }
     }
 
@@ -333,7 +295,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         self.conversation
             .say(Said::Barrier(v1::Barrier { round: number, totals }));
         self.wait(|heard| matches!(heard, Heard::BarrierReached(round) if *round == number))?;
-        self.round = number + 1;
+        self.so_far.round = number + 1;
         self.streams
             .feed
             .finish()
@@ -355,7 +317,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
     }
 
     pub(super) fn fetch_dirty(&mut self) -> Result<(), Stop> {
-        let fetched = self.guest.fetch_dirty(&mut self.pending);
+        let fetched = self.guest.fetch_dirty(&mut self.so_far.pending);
         fetched.map_err(|cause| {
             SourceError::Guest {
                 step: "tell what it wrote",
@@ -386,37 +348,41 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
 
     /// How many of the pending pages must be there before the guest is handed over.
     pub(super) fn due(&self) -> u64 {
-        if !self.is_late {
-            return self.pending.count();
+        if !self.so_far.is_late {
+            return self.so_far.pending.count();
         }
-        let of_disk = |index| self.pending.count_in(index, 0, self.pending.region(index).frames);
+        let of_disk = |index| {
+            self.so_far
+                .pending
+                .count_in(index, 0, self.so_far.pending.region(index).frames)
+        };
         self.disks().into_iter().map(of_disk).sum()
     }
 
     /// These, to be sent as a round.
     pub(super) fn take_due(&mut self) -> PageSet {
         let mut set = self.empty_set();
-        if !self.is_late {
-            return std::mem::replace(&mut self.pending, set);
+        if !self.so_far.is_late {
+            return std::mem::replace(&mut self.so_far.pending, set);
         }
         for index in self.disks() {
-            set.insert_words(index, self.pending.words(index));
+            set.insert_words(index, self.so_far.pending.words(index));
         }
-        self.pending.subtract(&set);
+        self.so_far.pending.subtract(&set);
         set
     }
 
     /// Notes that a switchover was called off: the next one is asked for after a pause that grows.
     pub(super) fn disarmed(&mut self, grant: Attempt) {
-        self.policy.disarmed();
+        self.so_far.policy.disarmed();
         let doubled = REST_AFTER_DISARM * (1 << grant.attempt.min(6));
-        self.rest_until = Instant::now() + doubled;
+        self.so_far.rest_until = Instant::now() + doubled;
         self.attempt.attempt = grant.attempt + 1;
     }
 
     /// Tells, once for each attempt, that it may be armed: as soon as the disks are settled. Until then small rounds go on.
     fn announce(&mut self, predicted: Duration) {
-        if Instant::now() < self.rest_until {
+        if Instant::now() < self.so_far.rest_until {
             return;
         }
         // The agent may have called the attempt off by itself: a grant for it would be refused.
@@ -429,10 +395,12 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         let attempt = self.attempt.attempt;
         // One that must be completed does not wait for a guest that never stops writing.
         let must_settle = self.conversation.lasting.force().is_none();
-        if self.announced == Some(attempt) || (self.guest.settle_disks() == DiskCondition::Settling && must_settle) {
+        if self.so_far.announced == Some(attempt)
+            || (self.guest.settle_disks() == DiskCondition::Settling && must_settle)
+        {
             return;
         }
-        self.announced = Some(attempt);
+        self.so_far.announced = Some(attempt);
         self.conversation
             .asked
             .report(SourceReport::Converged { attempt, predicted });
@@ -464,26 +432,26 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         self.conversation.lasting.note(decided.clone());
         self.conversation.asked.report(SourceReport::Round {
             round,
-            copied: self.meter.copied(),
+            copied: self.so_far.meter.copied(),
             decided,
         });
     }
 
     fn tell_progress(&mut self) {
-        let (at, bytes) = self.told;
+        let (at, bytes) = self.so_far.told;
         let elapsed = at.elapsed();
         if elapsed < PROGRESS {
             return;
         }
         let sum = self.sum();
         let remaining_pages = self.streams.feed.remaining();
-        self.meter.is_at(remaining_pages);
-        self.summary.copied = Some(self.meter.copied());
-        self.told = (Instant::now(), sum.bytes);
+        self.so_far.meter.is_at(remaining_pages);
+        self.summary.copied = Some(self.so_far.meter.copied());
+        self.so_far.told = (Instant::now(), sum.bytes);
         self.conversation.asked.report(SourceReport::Progress(Progress {
-            round: self.round,
+            round: self.so_far.round,
             remaining_pages,
-            copied: self.meter.copied(),
+            copied: self.so_far.meter.copied(),
             bytes_sent: sum.bytes,
             zero_pages: sum.zero_pages,
             throughput_bytes_per_s: per_second(sum.bytes - bytes, elapsed).unwrap_or(0),

@@ -19,7 +19,7 @@ use crate::source::conversation::{Heard, TICK, unexpected};
 use crate::source::rounds::Copy;
 use crate::source::verifying;
 use crate::source::{Blackout, Manner, RoundSummary, SourceError, SourceReport, Stop};
-use crate::wire::attempt_to_wire;
+use crate::wire::{StreamTotals, attempt_to_wire};
 
 /// What came of a switchover.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,7 +81,7 @@ fn hand_over<G: SourceGuest>(
         copy.conversation.lasting.force(),
         began,
     );
-    if copy.is_late {
+    if copy.so_far.is_late {
         budget.widen(grant.attempt);
     }
     let stop = stop_guest(copy, budget.deadline.unwrap_or(began + STOP_TRY))?;
@@ -111,16 +111,16 @@ fn hand_over<G: SourceGuest>(
         machine_state: state,
     }));
     let last_pages_began = Instant::now();
-    copy.policy.stopped(began.elapsed());
+    copy.so_far.policy.stopped(began.elapsed());
 
-    if copy.is_late && !copy.has_disks() {
+    if copy.so_far.is_late && !copy.has_disks() {
         copy.fetch_dirty()?;
-        copy.meter.last_round_ends();
-        copy.summary.copied = Some(copy.meter.copied());
+        copy.so_far.meter.last_round_ends();
+        copy.summary.copied = Some(copy.so_far.meter.copied());
     } else {
         send_last_pages(copy, &budget, last_round)?;
     }
-    let late = copy.is_late.then(|| leave_late(copy, grant));
+    let late = copy.so_far.is_late.then(|| leave_late(copy, grant));
     let last_pages = copied_cold + last_pages_began.elapsed();
     let compared = verifying::agree(copy, &budget, grant, late.as_ref(), last_round)?;
     let totals: Vec<_> = copy.streams.each().into_iter().map(v1::StreamTotals::from).collect();
@@ -150,7 +150,7 @@ fn hand_over<G: SourceGuest>(
 
     let manifest = v1::Manifest {
         attempt,
-        rounds: copy.round,
+        rounds: copy.so_far.round,
         totals,
         state_checksum: state_checksum.to_le_bytes().to_vec(),
         paused_by_user: parameters.guest_was == GuestWas::PausedByUser,
@@ -249,8 +249,8 @@ fn stop_guest<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, deadline: Instant) -> 
 
 /// Says what is missing, by whole units. It all stays pending: the switchover may be called off.
 fn leave_late<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, grant: Attempt) -> PageSet {
-    copy.pending.round_out(copy.guest.memory().late_unit());
-    let missing = copy.pending.clone();
+    copy.so_far.pending.round_out(copy.guest.memory().late_unit());
+    let missing = copy.so_far.pending.clone();
     if let Some(digests) = &copy.streams.digests {
         digests.leave_out(&missing);
     }
@@ -266,11 +266,10 @@ fn send_last_pages<G: SourceGuest>(
     budget: &Budget,
     last_round: &mut LastRound,
 ) -> Result<(), Setback> {
-    let (began, before) = (Instant::now(), copy.streams.sum());
-    let saved_before = copy.streams.packing.saved();
+    let sending = LastPages::begin(copy);
     copy.fetch_dirty()?;
     let pages = copy.due();
-    let needed = copy.policy.after_stop(pages);
+    let needed = copy.so_far.policy.after_stop(pages);
     let left = budget.left();
     if needed > left {
         let (needed, left) = (needed.as_secs_f64() * 1e3, left.as_secs_f64() * 1e3);
@@ -278,41 +277,79 @@ fn send_last_pages<G: SourceGuest>(
             "{pages} last pages and the start need {needed:.1} ms, {left:.1} ms are left"
         )));
     }
-    if pages > 0 {
-        let set = copy.take_due();
-        copy.meter.round_begins(&set, pages);
-        *last_round = LastRound::UnderWay;
-        copy.streams.feed.start(Round {
-            number: copy.round,
-            set,
-            clearer: None,
-            pace: Pace::Unlimited,
-        });
-        wait_for_last_pages(copy, budget)?;
-        *last_round = LastRound::Sent;
-    }
-    let sent = copy.streams.sum();
-    copy.meter.last_round_ends();
-    copy.summary.copied = Some(copy.meter.copied());
-    copy.summary.rounds.push(RoundSummary {
-        number: copy.round,
-        pages,
-        zero_pages: sent.zero_pages - before.zero_pages,
-        bytes: sent.bytes - before.bytes,
-        saved: copy.streams.packing.saved() - saved_before,
-        elapsed: began.elapsed(),
-        dirty_pages: 0,
-    });
-    Ok(())
+    let set = (pages > 0).then(|| copy.take_due());
+    sending.send(copy, set, budget, last_round)
 }
 
-pub(super) fn wait_for_last_pages<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, budget: &Budget) -> Result<(), Setback> {
+/// Pages that are sent while the guest stands still: how it was before.
+pub(super) struct LastPages {
+    began: Instant,
+    sent: StreamTotals,
+    saved: u64,
+}
+
+impl LastPages {
+    pub(super) fn begin<G: SourceGuest>(copy: &Copy<'_, '_, G>) -> Self {
+        Self {
+            began: Instant::now(),
+            sent: copy.streams.sum(),
+            saved: copy.streams.packing.saved(),
+        }
+    }
+
+    /// Sends them as a round, within the budget. With none, there is no round; it is told all the same.
+    pub(super) fn send<G: SourceGuest>(
+        self,
+        copy: &mut Copy<'_, '_, G>,
+        set: Option<PageSet>,
+        budget: &Budget,
+        last_round: &mut LastRound,
+    ) -> Result<(), Setback> {
+        let pages = set.as_ref().map_or(0, PageSet::count);
+        if let Some(set) = set {
+            copy.so_far.meter.round_begins(&set, pages);
+            *last_round = LastRound::UnderWay;
+            copy.streams.feed.start(Round {
+                number: copy.so_far.round,
+                set,
+                clearer: None,
+                pace: Pace::Unlimited,
+            });
+            wait_within(copy, budget, "the last pages were being sent", |heard| match heard {
+                Heard::RoundSent => Ok(()),
+                other => Err(other),
+            })?;
+            *last_round = LastRound::Sent;
+        }
+        let sent = copy.streams.sum();
+        copy.so_far.meter.last_round_ends();
+        copy.summary.copied = Some(copy.so_far.meter.copied());
+        copy.summary.rounds.push(RoundSummary {
+            number: copy.so_far.round,
+            pages,
+            zero_pages: sent.zero_pages - self.sent.zero_pages,
+            bytes: sent.bytes - self.sent.bytes,
+            saved: copy.streams.packing.saved() - self.saved,
+            elapsed: self.began.elapsed(),
+            dirty_pages: 0,
+        });
+        Ok(())
+    }
+}
+
+/// Waits for one thing while the guest stands still, and not beyond the budget; anything else is misbehaviour.
+pub(super) fn wait_within<G: SourceGuest, T>(
+    copy: &mut Copy<'_, '_, G>,
+    budget: &Budget,
+    when: &str,
+    wanted: impl Fn(Heard) -> Result<T, Heard>,
+) -> Result<T, Setback> {
     loop {
-        match copy.conversation.next(TICK.min(budget.left()))? {
-            Some(Heard::RoundSent) => return Ok(()),
-            Some(other) => return Err(Setback::End(unexpected(&other).into())),
+        match copy.conversation.next(TICK.min(budget.left()))?.map(&wanted) {
+            Some(Ok(heard)) => return Ok(heard),
+            Some(Err(other)) => return Err(Setback::End(unexpected(&other).into())),
             None => {
-                budget.check("the last pages were being sent")?;
+                budget.check(when)?;
                 copy.conversation.look_around()?;
             }
         }
@@ -366,8 +403,8 @@ fn close_last_round<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, last_round: Last
         }
         LastRound::UnderWay | LastRound::Sent => {}
     }
-    let set = copy.close_round(copy.round)?;
-    copy.pending.union_with(&set);
+    let set = copy.close_round(copy.so_far.round)?;
+    copy.so_far.pending.union_with(&set);
     Ok(())
 }
 

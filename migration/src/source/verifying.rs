@@ -11,11 +11,10 @@ use ferry_proto::stream::v1::{self, from_source::Message as Said};
 use crate::PageSet;
 use crate::guest::{FrameRun, SourceGuest};
 use crate::handover::Attempt;
-use crate::precopy::{Pace, Round};
-use crate::source::conversation::{Heard, TICK, unexpected};
+use crate::source::conversation::Heard;
 use crate::source::rounds::Copy;
-use crate::source::switchover::{Budget, LastRound, Setback, wait_for_last_pages};
-use crate::source::{Decided, RoundSummary, SourceError, Stop, Verified};
+use crate::source::switchover::{Budget, LastPages, LastRound, Setback, wait_within};
+use crate::source::{Decided, SourceError, Stop, Verified};
 use crate::verify::{PageDigests, Ranges};
 use crate::wire::attempt_to_wire;
 
@@ -48,16 +47,16 @@ pub(super) fn agree<G: SourceGuest>(
             break;
         }
         let what = describe(digests.ranges(), &differing);
-        if copy.comparing.has_differed {
+        if copy.so_far.comparing.has_differed {
             return Err(Setback::End(SourceError::Differs(what).into()));
         }
         tracing::warn!(what, "what the destination holds is not what was sent");
-        copy.comparing.has_differed = true;
-        copy.comparing.sent_again += differing.len() as u64;
-        let throttle = copy.policy.throttle();
+        copy.so_far.comparing.has_differed = true;
+        copy.so_far.comparing.sent_again += differing.len() as u64;
+        let throttle = copy.so_far.policy.throttle();
         copy.conversation
             .lasting
-            .tell(Decided::send_again((copy.round, throttle), &what));
+            .tell(Decided::send_again((copy.so_far.round, throttle), &what));
         let mut set = copy.empty_set();
         let runs = differing
             .iter()
@@ -73,7 +72,7 @@ pub(super) fn agree<G: SourceGuest>(
     let took = began.elapsed();
     copy.summary.verified = Some(Verified {
         pages: digests.pages(),
-        ranges_sent_again: copy.comparing.sent_again,
+        ranges_sent_again: copy.so_far.comparing.sent_again,
         blackout: took,
     });
     Ok(took)
@@ -93,29 +92,22 @@ fn compare<G: SourceGuest>(
         totals,
         sums: digests.sums(),
     }));
-    copy.comparing.is_asked = true;
-    loop {
-        match copy.conversation.next(TICK.min(budget.left()))? {
-            Some(Heard::Compared(compared)) => {
-                copy.comparing.is_asked = false;
-                let ranges = compared.ranges;
-                let ascend = ranges.windows(2).all(|pair| pair[0] < pair[1]);
-                let exist = ranges
-                    .last()
-                    .is_none_or(|&last| digests.ranges().run(last as usize).is_some());
-                if compared.attempt != attempt || !ascend || !exist {
-                    let what = "it compared something else than it was asked to".to_owned();
-                    return Err(Setback::End(SourceError::Misbehaved(what).into()));
-                }
-                return Ok(ranges);
-            }
-            Some(other) => return Err(Setback::End(unexpected(&other).into())),
-            None => {
-                budget.check("what arrived was being compared")?;
-                copy.conversation.look_around()?;
-            }
-        }
+    copy.so_far.comparing.is_asked = true;
+    let compared = wait_within(copy, budget, "what arrived was being compared", |heard| match heard {
+        Heard::Compared(compared) => Ok(compared),
+        other => Err(other),
+    })?;
+    copy.so_far.comparing.is_asked = false;
+    let ranges = compared.ranges;
+    let ascend = ranges.windows(2).all(|pair| pair[0] < pair[1]);
+    let exist = ranges
+        .last()
+        .is_none_or(|&last| digests.ranges().run(last as usize).is_some());
+    if compared.attempt != attempt || !ascend || !exist {
+        let what = "it compared something else than it was asked to".to_owned();
+        return Err(Setback::End(SourceError::Misbehaved(what).into()));
     }
+    Ok(ranges)
 }
 
 /// Sends these pages once more; where the budget does not allow that, while the guest runs.
@@ -125,49 +117,26 @@ fn send_again<G: SourceGuest>(
     budget: &Budget,
     last_round: &mut LastRound,
 ) -> Result<(), Setback> {
-    let (began, before) = (Instant::now(), copy.streams.sum());
-    let saved_before = copy.streams.packing.saved();
+    let sending = LastPages::begin(copy);
     if *last_round == LastRound::Sent {
         // A page travels once in a round. Its pages were not re-armed: they are owed if the guest is to run on.
-        let sent = copy.close_round(copy.round)?;
-        copy.pending.union_with(&sent);
+        let sent = copy.close_round(copy.so_far.round)?;
+        copy.so_far.pending.union_with(&sent);
         *last_round = LastRound::NotStarted;
     }
     let pages = set.count();
-    if copy.policy.after_stop(pages) > budget.left() {
-        copy.pending.union_with(&set);
+    if copy.so_far.policy.after_stop(pages) > budget.left() {
+        copy.so_far.pending.union_with(&set);
         return Err(Setback::CallOff(format!(
             "{pages} pages that differ at the destination cannot be sent again within the budget"
         )));
     }
-    copy.meter.round_begins(&set, pages);
-    *last_round = LastRound::UnderWay;
-    copy.streams.feed.start(Round {
-        number: copy.round,
-        set,
-        clearer: None,
-        pace: Pace::Unlimited,
-    });
-    wait_for_last_pages(copy, budget)?;
-    *last_round = LastRound::Sent;
-    copy.meter.last_round_ends();
-    copy.summary.copied = Some(copy.meter.copied());
-    let sent = copy.streams.sum();
-    copy.summary.rounds.push(RoundSummary {
-        number: copy.round,
-        pages,
-        zero_pages: sent.zero_pages - before.zero_pages,
-        bytes: sent.bytes - before.bytes,
-        saved: copy.streams.packing.saved() - saved_before,
-        elapsed: began.elapsed(),
-        dirty_pages: 0,
-    });
-    Ok(())
+    sending.send(copy, Some(set), budget, last_round)
 }
 
 /// Waits for an answer that nobody wants any more: it comes before that to anything that is said later.
 pub(super) fn hear_out<G: SourceGuest>(copy: &mut Copy<'_, '_, G>) -> Result<(), Stop> {
-    if std::mem::take(&mut copy.comparing.is_asked) {
+    if std::mem::take(&mut copy.so_far.comparing.is_asked) {
         copy.wait(|heard| matches!(heard, Heard::Compared(_)))?;
     }
     Ok(())

@@ -12,8 +12,8 @@ use ferry_proto::agent::v1::{
     CheckSourceRequest, ConsoleInputReply, ConsoleInputRequest, ConsoleOutput, ConsoleRequest, DecisionReply,
     DeleteInstanceReply, DeleteInstanceRequest, DestinationPart, FirstFramesReply, FirstFramesRequest, HeartbeatReply,
     HeartbeatRequest, HostInfo, HostRequest, ImageChunk, InstanceInfo, InstanceRequest, LateLinkReply, LateLinkRequest,
-    ListEventsReply, ListEventsRequest, ListInstancesReply, ListInstancesRequest, LiveMigrationCast,
-    MigrationPrediction, PostLiveMigrationReply, PostLiveMigrationRequest, PreLiveMigrationReply,
+    LatePagesReply, LatePagesRequest, ListEventsReply, ListEventsRequest, ListInstancesReply, ListInstancesRequest,
+    LiveMigrationCast, MigrationPrediction, PostLiveMigrationReply, PostLiveMigrationRequest, PreLiveMigrationReply,
     PreLiveMigrationRequest, PredictMigrationRequest, ProbeLinkReply, ProbeLinkRequest, PutImageReply, Receipt,
     RecordRefusalReply, RecordRefusalRequest, RestoreInstanceRequest, RollbackReply, RollbackRequest,
     RunInstanceRequest, SnapshotInfo, SnapshotInstanceRequest, StopInstanceRequest,
@@ -525,6 +525,10 @@ impl Compute for ComputeService {
         let mut reply = self.0.late_link(request).await?;
         reply.journal = self.0.journal.id().to_string();
         Ok(Response::new(reply))
+    }
+
+    async fn late_pages(&self, request: Request<LatePagesRequest>) -> Answer<LatePagesReply> {
+        answer(self.0.late_pages(request.into_inner()).await)
     }
 
     async fn first_frames(&self, request: Request<FirstFramesRequest>) -> Answer<FirstFramesReply> {

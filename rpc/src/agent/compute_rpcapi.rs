@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use ferry_proto::agent::v1::{
     CheckDestinationReply, CheckDestinationRequest, CheckSourceReply, CheckSourceRequest, FirstFrame,
-    FirstFramesRequest, HostInfo, LateLinkReply, LateLinkRequest, LiveMigrationCast, MigrationOptions,
-    MigrationPrediction, PreLiveMigrationReply, PreLiveMigrationRequest, PredictMigrationRequest, ProbeLinkReply,
-    ProbeLinkRequest, Receipt, RecordRefusalRequest,
+    FirstFramesRequest, HostInfo, LateLinkReply, LateLinkRequest, LatePagesReply, LatePagesRequest, LiveMigrationCast,
+    MigrationOptions, MigrationPrediction, PreLiveMigrationReply, PreLiveMigrationRequest, PredictMigrationRequest,
+    ProbeLinkReply, ProbeLinkRequest, Receipt, RecordRefusalRequest,
 };
 use tonic::{Request, Status};
 use uuid::Uuid;
@@ -283,6 +283,32 @@ impl ComputeRpcApi {
                 });
                 let reply = reply.await?;
                 check_answer(peer, journal, &reply.journal).map(|()| reply)
+            }
+        }
+    }
+
+    /// Whether the source has the pages that a guest waits for.
+    ///
+    /// # Errors
+    /// It does not answer, or is of before.
+    pub(crate) async fn late_pages(&self, request: LatePagesRequest) -> Result<LatePagesReply, Failure> {
+        match &self.to {
+            To::Here(agent) => agent.late_pages(request).await,
+            To::There(peer) if !self.can_send_version(RpcVersion::V4_3) => {
+                Err(knows_not("a question for late pages", &peer.host, self.version()))
+            }
+            To::There(peer) => {
+                self.call(peer, CALL_TIME, |mut client, version| {
+                    let request = at(version, request.clone());
+                    async move {
+                        // Which version it is of may be known only now.
+                        match version.understands(RpcVersion::V4_3) {
+                            true => client.late_pages(request).await,
+                            false => Err(Status::unimplemented("a question for late pages")),
+                        }
+                    }
+                })
+                .await
             }
         }
     }

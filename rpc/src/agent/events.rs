@@ -44,6 +44,8 @@ pub(crate) enum Action {
     Retune,
     /// The link of a migration out of here is lost, and made again.
     Reconnect,
+    /// A guest waits for pages, and who has them was asked.
+    AskForPages,
     Resolve,
     /// Its restart policy starts it.
     Restart,
@@ -73,6 +75,7 @@ impl Action {
             Self::ForceComplete => "force-complete",
             Self::Retune => "retune",
             Self::Reconnect => "reconnect",
+            Self::AskForPages => "ask-for-pages",
             Self::Resolve => "resolve",
             Self::Restart => "restart",
             Self::DestroyStale => "destroy-stale",
@@ -125,6 +128,16 @@ impl EventEnd {
             finished: now_text(),
             result: "success",
             message,
+            fault: None,
+        }
+    }
+
+    /// The end of a question that brought no answer. That is no fault yet: it is asked again.
+    pub(crate) fn unanswered(message: String) -> Self {
+        Self {
+            finished: now_text(),
+            result: "error",
+            message: Some(message),
             fault: None,
         }
     }
@@ -255,8 +268,14 @@ impl Agent {
         subject: Subject,
         failure: &Failure,
     ) {
+        let end = error(context, subject.instance, failure);
+        self.record_end(context, action, subject, end).await;
+    }
+
+    /// Writes down what was found out about an instance, and nobody had begun.
+    pub(crate) async fn record_end(&self, context: &RequestContext, action: Action, subject: Subject, end: EventEnd) {
         let event = self.begin(subject.begins(context, action)).await;
-        event.end(error(context, subject.instance, failure)).await;
+        event.end(end).await;
     }
 
     /// Writes down what fails of an action that goes on.

@@ -204,6 +204,15 @@ impl Vmm {
         }
     }
 
+    /// How late pages are: what was told last, with how many are missing now. The last ones come before that is told.
+    pub(super) fn late_now(&self) -> Option<wire::Late> {
+        let mut late = self.standing.late.clone();
+        if let (Some(late), Some(awaited)) = (&mut late, &self.late.awaited) {
+            late.missing_pages = awaited.missing();
+        }
+        late
+    }
+
     /// What an agent that connects later has to know as well.
     fn say_late(&mut self, change: impl FnOnce(&mut wire::Late)) {
         let late = self.standing.late.get_or_insert_default();

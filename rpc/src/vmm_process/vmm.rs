@@ -546,6 +546,7 @@ impl Vmm {
                 .started
                 .map(|started| frames::after(&self.traffic, started.entered_ns))
                 .unwrap_or_default(),
+            late: self.late_now(),
             ..self.standing.clone()
         }
     }

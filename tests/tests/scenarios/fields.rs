@@ -254,6 +254,7 @@ fn may_answer(method: &Method) -> bool {
             | "FirstFrames"
             | "Heartbeat"
             | "LateLink"
+            | "LatePages"
             | "PredictMigration"
             | "ProbeLink"
             | "RecordRefusal"

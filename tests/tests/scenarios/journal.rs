@@ -57,6 +57,13 @@ impl Journal {
             == 1)
     }
 
+    /// What this host itself has written of the migration: asked, it passes the question on to the source.
+    pub(crate) fn record_of(&self, migration: &str) -> Result<serde_json::Value> {
+        let query = "SELECT info FROM migrations WHERE id = ?1";
+        let info: String = self.connection.query_row(query, [migration], |row| row.get(0))?;
+        serde_json::from_str(&info).with_context(|| format!("the record of {migration} is {info:?}"))
+    }
+
     /// Whether the migration's row says that it is over.
     pub(crate) fn is_over(&self, migration: &str) -> Result<bool> {
         let query = "SELECT over FROM migrations WHERE id = ?1";

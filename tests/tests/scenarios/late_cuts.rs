@@ -1,4 +1,5 @@
-//! Links that are cut while pages come late: at the first word and the last one, all of them or one alone, and mended at once or after a while.
+//! Links that are cut while pages come late: at the first word and the last one, all of them or one alone, and mended at once or after a while;
+//! to the data port and over gRPC.
 
 use std::ops::RangeInclusive;
 
@@ -11,7 +12,8 @@ use crate::postcopy::{BUSY, begin_with, completes};
 use crate::scenario::{self, between, expect_a_lost_peer, on_kvm};
 
 pub(crate) fn trials() -> Vec<Trial> {
-    let mut trials: Vec<Trial> = points().into_iter().map(Point::trial).collect();
+    let by = |transport| points().into_iter().map(move |point| point.trial(transport));
+    let mut trials: Vec<Trial> = by("tcp").chain(by("grpc")).collect();
     trials.extend(on_kvm![who_needs_no_page_runs_on_while_the_link_is_cut]);
     trials
 }
@@ -82,12 +84,16 @@ fn points() -> Vec<Point> {
 }
 
 impl Point {
-    fn trial(self) -> Trial {
-        let name = format!("scenarios::late_cuts::{}", self.name);
-        scenario::trial_on_kvm(&name, move |pair| self.heals(pair))
+    fn trial(self, transport: &'static str) -> Trial {
+        let over = match transport {
+            "tcp" => String::new(),
+            other => format!("_over_{other}"),
+        };
+        let name = format!("scenarios::late_cuts::{}{over}", self.name);
+        scenario::trial_on_kvm(&name, move |pair| self.heals(pair, transport))
     }
 
-    fn heals(&self, pair: &mut Pair) -> Result<()> {
+    fn heals(&self, pair: &mut Pair, transport: &str) -> Result<()> {
         expect_a_lost_peer(pair);
         let relay = between(
             pair,
@@ -98,7 +104,7 @@ impl Point {
             },
         )?;
         let witness = pair.run(&Guest::new("g").work(BUSY).vcpus(2))?;
-        let call = pair.begin_migrate("g", &MOVE)?;
+        let call = pair.begin_migrate("g", &[&MOVE[..], &["--transport", transport]].concat())?;
 
         relay.wait_tampered()?;
         if self.in_vain > 0 {
@@ -108,6 +114,7 @@ impl Point {
         relay.heal();
 
         let moved = call.wait()?.exit(0)?.migration()?.is("completed", "b")?;
+        ensure!(moved.record["transport"] == transport, "{}", moved.record);
         ensure!(
             moved.number("late_pages")? > 0.0 && moved.number("late_missing")? == 0.0,
             "{}",

@@ -31,6 +31,7 @@ mod hugepages;
 mod jail;
 mod journal;
 mod late_cuts;
+mod late_questions;
 mod lifecycle;
 mod limits;
 mod linux;
@@ -95,6 +96,7 @@ fn main() -> ExitCode {
         convergence::trials(),
         postcopy::trials(),
         late_cuts::trials(),
+        late_questions::trials(),
         hugepages::trials(),
         resume::trials(),
         carried::trials(),

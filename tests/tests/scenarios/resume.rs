@@ -15,12 +15,16 @@ use crate::scenario::{expect_a_lost_peer, has_nothing, on_kvm, stays_and_moves_l
 pub(crate) fn trials() -> Vec<Trial> {
     on_kvm![
         a_link_cut_at_ten_points_of_the_copy_is_made_again_each_time,
+        a_link_over_grpc_cut_at_ten_points_of_the_copy_is_made_again_each_time,
         what_came_before_a_late_cut_is_not_sent_again,
+        what_came_over_grpc_before_a_late_cut_is_not_sent_again,
         one_stream_of_four_is_made_again_with_the_others,
         a_disk_that_is_copied_is_not_sent_again,
         rounds_before_post_copy_go_on_over_another_link,
+        rounds_over_grpc_before_post_copy_go_on_over_another_link,
         a_cold_move_goes_on_over_another_link,
         a_link_that_stays_lost_ends_the_migration_with_the_guest_where_it_was,
+        a_link_over_grpc_that_stays_lost_ends_the_migration_with_the_guest_where_it_was,
         an_abort_is_obeyed_while_a_link_is_waited_for,
         hosts_that_are_cut_off_from_each_other_go_on_once_they_are_not,
         hosts_that_are_cut_off_from_each_other_over_grpc_go_on_once_they_are_not,
@@ -111,9 +115,17 @@ fn times_sent(moved: &Migration) -> Result<f64> {
 }
 
 fn a_link_cut_at_ten_points_of_the_copy_is_made_again_each_time(pair: &mut Pair) -> Result<()> {
+    is_cut_at_ten_points(pair, &[])
+}
+
+fn a_link_over_grpc_cut_at_ten_points_of_the_copy_is_made_again_each_time(pair: &mut Pair) -> Result<()> {
+    is_cut_at_ten_points(pair, &GRPC)
+}
+
+fn is_cut_at_ten_points(pair: &mut Pair, by: &[&str]) -> Result<()> {
     let relay = relay(pair)?;
     let witness = pair.run(&Guest::new("g").work(BUSY).vcpus(2))?;
-    let underway = begin(pair, &SLOW, 1.0)?;
+    let underway = begin(pair, &[&SLOW, by].concat(), 1.0)?;
 
     let mut percent = 0.0;
     for cut in 1..=10u32 {
@@ -144,9 +156,17 @@ fn a_link_cut_at_ten_points_of_the_copy_is_made_again_each_time(pair: &mut Pair)
 }
 
 fn what_came_before_a_late_cut_is_not_sent_again(pair: &mut Pair) -> Result<()> {
+    goes_on_from_what_came(pair, &[])
+}
+
+fn what_came_over_grpc_before_a_late_cut_is_not_sent_again(pair: &mut Pair) -> Result<()> {
+    goes_on_from_what_came(pair, &GRPC)
+}
+
+fn goes_on_from_what_came(pair: &mut Pair, by: &[&str]) -> Result<()> {
     let relay = relay(pair)?;
     let witness = pair.run(&Guest::new("g").work(QUIET))?;
-    let underway = begin(pair, &SLOW, 60.0)?;
+    let underway = begin(pair, &[&SLOW, by].concat(), 60.0)?;
 
     relay.cut();
     wait_lost(pair, &underway.id)?;
@@ -220,6 +240,14 @@ fn a_disk_that_is_copied_is_not_sent_again(pair: &mut Pair) -> Result<()> {
 }
 
 fn rounds_before_post_copy_go_on_over_another_link(pair: &mut Pair) -> Result<()> {
+    rounds_go_on(pair, &[])
+}
+
+fn rounds_over_grpc_before_post_copy_go_on_over_another_link(pair: &mut Pair) -> Result<()> {
+    rounds_go_on(pair, &GRPC)
+}
+
+fn rounds_go_on(pair: &mut Pair, by: &[&str]) -> Result<()> {
     let relay = relay(pair)?;
     let witness = pair.run(&Guest::new("g").work(BUSY))?;
     let hybrid = [
@@ -232,7 +260,7 @@ fn rounds_before_post_copy_go_on_over_another_link(pair: &mut Pair) -> Result<()
         "--resume-window",
         "60s",
     ];
-    let underway = begin(pair, &hybrid, 30.0)?;
+    let underway = begin(pair, &[&hybrid, by].concat(), 30.0)?;
 
     relay.cut();
     wait_lost(pair, &underway.id)?;
@@ -261,10 +289,18 @@ fn a_cold_move_goes_on_over_another_link(pair: &mut Pair) -> Result<()> {
 }
 
 fn a_link_that_stays_lost_ends_the_migration_with_the_guest_where_it_was(pair: &mut Pair) -> Result<()> {
+    stays_lost(pair, &[])
+}
+
+fn a_link_over_grpc_that_stays_lost_ends_the_migration_with_the_guest_where_it_was(pair: &mut Pair) -> Result<()> {
+    stays_lost(pair, &GRPC)
+}
+
+fn stays_lost(pair: &mut Pair, by: &[&str]) -> Result<()> {
     let relay = relay(pair)?;
     let witness = pair.run(&Guest::new("g").work(BUSY))?;
     let short = ["--bandwidth", "80Mbit", "--resume-window", "1s"];
-    let underway = begin(pair, &short, 20.0)?;
+    let underway = begin(pair, &[&short, by].concat(), 20.0)?;
 
     relay.cut();
 

@@ -11,6 +11,7 @@ use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
 use tokio::sync::{mpsc, oneshot};
 
+use super::asking::Questions;
 use super::decisions::Part;
 use super::handle::{Answer, Incoming, Request};
 use super::late::{FIRST_LATE, LOOK, LateEnd, LateSession};
@@ -62,6 +63,8 @@ pub(super) struct Driver {
     pub(super) is_adopted: bool,
     /// Why the guest ended before it had all of its pages, if it did.
     pub(super) ended_late: Option<LateEnd>,
+    /// When agent A is asked for pages that do not come.
+    pub(super) questions: Questions,
 }
 
 impl Driver {
@@ -81,7 +84,7 @@ impl Driver {
             tokio::select! {
                 request = requests.recv() => match request {
                     Some(request) => {
-                        if !matches!(request, Request::Connected(..) | Request::PermitAnswered(_)) {
+                        if !matches!(request, Request::Connected(..) | Request::PermitAnswered(_) | Request::LatePages(_)) {
                             heard = Instant::now();
                         }
                         self.take(request).await;
@@ -89,7 +92,10 @@ impl Driver {
                     None => return,
                 },
                 Some(news) = news.recv() => self.take_news(news).await,
-                () = tokio::time::sleep(LOOK), if self.is_adopted => self.look_at_guest().await,
+                () = tokio::time::sleep(LOOK), if self.is_adopted => {
+                    self.look_at_guest().await;
+                    self.ask_for_pages();
+                }
                 () = tokio::time::sleep_until((heard + self.patience()).into()), if self.may_give_up() => {
                     let patience = self.patience().as_secs();
                     self.reason = Some(format!("nothing was heard from host {} for {patience} s", self.row.peer));
@@ -122,6 +128,7 @@ impl Driver {
             Request::Connected(index, connection) => self.connected(index, connection).await,
             Request::PermitAnswered(answer) => self.permit_answered(answer).await,
             Request::LateLink(asked, reply) => self.late_link(asked, reply).await,
+            Request::LatePages(answer) => self.pages_answered(answer).await,
             Request::WriteAgain(attempt, decision) => self.write_again(attempt, decision).await,
         }
     }
@@ -425,6 +432,7 @@ pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc
         late_session: LateSession::default(),
         is_adopted: false,
         ended_late: None,
+        questions: Questions::new(Instant::now()),
     };
     agent.incoming.add(incoming);
 

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ferry_migration::handover::Decision;
-use ferry_proto::agent::v1::{DestinationPart, LateLinkReply, LateLinkRequest};
+use ferry_proto::agent::v1::{DestinationPart, LateLinkReply, LateLinkRequest, LatePagesReply};
 use ferry_proto::{InvalidField, wire_uuid};
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
@@ -37,6 +37,8 @@ pub(super) enum Request {
     PermitAnswered(Result<(), crate::agent::vmm_client::VmmError>),
     /// Agent A asks whether pages that come late are needed still.
     LateLink(LateLinkRequest, oneshot::Sender<LateLinkReply>),
+    /// What agent A says of pages that the guest waits for.
+    LatePages(Result<LatePagesReply, Failure>),
     /// A row that could not be written is to be tried again.
     WriteAgain(u32, Decision),
 }

@@ -1,10 +1,11 @@
 //! A guest that is this host's and lacks pages: from RUNNING until the last one is here, or none is needed any more.
 //!
-//! Its VMM takes them in by itself. This task only brings it connections when agent A has made some, and says what became of the guest.
+//! Its VMM takes them in by itself. This task only brings it connections when agent A has made some, asks A for pages that do not come
+//! ([`asking`](super::asking)), and says what became of the guest.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ferry_migration::handover::{Decision, Ended};
 use ferry_proto::agent::v1::{LateLinkReply, LateLinkRequest, MigrationInfo};
@@ -13,6 +14,7 @@ use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report;
 use tokio::sync::oneshot;
 
+use super::asking::Questions;
 use super::driver::Driver;
 use crate::agent::instances::VmmNews;
 use crate::agent::journal::Status;
@@ -118,6 +120,7 @@ impl Driver {
         tracing::info!(instance = %self.row.instance, "the guest arrived, and pages of it are on their way");
         self.row.info.status = POST_COPY.to_owned();
         self.row.info.guest_location = Some(self.agent.host().to_owned());
+        self.questions = Questions::new(Instant::now());
         self.save_late().await;
         if self.late.as_ref().is_some_and(|late| late.what == "failed") {
             self.lose("its VMM could not take pages in".to_owned()).await;
@@ -129,6 +132,7 @@ impl Driver {
         let what = late.what.clone();
         note_late(&mut self.row.info, &late);
         let reason = late.reason.clone();
+        let ends_doubt = self.questions.heard(late.missing_pages, Instant::now());
         self.late = Some(late);
         if !self.is_adopted {
             return;
@@ -136,6 +140,10 @@ impl Driver {
         match what.as_str() {
             "all-here" => self.row.over = true,
             "failed" => self.lose(reason).await,
+            "progress" if ends_doubt => {
+                self.row.info.decision = None;
+                self.save_late().await;
+            }
             "link-lost" => {
                 self.row.info.decision = Some(format!("the guest waits for pages: {reason}"));
                 self.save_late().await;
@@ -190,13 +198,7 @@ impl Driver {
         }
         self.look_at_guest().await;
         if !request.lost.is_empty() && !self.is_over_late() {
-            match self.ask_how_late().await.as_deref() {
-                // The last pages outlived who sent them.
-                Some("all-here") => {}
-                // What was sent before may still be on its way; the VMM will say that the session is lost, and A asks again.
-                Some("progress") => return,
-                _ => self.lose(request.lost.clone()).await,
-            }
+            self.lost_unless_they_are_here(request.lost.clone()).await;
         }
         let mut answer = LateLinkReply::default();
         if self.core.decision() == Some(Decision::Running) && self.row.over {
@@ -210,22 +212,31 @@ impl Driver {
             answer.data_address.clone_from(&self.agent.data_address);
             answer.first_index = self.late_session.next(streams, Use::Late).into();
         } else {
-            // It is not adopted yet: asked again, it will be.
+            // It is not adopted yet, or its last pages may be on their way: A asks again.
             return;
         }
         let _ = reply.send(answer);
     }
 
+    /// Agent A has the pages no more: the guest is lost, unless they are here.
+    pub(super) async fn lost_unless_they_are_here(&mut self, reason: String) {
+        // What was sent before may still be on its way; the VMM will say that the session is lost, and it is asked again. So it is where the
+        // VMM does not answer: one that is dead is noticed elsewhere. And the last pages may have outlived who sent them.
+        let is_lost = |late: &wire::Late| late.what == "link-lost" && late.missing_pages > 0;
+        if self.ask_how_late().await.as_ref().is_some_and(is_lost) {
+            self.lose(reason).await;
+        }
+    }
+
     /// Has the VMM say how late pages are, which may be on its way here already. `None`: it does not answer.
-    async fn ask_how_late(&mut self) -> Option<String> {
+    async fn ask_how_late(&mut self) -> Option<wire::Late> {
         let vmm = self.instance.state.lock().await.vmm.clone()?;
         let Ok(Report::Standing(standing)) = vmm.order(Command::Ping(wire::Ping {})).await else {
             return None;
         };
         let late = standing.late?;
-        let what = late.what.clone();
-        self.late_news(late).await;
-        Some(what)
+        self.late_news(late.clone()).await;
+        Some(late)
     }
 
     /// A connection of a later session.
@@ -245,8 +256,10 @@ impl Driver {
         };
         match vmm.order_with(link, descriptors).await {
             Ok(_) => {
-                self.row.info.decision = None;
                 tracing::info!(migration = %self.row.id, "the VMM has other connections");
+                if self.row.info.decision.take().is_some() && self.is_adopted {
+                    self.save_late().await;
+                }
             }
             // The source notices that nobody reads them, and asks.
             Err(error) => tracing::info!(migration = %self.row.id, %error, "the VMM did not take other connections"),

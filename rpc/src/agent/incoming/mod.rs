@@ -3,6 +3,7 @@
 //! Each has one task ([`driver`]) that owns its `handover::DestinationAgent` and is the only one that writes its row of
 //! the decision register. Requests and the VMM's news reach it through channels.
 
+mod asking;
 mod decisions;
 mod driver;
 mod first_frames;

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use ferry_migration::handover::DestinationAgent;
 use ferry_proto::agent::v1::{
@@ -13,6 +14,7 @@ use ferry_proto::{InvalidField, required, wire_uuid};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
+use super::asking::Questions;
 use super::decisions::Part;
 use super::driver::Driver;
 use super::handle::Incoming;
@@ -405,6 +407,7 @@ impl Agent {
             _room: guest.room.take(),
             is_adopted: false,
             ended_late: None,
+            questions: Questions::new(Instant::now()),
         };
         let failed = built.as_ref().err().map(Failure::chain);
         tokio::spawn(driver.run(request_receiver, news_receiver, failed));

@@ -356,6 +356,8 @@ impl Script {
             news: peer_sender,
             resolvings,
             retunings,
+            pages_lost: watch::channel(None).0,
+            guest_lost: watch::channel(None).0,
             let_go: watch::channel(false).0,
             over: watch::channel(false).0,
         });

@@ -68,6 +68,10 @@ pub(crate) struct Outgoing {
     pub(super) news: mpsc::UnboundedSender<PeerNews>,
     pub(super) resolvings: mpsc::UnboundedSender<Resolving>,
     pub(super) retunings: mpsc::UnboundedSender<Retuning>,
+    /// Why the pages that the destination waits for are here no more, once that is certain.
+    pub(super) pages_lost: watch::Sender<Option<String>>,
+    /// The destination's guest is lost with them, and how it says so.
+    pub(super) guest_lost: watch::Sender<Option<String>>,
     /// The copy of the guest is destroyed, and will not be there again; or it is over.
     pub(super) let_go: watch::Sender<bool>,
     pub(super) over: watch::Sender<bool>,

@@ -9,6 +9,7 @@ mod connecting;
 mod ending;
 mod figures;
 mod handle;
+mod late_pages;
 mod network_gap;
 mod queue;
 mod reconnecting;

@@ -4,7 +4,7 @@
 //!   RUNNING ─► VMM A drops its vCPUs ─► POSTCOPY journalled, the instance has left ─► serving ─ the last page is there ─► over, freed
 //!                                                                        │   ▲
 //!                                        connections lost: B is asked ───┘   └─ others, as long as B needs pages
-//!                                        VMM A lost: B is told, whose guest is lost with it
+//!                                        VMM A lost: B is told, or asks, and its guest is lost with it
 //! ```
 //!
 //! Nothing is decided here: D is RUNNING. VMM A serves by itself; an agent that ends meanwhile, at either host, changes nothing.
@@ -23,6 +23,7 @@ use tokio::sync::mpsc;
 use super::calls::order_until_answered;
 use super::ending::note_resolved;
 use super::handle::Resolving;
+use super::late_pages::note_lost;
 use super::script::Script;
 use super::switchover::next;
 use crate::agent::backends::room;
@@ -124,9 +125,7 @@ impl Script {
             End::NotNeeded(reply) => reply.iter().for_each(|reply| note_reply(&mut self.row.info, reply)),
             End::Lost(reason) => {
                 tracing::error!(migration = %self.row.id, reason, "a guest is lost with the pages that it lacked");
-                self.row.info.status = "error".to_owned();
-                self.row.info.guest_ended = Some("lost".to_owned());
-                self.row.info.error = Some(format!("on host {}: {reason}", self.row.peer));
+                note_lost(&mut self.row.info, &self.row.peer, &reason);
             }
         }
     }
@@ -319,11 +318,22 @@ impl Script {
         tokio::time::timeout(FIGURES, asking).await.ok()
     }
 
-    /// Tells the destination that its guest's pages are lost, until it has heard it. It may have had all of them.
+    /// Tells the destination that its guest's pages are lost, until it has heard it or asked by itself. It may have had all of them.
     async fn tell_lost(&mut self, reason: String) -> End {
+        self.outgoing.pages_lost.send_replace(Some(reason.clone()));
+        let mut heard = self.outgoing.guest_lost.subscribe();
+        tokio::select! {
+            biased;
+            // The handle holds the sender, so this cannot fail before it is said.
+            said = heard.wait_for(Option::is_some) => End::Lost(said.ok().and_then(|said| said.clone()).unwrap_or(reason)),
+            end = self.until_told(&reason) => end,
+        }
+    }
+
+    async fn until_told(&mut self, reason: &str) -> End {
         let mut pauses = PAUSES.into_iter();
         loop {
-            match self.late_link(reason.clone()).await {
+            match self.late_link(reason.to_owned()).await {
                 Ok(reply) if reply.lost => return End::Lost(reply.ended),
                 Ok(reply) => return End::NotNeeded(Some(Box::new(reply))),
                 Err(failure) => {
