@@ -5,6 +5,8 @@
 //! by name, is asked once more what it speaks, and then gets the message at that version. The agent's own host is
 //! called directly.
 
+mod of_migrations;
+
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -464,7 +466,7 @@ impl ComputeRpcApi {
     }
 
     /// Asks the host which version it speaks, and keeps to that.
-    async fn refresh(&self, peer: &Peer) -> Result<(), Failure> {
+    async fn refresh(&self, peer: &Peer) -> Result<(), PeerError> {
         let info = peer.host_info(&self.context).await?;
         let mut version = self.version.lock().unwrap_or_else(PoisonError::into_inner);
         let theirs: RpcVersion = info.rpc_version.parse().map_err(|_| other_language(peer, &info))?;
@@ -473,17 +475,17 @@ impl ComputeRpcApi {
     }
 }
 
-fn other_language(peer: &Peer, info: &HostInfo) -> Failure {
-    Failure::denied(
-        Reason::RpcVersion,
-        format!(
+fn other_language(peer: &Peer, info: &HostInfo) -> PeerError {
+    PeerError::Refused {
+        reason: Some(Reason::RpcVersion),
+        text: format!(
             "host {} speaks RPC version {}, this agent {} to {}",
             peer.host,
             info.rpc_version,
             RpcVersion::OLDEST,
             RpcVersion::NEWEST
         ),
-    )
+    }
 }
 
 fn is_other_version(error: &PeerError) -> bool {

@@ -6,6 +6,7 @@ use std::future::{Ready, ready};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
+use ferry_proto::agent::v1::{AttemptRequest, DecisionReply, HeartbeatReply, HeartbeatRequest};
 use http_body::Frame;
 use prost::Message;
 use prost::bytes::Bytes;
@@ -67,34 +68,54 @@ async fn what_a_source_of_a_lowered_cap_would_take_no_notice_of_is_not_cast_agai
     assert_eq!(calls, ["LiveMigration 4.3", "Host -"]);
 }
 
-/// Casts to a source that is thought to speak 4.3 and has this cap, and tells what it was asked at which versions.
+#[tokio::test]
+async fn what_is_asked_of_the_other_agent_in_a_migration_has_its_version_too() {
+    let (api, destination) = lowered(RpcVersion::V4_2);
+    let decided = api.decide(AttemptRequest::default(), None).await;
+    assert_eq!(decided.unwrap(), DecisionReply::default());
+    let beat = api.heartbeat(HeartbeatRequest::default(), CALL_TIME).await;
+    assert_eq!(beat.unwrap(), HeartbeatReply::default());
+    assert_eq!(
+        destination.calls(),
+        ["Decide 4.3", "Host -", "Decide 4.2", "Heartbeat 4.2"]
+    );
+}
+
+#[tokio::test]
+async fn who_does_not_tell_its_journal_is_not_believed_where_that_is_known() {
+    let (api, _destination) = lowered(RpcVersion::V4_3);
+    let decided = api.decide(AttemptRequest::default(), Some(Uuid::from_u128(2))).await;
+    assert_eq!(decided.unwrap_err().reason(), Some(Reason::JournalIsOther));
+}
+
+/// Casts to a source with this cap, and tells what it was asked at which versions.
 async fn cast_to(cap: RpcVersion, options: MigrationOptions) -> (Result<Receipt, Failure>, Vec<String>) {
-    let source = Lowered {
+    let (api, source) = lowered(cap);
+    let record = LiveMigrationCast {
+        migration: Uuid::from_u128(1).to_string(),
+        options: Some(options),
+        ..LiveMigrationCast::default()
+    };
+    (api.live_migration(&record).await, source.calls())
+}
+
+/// A client of an agent that is thought to speak 4.3 and has this cap. It is there for as long as the test's runtime.
+fn lowered(cap: RpcVersion) -> (ComputeRpcApi, Lowered) {
+    let there = Lowered {
         cap,
         calls: Arc::default(),
     };
     let incoming = TcpIncoming::bind(([127, 0, 0, 1], 0).into()).unwrap();
     let url = format!("http://{}", incoming.local_addr().unwrap());
-    let serving = Server::builder()
-        .add_service(source.clone())
-        .serve_with_incoming(incoming);
-    let serving = tokio::spawn(serving);
+    let serving = Server::builder().add_service(there.clone());
+    tokio::spawn(serving.serve_with_incoming(incoming));
     let peers = Peers::new("b", &[("a".to_owned(), url)]).unwrap();
     let api = ComputeRpcApi {
         to: To::There(peers.named("a").unwrap().clone()),
         context: RequestContext::agent(),
         version: Mutex::new(RpcVersion::V4_3),
     };
-    let record = LiveMigrationCast {
-        migration: Uuid::from_u128(1).to_string(),
-        options: Some(options),
-        ..LiveMigrationCast::default()
-    };
-
-    let receipt = api.live_migration(&record).await;
-
-    serving.abort();
-    (receipt, source.calls.lock().unwrap().clone())
+    (api, there)
 }
 
 /// An agent whose cap was lowered since it was last heard, as far as a cast meets it.
@@ -102,6 +123,13 @@ async fn cast_to(cap: RpcVersion, options: MigrationOptions) -> (Result<Receipt,
 struct Lowered {
     cap: RpcVersion,
     calls: Arc<Mutex<Vec<String>>>,
+}
+
+impl Lowered {
+    /// What it was asked, and at which version.
+    fn calls(&self) -> Vec<String> {
+        self.calls.lock().unwrap().clone()
+    }
 }
 
 impl NamedService for Lowered {

@@ -14,8 +14,6 @@ use crate::agent::events::end_of_migration;
 use crate::agent::instances::VmmNews;
 use crate::agent::journal::{Arrival, DecisionRow, EventEnd, InstanceRow, JournalError};
 use crate::agent::outgoing::{note_completed, now_ms};
-use crate::agent::peer_journal::on_the_wire;
-use crate::agent::peers::{CALL_TIME, Call, ComputeClient};
 use crate::faults::{self, Moment, Site};
 use crate::vmm_process::ms;
 
@@ -129,7 +127,7 @@ impl Driver {
             part: self.part.to_wire(),
             reason: self.reason.clone().unwrap_or_default(),
             destination: self.agent.host().to_owned(),
-            journal: on_the_wire(self.row.peer_journal),
+            journal: String::new(),
         };
         if decision == Decision::Running {
             return self.agent.settle(&self.incoming.context, self.arrival(attempt), post);
@@ -137,17 +135,14 @@ impl Driver {
         let Ok(peer) = self.agent.peers.named(&self.row.peer).cloned() else {
             return;
         };
-        let context = self.incoming.context.clone();
+        let compute = self.agent.peer_rpcapi(&self.incoming.context, &peer);
+        let journal = self.row.peer_journal;
         tokio::spawn(async move {
             for pause in [0, 100, 500, 2000] {
                 tokio::time::sleep(Duration::from_millis(pause)).await;
-                let send = |mut client: ComputeClient| {
-                    let post = post.clone();
-                    async move { client.post_live_migration(post).await }
-                };
-                match peer.call(&context, Call::PostLiveMigration, CALL_TIME, send).await {
+                match compute.post_live_migration(post.clone(), journal).await {
                     Ok(_) => return,
-                    Err(error) => tracing::info!(%error, "the source does not take the news yet"),
+                    Err(failure) => tracing::info!(error = failure.chain(), "the source does not take the news yet"),
                 }
             }
         });

@@ -15,8 +15,6 @@ use crate::agent::context::RequestContext;
 use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
 use crate::agent::journal::{Arrival, EventEnd, InstanceRow, JournalError, MigrationRow, Status};
-use crate::agent::peer_journal::{check_answer, on_the_wire};
-use crate::agent::peers::{CALL_TIME, Call, ComputeClient};
 
 /// The pauses between two times that a source is told; the last one for ever.
 const PAUSES: [Duration; 6] = [
@@ -116,17 +114,7 @@ impl Agent {
                 return None;
             }
         };
-        let news = PostLiveMigrationRequest {
-            journal: on_the_wire(journal),
-            ..news
-        };
-        let send = |mut client: ComputeClient| {
-            let news = news.clone();
-            async move { client.post_live_migration(news).await }
-        };
-        let answered = peer.call(context, Call::PostLiveMigration, CALL_TIME, send).await;
-        let is_its_own = |reply: PostLiveMigrationReply| check_answer(peer, journal, &reply.journal).map(|()| reply);
-        match answered.map_err(Failure::from).and_then(is_its_own) {
+        match self.peer_rpcapi(context, peer).post_live_migration(news, journal).await {
             Ok(reply) => Some(copy_of(reply, here)),
             Err(failure) => {
                 let error = failure.chain();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ferry_migration::handover::{Decision, Epoch, SourceEvent, Traded};
-use ferry_proto::agent::v1::{AttemptRequest, DecisionReply, DestinationPart, HeartbeatRequest, RollbackRequest};
+use ferry_proto::agent::v1::{AttemptRequest, DestinationPart, HeartbeatRequest, RollbackRequest};
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
@@ -16,8 +16,8 @@ use super::retuning::Retuning;
 use super::script::{Script, Stop};
 use crate::agent::failure::Failure;
 use crate::agent::instances::Instance;
-use crate::agent::peer_journal::{another_answers, check_answer, on_the_wire};
-use crate::agent::peers::{CALL_TIME, Call, ComputeClient, PeerError};
+use crate::agent::peer_journal::another_answers;
+use crate::agent::peers::{CALL_TIME, PeerError};
 use crate::agent::reason::Reason;
 use crate::agent::vmm_client::VmmError;
 use crate::vmm_process::monotonic_ns;
@@ -84,7 +84,7 @@ impl Script {
             attempt,
             epoch: self.row.epoch,
             source: self.agent.host().to_owned(),
-            journal: on_the_wire(self.row.peer_journal),
+            journal: String::new(),
         }
     }
 
@@ -93,16 +93,10 @@ impl Script {
         let Ok(peer) = self.agent.peers.named(&self.row.peer).cloned() else {
             return;
         };
-        let context = self.outgoing.context.clone();
+        let compute = self.agent.peer_rpcapi(&self.outgoing.context, &peer);
         let journal = self.row.peer_journal;
         calls.start(async move {
-            let is_its_own = |reply: DecisionReply| check_answer(&peer, journal, &reply.journal).map(|()| reply);
-            let send = |mut client: ComputeClient| {
-                let request = request.clone();
-                async move { client.expect(request).await }
-            };
-            let answered = peer.call(&context, Call::Expect, CALL_TIME, send).await;
-            Some(match answered.map_err(Failure::from).and_then(is_its_own) {
+            Some(match compute.expect(request, journal).await {
                 Ok(reply) if reply.decision == Decision::Open.as_str() => {
                     Outcome::Event(SourceEvent::Expecting(attempt))
                 }
@@ -118,16 +112,10 @@ impl Script {
             calls.start(async { Some(Outcome::Event(SourceEvent::NoAnswer)) });
             return;
         };
-        let context = self.outgoing.context.clone();
+        let compute = self.agent.peer_rpcapi(&self.outgoing.context, &peer);
         let journal = self.row.peer_journal;
         calls.start(async move {
-            let is_its_own = |reply: DecisionReply| check_answer(&peer, journal, &reply.journal).map(|()| reply);
-            let send = |mut client: ComputeClient| {
-                let request = request.clone();
-                async move { client.decide(request).await }
-            };
-            let answered = peer.call(&context, Call::Decide, CALL_TIME, send).await;
-            Some(match answered.map_err(Failure::from).and_then(is_its_own) {
+            Some(match compute.decide(request, journal).await {
                 Ok(reply) => match Decision::parse(&reply.decision) {
                     Some(decision) => Outcome::Decided(attempt, decision, reply.part, monotonic_ns()),
                     None => Outcome::Event(SourceEvent::NoAnswer),
@@ -219,16 +207,12 @@ impl Script {
             reason,
             source: self.agent.host().to_owned(),
         };
-        let context = self.outgoing.context.clone();
+        let compute = self.agent.peer_rpcapi(&self.outgoing.context, &peer);
         self.rollback = Some(tokio::spawn(async move {
             for pause in [0, 500, 2000] {
                 tokio::time::sleep(Duration::from_millis(pause)).await;
-                let send = |mut client: ComputeClient| {
-                    let request = request.clone();
-                    async move { client.rollback_live_migration(request).await }
-                };
-                match peer.call(&context, Call::RollbackLiveMigration, CALL_TIME, send).await {
-                    Ok(_) => return true,
+                match compute.rollback_live_migration(request.clone()).await {
+                    Ok(()) => return true,
                     Err(error) => tracing::info!(%error, "the destination does not take the rollback"),
                 }
             }
@@ -238,30 +222,27 @@ impl Script {
 
     /// Asks agent B each second whether it takes part; ends with why it does not.
     pub(super) fn heartbeats(&self) -> impl Future<Output = String> + Send + 'static {
-        let peer = self.agent.peers.named(&self.row.peer).cloned();
-        let context = self.outgoing.context.clone();
+        let peer = self.agent.peers.named(&self.row.peer);
+        let compute = peer.map(|peer| self.agent.peer_rpcapi(&self.outgoing.context, peer));
+        let host = self.row.peer.clone();
         let request = HeartbeatRequest {
             migration: self.row.id.to_string(),
             source: self.agent.host().to_owned(),
         };
         let patience = self.peer_patience.subscribe();
         async move {
-            let Ok(peer) = peer else {
+            let Ok(compute) = compute else {
                 return "the destination is not a peer any more".to_owned();
             };
             let mut answered = Instant::now();
             loop {
-                let send = |mut client: ComputeClient| {
-                    let request = request.clone();
-                    async move { client.heartbeat(request).await }
-                };
                 let patience = *patience.borrow();
                 let left = patience
                     .saturating_sub(answered.elapsed())
                     .max(Duration::from_millis(100));
-                match peer.call(&context, Call::Heartbeat, left.min(CALL_TIME), send).await {
+                match compute.heartbeat(request.clone(), left.min(CALL_TIME)).await {
                     Ok(reply) if reply.taking_part => answered = Instant::now(),
-                    Ok(reply) => return format!("host {} does not take part any more: {}", peer.host, reply.reason),
+                    Ok(reply) => return format!("host {host} does not take part any more: {}", reply.reason),
                     Err(PeerError::Refused { text, .. }) => return text,
                     Err(PeerError::NoAnswer(reason)) if answered.elapsed() >= patience => return reason,
                     Err(PeerError::NoAnswer(_)) => {}

@@ -24,13 +24,14 @@ use super::reconnecting::Reconnecting;
 use super::retuning::Retuning;
 use super::serving::late_streams;
 use crate::agent::backends::storage;
+use crate::agent::compute_rpcapi::ComputeRpcApi;
 use crate::agent::failure::Failure;
 use crate::agent::images;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{InstanceRow, MigrationRow, Status};
 use crate::agent::mode::{Mode, PAUSE, POSTCOPY};
 use crate::agent::peer_journal::journal_of;
-use crate::agent::peers::{Call, ComputeClient, PREPARE_TIME, Peer, PeerError};
+use crate::agent::peers::{Peer, PeerError};
 use crate::agent::reason::Reason;
 use crate::agent::steps::{Journalled, SourceStep};
 use crate::agent::transport::Transport;
@@ -314,7 +315,7 @@ impl Script {
                 return Ok(reply);
             }
             for hash in &reply.missing_images {
-                self.put_image(peer, hash).await?;
+                self.put_image(&compute, hash).await?;
             }
         }
         Err(Stop::Failed(format!(
@@ -344,7 +345,7 @@ impl Script {
         stop
     }
 
-    async fn put_image(&self, peer: &Peer, hash: &str) -> Result<(), Stop> {
+    async fn put_image(&self, compute: &ComputeRpcApi, hash: &str) -> Result<(), Stop> {
         let path = self.agent.folder(self.row.instance).join(images::file_name(hash));
         let read = tokio::fs::read(&path).await;
         let bytes = read.map_err(Failure::host(format!("failed to read the image {}", path.display())))?;
@@ -356,15 +357,7 @@ impl Script {
                 bytes: piece.to_vec(),
             })
             .collect();
-        let pieces = Arc::new(pieces);
-        let send = |mut client: ComputeClient| {
-            let (count, pieces) = (pieces.len(), Arc::clone(&pieces));
-            let stream = tokio_stream::iter((0..count).map(move |at| pieces[at].clone()));
-            async move { client.put_image(stream).await }
-        };
-        peer.call(&self.outgoing.context, Call::PutImage, PREPARE_TIME, send)
-            .await?;
-        Ok(())
+        Ok(compute.put_image(Arc::new(pieces)).await?)
     }
 
     /// The paths of the disks of these numbers, which the destination wants the contents of.
