@@ -80,6 +80,7 @@ pub(super) fn run(workload: &Workload, tsc_khz: u64, measured: Measured) -> Resu
         total_ms: runs.duration_since(began).as_secs_f64() * 1e3,
         gap_ms: seen.gap_ms,
         reported_downtime_ms: None,
+        handover_ms: None,
         reader_gap_ms: Some(seen.reader_gap_ms),
         bytes: None,
         clock_lost_ms: Some(seen.clock_lost_ms),

@@ -103,10 +103,12 @@ impl Binary {
         witness.check()?;
 
         let seen = compare(&beats(&witness, "a"), &beats(&witness, "b"), tsc_khz, began)?;
+        let handover = ["state", "claim", "start"].map(|part| moved.number(&format!("downtime_ms.{part}")).ok());
         Ok(Sample {
             total_ms: moved.number("total_ms")?,
             gap_ms: seen.gap_ms,
             reported_downtime_ms: moved.number("downtime_ms.total").ok(),
+            handover_ms: handover.into_iter().sum(),
             reader_gap_ms: Some(seen.reader_gap_ms),
             bytes: moved.number("bytes_sent").ok(),
             clock_lost_ms: Some(seen.clock_lost_ms),

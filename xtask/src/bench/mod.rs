@@ -137,6 +137,8 @@ struct Sample {
     gap_ms: f64,
     /// The blackout as the migrating side reports it.
     reported_downtime_ms: Option<f64>,
+    /// What of it were the guest's state, the claim and the start.
+    handover_ms: Option<f64>,
     /// The longest time between two heartbeats as a reader saw them, both consoles joined.
     reader_gap_ms: Option<f64>,
     /// Bytes sent.

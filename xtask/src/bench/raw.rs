@@ -34,6 +34,7 @@ pub(super) fn run(workload: &Workload) -> Result<Sample> {
         total_ms: copy.elapsed.as_secs_f64() * 1e3,
         gap_ms: gap.as_secs_f64() * 1e3,
         reported_downtime_ms: None,
+        handover_ms: None,
         reader_gap_ms: None,
         bytes: Some(copy.bytes as f64),
         clock_lost_ms: None,

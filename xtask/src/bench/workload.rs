@@ -39,6 +39,12 @@ pub(super) const ALL: &[Workload] = &[
         touched_mib: 1024,
         work: "fill=random fill_mib=960 work=uniform work_mib=64 rate=100000",
     },
+    Workload {
+        name: "idle-256m",
+        memory_mib: 1024,
+        touched_mib: 256,
+        work: "fill=random fill_mib=256 work=idle",
+    },
 ];
 
 /// Those that are moved over a slow link.

@@ -43,7 +43,8 @@ pub(super) fn run(options: &Options, rate: &str) -> Result<ExitCode> {
             measure(&link, workload, options, &ferry)
         })?;
         println!("\nover {rate}:");
-        table::print_rows(workload, own.iter().chain(&peers));
+        table::print_head(workload);
+        table::print_rows(own.iter().chain(&peers));
         let (compressed, plain): (Vec<_>, Vec<_>) = peers.into_iter().partition(|peer| peer.name().contains("zstd"));
         for contender in &own {
             println!("{}, beside its peers without and with compression:", contender.name());

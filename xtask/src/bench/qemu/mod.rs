@@ -144,6 +144,7 @@ fn run_between(
         total_ms: total.as_secs_f64() * 1e3,
         gap_ms: seen.gap_ms,
         reported_downtime_ms: report["downtime"].as_f64(),
+        handover_ms: None,
         reader_gap_ms: Some(seen.reader_gap_ms),
         bytes: report["ram"]["transferred"].as_f64(),
         clock_lost_ms: Some(seen.clock_lost_ms),
