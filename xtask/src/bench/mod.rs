@@ -1,6 +1,6 @@
 //! `cargo xtask bench`: Ferry's benchmark, and the same guest and workload in a peer, in turn in one run: migrations, with `--devices`
 //! disks and network cards, with `--linux` what a guest with an operating system costs, with `--control` the control plane, with `--link` migrations over
-//! a slow link, plain and compressed.
+//! a slow link, plain and compressed, and of a guest that writes faster than it.
 //!
 //! One run of each contender, then the next round, which another one begins: what disturbs the host then disturbs all alike.
 //! Two runs an hour apart compare nothing.
@@ -15,6 +15,7 @@ mod link;
 mod linux;
 mod qemu;
 mod raw;
+mod recovery;
 mod table;
 mod workload;
 
@@ -28,6 +29,7 @@ use ferry_tests::Pair;
 use ferry_vmm::measuring::{CpuMeter, warm_host_memory};
 use serde_json::{Value, json};
 
+use console::Seen;
 use table::Contender;
 use workload::Workload;
 
@@ -47,7 +49,8 @@ pub(crate) struct Options {
     /// The control plane: receipts of casts, the agent's memory, long lists, restarts, fsyncs of a switchover. `--workload` names a part.
     #[arg(long, conflicts_with_all = ["devices", "linux", "peer"])]
     control: bool,
-    /// Migrations over a link of this rate, as `tc` has it, between two network namespaces: with and without compression. Needs root.
+    /// Migrations over a link of this rate, as `tc` has it, between two network namespaces: with and without compression, and of a guest that writes
+    /// faster than that. Needs root.
     #[arg(long, value_name = "RATE", num_args = 0..=1, default_missing_value = "1gbit", conflicts_with_all = ["devices", "linux", "control"])]
     link: Option<String>,
     /// Runs of each.
@@ -129,7 +132,7 @@ impl Measured {
 const PROCESSOR_RUNS: u32 = 3;
 
 /// One migration, measured.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 struct Sample {
     /// From the order to migrate until the destination was known to run.
     total_ms: f64,
@@ -147,6 +150,54 @@ struct Sample {
     clock_lost_ms: Option<f64>,
     /// Seconds of processor time on both sides, without the threads that run the guest; counted in runs of its own.
     cpu_s: Option<f64>,
+    /// What the guest got done, where it writes pages.
+    work: Option<Work>,
+    /// The pages that came late, where some did.
+    late: Option<Late>,
+}
+
+/// Pages that a guest wrote a second, by its own clock.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Work {
+    /// In the half second before anything was prepared for the move.
+    before: f64,
+    /// From the order until it had beaten twice at the destination.
+    during: f64,
+}
+
+/// Pages that came once the guest ran at the destination, and what that was like for it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Late {
+    /// Bytes sent for them.
+    bytes: f64,
+    /// From the handover to the last of them.
+    ms: f64,
+    /// The median of the guest's waits for one of them.
+    wait_ms: Option<f64>,
+    /// From the start at the destination until it got as much done as before; `None` if that was not seen.
+    back_ms: Option<f64>,
+}
+
+impl Sample {
+    /// Of a move that took so long; what else its contender tells is added by the caller.
+    fn of(total_ms: f64, seen: Seen) -> Self {
+        Self {
+            total_ms,
+            gap_ms: seen.gap_ms,
+            reader_gap_ms: Some(seen.reader_gap_ms),
+            clock_lost_ms: Some(seen.clock_lost_ms),
+            work: seen.work,
+            ..Self::default()
+        }
+    }
+}
+
+/// What came of a move that was waited for so long and no longer.
+enum Within {
+    /// It ended.
+    Ended(Box<Sample>),
+    /// It goes on; what it says of that.
+    GoesOn(String),
 }
 
 /// Builds, warms the memory, runs in turn, prints the table.

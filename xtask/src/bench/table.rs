@@ -4,7 +4,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::workload::Workload;
-use super::{Sample, Turns};
+use super::{Sample, Turns, Within};
 
 /// One way of moving the guest, with its samples.
 #[derive(Debug)]
@@ -12,6 +12,8 @@ pub(super) struct Contender {
     name: &'static str,
     samples: Vec<Sample>,
     processor_seconds: Vec<f64>,
+    /// What those said of themselves that did not end by themselves in the time they had.
+    unended: Vec<String>,
     failures: Vec<String>,
 }
 
@@ -22,6 +24,7 @@ impl Contender {
             name,
             samples: Vec::new(),
             processor_seconds: Vec::new(),
+            unended: Vec::new(),
             failures: Vec::new(),
         }
     }
@@ -40,6 +43,18 @@ impl Contender {
                 eprintln!("  {:<WIDTH$} failed: {error:#}", self.name);
                 self.failures.push(format!("{error:#}"));
             }
+        }
+    }
+
+    /// Takes the outcome of a run that was waited for so long and no longer. One that did not end is told and counted, and is no failure.
+    pub(super) fn add_within(&mut self, outcome: Result<Within>) {
+        match outcome {
+            Ok(Within::Ended(sample)) => self.add(Ok(*sample)),
+            Ok(Within::GoesOn(told)) => {
+                eprintln!("  {:<WIDTH$} does not end: {told}", self.name);
+                self.unended.push(told);
+            }
+            Err(error) => self.add(Err(error)),
         }
     }
 
@@ -70,6 +85,13 @@ impl Contender {
                 "bytes": sample.bytes,
                 "clock_lost_ms": sample.clock_lost_ms,
                 "state_claim_start_ms": sample.handover_ms,
+                "page_writes_per_s": sample.work.map(|work| json!({ "before": work.before, "during": work.during })),
+                "late": sample.late.map(|late| json!({
+                    "bytes": late.bytes,
+                    "ms": late.ms,
+                    "median_wait_ms": late.wait_ms,
+                    "throughput_back_after_ms": late.back_ms,
+                })),
             })
         });
         json!({
@@ -80,6 +102,7 @@ impl Contender {
             "median_state_claim_start_ms": self.median(|s| s.handover_ms),
             "processor_s": self.processor_seconds,
             "samples": samples.collect::<Vec<_>>(),
+            "unended": self.unended,
             "failures": self.failures,
         })
     }
@@ -90,7 +113,7 @@ impl Contender {
     }
 
     /// The middle of what its samples have of this; `None` if none has it.
-    fn median(&self, of: impl Fn(&Sample) -> Option<f64>) -> Option<f64> {
+    pub(super) fn median(&self, of: impl Fn(&Sample) -> Option<f64>) -> Option<f64> {
         median(self.samples.iter().filter_map(of).collect())
     }
 
@@ -99,7 +122,7 @@ impl Contender {
     }
 
     /// The median of its processor times, in seconds.
-    fn processor_seconds(&self) -> Option<f64> {
+    pub(super) fn processor_seconds(&self) -> Option<f64> {
         median(self.processor_seconds.clone())
     }
 }
@@ -173,6 +196,10 @@ pub(super) fn print_rows<'a>(contenders: impl Iterator<Item = &'a Contender>) {
                 .processor_seconds()
                 .map_or_else(|| "-".to_owned(), |seconds| format!("{seconds:.2}")),
         );
+        if let Some(told) = contender.unended.last() {
+            let times = contender.unended.len();
+            println!("{:<WIDTH$} does not end ({times} times): {told}", contender.name);
+        }
         for failure in &contender.failures {
             println!("{:<WIDTH$} failed: {failure}", contender.name);
         }
