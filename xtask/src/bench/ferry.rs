@@ -125,7 +125,7 @@ impl Ready {
             .work(&workload.full_cmdline(tsc_khz));
         pair.a.ferry(&guest.arguments(&pair.kernel()))?.exit(0)?;
         let witness = Witness::of(&[&pair.a, &pair.b]);
-        witness.wait_ready_within(LONGEST)?;
+        witness.wait_ready_within(LONGEST + PER_GIB * (workload.touched_mib >> 10) as u32)?;
         let before = beats(&witness, "a").len();
         wait_for_beats(&witness, "a", before + BEATS_BEFORE)?;
         let calm = Instant::now();
@@ -198,8 +198,11 @@ fn started_at(moved: &Migration) -> Option<Instant> {
     Instant::now().checked_sub(SystemTime::now().duration_since(started).ok()?)
 }
 
-/// How long a move may take that is to end, on a host that is far from quiet.
+/// How long a move may take that is to end: 8 GiB on a host that is far from quiet, or a peer's.
 pub(super) const LONGEST: Duration = Duration::from_secs(120);
+
+/// How much longer a guest may take to fill its memory there.
+const PER_GIB: Duration = Duration::from_secs(60);
 
 fn beats(witness: &Witness, host: &str) -> Vec<Beat> {
     let from_host = witness.beats().into_iter().filter(|beat| beat.host == host);

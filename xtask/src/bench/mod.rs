@@ -1,6 +1,6 @@
 //! `cargo xtask bench`: Ferry's benchmark, and the same guest and workload in a peer, in turn in one run: migrations, with `--devices`
 //! disks and network cards, with `--linux` what a guest with an operating system costs, with `--control` the control plane, with `--link` migrations over
-//! a slow link, plain and compressed, and of a guest that writes faster than it.
+//! a slow link, plain and compressed, and of a guest that writes faster than it. With `--sizes` Ferry beside itself: guests of several sizes.
 //!
 //! One run of each contender, then the next round, which another one begins: what disturbs the host then disturbs all alike.
 //! Two runs an hour apart compare nothing.
@@ -16,6 +16,7 @@ mod linux;
 mod qemu;
 mod raw;
 mod recovery;
+mod sizes;
 mod table;
 mod workload;
 
@@ -53,6 +54,9 @@ pub(crate) struct Options {
     /// faster than that. Needs root.
     #[arg(long, value_name = "RATE", num_args = 0..=1, default_missing_value = "1gbit", conflicts_with_all = ["devices", "linux", "control"])]
     link: Option<String>,
+    /// Idle guests of 1, 2, 4 and 8 GiB, all of it populated: whether the blackout grows with memory.
+    #[arg(long, conflicts_with_all = ["devices", "linux", "control", "link", "peer"])]
+    sizes: bool,
     /// Runs of each.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
@@ -218,6 +222,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     if let Some(rate) = &options.link {
         return link::run(options, rate);
+    }
+    if options.sizes {
+        return sizes::run(options);
     }
     let workloads: Vec<_> = workload::ALL
         .iter()
