@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: Ferry's benchmark, and the same guest and workload in a peer, in turn in one run: migrations, with `--devices`
 //! disks and network cards, with `--linux` what a guest with an operating system costs, with `--control` the control plane, with `--link` migrations over
-//! a slow link, plain and compressed, and of a guest that writes faster than it. With `--sizes` Ferry beside itself: guests of several sizes.
+//! a slow link, plain and compressed, and of a guest that writes faster than it. With `--sizes` and `--verify` Ferry beside itself: guests of several sizes,
+//! and what digests cost.
 //!
 //! One run of each contender, then the next round, which another one begins: what disturbs the host then disturbs all alike.
 //! Two runs an hour apart compare nothing.
@@ -18,6 +19,7 @@ mod raw;
 mod recovery;
 mod sizes;
 mod table;
+mod verify;
 mod workload;
 
 use std::fs::{self, File};
@@ -57,6 +59,9 @@ pub(crate) struct Options {
     /// Idle guests of 1, 2, 4 and 8 GiB, all of it populated: whether the blackout grows with memory.
     #[arg(long, conflicts_with_all = ["devices", "linux", "control", "link", "peer"])]
     sizes: bool,
+    /// What `migrate --verify` costs: each workload with it and without, and one whose pages come late.
+    #[arg(long, conflicts_with_all = ["devices", "linux", "control", "link", "peer", "sizes"])]
+    verify: bool,
     /// Runs of each.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
@@ -225,6 +230,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     if options.sizes {
         return sizes::run(options);
+    }
+    if options.verify {
+        return verify::run(options);
     }
     let workloads: Vec<_> = workload::ALL
         .iter()
