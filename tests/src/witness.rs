@@ -96,7 +96,15 @@ impl Witness {
     /// # Errors
     /// What the guest complained of, if it does not.
     pub fn wait_ready(&self) -> Result<()> {
-        until("the guest is ready and beats", 4 * CALL, || {
+        self.wait_ready_within(4 * CALL)
+    }
+
+    /// The same of a guest that has much to fill first.
+    ///
+    /// # Errors
+    /// As [`Witness::wait_ready`].
+    pub fn wait_ready_within(&self, deadline: Duration) -> Result<()> {
+        until("the guest is ready and beats", deadline, || {
             let seen = self.lock();
             if let Some(complaint) = seen.complaints.first() {
                 bail!("the guest says {complaint}");

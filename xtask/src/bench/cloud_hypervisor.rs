@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::console::{Console, compare};
+use super::console::{Console, Times, compare};
 use super::qemu::Ended;
 use super::workload::Workload;
 use super::{BEATS_AFTER, BEATS_BEFORE, Measured, Sample, warm};
@@ -66,6 +66,7 @@ pub(super) fn run(workload: &Workload, tsc_khz: u64, measured: Measured) -> Resu
     let long = Duration::from_secs(120);
     source.console.wait_ready(long).context("source")?;
     source.console.wait_for_beats(BEATS_BEFORE, long).context("source")?;
+    let calm = Instant::now();
     warm(workload)?;
 
     let url = format!("tcp:127.0.0.1:{}", free_port()?);
@@ -75,15 +76,11 @@ pub(super) fn run(workload: &Workload, tsc_khz: u64, measured: Measured) -> Resu
     let after = destination.console.wait_for_beats(BEATS_AFTER, Duration::from_secs(30));
     after.context("destination")?;
 
-    let seen = compare(&source.console.beats(), &destination.console.beats(), tsc_khz, began)?;
+    let (before, after) = (source.console.beats(), destination.console.beats());
+    let seen = compare(&before, &after, tsc_khz, Times { calm, began })?;
     Ok(Sample {
-        total_ms: runs.duration_since(began).as_secs_f64() * 1e3,
-        gap_ms: seen.gap_ms,
-        reported_downtime_ms: None,
-        reader_gap_ms: Some(seen.reader_gap_ms),
-        bytes: None,
-        clock_lost_ms: Some(seen.clock_lost_ms),
         cpu_s,
+        ..Sample::of(runs.duration_since(began).as_secs_f64() * 1e3, seen)
     })
 }
 

@@ -6,8 +6,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use ferry_probe::console::parse;
+use ferry_probe::console::{parse, write_rate};
 use ferry_probe::report::{Heartbeat, Line};
+
+use super::Work;
 
 /// A heartbeat and when it was read.
 #[derive(Clone, Copy, Debug)]
@@ -121,9 +123,20 @@ pub(super) struct Seen {
     pub(super) gap_ms: f64,
     pub(super) reader_gap_ms: f64,
     pub(super) clock_lost_ms: f64,
+    /// `None` of a guest that writes nothing.
+    pub(super) work: Option<Work>,
 }
 
-/// Compares the beats before and after a move that began at `began`.
+/// When a move was, by the reader's clock.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Times {
+    /// Until then nothing was prepared for it.
+    pub(super) calm: Instant,
+    /// It was ordered.
+    pub(super) began: Instant,
+}
+
+/// Compares the beats before and after a move.
 ///
 /// A guest whose clock stood still during the blackout sees no gap. What its clock lost against the host's is added to the
 /// first heartbeat's gap after the move, so that all contenders are measured by the same clock. The loss is the step between
@@ -131,7 +144,8 @@ pub(super) struct Seen {
 ///
 /// # Errors
 /// If a heartbeat is missing, which would mean that the guest did not live through the move.
-pub(super) fn compare(before: &[Beat], after: &[Beat], tsc_khz: u64, began: Instant) -> Result<Seen> {
+pub(super) fn compare(before: &[Beat], after: &[Beat], tsc_khz: u64, times: Times) -> Result<Seen> {
+    let began = times.began;
     let (Some(last), Some(first)) = (before.last(), after.first()) else {
         bail!("no heartbeat on one of the hosts");
     };
@@ -174,8 +188,30 @@ pub(super) fn compare(before: &[Beat], after: &[Beat], tsc_khz: u64, began: Inst
         gap_ms: own_gap.max(across),
         reader_gap_ms,
         clock_lost_ms,
+        work: work(before, after, tsc_khz, times),
     })
 }
+
+/// What the guest got done before a move and meanwhile.
+fn work(before: &[Beat], after: &[Beat], tsc_khz: u64, times: Times) -> Option<Work> {
+    let ordered = before.iter().rev().find(|beat| beat.read_at < times.began)?;
+    let arrived = after.get(1)?;
+    Some(Work {
+        before: usual_rate(before, tsc_khz, times.calm)?,
+        during: write_rate(&ordered.heartbeat, &arrived.heartbeat, tsc_khz)?,
+    })
+}
+
+/// Pages written a second in the half second before `calm`; `None` of a guest that writes nothing.
+pub(super) fn usual_rate(before: &[Beat], tsc_khz: u64, calm: Instant) -> Option<f64> {
+    let undisturbed = before.partition_point(|beat| beat.read_at < calm);
+    let last = undisturbed.checked_sub(1)?;
+    let first = last.checked_sub(BEATS_OF_WORK)?;
+    write_rate(&before[first].heartbeat, &before[last].heartbeat, tsc_khz).filter(|&rate| rate > 0.0)
+}
+
+/// Half a second of heartbeats, each 20 ms.
+const BEATS_OF_WORK: usize = 25;
 
 /// What the fastest readings before and after a move differ by although no clock stood still.
 const READING_NOISE_MS: f64 = 2.0;
@@ -197,6 +233,11 @@ mod tests {
         }
     }
 
+    fn at(start: Instant, ms: u64) -> Times {
+        let began = start + Duration::from_millis(ms);
+        Times { calm: began, began }
+    }
+
     #[test]
     fn a_clock_that_stood_still_hides_no_gap() {
         let start = Instant::now();
@@ -206,18 +247,39 @@ mod tests {
             beat(start, 2, 20, 20, 1),
         ];
         let after = [beat(start, 3, 70, 30, 2), beat(start, 4, 80, 40, 1)];
-        let seen = compare(&before, &after, 1000, start + Duration::from_millis(15)).unwrap();
+        let seen = compare(&before, &after, 1000, at(start, 15)).unwrap();
         assert!((seen.clock_lost_ms - 40.0).abs() < 0.01, "{seen:?}");
         assert!((seen.gap_ms - 42.0).abs() < 0.01, "{seen:?}");
         assert!((seen.reader_gap_ms - 50.0).abs() < 0.01, "{seen:?}");
+        assert_eq!(seen.work, None);
+    }
+
+    #[test]
+    fn work_is_counted_before_the_preparations_and_from_the_order_on() {
+        let start = Instant::now();
+        // 10 writes each 20 ms, from the 30th beat on one.
+        let lived = |seq: u64| {
+            let mut beat = beat(start, seq, seq * 20, seq * 20, 0);
+            beat.heartbeat.writes = seq.min(30) * 10 + seq.saturating_sub(30);
+            beat
+        };
+        let (before, after): (Vec<_>, Vec<_>) = ((0..40).map(lived).collect(), (40..50).map(lived).collect());
+        let times = Times {
+            calm: start + Duration::from_millis(590),
+            began: start + Duration::from_millis(700),
+        };
+        let work = compare(&before, &after, 1000, times).unwrap().work.unwrap();
+        assert!((work.before - 500.0).abs() < 0.01, "{work:?}");
+        assert!((work.during - 50.0).abs() < 0.01, "{work:?}");
     }
 
     #[test]
     fn a_lost_heartbeat_is_an_error() {
         let start = Instant::now();
         let before = [beat(start, 0, 0, 0, 0)];
-        assert!(compare(&before, &[beat(start, 3, 10, 10, 0)], 1000, start).is_err());
-        assert!(compare(&before, &[beat(start, 0, 10, 10, 0)], 1000, start).is_err());
-        assert!(compare(&before, &[], 1000, start).is_err());
+        let times = at(start, 0);
+        assert!(compare(&before, &[beat(start, 3, 10, 10, 0)], 1000, times).is_err());
+        assert!(compare(&before, &[beat(start, 0, 10, 10, 0)], 1000, times).is_err());
+        assert!(compare(&before, &[], 1000, times).is_err());
     }
 }

@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: Ferry's benchmark, and the same guest and workload in a peer, in turn in one run: migrations, with `--devices`
 //! disks and network cards, with `--linux` what a guest with an operating system costs, with `--control` the control plane, with `--link` migrations over
-//! a slow link, plain and compressed.
+//! a slow link, plain and compressed, and of a guest that writes faster than it. With `--sizes` and `--verify` Ferry beside itself: guests of several sizes,
+//! and what digests cost.
 //!
 //! One run of each contender, then the next round, which another one begins: what disturbs the host then disturbs all alike.
 //! Two runs an hour apart compare nothing.
@@ -15,7 +16,10 @@ mod link;
 mod linux;
 mod qemu;
 mod raw;
+mod recovery;
+mod sizes;
 mod table;
+mod verify;
 mod workload;
 
 use std::fs::{self, File};
@@ -28,6 +32,7 @@ use ferry_tests::Pair;
 use ferry_vmm::measuring::{CpuMeter, warm_host_memory};
 use serde_json::{Value, json};
 
+use console::Seen;
 use table::Contender;
 use workload::Workload;
 
@@ -47,9 +52,16 @@ pub(crate) struct Options {
     /// The control plane: receipts of casts, the agent's memory, long lists, restarts, fsyncs of a switchover. `--workload` names a part.
     #[arg(long, conflicts_with_all = ["devices", "linux", "peer"])]
     control: bool,
-    /// Migrations over a link of this rate, as `tc` has it, between two network namespaces: with and without compression. Needs root.
+    /// Migrations over a link of this rate, as `tc` has it, between two network namespaces: with and without compression, and of a guest that writes
+    /// faster than that. Needs root.
     #[arg(long, value_name = "RATE", num_args = 0..=1, default_missing_value = "1gbit", conflicts_with_all = ["devices", "linux", "control"])]
     link: Option<String>,
+    /// Idle guests of 1, 2, 4 and 8 GiB, all of it populated: whether the blackout grows with memory.
+    #[arg(long, conflicts_with_all = ["devices", "linux", "control", "link", "peer"])]
+    sizes: bool,
+    /// What `migrate --verify` costs: each workload with it and without, and one whose pages come late.
+    #[arg(long, conflicts_with_all = ["devices", "linux", "control", "link", "peer", "sizes"])]
+    verify: bool,
     /// Runs of each.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
@@ -129,7 +141,7 @@ impl Measured {
 const PROCESSOR_RUNS: u32 = 3;
 
 /// One migration, measured.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 struct Sample {
     /// From the order to migrate until the destination was known to run.
     total_ms: f64,
@@ -137,6 +149,8 @@ struct Sample {
     gap_ms: f64,
     /// The blackout as the migrating side reports it.
     reported_downtime_ms: Option<f64>,
+    /// What of it were the guest's state, the claim and the start.
+    handover_ms: Option<f64>,
     /// The longest time between two heartbeats as a reader saw them, both consoles joined.
     reader_gap_ms: Option<f64>,
     /// Bytes sent.
@@ -145,6 +159,54 @@ struct Sample {
     clock_lost_ms: Option<f64>,
     /// Seconds of processor time on both sides, without the threads that run the guest; counted in runs of its own.
     cpu_s: Option<f64>,
+    /// What the guest got done, where it writes pages.
+    work: Option<Work>,
+    /// The pages that came late, where some did.
+    late: Option<Late>,
+}
+
+/// Pages that a guest wrote a second, by its own clock.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Work {
+    /// In the half second before anything was prepared for the move.
+    before: f64,
+    /// From the order until it had beaten twice at the destination.
+    during: f64,
+}
+
+/// Pages that came once the guest ran at the destination, and what that was like for it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Late {
+    /// Bytes sent for them.
+    bytes: f64,
+    /// From the handover to the last of them.
+    ms: f64,
+    /// The median of the guest's waits for one of them.
+    wait_ms: Option<f64>,
+    /// From the start at the destination until it got as much done as before; `None` if that was not seen.
+    back_ms: Option<f64>,
+}
+
+impl Sample {
+    /// Of a move that took so long; what else its contender tells is added by the caller.
+    fn of(total_ms: f64, seen: Seen) -> Self {
+        Self {
+            total_ms,
+            gap_ms: seen.gap_ms,
+            reader_gap_ms: Some(seen.reader_gap_ms),
+            clock_lost_ms: Some(seen.clock_lost_ms),
+            work: seen.work,
+            ..Self::default()
+        }
+    }
+}
+
+/// What came of a move that was waited for so long and no longer.
+enum Within {
+    /// It ended.
+    Ended(Box<Sample>),
+    /// It goes on; what it says of that.
+    GoesOn(String),
 }
 
 /// Builds, warms the memory, runs in turn, prints the table.
@@ -165,6 +227,12 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     if let Some(rate) = &options.link {
         return link::run(options, rate);
+    }
+    if options.sizes {
+        return sizes::run(options);
+    }
+    if options.verify {
+        return verify::run(options);
     }
     let workloads: Vec<_> = workload::ALL
         .iter()

@@ -33,11 +33,8 @@ pub(super) fn run(workload: &Workload) -> Result<Sample> {
     Ok(Sample {
         total_ms: copy.elapsed.as_secs_f64() * 1e3,
         gap_ms: gap.as_secs_f64() * 1e3,
-        reported_downtime_ms: None,
-        reader_gap_ms: None,
         bytes: Some(copy.bytes as f64),
-        clock_lost_ms: None,
-        cpu_s: None,
+        ..Sample::default()
     })
 }
 

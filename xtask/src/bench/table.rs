@@ -4,7 +4,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::workload::Workload;
-use super::{Sample, Turns};
+use super::{Sample, Turns, Within};
 
 /// One way of moving the guest, with its samples.
 #[derive(Debug)]
@@ -12,6 +12,8 @@ pub(super) struct Contender {
     name: &'static str,
     samples: Vec<Sample>,
     processor_seconds: Vec<f64>,
+    /// What those said of themselves that did not end by themselves in the time they had.
+    unended: Vec<String>,
     failures: Vec<String>,
 }
 
@@ -22,6 +24,7 @@ impl Contender {
             name,
             samples: Vec::new(),
             processor_seconds: Vec::new(),
+            unended: Vec::new(),
             failures: Vec::new(),
         }
     }
@@ -31,15 +34,27 @@ impl Contender {
         match outcome {
             Ok(sample) => {
                 eprintln!(
-                    "  {:<18} {:8.1} ms, gap {:6.1} ms",
+                    "  {:<WIDTH$} {:8.1} ms, gap {:6.1} ms",
                     self.name, sample.total_ms, sample.gap_ms
                 );
                 self.samples.push(sample);
             }
             Err(error) => {
-                eprintln!("  {:<18} failed: {error:#}", self.name);
+                eprintln!("  {:<WIDTH$} failed: {error:#}", self.name);
                 self.failures.push(format!("{error:#}"));
             }
+        }
+    }
+
+    /// Takes the outcome of a run that was waited for so long and no longer. One that did not end is told and counted, and is no failure.
+    pub(super) fn add_within(&mut self, outcome: Result<Within>) {
+        match outcome {
+            Ok(Within::Ended(sample)) => self.add(Ok(*sample)),
+            Ok(Within::GoesOn(told)) => {
+                eprintln!("  {:<WIDTH$} does not end: {told}", self.name);
+                self.unended.push(told);
+            }
+            Err(error) => self.add(Err(error)),
         }
     }
 
@@ -48,7 +63,7 @@ impl Contender {
         match outcome {
             Ok(sample) => self.processor_seconds.extend(sample.cpu_s),
             Err(error) => {
-                eprintln!("  {:<18} failed: {error:#}", self.name);
+                eprintln!("  {:<WIDTH$} failed: {error:#}", self.name);
                 self.failures.push(format!("{error:#}"));
             }
         }
@@ -69,14 +84,25 @@ impl Contender {
                 "reader_gap_ms": sample.reader_gap_ms,
                 "bytes": sample.bytes,
                 "clock_lost_ms": sample.clock_lost_ms,
+                "state_claim_start_ms": sample.handover_ms,
+                "page_writes_per_s": sample.work.map(|work| json!({ "before": work.before, "during": work.during })),
+                "late": sample.late.map(|late| json!({
+                    "bytes": late.bytes,
+                    "ms": late.ms,
+                    "median_wait_ms": late.wait_ms,
+                    "throughput_back_after_ms": late.back_ms,
+                })),
             })
         });
         json!({
             "name": self.name,
             "median_total_ms": self.median(|s| Some(s.total_ms)),
             "median_gap_ms": self.median(|s| Some(s.gap_ms)),
+            "gap_95th_percentile_ms": self.percentile(95, |s| Some(s.gap_ms)),
+            "median_state_claim_start_ms": self.median(|s| s.handover_ms),
             "processor_s": self.processor_seconds,
             "samples": samples.collect::<Vec<_>>(),
+            "unended": self.unended,
             "failures": self.failures,
         })
     }
@@ -86,19 +112,31 @@ impl Contender {
         self.name
     }
 
-    fn median(&self, of: impl Fn(&Sample) -> Option<f64>) -> Option<f64> {
+    /// The middle of what its samples have of this; `None` if none has it.
+    pub(super) fn median(&self, of: impl Fn(&Sample) -> Option<f64>) -> Option<f64> {
         median(self.samples.iter().filter_map(of).collect())
+    }
+
+    fn percentile(&self, percent: usize, of: impl Fn(&Sample) -> Option<f64>) -> Option<f64> {
+        percentile(self.samples.iter().filter_map(of).collect(), percent)
+    }
+
+    /// The median of its processor times, in seconds.
+    pub(super) fn processor_seconds(&self) -> Option<f64> {
+        median(self.processor_seconds.clone())
     }
 }
 
 /// Prints one workload's table; the first contender is Ferry.
 pub(super) fn print(workload: &Workload, turns: &Turns) {
-    print_rows(workload, turns.all());
+    print_head(workload);
+    print_rows(turns.all());
     let [ferry, peers @ ..] = &turns.contenders[..] else {
         return;
     };
     ratio("total time", ferry, peers, |s| Some(s.total_ms));
     ratio("gap", ferry, peers, |s| Some(s.gap_ms));
+    gap_ratios(ferry, peers);
     processor_ratio(ferry, peers);
     let total = |contender: &Contender| contender.median(|s| Some(s.total_ms));
     if let (Some(own), Some(over_grpc)) = (total(ferry), total(&turns.over_grpc)) {
@@ -115,36 +153,55 @@ pub(super) fn print(workload: &Workload, turns: &Turns) {
     }
 }
 
-/// Prints what each contender came to.
-pub(super) fn print_rows<'a>(workload: &Workload, contenders: impl Iterator<Item = &'a Contender>) {
+/// Prints what is moved.
+pub(super) fn print_head(workload: &Workload) {
     println!(
         "\n{} ({} MiB guest, {})",
         workload.name, workload.memory_mib, workload.work
     );
+}
+
+/// Prints what each contender came to.
+pub(super) fn print_rows<'a>(contenders: impl Iterator<Item = &'a Contender>) {
     println!(
-        "{:<18} {:>5} {:>10} {:>10} {:>12} {:>12} {:>10} {:>11} {:>8}",
-        "medians of", "runs", "total ms", "gap ms", "reader gap", "reported ms", "MiB sent", "clock lost", "CPU s"
+        "{:<WIDTH$} {:>4} {:>9} {:>8} {:>8} {:>10} {:>11} {:>11} {:>9} {:>10} {:>6}",
+        "medians of",
+        "runs",
+        "total ms",
+        "gap ms",
+        "gap 95%",
+        "reader gap",
+        "reported ms",
+        "st+cl+start",
+        "MiB sent",
+        "clock lost",
+        "CPU s"
     );
     for contender in contenders {
-        let show = |of: fn(&Sample) -> Option<f64>| match contender.median(of) {
-            Some(value) => format!("{value:.1}"),
-            None => "-".to_owned(),
-        };
+        let shown = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.1}"));
+        let show = |of: fn(&Sample) -> Option<f64>| shown(contender.median(of));
         println!(
-            "{:<18} {:>5} {:>10} {:>10} {:>12} {:>12} {:>10} {:>11} {:>8}",
+            "{:<WIDTH$} {:>4} {:>9} {:>8} {:>8} {:>10} {:>11} {:>11} {:>9} {:>10} {:>6}",
             contender.name,
             contender.samples.len(),
             show(|s| Some(s.total_ms)),
             show(|s| Some(s.gap_ms)),
+            shown(contender.percentile(95, |s| Some(s.gap_ms))),
             show(|s| s.reader_gap_ms),
             show(|s| s.reported_downtime_ms),
+            show(|s| s.handover_ms),
             show(|s| s.bytes.map(|bytes| bytes / f64::from(1 << 20))),
             show(|s| s.clock_lost_ms),
-            median(contender.processor_seconds.clone())
+            contender
+                .processor_seconds()
                 .map_or_else(|| "-".to_owned(), |seconds| format!("{seconds:.2}")),
         );
+        if let Some(told) = contender.unended.last() {
+            let times = contender.unended.len();
+            println!("{:<WIDTH$} does not end ({times} times): {told}", contender.name);
+        }
         for failure in &contender.failures {
-            println!("{:<18} failed: {failure}", contender.name);
+            println!("{:<WIDTH$} failed: {failure}", contender.name);
         }
     }
 }
@@ -167,10 +224,29 @@ fn ratio(what: &str, ferry: &Contender, peers: &[Contender], of: fn(&Sample) -> 
     }
 }
 
+/// What Ferry's gaps are of each peer's: aims name some of a peer's modes.
+fn gap_ratios(ferry: &Contender, peers: &[Contender]) {
+    let gap = |contender: &Contender| {
+        let middle = contender.median(|s| Some(s.gap_ms))?;
+        Some((middle, contender.percentile(95, |s| Some(s.gap_ms))?))
+    };
+    for peer in peers {
+        if let (Some((own, own_95)), Some((of_peer, of_peer_95))) = (gap(ferry), gap(peer)) {
+            println!(
+                "gap beside {}: {:.2} in the median, {:.2} in the 95th percentile",
+                peer.name,
+                own / of_peer,
+                own_95 / of_peer_95
+            );
+        }
+    }
+}
+
 fn processor_ratio(ferry: &Contender, peers: &[Contender]) {
-    let of = |contender: &Contender| median(contender.processor_seconds.clone());
-    let best = peers.iter().filter_map(|peer| Some((of(peer)?, peer.name)));
-    if let (Some(own), Some((peer, name))) = (of(ferry), best.min_by(|a, b| a.0.total_cmp(&b.0))) {
+    let best = peers
+        .iter()
+        .filter_map(|peer| Some((peer.processor_seconds()?, peer.name)));
+    if let (Some(own), Some((peer, name))) = (ferry.processor_seconds(), best.min_by(|a, b| a.0.total_cmp(&b.0))) {
         println!(
             "processor time: {own:.2} s, {:.2} of the best peer ({name}, {peer:.2} s)",
             own / peer
@@ -189,6 +265,16 @@ pub(super) fn median(mut values: Vec<f64>) -> Option<f64> {
     }
 }
 
+/// The value that so many percent of all are not above; `None` without any. Of fewer than 20 the 95th is the largest.
+fn percentile(mut values: Vec<f64>, percent: usize) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    let rank = (values.len() * percent).div_ceil(100);
+    values.get(rank.checked_sub(1)?).copied()
+}
+
+/// Of the first column.
+const WIDTH: usize = 21;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -198,5 +284,14 @@ mod tests {
         assert_eq!(median(vec![]), None);
         assert_eq!(median(vec![3.0, 1.0, 2.0]), Some(2.0));
         assert_eq!(median(vec![4.0, 1.0, 3.0, 2.0]), Some(2.5));
+    }
+
+    #[test]
+    fn the_95th_percentile_of_50_leaves_two_above_it() {
+        let upwards = |count: u32| (1..=count).rev().map(f64::from).collect::<Vec<_>>();
+        assert_eq!(percentile(upwards(50), 95), Some(48.0));
+        assert_eq!(percentile(upwards(100), 95), Some(95.0));
+        assert_eq!(percentile(upwards(3), 95), Some(3.0));
+        assert_eq!(percentile(vec![], 95), None);
     }
 }

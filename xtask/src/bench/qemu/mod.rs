@@ -10,9 +10,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use super::console::compare;
+use super::console::{Times, compare};
+use super::ferry::LONGEST;
 use super::workload::Workload;
-use super::{BEATS_AFTER, BEATS_BEFORE, Measured, Sample, warm};
+use super::{BEATS_AFTER, BEATS_BEFORE, Measured, Sample, Within, warm};
 use ferry_tests::{ShapedLink, shaped};
 pub(super) use machine::{Ended, command};
 use machine::{Machine, Role};
@@ -86,7 +87,7 @@ const INSTALL: &str =
 /// # Errors
 /// If QEMU does not start, does not migrate, or the guest does not live through it.
 pub(super) fn run(mode: Mode, workload: &Workload, tsc_khz: u64, measured: Measured) -> Result<Sample> {
-    run_between(mode, workload, tsc_khz, measured, None)
+    ended(run_between(mode, workload, tsc_khz, measured, Way::LOOPBACK)?)
 }
 
 /// The same between hosts that a link joins.
@@ -94,16 +95,51 @@ pub(super) fn run(mode: Mode, workload: &Workload, tsc_khz: u64, measured: Measu
 /// # Errors
 /// As [`run`].
 pub(super) fn run_across(link: &ShapedLink, mode: Mode, workload: &Workload, tsc_khz: u64) -> Result<Sample> {
-    run_between(mode, workload, tsc_khz, Measured::Time, Some(link))
+    let way = Way {
+        link: Some(link),
+        ..Way::LOOPBACK
+    };
+    ended(run_between(mode, workload, tsc_khz, Measured::Time, way)?)
 }
 
-fn run_between(
+/// The same, waited for so long.
+///
+/// # Errors
+/// As [`run`].
+pub(super) fn run_within(
+    patience: Duration,
+    link: &ShapedLink,
     mode: Mode,
     workload: &Workload,
     tsc_khz: u64,
-    measured: Measured,
-    link: Option<&ShapedLink>,
-) -> Result<Sample> {
+) -> Result<Within> {
+    let link = Some(link);
+    run_between(mode, workload, tsc_khz, Measured::Time, Way { link, patience })
+}
+
+/// Between which hosts a guest is moved, and how long that may take.
+#[derive(Clone, Copy)]
+struct Way<'a> {
+    link: Option<&'a ShapedLink>,
+    patience: Duration,
+}
+
+impl Way<'_> {
+    const LOOPBACK: Self = Self {
+        link: None,
+        patience: LONGEST,
+    };
+}
+
+fn ended(outcome: Within) -> Result<Sample> {
+    match outcome {
+        Within::Ended(sample) => Ok(*sample),
+        Within::GoesOn(told) => bail!("it does not end: {told}"),
+    }
+}
+
+fn run_between(mode: Mode, workload: &Workload, tsc_khz: u64, measured: Measured, way: Way<'_>) -> Result<Within> {
+    let Way { link, patience } = way;
     let network = link.map(ShapedLink::namespace);
     let waits = Role::Destination {
         network: network.as_deref(),
@@ -123,15 +159,17 @@ fn run_between(
         prepare(machine, mode)?;
     }
     let uri = destination.listen(if link.is_some() { shaped::FAR } else { "127.0.0.1" })?;
+    let calm = Instant::now();
     warm(workload)?;
 
     let meter = measured.meter([source.pid(), destination.pid()]);
     let began = Instant::now();
     source.qmp.execute("migrate", json!({ "uri": uri }))?;
-    let total = destination
-        .qmp
-        .wait_for_event("RESUME", Duration::from_secs(120))?
-        .duration_since(began);
+    let runs = match destination.qmp.wait_for_event("RESUME", patience) {
+        Ok(at) => at,
+        Err(error) => return goes_on(&mut source)?.map(Within::GoesOn).ok_or(error),
+    };
+    let total = runs.duration_since(began);
     let cpu_s = meter.map(|meter| meter.stop().iter().sum());
     let report = wait_completed(&mut source)?;
     destination
@@ -139,16 +177,31 @@ fn run_between(
         .wait_for_beats(BEATS_AFTER, Duration::from_secs(30))
         .context("destination")?;
 
-    let seen = compare(&source.console.beats(), &destination.console.beats(), tsc_khz, began)?;
-    Ok(Sample {
-        total_ms: total.as_secs_f64() * 1e3,
-        gap_ms: seen.gap_ms,
+    let (before, after) = (source.console.beats(), destination.console.beats());
+    let seen = compare(&before, &after, tsc_khz, Times { calm, began })?;
+    Ok(Within::Ended(Box::new(Sample {
         reported_downtime_ms: report["downtime"].as_f64(),
-        reader_gap_ms: Some(seen.reader_gap_ms),
         bytes: report["ram"]["transferred"].as_f64(),
-        clock_lost_ms: Some(seen.clock_lost_ms),
         cpu_s,
-    })
+        ..Sample::of(total.as_secs_f64() * 1e3, seen)
+    })))
+}
+
+/// What it says of a migration that still copies; `None` of one that does not.
+fn goes_on(source: &mut Machine) -> Result<Option<String>> {
+    let report = source.qmp.execute("query-migrate", json!({}))?;
+    let memory = &report["ram"];
+    let told = || {
+        let mib = |bytes: &Value| bytes.as_f64().unwrap_or(f64::NAN) / f64::from(1 << 20);
+        format!(
+            "{:.0} MiB sent, {:.0} MiB left, {} pages dirtied a second, downtime of {} ms expected",
+            mib(&memory["transferred"]),
+            mib(&memory["remaining"]),
+            memory["dirty-pages-rate"],
+            report["expected-downtime"]
+        )
+    };
+    Ok((report["status"] == "active").then(told))
 }
 
 fn prepare(machine: &mut Machine, mode: Mode) -> Result<()> {

@@ -1,5 +1,8 @@
 //! Migrations over a link that is slower than memory: two network namespaces, and a veth pair between them that `tc` shapes, the same for all.
 
+mod outrun;
+mod rate;
+
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
@@ -24,13 +27,16 @@ const WAYS: [(&str, &str); 4] = [
 /// # Errors
 /// If the link cannot be made, or nothing builds.
 pub(super) fn run(options: &Options, rate: &str) -> Result<ExitCode> {
-    let wanted = |workload: &&Workload| {
-        let text = options.workload.as_deref();
-        text.is_none_or(|text| workload.name.contains(text))
-    };
-    let workloads: Vec<_> = workload::OVER_A_LINK.iter().filter(wanted).collect();
-    if workloads.is_empty() {
-        bail!("no workload over a link has that in its name");
+    let wanted = |name: &str| options.workload.as_deref().is_none_or(|text| name.contains(text));
+    let workloads: Vec<_> = workload::OVER_A_LINK.iter().filter(|w| wanted(w.name)).collect();
+    let outrun = wanted(workload::OUTRUN).then(|| outrun::workload(rate)).transpose()?;
+    if workloads.is_empty() && outrun.is_none() {
+        let names = workload::OVER_A_LINK.iter().map(|w| w.name);
+        let names: Vec<_> = names.chain([workload::OUTRUN]).collect();
+        bail!(
+            "no workload over a link has that in its name; there are {}",
+            names.join(", ")
+        );
     }
     if options.peer == Some(Peer::Qemu) {
         qemu::check()?;
@@ -43,7 +49,8 @@ pub(super) fn run(options: &Options, rate: &str) -> Result<ExitCode> {
             measure(&link, workload, options, &ferry)
         })?;
         println!("\nover {rate}:");
-        table::print_rows(workload, own.iter().chain(&peers));
+        table::print_head(workload);
+        table::print_rows(own.iter().chain(&peers));
         let (compressed, plain): (Vec<_>, Vec<_>) = peers.into_iter().partition(|peer| peer.name().contains("zstd"));
         for contender in &own {
             println!("{}, beside its peers without and with compression:", contender.name());
@@ -57,6 +64,14 @@ pub(super) fn run(options: &Options, rate: &str) -> Result<ExitCode> {
             "link": rate,
             "contenders": all().map(Contender::to_json).collect::<Vec<_>>(),
         }));
+    }
+    if let Some(workload) = outrun {
+        let (measured, has_failed) = in_network_of_its_own(|| {
+            let link = ShapedLink::join(rate)?;
+            outrun::measure(&link, rate, &workload, options, &ferry)
+        })?;
+        record.push(measured);
+        failed |= has_failed;
     }
     write_record(options, record)?;
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
