@@ -251,6 +251,7 @@ fn a_disk_without_room_at_the_destination_is_refused_before_anything_moves(pair:
 fn a_destination_that_fills_while_a_disk_is_copied_says_so_and_keeps_nothing(pair: &mut Pair) -> Result<()> {
     expect_a_lost_peer(pair);
     pair.expect_complaint("No space left");
+    pair.expect_complaint("there is room for what a disk holds now");
     let folders = apart(pair)?;
     let witness = run(pair, &folders)?;
     // What is looked for is there, and then somebody else takes it.
@@ -258,9 +259,9 @@ fn a_destination_that_fills_while_a_disk_is_copied_says_so_and_keeps_nothing(pai
     let at_b = |what: &str| command("nsenter", &["--mount", "--target", &pid, "sh", "-c", what]);
     at_b(&format!("mount -t tmpfs -o size=16M none {}", folders.both.display()))?;
     let slow = ["--bandwidth", "40Mbit", "--resume-window", "20s"];
-    let underway = pair.migrate_until("g", &slow, |record| Ok(record.number("disk_processed")? > 0.0))?;
+    let underway = pair.migrate_until("g", &slow, |record| Ok(record.record["status"] == "running"))?;
     at_b(&format!(
-        "head -c 14M /dev/zero > {}/other || true",
+        "head -c 16M /dev/zero > {}/other || true",
         folders.both.display()
     ))?;
 

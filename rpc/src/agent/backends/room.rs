@@ -17,46 +17,60 @@ use crate::lock_file::{self, Holder};
 /// What blocks of files are counted in.
 const SECTOR: u64 = 512;
 
-/// What is promised to disks while they are copied here, by migration.
+/// What is promised to disks while they are copied here. Looking for room may take as long as a network file system likes, so nobody waits for
+/// who looks: who finds that others were promised some meanwhile looks again.
 #[derive(Default)]
-pub(crate) struct Promises {
-    /// Who has it looks for room and promises it; the others wait.
-    pub(crate) turn: tokio::sync::Mutex<()>,
-    made: Arc<Mutex<ByMigration>>,
-}
+pub(crate) struct Promises(Arc<Mutex<Made>>);
 
-type ByMigration = HashMap<Uuid, Vec<Promised>>;
+#[derive(Debug, Default)]
+struct Made {
+    by_migration: HashMap<Uuid, Vec<Promised>>,
+    /// How many were ever made.
+    count: u64,
+}
 
 /// A promise of room. Dropping it takes it back.
 #[derive(Debug)]
 pub(crate) struct Promise {
     migration: Uuid,
-    made: Arc<Mutex<ByMigration>>,
+    made: Arc<Mutex<Made>>,
 }
 
 impl Promises {
     /// All that is promised now.
     pub(crate) fn all(&self) -> Vec<Promised> {
-        lock(&self.made).values().flatten().cloned().collect()
+        lock(&self.0).by_migration.values().flatten().cloned().collect()
     }
 
-    /// Promises a migration what its disks need.
-    pub(crate) fn promise(&self, migration: Uuid, needs: Vec<Promised>) -> Promise {
-        lock(&self.made).insert(migration, needs);
-        Promise {
-            migration,
-            made: Arc::clone(&self.made),
+    /// How many promises were ever made.
+    pub(crate) fn count(&self) -> u64 {
+        lock(&self.0).count
+    }
+
+    /// Promises a migration what its disks need, unless another promise was made since there were so many.
+    pub(crate) fn promise(&self, migration: Uuid, needs: &[Promised], count: u64) -> Option<Promise> {
+        let mut made = lock(&self.0);
+        if !needs.is_empty() {
+            if made.count != count {
+                return None;
+            }
+            made.count += 1;
         }
+        made.by_migration.insert(migration, needs.to_vec());
+        Some(Promise {
+            migration,
+            made: Arc::clone(&self.0),
+        })
     }
 }
 
 impl Drop for Promise {
     fn drop(&mut self) {
-        lock(&self.made).remove(&self.migration);
+        lock(&self.made).by_migration.remove(&self.migration);
     }
 }
 
-fn lock(made: &Mutex<ByMigration>) -> MutexGuard<'_, ByMigration> {
+fn lock(made: &Mutex<Made>) -> MutexGuard<'_, Made> {
     made.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -307,7 +321,9 @@ mod tests {
             bytes: 1 << 20,
         };
         let promises = Promises::default();
-        let promise = promises.promise(Uuid::from_u128(7), vec![needs.clone()]);
+        let promise = promises.promise(Uuid::from_u128(7), &[needs.clone()], 0);
+        let late = promises.promise(Uuid::from_u128(8), &[needs.clone()], 0);
+        assert!(late.is_none(), "it knew nothing of the other");
         assert_eq!(promises.all(), [needs.clone()]);
         assert_eq!(needs.outstanding(), 1 << 20);
         fs::write(&needs.path, vec![1; 1 << 19]).unwrap();

@@ -198,13 +198,14 @@ impl Agent {
         }
         self.clear_the_way(guest.instance).await;
         let reserved = self.reserve(id, guest.instance, &guest.spec).await?;
-        let turn = self.room.turn.lock().await;
-        let plan = self
-            .plan_storage(&guest.spec, guest.storage, guest.coming(), Vec::new())
-            .await?;
-        guest.copied_disks = plan.copied;
-        guest.room = Some(self.room.promise(id, plan.needs));
-        drop(turn);
+        while guest.room.is_none() {
+            let promised = self.room.count();
+            let plan = self
+                .plan_storage(&guest.spec, guest.storage, guest.coming(), Vec::new())
+                .await?;
+            guest.room = self.room.promise(id, &plan.needs, promised);
+            guest.copied_disks = plan.copied;
+        }
         // Before anything is sent here: a disk or a bridge that is missing is the more likely reason to say no.
         drop(
             self.open_backends(&without_disks(&guest.spec, &guest.copied_disks), guest.whose())
