@@ -112,7 +112,7 @@ pub(crate) fn moves(moves: &mut Moves<'_>) {
             }
         });
     }
-    // B cannot reach VMM A again, and agent A says that it is no more.
+    // B cannot reach VMM A again, and agent A says that it is no more: by itself, or once it is asked.
     let is_lost = b_lacks_pages && source.rows.migration.over && world.a.vmm.is_none();
     let Some(agent) = &world.b.agent else { return };
     if is_lost && agent.over && agent.todo.is_empty() && agent.attached {

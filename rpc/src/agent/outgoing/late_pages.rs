@@ -112,3 +112,43 @@ fn pages_of(row: &MigrationRow) -> LatePagesReply {
         ..LatePagesReply::default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ferry_proto::agent::v1::MigrationOptions;
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn row(over: bool, said: Option<&str>) -> MigrationRow {
+        MigrationRow {
+            id: Uuid::from_u128(1),
+            instance: Uuid::from_u128(2),
+            role: Role::Source,
+            peer: "b".to_owned(),
+            epoch: 1,
+            over,
+            armed: 1,
+            said: said.map(str::to_owned),
+            resumed: None,
+            user_paused: false,
+            options: MigrationOptions::default(),
+            info: MigrationInfo::default(),
+            began: 0,
+        }
+    }
+
+    #[test]
+    fn only_of_a_guest_that_was_given_away_and_of_which_nothing_is_left_the_pages_are_gone() {
+        assert!(pages_of(&row(true, Some("RUNNING"))).gone.contains("gone"));
+        // It is being taken up; it stayed here, or a person ended it; nobody ever said.
+        for row in [
+            row(false, Some("RUNNING")),
+            row(true, Some("SRC")),
+            row(true, Some("run-here")),
+            row(true, None),
+        ] {
+            assert_eq!(pages_of(&row), LatePagesReply::default());
+        }
+    }
+}
