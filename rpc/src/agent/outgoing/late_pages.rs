@@ -135,12 +135,21 @@ mod tests {
             options: MigrationOptions::default(),
             info: MigrationInfo::default(),
             began: 0,
+            peer_journal: None,
         }
     }
 
     #[test]
     fn only_of_a_guest_that_was_given_away_and_of_which_nothing_is_left_the_pages_are_gone() {
         assert!(pages_of(&row(true, Some("RUNNING"))).gone.contains("gone"));
+        let mut freed = row(true, Some("discard-here"));
+        assert_eq!(
+            pages_of(&freed),
+            LatePagesReply::default(),
+            "the guest may never have left"
+        );
+        freed.info.step = SourceStep::Serve.row().word.to_owned();
+        assert!(pages_of(&freed).gone.contains("gone"));
         // It is being taken up; it stayed here, or a person ended it; nobody ever said.
         for row in [
             row(false, Some("RUNNING")),
