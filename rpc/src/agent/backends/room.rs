@@ -226,6 +226,8 @@ fn make_lock_file(image: &Path, holder: &Holder) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::slice;
+
     use ferry_proto::agent::v1::DiskSpec;
 
     use super::*;
@@ -321,10 +323,10 @@ mod tests {
             bytes: 1 << 20,
         };
         let promises = Promises::default();
-        let promise = promises.promise(Uuid::from_u128(7), &[needs.clone()], 0);
-        let late = promises.promise(Uuid::from_u128(8), &[needs.clone()], 0);
+        let promise = promises.promise(Uuid::from_u128(7), slice::from_ref(&needs), 0);
+        let late = promises.promise(Uuid::from_u128(8), slice::from_ref(&needs), 0);
         assert!(late.is_none(), "it knew nothing of the other");
-        assert_eq!(promises.all(), [needs.clone()]);
+        assert_eq!(promises.all(), slice::from_ref(&needs));
         assert_eq!(needs.outstanding(), 1 << 20);
         fs::write(&needs.path, vec![1; 1 << 19]).unwrap();
         File::open(&needs.path).unwrap().sync_all().unwrap();
