@@ -418,11 +418,9 @@ impl ComputeRpcApi {
 
     async fn create_and_cast(&self, peer: &Peer, record: &LiveMigrationCast) -> Result<Receipt, Failure> {
         self.check_can_say(peer, record.options.as_ref().and_then(novelty))?;
+        let create = |mut client: ComputeClient, request| async move { client.create_migration(request).await };
         let created = self
-            .call(peer, CALL_TIME, |mut client, version| {
-                let request = at(version, record.clone());
-                async move { client.create_migration(request).await }
-            })
+            .call_of_migration(Call::CreateMigration, CALL_TIME, record.clone(), create)
             .await?;
         let by_instance = LiveMigrationCast {
             instance: record.instance.clone(),
@@ -440,9 +438,11 @@ impl ComputeRpcApi {
             rpc_version: self.version().to_string(),
             ..record.clone()
         };
-        let request = at(self.version(), record);
-        let cast = |mut client: ComputeClient| async move { client.live_migration(request).await };
-        peer.ask(&self.context, CALL_TIME, cast).await
+        let cast = |mut client: ComputeClient| {
+            let request = at(self.version(), record.clone());
+            async move { client.live_migration(request).await }
+        };
+        peer.call(&self.context, Call::LiveMigration, CALL_TIME, cast).await
     }
 
     /// A call at the version that is thought right; where that is refused, once more at the one that the host speaks.

@@ -142,7 +142,11 @@ impl Failure {
     /// What a gRPC client sees of it first.
     pub(crate) fn code(&self) -> Code {
         match self {
-            Self::NotFound { .. } => Code::NotFound,
+            Self::NotFound { .. }
+            | Self::Denied {
+                reason: Reason::DestinationUnknown,
+                ..
+            } => Code::NotFound,
             Self::Refused(_) | Self::Denied { .. } => Code::FailedPrecondition,
             Self::Invalid(_) => Code::InvalidArgument,
             Self::Unavailable(_) => Code::Unavailable,

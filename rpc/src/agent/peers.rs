@@ -41,9 +41,11 @@ pub(crate) type ComputeClient = compute_client::ComputeClient<Connection>;
 /// A client of a peer's `Conductor` service.
 pub(crate) type ConductorClient = conductor_client::ConductorClient<Connection>;
 
-/// The calls of a migration from one agent to the other.
+/// The calls of a migration from one agent to the other, and before them the cast from its conductor to the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Call {
+    LiveMigration,
+    CreateMigration,
     PreLiveMigration,
     PutImage,
     Expect,

@@ -137,6 +137,8 @@ sites! {
         RowDestinationOver = "b.row-over",
     }
     Call {
+        CallCast = "call.live-migration",
+        CallCreate = "call.create-migration",
         CallPrepare = "call.pre-live-migration",
         CallPutImage = "call.put-image",
         CallExpect = "call.expect",
@@ -267,6 +269,8 @@ impl From<&DestinationEffect> for Site {
 impl From<Call> for Site {
     fn from(call: Call) -> Self {
         match call {
+            Call::LiveMigration => Self::CallCast,
+            Call::CreateMigration => Self::CallCreate,
             Call::PreLiveMigration => Self::CallPrepare,
             Call::PutImage => Self::CallPutImage,
             Call::Expect => Self::CallExpect,

@@ -108,6 +108,8 @@ pub(crate) fn reach(site: Site) -> Reach {
         // From here on the guest is B's for good, and A's VMM keeps nothing but its memory.
         Site::RowServing | Site::OrderServePages | Site::AnswerToServePages => Reach::On(Late, Outside),
 
+        // A cell's conductor is the source's own agent, which sends itself nothing: the scenarios of casts go by them.
+        Site::CallCast | Site::CallCreate => Reach::AfterFault,
         Site::CallPrepare | Site::CallPutImage | Site::CallHeartbeat => Reach::On(Straight, Outside),
         Site::CallExpect | Site::CallPost => Reach::On(Straight, Switchover),
         Site::CallDecide => Reach::On(Asked, Switchover),

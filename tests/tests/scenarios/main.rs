@@ -11,6 +11,7 @@ mod alphabet;
 mod block_devices;
 mod callers;
 mod carried;
+mod casts;
 mod clients;
 mod cold;
 mod compress;
@@ -100,6 +101,7 @@ fn main() -> ExitCode {
         hugepages::trials(),
         resume::trials(),
         carried::trials(),
+        casts::trials(),
         agents::trials(),
         progress::trials(),
         upgrades::trials(),

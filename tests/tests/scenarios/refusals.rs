@@ -114,6 +114,7 @@ fn an_unknown_host_is_not_found(pair: &mut Pair) -> Result<()> {
     pair.a
         .ferry(&["migrate", "g", "--to", "atlantis"])?
         .exit(3)?
+        .says("DESTINATION_UNKNOWN")?
         .says("atlantis")?;
 
     pair.runs_only_at(&pair.a, "g", &witness)

@@ -129,7 +129,7 @@ impl ComputeRpcApi {
     }
 
     /// A call at the version that is thought right; where that is refused, once more at the one that the host speaks.
-    async fn call_of_migration<M, T, F>(
+    pub(super) async fn call_of_migration<M, T, F>(
         &self,
         call: Call,
         patience: Duration,

@@ -279,10 +279,10 @@ pub(super) fn considered(
         .filter(|candidate| candidate.host == named)
         .collect();
     match found.is_empty() {
-        true => Err(Failure::NotFound {
-            what: format!("host {named:?} (known hosts: {})", known.join(", ")),
-            moved_to: None,
-        }),
+        true => Err(Failure::denied(
+            Reason::DestinationUnknown,
+            format!("host {named:?} is not known here (known hosts: {})", known.join(", ")),
+        )),
         false => Ok(found),
     }
 }
