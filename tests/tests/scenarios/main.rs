@@ -23,6 +23,7 @@ mod events;
 mod faults;
 mod fields;
 mod foreign;
+mod full_journals;
 #[expect(dead_code, reason = "the matrix asks more of it")]
 #[path = "../matrix/gate.rs"]
 mod gate;
@@ -114,6 +115,7 @@ fn main() -> ExitCode {
         callers::trials(),
         fields::trials(),
         foreign::trials(),
+        full_journals::trials(),
         clients::trials(),
         selftest::trials(),
         silence::trials(),
