@@ -1,14 +1,12 @@
 //! A second network beside that of the calling thread, and a link of some rate between them, as between two hosts.
 
-use std::fs;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 
 use crate::host::Host;
+use crate::network::{Network, call};
 use crate::pair::Pair;
-use crate::waiting::{CALL, until};
 
 /// The link's address on the calling thread's side, where host `a` is.
 pub const NEAR: &str = "198.51.100.1";
@@ -20,11 +18,10 @@ pub const FAR: &str = "198.51.100.2";
 const NEAR_END: &str = "near";
 const FAR_END: &str = "far";
 
-/// A network of its own, joined to that of the calling thread. It is there for as long as a process is in it, and goes with its last one: dropping this, or the
-/// end of this process however it comes, ends the one that holds it.
+/// A network of its own, joined to that of the calling thread. It goes as a [`Network`] does.
 #[derive(Debug)]
 pub struct ShapedLink {
-    holder: Child,
+    far: Network,
 }
 
 impl ShapedLink {
@@ -33,24 +30,13 @@ impl ShapedLink {
     /// # Errors
     /// If they cannot be made: this needs root, and iproute2.
     pub fn join(rate: &str) -> Result<Self> {
-        // It waits for its standard input to end, which it does with this process at the latest.
-        let holder = Command::new("unshare")
-            .args(["--net", "sh", "-c", "read nothing"])
-            .stdin(Stdio::piped())
-            .spawn()
-            .context("failed to start unshare")?;
-        let link = Self { holder };
-        let here = fs::read_link("/proc/thread-self/ns/net")?;
-        until("there is another network", CALL, || {
-            Ok((fs::read_link(link.namespace())? != here).then_some(()))
-        })?;
-        let owner = link.holder.id().to_string();
+        let link = Self { far: Network::make()? };
         call(&["ip", "link", "add", NEAR_END, "type", "veth", "peer", "name", FAR_END])?;
-        call(&["ip", "link", "set", FAR_END, "netns", &owner])?;
+        link.far.take(FAR_END)?;
         call(&["ip", "address", "add", &format!("{NEAR}/24"), "dev", NEAR_END])?;
-        link.call_there(&["ip", "address", "add", &format!("{FAR}/24"), "dev", FAR_END])?;
-        link.call_there(&["ip", "link", "set", "lo", "up"])?;
-        link.call_there(&["ip", "link", "set", FAR_END, "up"])?;
+        let far = |words: &[&str]| link.far.call(words);
+        far(&["ip", "address", "add", &format!("{FAR}/24"), "dev", FAR_END])?;
+        far(&["ip", "link", "set", FAR_END, "up"])?;
         link.heal()?;
         link.set_rate(rate)?;
         Ok(link)
@@ -67,7 +53,7 @@ impl ShapedLink {
             ]
         };
         call(&shape(NEAR_END))?;
-        self.call_there(&shape(FAR_END))
+        self.far.call(&shape(FAR_END))
     }
 
     /// From now on nothing gets across.
@@ -86,10 +72,16 @@ impl ShapedLink {
         call(&["ip", "link", "set", NEAR_END, "up"])
     }
 
+    /// The other network.
+    #[must_use]
+    pub fn far(&self) -> &Network {
+        &self.far
+    }
+
     /// The other network, as a file.
     #[must_use]
     pub fn namespace(&self) -> PathBuf {
-        format!("/proc/{}/ns/net", self.holder.id()).into()
+        self.far.namespace()
     }
 
     /// From their next starts on, the agents of this pair are on the two sides.
@@ -108,29 +100,11 @@ impl ShapedLink {
         allow(&mut pair.b);
         pair.expect_complaint("insecure-network");
     }
-
-    fn call_there(&self, words: &[&str]) -> Result<()> {
-        let namespace = format!("--net={}", self.namespace().display());
-        call(&[&["nsenter", &namespace], words].concat())
-    }
 }
 
 impl Drop for ShapedLink {
     fn drop(&mut self) {
-        let _ = self.holder.kill();
-        let _ = self.holder.wait();
         // Whoever is still in the other network is cut off.
         let _ = call(&["ip", "link", "delete", NEAR_END]);
     }
-}
-
-fn call(words: &[&str]) -> Result<()> {
-    let [program, arguments @ ..] = words else {
-        return Ok(());
-    };
-    let output = Command::new(program).args(arguments).output();
-    let output = output.with_context(|| format!("failed to call {program}"))?;
-    let told = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "`{}`: {}", words.join(" "), told.trim());
-    Ok(())
 }

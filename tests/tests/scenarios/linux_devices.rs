@@ -8,10 +8,10 @@ use anyhow::{Context, Result, bail, ensure};
 use ferry_linux_guest::chain;
 use ferry_tests::echo::EchoClient;
 use ferry_tests::linux::{BOOT, Console, Linux, wait_printed};
-use ferry_tests::{Host, Pair, waiting::CALL};
+use ferry_tests::{Host, Pair, ShapedLink, Switch, waiting::CALL};
 use libtest_mimic::Trial;
 
-use crate::scenario::{command, in_a_network, ip, make_file_system};
+use crate::scenario::{command, in_a_network, make_file_system};
 
 pub(crate) fn trials() -> Vec<Trial> {
     in_a_network![
@@ -22,16 +22,27 @@ pub(crate) fn trials() -> Vec<Trial> {
 
 const GUEST: &str = "10.9.0.2";
 
-/// A bridge with an address of its own: one without takes that of a port, and changes it when a guest comes or goes.
-fn make_bridge() -> Result<()> {
-    ip(&["link", "add", "br0", "address", "02:00:00:00:00:01", "type", "bridge"])?;
-    ip(&["address", "add", "10.9.0.1/24", "dev", "br0"])?;
-    ip(&["link", "set", "br0", "up"])?;
-    Ok(())
+/// Two hosts, each with a bridge in a network of its own, and a client at the switch that both hang on.
+fn two_hosts_at_a_switch(pair: &mut Pair) -> Result<(ShapedLink, Switch)> {
+    let link = ShapedLink::join("10gbit")?;
+    let switch = Switch::between(&link)?;
+    for host in [&mut pair.a, &mut pair.b] {
+        host.terminate()?;
+    }
+    link.part(pair);
+    let guest = ferry_linux_guest::image()?;
+    let folders = [&guest.kernel, &guest.initramfs].map(|file| file.parent().unwrap_or(file).display().to_string());
+    for host in [&mut pair.a, &mut pair.b] {
+        for folder in &folders {
+            host.arguments.extend(["--image-dir".to_owned(), folder.clone()]);
+        }
+        host.start()?;
+    }
+    Ok((link, switch))
 }
 
 fn a_writer_and_a_connection_notice_no_move(pair: &mut Pair) -> Result<()> {
-    make_bridge()?;
+    let (_link, switch) = two_hosts_at_a_switch(pair)?;
     let disk = pair.folder().join("g.img");
     make_file_system(&disk)?;
     Linux::new("g")?
@@ -42,7 +53,8 @@ fn a_writer_and_a_connection_notice_no_move(pair: &mut Pair) -> Result<()> {
         .run(&pair.a)?;
     wait_printed(&pair.a, "ECHO port=7000", 1, BOOT)?;
     wait_printed(&pair.a, "RECORDS", 1, BOOT)?;
-    let client = EchoClient::start(format!("{GUEST}:7000").parse()?, |_| {})?;
+    let server = format!("{GUEST}:7000").parse()?;
+    let client = switch.network().within(|| EchoClient::start(server, |_| {}))?;
 
     let mut gaps = Vec::new();
     for _ in 0..5 {
