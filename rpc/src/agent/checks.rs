@@ -148,6 +148,7 @@ impl Agent {
             source: request.source,
             epoch: told.epoch,
             sizes: told.disk_sizes,
+            may_over_commit: !request.no_disk_over_commit,
         };
         let Planned { copied, failed, .. } = self.plan_each(&spec, storage, &coming).await;
         let (unplanned, failures): (Vec<_>, Vec<_>) = failed.into_iter().unzip();

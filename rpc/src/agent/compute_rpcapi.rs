@@ -112,6 +112,7 @@ fn novelty(options: &MigrationOptions) -> Option<&'static str> {
         (options.resume_window_ms > 0, "waiting for a link that is lost"),
         (new_transport(&options.transport).is_some(), CARRYING),
         (options.verify, "comparing what is moved"),
+        (options.no_disk_over_commit, "room for all that a disk may hold"),
         (
             !matches!(&*options.compress, "" | "auto" | "off"),
             "compressing what is moved",

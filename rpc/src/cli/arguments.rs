@@ -346,6 +346,10 @@ pub(super) struct MigrateArguments {
     /// takes each as the destination has it
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = ["auto", "shared", "copy"])]
     pub(super) storage: String,
+    /// `no`: a disk that is copied must find room at the destination for all that it may ever hold, which is kept for it. `yes`: for what it
+    /// holds now
+    #[arg(long, value_name = "yes|no", default_value = "yes", value_parser = ["yes", "no"])]
+    pub(super) disk_over_commit: String,
     /// The guest stands still from the first page on, and runs there when all is there; a stopped instance moves with its disks and stays stopped
     #[arg(long, conflicts_with_all = ["max_downtime", "on_timeout", "mode", "auto_converge"])]
     pub(super) cold: bool,

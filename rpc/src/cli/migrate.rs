@@ -192,6 +192,7 @@ fn request(arguments: &MigrateArguments) -> LiveMigrateRequest {
             verify: arguments.verify,
             hold_at: arguments.hold_at.clone(),
             storage: arguments.storage.clone(),
+            no_disk_over_commit: arguments.disk_over_commit == "no",
             max_throttle_percent: if arguments.auto_converge {
                 arguments.max_throttle
             } else {

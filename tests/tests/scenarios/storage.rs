@@ -17,6 +17,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_disk_that_is_there_already_is_not_written_over,
         an_aborted_copy_leaves_the_source_as_it_was_and_nothing_at_the_destination,
         a_disk_without_room_at_the_destination_is_refused_before_anything_moves,
+        a_disk_finds_room_for_what_it_holds_or_for_all_that_it_may_hold,
         a_destination_that_fills_while_a_disk_is_copied_says_so_and_keeps_nothing,
         a_local_disk_moves_over_grpc,
         a_local_disk_comes_before_the_guest_and_its_memory_late,
@@ -245,6 +246,28 @@ fn a_disk_without_room_at_the_destination_is_refused_before_anything_moves(pair:
     pair.migrate("g", &[])?.exit(4)?.says("host b")?.says("are free")?;
 
     is_whole(folders.a.join("g.img"))?;
+    pair.runs_only_at(&pair.a, "g", &witness)
+}
+
+fn a_disk_finds_room_for_what_it_holds_or_for_all_that_it_may_hold(pair: &mut Pair) -> Result<()> {
+    pair.expect_complaint("there is room for what a disk holds now");
+    let folders = apart(pair)?;
+    let witness = run(pair, &folders)?;
+    let small = format!("mount -t tmpfs -o size=24M none {}", folders.both.display());
+    let pid = pair.b.pid().unwrap_or_default().to_string();
+    command("nsenter", &["--mount", "--target", &pid, "sh", "-c", &small])?;
+    let whole = ["--disk-over-commit", "no"];
+
+    pair.migrate("g", &whole)?.exit(4)?.says("may come to 64 MiB")?;
+    pair.migrate("g", &[&whole[..], &["--dry-run", "--sample", "none"]].concat())?
+        .exit(4)?
+        .says("may come to 64 MiB")?;
+    pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
+    let back = [&["migrate", "g", "--to", "a"], &whole[..]].concat();
+    pair.b.ferry(&back)?.exit(0)?.migration()?.is("completed", "a")?;
+
+    let here = fs::metadata(folders.a.join("g.img"))?;
+    ensure!(here.len() == SIZE && here.blocks() * 512 >= SIZE, "{here:?}");
     pair.runs_only_at(&pair.a, "g", &witness)
 }
 

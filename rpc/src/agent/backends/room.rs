@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ferry_proto::agent::v1::{DiskSize, InstanceSpec};
-use rustix::fs::OFlags;
+use rustix::fs::{FallocateFlags, OFlags, fallocate};
 use uuid::Uuid;
 
 use crate::agent::failure::Failure;
@@ -92,10 +92,11 @@ impl Promised {
 }
 
 /// Whether what the source's file takes has room besides what others are promised; the rest of a sparse one is the guest's to fill, as it
-/// was at the source.
+/// was at the source. Where that may not be, whether all that it may ever hold has.
 pub(super) fn check<'a>(
     path: &Path,
     size: &DiskSize,
+    may_over_commit: bool,
     others: impl Iterator<Item = &'a Promised>,
 ) -> Result<Promised, String> {
     let folder = path.parent().unwrap_or(path);
@@ -106,7 +107,11 @@ pub(super) fn check<'a>(
     let others = others.filter(|other| other.device == device && other.path != path);
     let promised = others.map(Promised::outstanding).sum::<u64>();
     let left = free.saturating_sub(promised);
-    if size.allocated_bytes > left {
+    let needed = match may_over_commit {
+        true => size.allocated_bytes,
+        false => size.bytes,
+    };
+    if needed > left {
         let of_others = match promised {
             0 => String::new(),
             _ => format!(
@@ -115,8 +120,9 @@ pub(super) fn check<'a>(
             ),
         };
         return Err(format!(
-            "it takes {} MiB, and {} MiB are free in {}{of_others}",
-            size.allocated_bytes >> 20,
+            "it {} {} MiB, and {} MiB are free in {}{of_others}",
+            if may_over_commit { "takes" } else { "may come to" },
+            needed >> 20,
             free >> 20,
             folder.display()
         ));
@@ -132,11 +138,11 @@ pub(super) fn check<'a>(
     Ok(Promised {
         device,
         path: path.to_owned(),
-        bytes: size.allocated_bytes,
+        bytes: needed,
     })
 }
 
-/// Makes room for the disks that are to be copied: files of the right size, all hole, each with a lock file that says whose it is, under no epoch
+/// Makes room for the disks that are to be copied: files of the right size, all hole unless all of their room is to be kept for them, each with a lock file that says whose it is, under no epoch
 /// yet: until its VMM has the guest, nobody may take it for the guest's disk.
 ///
 /// # Errors
@@ -145,13 +151,14 @@ pub(crate) fn make_room(
     spec: &InstanceSpec,
     copied: &[u32],
     sizes: &[DiskSize],
+    may_over_commit: bool,
     holder: &Holder,
 ) -> Result<(), Failure> {
     for &number in copied {
         let Some((disk, size)) = spec.disks.get(number as usize).zip(sizes.get(number as usize)) else {
             continue;
         };
-        make_image(Path::new(&disk.path), size.bytes, holder).map_err(Failure::host(format!(
+        make_image(Path::new(&disk.path), size.bytes, may_over_commit, holder).map_err(Failure::host(format!(
             "host {} failed to make room for disk {}",
             holder.host, disk.path
         )))?;
@@ -161,9 +168,13 @@ pub(crate) fn make_room(
 
 /// The image gets its size last: one without a size and without a name beside it is what an agent left that was killed in between, and
 /// nobody's disk.
-fn make_image(path: &Path, bytes: u64, holder: &Holder) -> io::Result<()> {
+fn make_image(path: &Path, bytes: u64, may_over_commit: bool, holder: &Holder) -> io::Result<()> {
     let image = File::options().write(true).create_new(true).mode(0o600).open(path)?;
-    let made = make_lock_file(path, holder).and_then(|()| image.set_len(bytes));
+    let give_size = || match may_over_commit {
+        true => image.set_len(bytes),
+        false => Ok(fallocate(&image, FallocateFlags::empty(), 0, bytes)?),
+    };
+    let made = make_lock_file(path, holder).and_then(|()| give_size());
     made.inspect_err(|_| {
         // Whoever finds it would refuse to write over it.
         let removed = fs::remove_file(path);
@@ -263,10 +274,10 @@ mod tests {
             ..DiskSize::default()
         }];
         let holder = holder();
-        make_room(&spec(&path), &[0], &sizes, &holder).unwrap();
+        make_room(&spec(&path), &[0], &sizes, true, &holder).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().len(), 1 << 30);
         assert!(fs::metadata(&path).unwrap().blocks() < 100);
-        assert!(make_room(&spec(&path), &[0], &sizes, &holder).is_err());
+        assert!(make_room(&spec(&path), &[0], &sizes, true, &holder).is_err());
         let paths = [path.to_str().unwrap().to_owned()];
         remove(&paths, Uuid::from_u128(2), "b");
         remove(&paths, INSTANCE, "a");
@@ -284,12 +295,12 @@ mod tests {
             ..DiskSize::default()
         }];
         fs::create_dir(lock_file::path_of(&path)).unwrap();
-        assert!(make_room(&spec(&path), &[0], &sizes, &holder()).is_err());
+        assert!(make_room(&spec(&path), &[0], &sizes, true, &holder()).is_err());
         assert!(!path.exists(), "a later attempt would be refused");
         fs::remove_dir(lock_file::path_of(&path)).unwrap();
-        make_room(&spec(&path), &[0], &sizes, &holder()).unwrap();
+        make_room(&spec(&path), &[0], &sizes, true, &holder()).unwrap();
         // Not even a disk of another is touched where one cannot be made.
-        assert!(make_room(&spec(&path), &[0], &sizes, &holder()).is_err());
+        assert!(make_room(&spec(&path), &[0], &sizes, true, &holder()).is_err());
         assert_eq!(fs::metadata(&path).unwrap().len(), 1 << 20);
     }
 

@@ -54,6 +54,8 @@ pub(crate) struct Coming {
     pub(crate) source: String,
     pub(crate) epoch: u64,
     pub(crate) sizes: Vec<DiskSize>,
+    /// They may have room for what they hold now only; a guest that fills them may find the host's disk full.
+    pub(crate) may_over_commit: bool,
 }
 
 /// Where they come to.
@@ -115,7 +117,7 @@ pub(crate) fn plan(spec: &InstanceSpec, storage: Storage, coming: &Coming, here:
             )));
         }
         let others = here.promised.iter().chain(&plan.needs);
-        let needs = room::check(path, size, others).map_err(refused)?;
+        let needs = room::check(path, size, coming.may_over_commit, others).map_err(refused)?;
         plan.needs.push(needs);
         plan.copied.push(number);
     }
@@ -285,6 +287,7 @@ mod tests {
             source: "a".to_owned(),
             epoch: 3,
             sizes: sizes.to_vec(),
+            may_over_commit: true,
         };
         let plan = plan(&spec(path), storage, &coming, &here());
         plan.map(|plan| plan.copied).map_err(|failure| failure.to_string())
@@ -420,6 +423,7 @@ mod tests {
             source: "a".to_owned(),
             epoch: 3,
             sizes: vec![size.clone(), size],
+            may_over_commit: true,
         };
         let first = plan(&spec(&disks[0]), Storage::Auto, &coming, &here()).unwrap();
         assert_eq!(first.copied, [0]);

@@ -74,6 +74,7 @@ impl Agent {
             instance: instance.id.clone(),
             source: source.clone(),
             storage: options.storage.clone(),
+            no_disk_over_commit: options.no_disk_over_commit,
             mode: Mode::of(&options)?.as_str().to_owned(),
             dry_run: true,
             transport: options.transport.clone(),

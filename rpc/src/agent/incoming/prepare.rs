@@ -53,6 +53,7 @@ struct Guest {
     guest_was: String,
     storage: Storage,
     disk_sizes: Vec<DiskSize>,
+    may_over_commit: bool,
     /// Numbers of the disks whose contents come along.
     copied_disks: Vec<u32>,
     /// What they are promised.
@@ -119,6 +120,7 @@ impl Guest {
             guest_was: request.guest_was,
             storage,
             disk_sizes: request.disk_sizes,
+            may_over_commit: !request.no_disk_over_commit,
             copied_disks: Vec::new(),
             room: None,
             resume_window_ms: request.resume_window_ms.min(MOST_RESUME_WINDOW_MS),
@@ -142,6 +144,7 @@ impl Guest {
             source: self.source.clone(),
             epoch: self.epoch,
             sizes: self.disk_sizes.clone(),
+            may_over_commit: self.may_over_commit,
         }
     }
 
@@ -232,7 +235,8 @@ impl Agent {
             epoch: 0,
             pid: std::process::id(),
         };
-        room::make_room(&guest.spec, &guest.copied_disks, &guest.disk_sizes, &holder)
+        let (copied, sizes) = (&guest.copied_disks, &guest.disk_sizes);
+        room::make_room(&guest.spec, copied, sizes, guest.may_over_commit, &holder)
     }
 
     /// What becomes of each disk here, where these others come along. Looks only, and changes nothing.

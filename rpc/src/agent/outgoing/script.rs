@@ -295,6 +295,7 @@ impl Script {
             user_paused: self.row.user_paused,
             rpc_version: String::new(),
             storage: self.row.options.storage.clone(),
+            no_disk_over_commit: self.row.options.no_disk_over_commit,
             disk_sizes,
             mode: self.row.info.mode.clone(),
             transport: self.row.options.transport.clone(),
