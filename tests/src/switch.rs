@@ -27,7 +27,7 @@ pub struct Switch {
 }
 
 impl Switch {
-    /// Makes it, and a bridge [`br0`](BRIDGE) on each side of this link.
+    /// Makes it, and a bridge `br0` on each side of this link.
     ///
     /// # Errors
     /// If it cannot be made: this needs root, and iproute2.
