@@ -51,6 +51,8 @@ struct State {
     refused: u64,
     /// No page streams are let through.
     is_cut: bool,
+    /// None to the data port are.
+    is_closed: bool,
     /// Nothing at all is.
     is_cut_off: bool,
     threads: Vec<JoinHandle<()>>,
@@ -91,6 +93,7 @@ impl Relay {
                 made: 0,
                 refused: 0,
                 is_cut: false,
+                is_closed: false,
                 is_cut_off: false,
                 threads: Vec::new(),
             }),
@@ -139,6 +142,11 @@ impl Relay {
     /// Cuts every page stream, and lets no other through until [`Relay::heal`].
     pub fn cut(&self) {
         self.shared.cut(&Cut::All);
+    }
+
+    /// Lets nothing more through to the data port, as a firewall before it: streams over gRPC go on.
+    pub fn close_data_port(&self) {
+        self.shared.lock().is_closed = true;
     }
 
     /// Waits until so many streams more were not let through.
@@ -393,7 +401,7 @@ impl Shared {
         let ends = [caller.try_clone()?, callee.try_clone()?];
         let number = {
             let mut state = self.lock();
-            if state.is_cut {
+            if state.is_cut || state.is_closed {
                 state.refused += 1;
                 let _ = caller.shutdown(Shutdown::Both);
                 return Ok(());

@@ -79,7 +79,7 @@ fn moves(pair: &Pair, further: &[&str], witness: &Witness) -> Result<()> {
 /// A peer of A's whose data port nobody gets through to.
 fn closed(pair: &mut Pair) -> Result<Relay> {
     let relay = Relay::before(&pair.b, Tampering::Cuts)?;
-    relay.cut();
+    relay.close_data_port();
     pair.a.set_peer("b", &relay.url());
     pair.a.terminate()?;
     pair.a.start()?;
