@@ -135,7 +135,7 @@ impl Agent {
         note(&mut checks, "instance", Reason::AlreadyThere, taken, || {
             "neither it nor its name is there".to_owned()
         });
-        let lacks = self.lacks(&spec);
+        let lacks = self.lacks(&spec).await;
         note(&mut checks, "claim", Reason::Memory, lacks, || {
             "memory and vCPUs are there".to_owned()
         });

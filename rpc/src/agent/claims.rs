@@ -3,13 +3,20 @@
 //! An instance claims its memory and vCPUs while a VMM runs for it, or while one may come to: running, paused, on its way
 //! here, or indeterminate. A migration into here holds its claim from PREPARE on, and gives it back when it is forgotten.
 
+use std::time::Duration;
+
 use ferry_proto::agent::v1::InstanceSpec;
+use tokio::time::{Instant, timeout_at};
 
 use super::failure::Failure;
 use super::host;
 use super::instances::Agent;
 use super::journal::Status;
 use super::reason::Reason;
+
+/// How long instances are waited for, all together, that somebody works on: a look takes no time, but a start or the making of a machine takes
+/// seconds, and other hosts take one that does not answer for down.
+const PATIENCE: Duration = Duration::from_millis(200);
 
 /// Memory and processors, of what is claimed or of what may be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -94,16 +101,15 @@ impl Agent {
     }
 
     /// What is claimed here, or promised to those that are being prepared.
-    pub(crate) fn claimed(&self) -> Claims {
+    pub(crate) async fn claimed(&self) -> Claims {
+        let deadline = Instant::now() + PATIENCE;
         let mut claims = Claims::default();
         let mut promises = self.reservations.promises();
         for instance in self.instances.all() {
             promises.retain(|promise| promise.instance != instance.id);
-            // Nobody waits for an instance that is worked on: a start or the making of its machine takes seconds, and other hosts take one that does not
-            // answer for down. It is about to claim, or still does.
-            let is_off = instance
-                .state
-                .try_lock()
+            // One that is worked on is about to claim, or still does.
+            let is_off = timeout_at(deadline, instance.state.lock())
+                .await
                 .is_ok_and(|state| matches!(state.row.status, Status::Stopped | Status::Crashed));
             if !is_off {
                 claims = claims.and(instance.claim);
@@ -118,13 +124,13 @@ impl Agent {
     ///
     /// # Errors
     /// Says what is short.
-    pub(crate) fn check_claim(&self, spec: &InstanceSpec) -> Result<(), Failure> {
-        self.lacks(spec).into_iter().next().map_or(Ok(()), Err)
+    pub(crate) async fn check_claim(&self, spec: &InstanceSpec) -> Result<(), Failure> {
+        self.lacks(spec).await.into_iter().next().map_or(Ok(()), Err)
     }
 
     /// All that is short for an instance that comes here.
-    pub(crate) fn lacks(&self, spec: &InstanceSpec) -> Vec<Failure> {
-        self.claimed().lacks(self.claims_limit(), spec, self.host())
+    pub(crate) async fn lacks(&self, spec: &InstanceSpec) -> Vec<Failure> {
+        self.claimed().await.lacks(self.claims_limit(), spec, self.host())
     }
 }
 

@@ -188,7 +188,7 @@ impl ComputeService {
 #[tonic::async_trait]
 impl Compute for ComputeService {
     async fn host(&self, _: Request<HostRequest>) -> Answer<HostInfo> {
-        Ok(Response::new(self.0.host_info()))
+        Ok(Response::new(self.0.host_info().await))
     }
 
     async fn run_instance(&self, request: Request<RunInstanceRequest>) -> Answer<InstanceInfo> {

@@ -32,6 +32,20 @@ fn lock(host: &Host) -> Result<Connection> {
     Ok(connection)
 }
 
+/// A gate for each agent, which starts anew behind it.
+pub(crate) fn gates(pair: &mut Pair) -> Result<(Gate, Gate)> {
+    let folder = pair.folder().join("gate-of-b");
+    std::fs::create_dir(&folder)?;
+    let (at_a, at_b) = (Gate::open(pair.folder())?, Gate::open(&folder)?);
+    for (host, gate) in [(&mut pair.a, &at_a), (&mut pair.b, &at_b)] {
+        let flag = ["--fault-gate".to_owned(), gate.socket().display().to_string()];
+        host.arguments.extend(flag);
+        host.terminate()?;
+        host.start()?;
+    }
+    Ok((at_a, at_b))
+}
+
 /// A gate for each agent, and a guest at A.
 fn gated(pair: &mut Pair) -> Result<(Gate, Gate, Witness)> {
     let further = [
@@ -45,15 +59,7 @@ fn gated(pair: &mut Pair) -> Result<(Gate, Gate, Witness)> {
         "stream",
     ];
     expect_a_lost_peer_and(pair, &further);
-    let folder = pair.folder().join("gate-of-b");
-    std::fs::create_dir(&folder)?;
-    let (at_a, at_b) = (Gate::open(pair.folder())?, Gate::open(&folder)?);
-    for (host, gate) in [(&mut pair.a, &at_a), (&mut pair.b, &at_b)] {
-        let flag = ["--fault-gate".to_owned(), gate.socket().display().to_string()];
-        host.arguments.extend(flag);
-        host.terminate()?;
-        host.start()?;
-    }
+    let (at_a, at_b) = gates(pair)?;
     let witness = pair.run(&Guest::new("g"))?;
     Ok((at_a, at_b, witness))
 }
@@ -70,6 +76,14 @@ fn held(gate: &Gate) -> Result<()> {
     Ok(())
 }
 
+/// Agent A trades the attempt while the journal takes nothing, and the guest runs on.
+fn is_called_off(at_a: &Gate, witness: &Witness) -> Result<()> {
+    until("agent a calls the attempt off", MOVE, || {
+        Ok(at_a.is_past("a", Moment::Before, Site::AskTrade).then_some(()))
+    })?;
+    witness.wait_for_beats_at("a", 5)
+}
+
 fn stays_at_a(pair: &Pair, id: &str, witness: &Witness) -> Result<()> {
     pair.wait_over(id)?.is("failed", "a")?;
     pair.runs_only_at(&pair.a, "g", witness)?;
@@ -83,10 +97,7 @@ fn an_attempt_that_cannot_be_armed_is_called_off(pair: &mut Pair) -> Result<()> 
     held(&at_a)?;
     let locked = lock(&pair.a)?;
     at_a.say(Word::Go);
-    until("agent a calls the attempt off", MOVE, || {
-        Ok(at_a.is_past("a", Moment::Before, Site::AskTrade).then_some(()))
-    })?;
-    witness.wait_for_beats_at("a", 5)?;
+    is_called_off(&at_a, &witness)?;
 
     drop(locked);
 
@@ -100,10 +111,7 @@ fn an_attempt_that_cannot_be_expected_is_called_off(pair: &mut Pair) -> Result<(
     held(&at_b)?;
     let locked = lock(&pair.b)?;
     at_b.say(Word::Go);
-    until("agent a calls the attempt off", MOVE, || {
-        Ok(at_a.is_past("a", Moment::Before, Site::AskTrade).then_some(()))
-    })?;
-    witness.wait_for_beats_at("a", 5)?;
+    is_called_off(&at_a, &witness)?;
 
     drop(locked);
 

@@ -9,6 +9,7 @@ use libtest_mimic::Trial;
 use rustix::process::Signal;
 use serde_json::Value;
 
+use crate::full_journals::gates;
 use crate::gate::Gate;
 use crate::journal;
 use crate::postcopy::{BUSY, begin_with};
@@ -207,15 +208,7 @@ fn a_source_that_has_heard_the_decision_goes_on_without_the_destination(pair: &m
         pair,
         &["--fault-gate", "source", "transport", "VMM", "stream", "indeterminate"],
     );
-    let folder = pair.folder().join("gate-of-b");
-    std::fs::create_dir(&folder)?;
-    let (at_a, at_b) = (Gate::open(pair.folder())?, Gate::open(&folder)?);
-    for (host, gate) in [(&mut pair.a, &at_a), (&mut pair.b, &at_b)] {
-        let flag = ["--fault-gate".to_owned(), gate.socket().display().to_string()];
-        host.arguments.extend(flag);
-        host.terminate()?;
-        host.start()?;
-    }
+    let (at_a, at_b) = gates(pair)?;
     let witness = pair.run(&Guest::new("g"))?;
     at_b.hold(Moment::Before, Site::JournalClaimed);
     at_a.hold(Moment::Before, Site::JournalResumed);

@@ -12,8 +12,8 @@ use crate::agent::peers::{Heard, Peer};
 
 impl Agent {
     /// What this host is like now.
-    pub(crate) fn host_info(&self) -> HostInfo {
-        let (limit, claimed) = (self.claims_limit(), self.claimed());
+    pub(crate) async fn host_info(&self) -> HostInfo {
+        let (limit, claimed) = (self.claims_limit(), self.claimed().await);
         HostInfo {
             host: self.host().to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -49,7 +49,7 @@ impl Agent {
             up: true,
             last_heard: Some(crate::agent::outgoing::now_text()),
             error: None,
-            info: Some(self.host_info()),
+            info: Some(self.host_info().await),
         }];
         for (peer, _) in asked.await {
             hosts.push(status_of(&peer, peer.heard()));
@@ -63,7 +63,7 @@ impl Agent {
         let asked = ask_all(context, self.peers.all());
         let mut candidates = vec![Candidate {
             host: self.host().to_owned(),
-            answer: Ok(self.host_info()),
+            answer: Ok(self.host_info().await),
         }];
         for (peer, answer) in asked.await {
             let heard = peer.heard();

@@ -114,7 +114,7 @@ impl Agent {
             return busy("still sees the instance off that is to come back".to_owned());
         }
         check_incoming(self, instance, spec).await?;
-        self.check_claim(spec)?;
+        self.check_claim(spec).await?;
         let promise = Promise {
             instance,
             migrates: true,

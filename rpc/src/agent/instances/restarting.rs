@@ -146,6 +146,11 @@ impl Agent {
         let mut ask_again = ASK_AGAIN[0];
         while let Some(instance) = self.instances.by_id(id) {
             let mut state = instance.state.lock().await;
+            // Who waited for it may have waited for its end: nothing more is written of an instance that was deleted.
+            let is_here = self.instances.by_id(id).is_some_and(|now| Arc::ptr_eq(&now, &instance));
+            if !is_here {
+                continue;
+            }
             if self.write_end(&mut state).await.is_err() {
                 drop(state);
                 tokio::time::sleep(ask_again).await;

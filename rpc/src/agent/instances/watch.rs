@@ -163,8 +163,9 @@ impl Agent {
     /// # Errors
     /// The journal's: it is not known to an agent that restarts.
     pub(super) async fn write_end(&self, state: &mut InstanceState) -> Result<(), Failure> {
-        // A doubt is not for the journal.
-        if state.is_unwritten && state.doubted.is_none() {
+        // Whoever started it since has written its row, and a doubt is not for the journal.
+        let has_ended = matches!(state.row.status, Status::Stopped | Status::Crashed);
+        if state.is_unwritten && has_ended {
             self.save(&state.row).await?;
             state.is_unwritten = false;
         }
