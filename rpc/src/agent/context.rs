@@ -13,7 +13,7 @@ use tonic::{Request, Status};
 
 use super::failure::Failure;
 use super::instances::Agent;
-use super::journal::AuditRow;
+use super::journal::{AuditRow, RowWrite};
 use super::outgoing::now_text;
 use super::who;
 use crate::request::{Carried, PassedOn, RequestId};
@@ -251,7 +251,11 @@ impl Agent {
             Err(failure) => failure.chain(),
         };
         let row = context.did(what, instance, &result);
-        if let Err(error) = self.journal.write(move |transaction| row.add(transaction)).await {
+        if let Err(error) = self
+            .journal
+            .write(RowWrite::Audit, move |transaction| row.add(transaction))
+            .await
+        {
             tracing::error!(what, instance, %error, "failed to write to the audit table");
         }
     }

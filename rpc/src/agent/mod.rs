@@ -66,11 +66,13 @@ pub(crate) use backends::{NIC_RATES, is_interface_name};
 pub use claims::AllocationRatios;
 pub use config::AgentConfig;
 pub(crate) use host::remove_leftovers;
+pub(crate) use journal::RowWrite;
 pub(crate) use peers::Call;
 pub use serve::serve;
 #[cfg(any(fuzzing, test))]
 pub(crate) use snapshots::read_hostile_manifest;
 pub use spawn::cgroup_root;
+pub(crate) use steps::SourceStep;
 pub(crate) use transport::Transport;
 #[cfg(any(fuzzing, test))]
 pub(crate) use transport::read_hostile_messages;

@@ -15,7 +15,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use super::context::RequestContext;
 use super::failure::Failure;
 use super::instances::{Agent, Instance, InstanceState};
-use super::journal::{Arrival, InstanceRow, MigrationRow, Role, Status, interrupt};
+use super::journal::{Arrival, InstanceRow, MigrationRow, Role, RowWrite, Status, interrupt};
 use super::outgoing::now_text;
 use super::vmm_client::Vmm;
 use super::{incoming, outgoing, spawn};
@@ -29,7 +29,7 @@ pub(crate) async fn recover(agent: &Arc<Agent>) -> Result<(), Failure> {
     // What waits for a migration goes on with it; all else ended with the agent before this one.
     let interrupted = agent
         .journal
-        .write(|transaction| interrupt(transaction, &now_text()))
+        .write(RowWrite::Beginning, |transaction| interrupt(transaction, &now_text()))
         .await?;
     if interrupted > 0 {
         tracing::info!(interrupted, "actions that the agent before this one had begun");

@@ -11,7 +11,7 @@ use super::context::RequestContext;
 use super::events::{Action, Subject};
 use super::failure::Failure;
 use super::instances::{Agent, Instance, InstanceState};
-use super::journal::{InstanceRow, MigrationRow, Role, Status};
+use super::journal::{InstanceRow, MigrationRow, Role, RowWrite, Status};
 use super::peer_journal::check_answer;
 use super::peers::{CALL_TIME, ComputeClient, PeerError};
 
@@ -161,7 +161,7 @@ impl Agent {
         let Some(epoch) = epoch else {
             let (source, migration) = (row.peer.clone(), row.id);
             self.journal
-                .write(move |transaction| {
+                .write(RowWrite::Resolved, move |transaction| {
                     InstanceRow::depart(transaction, &resolved, &source, migration)?;
                     audit.add(transaction)
                 })
@@ -174,7 +174,7 @@ impl Agent {
         become_resolved(&mut resolved, epoch);
         let saved = resolved.clone();
         self.journal
-            .write(move |transaction| {
+            .write(RowWrite::Resolved, move |transaction| {
                 saved.save(transaction)?;
                 audit.add(transaction)
             })

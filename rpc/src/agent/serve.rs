@@ -26,7 +26,7 @@ use super::config::AgentConfig;
 use super::context::RequestContext;
 use super::health::Health;
 use super::instances::{Agent, restart_when_due};
-use super::journal::Journal;
+use super::journal::{Journal, RowWrite};
 use super::marks::Marks;
 use super::outgoing::Queue;
 use super::peers::Peers;
@@ -166,7 +166,7 @@ async fn build(
 async fn own(journal: &Journal, host_id: &str) -> anyhow::Result<()> {
     let mine = host_id.to_owned();
     let owner: String = journal
-        .write(move |transaction| {
+        .write(RowWrite::Beginning, move |transaction| {
             transaction.execute("INSERT OR IGNORE INTO meta VALUES('host', ?1)", [mine])?;
             transaction.query_row("SELECT value FROM meta WHERE key='host'", (), |row| row.get(0))
         })

@@ -5,7 +5,8 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-use super::{Moment, Site};
+use super::{Moment, Site, sites};
+use crate::agent::RowWrite;
 
 /// What the gate says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +40,13 @@ pub(crate) async fn reach(site: Site, moment: Moment) -> Word {
     }
     let asked = tokio::task::spawn_blocking(move || reach_blocking(Some(site), moment));
     asked.await.unwrap_or(Word::Go)
+}
+
+/// Asks and waits beside a durable write, in a task. A row without a site goes on.
+pub(crate) async fn reach_row(row: RowWrite, moment: Moment) {
+    if let Some(site) = sites::row(row) {
+        reach(site, moment).await;
+    }
 }
 
 /// Asks and waits, in a thread that may. What has no site goes on.

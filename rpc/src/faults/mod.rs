@@ -1,7 +1,7 @@
 //! Where a migration can be cut, and the way for a test to cut it there.
 //!
-//! A [`Site`] is a place at which an actor can die or a message can be lost: each effect of the switchover's cores (the
-//! journal's rows among them), each call between agents, each order and report between an agent and its VMM, each message
+//! A [`Site`] is a place at which an actor can die or a message can be lost: each effect of the switchover's cores,
+//! each row of the journal, each call between agents, each order and report between an agent and its VMM, each message
 //! between the VMMs. Sites derive from those enums by matches without a wildcard: a new effect or message that has no site does
 //! not compile, and neither does a matrix (`tests/tests/matrix/`) that does not say how it is reached.
 //!
@@ -15,6 +15,6 @@ mod gate;
 mod sites;
 
 pub use gate::{Word, open};
-pub(crate) use gate::{reach, reach_blocking};
+pub(crate) use gate::{reach, reach_blocking, reach_row};
 pub use sites::{Kind, Moment, Site};
 pub(crate) use sites::{answer_to, order, report};

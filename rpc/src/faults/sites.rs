@@ -7,7 +7,7 @@ use ferry_proto::stream::v1::{from_destination, from_source};
 use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
 
-use crate::agent::Call;
+use crate::agent::{Call, RowWrite, SourceStep};
 
 /// What happens at a site.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -16,7 +16,7 @@ pub enum Kind {
     SourceEffect,
     /// Agent B carries out an effect of its core.
     DestinationEffect,
-    /// An agent writes a row of its journal that is a part of an effect, or comes after the last.
+    /// An agent writes rows of its journal that are no effect of its core, or a part of one.
     Row,
     /// An agent calls the other.
     Call,
@@ -131,10 +131,25 @@ sites! {
         AdoptCrashed = "b.adopt-crashed",
     }
     Row {
+        RowAccepted = "a.row-accepted",
+        RowQueued = "a.row-queued",
+        RowBuild = "a.row-build",
+        RowPrepare = "a.row-prepare",
+        RowPrepared = "a.row-prepared",
+        RowCopying = "a.row-copying",
+        RowSourceStatus = "a.row-status",
         RowDeparted = "a.row-departed",
         RowServing = "a.row-serving",
+        RowLostAfterwards = "a.row-lost-afterwards",
         RowSourceOver = "a.row-over",
+        RowReserved = "b.row-reserved",
+        RowDecidedAlone = "b.row-decided-alone",
+        RowDestinationStatus = "b.row-status",
         RowDestinationOver = "b.row-over",
+        RowSettled = "b.row-settled",
+        RowStale = "b.row-stale",
+        RowResolved = "row-resolved",
+        RowFoundOver = "row-found-over",
     }
     Call {
         CallCast = "call.live-migration",
@@ -318,6 +333,43 @@ impl From<&from_destination::Message> for Site {
             Message::Missing(_) | Message::AllHere(_) => Self::WireMissing,
             Message::Holding(_) => Self::WireHolding,
         }
+    }
+}
+
+/// The site of a durable write; none of what is an effect, whose site it has, and of what has no part in migrations.
+pub(super) fn row(row: RowWrite) -> Option<Site> {
+    match row {
+        RowWrite::Accepted => Some(Site::RowAccepted),
+        RowWrite::Entered(step) => entered(step),
+        RowWrite::Prepared => Some(Site::RowPrepared),
+        RowWrite::SourceStatus => Some(Site::RowSourceStatus),
+        RowWrite::Departed => Some(Site::RowDeparted),
+        RowWrite::Serving => Some(Site::RowServing),
+        RowWrite::LostAfterwards => Some(Site::RowLostAfterwards),
+        RowWrite::SourceOver => Some(Site::RowSourceOver),
+        RowWrite::Reserved => Some(Site::RowReserved),
+        RowWrite::DecidedAlone => Some(Site::RowDecidedAlone),
+        RowWrite::DestinationStatus => Some(Site::RowDestinationStatus),
+        RowWrite::DestinationOver => Some(Site::RowDestinationOver),
+        RowWrite::Settled => Some(Site::RowSettled),
+        RowWrite::Stale => Some(Site::RowStale),
+        RowWrite::Resolved => Some(Site::RowResolved),
+        RowWrite::FoundOver => Some(Site::RowFoundOver),
+        RowWrite::OfEffect | RowWrite::Instance | RowWrite::Audit | RowWrite::Beginning => None,
+        #[cfg(test)]
+        RowWrite::Test => None,
+    }
+}
+
+fn entered(step: SourceStep) -> Option<Site> {
+    match step {
+        SourceStep::Queue => Some(Site::RowQueued),
+        SourceStep::Build => Some(Site::RowBuild),
+        SourceStep::Prepare => Some(Site::RowPrepare),
+        SourceStep::Copy => Some(Site::RowCopying),
+        // The first is the row of acceptance, and of the others none is written, or a core's effect writes it.
+        SourceStep::Accept | SourceStep::Connect | SourceStep::Arm | SourceStep::Grant => None,
+        SourceStep::Go | SourceStep::Confirm | SourceStep::Serve => None,
     }
 }
 

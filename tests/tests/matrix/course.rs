@@ -4,6 +4,8 @@ use std::fmt;
 
 use ferry_rpc::faults::{Kind, Site};
 
+use crate::cell::Power;
+
 /// A way through a migration when nothing else happens to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Course {
@@ -57,13 +59,23 @@ pub(crate) enum Reach {
     Never,
 }
 
-/// Whether the site has cells with an instance that is stopped, on the same course: what the agents do of their cores' effects and what they
-/// write is another thing then, and so is what they have their VMMs do. Between the VMMs it is a machine like any other.
-pub(crate) fn is_for_a_stopped_one(site: Site) -> bool {
+/// What the instances of a site's cells are, on the same course.
+pub(crate) fn powers(site: Site) -> &'static [Power] {
+    match site {
+        // Only a machine that is off is built to be moved.
+        Site::RowBuild => &[Power::Off],
+        _ if is_for_a_stopped_one(site) => &[Power::On, Power::Off],
+        _ => &[Power::On],
+    }
+}
+
+/// Whether the site has cells with an instance that is stopped: what the agents do of their cores' effects and what they write is another
+/// thing then, and so is what they have their VMMs do. Between the VMMs it is a machine like any other.
+fn is_for_a_stopped_one(site: Site) -> bool {
     match site.kind() {
         Kind::SourceEffect | Kind::DestinationEffect => true,
         // No page of an instance that is off comes late.
-        Kind::Row => site != Site::RowServing,
+        Kind::Row => !matches!(site, Site::RowServing | Site::RowDestinationStatus),
         Kind::Order | Kind::Answer => matches!(
             site,
             Site::OrderBuild | Site::AnswerToBuild | Site::OrderPermit | Site::AnswerToPermit
@@ -102,9 +114,23 @@ pub(crate) fn reach(site: Site) -> Reach {
         Site::Refuse | Site::AdoptCrashed | Site::JournalLater => Reach::AfterFault,
         Site::TellUndecided => Reach::Never,
 
+        // A cell's migration is told to whoever began it once it is accepted: the scenarios of casts go by that.
+        Site::RowAccepted => Reach::AfterFault,
+        Site::RowBuild | Site::RowPrepare | Site::RowReserved => Reach::On(Straight, Outside),
+        Site::RowPrepared | Site::RowCopying => Reach::On(Straight, Outside),
+        // Of an agent at RPC 4.0: the scenarios of casts and upgrades go by it.
+        Site::RowQueued => Reach::AfterFault,
+        // What is only told, now and then.
+        Site::RowSourceStatus => Reach::AfterFault,
         // Each actor has the last word of the other by then, so what is left is cleaning up; but a part of it is CONFIRM's.
         Site::RowDeparted | Site::RowDestinationOver => Reach::On(Straight, Switchover),
-        Site::RowSourceOver => Reach::On(Straight, Outside),
+        Site::RowSourceOver | Site::RowSettled => Reach::On(Straight, Outside),
+        // That pages come late is written down; over another link again.
+        Site::RowDestinationStatus => Reach::On(Late, Outside),
+        // Of a question that comes when B is done with it, of a copy that is stale, of a migration that ended with its agent, of pages that
+        // are gone, and of a person's word.
+        Site::RowDecidedAlone | Site::RowStale | Site::RowFoundOver => Reach::AfterFault,
+        Site::RowLostAfterwards | Site::RowResolved => Reach::AfterFault,
         // From here on the guest is B's for good, and A's VMM keeps nothing but its memory.
         Site::RowServing | Site::OrderServePages | Site::AnswerToServePages => Reach::On(Late, Outside),
 

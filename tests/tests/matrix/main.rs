@@ -30,9 +30,9 @@ use ferry_rpc::faults::{Moment, Site};
 use libtest_mimic::{Arguments, Trial};
 use rustix::fs::{Access, access};
 
-use crate::cell::{Cell, Power, faults_at};
+use crate::cell::{Cell, faults_at};
 use crate::choice::Choice;
-use crate::course::{Course, Reach, Stretch, is_for_a_stopped_one, reach};
+use crate::course::{Course, Reach, Stretch, powers, reach};
 use crate::table::Table;
 
 /// How many cells run side by side, on whatever machine: two agents and two small guests each, and most of them wait for something.
@@ -65,12 +65,6 @@ fn cells() -> impl Iterator<Item = (Cell, Stretch)> {
         Reach::On(course, stretch) => Some((site, course, stretch)),
         Reach::AfterFault | Reach::Never => None,
     });
-    let powers = |site| -> &'static [Power] {
-        match is_for_a_stopped_one(site) {
-            true => &[Power::On, Power::Off],
-            false => &[Power::On],
-        }
-    };
     let with_power = reached
         .flat_map(move |(site, course, stretch)| powers(site).iter().map(move |&power| (power, site, course, stretch)));
     with_power.flat_map(|(power, site, course, stretch)| {

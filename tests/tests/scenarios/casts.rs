@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use ferry_rpc::faults::{Moment, Site, Word};
-use ferry_tests::{Answer, Call, Guest, Pair, until, waiting::CALL, waiting::MOVE};
+use ferry_tests::{Answer, Call, Guest, Host, Pair, until, waiting::CALL, waiting::MOVE};
 use libtest_mimic::Trial;
 
 use crate::gate::Gate;
@@ -14,6 +14,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_cast_whose_receipt_is_lost_is_the_same_migration_when_it_is_sent_again,
         a_cast_that_comes_twice_is_one_migration,
         a_record_for_a_cast_of_4_0_that_is_lost_or_comes_twice_is_one_migration,
+        a_source_that_dies_before_it_accepts_has_the_cast_again,
+        a_source_that_dies_when_it_has_accepted_says_so_to_the_cast_that_comes_again,
     ]
 }
 
@@ -21,13 +23,18 @@ pub(crate) fn trials() -> Vec<Trial> {
 fn behind_a_gate(pair: &mut Pair, further: &[&str]) -> Result<Gate> {
     expect_a_lost_peer_and(pair, &["--fault-gate"]);
     let gate = Gate::open(pair.folder())?;
-    let flag = ["--fault-gate".to_owned(), gate.socket().display().to_string()];
-    pair.b.arguments.extend(flag);
     pair.b.arguments.extend(further.iter().map(|&word| word.to_owned()));
-    pair.b.terminate()?;
-    pair.b.start()?;
+    put_behind(&gate, &mut pair.b)?;
     pair.run(&Guest::new("g"))?;
     Ok(gate)
+}
+
+/// From now on this host's agent asks there.
+fn put_behind(gate: &Gate, host: &mut Host) -> Result<()> {
+    let flag = ["--fault-gate".to_owned(), gate.socket().display().to_string()];
+    host.arguments.extend(flag);
+    host.terminate()?;
+    host.start()
 }
 
 fn begin(pair: &Pair) -> Result<Call> {
@@ -115,4 +122,31 @@ fn a_record_for_a_cast_of_4_0_that_is_lost_or_comes_twice_is_one_migration(pair:
     gate.say(Word::Double);
 
     moved_once(pair, moving.wait()?)
+}
+
+fn a_source_that_dies_before_it_accepts_has_the_cast_again(pair: &mut Pair) -> Result<()> {
+    let moved = killed_when_it_accepts(pair, Moment::Before)?;
+    moved_once(pair, moved)?;
+    ensure!(!is_a_replay(pair)?, "the source had not accepted it");
+    Ok(())
+}
+
+fn a_source_that_dies_when_it_has_accepted_says_so_to_the_cast_that_comes_again(pair: &mut Pair) -> Result<()> {
+    let moved = killed_when_it_accepts(pair, Moment::After)?;
+    moved_once(pair, moved)?;
+    ensure!(is_a_replay(pair)?, "the source had accepted it");
+    Ok(())
+}
+
+/// What came of a migration whose source's agent is killed before or after it writes down that it accepts it, and is started again.
+fn killed_when_it_accepts(pair: &mut Pair, moment: Moment) -> Result<Answer> {
+    let gate = behind_a_gate(pair, &[])?;
+    put_behind(&gate, &mut pair.a)?;
+    gate.hold(moment, Site::RowAccepted);
+    let moving = begin(pair)?;
+    ensure!(gate.wait_held(MOVE), "agent a accepts nothing");
+    pair.a.kill();
+    gate.say(Word::Go);
+    pair.a.start()?;
+    moving.wait()
 }

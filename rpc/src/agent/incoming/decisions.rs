@@ -12,9 +12,8 @@ use super::handle::Request;
 use super::undoing::step_of;
 use crate::agent::events::end_of_migration;
 use crate::agent::instances::VmmNews;
-use crate::agent::journal::{Arrival, DecisionRow, EventEnd, InstanceRow, JournalError};
+use crate::agent::journal::{Arrival, DecisionRow, EventEnd, InstanceRow, JournalError, RowWrite};
 use crate::agent::outgoing::{note_completed, now_ms};
-use crate::faults::{self, Moment, Site};
 use crate::vmm_process::ms;
 
 /// B's part of the blackout as it is measured.
@@ -86,7 +85,7 @@ impl Driver {
         }
         self.agent
             .journal
-            .write(move |transaction| {
+            .write(RowWrite::OfEffect, move |transaction| {
                 decided.save(transaction)?;
                 let Some((row, arrival)): Option<(InstanceRow, Arrival)> = instance else {
                     return Ok(());
@@ -172,10 +171,9 @@ impl Driver {
         self.row.info.step = self.step.to_string();
         self.row.over = true;
         let end = self.end_of_event();
-        faults::reach(Site::RowDestinationOver, Moment::Before).await;
         loop {
             let (row, end) = (self.row.clone(), end.clone());
-            let written = self.agent.journal.write(move |transaction| {
+            let written = self.agent.journal.write(RowWrite::DestinationOver, move |transaction| {
                 row.save(transaction)?;
                 end.of_migration(transaction, &row.id.to_string())
             });
@@ -185,7 +183,6 @@ impl Driver {
             }
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
-        faults::reach(Site::RowDestinationOver, Moment::After).await;
         self.agent.incoming.remove(self.row.id);
     }
 

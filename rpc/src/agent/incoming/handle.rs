@@ -15,7 +15,7 @@ use crate::agent::context::RequestContext;
 use crate::agent::data_port::Secret;
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
-use crate::agent::journal::{DecisionRow, MigrationRow};
+use crate::agent::journal::{DecisionRow, MigrationRow, RowWrite};
 use crate::agent::outgoing::{MOST_STREAMS, late_streams};
 
 /// D, and B's part of the blackout where it is known.
@@ -223,7 +223,7 @@ impl Agent {
         let boot_id = self.boot_id.clone();
         let decision = self
             .journal
-            .write(move |transaction| {
+            .write(RowWrite::DecidedAlone, move |transaction| {
                 let newest = DecisionRow::newest(transaction, migration)?;
                 if let Some(row) = newest.filter(|row| row.attempt >= attempt) {
                     let settled = if row.attempt > attempt {

@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 use super::asking::Questions;
 use super::driver::Driver;
 use crate::agent::instances::VmmNews;
-use crate::agent::journal::Status;
+use crate::agent::journal::{RowWrite, Status};
 use crate::agent::steps::POST_COPY;
 
 /// Indexes of connections from here on are those of later sessions of late pages: above all of the first connections.
@@ -312,7 +312,11 @@ impl Driver {
 
     pub(super) async fn save_late(&mut self) {
         let row = self.row.clone();
-        let saved = self.agent.journal.write(move |transaction| row.save(transaction)).await;
+        let saved = self
+            .agent
+            .journal
+            .write(RowWrite::DestinationStatus, move |transaction| row.save(transaction))
+            .await;
         if let Err(error) = saved {
             tracing::error!(migration = %self.row.id, %error, "failed to journal how late pages are");
         }

@@ -27,7 +27,7 @@ use crate::agent::context::RequestContext;
 use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
-use crate::agent::journal::{InstanceRow, MigrationRow, Role, Status};
+use crate::agent::journal::{InstanceRow, MigrationRow, Role, RowWrite, Status};
 use crate::agent::mode::Mode;
 use crate::agent::outgoing::{MOST_RESUME_WINDOW_MS, MOST_STREAMS, late_streams, now_ms, now_text};
 use crate::agent::peer_journal::journal_of;
@@ -345,7 +345,7 @@ impl Agent {
         let journalled = match prepared {
             Ok(_) => self
                 .journal
-                .write(move |transaction| {
+                .write(RowWrite::Reserved, move |transaction| {
                     both.0.save(transaction)?;
                     both.1.save(transaction)?;
                     event.begin(transaction)

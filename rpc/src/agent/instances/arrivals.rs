@@ -14,7 +14,7 @@ use super::instance::{Agent, Instance, InstanceState};
 use crate::agent::context::RequestContext;
 use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
-use crate::agent::journal::{Arrival, EventEnd, InstanceRow, JournalError, MigrationRow, Status};
+use crate::agent::journal::{Arrival, EventEnd, InstanceRow, JournalError, MigrationRow, RowWrite, Status};
 
 /// The pauses between two times that a source is told; the last one for ever.
 const PAUSES: [Duration; 6] = [
@@ -242,7 +242,9 @@ impl Agent {
         let migration = arrival.migration;
         let forgotten = self
             .journal
-            .write(move |transaction| Arrival::settle(transaction, migration))
+            .write(RowWrite::Settled, move |transaction| {
+                Arrival::settle(transaction, migration)
+            })
             .await;
         if let Err(error) = &forgotten {
             tracing::error!(%migration, %error, "failed to journal that a source acknowledged");
@@ -277,7 +279,7 @@ impl Agent {
         let row = state.row.clone();
         let written = self
             .journal
-            .write(move |transaction| {
+            .write(RowWrite::Stale, move |transaction| {
                 InstanceRow::depart(transaction, &row, &arrival.source, arrival.migration)?;
                 Arrival::settle(transaction, arrival.migration)?;
                 let event = event.begin(transaction)?;

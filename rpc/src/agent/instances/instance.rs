@@ -22,7 +22,7 @@ use crate::agent::config::AgentConfig;
 use crate::agent::failure::Failure;
 use crate::agent::images;
 use crate::agent::incoming::{IncomingMigrations, Reservations};
-use crate::agent::journal::{Arrival, InstanceRow, Journal, Status};
+use crate::agent::journal::{Arrival, InstanceRow, Journal, RowWrite, Status};
 use crate::agent::marks::Marks;
 use crate::agent::mode::Mode;
 use crate::agent::outgoing::{OutgoingMigrations, Queue};
@@ -92,7 +92,7 @@ impl Agent {
     pub(crate) async fn save(&self, row: &InstanceRow) -> Result<(), Failure> {
         let row = row.clone();
         self.journal
-            .write(move |transaction| row.save(transaction))
+            .write(RowWrite::Instance, move |transaction| row.save(transaction))
             .await
             .map_err(Failure::from)
     }

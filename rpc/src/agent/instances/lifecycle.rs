@@ -15,7 +15,7 @@ use super::spec;
 use crate::agent::backends::{self, Occasion, Opened, Whose};
 use crate::agent::context::RequestContext;
 use crate::agent::failure::Failure;
-use crate::agent::journal::{InstanceRow, Restarts, Status};
+use crate::agent::journal::{InstanceRow, Restarts, RowWrite, Status};
 use crate::agent::outgoing::now_ms;
 use crate::agent::vmm_client::Vmm;
 use crate::agent::{images, spawn};
@@ -387,7 +387,9 @@ impl Agent {
     pub(crate) async fn forget(&self, state: &mut InstanceState) -> Result<(), Failure> {
         let id = state.row.id;
         self.journal
-            .write(move |transaction| InstanceRow::delete(transaction, id))
+            .write(RowWrite::Instance, move |transaction| {
+                InstanceRow::delete(transaction, id)
+            })
             .await
             .inspect_err(
                 |error| tracing::error!(instance = %id, %error, "failed to remove an instance from the journal"),

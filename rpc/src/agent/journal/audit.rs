@@ -42,7 +42,7 @@ impl AuditRow {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Journal;
+    use super::super::{Journal, RowWrite};
     use super::*;
 
     #[tokio::test]
@@ -57,13 +57,16 @@ mod tests {
             instance: "i".to_owned(),
             result: "x".repeat(2 * MOST_RESULT),
         };
-        journal.write(move |t| row.add(t)).await.unwrap();
+        journal.write(RowWrite::Test, move |t| row.add(t)).await.unwrap();
         for change in [
             "DELETE FROM audit",
             "UPDATE audit SET actor='nobody'",
             "INSERT OR REPLACE INTO audit VALUES(1,'','','','','','')",
         ] {
-            let refused = journal.write(move |t| t.execute(change, ())).await.unwrap_err();
+            let refused = journal
+                .write(RowWrite::Test, move |t| t.execute(change, ()))
+                .await
+                .unwrap_err();
             let told = crate::error_chain(&refused);
             assert!(told.contains("append-only"), "{change}: {told}");
         }

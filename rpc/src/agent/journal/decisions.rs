@@ -59,7 +59,7 @@ impl DecisionRow {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Journal;
+    use super::super::{Journal, RowWrite};
     use super::*;
 
     fn row(decision: Decision) -> DecisionRow {
@@ -75,9 +75,20 @@ mod tests {
     async fn a_final_decision_is_not_overwritten() {
         let folder = tempfile::tempdir().unwrap();
         let journal = Journal::open(&folder.path().join("journal.db")).unwrap();
-        journal.write(|t| row(Decision::Open).save(t)).await.unwrap();
-        journal.write(|t| row(Decision::Source).save(t)).await.unwrap();
-        assert!(journal.write(|t| row(Decision::Claimed).save(t)).await.is_err());
+        journal
+            .write(RowWrite::Test, |t| row(Decision::Open).save(t))
+            .await
+            .unwrap();
+        journal
+            .write(RowWrite::Test, |t| row(Decision::Source).save(t))
+            .await
+            .unwrap();
+        assert!(
+            journal
+                .write(RowWrite::Test, |t| row(Decision::Claimed).save(t))
+                .await
+                .is_err()
+        );
         let newest = journal
             .read(|c| DecisionRow::newest(c, Uuid::from_u128(1)))
             .await

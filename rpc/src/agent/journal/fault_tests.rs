@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::thread::UnshareFlags;
 use tempfile::TempDir;
 
-use super::{Journal, schema};
+use super::{Journal, RowWrite, schema};
 use crate::error_chain;
 
 /// The journal that a process of this test writes to until it is killed.
@@ -22,7 +22,7 @@ const GOLDEN: &str = include_str!("golden/schema-1.sql");
 
 /// One transaction of two rows; what is written is acknowledged on standard output.
 async fn write_pair(journal: &Journal, number: u32) {
-    let write = journal.write(move |t| {
+    let write = journal.write(RowWrite::Test, move |t| {
         for half in ["a", "b"] {
             t.execute(
                 "INSERT INTO meta VALUES(?1, ?2)",
@@ -305,9 +305,9 @@ fn a_full_disk_is_told_and_nothing_is_lost() {
         let mut big = 0;
         let failed = loop {
             let key = format!("big-{big}");
-            let wrote = block_on(
-                journal.write(move |t| t.execute("INSERT INTO meta VALUES(?1, ?2)", (key, "x".repeat(100_000)))),
-            );
+            let wrote = block_on(journal.write(RowWrite::Test, move |t| {
+                t.execute("INSERT INTO meta VALUES(?1, ?2)", (key, "x".repeat(100_000)))
+            }));
             match wrote {
                 Ok(_) if big < 100 => big += 1,
                 Ok(_) => panic!("10 MB went into 3 MiB"),

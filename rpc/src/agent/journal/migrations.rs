@@ -271,7 +271,7 @@ impl MigrationRow {
 mod tests {
     use std::path::Path;
 
-    use super::super::Journal;
+    use super::super::{Journal, RowWrite};
     use super::*;
 
     const ID: Uuid = Uuid::from_u128(7);
@@ -335,7 +335,7 @@ mod tests {
     async fn a_record_comes_back_whole_and_its_summary_without_what_it_has_of_each_round() {
         let folder = tempfile::tempdir().unwrap();
         let journal = open(folder.path());
-        journal.write(|t| row().save(t)).await.unwrap();
+        journal.write(RowWrite::Test, |t| row().save(t)).await.unwrap();
         is_all_there(&journal).await;
         let summary = Depth::Summary.of(info());
         assert_eq!((summary.rounds.len(), summary.decisions.len()), (0, 0));
@@ -358,8 +358,11 @@ mod tests {
 
         let journal = open(folder.path());
 
-        let remove =
-            |info: &'static str| journal.write(move |t| t.execute("DELETE FROM migrations WHERE info=?1", [info]));
+        let remove = |info: &'static str| {
+            journal.write(RowWrite::Test, move |t| {
+                t.execute("DELETE FROM migrations WHERE info=?1", [info])
+            })
+        };
         remove("{").await.unwrap();
         assert_eq!(reports(&journal, Depth::Full).await, [info(), MigrationInfo::default()]);
         remove("{}").await.unwrap();

@@ -239,7 +239,7 @@ pub(super) fn checkpoint(connection: &Connection) -> rusqlite::Result<()> {
 mod tests {
     use uuid::Uuid;
 
-    use super::super::{Arrival, EventRow, InstanceRow, Journal, MigrationRow, Restarts, Status};
+    use super::super::{Arrival, EventRow, InstanceRow, Journal, MigrationRow, Restarts, RowWrite, Status};
     use super::*;
     use crate::error_chain;
 
@@ -320,7 +320,9 @@ mod tests {
         for key in ["one", "two", "three"] {
             let most_of_it = "0".repeat(300 * 4096);
             journal
-                .write(move |t| t.execute("INSERT INTO meta VALUES(?1,?2)", (key, most_of_it)))
+                .write(RowWrite::Test, move |t| {
+                    t.execute("INSERT INTO meta VALUES(?1,?2)", (key, most_of_it))
+                })
                 .await
                 .unwrap();
             journal.read(checkpoint).await.unwrap();

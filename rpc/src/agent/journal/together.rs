@@ -124,7 +124,7 @@ mod tests {
 
     use tempfile::TempDir;
 
-    use super::super::Journal;
+    use super::super::{Journal, RowWrite};
     use super::*;
     use crate::error_chain;
 
@@ -166,13 +166,13 @@ mod tests {
         let (_folder, path, journal) = journal();
         let (release, until) = mpsc::channel::<()>();
         let looks = path.clone();
-        let first = journal.write(|t| add(t, "first"));
-        let failing = journal.write(|t| {
+        let first = journal.write(RowWrite::Test, |t| add(t, "first"));
+        let failing = journal.write(RowWrite::Test, |t| {
             add(t, "half")?;
             t.execute("INSERT INTO nowhere VALUES(1)", ())
         });
         // The first is not answered and not durable before the last has run.
-        let last = journal.write(move |t| add(t, "last").map(|()| durable(&looks)));
+        let last = journal.write(RowWrite::Test, move |t| add(t, "last").map(|()| durable(&looks)));
         let (_, first, failed, seen, ()) = tokio::join!(keep_busy(&journal, until), first, failing, last, async {
             drop(release)
         });
@@ -188,7 +188,7 @@ mod tests {
         let (release, until) = mpsc::channel::<()>();
         let (_, wrote, seen, ()) = tokio::join!(
             keep_busy(&journal, until),
-            journal.write(|t| add(t, "before")),
+            journal.write(RowWrite::Test, |t| add(t, "before")),
             journal.read(move |_| Ok(durable(&path))),
             async { drop(release) }
         );
@@ -200,7 +200,7 @@ mod tests {
     async fn a_transaction_that_ends_by_itself_is_told_to_all_of_it_and_to_nobody_else() {
         let (_folder, path, journal) = journal();
         let (release, until) = mpsc::channel::<()>();
-        let ending = journal.write(|t| {
+        let ending = journal.write(RowWrite::Test, |t| {
             add(t, "lost")?;
             // As SQLite does where the disk is full.
             t.execute_batch("ROLLBACK")?;
@@ -208,9 +208,9 @@ mod tests {
         });
         let (_, first, ended, next, ()) = tokio::join!(
             keep_busy(&journal, until),
-            journal.write(|t| add(t, "first")),
+            journal.write(RowWrite::Test, |t| add(t, "first")),
             ending,
-            journal.write(|t| add(t, "next")),
+            journal.write(RowWrite::Test, |t| add(t, "next")),
             async { drop(release) }
         );
         for error in [first.unwrap_err(), ended.unwrap_err()] {

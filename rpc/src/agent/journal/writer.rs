@@ -14,8 +14,10 @@ use tokio::sync::{oneshot, watch};
 use uuid::Uuid;
 
 use super::identity;
+use super::row_write::RowWrite;
 use super::schema::{self, NotOpened};
 use super::together::{self, Waiting, Write};
+use crate::faults::{self, Moment};
 
 /// Why the journal did not take a write, or could not be read. What was acknowledged before is not touched by it.
 #[derive(Debug, thiserror::Error)]
@@ -175,16 +177,21 @@ impl Journal {
     }
 
     /// Runs `work`, all of it or nothing; when this returns, it is durable. Others' works that wait at the same moment are committed
-    /// with it, and one of them that fails takes nothing of it along.
+    /// with it, and one of them that fails takes nothing of it along. `row` says what it is, and so where a test can cut it.
     ///
     /// # Errors
     /// Nothing of it is in the journal, or it cannot be told whether it is.
     pub(crate) async fn write<T: Send + 'static>(
         &self,
+        row: RowWrite,
         work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, JournalError> {
+        faults::reach_row(row, Moment::Before).await;
         let (waiting, answer) = Waiting::new(work);
         let written = self.ask(Job::Write(Box::new(waiting)), answer).await;
+        if written.is_ok() {
+            faults::reach_row(row, Moment::After).await;
+        }
         let is_writable = !matches!(&written, Err(error) if error.is_of_the_disk());
         tell_writable(&self.writable, is_writable);
         written
@@ -349,7 +356,7 @@ mod tests {
         let path = folder.path().join("journal.db");
         let journal = Journal::open(&path).unwrap();
         journal
-            .write(|t| t.execute("INSERT INTO meta VALUES('k','v')", ()))
+            .write(RowWrite::Test, |t| t.execute("INSERT INTO meta VALUES('k','v')", ()))
             .await
             .unwrap();
         let again = Journal::open(&path).unwrap();
@@ -389,7 +396,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let journal = Journal::open(&folder.path().join("journal.db")).unwrap();
         let failed = journal
-            .write(|t| {
+            .write(RowWrite::Test, |t| {
                 t.execute("INSERT INTO meta VALUES('k','v')", ())?;
                 t.execute("INSERT INTO nowhere VALUES(1)", ())
             })

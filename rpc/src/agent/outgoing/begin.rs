@@ -22,7 +22,7 @@ use crate::agent::context::RequestContext;
 use crate::agent::events::{Action, Subject};
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance};
-use crate::agent::journal::{InstanceRow, MigrationRow, Role, Status};
+use crate::agent::journal::{InstanceRow, MigrationRow, Role, RowWrite, Status};
 use crate::agent::mode::{Mode, PAUSE, POSTCOPY};
 use crate::agent::reason::Reason;
 use crate::agent::spawn;
@@ -190,7 +190,7 @@ impl Agent {
         let (saved, saved_instance) = (row.clone(), instance_row.clone());
         let event = Subject::migration(row.instance, &row.info.name, id).begins(context, Action::Migrate);
         let queue = self.queue.clone();
-        let accepted = self.journal.write(move |transaction| {
+        let accepted = self.journal.write(RowWrite::Accepted, move |transaction| {
             if let Some(known) = MigrationRow::find(transaction, id)? {
                 return Ok(Accepted::Before(known.epoch));
             }

@@ -12,10 +12,9 @@ use crate::agent::backends::room;
 use crate::agent::events::end_of_migration;
 use crate::agent::failure::Failure;
 use crate::agent::instances::InstanceState;
-use crate::agent::journal::{EventEnd, InstanceRow, MigrationRow, Status};
+use crate::agent::journal::{EventEnd, InstanceRow, MigrationRow, RowWrite, Status};
 use crate::agent::steps::SourceUndo;
 use crate::agent::vmm_client::Vmm;
-use crate::faults::{self, Moment, Site};
 
 /// What the record says once a person ended the migration, on this host.
 pub(super) fn note_resolved(row: &mut MigrationRow, host: &str, wish: Wish) {
@@ -49,12 +48,12 @@ impl Script {
         }
         state.vmm = None;
         let (row, host, migration) = (state.row.clone(), self.row.peer.clone(), self.row.id);
-        faults::reach(Site::RowDeparted, Moment::Before).await;
         self.agent
             .journal
-            .write(move |transaction| InstanceRow::depart(transaction, &row, &host, migration))
+            .write(RowWrite::Departed, move |transaction| {
+                InstanceRow::depart(transaction, &row, &host, migration)
+            })
             .await?;
-        faults::reach(Site::RowDeparted, Moment::After).await;
         self.agent.instances.remove(self.row.instance);
         self.agent.remove_folder(self.row.instance);
         // Where a person said so, who may be wrong, what is on its disks is kept.
@@ -100,7 +99,6 @@ impl Script {
         self.row.over = true;
         let refusal = self.refusal.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         let end = end_of_migration(&self.outgoing.context, &self.row.info, refusal.as_ref());
-        faults::reach(Site::RowSourceOver, Moment::Before).await;
         while let Err(failure) = self.save_over(end.clone()).await {
             tracing::error!(migration = %self.row.id, error = failure.chain(), "failed to journal a migration's end");
             tokio::time::sleep(Duration::from_secs(1)).await;
@@ -111,7 +109,6 @@ impl Script {
             error = self.row.info.error,
             "migration is over"
         );
-        faults::reach(Site::RowSourceOver, Moment::After).await;
         self.agent.outgoing.remove(self.row.id);
         self.outgoing.let_go.send_replace(true);
         self.outgoing.over.send_replace(true);
@@ -124,7 +121,7 @@ impl Script {
     async fn save_over(&self, end: EventEnd) -> Result<(), Failure> {
         self.show();
         let row = self.row.clone();
-        let saved = self.agent.journal.write(move |transaction| {
+        let saved = self.agent.journal.write(RowWrite::SourceOver, move |transaction| {
             row.save(transaction)?;
             end.of_migration(transaction, &row.id.to_string())
         });

@@ -11,6 +11,7 @@ use ferry_proto::vmm::v1 as wire;
 
 use super::handle::now_ms;
 use super::script::Script;
+use crate::agent::journal::RowWrite;
 use crate::vmm_process::ms;
 
 impl Script {
@@ -55,7 +56,7 @@ impl Script {
             return;
         }
         self.reported = Instant::now();
-        if let Err(failure) = self.save().await {
+        if let Err(failure) = self.save(RowWrite::SourceStatus).await {
             tracing::warn!(migration = %self.row.id, error = failure.chain(), "failed to journal how far a migration is");
         }
     }

@@ -10,7 +10,7 @@ use super::handle::{Outgoing, now_text};
 use crate::agent::events::{Action, Subject, end_of_migration};
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
-use crate::agent::journal::{EventEnd, MigrationRow, Role};
+use crate::agent::journal::{EventEnd, MigrationRow, Role, RowWrite};
 use crate::agent::steps::SourceStep;
 
 /// Characters that are kept of what a destination says: it chose the length.
@@ -65,7 +65,9 @@ impl Agent {
             finished: now_text(),
             ..end_of_migration(&context, &row.info, None)
         };
-        self.journal.write(move |transaction| row.save(transaction)).await?;
+        self.journal
+            .write(RowWrite::LostAfterwards, move |transaction| row.save(transaction))
+            .await?;
         // The migration's own event has its end.
         self.record_end(&context, Action::AskForPages, subject, end).await;
         Ok(())

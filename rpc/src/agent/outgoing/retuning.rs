@@ -12,6 +12,7 @@ use super::begin::{DOWNTIMES_US, NO_DOWNTIME};
 use super::script::Script;
 use crate::agent::failure::Failure;
 use crate::agent::instances::Instance;
+use crate::agent::journal::RowWrite;
 
 /// Checks what a caller chose.
 ///
@@ -87,7 +88,7 @@ impl Script {
         options.timeout_ms = new.timeout_ms.unwrap_or(options.timeout_ms);
         options.bandwidth_bytes_per_s = new.bandwidth_bytes_per_s.unwrap_or(options.bandwidth_bytes_per_s);
         note_terms(&mut self.row.info, &self.row.options);
-        let saved = self.save().await;
+        let saved = self.save(RowWrite::SourceStatus).await;
         retuning.answer(saved);
     }
 }

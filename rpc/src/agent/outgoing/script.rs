@@ -28,7 +28,7 @@ use crate::agent::compute_rpcapi::ComputeRpcApi;
 use crate::agent::failure::Failure;
 use crate::agent::images;
 use crate::agent::instances::{Agent, Instance, VmmNews};
-use crate::agent::journal::{InstanceRow, MigrationRow, Status};
+use crate::agent::journal::{InstanceRow, MigrationRow, RowWrite, Status};
 use crate::agent::mode::{Mode, PAUSE, POSTCOPY};
 use crate::agent::peer_journal::journal_of;
 use crate::agent::peers::{Peer, PeerError};
@@ -232,11 +232,11 @@ impl Script {
         self.row.info.streams = streams.into();
         self.row.peer_journal = journal_of(&prepared.journal).map_err(Failure::from)?;
         // Before anything of it happens: an agent that restarts must know what becomes superfluous here, and which journal D is in.
-        self.save().await?;
+        self.save(RowWrite::Prepared).await?;
         self.enter(SourceStep::Copy).await?;
         self.send(connections, copied).await?;
         // The VMM copies meanwhile. Should this fail it goes on all the same: a restarted agent believes the VMM's word.
-        if let Err(failure) = self.save().await {
+        if let Err(failure) = self.save(RowWrite::Entered(SourceStep::Copy)).await {
             tracing::error!(migration = %self.row.id, error = failure.chain(), "failed to journal that the guest is being sent");
         }
         Ok(())
@@ -471,7 +471,7 @@ impl Script {
     pub(super) async fn enter(&mut self, step: SourceStep) -> Result<(), Failure> {
         self.note_step(step);
         match step.row().journalled {
-            Journalled::Before => self.save().await,
+            Journalled::Before => self.save(RowWrite::Entered(step)).await,
             Journalled::Along => {
                 self.show();
                 Ok(())
@@ -497,29 +497,29 @@ impl Script {
         }
         self.row.info.status = status.to_owned();
         tracing::info!(migration = %self.row.id, status, "migration");
-        if let Err(failure) = self.save().await {
+        if let Err(failure) = self.save(RowWrite::SourceStatus).await {
             tracing::error!(migration = %self.row.id, error = failure.chain(), "failed to journal a migration's status");
         }
     }
 
     /// Makes the row durable and shows it.
-    pub(super) async fn save(&mut self) -> Result<(), Failure> {
+    pub(super) async fn save(&mut self, write: RowWrite) -> Result<(), Failure> {
         self.show();
         let row = self.row.clone();
         self.agent
             .journal
-            .write(move |transaction| row.save(transaction))
+            .write(write, move |transaction| row.save(transaction))
             .await
             .map_err(Failure::from)
     }
 
     /// Makes the row durable together with the instance's, and shows it.
-    pub(super) async fn save_with(&mut self, instance: InstanceRow) -> Result<(), Failure> {
+    pub(super) async fn save_with(&mut self, write: RowWrite, instance: InstanceRow) -> Result<(), Failure> {
         self.show();
         let row = self.row.clone();
         self.agent
             .journal
-            .write(move |transaction| {
+            .write(write, move |transaction| {
                 row.save(transaction)?;
                 instance.save(transaction)
             })

@@ -29,11 +29,10 @@ use super::switchover::next;
 use crate::agent::backends::room;
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
-use crate::agent::journal::{InstanceRow, MigrationRow, Status};
+use crate::agent::journal::{InstanceRow, MigrationRow, RowWrite, Status};
 use crate::agent::spawn;
 use crate::agent::steps::SourceStep;
 use crate::agent::vmm_client::{Vmm, VmmError};
-use crate::faults::{self, Moment, Site};
 
 /// The pauses between two times that the destination is asked for other connections; the last one for ever.
 const PAUSES: [Duration; 5] = [
@@ -96,8 +95,7 @@ impl Script {
         self.row.info.guest_location = Some(self.row.peer.clone());
         let instance = self.instance.state.lock().await.row.clone();
         let (row, host, migration) = (self.row.clone(), self.row.peer.clone(), self.row.id);
-        faults::reach(Site::RowServing, Moment::Before).await;
-        let written = self.agent.journal.write(move |transaction| {
+        let written = self.agent.journal.write(RowWrite::Serving, move |transaction| {
             InstanceRow::depart(transaction, &instance, &host, migration)?;
             row.save(transaction)
         });
@@ -105,7 +103,6 @@ impl Script {
             self.row.info = before;
             return Err(error.into());
         }
-        faults::reach(Site::RowServing, Moment::After).await;
         self.agent.instances.remove(self.row.instance);
         self.serving = true;
         self.show();
@@ -167,7 +164,7 @@ impl Script {
         let saved = row.clone();
         self.agent
             .journal
-            .write(move |transaction| {
+            .write(RowWrite::Resolved, move |transaction| {
                 saved.save(transaction)?;
                 audit.add(transaction)
             })

@@ -18,7 +18,7 @@ use super::handle::PeerNews;
 use super::script::{Script, Stop};
 use crate::agent::failure::Failure;
 use crate::agent::instances::VmmNews;
-use crate::agent::journal::Status;
+use crate::agent::journal::{RowWrite, Status};
 use crate::agent::resolving::become_resolved;
 use crate::agent::steps::SourceStep;
 use crate::faults::{self, Moment, Site};
@@ -319,7 +319,7 @@ impl Script {
                 state.row.known_epoch = state.row.known_epoch.max(self.row.epoch + 1);
                 let instance = state.row.clone();
                 drop(state);
-                self.save_with(instance).await?;
+                self.save_with(RowWrite::OfEffect, instance).await?;
             }
             SourceEffect::AskExpect(attempt) => self.ask_expect(attempt, calls),
             SourceEffect::GiveGrant(attempt) => self.give_grant(attempt, calls),
@@ -339,7 +339,7 @@ impl Script {
                     self.note_step(SourceStep::Confirm);
                 }
                 self.row.said = Some(decision.to_string());
-                self.save().await?;
+                self.save(RowWrite::OfEffect).await?;
             }
             SourceEffect::JournalResumed(epoch) => self.journal_resumed(epoch).await?,
             SourceEffect::SendPermit(epoch) => self.send_permit(epoch, calls),
@@ -360,7 +360,7 @@ impl Script {
         let mut instance = self.instance.state.lock().await.row.clone();
         (instance.epoch, instance.known_epoch) = (epoch.0, epoch.0);
         let before = self.row.resumed.replace(epoch.0);
-        if let Err(failure) = self.save_with(instance).await {
+        if let Err(failure) = self.save_with(RowWrite::OfEffect, instance).await {
             self.row.resumed = before;
             return Err(failure);
         }
@@ -388,7 +388,7 @@ impl Script {
         let (saved, saved_instance) = (row.clone(), instance.clone());
         self.agent
             .journal
-            .write(move |transaction| {
+            .write(RowWrite::OfEffect, move |transaction| {
                 saved.save(transaction)?;
                 saved_instance.save(transaction)?;
                 audit.map_or(Ok(()), |audit| audit.add(transaction))
@@ -434,7 +434,7 @@ impl Script {
         let reason = failure.chain();
         tracing::warn!(migration = %self.row.id, instance = %self.row.instance, reason, "this decides nothing");
         self.row.info.error = Some(reason);
-        if let Err(failure) = self.save().await {
+        if let Err(failure) = self.save(RowWrite::SourceStatus).await {
             tracing::error!(migration = %self.row.id, error = failure.chain(), "failed to journal who answers");
         }
         let context = &self.outgoing.context;
@@ -461,7 +461,7 @@ impl Script {
             state.row.clone()
         };
         instance.status = self.row.status_before();
-        if let Err(failure) = self.save_with(instance).await {
+        if let Err(failure) = self.save_with(RowWrite::OfEffect, instance).await {
             tracing::error!(
                 error = failure.chain(),
                 "failed to journal that the guest is indeterminate"

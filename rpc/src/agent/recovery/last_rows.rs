@@ -12,7 +12,7 @@ use crate::agent::backends::room;
 use crate::agent::events::end_of_migration;
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
-use crate::agent::journal::{DecisionRow, InstanceRow, MigrationRow, Role};
+use crate::agent::journal::{DecisionRow, InstanceRow, MigrationRow, Role, RowWrite};
 use crate::agent::outgoing::{note_completed, now_text};
 
 /// The unfinished migrations of one instance.
@@ -117,7 +117,7 @@ async fn over(agent: &Arc<Agent>, mut row: MigrationRow) -> Result<(), Failure> 
     row.info.link_lost_until = None;
     row.info.ended = Some(now_text());
     let end = end_of_migration(&agent.context_of(row.id).await, &row.info, None);
-    let written = agent.journal.write(move |transaction| {
+    let written = agent.journal.write(RowWrite::FoundOver, move |transaction| {
         row.save(transaction)?;
         end.of_migration(transaction, &row.id.to_string())
     });
