@@ -43,7 +43,8 @@ const MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
 fn machines_that_releases_saved_run_on() -> Result<()> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kvm/golden");
     if std::env::var_os("FERRY_WRITE_GOLDEN").is_some() {
-        saving::write(&folder.join(concat!(env!("CARGO_PKG_VERSION"), ".txt")))?;
+        let file = folder.join(concat!(env!("CARGO_PKG_VERSION"), ".txt"));
+        saving::write(&file).with_context(|| format!("failed to write {}", file.display()))?;
     }
     let files = fs::read_dir(folder)?.map(|entry| Ok(entry?.path()));
     let files: Vec<PathBuf> = files.collect::<Result<_>>()?;

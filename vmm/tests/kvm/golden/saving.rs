@@ -1,6 +1,6 @@
 //! Saves this build's machine, and makes of it one that every host can have.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::Write;
 use std::ops::Range;
 use std::path::Path;
@@ -22,12 +22,6 @@ const BOOT: &str = "golden";
 
 /// Writes the machine of this build to a file that must not be there.
 pub(super) fn write(file: &Path) -> Result<()> {
-    let mut out = File::create_new(file).with_context(|| {
-        format!(
-            "{} cannot be made: a golden machine that is there is never changed",
-            file.display()
-        )
-    })?;
     let config = MachineConfig {
         cpu: CpuModel::X86_64V2,
         ..machine_config()
@@ -47,13 +41,10 @@ pub(super) fn write(file: &Path) -> Result<()> {
     parts.add("state", state_of_any_host(&machine.export()?.to_bytes())?);
     parts.add("memory.pieces", table.to_bytes());
     parts.add("memory", contents(&image)?);
-    out.write_all(HEADER.as_bytes())?;
-    out.write_all(parts.to_text().as_bytes())?;
-    ensure!(
-        fs::metadata(file)?.len() < 64 << 10,
-        "it is too large to be kept among sources"
-    );
-    Ok(())
+    let text = HEADER.to_owned() + &parts.to_text();
+    ensure!(text.len() < 64 << 10, "it is too large to be kept among sources");
+    let mut out = File::create_new(file).context("a golden machine that is there is never changed")?;
+    Ok(out.write_all(text.as_bytes())?)
 }
 
 const HEADER: &str = "# A machine as a release saved it: vmm/tests/kvm/golden.rs restores it. Never changed; docs/snapshot.md says how the next one is written.\n";
