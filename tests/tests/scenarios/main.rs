@@ -9,6 +9,7 @@ mod admission;
 mod agents;
 mod alphabet;
 mod block_devices;
+mod booted;
 mod callers;
 mod carried;
 mod casts;
@@ -122,5 +123,7 @@ fn main() -> ExitCode {
         snapshots::trials(),
         soak::trials(),
     ];
-    libtest_mimic::run(&arguments, trials.into_iter().flatten().collect()).exit_code()
+    let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
+    booted::forget();
+    conclusion.exit_code()
 }
