@@ -49,6 +49,7 @@ mod postcopy;
 mod prediction;
 mod progress;
 mod queue;
+mod readme;
 mod refusals;
 mod requests;
 mod resolves;
@@ -83,6 +84,7 @@ fn main() -> ExitCode {
         block_devices::trials(),
         linux_devices::trials(),
         linux_stop::trials(),
+        readme::trials(),
         device_work::trials(),
         hanging::trials(),
         networks::trials(),
