@@ -57,12 +57,7 @@ impl Pair {
     /// If there is no room.
     pub fn prepare_with(ferry: &Path) -> Result<Self> {
         remove_remains_of_the_dead();
-        // Short: the path of a Unix socket has 107 characters.
-        let prefix = format!("{PREFIX}{}-", std::process::id());
-        let folder = tempfile::Builder::new()
-            .prefix(&prefix)
-            .tempdir_in(ROOT)
-            .context("failed to make a folder")?;
+        let folder = folder()?;
         let (mut a, mut b) = (
             Host::new("a", folder.path(), ferry)?,
             Host::new("b", folder.path(), ferry)?,
@@ -344,6 +339,17 @@ fn remove_cgroup(instance: &OsStr) {
             Ok((removed.is_ok() || !group.exists()).then_some(()))
         });
     }
+}
+
+/// A folder that goes when it is dropped, or when the next [`Pair`] is made after this process was killed.
+///
+/// # Errors
+/// If there is no room.
+pub fn folder() -> Result<TempDir> {
+    // Short: the path of a Unix socket has 107 characters.
+    let prefix = format!("{PREFIX}{}-", std::process::id());
+    let folder = tempfile::Builder::new().prefix(&prefix).tempdir_in(ROOT);
+    folder.context("failed to make a folder")
 }
 
 /// Removes what runs of these tests left that were killed themselves: their folders are named after their processes.

@@ -1,12 +1,12 @@
-//! The smallest guest with a PVH note, made by hand: it prints the alphabet on the serial port for ever.
+//! The smallest guests with a PVH note, made by hand: one prints the alphabet on the serial port for ever.
 
 use std::fs;
 use std::path::Path;
 
 use anyhow::Result;
 
-/// Where it is loaded and entered.
-const ENTRY: u32 = 0x10_0000;
+/// Where they are loaded and entered.
+pub(crate) const ENTRY: u32 = 0x10_0000;
 
 /// 32-bit code: `a` to `z` with a pause after each, a line end, again.
 const CODE: [u8; 29] = [
@@ -46,15 +46,20 @@ const SEGMENT: usize = 56;
 const NOTE_AT: usize = HEADER + 2 * SEGMENT;
 const CODE_AT: usize = 0x1000;
 
-/// Writes the guest into a folder and gives its path.
+/// Writes the guest that prints the alphabet into a folder and gives its path.
 pub(crate) fn file(folder: &Path) -> Result<String> {
-    let file = folder.join("alphabet.elf");
-    fs::write(&file, elf())?;
+    file_of(folder, "alphabet.elf", &CODE)
+}
+
+/// Writes a guest of this 32-bit code, which starts at [`ENTRY`] in ring 0, into a folder and gives its path.
+pub(crate) fn file_of(folder: &Path, name: &str, code: &[u8]) -> Result<String> {
+    let file = folder.join(name);
+    fs::write(&file, elf(code))?;
     Ok(file.display().to_string())
 }
 
 /// The guest as an ELF file: one segment, and one note (Xen, type 18) that names the 32-bit entry.
-fn elf() -> Vec<u8> {
+fn elf(code: &[u8]) -> Vec<u8> {
     let note = [
         &4_u32.to_le_bytes()[..],
         &8_u32.to_le_bytes(),
@@ -64,11 +69,11 @@ fn elf() -> Vec<u8> {
     ]
     .concat();
     let mut file = header();
-    file.extend(segment(1, CODE_AT, u64::from(ENTRY), CODE.len()));
+    file.extend(segment(1, CODE_AT, u64::from(ENTRY), code.len()));
     file.extend(segment(4, NOTE_AT, 0, note.len()));
     file.extend(note);
     file.resize(CODE_AT, 0);
-    file.extend(CODE);
+    file.extend(code);
     file
 }
 

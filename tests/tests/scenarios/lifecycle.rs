@@ -1,11 +1,13 @@
 //! One guest on one host: run, list, show, console, pause, resume, reboot, stop, start, delete, and ends of its own.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use ferry_tests::{Guest, Pair, process, until, waiting::CALL};
 use libtest_mimic::Trial;
 
+use crate::alphabet::{ENTRY, file_of};
 use crate::scenario::on_kvm;
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -24,6 +26,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_triple_fault_is_a_crash,
         a_guest_that_resets_itself_runs_on,
         a_killed_vmm_is_a_crash,
+        a_kernel_that_cannot_be_emulated_says_which_instruction_stopped_it,
     ]
 }
 
@@ -190,4 +193,38 @@ fn a_killed_vmm_is_a_crash(pair: &mut Pair) -> Result<()> {
     pair.a.ferry(&["start", "g"])?.exit(0)?;
     pair.a.wait_for_status("g", "running")?;
     pair.exists_only_at(&pair.a, "g")
+}
+
+fn a_kernel_that_cannot_be_emulated_says_which_instruction_stopped_it(pair: &mut Pair) -> Result<()> {
+    if !Path::new("/sys/module/kvm_pvm").exists() {
+        eprintln!(
+            "skipped: the processor carries out a kernel's instructions here, none is emulated (kvm_pvm is not loaded)"
+        );
+        return Ok(());
+    }
+    pair.expect_complaint("crashed");
+    pair.expect_complaint("cannot emulate");
+    let lacking: [(&str, &[u8], &str); 3] = [
+        ("popcnt", &[0xf3, 0x0f, 0xb8, 0xc0], "bytes f3 0f b8 c0"),
+        ("int3", &[0xcc, 0xf4], "bytes cc f4"),
+        ("fwait", &[0x9b, 0xf4], "bytes 9b f4"),
+    ];
+    for (name, instruction, bytes) in lacking {
+        // Behind one that is emulated: mov eax, 1.
+        let code = [&[0xb8, 1, 0, 0, 0], instruction].concat();
+        let kernel = file_of(pair.folder(), name, &code)?;
+
+        pair.a
+            .ferry(&["run", name, "--kernel", &kernel, "--memory", "64M"])?
+            .exit(0)?;
+
+        let shown = pair.a.wait_for_status(name, "crashed")?;
+        let told = shown["reason"].as_str().unwrap_or_default().to_owned();
+        let place = format!("instruction at rip {:#x}: {bytes}", ENTRY + 5);
+        let named = format!("({name})");
+        for words in ["vCPU 0", &place, &named, "kvm-pvm", "guest-images/linux"] {
+            ensure!(told.contains(words), "{words:?} is not in {told:?}");
+        }
+    }
+    Ok(())
 }

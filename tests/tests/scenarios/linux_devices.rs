@@ -84,13 +84,13 @@ fn a_writer_notices_no_move_of_its_disk(pair: &mut Pair) -> Result<()> {
     }
     make_file_system(&a.join("g.img"))?;
     Linux::new("g")?
-        .vcpus(1)
         .disk(&format!("path={}", both.join("g.img").display()))
         .words("ferry.disk")
         .run(&pair.a)?;
-    wait_printed(&pair.a, "RECORDS", 1, BOOT)?;
+    let text = wait_printed(&pair.a, "RECORDS", 1, BOOT)?;
+    ensure!(text.contains("CPUS 2"), "{text}");
 
-    for _ in 0..2 {
+    for _ in 0..5 {
         moves_on(pair, &["--storage", "copy", "--digests"])?;
     }
 

@@ -11,6 +11,7 @@ use libtest_mimic::Trial;
 use rustix::process::Signal;
 use serde_json::Value;
 
+use crate::booted;
 use crate::scenario::{command, make_file_system, on_kvm};
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -55,8 +56,7 @@ fn a_guest_that_is_asked_to_stop_leaves_a_clean_disk(pair: &mut Pair) -> Result<
 }
 
 fn a_guest_hears_its_button_after_a_move(pair: &mut Pair) -> Result<()> {
-    Linux::new("g")?.run(&pair.a)?;
-    wait_printed(&pair.a, "BUTTON ready", 1, BOOT)?;
+    booted::run(pair)?;
     pair.migrate("g", &["--digests"])?
         .exit(0)?
         .migration()?

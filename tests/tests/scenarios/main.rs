@@ -9,6 +9,7 @@ mod admission;
 mod agents;
 mod alphabet;
 mod block_devices;
+mod booted;
 mod callers;
 mod carried;
 mod casts;
@@ -48,6 +49,7 @@ mod postcopy;
 mod prediction;
 mod progress;
 mod queue;
+mod readme;
 mod refusals;
 mod requests;
 mod resolves;
@@ -82,6 +84,7 @@ fn main() -> ExitCode {
         block_devices::trials(),
         linux_devices::trials(),
         linux_stop::trials(),
+        readme::trials(),
         device_work::trials(),
         hanging::trials(),
         networks::trials(),
@@ -122,5 +125,7 @@ fn main() -> ExitCode {
         snapshots::trials(),
         soak::trials(),
     ];
-    libtest_mimic::run(&arguments, trials.into_iter().flatten().collect()).exit_code()
+    let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
+    booted::forget();
+    conclusion.exit_code()
 }

@@ -8,6 +8,7 @@
     reason = "ioctls that kvm-ioctls lacks, and memory that is shared with the kernel"
 )]
 
+mod emulation;
 mod host;
 mod ring;
 mod tracking;

@@ -8,6 +8,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
+use super::emulation::not_emulated;
 use super::uapi;
 use super::vm::KvmError;
 
@@ -161,14 +162,8 @@ impl Vcpu {
         let bytes: Vec<u8> = words.iter().skip(1).flat_map(|word| word.to_le_bytes()).collect();
         let has_bytes = words.first().is_some_and(|flags| flags & 1 == 1);
         match bytes.split_first() {
-            Some((len, rest)) if has_bytes => {
-                let len = usize::from(*len).min(rest.len()).min(15);
-                format!(
-                    "KVM cannot emulate the instruction at rip {rip:#x}: bytes {:02x?}",
-                    &rest[..len]
-                )
-            }
-            _ => format!("KVM cannot emulate the instruction at rip {rip:#x}"),
+            Some((len, rest)) if has_bytes => not_emulated(rip, &rest[..usize::from(*len).min(rest.len())]),
+            _ => not_emulated(rip, &[]),
         }
     }
 

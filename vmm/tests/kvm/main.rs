@@ -3,6 +3,7 @@
 //! Where this host cannot run machines the tests say why and count as ignored. `FERRY_LONG_TESTS=1` adds a whole Linux.
 
 mod boot;
+mod golden;
 mod lifecycle;
 mod linux;
 mod micro;
@@ -28,6 +29,7 @@ fn main() {
         boot::CASES,
         lifecycle::CASES,
         saved_state::CASES,
+        golden::CASES,
         tracking::CASES,
         throttle::CASES,
         power_button::CASES,

@@ -289,6 +289,27 @@ mod tests {
         assert_eq!(Manifest::from_bytes(&bytes).unwrap(), manifest());
     }
 
+    /// A file of version 1, which is read for ever; what later builds know more of an instance it does not say.
+    const VERSION_1: &[u8] = include_bytes!("golden/snapshot-1.json");
+
+    #[test]
+    fn a_file_of_version_1_is_read() {
+        let Manifest {
+            epoch,
+            spec,
+            memory,
+            disks,
+            ..
+        } = Manifest::from_bytes(VERSION_1).unwrap();
+        assert_eq!((epoch, memory.stored_bytes, spec.vcpus), (1, 8_544_256, 2));
+        assert_eq!((spec.name.as_str(), spec.restart.as_str()), ("web", "on-crash"));
+        assert_eq!((disks[0].bytes, disks[0].epoch), (1 << 20, 1));
+        assert_eq!(spec.disks[0].path, "/srv/web.img");
+        assert_eq!(spec.disks[0].serial.as_deref(), Some("web"));
+        assert_eq!(spec.nics[0].bridge.as_deref(), Some("br0"));
+        assert_eq!(spec.nics[0].rate_bytes_per_s, Some(12_500_000));
+    }
+
     #[test]
     fn what_was_edited_is_refused() {
         assert!(refusal(&edited("web.img", "db.img")).contains("edited"));
