@@ -5,10 +5,10 @@ use std::time::Instant;
 
 use ferry_migration::PageSet;
 use ferry_migration::guest::{
-    DestinationGuest, DirtyClearer, DiskCondition, FrameRun, GuestCondition, GuestEnd, GuestError, GuestWas,
+    DestinationGuest, DirtyClearer, DiskCondition, DiskWaits, FrameRun, GuestCondition, GuestEnd, GuestError, GuestWas,
     Population, RestoredGuest, SourceGuest, StopTimes, Throttled,
 };
-use ferry_vmm::{MachineEvent, MachineProfile, MachineState, RunState, ThrottledVcpus};
+use ferry_vmm::{MachineEvent, MachineProfile, MachineState, RunState, ThrottledVcpus, WriteWaits};
 
 use super::copied::CopiedDisk;
 use super::guest::{BlankGuest, LocalGuest, Reset, RestoredMachine};
@@ -63,6 +63,18 @@ impl SourceGuest for LocalGuest {
 
     fn written_by_vcpu(&self) -> Option<Vec<u64>> {
         self.machine.written_by_vcpu()
+    }
+
+    fn hold_back_disk_writes(&mut self, blocks: Option<u64>) {
+        // Each disk has its part, so that none waits for what the guest writes to another one.
+        let each = blocks.map(|blocks| (blocks / self.copied.len().max(1) as u64).max(1));
+        self.copied.iter().for_each(|(_, written)| written.hold_back(each));
+    }
+
+    fn disk_waits(&self) -> DiskWaits {
+        let waits = self.copied.iter().map(|(_, written)| written.waits());
+        let WriteWaits { count, longest, total } = waits.fold(WriteWaits::default(), WriteWaits::plus);
+        DiskWaits { count, longest, total }
     }
 
     fn clearer(&self) -> Clearer {

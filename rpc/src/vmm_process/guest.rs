@@ -191,8 +191,8 @@ impl LocalGuest {
 
     /// All that moves page by page.
     pub(super) fn moving(&self) -> SharedMemory {
-        let disks = self.copied.iter().map(|(disk, _)| disk.clone()).collect();
-        SharedMemory::new(self.machine.memory().clone(), disks)
+        let (disks, written) = self.copied.iter().cloned().unzip();
+        SharedMemory::new(self.machine.memory().clone(), disks).written(written)
     }
 
     /// The handle for keyboard input, which outlives moves of the machine between threads.

@@ -181,10 +181,17 @@ impl Vmm {
                 current.zero_pages = now.zero_pages;
                 current.throughput_bytes_per_s = now.throughput_bytes_per_s as f64;
                 current.copied = Some(convert::copied(now.copied));
+                current.disk_waits = Some(convert::disk_waits(now.disk_waits));
                 Body::Progress(current.clone())
             }
-            SourceReport::Round { round, copied, decided } => {
+            SourceReport::Round {
+                round,
+                copied,
+                disk_waits,
+                decided,
+            } => {
                 current.copied = Some(convert::copied(copied));
+                current.disk_waits = Some(convert::disk_waits(disk_waits));
                 convert::add(&mut current.rounds, convert::round(&round));
                 current.remaining_pages = round.dirty_pages;
                 current.throttle_percent = decided.throttle;

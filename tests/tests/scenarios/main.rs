@@ -20,6 +20,7 @@ mod data_port;
 mod device_work;
 mod disks;
 mod events;
+mod fast_disks;
 mod faults;
 mod fields;
 mod foreign;
@@ -79,6 +80,7 @@ fn main() -> ExitCode {
         moves::trials(),
         disks::trials(),
         storage::trials(),
+        fast_disks::trials(),
         block_devices::trials(),
         linux_devices::trials(),
         linux_stop::trials(),
