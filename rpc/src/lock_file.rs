@@ -26,7 +26,7 @@ pub(crate) struct Holder {
 }
 
 /// More than a line has: names are short. What is longer was written by somebody else.
-const LONGEST_LINE: usize = 1024;
+pub(crate) const LONGEST_LINE: usize = 1024;
 
 /// The lock file of an image.
 pub(crate) fn path_of(image: &Path) -> PathBuf {
@@ -35,10 +35,22 @@ pub(crate) fn path_of(image: &Path) -> PathBuf {
     PathBuf::from(path)
 }
 
+/// The file beside an image in which those who only read it leave their names.
+pub(crate) fn readers_path_of(image: &Path) -> PathBuf {
+    let mut path = OsString::from(image);
+    path.push(".ferry-readers");
+    PathBuf::from(path)
+}
+
 /// Whom the file names; none if it is empty, or being written, or not ours.
 pub(crate) fn read(file: &File) -> Option<Holder> {
+    read_at(file, 0)
+}
+
+/// The same of a name that begins there.
+pub(crate) fn read_at(file: &File, offset: u64) -> Option<Holder> {
     let mut bytes = [0; LONGEST_LINE];
-    let count = file.read_at(&mut bytes, 0).ok()?;
+    let count = file.read_at(&mut bytes, offset).ok()?;
     parse(&bytes[..count])
 }
 

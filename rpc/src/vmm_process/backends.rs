@@ -26,7 +26,7 @@ pub(super) struct HostSide {
 }
 
 impl HostSide {
-    /// Sorts the descriptors: for each disk its image and, if it has one, its lock file; then each card's tap.
+    /// Sorts the descriptors: for each disk its image and, as far as it has them, its lock file and the file with its readers' names; then each card's tap.
     ///
     /// # Errors
     /// There are more or fewer than the order says.
@@ -50,6 +50,10 @@ impl HostSide {
                 true => Some(File::from(next("a lock file")?)),
                 false => None,
             };
+            let readers = match disk.has_readers_file {
+                true => Some(File::from(next("a file of readers")?)),
+                false => None,
+            };
             let lost = Arc::default();
             let image = file
                 .try_clone()
@@ -58,6 +62,7 @@ impl HostSide {
                 path: disk.path.clone(),
                 image: Arc::new(image),
                 lock_file,
+                readers,
                 access,
                 lost: Arc::clone(&lost),
             });
@@ -119,6 +124,7 @@ mod tests {
                 wire::Disk {
                     path: "/srv/b".to_owned(),
                     readonly: true,
+                    has_readers_file: true,
                     serial: "b".to_owned(),
                     ..wire::Disk::default()
                 },
@@ -137,7 +143,7 @@ mod tests {
 
     #[test]
     fn each_descriptor_finds_its_device() {
-        let host = HostSide::new(&spec(), files(4)).unwrap();
+        let host = HostSide::new(&spec(), files(5)).unwrap();
         let [a, b] = &host.backends.disks[..] else {
             panic!("{:?}", host.backends)
         };

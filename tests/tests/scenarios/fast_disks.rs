@@ -78,7 +78,10 @@ fn two_disks_that_are_written_and_one_that_is_not_move_together(pair: &mut Pair)
     fs::write(folders.a.join("other.img"), vec![7; 1 << 20])?;
     let disk = |name: &str| format!("path={}", folders.both.join(name).display());
     let work = format!("heartbeat_ms=20 fill=random fill_mib=16 work=blk {ALL_THE_TIME}");
-    let guest = Guest::new("g").disk(&disk("g.img")).disk(&disk("other.img")).work(&work);
+    let guest = Guest::new("g")
+        .disk(&disk("g.img"))
+        .disk(&disk("other.img"))
+        .work(&work);
     let witness = pair.run(&guest)?;
 
     let moved = pair.migrate("g", &SLOW)?.exit(0)?.migration()?.is("completed", "b")?;

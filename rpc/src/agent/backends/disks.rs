@@ -26,6 +26,8 @@ pub(super) struct OpenDisk {
     pub(super) image: File,
     /// Beside an image that is a file; of a disk that is only read, only where it is there already.
     pub(super) lock_file: Option<File>,
+    /// The same of the file in which those who only read the image leave their names: made for them where that goes.
+    pub(super) readers: Option<File>,
 }
 
 /// Opens a disk: past the page cache where the guest may write it and the file system can do that by sectors, because then what the
@@ -47,15 +49,18 @@ pub(super) fn open(disk: &DiskSpec, whose: Whose, allowed: Option<&[PathBuf]>) -
     if whose.occasion == Occasion::Run {
         check_format(&image)?;
     }
-    let lock_file = if metadata.is_file() {
-        open_lock_file(path, disk.readonly)?
-    } else {
-        None
+    let (lock_file, readers) = match metadata.is_file() {
+        true => (open_lock_file(path, disk.readonly)?, open_readers(path, disk.readonly)),
+        false => (None, None),
     };
     if let Some(file) = &lock_file {
         check_epoch(file, whose, &lock_file::path_of(path))?;
     }
-    Ok(OpenDisk { image, lock_file })
+    Ok(OpenDisk {
+        image,
+        lock_file,
+        readers,
+    })
 }
 
 fn cannot_open(error: io::Error) -> String {
@@ -200,6 +205,20 @@ fn open_lock_file(image: &Path, readonly: bool) -> Result<Option<File>, String> 
     }
 }
 
+/// The file with the names of those who read an image. It is for messages: where it cannot be had, the disk can.
+fn open_readers(image: &Path, readonly: bool) -> Option<File> {
+    let mut options = OpenOptions::new();
+    options
+        .read(true)
+        .mode(0o644)
+        .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed());
+    if readonly {
+        options.write(true).create(true).truncate(false);
+    }
+    let file = options.open(lock_file::readers_path_of(image)).ok()?;
+    file.metadata().is_ok_and(|metadata| metadata.is_file()).then_some(file)
+}
+
 /// A disk that its instance had under an epoch of which this agent has never heard is one that it left: running it here
 /// would go back in time.
 fn check_epoch(file: &File, whose: Whose, path: &Path) -> Result<(), String> {
@@ -283,6 +302,23 @@ mod tests {
         let open = open(&disk, RUN, None).unwrap();
         assert!(open.lock_file.is_some());
         assert!(!fcntl_getfl(&open.image).unwrap().contains(OFlags::DIRECT));
+    }
+
+    #[test]
+    fn who_only_reads_a_disk_can_leave_a_name_and_who_writes_finds_it() {
+        let (folder, mut disk) = image(b"", 1 << 20);
+        assert!(open(&disk, RUN, None).unwrap().readers.is_none());
+        disk.readonly = true;
+        assert!(open(&disk, RUN, None).unwrap().readers.is_some());
+        let readers = folder.path().join("web.img.ferry-readers");
+        assert!(readers.exists());
+        disk.readonly = false;
+        assert!(open(&disk, RUN, None).unwrap().readers.is_some());
+        // What is not such a file is no reason to refuse the disk.
+        fs::remove_file(&readers).unwrap();
+        fs::create_dir(&readers).unwrap();
+        disk.readonly = true;
+        assert!(open(&disk, RUN, None).unwrap().readers.is_none());
     }
 
     #[test]

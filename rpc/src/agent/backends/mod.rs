@@ -29,7 +29,7 @@ pub(crate) struct Opened {
     pub(crate) disks: Vec<wire::Disk>,
     /// What the VMM is told of its network cards.
     pub(crate) nics: Vec<wire::Nic>,
-    /// For each disk its image and, if it has one, its lock file; then the tap of each card.
+    /// For each disk its image and, as far as it has them, its lock file and that of its readers; then the tap of each card.
     pub(crate) descriptors: Vec<OwnedFd>,
 }
 
@@ -86,9 +86,11 @@ fn open(spec: &InstanceSpec, whose: Whose, host: &str, allowed: Option<&[PathBuf
             readonly: disk.readonly,
             serial: disk.serial.clone().unwrap_or_default(),
             has_lock_file: open.lock_file.is_some(),
+            has_readers_file: open.readers.is_some(),
         });
         opened.descriptors.push(open.image.into());
-        opened.descriptors.extend(open.lock_file.map(OwnedFd::from));
+        let beside = open.lock_file.into_iter().chain(open.readers);
+        opened.descriptors.extend(beside.map(OwnedFd::from));
     }
     for nic in &spec.nics {
         let refused = |error| {

@@ -203,7 +203,7 @@ pub(crate) fn remove(paths: &[String], instance: Uuid, host: &str) {
             tracing::info!(path = %path.display(), "not removed: it is not known as the guest's on this host");
             continue;
         }
-        for path in [path, &lock_file] {
+        for path in [path, &lock_file, &lock_file::readers_path_of(path)] {
             match fs::remove_file(path) {
                 Ok(()) => tracing::info!(path = %path.display(), "removed"),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}

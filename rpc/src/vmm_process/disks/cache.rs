@@ -159,6 +159,7 @@ mod tests {
             path: "/srv/web.img".to_owned(),
             image: Arc::new(image),
             lock_file: None,
+            readers: None,
             access,
             lost: Default::default(),
         }])

@@ -9,6 +9,7 @@
 mod cache;
 mod locks;
 mod moments;
+mod readers;
 
 use std::fs::File;
 use std::io;
@@ -48,6 +49,8 @@ pub(super) struct Disk {
     /// is closed.
     pub(super) image: Arc<File>,
     pub(super) lock_file: Option<File>,
+    /// Where those who only read it leave their names, if there is such a file.
+    pub(super) readers: Option<File>,
     pub(super) access: DiskAccess,
     /// Something that the guest wrote did not reach the disk, and it was not told.
     pub(super) lost: Arc<AtomicBool>,
@@ -199,6 +202,7 @@ mod tests {
                 path: path.to_owned(),
                 image: Arc::new(image),
                 lock_file: None,
+                readers: None,
                 access: DiskAccess::ReadWrite,
                 lost: Default::default(),
             }

@@ -261,7 +261,10 @@ mod tests {
     fn what_is_over_the_allowance_waits_for_what_is_sent() {
         let (held, now) = held_back(10);
         assert!(held.admits(9, now) && held.admits(4, now));
-        assert!(!held.admits(1, now) && held.admits(0, now), "what is dirty already is free");
+        assert!(
+            !held.admits(1, now) && held.admits(0, now),
+            "what is dirty already is free"
+        );
         assert!(!held.admits(1, now));
         held.sent(6, 0, now);
         assert!(!has_rung(&held), "three blocks were carried out on credit");
@@ -269,7 +272,10 @@ mod tests {
         assert!(has_rung(&held));
         assert!(held.admits(1, now + Duration::from_secs(3)));
         let waits = held.waits(now);
-        assert_eq!((waits.longest, waits.total), (Duration::from_secs(3), Duration::from_secs(3)));
+        assert_eq!(
+            (waits.longest, waits.total),
+            (Duration::from_secs(3), Duration::from_secs(3))
+        );
     }
 
     #[test]
@@ -281,7 +287,10 @@ mod tests {
         held.fetched(now);
         assert!(has_rung(&held) && held.admits(30, now));
         held.fetched(now);
-        assert!(!has_rung(&held) && !held.admits(1, now), "ten blocks are still to be paid for");
+        assert!(
+            !has_rung(&held) && !held.admits(1, now),
+            "ten blocks are still to be paid for"
+        );
     }
 
     #[test]

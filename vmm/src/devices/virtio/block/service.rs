@@ -76,7 +76,9 @@ impl Block {
             queue.ignore(turn.memory)?;
             self.is_held_back = false;
             while !turn.is_to_end() {
-                let Some(job) = self.next_job(queue, turn.memory)? else { break };
+                let Some(job) = self.next_job(queue, turn.memory)? else {
+                    break;
+                };
                 let answer = self.carry_out(&job.request, turn.memory);
                 let written = tell_status(&job, answer, turn.memory)?;
                 queue.push(turn.memory, job.head, written)?;
@@ -196,10 +198,7 @@ impl Service<'_> {
     fn takes(&self) -> bool {
         // What is gathered needs a place, too.
         let further = 1 + usize::from(self.gathered.is_some());
-        !self.turn.is_to_end()
-            && !self.disk.is_held_back
-            && self.held.is_empty()
-            && self.ring.has_room_for(further)
+        !self.turn.is_to_end() && !self.disk.is_held_back && self.held.is_empty() && self.ring.has_room_for(further)
     }
 
     /// Takes requests from the queue and begins them. Whether there was any.

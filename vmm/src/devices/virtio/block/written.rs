@@ -97,7 +97,9 @@ impl WrittenBlocks {
         if !self.0.held_back.is_on() {
             return true;
         }
-        let blocks = extents.try_fold(0u64, |sum, (offset, len)| sum.checked_add(self.clean_blocks(offset, len)));
+        let blocks = extents.try_fold(0u64, |sum, (offset, len)| {
+            sum.checked_add(self.clean_blocks(offset, len))
+        });
         self.0.held_back.admits(blocks.unwrap_or(u64::MAX), Instant::now())
     }
 
