@@ -275,6 +275,11 @@ pub trait GuestMemory: Send + Sync + 'static {
         false
     }
 
+    /// Whether this region reads as zero before anything is written to it; if not, what is told to be zero is written in any case.
+    fn is_blank(&self, _region: Region) -> bool {
+        true
+    }
+
     /// Has the scheduler give the calling thread turns of this length, or its usual ones again: how long somebody who shares its processor waits for it.
     /// False where the host's kernel has only its usual ones.
     ///

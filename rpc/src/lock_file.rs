@@ -10,6 +10,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -40,6 +42,23 @@ pub(crate) fn readers_path_of(image: &Path) -> PathBuf {
     let mut path = OsString::from(image);
     path.push(".ferry-readers");
     PathBuf::from(path)
+}
+
+/// Whether some other open file has a lock on this image, or on a part of it. It may be gone, or there, a moment later.
+///
+/// # Errors
+/// The file system does not lock.
+pub(crate) fn is_locked(image: &File) -> io::Result<bool> {
+    let mut asked = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        // Must be zero for this kind of lock.
+        l_pid: 0,
+    };
+    fcntl(image, FcntlArg::F_OFD_GETLK(&mut asked))?;
+    Ok(libc::c_int::from(asked.l_type) != libc::F_UNLCK)
 }
 
 /// Whom the file names; none if it is empty, or being written, or not ours.

@@ -182,10 +182,11 @@ impl DestinationGuest for BlankGuest {
         }
     }
 
-    fn restore(self, state: &[u8]) -> Result<RestoredMachine, GuestError> {
+    fn restore(mut self, state: &[u8]) -> Result<RestoredMachine, GuestError> {
         let state = MachineState::from_bytes(state).map_err(GuestError::new)?;
         // GO's manifest was checked, and the source let go of them before it sent GO. From here on they are this host's.
         self.disks.lock(self.epoch).map_err(GuestError::new)?;
+        self.disks.end_copy();
         self.disks.forget_cached();
         let machine = self.machine.restore(&state).map_err(GuestError::new)?;
         Ok(RestoredMachine(LocalGuest {

@@ -26,7 +26,8 @@ pub(super) struct HostSide {
 }
 
 impl HostSide {
-    /// Sorts the descriptors: for each disk its image and, as far as it has them, its lock file and the file with its readers' names; then each card's tap.
+    /// Sorts the descriptors: for each disk its image and, as far as it has them, its lock file, the file with its readers' names
+    /// and what is written while it is copied; then each card's tap.
     ///
     /// # Errors
     /// There are more or fewer than the order says.
@@ -54,6 +55,10 @@ impl HostSide {
                 true => Some(File::from(next("a file of readers")?)),
                 false => None,
             };
+            let target = match disk.has_copy_target {
+                true => Some(Arc::new(File::from(next("what is copied")?))),
+                false => None,
+            };
             let lost = Arc::default();
             let image = file
                 .try_clone()
@@ -63,6 +68,7 @@ impl HostSide {
                 image: Arc::new(image),
                 lock_file,
                 readers,
+                target,
                 access,
                 lost: Arc::clone(&lost),
             });

@@ -67,6 +67,10 @@ impl GuestMemory for SharedMemory {
         &self.shape
     }
 
+    fn is_blank(&self, region: Region) -> bool {
+        self.disk(region.run()).is_none_or(CopiedDisk::is_blank)
+    }
+
     fn is_disk(&self, region: Region) -> bool {
         CopiedDisk::is_disk(region.run())
     }
@@ -133,13 +137,7 @@ impl GuestMemory for SharedMemory {
 
     fn zero_pages(&self, run: FrameRun, found: &mut Vec<FrameRun>) -> Result<(), GuestError> {
         if let Some(disk) = self.disk(run) {
-            let mut next = run.first;
-            for extent in disk.extents(run).map_err(GuestError::new)? {
-                push_run(found, next, extent.first);
-                next = extent.end();
-            }
-            push_run(found, next, run.end());
-            return Ok(());
+            return disk.zero_runs(run, found).map_err(GuestError::new);
         }
         let mut zeroes = Vec::new();
         self.memory
@@ -255,13 +253,4 @@ fn bytes_of(runs: &[FrameRun]) -> usize {
 
 fn all_to_vmm(runs: &[FrameRun]) -> Vec<ferry_vmm::FrameRun> {
     runs.iter().copied().map(to_vmm).collect()
-}
-
-fn push_run(runs: &mut Vec<FrameRun>, first: u64, end: u64) {
-    if first < end {
-        runs.push(FrameRun {
-            first,
-            count: end - first,
-        });
-    }
 }

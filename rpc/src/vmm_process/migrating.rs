@@ -126,8 +126,11 @@ impl Vmm {
             liveness: Default::default(),
             resume_window: Duration::from_millis(order.resume_window_ms),
         };
+        if let Holding::Blank(blank) = &self.holding {
+            blank.disks.lock_to_copy(&order.copied_disks, parameters.epoch)?;
+        }
         let copied = match &self.holding {
-            Holding::Blank(blank) => blank.disks.to_copy(&order.copied_disks)?,
+            Holding::Blank(blank) => blank.disks.to_copy(&order.copied_disks, &order.copied_bytes)?,
             _ => Vec::new(),
         };
         let link = whole_link(descriptors, order.late_streams)?;

@@ -49,6 +49,7 @@ mod postcopy;
 mod prediction;
 mod progress;
 mod queue;
+mod readonly;
 mod refusals;
 mod requests;
 mod resolves;
@@ -81,6 +82,7 @@ fn main() -> ExitCode {
         disks::trials(),
         storage::trials(),
         fast_disks::trials(),
+        readonly::trials(),
         block_devices::trials(),
         linux_devices::trials(),
         linux_stop::trials(),

@@ -160,6 +160,7 @@ mod tests {
             image: Arc::new(image),
             lock_file: None,
             readers: None,
+            target: None,
             access,
             lost: Default::default(),
         }])

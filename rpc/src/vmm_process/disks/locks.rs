@@ -118,6 +118,11 @@ impl DiskLocks {
         &self.disks
     }
 
+    /// The same, to be changed.
+    pub(super) fn disks_mut(&mut self) -> &mut [Disk] {
+        &mut self.disks
+    }
+
     /// Takes all locks, or none, and writes the holder's name. What is locked already stays so.
     pub(super) fn lock(&self, epoch: Epoch) -> Result<(), LockError> {
         self.hold(epoch).inspect(|()| self.note_epoch(epoch))
@@ -127,6 +132,13 @@ impl DiskLocks {
     pub(super) fn hold(&self, epoch: Epoch) -> Result<(), LockError> {
         let taken = self.disks.iter().try_for_each(|disk| self.lock_one(disk, epoch));
         taken.inspect_err(|_| self.unlock())
+    }
+
+    /// Takes the locks of those of these disks that the guest will write. What is locked already stays so.
+    pub(super) fn lock_some(&self, numbers: &[u32], epoch: Epoch) -> Result<(), LockError> {
+        let disks = numbers.iter().filter_map(|&number| self.disks.get(number as usize));
+        let mut written = disks.filter(|disk| disk.access == DiskAccess::ReadWrite);
+        written.try_for_each(|disk| self.lock_one(disk, epoch))
     }
 
     /// Gives all locks back.
@@ -280,6 +292,7 @@ mod tests {
                 .write(true)
                 .open(lock_file::readers_path_of(path))
                 .ok(),
+            target: None,
             access,
             lost: Default::default(),
         }

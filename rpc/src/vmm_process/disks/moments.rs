@@ -165,6 +165,7 @@ mod tests {
             image: Arc::new(open(path)),
             lock_file: Some(open(&lock_file::path_of(path))),
             readers: None,
+            target: None,
             access,
             lost: Default::default(),
         }
@@ -241,6 +242,7 @@ mod tests {
             image: Arc::new(std::fs::File::open("/dev/null").unwrap()),
             lock_file: None,
             readers: None,
+            target: None,
             access,
             lost: Default::default(),
         };
