@@ -50,6 +50,13 @@ impl SourceGuest for LocalGuest {
     }
 
     fn fetch_dirty(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
+        // Whoever made a disk smaller meanwhile took something of the guest's away. Not asked while the guest stands still: a network file
+        // system may take its time.
+        if self.machine.run_state() == RunState::Running
+            && let Some(shrunk) = self.disks.too_small_for(&self.machine.disk_sectors()).pop()
+        {
+            return Err(GuestError::new(shrunk));
+        }
         let fetched = self.machine.fetch_dirty().map_err(GuestError::new)?;
         let memory_regions = dirty.regions() - self.copied.len();
         for index in 0..memory_regions {

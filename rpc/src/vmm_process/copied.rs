@@ -133,7 +133,14 @@ impl CopiedDisk {
 
     /// Where the image has data, in whole frames, ascending; everything where its file system does not tell.
     pub(super) fn extents(&self, run: FrameRun) -> io::Result<Vec<FrameRun>> {
-        self.find_extents(run).map_err(self.failed("look for data on"))
+        let extents = self.find_extents(run).and_then(|extents| {
+            // What was cut off would look like a hole, and be told to be zero.
+            match seek(&self.image, SeekFrom::End(0))? < self.bytes {
+                true => Err(io::ErrorKind::UnexpectedEof.into()),
+                false => Ok(extents),
+            }
+        });
+        extents.map_err(self.failed("look for data on"))
     }
 
     fn find_extents(&self, run: FrameRun) -> io::Result<Vec<FrameRun>> {
@@ -461,6 +468,12 @@ mod tests {
         let (mine, theirs) = UnixStream::pair().unwrap();
         let shrunk = disk(2 * 4096);
         shrunk.image.set_len(4096).unwrap();
+        let error = shrunk.zero_runs(run(1, 1), &mut Vec::new()).unwrap_err();
+        let told = crate::error_chain(&error);
+        assert_eq!(
+            told,
+            "failed to look for data on disk /srv/web.img: it has become smaller"
+        );
         let error = shrunk.send(mine.as_fd(), run(0, 2)).unwrap_err();
         let told = crate::error_chain(&error);
         assert_eq!(told, "failed to read disk /srv/web.img: it has become smaller");
