@@ -44,11 +44,20 @@ pub(crate) fn readers_path_of(image: &Path) -> PathBuf {
     PathBuf::from(path)
 }
 
-/// Whether some other open file has a lock on this image, or on a part of it. It may be gone, or there, a moment later.
+/// A lock on an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lock {
+    /// Of those that only read it.
+    Shared,
+    /// Of the one that writes it.
+    Exclusive,
+}
+
+/// The lock that some other open file has on this image, or on a part of it. It may be gone, or there, a moment later.
 ///
 /// # Errors
 /// The file system does not lock.
-pub(crate) fn is_locked(image: &File) -> io::Result<bool> {
+pub(crate) fn lock_on(image: &File) -> io::Result<Option<Lock>> {
     let mut asked = libc::flock {
         l_type: libc::F_WRLCK as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
@@ -58,7 +67,11 @@ pub(crate) fn is_locked(image: &File) -> io::Result<bool> {
         l_pid: 0,
     };
     fcntl(image, FcntlArg::F_OFD_GETLK(&mut asked))?;
-    Ok(libc::c_int::from(asked.l_type) != libc::F_UNLCK)
+    Ok(match libc::c_int::from(asked.l_type) {
+        libc::F_UNLCK => None,
+        libc::F_RDLCK => Some(Lock::Shared),
+        _ => Some(Lock::Exclusive),
+    })
 }
 
 /// Whom the file names; none if it is empty, or being written, or not ours.
@@ -124,6 +137,27 @@ mod tests {
         assert_eq!(read(&file), None);
         file.write_all_at(&[b' '; 2 * LONGEST_LINE], 0).unwrap();
         assert_eq!(read(&file), None);
+    }
+
+    #[test]
+    fn a_lock_of_somebody_else_is_told_and_ones_own_is_not() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let other = File::options().read(true).write(true).open(image.path()).unwrap();
+        let lock = |kind: libc::c_int| {
+            let lock = libc::flock {
+                l_type: kind as libc::c_short,
+                l_whence: libc::SEEK_SET as libc::c_short,
+                l_start: 0,
+                l_len: 0,
+                l_pid: 0,
+            };
+            fcntl(&other, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
+            lock_on(image.as_file()).unwrap()
+        };
+        assert_eq!(lock(libc::F_RDLCK), Some(Lock::Shared));
+        assert_eq!(lock(libc::F_WRLCK), Some(Lock::Exclusive));
+        assert_eq!(lock_on(&other).unwrap(), None);
+        assert_eq!(lock(libc::F_UNLCK), None);
     }
 
     #[test]

@@ -168,8 +168,9 @@ mod tests {
         };
         assert!(told(1).unwrap().contains("lock file"));
         assert!(told(2).unwrap().contains("/srv/b"));
-        assert!(told(3).unwrap().contains("tap"));
-        assert_eq!(told(4), None);
-        assert!(told(5).unwrap().contains("more descriptors"));
+        assert!(told(3).unwrap().contains("readers"));
+        assert!(told(4).unwrap().contains("tap"));
+        assert_eq!(told(5), None);
+        assert!(told(6).unwrap().contains("more descriptors"));
     }
 }

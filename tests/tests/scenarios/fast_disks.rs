@@ -21,7 +21,7 @@ pub(crate) fn trials() -> Vec<Trial> {
 }
 
 /// Writes all over its disk, for longer than any of this takes.
-const ALL_THE_TIME: &str = "io=randwrite block_kib=8 depth=16 seconds=100000";
+const ALL_THE_TIME: &str = "io=randwrite block_kib=8 depth=16 seconds=3600";
 
 /// 5 MB/s, where the whole disk of 16 MiB would be dirty after each pass.
 const SLOW: [&str; 3] = ["--bandwidth", "40Mbit", "--digests"];

@@ -321,11 +321,7 @@ mod tests {
             let device = rustix::fs::makedev(259, number);
             assert_eq!(logical_block(sys.path(), device), Some(4096));
         }
-        assert_eq!(
-            logical_block(sys.path(), rustix::fs::makedev(259, 2)),
-            Contents::AreHere,
-            None
-        );
+        assert_eq!(logical_block(sys.path(), rustix::fs::makedev(259, 2)), None);
     }
 
     #[test]

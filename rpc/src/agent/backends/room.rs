@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::storage;
 use crate::agent::failure::Failure;
-use crate::lock_file::{self, Holder};
+use crate::lock_file::{self, Holder, Lock};
 
 /// What blocks of files are counted in.
 const SECTOR: u64 = 512;
@@ -206,9 +206,8 @@ pub(crate) fn remove<'p>(paths: &'p [String], instance: Uuid, host: &str) -> Vec
     for path in images {
         let lock_file = lock_file::path_of(path);
         let is_ours = is_of(&lock_file, |holder| {
-            // Whoever only reads it leaves the epoch alone, and need not be the only one.
-            let may_be_read = holder.epoch == 0;
-            holder.instance == instance && holder.host == host && !(may_be_read && is_locked(path))
+            // What its guest only reads has no epoch, and others may read it, too.
+            holder.instance == instance && holder.host == host && !(holder.epoch == 0 && is_read(path))
         });
         if !is_ours && !is_begun(path, &lock_file) {
             tracing::info!(path = %path.display(), "not removed: it is not known as the guest's on this host");
@@ -228,8 +227,9 @@ pub(crate) fn remove<'p>(paths: &'p [String], instance: Uuid, host: &str) -> Vec
     devices
 }
 
-fn is_locked(image: &Path) -> bool {
-    File::open(image).is_ok_and(|image| lock_file::is_locked(&image).unwrap_or(true))
+/// Whether somebody has an image to read.
+fn is_read(image: &Path) -> bool {
+    File::open(image).is_ok_and(|image| lock_file::lock_on(&image).is_ok_and(|lock| lock == Some(Lock::Shared)))
 }
 
 /// Whether an image has no size yet, and beside it is nothing that names anybody: see [`make_image`]. No disk is so small.

@@ -239,6 +239,8 @@ fn fate(disk: &DiskSpec, storage: Storage, coming: &Coming, (size, here): (&Disk
         (Storage::Auto | Storage::Copy, None) if is_device(size) => Err(
             "it is not there, and a block device at the source: what is on one is copied onto a block device of that name only".to_owned(),
         ),
+        // A source before 4.3 does not give it: who opens it says that it is missing.
+        (Storage::Auto | Storage::Copy, None) if disk.readonly && size.guest_bytes == 0 => Ok(Fate::Shared),
         (Storage::Auto | Storage::Copy, None) => Ok(Fate::Made),
         // Any number of guests may read it, and other hosts have it for that.
         (Storage::Auto | Storage::Copy, Some(_)) if disk.readonly => Ok(Fate::Shared),
@@ -304,9 +306,11 @@ fn check_writes_over(path: &Path, size: &DiskSize) -> Result<(), String> {
         }
         _ => format!("it cannot be opened: {error}"),
     })?;
-    match lock_file::is_locked(&device) {
-        Ok(false) => Ok(()),
-        Ok(true) => Err("it is locked by another guest's VMM (`lslocks` finds it): nothing is written over".to_owned()),
+    match lock_file::lock_on(&device) {
+        Ok(None) => Ok(()),
+        Ok(Some(_)) => {
+            Err("it is locked by another guest's VMM (`lslocks` finds it): nothing is written over".to_owned())
+        }
         Err(error) => Err(format!("whether it is locked cannot be told: {error}")),
     }
 }
@@ -498,6 +502,9 @@ mod tests {
         let copied = |storage| plan(&spec, storage, &coming, &here()).unwrap().copied;
         assert_eq!([Storage::Auto, Storage::Copy].map(copied), [[0], [0]]);
         assert!(copied(Storage::Shared).is_empty());
+        let mut before = coming.clone();
+        before.sizes[0].guest_bytes = 0;
+        assert!(plan(&spec, Storage::Auto, &before, &here()).unwrap().copied.is_empty());
         // Whatever names it: others may read it, too.
         File::create(&path).unwrap().set_len(1 << 20).unwrap();
         assert_eq!([Storage::Auto, Storage::Copy].map(copied), [[0; 0], []]);
