@@ -33,9 +33,7 @@ use ferry_proto::stream::v1::{self, from_destination::Message as Reply, from_sou
 
 use crate::PageSet;
 use crate::compress::Codecs;
-use crate::guest::{
-    DestinationGuest, FRAMES_PER_HUGE_PAGE, GuestMemory, GuestWas, MemoryShape, Population, RestoredGuest,
-};
+use crate::guest::{DestinationGuest, FRAMES_PER_HUGE_PAGE, GuestMemory, GuestWas, Population, RestoredGuest};
 use crate::handover::Attempt;
 use crate::link::{Link, Sockets};
 use crate::postcopy::{Awaited, LatePages};
@@ -74,7 +72,7 @@ pub fn run<G: DestinationGuest>(
         reports,
     };
     let memory = guest.memory();
-    let mut shared = Shared::new(memory.shape());
+    let mut shared = Shared::new(&*memory);
     let (mut guest, mut late_link) = (guest, None);
     let mut kept = Kept::new();
     let come = loop {
@@ -258,9 +256,13 @@ struct Shared {
 }
 
 impl Shared {
-    fn new(shape: &MemoryShape) -> Self {
+    fn new(memory: &impl GuestMemory) -> Self {
+        let shape = memory.shape();
+        let received = Received::new(shape);
+        let regions = shape.regions().iter().filter(|&&region| !memory.is_blank(region));
+        regions.for_each(|region| received.insert(region.run()));
         Self {
-            received: Received::new(shape),
+            received,
             whole: Received::new(shape),
             backing: Backing::new(shape),
             digests: OnceLock::new(),

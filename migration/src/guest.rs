@@ -234,6 +234,17 @@ pub struct StopTimes {
     pub drain: Duration,
 }
 
+/// How long what the guest wrote to disks that are copied waited, so that the copy got ahead of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskWaits {
+    /// Writes that did, those behind them not counted.
+    pub count: u64,
+    /// The longest.
+    pub longest: Duration,
+    /// All of them together.
+    pub total: Duration,
+}
+
 /// Whether what the guest wrote to its disks is where its destination will read it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiskCondition {
@@ -264,6 +275,11 @@ pub trait GuestMemory: Send + Sync + 'static {
         false
     }
 
+    /// Whether this region reads as zero before anything is written to it; if not, what is told to be zero is written in any case.
+    fn is_blank(&self, _region: Region) -> bool {
+        true
+    }
+
     /// Has the scheduler give the calling thread turns of this length, or its usual ones again: how long somebody who shares its processor waits for it.
     /// False where the host's kernel has only its usual ones.
     ///
@@ -278,6 +294,11 @@ pub trait GuestMemory: Send + Sync + 'static {
     /// # Errors
     /// The socket's error, or [`GuestError::in_transfer`].
     fn send(&self, socket: BorrowedFd<'_>, prefix: &[u8], runs: &[FrameRun]) -> io::Result<()>;
+
+    /// These pages of a round were sent, or told to be zero: of disks, that makes room for further writes.
+    ///
+    /// [`SourceGuest::hold_back_disk_writes`] tells how much.
+    fn sent(&self, _runs: &[FrameRun]) {}
 
     /// Reads the bytes of `runs` from a blocking stream socket, all of them.
     ///
@@ -449,6 +470,16 @@ pub trait SourceGuest: Send {
     /// apart.
     fn written_by_vcpu(&self) -> Option<Vec<u64>> {
         None
+    }
+
+    /// Has the guest's writes to disks that are copied wait where they would make more blocks dirty than are to be left: so many of all disks together with
+    /// each fetch, and a share of what is [sent](GuestMemory::sent) meanwhile. A disk is slower then, and nothing else. `None`: nothing waits any more, as after
+    /// [`SourceGuest::stop_tracking`].
+    fn hold_back_disk_writes(&mut self, _blocks: Option<u64>) {}
+
+    /// How long writes waited for that since tracking began.
+    fn disk_waits(&self) -> DiskWaits {
+        DiskWaits::default()
     }
 
     /// The handle with which senders re-arm.

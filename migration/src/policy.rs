@@ -30,6 +30,9 @@ const ENOUGH_ROUNDS: u32 = 8;
 /// A round below this many bytes measures latency, not throughput.
 const TELLING_BYTES: u64 = 4 << 20;
 
+/// What share of the last pages that the budget has time for may be those of copied disks, however fast the guest writes to them.
+const LAST_PAGES_OF_DISKS: f64 = 0.5;
+
 /// Pages that are compressed to more of themselves than this are not worth a word.
 const NOT_COMPRESSED: f64 = 0.99;
 
@@ -383,6 +386,22 @@ impl Policy {
                 milliseconds(predicted)
             ),
         }
+    }
+
+    /// How many blocks of copied disks the guest may make dirty from the begin of a round on, besides a share of what the round sends: so many that
+    /// what is left of the disks comes to half of what the blackout has time for. None where that would lead nowhere, or the guest stands still.
+    #[must_use]
+    pub fn disk_allowance(&self) -> Option<u64> {
+        let Manner::Live { max_downtime } = self.terms.manner else {
+            return None;
+        };
+        let mut most = self.allowed_pages(max_downtime);
+        if self.lateness == Lateness::AtOnce {
+            // Whatever the budget, this is enough for the guest to be handed over.
+            most = most.max(CHEAP_LAST_PAGES.as_secs_f64() * self.rate() / self.caution() / FRAME_SIZE as f64);
+        }
+        // Rounds come to leave twice as much as this.
+        (most > 0.0).then(|| ((most * LAST_PAGES_OF_DISKS / 2.0) as u64).max(1))
     }
 
     /// What of the blackout is still to come for a stopped guest with this many pages left.

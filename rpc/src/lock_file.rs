@@ -10,6 +10,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -26,7 +28,7 @@ pub(crate) struct Holder {
 }
 
 /// More than a line has: names are short. What is longer was written by somebody else.
-const LONGEST_LINE: usize = 1024;
+pub(crate) const LONGEST_LINE: usize = 1024;
 
 /// The lock file of an image.
 pub(crate) fn path_of(image: &Path) -> PathBuf {
@@ -35,10 +37,52 @@ pub(crate) fn path_of(image: &Path) -> PathBuf {
     PathBuf::from(path)
 }
 
+/// The file beside an image in which those who only read it leave their names.
+pub(crate) fn readers_path_of(image: &Path) -> PathBuf {
+    let mut path = OsString::from(image);
+    path.push(".ferry-readers");
+    PathBuf::from(path)
+}
+
+/// A lock on an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lock {
+    /// Of those that only read it.
+    Shared,
+    /// Of the one that writes it.
+    Exclusive,
+}
+
+/// The lock that some other open file has on this image, or on a part of it. It may be gone, or there, a moment later.
+///
+/// # Errors
+/// The file system does not lock.
+pub(crate) fn lock_on(image: &File) -> io::Result<Option<Lock>> {
+    let mut asked = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        // Must be zero for this kind of lock.
+        l_pid: 0,
+    };
+    fcntl(image, FcntlArg::F_OFD_GETLK(&mut asked))?;
+    Ok(match libc::c_int::from(asked.l_type) {
+        libc::F_UNLCK => None,
+        libc::F_RDLCK => Some(Lock::Shared),
+        _ => Some(Lock::Exclusive),
+    })
+}
+
 /// Whom the file names; none if it is empty, or being written, or not ours.
 pub(crate) fn read(file: &File) -> Option<Holder> {
+    read_at(file, 0)
+}
+
+/// The same of a name that begins there.
+pub(crate) fn read_at(file: &File, offset: u64) -> Option<Holder> {
     let mut bytes = [0; LONGEST_LINE];
-    let count = file.read_at(&mut bytes, 0).ok()?;
+    let count = file.read_at(&mut bytes, offset).ok()?;
     parse(&bytes[..count])
 }
 
@@ -93,6 +137,27 @@ mod tests {
         assert_eq!(read(&file), None);
         file.write_all_at(&[b' '; 2 * LONGEST_LINE], 0).unwrap();
         assert_eq!(read(&file), None);
+    }
+
+    #[test]
+    fn a_lock_of_somebody_else_is_told_and_ones_own_is_not() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let other = File::options().read(true).write(true).open(image.path()).unwrap();
+        let lock = |kind: libc::c_int| {
+            let lock = libc::flock {
+                l_type: kind as libc::c_short,
+                l_whence: libc::SEEK_SET as libc::c_short,
+                l_start: 0,
+                l_len: 0,
+                l_pid: 0,
+            };
+            fcntl(&other, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
+            lock_on(image.as_file()).unwrap()
+        };
+        assert_eq!(lock(libc::F_RDLCK), Some(Lock::Shared));
+        assert_eq!(lock(libc::F_WRLCK), Some(Lock::Exclusive));
+        assert_eq!(lock_on(&other).unwrap(), None);
+        assert_eq!(lock(libc::F_UNLCK), None);
     }
 
     #[test]

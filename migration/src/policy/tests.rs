@@ -596,3 +596,32 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn disks_may_take_half_of_the_last_pages_after_some_rounds() {
+    let mut policy = policy(BUDGET);
+    // 293 ms at 1 GB/s are 71,533 pages; rounds come to leave twice what is allowed.
+    judged(&mut policy, 100_000, 90_000);
+    assert_eq!(policy.disk_allowance(), Some(17_883));
+    // A prediction that was wrong is trusted less.
+    policy.disarmed();
+    assert_eq!(policy.disk_allowance(), Some(11_922));
+    policy.follow(Terms {
+        manner: live(153),
+        ..TERMS
+    });
+    assert!(policy.disk_allowance() < Some(11_922));
+}
+
+#[test]
+fn disks_wait_for_nothing_where_that_leads_nowhere() {
+    let mut cold = policy(Manner::Cold);
+    judged(&mut cold, 100_000, 0);
+    assert_eq!(cold.disk_allowance(), None);
+    let mut hopeless = policy(live(6));
+    judged(&mut hopeless, 100_000, 90_000);
+    assert_eq!(hopeless.disk_allowance(), None);
+    // Once memory comes late, disks that are cheap to send are enough.
+    hopeless.leave_memory();
+    assert!(hopeless.disk_allowance() > Some(100));
+}

@@ -86,6 +86,7 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
             let mut totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
             *totals = totals.plus(sent);
             drop(totals);
+            self.memory.sent(&runs);
             yielding.give_way();
             if self.feed.sent() == Standing::Done {
                 round_done();

@@ -1,12 +1,13 @@
 //! What goes into a source's run, and what it tells while it runs.
 
+use std::fmt::Write as _;
 use std::num::{NonZeroU32, NonZeroU64};
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
 use crate::compress::{Compression, Tally};
-use crate::guest::{FrameRun, GuestWas, StopTimes, Throttled};
+use crate::guest::{DiskWaits, FrameRun, GuestWas, StopTimes, Throttled};
 use crate::handover::{Attempt, Epoch};
 use crate::link::{Link, Liveness};
 use crate::policy::{Decision, Forecast};
@@ -138,6 +139,8 @@ pub enum SourceReport {
         round: RoundSummary,
         /// How far the copy is with it.
         copied: Copied,
+        /// How long writes to copied disks waited so far.
+        disk_waits: DiskWaits,
         /// What follows from it.
         decided: Decided,
     },
@@ -193,6 +196,8 @@ pub struct Progress {
     pub throughput_bytes_per_s: u64,
     /// How far the copy is.
     pub copied: Copied,
+    /// How long writes to copied disks waited so far.
+    pub disk_waits: DiskWaits,
 }
 
 /// One round, from its first page to the destination's acknowledgement.
@@ -259,6 +264,17 @@ impl Decided {
     /// Who wrote, and where.
     pub(super) fn written(self, written: Written) -> Self {
         Self { written, ..self }
+    }
+
+    /// What the guest may write to copied disks until the next decision.
+    pub(super) fn holding_back(mut self, blocks: Option<u64>) -> Self {
+        if let Some(blocks) = blocks {
+            let _ = write!(
+                self.words,
+                "; writes to copied disks wait where they would leave more than {blocks} blocks and half of what is sent"
+            );
+        }
+        self
     }
 
     /// Which vCPUs that comes to.
@@ -364,6 +380,8 @@ pub struct SourceSummary {
     pub compression: Tally,
     /// How far the copy came; `None` before the first pass.
     pub copied: Option<Copied>,
+    /// How long writes to copied disks waited.
+    pub disk_waits: DiskWaits,
     /// The blackout's source part; `None` if the guest was never stopped, or went on running.
     pub blackout: Option<Blackout>,
 }

@@ -108,6 +108,8 @@ impl<G: SourceGuest> Copy<'_, '_, G> {
         so_far.meter.is_at(streams.feed.remaining());
         so_far.meter.round_is_cut();
         summary.copied = Some(so_far.meter.copied());
+        // Nothing is sent for which they could wait. With the next round they are held back again.
+        guest.hold_back_disk_writes(None);
         if so_far.policy.throttle() > 0 {
             // It is throttled again with the next round.
             if let Err(cause) = guest.throttle(0) {

@@ -245,9 +245,12 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             self.so_far.policy.leave_memory();
         }
         let throttled = self.throttle(decision.throttle);
+        let held_back = self.hold_back_disk_writes();
         if pages > 0 || self.so_far.is_late || self.summary.rounds.is_empty() {
             let written = self.written();
-            let decided = Decided::on(&round, &decision).throttled(throttled);
+            let decided = Decided::on(&round, &decision)
+                .throttled(throttled)
+                .holding_back(held_back);
             self.note(round, decided.written(written));
         }
         Ok(decision)
@@ -281,6 +284,14 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             Throttled::None
         });
         if percent == 0 { Throttled::None } else { throttled }
+    }
+
+    /// The disks are there once; from here on the guest writes to them no faster than the copy gets ahead of it.
+    fn hold_back_disk_writes(&mut self) -> Option<u64> {
+        let blocks = self.so_far.policy.disk_allowance().filter(|_| self.has_disks());
+        self.guest.hold_back_disk_writes(blocks);
+        self.summary.disk_waits = self.guest.disk_waits();
+        blocks
     }
 
     /// Nothing is kept from a guest that stands still: only its user's cap slows the copy.
@@ -433,6 +444,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         self.conversation.asked.report(SourceReport::Round {
             round,
             copied: self.so_far.meter.copied(),
+            disk_waits: self.summary.disk_waits,
             decided,
         });
     }
@@ -448,10 +460,12 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         self.so_far.meter.is_at(remaining_pages);
         self.summary.copied = Some(self.so_far.meter.copied());
         self.so_far.told = (Instant::now(), sum.bytes);
+        self.summary.disk_waits = self.guest.disk_waits();
         self.conversation.asked.report(SourceReport::Progress(Progress {
             round: self.so_far.round,
             remaining_pages,
             copied: self.so_far.meter.copied(),
+            disk_waits: self.summary.disk_waits,
             bytes_sent: sum.bytes,
             zero_pages: sum.zero_pages,
             throughput_bytes_per_s: per_second(sum.bytes - bytes, elapsed).unwrap_or(0),

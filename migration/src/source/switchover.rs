@@ -85,6 +85,8 @@ fn hand_over<G: SourceGuest>(
         budget.widen(grant.attempt);
     }
     let stop = stop_guest(copy, budget.deadline.unwrap_or(began + STOP_TRY))?;
+    // What waits still is in the guest's queues, and goes with it.
+    copy.summary.disk_waits = copy.guest.disk_waits();
     // A guest that moves cold stands still for long.
     let (pause_began, stop, copied_cold) = match &*copy.halt {
         Some(halt) => (halt.began, halt.times, began - halt.complete),

@@ -160,6 +160,8 @@ pub struct Notes {
     /// For how many percent of the time it is kept from running.
     pub throttle: AtomicU64,
     pub end: Mutex<Option<GuestEnd>>,
+    /// How much of its disks it was to leave dirty at most, each time.
+    pub held_back: Mutex<Vec<Option<u64>>>,
     /// When the disks were let go, each time.
     pub released: Mutex<Vec<Instant>>,
 }
@@ -349,6 +351,10 @@ impl SourceGuest for FakeSource {
             Tracking::Log => Throttled::All,
             Tracking::Harvest => Throttled::Writers(1),
         })
+    }
+
+    fn hold_back_disk_writes(&mut self, blocks: Option<u64>) {
+        self.notes.held_back.lock().unwrap().push(blocks);
     }
 
     fn stop_tracking(&mut self) {

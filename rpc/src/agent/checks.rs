@@ -185,7 +185,7 @@ impl Agent {
         Ok(CheckDestinationReply {
             checks,
             destination: self.host().to_owned(),
-            copied_disk_bytes: copied.iter().filter_map(size).map(|size| size.allocated_bytes).sum(),
+            copied_disk_bytes: copied.iter().filter_map(size).map(storage::bytes_to_copy).sum(),
         })
     }
 

@@ -244,7 +244,20 @@ pub(super) fn sums(info: &MigrationInfo) -> String {
     let by = if info.transport == "grpc" { " over gRPC" } else { "" };
     parts.push(format!("{} streams{by}", info.streams));
     parts.extend(info.throughput_bytes_per_s.map(human_rate));
+    parts.extend(held_back(info));
     parts.join(" · ")
+}
+
+/// How long writes to copied disks waited, if any did.
+fn held_back(info: &MigrationInfo) -> Option<String> {
+    let count = info.disk_writes_held_back.filter(|&count| count > 0)?;
+    let (longest, total) = (info.disk_longest_wait_ms?, info.disk_waited_ms?);
+    Some(format!(
+        "{} writes to copied disks waited {}, {} at most",
+        human_count(count),
+        human_ms(total),
+        human_ms(longest)
+    ))
 }
 
 /// Migrations as a table.

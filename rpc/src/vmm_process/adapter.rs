@@ -5,10 +5,10 @@ use std::time::Instant;
 
 use ferry_migration::PageSet;
 use ferry_migration::guest::{
-    DestinationGuest, DirtyClearer, DiskCondition, FrameRun, GuestCondition, GuestEnd, GuestError, GuestWas,
+    DestinationGuest, DirtyClearer, DiskCondition, DiskWaits, FrameRun, GuestCondition, GuestEnd, GuestError, GuestWas,
     Population, RestoredGuest, SourceGuest, StopTimes, Throttled,
 };
-use ferry_vmm::{MachineEvent, MachineProfile, MachineState, RunState, ThrottledVcpus};
+use ferry_vmm::{MachineEvent, MachineProfile, MachineState, RunState, ThrottledVcpus, WriteWaits};
 
 use super::copied::CopiedDisk;
 use super::guest::{BlankGuest, LocalGuest, Reset, RestoredMachine};
@@ -50,6 +50,13 @@ impl SourceGuest for LocalGuest {
     }
 
     fn fetch_dirty(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
+        // Whoever made a disk smaller meanwhile took something of the guest's away. Not asked while the guest stands still: a network file
+        // system may take its time.
+        if self.machine.run_state() == RunState::Running
+            && let Some(shrunk) = self.disks.too_small_for(&self.machine.disk_sectors()).pop()
+        {
+            return Err(GuestError::new(shrunk));
+        }
         let fetched = self.machine.fetch_dirty().map_err(GuestError::new)?;
         let memory_regions = dirty.regions() - self.copied.len();
         for index in 0..memory_regions {
@@ -63,6 +70,18 @@ impl SourceGuest for LocalGuest {
 
     fn written_by_vcpu(&self) -> Option<Vec<u64>> {
         self.machine.written_by_vcpu()
+    }
+
+    fn hold_back_disk_writes(&mut self, blocks: Option<u64>) {
+        // Each disk has its part, so that none waits for what the guest writes to another one.
+        let each = blocks.map(|blocks| (blocks / self.copied.len().max(1) as u64).max(1));
+        self.copied.iter().for_each(|(_, written)| written.hold_back(each));
+    }
+
+    fn disk_waits(&self) -> DiskWaits {
+        let waits = self.copied.iter().map(|(_, written)| written.waits());
+        let WriteWaits { count, longest, total } = waits.fold(WriteWaits::default(), WriteWaits::plus);
+        DiskWaits { count, longest, total }
     }
 
     fn clearer(&self) -> Clearer {
@@ -170,10 +189,11 @@ impl DestinationGuest for BlankGuest {
         }
     }
 
-    fn restore(self, state: &[u8]) -> Result<RestoredMachine, GuestError> {
+    fn restore(mut self, state: &[u8]) -> Result<RestoredMachine, GuestError> {
         let state = MachineState::from_bytes(state).map_err(GuestError::new)?;
         // GO's manifest was checked, and the source let go of them before it sent GO. From here on they are this host's.
         self.disks.lock(self.epoch).map_err(GuestError::new)?;
+        self.disks.end_copy();
         self.disks.forget_cached();
         let machine = self.machine.restore(&state).map_err(GuestError::new)?;
         Ok(RestoredMachine(LocalGuest {

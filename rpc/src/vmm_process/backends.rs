@@ -26,7 +26,8 @@ pub(super) struct HostSide {
 }
 
 impl HostSide {
-    /// Sorts the descriptors: for each disk its image and, if it has one, its lock file; then each card's tap.
+    /// Sorts the descriptors: for each disk its image and, as far as it has them, its lock file, the file with its readers' names
+    /// and what is written while it is copied; then each card's tap.
     ///
     /// # Errors
     /// There are more or fewer than the order says.
@@ -50,6 +51,14 @@ impl HostSide {
                 true => Some(File::from(next("a lock file")?)),
                 false => None,
             };
+            let readers = match disk.has_readers_file {
+                true => Some(File::from(next("a file of readers")?)),
+                false => None,
+            };
+            let target = match disk.has_copy_target {
+                true => Some(Arc::new(File::from(next("what is copied")?))),
+                false => None,
+            };
             let lost = Arc::default();
             let image = file
                 .try_clone()
@@ -58,6 +67,8 @@ impl HostSide {
                 path: disk.path.clone(),
                 image: Arc::new(image),
                 lock_file,
+                readers,
+                target,
                 access,
                 lost: Arc::clone(&lost),
             });
@@ -119,6 +130,7 @@ mod tests {
                 wire::Disk {
                     path: "/srv/b".to_owned(),
                     readonly: true,
+                    has_readers_file: true,
                     serial: "b".to_owned(),
                     ..wire::Disk::default()
                 },
@@ -137,7 +149,7 @@ mod tests {
 
     #[test]
     fn each_descriptor_finds_its_device() {
-        let host = HostSide::new(&spec(), files(4)).unwrap();
+        let host = HostSide::new(&spec(), files(5)).unwrap();
         let [a, b] = &host.backends.disks[..] else {
             panic!("{:?}", host.backends)
         };
@@ -156,8 +168,9 @@ mod tests {
         };
         assert!(told(1).unwrap().contains("lock file"));
         assert!(told(2).unwrap().contains("/srv/b"));
-        assert!(told(3).unwrap().contains("tap"));
-        assert_eq!(told(4), None);
-        assert!(told(5).unwrap().contains("more descriptors"));
+        assert!(told(3).unwrap().contains("readers"));
+        assert!(told(4).unwrap().contains("tap"));
+        assert_eq!(told(5), None);
+        assert!(told(6).unwrap().contains("more descriptors"));
     }
 }

@@ -3,7 +3,7 @@
 use std::num::{NonZeroU32, NonZeroU64};
 use std::time::{Duration, Instant};
 
-use ferry_migration::guest::{FRAME_SIZE, FrameRun, GuestEnd, GuestWas};
+use ferry_migration::guest::{DiskWaits, FRAME_SIZE, FrameRun, GuestEnd, GuestWas};
 use ferry_migration::handover::{Attempt, Epoch};
 use ferry_migration::postcopy::Lateness;
 use ferry_migration::source::{
@@ -168,6 +168,7 @@ pub(super) fn progress(summary: &SourceSummary) -> wire::Progress {
         copied: summary.copied.map(copied),
         verified: summary.verified.map(verified),
         compression: Some(compressed(&summary.compression)),
+        disk_waits: Some(disk_waits(summary.disk_waits)),
         ..wire::Progress::default()
     }
 }
@@ -194,6 +195,15 @@ fn verified(verified: Verified) -> wire::Verified {
         pages: verified.pages,
         ranges_sent_again: verified.ranges_sent_again,
         blackout_ms: ms(verified.blackout),
+    }
+}
+
+/// How long writes to copied disks waited.
+pub(super) fn disk_waits(waits: DiskWaits) -> wire::DiskWaits {
+    wire::DiskWaits {
+        count: waits.count,
+        longest_ms: ms(waits.longest),
+        total_ms: ms(waits.total),
     }
 }
 

@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::sync::Arc;
 
 use ferry_migration::guest::{FRAME_SIZE, FrameRun, GuestError, Region};
@@ -43,16 +43,25 @@ pub(super) struct CopiedDisk {
     /// Its name, for messages.
     path: String,
     bytes: u64,
+    /// It has no holes, and something on it from before.
+    is_device: bool,
     region: Region,
 }
 
 impl CopiedDisk {
-    /// The disk that is the copied one of this number among its guest's.
+    /// The disk that is the copied one of this number among its guest's; of so many bytes, if that is told.
     ///
     /// # Errors
-    /// Its size cannot be told, or it is larger than the numbers go.
-    pub(super) fn new(image: Arc<File>, path: &str, number: usize) -> io::Result<Self> {
-        let bytes = seek(&image, SeekFrom::End(0))?;
+    /// Its size cannot be told, or it is less, or larger than the numbers go.
+    pub(super) fn new(image: Arc<File>, path: &str, number: usize, bytes: Option<u64>) -> io::Result<Self> {
+        let here = seek(&image, SeekFrom::End(0))?;
+        let bytes = bytes.unwrap_or(here);
+        if here < bytes {
+            return Err(io::Error::other(format!(
+                "it has {here} bytes, and the guest's disk {bytes}"
+            )));
+        }
+        let is_device = image.metadata()?.file_type().is_block_device();
         let frames = bytes.div_ceil(FRAME_SIZE);
         if frames == 0 || frames > DISK_FRAMES {
             return Err(io::Error::other(format!("a disk of {bytes} bytes cannot be copied")));
@@ -64,6 +73,7 @@ impl CopiedDisk {
             image,
             path,
             bytes,
+            is_device,
             region,
         })
     }
@@ -83,9 +93,54 @@ impl CopiedDisk {
         run.first >= self.region.start_frame && run.end() <= self.region.run().end()
     }
 
+    /// Whether nothing was on it before the first byte that came.
+    pub(super) fn is_blank(&self) -> bool {
+        !self.is_device
+    }
+
+    /// Appends the longest runs of blocks inside `run` that are zero, ascending; of a file its holes, of a block device what is found by reading.
+    pub(super) fn zero_runs(&self, run: FrameRun, found: &mut Vec<FrameRun>) -> io::Result<()> {
+        if self.is_device {
+            return self.zeroes_read(run, found);
+        }
+        let mut next = run.first;
+        for extent in self.extents(run)? {
+            push_run(found, next, extent.first);
+            next = extent.end();
+        }
+        push_run(found, next, run.end());
+        Ok(())
+    }
+
+    fn zeroes_read(&self, run: FrameRun, found: &mut Vec<FrameRun>) -> io::Result<()> {
+        let (mut frame, mut zero_since) = (run.first, None);
+        self.each_piece(run, |offset, len, frames| {
+            self.load(offset, &mut frames[..len])?;
+            frames[len..].fill(0);
+            for block in frames.chunks_exact(FRAME_SIZE as usize) {
+                if block.iter().all(|&byte| byte == 0) {
+                    zero_since.get_or_insert(frame);
+                } else if let Some(first) = zero_since.take() {
+                    push_run(found, first, frame);
+                }
+                frame += 1;
+            }
+            Ok(())
+        })?;
+        push_run(found, zero_since.unwrap_or(run.end()), run.end());
+        Ok(())
+    }
+
     /// Where the image has data, in whole frames, ascending; everything where its file system does not tell.
     pub(super) fn extents(&self, run: FrameRun) -> io::Result<Vec<FrameRun>> {
-        self.find_extents(run).map_err(self.failed("look for data on"))
+        let extents = self.find_extents(run).and_then(|extents| {
+            // What was cut off would look like a hole, and be told to be zero.
+            match seek(&self.image, SeekFrom::End(0))? < self.bytes {
+                true => Err(io::ErrorKind::UnexpectedEof.into()),
+                false => Ok(extents),
+            }
+        });
+        extents.map_err(self.failed("look for data on"))
     }
 
     fn find_extents(&self, run: FrameRun) -> io::Result<Vec<FrameRun>> {
@@ -259,6 +314,14 @@ impl CopiedDisk {
     }
 }
 
+/// Adds the frames from `first` up to `end`, if there are any.
+fn push_run(runs: &mut Vec<FrameRun>, first: u64, end: u64) {
+    if first < end {
+        let count = end - first;
+        runs.push(FrameRun { first, count });
+    }
+}
+
 fn write_all(socket: BorrowedFd<'_>, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         match rustix::io::write(socket.as_fd(), bytes) {
@@ -302,7 +365,7 @@ mod tests {
     fn disk(bytes: u64) -> CopiedDisk {
         let file = tempfile::tempfile().unwrap();
         file.set_len(bytes).unwrap();
-        CopiedDisk::new(Arc::new(file), "/srv/web.img", 1).unwrap()
+        CopiedDisk::new(Arc::new(file), "/srv/web.img", 1, None).unwrap()
     }
 
     fn run(first: u64, count: u64) -> FrameRun {
@@ -343,6 +406,41 @@ mod tests {
     }
 
     #[test]
+    fn zeroes_of_a_device_are_found_by_reading() {
+        let device = CopiedDisk {
+            is_device: true,
+            ..disk(600 * 4096 + 512)
+        };
+        device.image.write_all_at(&[7; 4096], 3 * 4096).unwrap();
+        device.image.write_all_at(&[0; 4096], 511 * 4096).unwrap();
+        device.image.write_all_at(&[7], 512 * 4096 + 4095).unwrap();
+        let zeroes = |of: FrameRun| {
+            let mut found = Vec::new();
+            device.zero_runs(of, &mut found).unwrap();
+            found
+        };
+        assert_eq!(zeroes(device.region().run()), [run(0, 3), run(4, 508), run(513, 88)]);
+        assert_eq!(zeroes(run(3, 1)), []);
+        assert_eq!(zeroes(run(600, 1)), [run(600, 1)]);
+        assert!(!device.is_blank() && disk(4096).is_blank());
+    }
+
+    #[test]
+    fn a_disk_is_as_large_as_its_guest_knows_it() {
+        let image = || {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(3 * 4096).unwrap();
+            Arc::new(file)
+        };
+        let part = CopiedDisk::new(image(), "/dev/web", 0, Some(4096 + 512)).unwrap();
+        assert_eq!((part.region().frames, part.bytes), (2, 4096 + 512));
+        let error = CopiedDisk::new(image(), "/dev/web", 0, Some(4 * 4096))
+            .unwrap_err()
+            .to_string();
+        assert_eq!(error, "it has 12288 bytes, and the guest's disk 16384");
+    }
+
+    #[test]
     fn what_is_sent_arrives_with_the_odd_end() {
         let (from, to) = (disk(300 * 4096 + 512), disk(300 * 4096 + 512));
         from.image.write_all_at(&[7; 4096], 299 * 4096).unwrap();
@@ -370,6 +468,12 @@ mod tests {
         let (mine, theirs) = UnixStream::pair().unwrap();
         let shrunk = disk(2 * 4096);
         shrunk.image.set_len(4096).unwrap();
+        let error = shrunk.zero_runs(run(1, 1), &mut Vec::new()).unwrap_err();
+        let told = crate::error_chain(&error);
+        assert_eq!(
+            told,
+            "failed to look for data on disk /srv/web.img: it has become smaller"
+        );
         let error = shrunk.send(mine.as_fd(), run(0, 2)).unwrap_err();
         let told = crate::error_chain(&error);
         assert_eq!(told, "failed to read disk /srv/web.img: it has become smaller");

@@ -123,6 +123,9 @@ pub(super) struct LocalGuest {
     pub(super) copied: Vec<(CopiedDisk, WrittenBlocks)>,
 }
 
+/// What a guest counts its disks in.
+const SECTOR: u64 = 512;
+
 /// How long one try to reset a guest waits for its devices. The owner of the machine obeys no order meanwhile.
 const RESET_TRY: Duration = Duration::from_secs(1);
 
@@ -184,15 +187,24 @@ impl LocalGuest {
             written.with_context(|| format!("there is no disk {number} to copy"))
         };
         let written = numbers.iter().map(written).collect::<anyhow::Result<Vec<_>>>()?;
-        let disks = self.disks.to_copy(numbers)?;
+        // A block device may be larger than the disk that the guest knows, and is not the same at both ends.
+        let sectors = self.machine.profile().disk_sectors;
+        let bytes: Vec<u64> = numbers
+            .iter()
+            .map(|&number| match self.disks.is_device(number) {
+                true => sectors.get(number as usize).map_or(0, |sectors| sectors * SECTOR),
+                false => 0,
+            })
+            .collect();
+        let disks = self.disks.to_copy(numbers, &bytes)?;
         self.copied = disks.into_iter().zip(written).collect();
         Ok(())
     }
 
     /// All that moves page by page.
     pub(super) fn moving(&self) -> SharedMemory {
-        let disks = self.copied.iter().map(|(disk, _)| disk.clone()).collect();
-        SharedMemory::new(self.machine.memory().clone(), disks)
+        let (disks, written) = self.copied.iter().cloned().unzip();
+        SharedMemory::new(self.machine.memory().clone(), disks).written(written)
     }
 
     /// The handle for keyboard input, which outlives moves of the machine between threads.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use ferry_migration::PageSet;
 use ferry_migration::guest::{AbsentPages, FrameRun, GuestError, GuestMemory, MemoryShape, Population, Region};
-use ferry_vmm::PAGE_SIZE;
+use ferry_vmm::{PAGE_SIZE, WrittenBlocks};
 
 use super::copied::CopiedDisk;
 
@@ -14,6 +14,8 @@ use super::copied::CopiedDisk;
 pub(super) struct SharedMemory {
     memory: ferry_vmm::GuestMemory,
     disks: Vec<CopiedDisk>,
+    /// What the guest writes to each of these disks, where it is sent.
+    written: Vec<WrittenBlocks>,
     shape: MemoryShape,
 }
 
@@ -27,7 +29,17 @@ impl SharedMemory {
         let regions = memory.shape().regions.iter().map(region);
         let regions = regions.chain(disks.iter().map(CopiedDisk::region)).collect();
         let shape = MemoryShape::new(regions).expect("a machine's memory is in order, and disks come after it");
-        Self { memory, disks, shape }
+        Self {
+            memory,
+            disks,
+            written: Vec::new(),
+            shape,
+        }
+    }
+
+    /// The same of a guest that writes to these disks meanwhile, in their order.
+    pub(super) fn written(self, written: Vec<WrittenBlocks>) -> Self {
+        Self { written, ..self }
     }
 
     /// What the host has populated of memory, and where the disks have data.
@@ -55,6 +67,10 @@ impl GuestMemory for SharedMemory {
         &self.shape
     }
 
+    fn is_blank(&self, region: Region) -> bool {
+        self.disk(region.run()).is_none_or(CopiedDisk::is_blank)
+    }
+
     fn is_disk(&self, region: Region) -> bool {
         CopiedDisk::is_disk(region.run())
     }
@@ -67,6 +83,15 @@ impl GuestMemory for SharedMemory {
         disks
             .iter()
             .try_for_each(|&run| self.disk(run).ok_or_else(outside)?.send(socket, run))
+    }
+
+    fn sent(&self, runs: &[FrameRun]) {
+        let all: u64 = runs.iter().map(|run| run.count).sum();
+        for (disk, written) in self.disks.iter().zip(&self.written) {
+            let own = runs.iter().filter(|&&run| disk.holds(run)).map(|run| run.count).sum();
+            // All disks together have the share of one.
+            written.sent(own, (all - own) / self.disks.len() as u64);
+        }
     }
 
     fn receive(&self, socket: BorrowedFd<'_>, runs: &[FrameRun]) -> io::Result<()> {
@@ -112,13 +137,7 @@ impl GuestMemory for SharedMemory {
 
     fn zero_pages(&self, run: FrameRun, found: &mut Vec<FrameRun>) -> Result<(), GuestError> {
         if let Some(disk) = self.disk(run) {
-            let mut next = run.first;
-            for extent in disk.extents(run).map_err(GuestError::new)? {
-                push_run(found, next, extent.first);
-                next = extent.end();
-            }
-            push_run(found, next, run.end());
-            return Ok(());
+            return disk.zero_runs(run, found).map_err(GuestError::new);
         }
         let mut zeroes = Vec::new();
         self.memory
@@ -234,13 +253,4 @@ fn bytes_of(runs: &[FrameRun]) -> usize {
 
 fn all_to_vmm(runs: &[FrameRun]) -> Vec<ferry_vmm::FrameRun> {
     runs.iter().copied().map(to_vmm).collect()
-}
-
-fn push_run(runs: &mut Vec<FrameRun>, first: u64, end: u64) {
-    if first < end {
-        runs.push(FrameRun {
-            first,
-            count: end - first,
-        });
-    }
 }

@@ -126,8 +126,11 @@ impl Vmm {
             liveness: Default::default(),
             resume_window: Duration::from_millis(order.resume_window_ms),
         };
+        if let Holding::Blank(blank) = &self.holding {
+            blank.disks.lock_to_copy(&order.copied_disks, parameters.epoch)?;
+        }
         let copied = match &self.holding {
-            Holding::Blank(blank) => blank.disks.to_copy(&order.copied_disks)?,
+            Holding::Blank(blank) => blank.disks.to_copy(&order.copied_disks, &order.copied_bytes)?,
             _ => Vec::new(),
         };
         let link = whole_link(descriptors, order.late_streams)?;
@@ -181,10 +184,17 @@ impl Vmm {
                 current.zero_pages = now.zero_pages;
                 current.throughput_bytes_per_s = now.throughput_bytes_per_s as f64;
                 current.copied = Some(convert::copied(now.copied));
+                current.disk_waits = Some(convert::disk_waits(now.disk_waits));
                 Body::Progress(current.clone())
             }
-            SourceReport::Round { round, copied, decided } => {
+            SourceReport::Round {
+                round,
+                copied,
+                disk_waits,
+                decided,
+            } => {
                 current.copied = Some(convert::copied(copied));
+                current.disk_waits = Some(convert::disk_waits(disk_waits));
                 convert::add(&mut current.rounds, convert::round(&round));
                 current.remaining_pages = round.dirty_pages;
                 current.throttle_percent = decided.throttle;

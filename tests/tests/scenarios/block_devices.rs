@@ -1,22 +1,26 @@
 //! Disks that are block devices: those of both hosts are the same one, or are not.
 
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{Guest, LoopDevice, Pair};
+use ferry_tests::{Guest, LoopDevice, Pair, until, waiting::CALL};
 use libtest_mimic::Trial;
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
 
 use crate::device_work::{is_stamped, stamped_image, transfers, with_disk};
-use crate::scenario::on_kvm;
-use crate::storage::folders;
+use crate::readonly::of_g;
+use crate::scenario::{has_nothing, on_kvm};
+use crate::storage::{Folders, folders};
 
 pub(crate) fn trials() -> Vec<Trial> {
     let trials = on_kvm![
         a_block_device_goes_from_host_to_host_with_its_guest,
         a_device_that_is_another_one_at_the_destination_is_not_taken_for_the_guests,
+        what_is_on_a_device_is_written_over_another_one_if_its_user_says_so,
+        a_device_that_is_too_small_or_in_use_is_not_written_over,
+        an_aborted_copy_onto_a_device_says_that_it_is_there,
         a_device_of_larger_sectors_than_the_guests_is_written_through_the_page_cache,
     ];
     if LoopDevice::can_be_had() {
@@ -40,7 +44,7 @@ fn a_block_device_goes_from_host_to_host_with_its_guest(pair: &mut Pair) -> Resu
     );
 
     let copied = pair.migrate("g", &["--storage", "copy"])?.exit(4)?;
-    copied.says("nothing is written over")?;
+    copied.says("the very block device that the guest has")?;
     pair.migrate("g", &["--storage", "shared"])?
         .exit(0)?
         .migration()?
@@ -89,6 +93,143 @@ fn a_device_that_is_another_one_at_the_destination_is_not_taken_for_the_guests(p
     File::open(at_b.path())?.read_exact_at(&mut bytes, 0)?;
     ensure!(bytes.iter().all(|&byte| byte == b'b'), "somebody wrote the device of b");
     Ok(())
+}
+
+/// A device at A with a guest's stamps on it, and one of the same name and so many bytes at B, full of something else.
+fn devices(pair: &mut Pair, at_b: u64) -> Result<(Folders, LoopDevice, LoopDevice)> {
+    let folders = folders(pair)?;
+    let at_a = LoopDevice::on(&stamped_image(pair)?, 512)?;
+    let at_b = device(pair, "at-b", &vec![b'b'; at_b as usize])?;
+    node(&at_a, &folders.a.join("vdb"))?;
+    node(&at_b, &folders.b.join("vdb"))?;
+    Ok((folders, at_a, at_b))
+}
+
+/// A device with this on it.
+fn device(pair: &Pair, name: &str, contents: &[u8]) -> Result<LoopDevice> {
+    let image = pair.folder().join(name);
+    fs::write(&image, contents)?;
+    LoopDevice::on(&image, 512)
+}
+
+/// What the probe's stamps take.
+const STAMPED: u64 = 16 << 20;
+const WRITES: &str = "io=randwrite block_kib=8 depth=4 seconds=3600";
+
+fn bytes(device: &LoopDevice, from: u64, count: u64) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; count as usize];
+    File::open(device.path())?.read_exact_at(&mut bytes, from)?;
+    Ok(bytes)
+}
+
+fn what_is_on_a_device_is_written_over_another_one_if_its_user_says_so(pair: &mut Pair) -> Result<()> {
+    let further = 1 << 20;
+    let (folders, at_a, at_b) = devices(pair, STAMPED + further)?;
+    // One that nobody writes, and half of which is zero.
+    let other = [vec![3; 1 << 20], vec![0; 2 << 20], vec![4; 1 << 20]].concat();
+    let other_at_a = device(pair, "other-at-a", &other)?;
+    let other_at_b = device(pair, "other-at-b", &vec![b'b'; other.len()])?;
+    node(&other_at_a, &folders.a.join("vdc"))?;
+    node(&other_at_b, &folders.b.join("vdc"))?;
+    let (path, other_path) = (folders.both.join("vdb"), folders.both.join("vdc"));
+    let guest = with_disk(&path, WRITES).disk(&format!("path={}", other_path.display()));
+    let witness = pair.run(&guest)?;
+
+    pair.migrate("g", &[])?.exit(4)?.says("--storage copy")?;
+    let copy = ["--storage", "copy", "--digests"];
+    let moved = pair.migrate("g", &copy)?.exit(0)?.migration()?.is("completed", "b")?;
+
+    ensure!(
+        moved.record["copied_disks"] == serde_json::json!([path, other_path]),
+        "{}",
+        moved.record
+    );
+    let total = STAMPED + other.len() as u64;
+    ensure!(moved.number("disk_total")? == total as f64, "{}", moved.record);
+    pair.runs_only_at(&pair.b, "g", &witness)?;
+    pair.b.ferry(&["stop", "g", "--force"])?.exit(0)?;
+    is_stamped(at_b.path())?;
+    ensure!(
+        bytes(&other_at_b, 0, other.len() as u64)? == other,
+        "what was there shows through"
+    );
+    let behind = bytes(&at_b, STAMPED, further)?;
+    ensure!(
+        behind.iter().all(|&byte| byte == b'b'),
+        "more was written than the guest's disk"
+    );
+    // The source's stays, and is written over on the way back.
+    is_stamped(at_a.path())?;
+    let back = ["migrate", "g", "--to", "a", "--cold", "--storage", "copy"];
+    pair.b.ferry(&back)?.exit(4)?.says(&format!("it has {STAMPED} bytes"))?;
+    Ok(())
+}
+
+fn a_device_that_is_too_small_or_in_use_is_not_written_over(pair: &mut Pair) -> Result<()> {
+    let (folders, _at_a, at_b) = devices(pair, STAMPED - 512)?;
+    let path = folders.both.join("vdb");
+    pair.run(&with_disk(&path, WRITES))?;
+    let witness = of_g(pair)?;
+    let refused = |pair: &Pair, why: &str| -> Result<()> {
+        for how in [
+            &["--storage", "copy"][..],
+            &["--storage", "copy", "--dry-run", "--sample", "none"],
+        ] {
+            pair.migrate("g", how)?.exit(4)?.says("host b")?.says(why)?;
+        }
+        Ok(())
+    };
+    refused(pair, "and the guest's disk")?;
+    let large = device(pair, "large", &vec![b'b'; STAMPED as usize])?;
+    fs::remove_file(folders.b.join("vdb"))?;
+    refused(pair, "onto a block device of that name only")?;
+    node(&large, &folders.b.join("vdb"))?;
+    let other = Guest {
+        name: "other".to_owned(),
+        ..Guest::new("other").disk(&format!("path={}", path.display()))
+    };
+    pair.b.ferry(&other.arguments(&pair.kernel()))?.exit(0)?;
+    refused(pair, "locked by another guest")?;
+    pair.b.ferry(&["delete", "other", "--force"])?.exit(0)?;
+    // As a file system that is mounted, or a volume: for itself alone.
+    let claim = (OFlags::EXCL | OFlags::NONBLOCK).bits().cast_signed();
+    let claimed = File::options().read(true).custom_flags(claim).open(large.path())?;
+    refused(pair, "in use on this host")?;
+    drop(claimed);
+
+    pair.runs_only_at(&pair.a, "g", &witness)?;
+    for device in [&at_b, &large] {
+        let kept = bytes(device, 0, STAMPED - 512)?;
+        ensure!(kept.iter().all(|&byte| byte == b'b'), "somebody wrote a device of b");
+    }
+    Ok(())
+}
+
+fn an_aborted_copy_onto_a_device_says_that_it_is_there(pair: &mut Pair) -> Result<()> {
+    let (folders, at_a, _at_b) = devices(pair, STAMPED)?;
+    let path = folders.both.join("vdb");
+    let witness = pair.run(&with_disk(&path, WRITES))?;
+    let slow = ["--storage", "copy", "--bandwidth", "16Mbit"];
+    let underway = pair.migrate_until("g", &slow, |record| Ok(record.record["status"] == "running"))?;
+    // Nobody else gets it meanwhile.
+    let other = Guest {
+        name: "other".to_owned(),
+        ..Guest::new("other").disk(&format!("path={}", path.display()))
+    };
+    let taken = pair.b.ferry(&other.arguments(&pair.kernel()))?.exit(4)?;
+    taken.says("vdb")?;
+    pair.a.ferry(&["migration", "abort", &underway.id])?.exit(0)?;
+
+    ensure!(underway.call.wait()?.code == Some(1));
+    pair.runs_only_at(&pair.a, "g", &witness)?;
+    has_nothing(&pair.b)?;
+    // B's own word: `show` would ask the source.
+    until("b says that the device keeps what it has", CALL, || {
+        let listed = pair.b.ferry(&["migration", "list"])?.exit(0)?.stdout;
+        Ok(listed.contains("keeps what was copied onto it").then_some(()))
+    })?;
+    pair.a.ferry(&["stop", "g", "--force"])?.exit(0)?;
+    is_stamped(at_a.path())
 }
 
 fn a_device_of_larger_sectors_than_the_guests_is_written_through_the_page_cache(pair: &mut Pair) -> Result<()> {

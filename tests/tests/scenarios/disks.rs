@@ -145,7 +145,8 @@ fn a_read_only_disk_is_shared(pair: &mut Pair) -> Result<()> {
     pair.a
         .ferry(&writer.arguments(&pair.kernel()))?
         .exit(4)?
-        .says(&disk.display().to_string())?;
+        .says(&disk.display().to_string())?
+        .says("read by instance one (host a, epoch 1), instance two (host b, epoch 1)")?;
     Ok(())
 }
 

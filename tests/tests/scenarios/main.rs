@@ -21,6 +21,7 @@ mod data_port;
 mod device_work;
 mod disks;
 mod events;
+mod fast_disks;
 mod faults;
 mod fields;
 mod foreign;
@@ -50,6 +51,7 @@ mod prediction;
 mod progress;
 mod queue;
 mod readme;
+mod readonly;
 mod refusals;
 mod requests;
 mod resolves;
@@ -81,6 +83,8 @@ fn main() -> ExitCode {
         moves::trials(),
         disks::trials(),
         storage::trials(),
+        fast_disks::trials(),
+        readonly::trials(),
         block_devices::trials(),
         linux_devices::trials(),
         linux_stop::trials(),

@@ -19,6 +19,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_disk_without_room_at_the_destination_is_refused_before_anything_moves,
         a_disk_finds_room_for_what_it_holds_or_for_all_that_it_may_hold,
         a_destination_that_fills_while_a_disk_is_copied_says_so_and_keeps_nothing,
+        an_image_that_shrinks_while_it_is_copied_ends_the_migration_by_its_name,
         a_local_disk_moves_over_grpc,
         a_local_disk_comes_before_the_guest_and_its_memory_late,
         a_local_disk_that_the_guest_writes_is_of_the_instant_of_the_switch,
@@ -300,6 +301,39 @@ fn a_destination_that_fills_while_a_disk_is_copied_says_so_and_keeps_nothing(pai
         let left = at_b(&format!("ls {}", folders.both.display()))?;
         Ok((left.trim() == "other").then_some(()))
     })
+}
+
+fn an_image_that_shrinks_while_it_is_copied_ends_the_migration_by_its_name(pair: &mut Pair) -> Result<()> {
+    pair.expect_complaint("a disk request failed");
+    expect_a_lost_peer(pair);
+    let folders = apart(pair)?;
+    fs::rename(stamped_image(pair)?, folders.a.join("g.img"))?;
+    let reads = "io=randread depth=4 seconds=20";
+    let witness = pair.run(&with_disk(&folders.both.join("g.img"), reads))?;
+    let slow = ["--bandwidth", "16Mbit"];
+    let underway = pair.migrate_until("g", &slow, |record| Ok(record.record["status"] == "running"))?;
+
+    let image = File::options().write(true).open(folders.a.join("g.img"))?;
+    image.set_len(image.metadata()?.len() / 2)?;
+
+    let told = underway.call.wait()?.exit(1)?;
+    let error = told.migration()?.is("failed", "a")?.text("error")?.to_owned();
+    let path = folders.both.join("g.img").display().to_string();
+    ensure!(error.contains(&path), "{error}");
+    ensure!(
+        error.contains("it has become smaller") || error.contains("and the guest's"),
+        "{error}"
+    );
+    pair.runs_only_at(&pair.a, "g", &witness)?;
+    has_nothing(&pair.b)?;
+    is_empty(&folders.b)?;
+    // And to the guest a part of its disk cannot be read, and nothing else has happened.
+    let told = transfers(&pair.a)?;
+    ensure!(
+        told.failed > 0 && told.operations > told.failed && told.wrong == 0,
+        "{told}"
+    );
+    Ok(())
 }
 
 fn a_shared_disk_is_not_copied(pair: &mut Pair) -> Result<()> {

@@ -18,7 +18,7 @@ pub use self::power::ButtonPress;
 pub(crate) use self::power::{PowerControl, PowerRequest};
 pub(crate) use self::serial::SerialPort;
 pub(crate) use self::virtio::{Balloon, Block, Device, Entropy, InterruptFd, MmioDevice, Net, schema_of, set_macs};
-pub use self::virtio::{BalloonLevel, CardTraffic, WrittenBlocks};
+pub use self::virtio::{BalloonLevel, CardTraffic, WriteWaits, WrittenBlocks};
 #[cfg(any(fuzzing, test))]
 pub(crate) use self::virtio::{program_hostile_registers, restore_hostile_state, work_on_hostile_memory};
 use crate::arch::x86_64::layout::{

@@ -257,6 +257,12 @@ impl Machine {
         }
     }
 
+    /// How many sectors each disk has, as the guest reads it.
+    #[must_use]
+    pub fn disk_sectors(&self) -> Vec<u64> {
+        self.parts.devices.disk_sectors()
+    }
+
     /// Which blocks of the disk with this number the guest writes; `None` if there is no such disk.
     #[must_use]
     pub fn written_blocks(&self, disk: usize) -> Option<WrittenBlocks> {

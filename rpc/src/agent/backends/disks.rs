@@ -10,7 +10,7 @@ use ferry_proto::agent::v1::DiskSpec;
 use rustix::fs::{AtFlags, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl, major, minor, statx};
 use rustix::io::Errno;
 
-use super::{Occasion, Whose};
+use super::{Contents, Occasion, Whose};
 use crate::agent::images;
 use crate::lock_file;
 
@@ -26,6 +26,10 @@ pub(super) struct OpenDisk {
     pub(super) image: File,
     /// Beside an image that is a file; of a disk that is only read, only where it is there already.
     pub(super) lock_file: Option<File>,
+    /// The same of the file in which those who only read the image leave their names: made for them where that goes.
+    pub(super) readers: Option<File>,
+    /// The image to be written while it is copied here, if it is only read afterwards.
+    pub(super) target: Option<File>,
 }
 
 /// Opens a disk: past the page cache where the guest may write it and the file system can do that by sectors, because then what the
@@ -33,29 +37,47 @@ pub(super) struct OpenDisk {
 ///
 /// # Errors
 /// What is wrong with it, in words.
-pub(super) fn open(disk: &DiskSpec, whose: Whose, allowed: Option<&[PathBuf]>) -> Result<OpenDisk, String> {
+pub(super) fn open(
+    disk: &DiskSpec,
+    whose: Whose,
+    contents: Contents,
+    allowed: Option<&[PathBuf]>,
+) -> Result<OpenDisk, String> {
     let path = Path::new(&disk.path);
     if let Some(allowed) = allowed {
         images::check_place(path, allowed).map_err(|failure| failure.to_string())?;
     }
     // Before it is opened, which for a device or a FIFO could do something; and again when nobody can exchange it any more.
-    check_kind(&fs::metadata(path).map_err(cannot_open)?)?;
-    let mut image = open_image(path, disk.readonly)?;
+    let found = fs::metadata(path).map_err(cannot_open)?;
+    check_kind(&found)?;
+    let further = match contents {
+        // What is mounted here, or a part of something, is not written over; nor mounted as long as it is the guest's.
+        Contents::Come if found.file_type().is_block_device() => OFlags::EXCL,
+        Contents::Come | Contents::AreHere => OFlags::empty(),
+    };
+    let mut image = open_image(path, disk.readonly, further)?;
     let metadata = image.metadata().map_err(cannot_open)?;
     check_kind(&metadata)?;
     check_size(size(&mut image, &metadata).map_err(cannot_open)?)?;
     if whose.occasion == Occasion::Run {
         check_format(&image)?;
     }
-    let lock_file = if metadata.is_file() {
-        open_lock_file(path, disk.readonly)?
-    } else {
-        None
+    let (lock_file, readers) = match metadata.is_file() {
+        true => (open_lock_file(path, disk.readonly)?, open_readers(path, disk.readonly)),
+        false => (None, None),
     };
     if let Some(file) = &lock_file {
         check_epoch(file, whose, &lock_file::path_of(path))?;
     }
-    Ok(OpenDisk { image, lock_file })
+    Ok(OpenDisk {
+        image,
+        lock_file,
+        readers,
+        target: match contents {
+            Contents::Come if disk.readonly => Some(open_target(path)?),
+            Contents::Come | Contents::AreHere => None,
+        },
+    })
 }
 
 fn cannot_open(error: io::Error) -> String {
@@ -81,10 +103,25 @@ fn check_kind(metadata: &Metadata) -> Result<(), String> {
     Err(format!("it is {what}: a disk is a raw image or a block device"))
 }
 
-fn open_image(path: &Path, readonly: bool) -> Result<File, String> {
+/// Through the page cache, as the guest will read it.
+fn open_target(path: &Path) -> Result<File, String> {
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+    let target = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(flags)
+        .open(path)
+        .map_err(cannot_open)?;
+    check_kind(&target.metadata().map_err(cannot_open)?)?;
+    let flags = fcntl_getfl(&target).map_err(|error| cannot_open(error.into()))?;
+    fcntl_setfl(&target, flags - OFlags::NONBLOCK).map_err(|error| cannot_open(error.into()))?;
+    Ok(target)
+}
+
+fn open_image(path: &Path, readonly: bool, further: OFlags) -> Result<File, String> {
     // A FIFO that took the image's place must not hold the agent up.
     let options = |flags: OFlags| {
-        let flags = (flags | OFlags::NONBLOCK).bits().cast_signed();
+        let flags = (flags | further | OFlags::NONBLOCK).bits().cast_signed();
         OpenOptions::new()
             .read(true)
             .write(!readonly)
@@ -200,6 +237,20 @@ fn open_lock_file(image: &Path, readonly: bool) -> Result<Option<File>, String> 
     }
 }
 
+/// The file with the names of those who read an image. It is for messages: where it cannot be had, the disk can.
+fn open_readers(image: &Path, readonly: bool) -> Option<File> {
+    let mut options = OpenOptions::new();
+    options
+        .read(true)
+        .mode(0o644)
+        .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed());
+    if readonly {
+        options.write(true).create(true).truncate(false);
+    }
+    let file = options.open(lock_file::readers_path_of(image)).ok()?;
+    file.metadata().is_ok_and(|metadata| metadata.is_file()).then_some(file)
+}
+
 /// A disk that its instance had under an epoch of which this agent has never heard is one that it left: running it here
 /// would go back in time.
 fn check_epoch(file: &File, whose: Whose, path: &Path) -> Result<(), String> {
@@ -251,7 +302,7 @@ mod tests {
     #[test]
     fn an_image_is_opened_with_a_lock_file_beside_it() {
         let (_folder, disk) = image(b"", 1 << 20);
-        let open = open(&disk, RUN, None).unwrap();
+        let open = open(&disk, RUN, Contents::AreHere, None).unwrap();
         assert!(open.lock_file.is_some());
         assert!(lock_file_of(&disk).exists());
         assert!(!fcntl_getfl(&open.image).unwrap().contains(OFlags::NONBLOCK));
@@ -277,26 +328,61 @@ mod tests {
     fn a_disk_that_is_only_read_gets_no_lock_file_of_its_own() {
         let (_folder, mut disk) = image(b"", 1 << 20);
         disk.readonly = true;
-        assert!(open(&disk, RUN, None).unwrap().lock_file.is_none());
+        assert!(open(&disk, RUN, Contents::AreHere, None).unwrap().lock_file.is_none());
         assert!(!lock_file_of(&disk).exists());
         fs::write(lock_file_of(&disk), b"").unwrap();
-        let open = open(&disk, RUN, None).unwrap();
+        let open = open(&disk, RUN, Contents::AreHere, None).unwrap();
         assert!(open.lock_file.is_some());
         assert!(!fcntl_getfl(&open.image).unwrap().contains(OFlags::DIRECT));
     }
 
     #[test]
+    fn a_disk_that_is_only_read_is_written_while_it_comes() {
+        let (_folder, mut disk) = image(b"", 1 << 20);
+        assert!(open(&disk, RUN, Contents::Come, None).unwrap().target.is_none());
+        disk.readonly = true;
+        assert!(open(&disk, RUN, Contents::AreHere, None).unwrap().target.is_none());
+        let open = open(&disk, RUN, Contents::Come, None).unwrap();
+        open.target.unwrap().write_all_at(b"came", 0).unwrap();
+        let mut found = [0; 4];
+        open.image.read_exact_at(&mut found, 0).unwrap();
+        assert_eq!(&found, b"came");
+        assert!(open.image.write_all_at(b"no", 0).is_err());
+    }
+
+    #[test]
+    fn who_only_reads_a_disk_can_leave_a_name_and_who_writes_finds_it() {
+        let (folder, mut disk) = image(b"", 1 << 20);
+        assert!(open(&disk, RUN, Contents::AreHere, None).unwrap().readers.is_none());
+        disk.readonly = true;
+        assert!(open(&disk, RUN, Contents::AreHere, None).unwrap().readers.is_some());
+        let readers = folder.path().join("web.img.ferry-readers");
+        assert!(readers.exists());
+        disk.readonly = false;
+        assert!(open(&disk, RUN, Contents::AreHere, None).unwrap().readers.is_some());
+        // What is not such a file is no reason to refuse the disk.
+        fs::remove_file(&readers).unwrap();
+        fs::create_dir(&readers).unwrap();
+        disk.readonly = true;
+        assert!(open(&disk, RUN, Contents::AreHere, None).unwrap().readers.is_none());
+    }
+
+    #[test]
     fn what_cannot_be_a_disk_is_told_by_its_kind() {
         let (folder, disk) = image(b"", 0);
-        assert!(open(&disk, RUN, None).unwrap_err().contains("empty"));
+        assert!(open(&disk, RUN, Contents::AreHere, None).unwrap_err().contains("empty"));
         let (_folder, odd) = image(b"", 1000);
-        assert!(open(&odd, RUN, None).unwrap_err().contains("multiple of 512"));
+        assert!(
+            open(&odd, RUN, Contents::AreHere, None)
+                .unwrap_err()
+                .contains("multiple of 512")
+        );
 
         let named = |path: &str| DiskSpec {
             path: path.to_owned(),
             ..DiskSpec::default()
         };
-        let refused = |path: &str| open(&named(path), RUN, None).unwrap_err();
+        let refused = |path: &str| open(&named(path), RUN, Contents::AreHere, None).unwrap_err();
         assert!(refused(folder.path().to_str().unwrap()).contains("a directory"));
         assert!(refused("/dev/null").contains("a character device"));
         assert!(refused("/nowhere/web.img").contains("No such file"));
@@ -308,11 +394,11 @@ mod tests {
     #[test]
     fn images_that_are_not_raw_are_refused_when_an_instance_is_made() {
         let (_folder, disk) = image(b"QFI\xfb\0\0\0\x03", 1 << 20);
-        assert!(open(&disk, RUN, None).unwrap_err().contains("qcow2"));
+        assert!(open(&disk, RUN, Contents::AreHere, None).unwrap_err().contains("qcow2"));
         assert!(!lock_file_of(&disk).exists());
         for occasion in [Occasion::Start, Occasion::Prepare] {
             // By now a guest may have written that itself.
-            assert!(open(&disk, Whose { occasion, ..RUN }, None).is_ok());
+            assert!(open(&disk, Whose { occasion, ..RUN }, Contents::AreHere, None).is_ok());
         }
     }
 
@@ -329,25 +415,25 @@ mod tests {
         let file = File::create(lock_file_of(&disk)).unwrap();
         lock_file::write(&file, &later).unwrap();
 
-        let stale = open(&disk, RUN, None).unwrap_err();
+        let stale = open(&disk, RUN, Contents::AreHere, None).unwrap_err();
         assert!(
             stale.contains("epoch 4 on host b") && stale.contains("stale"),
             "{stale}"
         );
         let known = Whose { known_epoch: 4, ..RUN };
-        assert!(open(&disk, known, None).is_ok());
+        assert!(open(&disk, known, Contents::AreHere, None).is_ok());
         let another = Whose {
             instance: Uuid::from_u128(2),
             ..RUN
         };
-        assert!(open(&disk, another, None).is_ok());
+        assert!(open(&disk, another, Contents::AreHere, None).is_ok());
     }
 
     #[test]
     fn an_exposed_agent_opens_disks_only_where_it_may() {
         let (folder, disk) = image(b"", 1 << 20);
-        assert!(open(&disk, RUN, Some(&[folder.path().to_owned()])).is_ok());
-        let elsewhere = open(&disk, RUN, Some(&[PathBuf::from("/boot")])).unwrap_err();
+        assert!(open(&disk, RUN, Contents::AreHere, Some(&[folder.path().to_owned()])).is_ok());
+        let elsewhere = open(&disk, RUN, Contents::AreHere, Some(&[PathBuf::from("/boot")])).unwrap_err();
         assert!(elsewhere.contains("--image-dir"), "{elsewhere}");
     }
 }

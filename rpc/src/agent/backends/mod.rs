@@ -29,8 +29,17 @@ pub(crate) struct Opened {
     pub(crate) disks: Vec<wire::Disk>,
     /// What the VMM is told of its network cards.
     pub(crate) nics: Vec<wire::Nic>,
-    /// For each disk its image and, if it has one, its lock file; then the tap of each card.
+    /// For each disk its image and, as far as it has them, its lock file, that of its readers, and what is written while it is copied; then the tap
+    /// of each card.
     pub(crate) descriptors: Vec<OwnedFd>,
+}
+
+/// Whether what is on a disk comes with its guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Contents {
+    /// It does, and is written over what is there.
+    Come,
+    AreHere,
 }
 
 /// What the backends are opened for.
@@ -60,13 +69,26 @@ impl Agent {
     /// # Errors
     /// Names the disk, tap or bridge, this host, and what is wrong with it.
     pub(crate) async fn open_backends(&self, spec: &InstanceSpec, whose: Whose) -> Result<Opened, Failure> {
+        self.open_to_copy(spec, whose, &[]).await
+    }
+
+    /// The same where the contents of disks of these numbers come with the guest.
+    ///
+    /// # Errors
+    /// As [`Agent::open_backends`].
+    pub(crate) async fn open_to_copy(
+        &self,
+        spec: &InstanceSpec,
+        whose: Whose,
+        copied: &[u32],
+    ) -> Result<Opened, Failure> {
         if spec.disks.is_empty() && spec.nics.is_empty() {
             return Ok(Opened::default());
         }
-        let (spec, host) = (spec.clone(), self.host().to_owned());
+        let (spec, host, copied) = (spec.clone(), self.host().to_owned(), copied.to_vec());
         let allowed = self.config.is_exposed().then(|| self.config.image_dirs.clone());
         // A network file system may take its time.
-        tokio::task::spawn_blocking(move || open(&spec, whose, &host, allowed.as_deref()))
+        tokio::task::spawn_blocking(move || open(&spec, (whose, &copied), &host, allowed.as_deref()))
             .await
             .map_err(|error| Failure::host("failed to open the instance's disks")(std::io::Error::other(error)))?
     }
@@ -76,19 +98,31 @@ impl Agent {
 const SAME_NETWORK: &str = " (if both agents are in one network namespace, the guest has it at its source: a tap by name has one user, a \
                             card on a bridge moves)";
 
-fn open(spec: &InstanceSpec, whose: Whose, host: &str, allowed: Option<&[PathBuf]>) -> Result<Opened, Failure> {
+fn open(
+    spec: &InstanceSpec,
+    (whose, copied): (Whose, &[u32]),
+    host: &str,
+    allowed: Option<&[PathBuf]>,
+) -> Result<Opened, Failure> {
     let mut opened = Opened::default();
-    for disk in &spec.disks {
+    for (number, disk) in (0u32..).zip(&spec.disks) {
         let refused = |problem| Failure::Refused(format!("disk {} on host {host}: {problem}", disk.path));
-        let open = disks::open(disk, whose, allowed).map_err(refused)?;
+        let contents = match copied.contains(&number) {
+            true => Contents::Come,
+            false => Contents::AreHere,
+        };
+        let open = disks::open(disk, whose, contents, allowed).map_err(refused)?;
         opened.disks.push(wire::Disk {
             path: disk.path.clone(),
             readonly: disk.readonly,
             serial: disk.serial.clone().unwrap_or_default(),
             has_lock_file: open.lock_file.is_some(),
+            has_readers_file: open.readers.is_some(),
+            has_copy_target: open.target.is_some(),
         });
         opened.descriptors.push(open.image.into());
-        opened.descriptors.extend(open.lock_file.map(OwnedFd::from));
+        let beside = open.lock_file.into_iter().chain(open.readers).chain(open.target);
+        opened.descriptors.extend(beside.map(OwnedFd::from));
     }
     for nic in &spec.nics {
         let refused = |error| {

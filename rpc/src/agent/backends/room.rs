@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -11,8 +11,9 @@ use ferry_proto::agent::v1::{DiskSize, InstanceSpec};
 use rustix::fs::{FallocateFlags, OFlags, fallocate};
 use uuid::Uuid;
 
+use super::storage;
 use crate::agent::failure::Failure;
-use crate::lock_file::{self, Holder};
+use crate::lock_file::{self, Holder, Lock};
 
 /// What blocks of files are counted in.
 const SECTOR: u64 = 512;
@@ -158,6 +159,10 @@ pub(crate) fn make_room(
         let Some((disk, size)) = spec.disks.get(number as usize).zip(sizes.get(number as usize)) else {
             continue;
         };
+        // A block device has its room.
+        if storage::is_device(size) {
+            continue;
+        }
         make_image(Path::new(&disk.path), size.bytes, may_over_commit, holder).map_err(Failure::host(format!(
             "host {} failed to make room for disk {}",
             holder.host, disk.path
@@ -194,16 +199,21 @@ fn is_of(lock_file: &Path, holder: impl FnOnce(&Holder) -> bool) -> bool {
 
 /// Removes images that are not the guest's any more, with their lock files: the half copy of a migration that failed, or the source's
 /// after one that did not. Only those whose lock file says that they were this guest's on this host: nothing else is ours to remove, least of all
-/// what another host's guest works on under the same path.
-pub(crate) fn remove(paths: &[String], instance: Uuid, host: &str) {
-    for path in paths.iter().map(Path::new) {
+/// what another host's guest works on under the same path, or what others read meanwhile. Gives the block devices among them: what is on those stays.
+pub(crate) fn remove<'p>(paths: &'p [String], instance: Uuid, host: &str) -> Vec<&'p Path> {
+    let is_device = |path: &&Path| fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device());
+    let (devices, images) = paths.iter().map(Path::new).partition::<Vec<_>, _>(is_device);
+    for path in images {
         let lock_file = lock_file::path_of(path);
-        let is_ours = is_of(&lock_file, |holder| holder.instance == instance && holder.host == host);
+        let is_ours = is_of(&lock_file, |holder| {
+            // What its guest only reads has no epoch, and others may read it, too.
+            holder.instance == instance && holder.host == host && !(holder.epoch == 0 && is_read(path))
+        });
         if !is_ours && !is_begun(path, &lock_file) {
             tracing::info!(path = %path.display(), "not removed: it is not known as the guest's on this host");
             continue;
         }
-        for path in [path, &lock_file] {
+        for path in [path, &lock_file, &lock_file::readers_path_of(path)] {
             match fs::remove_file(path) {
                 Ok(()) => tracing::info!(path = %path.display(), "removed"),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -211,6 +221,15 @@ pub(crate) fn remove(paths: &[String], instance: Uuid, host: &str) {
             }
         }
     }
+    for device in &devices {
+        tracing::info!(path = %device.display(), "a block device keeps what is on it");
+    }
+    devices
+}
+
+/// Whether somebody has an image to read.
+fn is_read(image: &Path) -> bool {
+    File::open(image).is_ok_and(|image| lock_file::lock_on(&image).is_ok_and(|lock| lock == Some(Lock::Shared)))
 }
 
 /// Whether an image has no size yet, and beside it is nothing that names anybody: see [`make_image`]. No disk is so small.

@@ -2,13 +2,15 @@
 //!
 //! Nova's block migration. Room is made under the same path; whatever goes wrong before the guest is this host's, what was made is removed.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use ferry_proto::agent::v1::{DiskSize, DiskSpec, InstanceSpec};
 use ferry_vmm::MachineProfile;
+use rustix::fs::OFlags;
+use rustix::io::Errno;
 use uuid::Uuid;
 
 use super::identity;
@@ -20,15 +22,26 @@ use crate::lock_file;
 /// What a guest counts its disks in.
 const SECTOR: u64 = 512;
 
-/// What the user wants of writable disks.
+/// What the user wants of disks. One that is only read and is there is taken as it is, whatever is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Storage {
     /// Each disk as it is found: shared if the destination has the very same, else copied.
     Auto,
     /// The destination has them all.
     Shared,
-    /// The destination has none of them.
+    /// The destination has none of them, or has block devices whose contents are of no more use.
     Copy,
+}
+
+/// What becomes of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    /// It is here.
+    Shared,
+    /// A file is made for what comes.
+    Made,
+    /// What comes is written over a block device that is here.
+    WrittenOver,
 }
 
 impl Storage {
@@ -74,7 +87,7 @@ pub(crate) struct Here {
 pub(crate) struct Plan {
     /// Their numbers, ascending.
     pub(crate) copied: Vec<u32>,
-    /// What they need, in the same order.
+    /// What those of them need that are files.
     pub(crate) needs: Vec<Promised>,
 }
 
@@ -90,20 +103,24 @@ pub(crate) fn plan(spec: &InstanceSpec, storage: Storage, coming: &Coming, here:
         let refused = |problem: String| Failure::Refused(format!("disk {} on host {host}: {problem}", disk.path));
         let unknown = DiskSize::default();
         let size = coming.sizes.get(number as usize).unwrap_or(&unknown);
-        if disk.readonly || !is_copied(path, storage, coming, (size, here)).map_err(refused)? {
+        let fate = fate(disk, storage, coming, (size, here)).map_err(refused)?;
+        if fate == Fate::Shared {
             if allowed.is_none_or(|allowed| images::check_place(path, allowed).is_ok()) {
                 check_holds(image_bytes(path), size).map_err(refused)?;
             }
             continue;
         }
         if let Some(allowed) = allowed {
-            let folder = path.parent().unwrap_or(path);
-            images::check_place(folder, allowed).map_err(|failure| refused(failure.to_string()))?;
+            let place = match fate {
+                Fate::WrittenOver => path,
+                Fate::Shared | Fate::Made => path.parent().unwrap_or(path),
+            };
+            images::check_place(place, allowed).map_err(|failure| refused(failure.to_string()))?;
         }
-        if is_device(size) {
-            return Err(refused(
-                "it is not there, and a block device at the source: only files are copied".to_owned(),
-            ));
+        if fate == Fate::WrittenOver {
+            check_writes_over(path, size).map_err(refused)?;
+            plan.copied.push(number);
+            continue;
         }
         if size.bytes == 0 {
             return Err(refused(
@@ -183,28 +200,61 @@ fn check_holds(here: Option<u64>, size: &DiskSize) -> Result<(), String> {
 }
 
 /// Whether the source has this disk on a block device.
-fn is_device(size: &DiskSize) -> bool {
+pub(super) fn is_device(size: &DiskSize) -> bool {
     !size.device_here.is_empty()
 }
 
-/// Whether a disk is copied, of which the source tells this, to here.
-fn is_copied(path: &Path, storage: Storage, coming: &Coming, (size, here): (&DiskSize, &Here)) -> Result<bool, String> {
-    let found = match fs::metadata(path) {
-        Ok(metadata) => Some(metadata),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        Err(error) => return Err(format!("it cannot be looked at: {error}")),
+/// How much there is of a disk to be copied, at most.
+pub(crate) fn bytes_to_copy(size: &DiskSize) -> u64 {
+    if is_device(size) {
+        size.guest_bytes
+    } else {
+        size.allocated_bytes
+    }
+}
+
+/// Of disks that are copied, the size that both ends go by where a host's own may be another: of a block device what the guest knows; else 0.
+pub(crate) fn copied_bytes(copied: &[u32], sizes: &[DiskSize]) -> Vec<u64> {
+    let bytes = |&number: &u32| {
+        let size = sizes.get(number as usize).filter(|size| is_device(size));
+        size.map_or(0, |size| size.guest_bytes)
     };
-    match (storage, found) {
-        (Storage::Shared, _) => Ok(false),
-        (Storage::Auto | Storage::Copy, None) => Ok(true),
+    copied.iter().map(bytes).collect()
+}
+
+/// What is found under a disk's path.
+fn look(path: &Path) -> Result<Option<Metadata>, String> {
+    match fs::metadata(path) {
+        Ok(metadata) => Ok(Some(metadata)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(format!("it cannot be looked at: {error}")),
+    }
+}
+
+/// What becomes of a disk here, of which the source tells this.
+fn fate(disk: &DiskSpec, storage: Storage, coming: &Coming, (size, here): (&DiskSize, &Here)) -> Result<Fate, String> {
+    let path = Path::new(&disk.path);
+    match (storage, look(path)?) {
+        (Storage::Shared, _) => Ok(Fate::Shared),
+        (Storage::Auto | Storage::Copy, None) if is_device(size) => Err(
+            "it is not there, and a block device at the source: what is on one is copied onto a block device of that name only".to_owned(),
+        ),
+        // A source before 4.3 does not give it: who opens it says that it is missing.
+        (Storage::Auto | Storage::Copy, None) if disk.readonly && size.guest_bytes == 0 => Ok(Fate::Shared),
+        (Storage::Auto | Storage::Copy, None) => Ok(Fate::Made),
+        // Any number of guests may read it, and other hosts have it for that.
+        (Storage::Auto | Storage::Copy, Some(_)) if disk.readonly => Ok(Fate::Shared),
+        (Storage::Copy, Some(found)) if found.file_type().is_block_device() && is_device(size) => {
+            check_other_device(found.rdev(), size, &here.boot_id).map(|()| Fate::WrittenOver)
+        }
         (Storage::Copy, Some(_)) => Err(
             "it is there already, and nothing is written over: remove it, or say --storage shared if it is the same disk".to_owned(),
         ),
         (Storage::Auto, Some(metadata)) if metadata.file_type().is_block_device() => {
-            check_same_device(metadata.rdev(), size, &here.boot_id).map(|()| false)
+            check_same_device(metadata.rdev(), size, &here.boot_id).map(|()| Fate::Shared)
         }
         // Who opens it says what it is.
-        (Storage::Auto, Some(metadata)) if !metadata.is_file() => Ok(false),
+        (Storage::Auto, Some(metadata)) if !metadata.is_file() => Ok(Fate::Shared),
         (Storage::Auto, Some(_)) if is_device(size) => {
             Err("it is a file, and at the source a block device: say --storage shared if it is the same disk".to_owned())
         }
@@ -218,7 +268,7 @@ fn is_copied(path: &Path, storage: Storage, coming: &Coming, (size, here): (&Dis
                         && holder.epoch == coming.epoch
                         && holder.host == coming.source =>
                 {
-                    Ok(false)
+                    Ok(Fate::Shared)
                 }
                 _ => Err(format!(
                     "it is there, and its lock file does not say that it is the guest's ({}): say --storage shared if it is the same disk, \
@@ -230,23 +280,60 @@ fn is_copied(path: &Path, storage: Storage, coming: &Coming, (size, here): (&Dis
     }
 }
 
+/// Its guest writes to a device at the source while its contents are copied: onto itself they must not be.
+fn check_other_device(device: u64, size: &DiskSize, boot_id: &str) -> Result<(), String> {
+    let is_same = size.device_here == identity::here(boot_id, device)
+        || !size.device.is_empty() && identity::of(device).as_ref() == Some(&size.device);
+    match is_same {
+        true => Err("it is there already, the very block device that the guest has: say --storage shared".to_owned()),
+        false => Ok(()),
+    }
+}
+
+/// Whether a block device can have its contents written over with those of the guest's disk: it is large enough, and nobody uses it. Nothing is
+/// changed, and nothing kept from being changed after.
+fn check_writes_over(path: &Path, size: &DiskSize) -> Result<(), String> {
+    if size.guest_bytes == 0 {
+        return Err("the source does not say how large it is, so it cannot be copied".to_owned());
+    }
+    check_holds(image_bytes(path), size)?;
+    // The kernel's own users (a file system, a volume above it, swap) have a device for themselves.
+    let flags = (OFlags::EXCL | OFlags::NONBLOCK).bits().cast_signed();
+    let device = File::options().read(true).custom_flags(flags).open(path);
+    let device = device.map_err(|error| match Errno::from_io_error(&error) {
+        Some(Errno::BUSY) => {
+            "it is in use on this host (mounted, a part of another device, or swap): nothing is written over".to_owned()
+        }
+        _ => format!("it cannot be opened: {error}"),
+    })?;
+    match lock_file::lock_on(&device) {
+        Ok(None) => Ok(()),
+        Ok(Some(_)) => {
+            Err("it is locked by another guest's VMM (`lslocks` finds it): nothing is written over".to_owned())
+        }
+        Err(error) => Err(format!("whether it is locked cannot be told: {error}")),
+    }
+}
+
 /// A path is no reason to take a device for the guest's disk, and nothing beside it says whose it is: the device must say so itself.
 fn check_same_device(device: u64, size: &DiskSize, boot_id: &str) -> Result<(), String> {
     // Two agents of one host: the kernel has one device of that number.
     if size.device_here == identity::here(boot_id, device) {
         return Ok(());
     }
-    let advice = "say --storage shared if it is the same disk";
     if size.bytes > 0 {
-        return Err(format!("it is a block device, and at the source a file: {advice}"));
+        return Err(
+            "it is a block device, and at the source a file: say --storage shared if it is the same disk".to_owned(),
+        );
     }
+    let advice = "say --storage shared if it is the same disk, or --storage copy to have it written over";
     match (size.device.as_str(), identity::of(device)) {
         (there, Some(here)) if there == here => Ok(()),
         ("", _) => Err(format!(
             "it is a block device, and the source does not tell which one it has: {advice}"
         )),
         (there, Some(here)) => Err(format!(
-            "it is the block device {here}, and at the source it is {there}"
+            "it is the block device {here}, and at the source it is {there}: say --storage copy to have it written over"
         )),
         (there, None) => Err(format!(
             "it is a block device that does not tell which one it is, and at the source it is {there}: {advice}"
@@ -386,12 +473,72 @@ mod tests {
         };
         for storage in [Storage::Auto, Storage::Copy] {
             let refused = planned_of(&path, storage, [device()]).unwrap_err();
-            assert!(refused.contains("only files are copied"), "{refused}");
+            assert!(refused.contains("onto a block device"), "{refused}");
         }
         File::create(&path).unwrap().set_len(1 << 20).unwrap();
         let refused = planned_of(&path, Storage::Auto, [device()]).unwrap_err();
         assert!(refused.contains("at the source a block device"), "{refused}");
         assert_eq!(planned_of(&path, Storage::Shared, [device()]), Ok(vec![]));
+    }
+
+    #[test]
+    fn a_disk_that_is_only_read_comes_along_where_it_is_not_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web.img");
+        let mut spec = spec(&path);
+        spec.disks[0].readonly = true;
+        let size = DiskSize {
+            bytes: 1 << 20,
+            guest_bytes: 1 << 20,
+            ..DiskSize::default()
+        };
+        let coming = Coming {
+            instance: INSTANCE,
+            source: "a".to_owned(),
+            epoch: 3,
+            sizes: vec![size],
+            may_over_commit: true,
+        };
+        let copied = |storage| plan(&spec, storage, &coming, &here()).unwrap().copied;
+        assert_eq!([Storage::Auto, Storage::Copy].map(copied), [[0], [0]]);
+        assert!(copied(Storage::Shared).is_empty());
+        let mut before = coming.clone();
+        before.sizes[0].guest_bytes = 0;
+        assert!(plan(&spec, Storage::Auto, &before, &here()).unwrap().copied.is_empty());
+        // Whatever names it: others may read it, too.
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        assert_eq!([Storage::Auto, Storage::Copy].map(copied), [[0; 0], []]);
+    }
+
+    #[test]
+    fn a_device_is_not_copied_onto_itself() {
+        let device = rustix::fs::makedev(7, 0);
+        let told = |device_here: &str| DiskSize {
+            device_here: device_here.to_owned(),
+            ..DiskSize::default()
+        };
+        assert!(check_other_device(device, &told("boot-of-b 7:0"), "boot-of-b").is_err());
+        assert_eq!(check_other_device(device, &told("boot-of-b 7:1"), "boot-of-b"), Ok(()));
+        assert_eq!(check_other_device(device, &told("boot-of-a 7:0"), "boot-of-b"), Ok(()));
+    }
+
+    #[test]
+    fn both_ends_go_by_the_guests_size_of_a_device() {
+        let device = DiskSize {
+            guest_bytes: 512,
+            device_here: "boot 7:0".to_owned(),
+            ..DiskSize::default()
+        };
+        let file = DiskSize {
+            bytes: 4096,
+            guest_bytes: 512,
+            ..DiskSize::default()
+        };
+        assert_eq!(
+            copied_bytes(&[0, 2, 9], &[device.clone(), file.clone(), file]),
+            [512, 0, 0]
+        );
+        assert_eq!(bytes_to_copy(&device), 512);
     }
 
     #[test]

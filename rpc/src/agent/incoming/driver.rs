@@ -43,6 +43,8 @@ pub(super) struct Driver {
     pub(super) streams: u16,
     /// Numbers of the disks whose contents come with the guest.
     pub(super) copied_disks: Vec<u32>,
+    /// How large the source has them; 0: as they are here.
+    pub(super) copied_bytes: Vec<u64>,
     /// What those are promised, as long as this lasts; of a migration that an earlier run of this agent began, nothing.
     pub(super) _room: Option<Promise>,
     pub(super) connections: BTreeMap<u16, OwnedFd>,
@@ -152,6 +154,7 @@ impl Driver {
             migration: self.row.id.to_string(),
             epoch: self.row.epoch,
             copied_disks: self.copied_disks.clone(),
+            copied_bytes: self.copied_bytes.clone(),
             late_streams: self.late_streams.unwrap_or(0).into(),
             resume_window_ms: self.row.options.resume_window_ms,
         };
@@ -421,6 +424,7 @@ pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc
             .max(DestinationStep::Load),
         streams: 0,
         copied_disks: Vec::new(),
+        copied_bytes: Vec::new(),
         _room: None,
         connections: BTreeMap::new(),
         part: Part::default(),

@@ -400,6 +400,7 @@ impl Agent {
             row,
             step,
             streams: guest.streams,
+            copied_bytes: storage::copied_bytes(&guest.copied_disks, &guest.disk_sizes),
             copied_disks: guest.copied_disks.clone(),
             connections: Default::default(),
             part: Part::default(),
@@ -425,7 +426,9 @@ impl Agent {
         instance: &Arc<crate::agent::instances::Instance>,
         state: &mut crate::agent::instances::InstanceState,
     ) -> Result<(), Failure> {
-        let backends = self.open_backends(&guest.spec, guest.whose()).await?;
+        let backends = self
+            .open_to_copy(&guest.spec, guest.whose(), &guest.copied_disks)
+            .await?;
         // One that is there could only be an earlier attempt's of the very same migration.
         self.marks.remove(guest.migration);
         let folder = self.marks.folder(guest.migration);

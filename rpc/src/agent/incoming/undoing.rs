@@ -22,7 +22,14 @@ impl Driver {
                 DestinationUndo::EndMachine => self.kill_vmm().await,
                 DestinationUndo::RemoveDisks if self.row.info.copied_disks.is_empty() => continue,
                 DestinationUndo::RemoveDisks => {
-                    room::remove(&self.row.info.copied_disks, self.row.instance, self.agent.host());
+                    let copied = &self.row.info.copied_disks;
+                    for device in room::remove(copied, self.row.instance, self.agent.host()) {
+                        let line = format!(
+                            "{step}: block device {} keeps what was copied onto it: it has a part of the guest's disk, or all of it",
+                            device.display()
+                        );
+                        self.row.info.undone.push(line);
+                    }
                 }
                 DestinationUndo::Forget => {
                     while !self.forget().await {

@@ -47,6 +47,7 @@ impl Script {
         info.verified = progress.verified.as_ref().and_then(verified);
         info.compression = progress.compression.as_ref().and_then(compressed);
         note_copied(info, progress.copied.as_ref());
+        note_disk_waits(info, progress.disk_waits.as_ref());
     }
 
     /// What the VMM said last goes to the journal now and then, while nothing is being switched over: it is what is known of a migration
@@ -195,6 +196,16 @@ fn note_copied(info: &mut MigrationInfo, copied: Option<&wire::Copied>) {
     // The VMM keeps it from running backwards; that it says no more than it may is checked here.
     let percent = copied.percent.min(MOST_BEFORE_THE_END);
     info.progress_percent = info.progress_percent.max(Some(percent));
+}
+
+/// How long writes to copied disks waited, if the figures are some.
+fn note_disk_waits(info: &mut MigrationInfo, waits: Option<&wire::DiskWaits>) {
+    let Some(waits) = waits.filter(|waits| is_sane(waits.longest_ms) && is_sane(waits.total_ms)) else {
+        return;
+    };
+    info.disk_writes_held_back = Some(waits.count);
+    info.disk_longest_wait_ms = Some(waits.longest_ms);
+    info.disk_waited_ms = Some(waits.total_ms);
 }
 
 /// All of it is there.

@@ -365,7 +365,7 @@ impl Script {
     async fn paths_of(&self, copied: &[u32]) -> Result<Vec<String>, Stop> {
         let disks = self.instance.state.lock().await.row.spec.disks.clone();
         let path = |&number: &u32| {
-            let disk = disks.get(number as usize).filter(|disk| !disk.readonly);
+            let disk = disks.get(number as usize);
             disk.map(|disk| disk.path.clone()).ok_or_else(|| {
                 Stop::Failed(format!(
                     "host {} wants disk {number}, which is none to copy",

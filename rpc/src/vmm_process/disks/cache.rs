@@ -159,6 +159,8 @@ mod tests {
             path: "/srv/web.img".to_owned(),
             image: Arc::new(image),
             lock_file: None,
+            readers: None,
+            target: None,
             access,
             lost: Default::default(),
         }])

@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
-use super::Disk;
+use super::{Disk, readers};
 use crate::lock_file::{self, Holder};
 
 /// Why disks could not be locked.
@@ -29,6 +29,17 @@ pub(in crate::vmm_process) enum LockError {
         path: String,
         /// Who has it.
         holder: Holder,
+    },
+    /// Others read the disk, and say who they are.
+    #[error(
+        "disk {path} is read by {}: a disk has one guest that writes it, or any number that read it",
+        named(readers)
+    )]
+    Read {
+        /// The disk.
+        path: String,
+        /// Who reads it.
+        readers: Vec<Holder>,
     },
     /// Somebody has the disk, and does not say who.
     #[error("disk {path} is locked by a process that left no name: `lslocks` on the hosts that share it finds it")]
@@ -61,10 +72,26 @@ impl LockError {
     /// Whether the next try may succeed without anybody's doing.
     pub(super) fn may_pass(&self) -> bool {
         match self {
-            Self::Held { .. } | Self::HeldByStranger { .. } => true,
+            Self::Held { .. } | Self::Read { .. } | Self::HeldByStranger { .. } => true,
             Self::Stale { .. } | Self::Failed { .. } => false,
         }
     }
+}
+
+/// Some of them by name.
+fn named(readers: &[Holder]) -> String {
+    const MOST: usize = 8;
+    let name = |holder: &Holder| {
+        format!(
+            "instance {} (host {}, epoch {})",
+            holder.name, holder.host, holder.epoch
+        )
+    };
+    let mut names: Vec<_> = readers.iter().take(MOST).map(name).collect();
+    if readers.len() > MOST {
+        names.push(format!("{} more", readers.len() - MOST));
+    }
+    names.join(", ")
 }
 
 /// The locks of a guest's disks.
@@ -91,6 +118,11 @@ impl DiskLocks {
         &self.disks
     }
 
+    /// The same, to be changed.
+    pub(super) fn disks_mut(&mut self) -> &mut [Disk] {
+        &mut self.disks
+    }
+
     /// Takes all locks, or none, and writes the holder's name. What is locked already stays so.
     pub(super) fn lock(&self, epoch: Epoch) -> Result<(), LockError> {
         self.hold(epoch).inspect(|()| self.note_epoch(epoch))
@@ -102,12 +134,24 @@ impl DiskLocks {
         taken.inspect_err(|_| self.unlock())
     }
 
+    /// Takes the locks of those of these disks that the guest will write. What is locked already stays so.
+    pub(super) fn lock_some(&self, numbers: &[u32], epoch: Epoch) -> Result<(), LockError> {
+        let disks = numbers.iter().filter_map(|&number| self.disks.get(number as usize));
+        let mut written = disks.filter(|disk| disk.access == DiskAccess::ReadWrite);
+        written.try_for_each(|disk| self.lock_one(disk, epoch))
+    }
+
     /// Gives all locks back.
     pub(super) fn unlock(&self) {
         for disk in &self.disks {
             if let Err(error) = set_lock(&disk.image, libc::F_UNLCK) {
                 // The next holder will be refused, and this guest can come back.
                 tracing::error!(disk = disk.path, %error, "failed to give the lock of a disk back");
+            }
+            if disk.access == DiskAccess::ReadOnly
+                && let Some(Err(error)) = disk.readers.as_ref().map(readers::leave)
+            {
+                tracing::warn!(disk = disk.path, %error, "a disk is said to be read, and is not");
             }
         }
         self.noted.set(Epoch(0));
@@ -142,6 +186,10 @@ impl DiskLocks {
             DiskAccess::ReadOnly => libc::F_RDLCK,
         };
         let path = disk.path.clone();
+        let read_by = || match disk.access {
+            DiskAccess::ReadWrite => disk.readers.as_ref().map_or_else(Vec::new, readers::names),
+            DiskAccess::ReadOnly => Vec::new(),
+        };
         let holder = || disk.lock_file.as_ref().and_then(lock_file::read);
         let is_me = |holder: &Holder| {
             (holder.instance, holder.pid, &holder.host) == (self.me.instance, self.me.pid, &self.me.host)
@@ -149,6 +197,10 @@ impl DiskLocks {
         match set_lock(&disk.image, kind) {
             Ok(()) => {}
             Err(Errno::EAGAIN | Errno::EACCES) => {
+                let readers = read_by();
+                if !readers.is_empty() {
+                    return Err(LockError::Read { path, readers });
+                }
                 // Where it names us, whoever has the lock now wrote no name.
                 return Err(match holder().filter(|holder| !is_me(holder)) {
                     Some(holder) => LockError::Held { path, holder },
@@ -160,11 +212,27 @@ impl DiskLocks {
                 return Err(LockError::Failed { path, source });
             }
         }
-        match holder() {
-            Some(holder) if holder.instance == self.me.instance && holder.epoch > epoch.0 => {
-                Err(LockError::Stale { path, holder, epoch })
-            }
-            _ => Ok(()),
+        if let Some(holder) = holder().filter(|holder| holder.instance == self.me.instance && holder.epoch > epoch.0) {
+            return Err(LockError::Stale { path, holder, epoch });
+        }
+        self.enter(disk, epoch);
+        Ok(())
+    }
+
+    /// Leaves its name with a disk that it reads.
+    fn enter(&self, disk: &Disk, epoch: Epoch) {
+        let Some(file) = disk.readers.as_ref().filter(|_| disk.access == DiskAccess::ReadOnly) else {
+            return;
+        };
+        let reader = Holder {
+            epoch: epoch.0,
+            ..self.me.clone()
+        };
+        match readers::enter(file, &reader) {
+            Ok(true) => {}
+            Ok(false) => tracing::info!(disk = disk.path, "it has more readers than are named"),
+            // The lock holds all the same.
+            Err(error) => tracing::warn!(disk = disk.path, %error, "nothing says that a disk is read"),
         }
     }
 }
@@ -219,6 +287,12 @@ mod tests {
             path: path.display().to_string(),
             image: Arc::new(open(path)),
             lock_file: Some(open(&lock_file::path_of(path))),
+            readers: OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(lock_file::readers_path_of(path))
+                .ok(),
+            target: None,
             access,
             lost: Default::default(),
         }
@@ -316,6 +390,50 @@ mod tests {
         other.lock(Epoch(1)).unwrap();
         let writer = locks("web", 3, vec![disk(&path, DiskAccess::ReadWrite)]);
         assert!(matches!(writer.lock(Epoch(1)), Err(LockError::HeldByStranger { .. })));
+    }
+
+    #[test]
+    fn readers_are_named_to_who_would_write() {
+        let (_folder, [path, _]) = images();
+        fs::write(lock_file::readers_path_of(&path), b"").unwrap();
+        let reader = |name, number| locks(name, number, vec![disk(&path, DiskAccess::ReadOnly)]);
+        let (web, db) = (reader("web", 1), reader("db", 2));
+        web.lock(Epoch(3)).unwrap();
+        db.lock(Epoch(1)).unwrap();
+        db.lock(Epoch(2)).unwrap();
+        let writer = locks("writer", 3, vec![disk(&path, DiskAccess::ReadWrite)]);
+
+        let refused = writer.lock(Epoch(1)).unwrap_err().to_string();
+
+        let both = "is read by instance web (host host-of-web, epoch 3), instance db (host host-of-db, epoch 2): ";
+        assert!(refused.contains(both), "{refused}");
+        web.unlock();
+        let refused = writer.lock(Epoch(1)).unwrap_err().to_string();
+        assert!(
+            refused.contains("read by instance db (") && !refused.contains("web ("),
+            "{refused}"
+        );
+        drop(db);
+        writer.lock(Epoch(1)).unwrap();
+        let held = web.lock(Epoch(3)).unwrap_err().to_string();
+        assert!(held.contains("locked by instance writer"), "{held}");
+    }
+
+    #[test]
+    fn many_readers_are_not_all_named() {
+        let holder = |number: u64| Holder {
+            host: "a".to_owned(),
+            instance: Uuid::nil(),
+            name: format!("web-{number}"),
+            epoch: 1,
+            pid: 1,
+        };
+        let told = named(&(0..11).map(holder).collect::<Vec<_>>());
+        assert!(
+            told.starts_with("instance web-0 (host a, epoch 1), ") && told.ends_with(", 3 more"),
+            "{told}"
+        );
+        assert!(!told.contains("web-8"), "{told}");
     }
 
     #[test]

@@ -9,9 +9,11 @@
 mod cache;
 mod locks;
 mod moments;
+mod readers;
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread;
@@ -48,6 +50,10 @@ pub(super) struct Disk {
     /// is closed.
     pub(super) image: Arc<File>,
     pub(super) lock_file: Option<File>,
+    /// Where those who only read it leave their names, if there is such a file.
+    pub(super) readers: Option<File>,
+    /// What is written while a disk is copied here that its guest only reads.
+    pub(super) target: Option<Arc<File>>,
     pub(super) access: DiskAccess,
     /// Something that the guest wrote did not reach the disk, and it was not told.
     pub(super) lost: Arc<AtomicBool>,
@@ -92,18 +98,40 @@ impl Disks {
         }
     }
 
-    /// The disks of these numbers, to be copied.
+    /// The disks of these numbers, to be copied; of so many bytes each where those are told and not 0.
     ///
     /// # Errors
-    /// There is no such disk, or its size cannot be told.
-    pub(super) fn to_copy(&self, numbers: &[u32]) -> anyhow::Result<Vec<CopiedDisk>> {
+    /// There is no such disk, or its size cannot be told, or is less.
+    pub(super) fn to_copy(&self, numbers: &[u32], bytes: &[u64]) -> anyhow::Result<Vec<CopiedDisk>> {
         let copied = |(position, &number): (usize, &u32)| {
             let disk = self.locks.disks().get(number as usize);
             let disk = disk.with_context(|| format!("there is no disk {number} to copy"))?;
-            CopiedDisk::new(Arc::clone(&disk.image), &disk.path, position)
+            let image = Arc::clone(disk.target.as_ref().unwrap_or(&disk.image));
+            let bytes = bytes.get(position).copied().filter(|&bytes| bytes > 0);
+            CopiedDisk::new(image, &disk.path, position, bytes)
                 .with_context(|| format!("failed to copy disk {}", disk.path))
         };
         numbers.iter().enumerate().map(copied).collect()
+    }
+
+    /// Keeps others from those of these disks that are written here while they are copied. Nobody has them anywhere else.
+    ///
+    /// # Errors
+    /// Names the disk and who has it.
+    pub(super) fn lock_to_copy(&self, numbers: &[u32], epoch: Epoch) -> Result<(), LockError> {
+        self.locks.lock_some(numbers, epoch)
+    }
+
+    /// Whether this disk is on a block device.
+    pub(super) fn is_device(&self, number: u32) -> bool {
+        let disk = self.locks.disks().get(number as usize);
+        let metadata = disk.and_then(|disk| disk.image.metadata().ok());
+        metadata.is_some_and(|metadata| metadata.file_type().is_block_device())
+    }
+
+    /// What was copied is only read from here on.
+    pub(super) fn end_copy(&mut self) {
+        self.locks.disks_mut().iter_mut().for_each(|disk| disk.target = None);
     }
 
     /// Names each that does not hold the guest's disk of so many sectors. Looks at sizes only, and may be asked while the guest is elsewhere.
@@ -199,6 +227,8 @@ mod tests {
                 path: path.to_owned(),
                 image: Arc::new(image),
                 lock_file: None,
+                readers: None,
+                target: None,
                 access: DiskAccess::ReadWrite,
                 lost: Default::default(),
             }

@@ -164,6 +164,8 @@ mod tests {
             path: path.display().to_string(),
             image: Arc::new(open(path)),
             lock_file: Some(open(&lock_file::path_of(path))),
+            readers: None,
+            target: None,
             access,
             lost: Default::default(),
         }
@@ -239,6 +241,8 @@ mod tests {
             path: "/dev/null".to_owned(),
             image: Arc::new(std::fs::File::open("/dev/null").unwrap()),
             lock_file: None,
+            readers: None,
+            target: None,
             access,
             lost: Default::default(),
         };

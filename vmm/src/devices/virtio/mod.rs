@@ -36,7 +36,7 @@ mod worker;
 pub(crate) use self::balloon::Balloon;
 pub use self::balloon::BalloonLevel;
 pub(crate) use self::block::Block;
-pub use self::block::WrittenBlocks;
+pub use self::block::{WriteWaits, WrittenBlocks};
 pub(crate) use self::device::Device;
 pub(crate) use self::entropy::Entropy;
 #[cfg(any(fuzzing, test))]

@@ -14,24 +14,24 @@ use super::Block;
 use super::tests::{FLUSHES, disk, image, span};
 use crate::machine::{DiskAccess, DiskBackend};
 
-const READ: u32 = 0;
-const WRITE: u32 = 1;
-const FLUSH: u32 = 4;
-const DISCARD: u32 = 11;
+pub(super) const READ: u32 = 0;
+pub(super) const WRITE: u32 = 1;
+pub(super) const FLUSH: u32 = 4;
+pub(super) const DISCARD: u32 = 11;
 
 /// A status that no device writes.
-const OPEN: u8 = 0xaa;
+pub(super) const OPEN: u8 = 0xaa;
 
-fn header(number: u64) -> u64 {
+pub(super) fn header(number: u64) -> u64 {
     0x10_0000 + number * 32
 }
 
-fn status(driver: &Driver, number: u64) -> u8 {
+pub(super) fn status(driver: &Driver, number: u64) -> u8 {
     driver.look(header(number) + 16, 1)[0]
 }
 
 /// Where the data of a request is, one sector.
-fn data(number: u64) -> u64 {
+pub(super) fn data(number: u64) -> u64 {
     0x11_0000 + number * 512
 }
 
@@ -53,25 +53,25 @@ fn give_at(driver: &mut Driver, number: u64, kind: u32, sector: u64, address: u6
     driver.give(0, &chain);
 }
 
-fn give(driver: &mut Driver, number: u64, kind: u32, sector: u64) {
+pub(super) fn give(driver: &mut Driver, number: u64, kind: u32, sector: u64) {
     give_at(driver, number, kind, sector, data(number));
 }
 
 /// So many answers come.
-fn answers(driver: &mut Driver, count: u64) {
+pub(super) fn answers(driver: &mut Driver, count: u64) {
     for _ in 0..count {
         assert!(driver.used(0).is_some(), "an answer is missing");
     }
 }
 
 /// Requests that are all there when the disk looks.
-fn at_once(driver: &mut Driver, give: impl FnOnce(&mut Driver)) {
+pub(super) fn at_once(driver: &mut Driver, give: impl FnOnce(&mut Driver)) {
     assert!(driver.rest());
     give(driver);
     driver.device.go_on();
 }
 
-fn on(disk: Box<Block>) -> Driver {
+pub(super) fn on(disk: Box<Block>) -> Driver {
     let mut driver = Driver::new(disk);
     driver.set_up(FLUSHES);
     driver
@@ -86,7 +86,7 @@ fn socket_disk() -> (Driver, UnixStream) {
         serial: String::new(),
         lost: Default::default(),
     };
-    let disk = Block::of_size(backend, 64);
+    let disk = Block::of_size(backend, 64).expect("disk");
     assert!(
         disk.ring.is_some(),
         "this needs a host with io_uring (kernel.io_uring_disabled=0)"

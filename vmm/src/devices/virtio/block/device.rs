@@ -3,16 +3,18 @@
 use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Instant;
 
 use super::super::super::DeviceStateError;
-use super::super::device::{Broken, Device, Turn, Wake};
+use super::super::device::{Broken, Device, Interest, Turn, Wake};
 use super::super::failures::Failures;
 use super::super::queue::DeviceQueue;
 use super::request::MOST_EXTENTS;
 use super::together::Together;
-use super::{KIND, QUEUE_SIZE, SECTOR, WrittenBlocks, feature, state};
+use super::{KIND, QUEUE, QUEUE_SIZE, SECTOR, WrittenBlocks, feature, state};
 use crate::machine::{DiskAccess, DiskBackend};
 use crate::memory::Ring;
 
@@ -27,6 +29,8 @@ pub(crate) struct Block {
     pub(super) serial: String,
     pub(super) sectors: u64,
     pub(super) written: WrittenBlocks,
+    /// The request that is next in the queue was looked at, and has to wait.
+    pub(super) is_held_back: bool,
     /// The driver did not take FLUSH: it counts on every write to last once it is told of it (virtio 1.2, 5.2.6.2).
     pub(super) writes_through: bool,
     pub(super) failures: Failures,
@@ -44,11 +48,14 @@ impl Block {
         if bytes < SECTOR {
             return Err(io::Error::other(format!("the disk has {bytes} bytes, not one sector")));
         }
-        Ok(Self::of_size(backend, bytes / SECTOR))
+        Self::of_size(backend, bytes / SECTOR)
     }
 
     /// A disk of so many sectors.
-    pub(in super::super) fn of_size(backend: DiskBackend, sectors: u64) -> Self {
+    ///
+    /// # Errors
+    /// The process has no descriptors left.
+    pub(in super::super) fn of_size(backend: DiskBackend, sectors: u64) -> io::Result<Self> {
         let DiskBackend {
             file,
             access,
@@ -60,7 +67,7 @@ impl Block {
         if let Err(error) = &ring {
             tracing::info!(%error, "no io_uring here: requests to a disk go to the kernel one after the other");
         }
-        Self {
+        Ok(Self {
             ring: ring.ok(),
             is_crowded: Cell::new(false),
             lost,
@@ -68,10 +75,11 @@ impl Block {
             access,
             serial,
             sectors,
-            written: WrittenBlocks::new(sectors * SECTOR),
+            written: WrittenBlocks::new(sectors * SECTOR)?,
+            is_held_back: false,
             writes_through: false,
             failures: Failures::default(),
-        }
+        })
     }
 
     /// Which blocks the guest writes.
@@ -121,11 +129,37 @@ impl Device for Block {
         self.writes_through = features & feature::FLUSH == 0;
     }
 
-    fn reset(&mut self) {}
+    fn reset(&mut self) {
+        self.is_held_back = false;
+        self.written.nobody_waits();
+    }
 
     fn wake(&mut self, wake: Wake, queues: &mut [DeviceQueue], turn: &Turn<'_>) -> Result<(), Broken> {
-        let Wake::Queue(index) = wake else { return Ok(()) };
-        self.serve(&mut queues[index], turn)
+        match wake {
+            Wake::Queue(index) => self.serve(&mut queues[index], turn),
+            Wake::Backend | Wake::Timer => {
+                self.written.heard();
+                match self.is_held_back {
+                    true => self.serve(&mut queues[QUEUE], turn),
+                    false => Ok(()),
+                }
+            }
+        }
+    }
+
+    fn backend(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.written.bell())
+    }
+
+    fn interest(&self) -> Interest {
+        Interest {
+            readable: self.is_held_back,
+            writable: false,
+        }
+    }
+
+    fn due(&self) -> Option<Instant> {
+        self.written.until().filter(|_| self.is_held_back)
     }
 
     fn save(&self) -> Vec<u8> {

@@ -6,15 +6,19 @@ mod bounce;
 mod bursts;
 mod carrying_out;
 mod device;
+mod holding_back;
 mod request;
 mod service;
 mod state;
 #[cfg(test)]
 mod tests;
 mod together;
+#[cfg(test)]
+mod waiting;
 mod written;
 
 pub(crate) use self::device::Block;
+pub use self::holding_back::WriteWaits;
 pub use self::written::WrittenBlocks;
 
 /// The device type (virtio 1.2, 5.2.1).
@@ -22,6 +26,9 @@ pub(super) const KIND: u32 = 2;
 
 /// The unit of everything in a request.
 const SECTOR: u64 = 512;
+
+/// The queue of a disk.
+const QUEUE: usize = 0;
 
 /// The largest queue: as many requests as a driver may have in flight with indirect descriptors.
 const QUEUE_SIZE: u16 = 256;

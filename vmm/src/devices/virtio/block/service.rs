@@ -21,6 +21,10 @@
 //! of 1 MiB, and there is one call and one wake-up for all. What failed together is carried out again one by one, so that each
 //! request is answered for itself.
 //!
+//! A write that has to wait because the disk is being copied (`holding_back.rs`) is put back into the queue, and nothing behind it is taken: so the
+//! order of requests stays what it was, and a machine that is stopped meanwhile has the request in its queue, for whoever runs it next. Requests of
+//! other disks, and those in flight, go on.
+//!
 //! When a turn ends nothing is in flight, as every device promises.
 
 use std::io;
@@ -29,18 +33,15 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::super::device::{Broken, Turn};
 use super::super::queue::{Chain, DeviceQueue};
-use super::Block;
 use super::carrying_out::Answer;
 use super::request::Request;
 use super::together::{Job, Together};
+use super::{Block, QUEUE};
 use crate::machine::DiskAccess;
-use crate::memory::{GuestMemory, Ring};
+use crate::memory::{GuestMemory, Ring, total};
 
 /// So many are begun before the kernel gets them: the first does not wait for the last of a full queue, and a call is for several.
 const BATCH: usize = 16;
-
-/// The queue of a disk.
-const QUEUE: usize = 0;
 
 impl Block {
     /// Works on every request that there is, or as many as the turn allows.
@@ -67,11 +68,51 @@ impl Block {
             }
             served.and(landed)?;
         }
-        queue.serve(turn, |chain| {
-            let job = self.job(chain, turn.memory)?;
-            let answer = self.carry_out(&job.request, turn.memory);
-            tell_status(&job, answer, turn.memory)
-        })
+        self.serve_one_by_one(queue, turn)
+    }
+
+    fn serve_one_by_one(&mut self, queue: &mut DeviceQueue, turn: &Turn<'_>) -> Result<(), Broken> {
+        loop {
+            queue.ignore(turn.memory)?;
+            self.is_held_back = false;
+            while !turn.is_to_end() {
+                let Some(job) = self.next_job(queue, turn.memory)? else {
+                    break;
+                };
+                let answer = self.carry_out(&job.request, turn.memory);
+                let written = tell_status(&job, answer, turn.memory)?;
+                queue.push(turn.memory, job.head, written)?;
+            }
+            if self.is_held_back || !queue.listen(turn.memory)? || turn.is_to_end() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes the next request, unless there is none or it has to wait.
+    fn next_job(&mut self, queue: &mut DeviceQueue, memory: &GuestMemory) -> Result<Option<Job>, Broken> {
+        let Some(chain) = queue.pop(memory)? else {
+            return Ok(None);
+        };
+        let job = self.job(&chain, memory)?;
+        let is_admitted = match &job.request {
+            request if self.refusal(request).is_some() => true,
+            Request::Write { offset, data } => self.admits([(*offset, total(data))].into_iter()),
+            Request::Discard(extents) | Request::WriteZeroes(extents) => {
+                self.admits(extents.iter().map(|extent| (extent.offset, extent.len)))
+            }
+            _ => true,
+        };
+        if !is_admitted {
+            queue.undo_pop();
+            return Ok(None);
+        }
+        Ok(Some(job))
+    }
+
+    fn admits(&mut self, extents: impl Iterator<Item = (u64, u64)>) -> bool {
+        self.is_held_back = !self.written.admits(extents);
+        !self.is_held_back
     }
 
     fn job(&self, chain: &Chain, memory: &GuestMemory) -> Result<Job, Broken> {
@@ -110,7 +151,7 @@ enum Way {
 
 /// One turn of a disk that has a ring.
 struct Service<'a> {
-    disk: &'a Block,
+    disk: &'a mut Block,
     ring: &'a mut Ring<Together>,
     queue: &'a mut DeviceQueue,
     turn: &'a Turn<'a>,
@@ -157,7 +198,7 @@ impl Service<'_> {
     fn takes(&self) -> bool {
         // What is gathered needs a place, too.
         let further = 1 + usize::from(self.gathered.is_some());
-        !self.turn.is_to_end() && self.held.is_empty() && self.ring.has_room_for(further)
+        !self.turn.is_to_end() && !self.disk.is_held_back && self.held.is_empty() && self.ring.has_room_for(further)
     }
 
     /// Takes requests from the queue and begins them. Whether there was any.
@@ -168,14 +209,15 @@ impl Service<'_> {
     }
 
     fn gather(&mut self) -> Result<bool, Broken> {
+        // It may be its turn by now.
+        self.disk.is_held_back = false;
         for taken in 0..BATCH {
             if !self.takes() {
                 return Ok(taken > 0);
             }
-            let Some(chain) = self.queue.pop(self.turn.memory)? else {
+            let Some(job) = self.disk.next_job(self.queue, self.turn.memory)? else {
                 return Ok(taken > 0);
             };
-            let job = self.disk.job(&chain, self.turn.memory)?;
             self.begin(job)?;
         }
         Ok(true)

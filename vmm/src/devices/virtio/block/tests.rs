@@ -90,7 +90,7 @@ fn a_driver_that_does_not_flush_has_each_write_made_to_last() {
             serial: String::new(),
             lost: Default::default(),
         };
-        let mut driver = Driver::new(Box::new(Block::of_size(backend, 8)));
+        let mut driver = Driver::new(Box::new(Block::of_size(backend, 8).expect("disk")));
         driver.set_up(features);
         driver.put(DATA, &[7; 512]);
         assert_eq!(ask(&mut driver, 1, 0, &[(span(DATA, 512), false)]).0, status);

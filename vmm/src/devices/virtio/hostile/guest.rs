@@ -64,15 +64,15 @@ pub(super) fn half_at(address: u64) -> u16 {
 /// The device that the first byte of an input names, on a backend of its own.
 pub(super) fn device(which: u8) -> Box<dyn Device> {
     match which % 4 {
-        0 => Box::new(Block::of_size(
-            DiskBackend {
+        0 => {
+            let backend = DiskBackend {
                 file: image(),
                 access: DiskAccess::ReadWrite,
                 serial: "fuzz".to_owned(),
                 lost: Default::default(),
-            },
-            SECTORS,
-        )),
+            };
+            Box::new(Block::of_size(backend, SECTORS).expect("descriptors"))
+        }
         1 => {
             let (tap, wire) = UnixDatagram::pair().expect("descriptors");
             tap.set_nonblocking(true).expect("a socket");
