@@ -193,6 +193,27 @@ fn a_driver_without_hints_is_not_asked() {
     assert_eq!(asked.driver.read(COMMAND), STOP);
 }
 
+/// One that was set up by a build that had no hints.
+#[test]
+fn a_driver_without_hints_goes_on_reporting_after_a_move() {
+    let asked = Asked::new(feature::REPORTING, &[0, 1, 2]);
+    assert!(asked.driver.rest());
+    let there = Box::<Balloon>::default();
+    let desk = there.hints();
+    let mut after = Asked {
+        driver: asked.driver.moved_to(there),
+        desk,
+    };
+    after.driver.device.arrived();
+    after.driver.device.go_on();
+    after.desk.ask();
+    after.driver.device.look();
+    after.driver.put(PAGES, &[7; 4096]);
+    after.names(HINTS, 1);
+    assert_eq!(after.driver.look(PAGES, 1), [0]);
+    assert_eq!(after.driver.read(COMMAND), STOP);
+}
+
 #[test]
 fn a_driver_that_comes_while_hints_are_asked_for_is_asked() {
     let mut asked = Asked::linux();
