@@ -322,7 +322,7 @@ impl<C: DirtyClearer> OpenRound<C> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::collections::VecDeque;
 
     use proptest::prelude::*;
 
@@ -464,8 +464,10 @@ mod tests {
     enum Step {
         /// The guest writes a page, free or not.
         Write(u64),
-        /// It frees a page and names it. Who takes that hears of it later.
+        /// It frees a page and names it.
         Free(u64),
+        /// The oldest page that was named is told to whoever asked.
+        Tell,
         /// A thread takes so many pages to send.
         Take(u64),
         /// The oldest pages that were taken and not sent are read and sent.
@@ -477,6 +479,7 @@ mod tests {
         let step = prop_oneof![
             4 => (0..frames).prop_map(Step::Write),
             4 => (0..frames).prop_map(Step::Free),
+            4 => Just(Step::Tell),
             2 => (1u64..6).prop_map(Step::Take),
             2 => Just(Step::Send),
         ];
@@ -510,9 +513,10 @@ mod tests {
             pace: Pace::Yielding,
             free: Some(said.clone()),
         });
+        let mut named = VecDeque::new();
         let mut there = vec![0; frames as usize];
-        let mut taken: std::collections::VecDeque<Vec<FrameRun>> = Default::default();
-        let take = |taken: &mut std::collections::VecDeque<_>, most| {
+        let mut taken: VecDeque<Vec<FrameRun>> = VecDeque::new();
+        let take = |taken: &mut VecDeque<_>, most| {
             let mut runs = Vec::new();
             if feed.remaining() > 0 {
                 feed.next(&mut runs, most, || ()).unwrap();
@@ -536,8 +540,9 @@ mod tests {
                 }
                 Step::Free(frame) => {
                     world.0.lock().unwrap().free[frame as usize] = true;
-                    said.0.lock().unwrap().push(FrameRun { first: frame, count: 1 });
+                    named.push_back(FrameRun { first: frame, count: 1 });
                 }
+                Step::Tell => said.0.lock().unwrap().extend(named.pop_front()),
                 Step::Take(most) => take(&mut taken, most),
                 Step::Send => {
                     taken.pop_front().map(&mut send);
