@@ -6,9 +6,10 @@
 //! Who may call what, and when, at the source:
 //!
 //! ```text
-//! start_tracking ─► populated ─► { fetch_dirty ─► rearm range ─► zero_pages, send }* ─► stop ─► export ─► fetch_dirty ─► send ─► release_disks ─► GO
-//!                                     ▲                           settle_disks           │
-//!                                     └──────────────────── resume ◄─────────────────────┘  (called off before GO)
+//! start_tracking ─► ask_for_free_pages ─► populated ─► { fetch_dirty ─► rearm range ─► zero_pages, send }* ─► stop ─► export ─► fetch_dirty ─► send ─► release_disks ─► GO
+//!                                                           ▲                           settle_disks           │
+//!                                                           └──────────────────── resume ◄─────────────────────┘  (called off before GO)
+//! end_free_pages: before the first fetch_dirty, and on every way out
 //! ```
 
 use std::error::Error;
@@ -434,6 +435,13 @@ pub trait DirtyClearer: Clone + Send {
     fn rearm(&self, run: FrameRun, dirty: &[u64]) -> Result<(), GuestError>;
 }
 
+/// Pages that a running guest says are free, in its own time.
+pub trait FreePages: Send + Sync {
+    /// Appends what it said since this was called last. Each of these frames was free at some time after [`SourceGuest::ask_for_free_pages`] was
+    /// called; it may be in use again. Any numbers may come, and frames several times.
+    fn take(&self, found: &mut Vec<FrameRun>);
+}
+
 /// A guest that may leave this host.
 pub trait SourceGuest: Send {
     /// Its memory.
@@ -452,6 +460,16 @@ pub trait SourceGuest: Send {
     /// # Errors
     /// If the host cannot track.
     fn start_tracking(&mut self) -> Result<(), GuestError>;
+
+    /// Asks the guest which of its pages are free; what it answers is taken while it is copied, and nobody waits for it. Called right after
+    /// [`SourceGuest::start_tracking`], so that whatever is written to a page after it was named is tracked. None if nobody can be asked.
+    fn ask_for_free_pages(&mut self) -> Option<Arc<dyn FreePages>> {
+        None
+    }
+
+    /// Nothing is asked any more: pages that the guest has kept unused for this are its own again. Called as often as one likes, whether it was
+    /// asked or not; a guest that stands still learns of it when it runs again, here or at its destination.
+    fn end_free_pages(&mut self) {}
 
     /// Looks up what the host has ever populated.
     ///

@@ -18,6 +18,7 @@
 
 mod cold;
 mod conversation;
+mod hints;
 mod lasting;
 mod meter;
 mod parked;
@@ -43,7 +44,7 @@ use crate::guest::{DirtyClearer, GuestEnd, GuestError, SourceGuest};
 use crate::handover::{Attempt, Grants, Traded};
 use crate::link::{self, Link, Outgoing, Sockets};
 use crate::postcopy::{PagesToServe, ServeParameters};
-use crate::precopy::{Sender as PageSender, Streams};
+use crate::precopy::{Finished, Sender as PageSender, Streams};
 use crate::wire::{
     ControlError, LATE_PAGES_SINCE, OLDEST_PROTOCOL, PROTOCOL, RESUMES_SINCE, StreamTotals, VERIFY_SINCE, Wishes, hello,
 };
@@ -261,6 +262,7 @@ pub fn run<G: SourceGuest>(
     if grants.close(attempt) == Traded::GoSent {
         tracing::error!(%attempt, "the register says GO-sent for a migration that did not send it");
     }
+    guest.end_free_pages();
     guest.stop_tracking();
     let attempt = attempt.attempt;
     match stop {
@@ -509,9 +511,13 @@ fn with_threads<G: SourceGuest>(
     journey.sent = journey.sent.plus(streams.sum());
     update(journey.summary, journey.sent, sockets);
     // The threads have ended: what they were sending is neither sent nor re-armed any further.
-    if let (Some(kept), Some(set)) = (journey.kept.as_mut(), streams.feed.finish()) {
-        let round = kept.round;
-        kept.unacknowledged = Some(Unacknowledged { session, round, set });
+    if let Some(Finished { set, free }) = streams.feed.finish() {
+        journey.summary.hinted_pages += free.as_ref().map_or(0, PageSet::count);
+        if let Some(kept) = journey.kept.as_mut() {
+            let round = kept.round;
+            kept.hints.leaves_out(free);
+            kept.unacknowledged = Some(Unacknowledged { session, round, set });
+        }
     }
     ended
 }

@@ -113,6 +113,37 @@ cut_at! {
     a_link_cut_after_a_barrier_was_answered_is_made_again: "barrier-reached", After;
 }
 
+/// The link is cut once when this is told, which is between the handshake and the first page.
+#[track_caller]
+fn arrives_though_cut_when(told: fn(&SourceReport) -> bool, cut: impl Fn(&Controls) + Send + 'static) {
+    let mut scene = resumable(guest(Tracking::Log, BUSY), LONG);
+    let (mut heal, mut is_cut) = (healing(), false);
+    slowly(&mut scene, 40_000_000);
+    scene.agent = Box::new(move |report, controls| {
+        if told(report) && !std::mem::replace(&mut is_cut, true) {
+            cut(controls);
+        }
+        heal(report, controls);
+    });
+    let ends = migrate(scene);
+    ends.arrived();
+    assert_eq!(resumed(&ends).len(), 1);
+}
+
+#[test]
+fn a_link_cut_right_after_the_handshake_is_made_again() {
+    let accepted = |report: &SourceReport| matches!(report, SourceReport::Accepted { .. });
+    arrives_though_cut_when(accepted, Controls::cut);
+    arrives_though_cut_when(accepted, |controls| controls.cut_page_stream(0));
+}
+
+#[test]
+fn a_link_cut_right_before_the_first_page_is_made_again() {
+    let copying = |report: &SourceReport| matches!(report, SourceReport::Copying { .. });
+    arrives_though_cut_when(copying, Controls::cut);
+    arrives_though_cut_when(copying, |controls| controls.cut_page_stream(1));
+}
+
 #[test]
 fn a_link_is_cut_at_every_word_of_its_being_made_again() {
     use Cut::{After, Before};

@@ -4,6 +4,7 @@ use thiserror::Error;
 
 use crate::arch::x86_64::cpuid::{CpuidEntry, missing, with_native_features, withhold_hypercalls};
 use crate::arch::x86_64::vcpu_state::{TscControl, probe_tsc};
+use crate::devices::newest_version;
 use crate::host_files;
 use crate::kvm::{Host, HostError, KvmError, Vm, host_tsc, native_cpuid};
 use crate::machine::DirtyMode;
@@ -203,7 +204,12 @@ const GIVEN_BY_KVM: [&str; 2] = ["hypervisor", "tsc_deadline_timer"];
 fn check_devices(profile: &MachineProfile) -> Vec<Incompatibility> {
     // A machine here has the virtio devices that its configuration names, so those of the profile count as long as they are of a kind
     // that is known.
-    let virtio: Vec<&str> = profile.units.iter().map(|unit| unit.name.as_str()).collect();
+    let virtio = profile.units.iter().map(|unit| {
+        // Whatever is read here is known in the version that it has.
+        let newest = newest_version(&unit.schema);
+        (unit.name.as_str(), unit.version.clamp(1, newest))
+    });
+    let virtio: Vec<(&str, u32)> = virtio.collect();
     let known = unit_kinds(profile.vcpus.min(u8::MAX.into()) as usize, &virtio);
     let mut found: Vec<_> = profile
         .units

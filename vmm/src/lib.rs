@@ -24,7 +24,7 @@ mod vcpu;
 
 pub use arch::x86_64::boot::{BootPayload, KernelError, LoadError};
 pub use arch::x86_64::cpuid::CpuidEntry;
-pub use devices::{BalloonLevel, ButtonPress, CardTraffic, ConsoleOutput, WriteWaits, WrittenBlocks};
+pub use devices::{BalloonLevel, ButtonPress, CardTraffic, ConsoleOutput, FreePageHints, WriteWaits, WrittenBlocks};
 pub use host::{HostCapabilities, Incompatibility, host};
 pub use host_files::keep_host_files;
 pub use kvm::{DirtyClearer, HostError, KvmError};

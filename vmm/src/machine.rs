@@ -30,7 +30,7 @@ use crate::arch::x86_64::board::Board;
 use crate::arch::x86_64::boot::LoadError;
 use crate::arch::x86_64::cpuid::CpuidEntry;
 use crate::arch::x86_64::vcpu_state::{SavePlan, VcpuState};
-use crate::devices::{BalloonLevel, CardTraffic, Devices, WrittenBlocks};
+use crate::devices::{BalloonLevel, CardTraffic, Devices, HintDesk, WrittenBlocks};
 use crate::kvm::{HostError, KvmError, Vm};
 use crate::memory::{GuestMemory, MemoryError};
 use crate::state::IrqchipState;
@@ -240,6 +240,7 @@ struct Parts {
     /// Of each network card.
     traffic: Vec<CardTraffic>,
     balloon: BalloonLevel,
+    hints: HintDesk,
     plan: Arc<SavePlan>,
     facts: Facts,
     /// What a reset goes back to: read before the first kernel was loaded.

@@ -309,6 +309,7 @@ impl Course<'_> {
         RoundSummary {
             number: self.rounds.len() as u32 + 1,
             pages: pages as u64,
+            hinted_pages: 0,
             zero_pages: zero_pages as u64,
             bytes: sent as u64,
             saved: (bytes - sent).max(0.0) as u64,

@@ -5,10 +5,17 @@
 //!   idle ──start──► open ──(last chunk sent)──► done ──finish──► idle
 //!                    └───cut: what was not given out stays in the set───► done
 //! ```
+//!
+//! What the guest says is free is left out of the round, and is not owed for it. That is decided right before a range is re-armed, and never later:
+//! a page that is left out is not in the words with which its range is re-armed, so its bit, if it has one, stays where it is. The guest may use the
+//! page again at any time after it named it, and that is after tracking began; whatever it writes then is told by the first fetch, which is
+//! after the first round. Were a page left out whose range was re-armed already, a write between its being named and its being re-armed
+//! would be forgotten. For the same reason hints are taken in the first round only: a fetch may have told of a write to a page after it was named,
+//! and leaving it out of what was fetched would lose that.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use crate::guest::{DirtyClearer, FrameRun, GuestError};
+use crate::guest::{DirtyClearer, FrameRun, FreePages, GuestError};
 use crate::precopy::page_set::{PageSet, next_run, word_of};
 use crate::wire::{MAX_DATA_PAGES, MAX_RUNS};
 
@@ -40,6 +47,16 @@ pub(crate) struct Round<C> {
     pub(crate) clearer: Option<C>,
     /// How fast.
     pub(crate) pace: Pace,
+    /// Who says what of it is free; only in the first round.
+    pub(crate) free: Option<Arc<dyn FreePages>>,
+}
+
+/// What a round came to.
+pub(crate) struct Finished {
+    /// Its pages, but for those that were left out.
+    pub(crate) set: PageSet,
+    /// Pages that were left out because they are free.
+    pub(crate) free: Option<PageSet>,
 }
 
 /// Pages for one frame, and what goes with them.
@@ -82,6 +99,11 @@ struct OpenRound<C> {
     offset: u64,
     /// Frames of the region before this one were re-armed.
     armed: u64,
+    /// What was left out, and how many pages that is.
+    left_out: Option<PageSet>,
+    left_out_pages: u64,
+    /// What was said to be free; kept to save allocations.
+    said: Vec<FrameRun>,
 }
 
 impl<C: DirtyClearer> Feed<C> {
@@ -108,13 +130,16 @@ impl<C: DirtyClearer> Feed<C> {
             region: 0,
             offset: 0,
             armed: 0,
+            left_out: None,
+            left_out_pages: 0,
+            said: Vec::new(),
         };
         self.lock().open = Some(open);
         self.work.notify_all();
     }
 
-    /// Waits for pages to send and puts their runs into `runs`, `most` pages at most. `None` once the feed is closed. `before_waiting` is called if
-    /// there are none yet.
+    /// Waits for pages to send and puts their runs into `runs`, `most` pages at most; none at all if those that were left turned out to be free, which
+    /// is reported as sent like any others. `None` once the feed is closed. `before_waiting` is called if there are none yet.
     ///
     /// # Errors
     /// If the range cannot be re-armed.
@@ -177,9 +202,17 @@ impl<C: DirtyClearer> Feed<C> {
         self.lock().open.as_ref().map_or(0, |open| open.remaining)
     }
 
-    /// Takes back the set of a round that is done, all its pages in it.
-    pub(crate) fn finish(&self) -> Option<PageSet> {
-        self.lock().open.take().map(|open| open.round.set)
+    /// Pages of the open round that were left out so far, because they are free.
+    pub(crate) fn left_out(&self) -> u64 {
+        self.lock().open.as_ref().map_or(0, |open| open.left_out_pages)
+    }
+
+    /// Takes back the set of a round that is done, or will never be.
+    pub(crate) fn finish(&self) -> Option<Finished> {
+        self.lock().open.take().map(|open| Finished {
+            set: open.round.set,
+            free: open.left_out,
+        })
     }
 
     /// Sends the sending threads home.
@@ -212,6 +245,9 @@ impl<C: DirtyClearer> OpenRound<C> {
                 (self.region, self.offset, self.armed) = (self.region + 1, 0, 0);
                 continue;
             };
+            if self.leave_out_free(first) {
+                continue;
+            }
             self.rearm_up_to(first)?;
             let armed_end = if self.round.clearer.is_some() {
                 self.armed
@@ -233,6 +269,31 @@ impl<C: DirtyClearer> OpenRound<C> {
         }
         self.under_way += 1;
         Ok(())
+    }
+
+    /// If the range that holds frame `offset` of the current region is not re-armed, takes out of the round what the guest has said is free from there
+    /// on. Whether there was any: each time it is fewer pages, so that ends.
+    fn leave_out_free(&mut self, offset: u64) -> bool {
+        let Some(free) = self.round.free.as_ref().filter(|_| offset >= self.armed) else {
+            return false;
+        };
+        self.said.clear();
+        free.take(&mut self.said);
+        // Whatever lies before this was re-armed. Regions ascend.
+        let from = self.round.set.region(self.region).start_frame + self.armed.max(self.offset);
+        let mut count = 0;
+        for run in &self.said {
+            let first = run.first.max(from);
+            let run = FrameRun {
+                first,
+                count: run.first.saturating_add(run.count).saturating_sub(first),
+            };
+            let left_out = self.left_out.get_or_insert_with(|| self.round.set.emptied());
+            count += self.round.set.move_to(run, left_out);
+        }
+        self.remaining -= count;
+        self.left_out_pages += count;
+        count > 0
     }
 
     /// Re-arms the range that holds frame `offset` of the current region, unless that was done.
@@ -261,7 +322,7 @@ impl<C: DirtyClearer> OpenRound<C> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::collections::VecDeque;
 
     use proptest::prelude::*;
 
@@ -306,6 +367,7 @@ mod tests {
             set,
             clearer,
             pace: Pace::Yielding,
+            free: None,
         }
     }
 
@@ -344,7 +406,167 @@ mod tests {
             let armed = notes.0.lock().unwrap();
             prop_assert!(frames.iter().all(|frame| armed.iter().any(|run| (run.first..run.end()).contains(frame))));
             prop_assert!(armed.windows(2).all(|pair| pair[0].end() <= pair[1].first));
-            prop_assert_eq!(feed.finish(), Some(set));
+            prop_assert_eq!(feed.finish().unwrap().set, set);
+        }
+    }
+
+    #[test]
+    fn a_round_of_which_all_is_free_is_done_without_a_page() {
+        let said = Arc::new(Said::default());
+        let whole = FrameRun { first: 7, count: 5000 };
+        said.0.lock().unwrap().push(whole);
+        let feed = Feed::new(2);
+        feed.start(Round {
+            free: Some(said),
+            ..round(set(&[whole]), Some(Notes::default()))
+        });
+        assert_eq!(drain(&feed), [vec![]]);
+        let Finished { set, free } = feed.finish().unwrap();
+        assert_eq!((set.count(), free.unwrap().count()), (0, 5000));
+    }
+
+    /// What a guest says.
+    #[derive(Default)]
+    struct Said(Mutex<Vec<FrameRun>>);
+
+    impl FreePages for Said {
+        fn take(&self, found: &mut Vec<FrameRun>) {
+            found.append(&mut self.0.lock().unwrap());
+        }
+    }
+
+    /// A guest's pages, with a version in place of the contents of each, and their dirty bits.
+    #[derive(Clone)]
+    struct World(Arc<Mutex<Pages>>);
+
+    struct Pages {
+        versions: Vec<u64>,
+        dirty: Vec<bool>,
+        /// What a page holds is nothing to the guest: it was named, and not written since.
+        free: Vec<bool>,
+    }
+
+    impl DirtyClearer for World {
+        fn rearm(&self, run: FrameRun, dirty: &[u64]) -> Result<(), GuestError> {
+            let mut pages = self.0.lock().unwrap();
+            for index in (0..run.count).filter(|index| dirty[(index / 64) as usize] >> (index % 64) & 1 == 1) {
+                pages.dirty[(run.first + index) as usize] = false;
+            }
+            Ok(())
+        }
+    }
+
+    /// Ranges of the world: each region is one.
+    const RANGES: u64 = 6;
+    const PAGES: u64 = 4;
+
+    #[derive(Clone, Copy, Debug)]
+    enum Step {
+        /// The guest writes a page, free or not.
+        Write(u64),
+        /// It frees a page and names it.
+        Free(u64),
+        /// The oldest page that was named is told to whoever asked.
+        Tell,
+        /// A thread takes so many pages to send.
+        Take(u64),
+        /// The oldest pages that were taken and not sent are read and sent.
+        Send,
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let frames = RANGES * PAGES;
+        let step = prop_oneof![
+            4 => (0..frames).prop_map(Step::Write),
+            4 => (0..frames).prop_map(Step::Free),
+            4 => Just(Step::Tell),
+            2 => (1u64..6).prop_map(Step::Take),
+            2 => Just(Step::Send),
+        ];
+        prop::collection::vec(step, 0..120)
+    }
+
+    /// The first round with these steps, and then the fetch: which pages the destination lacks although they matter and are not told to be dirty.
+    fn lost(steps: &[Step]) -> Vec<u64> {
+        let frames = RANGES * PAGES;
+        let region = |index| Region {
+            start_frame: index * PAGES,
+            frames: PAGES,
+        };
+        let mut set = PageSet::new(&MemoryShape::new((0..RANGES).map(region).collect()).unwrap());
+        set.insert(FrameRun {
+            first: 0,
+            count: frames,
+        });
+        let pages = |value: bool| vec![value; frames as usize];
+        let world = World(Arc::new(Mutex::new(Pages {
+            versions: vec![1; frames as usize],
+            dirty: pages(false),
+            free: pages(false),
+        })));
+        let said = Arc::new(Said::default());
+        let feed = Feed::new(1);
+        feed.start(Round {
+            number: 1,
+            set,
+            clearer: Some(world.clone()),
+            pace: Pace::Yielding,
+            free: Some(said.clone()),
+        });
+        let mut named = VecDeque::new();
+        let mut there = vec![0; frames as usize];
+        let mut taken: VecDeque<Vec<FrameRun>> = VecDeque::new();
+        let take = |taken: &mut VecDeque<_>, most| {
+            let mut runs = Vec::new();
+            if feed.remaining() > 0 {
+                feed.next(&mut runs, most, || ()).unwrap();
+                taken.push_back(runs);
+            }
+        };
+        let mut send = |runs: Vec<FrameRun>| {
+            let pages = world.0.lock().unwrap();
+            for frame in runs.iter().flat_map(|run| run.first..run.end()) {
+                there[frame as usize] = pages.versions[frame as usize];
+            }
+            feed.sent()
+        };
+        for &step in steps {
+            match step {
+                Step::Write(frame) => {
+                    let mut pages = world.0.lock().unwrap();
+                    pages.versions[frame as usize] += 1;
+                    pages.dirty[frame as usize] = true;
+                    pages.free[frame as usize] = false;
+                }
+                Step::Free(frame) => {
+                    world.0.lock().unwrap().free[frame as usize] = true;
+                    named.push_back(FrameRun { first: frame, count: 1 });
+                }
+                Step::Tell => said.0.lock().unwrap().extend(named.pop_front()),
+                Step::Take(most) => take(&mut taken, most),
+                Step::Send => {
+                    taken.pop_front().map(&mut send);
+                }
+            }
+        }
+        while feed.remaining() > 0 {
+            take(&mut taken, 5);
+        }
+        for runs in taken {
+            send(runs);
+        }
+        let pages = world.0.lock().unwrap();
+        let is_lost = |&frame: &u64| {
+            let frame = frame as usize;
+            !pages.free[frame] && !pages.dirty[frame] && there[frame] != pages.versions[frame]
+        };
+        (0..frames).filter(is_lost).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn no_write_to_a_page_that_was_called_free_is_lost_whenever_that_is_heard(steps in steps()) {
+            prop_assert_eq!(lost(&steps), Vec::<u64>::new());
         }
     }
 
@@ -355,7 +577,7 @@ mod tests {
         feed.next(&mut Vec::new(), MAX_DATA_PAGES, || ()).unwrap();
         assert_eq!(feed.cut(), Standing::Open);
         assert_eq!(feed.sent(), Standing::Done);
-        assert_eq!(feed.finish().unwrap().count(), 5000);
+        assert_eq!(feed.finish().unwrap().set.count(), 5000);
     }
 
     #[test]

@@ -7,7 +7,7 @@ mod sender;
 mod streams;
 
 pub(crate) use bandwidth::Bandwidth;
-pub(crate) use feed::{Pace, Round, Standing};
+pub(crate) use feed::{Finished, Pace, Round, Standing};
 pub use page_set::PageSet;
 pub(crate) use page_set::{for_each_word, next_run, word_of, words_for};
 pub(crate) use sender::{Contents, SendError, Sender, write_both};

@@ -27,6 +27,17 @@ impl PageSet {
         }
     }
 
+    /// The empty set for the same guest.
+    pub(crate) fn emptied(&self) -> Self {
+        let part = |part: &Part| Part {
+            region: part.region,
+            words: vec![0; part.words.len()],
+        };
+        Self {
+            parts: self.parts.iter().map(part).collect(),
+        }
+    }
+
     /// Adds a run. What lies outside the guest's memory is left out.
     pub fn insert(&mut self, run: FrameRun) {
         self.for_each_mask(run, |word, mask| *word |= mask);
@@ -35,6 +46,25 @@ impl PageSet {
     /// Takes a run out.
     pub fn remove(&mut self, run: FrameRun) {
         self.for_each_mask(run, |word, mask| *word &= !mask);
+    }
+
+    /// Moves the frames of a run to `other`, a set of the same guest, and tells how many there were.
+    pub(crate) fn move_to(&mut self, run: FrameRun, other: &mut Self) -> u64 {
+        let mut moved = 0;
+        let run_end = run.first.saturating_add(run.count);
+        for (part, theirs) in self.parts.iter_mut().zip(&mut other.parts) {
+            let Region { start_frame, frames } = part.region;
+            let (from, to) = (run.first.max(start_frame), run_end.min(start_frame + frames));
+            if from < to {
+                for_each_word(from - start_frame, to - start_frame, |index, mask| {
+                    let found = part.words[index] & mask;
+                    part.words[index] &= !found;
+                    theirs.words[index] |= found;
+                    moved += u64::from(found.count_ones());
+                });
+            }
+        }
+        moved
     }
 
     /// Whether `frame` is in the set.
@@ -356,6 +386,17 @@ mod tests {
             let expected: Vec<u64> = model(&left).difference(&model(&right)).copied().collect();
             prop_assert_eq!(frames(&difference), expected);
             prop_assert_eq!(at_once, difference);
+        }
+
+        #[test]
+        fn moved_frames_are_in_the_other_set(left in runs(), right in runs()) {
+            let (mut rest, mut moved) = (set(&left), set(&[]));
+            let count: u64 = right.iter().map(|&run| rest.move_to(run, &mut moved)).sum();
+            let expected: Vec<u64> = model(&left).intersection(&model(&right)).copied().collect();
+            prop_assert_eq!(count, expected.len() as u64);
+            prop_assert_eq!(frames(&moved), expected);
+            let expected: Vec<u64> = model(&left).difference(&model(&right)).copied().collect();
+            prop_assert_eq!(frames(&rest), expected);
         }
 
         #[test]

@@ -75,6 +75,12 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
                 })
                 .map_err(SendError::Guest)?;
             let Some(chunk) = chunk else { return Ok(()) };
+            if runs.is_empty() {
+                if self.feed.sent() == Standing::Done {
+                    round_done();
+                }
+                continue;
+            }
             let guest_runs = chunk.pace == Pace::Yielding;
             yielding.set(guest_runs, self.memory);
             contents.split(self.memory, &runs, 1).map_err(SendError::Guest)?;

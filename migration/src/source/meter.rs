@@ -11,7 +11,7 @@ use crate::guest::{FRAME_SIZE, GuestMemory, Region};
 pub struct Amounts {
     /// What the guest has of it, whether it was ever written or not.
     pub total: u64,
-    /// Handed to the streams so far, told to be zero included; what was dirtied again counts again.
+    /// Handed to the streams so far, told to be zero or left out as free included; what was dirtied again counts again.
     pub processed: u64,
     /// Known to be still due: of the round that is being sent, or what the guest had written when the last one ended.
     pub remaining: u64,

@@ -192,6 +192,8 @@ pub struct Progress {
     pub bytes_sent: u64,
     /// Pages found to be zero so far, told and not sent.
     pub zero_pages: u64,
+    /// Pages left out so far because the guest said that they are free.
+    pub hinted_pages: u64,
     /// Bytes a second, measured since the last progress.
     pub throughput_bytes_per_s: u64,
     /// How far the copy is.
@@ -207,6 +209,8 @@ pub struct RoundSummary {
     pub number: u32,
     /// Pages in it, zero pages too.
     pub pages: u64,
+    /// Pages that are not in it although they were due, because the guest said that they are free.
+    pub hinted_pages: u64,
     /// Pages of it that were zero.
     pub zero_pages: u64,
     /// Bytes put on the page streams.
@@ -362,6 +366,8 @@ pub struct SourceSummary {
     pub bytes_sent: u64,
     /// Zero pages told and not sent.
     pub zero_pages: u64,
+    /// Pages that were not sent in the first pass, or need not come late, because the guest said that they are free. What it wrote to them since was sent all the same.
+    pub hinted_pages: u64,
     /// For how much of the time vCPUs were kept from running in the end, in percent.
     pub throttle: u32,
     /// Page streams used.

@@ -16,6 +16,7 @@ use crate::PageSet;
 use crate::guest::{GuestMemory as _, Population, SourceGuest};
 use crate::policy::Policy;
 use crate::source::conversation::Heard;
+use crate::source::hints::Hints;
 use crate::source::meter::Meter;
 use crate::source::rounds::Copy;
 use crate::source::verifying::Comparing;
@@ -30,6 +31,8 @@ pub(super) struct Kept {
     /// Frames that the destination does not hold as they are, as far as was fetched. Nothing leaves this set but by
     /// being sent after its range was re-armed, and a barrier.
     pub(super) pending: PageSet,
+    /// What the guest says of pages that are free.
+    pub(super) hints: Hints,
     pub(super) meter: Meter,
     /// The number of the next round.
     pub(super) round: u32,
@@ -105,6 +108,8 @@ impl<G: SourceGuest> Copy<'_, '_, G> {
             kept,
             ..
         } = self;
+        // What it named may be used by the time that there is a link again, and the destination may hold some of it.
+        so_far.hints.end(guest);
         so_far.meter.is_at(streams.feed.remaining());
         so_far.meter.round_is_cut();
         summary.copied = Some(so_far.meter.copied());

@@ -10,9 +10,10 @@ use crate::guest::{DiskCondition, FRAME_SIZE, GuestMemory as _, Population, Sour
 use crate::handover::Attempt;
 use crate::policy::{Decision, Moment, Policy, Verdict};
 use crate::postcopy::Lateness;
-use crate::precopy::{Pace, Round, Streams};
+use crate::precopy::{Finished, Pace, Round, Streams};
 use crate::source::cold::Halt;
 use crate::source::conversation::{Conversation, Heard, TICK, unexpected};
+use crate::source::hints::Hints;
 use crate::source::meter::Meter;
 use crate::source::resume::Kept;
 use crate::source::verifying::Comparing;
@@ -193,7 +194,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         self.conversation.look_after(self.guest)?;
         let (began, before, pages) = (Instant::now(), self.sum(), self.due());
         let saved_before = self.streams.packing.saved();
-        let number = self.so_far.round;
+        let (number, mut hinted_pages) = (self.so_far.round, 0);
         self.conversation
             .lasting
             .round_begins(number, self.so_far.policy.throttle());
@@ -206,9 +207,13 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
                 set,
                 clearer,
                 pace: self.pace(),
+                // What comes late is in no round.
+                free: self.so_far.hints.asked().filter(|_| !self.so_far.is_late),
             });
             self.wait(|heard| matches!(heard, Heard::RoundSent))?;
-            let mut sent = self.close_round(number)?;
+            let Finished { set: mut sent, free } = self.close_round(number)?;
+            hinted_pages = free.as_ref().map_or(0, PageSet::count);
+            self.left_out(free);
             sent.clear();
             self.spare = Some(sent);
         } else if let Some(heard) = self.conversation.next(Duration::ZERO)? {
@@ -225,7 +230,8 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         self.summary.copied = Some(self.so_far.meter.copied());
         let round = RoundSummary {
             number,
-            pages,
+            pages: pages - hinted_pages,
+            hinted_pages,
             zero_pages: sent.zero_pages - before.zero_pages,
             bytes: sent.bytes - before.bytes,
             saved: self.streams.packing.saved() - saved_before,
@@ -301,7 +307,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
 
     /// The barrier: returns the round's set once the destination has all of it. Every page of the round was written to
     /// its stream before.
-    pub(super) fn close_round(&mut self, number: u32) -> Result<PageSet, Stop> {
+    pub(super) fn close_round(&mut self, number: u32) -> Result<Finished, Stop> {
         let totals = self.streams.each().into_iter().map(v1::StreamTotals::from).collect();
         self.conversation
             .say(Said::Barrier(v1::Barrier { round: number, totals }));
@@ -328,6 +334,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
     }
 
     pub(super) fn fetch_dirty(&mut self) -> Result<(), Stop> {
+        self.end_hints();
         let fetched = self.guest.fetch_dirty(&mut self.so_far.pending);
         fetched.map_err(|cause| {
             SourceError::Guest {
@@ -373,13 +380,15 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
     /// These, to be sent as a round.
     pub(super) fn take_due(&mut self) -> PageSet {
         let mut set = self.empty_set();
-        if !self.so_far.is_late {
-            return std::mem::replace(&mut self.so_far.pending, set);
+        if self.so_far.is_late {
+            for index in self.disks() {
+                set.insert_words(index, self.so_far.pending.words(index));
+            }
+            self.so_far.pending.subtract(&set);
+        } else {
+            set = std::mem::replace(&mut self.so_far.pending, set);
         }
-        for index in self.disks() {
-            set.insert_words(index, self.so_far.pending.words(index));
-        }
-        self.so_far.pending.subtract(&set);
+        self.so_far.hints.are_sent(&set);
         set
     }
 
@@ -468,6 +477,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             disk_waits: self.summary.disk_waits,
             bytes_sent: sum.bytes,
             zero_pages: sum.zero_pages,
+            hinted_pages: self.summary.hinted_pages + self.streams.feed.left_out(),
             throughput_bytes_per_s: per_second(sum.bytes - bytes, elapsed).unwrap_or(0),
         }));
     }
@@ -477,6 +487,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
 fn begin<G: SourceGuest>(guest: &mut G, conversation: &Conversation<'_>) -> Result<Kept, Stop> {
     let failed = |step| move |cause| SourceError::Guest { step, cause };
     guest.start_tracking().map_err(failed("track its writes"))?;
+    let hints = Hints::ask(guest);
     let population = guest.populated().map_err(failed("tell what is populated"))?;
     let mut pending = PageSet::new(guest.memory().shape());
     population.populated.iter().for_each(|&run| pending.insert(run));
@@ -489,6 +500,7 @@ fn begin<G: SourceGuest>(guest: &mut G, conversation: &Conversation<'_>) -> Resu
             .with_late_pages(parameters.lateness),
         meter: Meter::new(&*guest.memory(), &pending),
         pending,
+        hints,
         round: 1,
         rest_until: now,
         announced: None,

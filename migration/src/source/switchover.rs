@@ -133,6 +133,8 @@ fn hand_over<G: SourceGuest>(
             let (attempt, totals) = (attempt.clone(), totals.clone());
             copy.conversation
                 .say(Said::DigestRequest(v1::DigestRequest { attempt, totals }));
+            let clean = copy.so_far.hints.make_zero(&*copy.guest.memory());
+            clean.map_err(|cause| could_not("make free pages zero", cause))?;
             let memory =
                 digest::memory(&*copy.guest.memory()).map_err(|cause| could_not("digest its memory", cause))?;
             Some(v1::Digests {
@@ -316,6 +318,7 @@ impl LastPages {
                 set,
                 clearer: None,
                 pace: Pace::Unlimited,
+                free: None,
             });
             wait_within(copy, budget, "the last pages were being sent", |heard| match heard {
                 Heard::RoundSent => Ok(()),
@@ -329,6 +332,7 @@ impl LastPages {
         copy.summary.rounds.push(RoundSummary {
             number: copy.so_far.round,
             pages,
+            hinted_pages: 0,
             zero_pages: sent.zero_pages - self.sent.zero_pages,
             bytes: sent.bytes - self.sent.bytes,
             saved: copy.streams.packing.saved() - self.saved,
@@ -405,8 +409,8 @@ fn close_last_round<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, last_round: Last
         }
         LastRound::UnderWay | LastRound::Sent => {}
     }
-    let set = copy.close_round(copy.so_far.round)?;
-    copy.so_far.pending.union_with(&set);
+    let last = copy.close_round(copy.so_far.round)?;
+    copy.so_far.pending.union_with(&last.set);
     Ok(())
 }
 

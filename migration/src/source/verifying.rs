@@ -63,6 +63,7 @@ pub(super) fn agree<G: SourceGuest>(
             .filter_map(|&number| digests.ranges().run(number as usize));
         runs.for_each(|run| set.insert(run));
         late.into_iter().for_each(|late| set.subtract(late));
+        copy.so_far.hints.are_sent(&set);
         if set.is_empty() {
             let what = "it says of ranges that differ which come late as a whole".to_owned();
             return Err(Setback::End(SourceError::Misbehaved(what).into()));
@@ -121,7 +122,7 @@ fn send_again<G: SourceGuest>(
     if *last_round == LastRound::Sent {
         // A page travels once in a round. Its pages were not re-armed: they are owed if the guest is to run on.
         let sent = copy.close_round(copy.so_far.round)?;
-        copy.so_far.pending.union_with(&sent);
+        copy.so_far.pending.union_with(&sent.set);
         *last_round = LastRound::NotStarted;
     }
     let pages = set.count();

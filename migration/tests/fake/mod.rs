@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use ferry_migration::PageSet;
 use ferry_migration::guest::{
-    DestinationGuest, DirtyClearer, DiskCondition, FrameRun, GuestCondition, GuestEnd, GuestError, GuestWas,
+    DestinationGuest, DirtyClearer, DiskCondition, FrameRun, FreePages, GuestCondition, GuestEnd, GuestError, GuestWas,
     Population, RestoredGuest, SourceGuest, StopTimes, Throttled,
 };
 use memory::FakeMemory;
@@ -151,6 +151,24 @@ impl Vcpu {
     }
 }
 
+/// A guest's word on pages that are free.
+#[derive(Default)]
+pub struct Hints {
+    /// What it says as soon as it is asked.
+    pub at_once: Mutex<Vec<FrameRun>>,
+    /// What it has said and nobody has taken.
+    pub said: Mutex<Vec<FrameRun>>,
+    /// How often it was asked, and how often it was told that it is asked no more.
+    pub asked: AtomicU64,
+    pub ended: AtomicU64,
+}
+
+impl FreePages for Hints {
+    fn take(&self, found: &mut Vec<FrameRun>) {
+        found.append(&mut self.said.lock().unwrap());
+    }
+}
+
 /// What tests look at after the guest was given away.
 #[derive(Default)]
 pub struct Notes {
@@ -181,6 +199,8 @@ pub struct FakeSource {
     pub settles_after: VecDeque<u32>,
     /// Called when the disks are let go.
     pub on_release: Option<Box<dyn FnMut() + Send>>,
+    /// If it tells which of its pages are free.
+    pub hints: Option<Arc<Hints>>,
     stopped: bool,
 }
 
@@ -222,6 +242,7 @@ impl FakeSource {
             huge: Vec::new(),
             settles_after: VecDeque::new(),
             on_release: None,
+            hints: None,
             stopped: false,
         }
     }
@@ -229,6 +250,20 @@ impl FakeSource {
     /// Declares frames populated without giving them contents.
     pub fn populate_zero(&self, run: FrameRun) {
         self.tracker.lock().unwrap().populated.insert(run);
+    }
+
+    /// It says that these are free as soon as it is asked.
+    pub fn names_free(&mut self, runs: &[FrameRun]) -> Arc<Hints> {
+        let hints = Arc::new(Hints::default());
+        hints.at_once.lock().unwrap().extend(runs);
+        self.hints = Some(hints.clone());
+        hints
+    }
+
+    /// Writes to a page, as its thread does.
+    pub fn writer(&self) -> impl Fn(u64, u64) + Send + 'static {
+        let (memory, tracker) = (self.memory.clone(), self.tracker.clone());
+        move |frame, value| memory.write(frame, value, || tracker.lock().unwrap().touch(frame))
     }
 
     /// Pauses the guest as its user would.
@@ -322,6 +357,20 @@ impl SourceGuest for FakeSource {
             .for_each(|region| tracker.armed.insert(region.run()));
         tracker.on = true;
         Ok(())
+    }
+
+    fn ask_for_free_pages(&mut self) -> Option<Arc<dyn FreePages>> {
+        assert!(self.tracker.lock().unwrap().on, "asked before writes are tracked");
+        let hints = self.hints.clone()?;
+        hints.asked.fetch_add(1, Ordering::Relaxed);
+        hints.said.lock().unwrap().append(&mut hints.at_once.lock().unwrap());
+        Some(hints)
+    }
+
+    fn end_free_pages(&mut self) {
+        if let Some(hints) = &self.hints {
+            hints.ended.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     fn populated(&self) -> Result<Population, GuestError> {

@@ -241,6 +241,9 @@ pub(super) fn sums(info: &MigrationInfo) -> String {
     )];
     parts.push(format!("{} sent", human_bytes(info.bytes_sent)));
     parts.push(format!("{} zero pages told", human_count(info.zero_pages)));
+    if info.memory_hinted > 0 {
+        parts.push(format!("{} free by the guest's word", human_bytes(info.memory_hinted)));
+    }
     let by = if info.transport == "grpc" { " over gRPC" } else { "" };
     parts.push(format!("{} streams{by}", info.streams));
     parts.extend(info.throughput_bytes_per_s.map(human_rate));

@@ -5,10 +5,10 @@ use std::time::Instant;
 
 use ferry_migration::PageSet;
 use ferry_migration::guest::{
-    DestinationGuest, DirtyClearer, DiskCondition, DiskWaits, FrameRun, GuestCondition, GuestEnd, GuestError, GuestWas,
-    Population, RestoredGuest, SourceGuest, StopTimes, Throttled,
+    DestinationGuest, DirtyClearer, DiskCondition, DiskWaits, FrameRun, FreePages, GuestCondition, GuestEnd, GuestError,
+    GuestWas, Population, RestoredGuest, SourceGuest, StopTimes, Throttled,
 };
-use ferry_vmm::{MachineEvent, MachineProfile, MachineState, RunState, ThrottledVcpus, WriteWaits};
+use ferry_vmm::{FreePageHints, MachineEvent, MachineProfile, MachineState, RunState, ThrottledVcpus, WriteWaits};
 
 use super::copied::CopiedDisk;
 use super::guest::{BlankGuest, LocalGuest, Reset, RestoredMachine};
@@ -28,6 +28,20 @@ impl DirtyClearer for Clearer {
     }
 }
 
+/// What the balloon's driver says of free pages.
+struct Hints(FreePageHints);
+
+impl FreePages for Hints {
+    fn take(&self, found: &mut Vec<FrameRun>) {
+        let mut said = Vec::new();
+        self.0.take(&mut said);
+        found.extend(said.into_iter().map(|run| FrameRun {
+            first: run.first,
+            count: run.count,
+        }));
+    }
+}
+
 impl SourceGuest for LocalGuest {
     type Memory = SharedMemory;
     type Clearer = Clearer;
@@ -43,6 +57,16 @@ impl SourceGuest for LocalGuest {
     fn start_tracking(&mut self) -> Result<(), GuestError> {
         self.copied.iter().for_each(|(_, written)| written.start());
         self.machine.start_dirty_tracking().map_err(GuestError::new)
+    }
+
+    fn ask_for_free_pages(&mut self) -> Option<Arc<dyn FreePages>> {
+        // One that its user has paused cannot answer.
+        let runs = self.machine.run_state() == RunState::Running;
+        runs.then(|| Arc::new(Hints(self.machine.ask_for_free_pages())) as Arc<dyn FreePages>)
+    }
+
+    fn end_free_pages(&mut self) {
+        self.machine.end_free_page_hints();
     }
 
     fn populated(&self) -> Result<Population, GuestError> {

@@ -160,6 +160,7 @@ pub(super) fn progress(summary: &SourceSummary) -> wire::Progress {
         decisions,
         bytes_sent: summary.bytes_sent,
         zero_pages: summary.zero_pages,
+        hinted_pages: summary.hinted_pages,
         remaining_pages: 0,
         throughput_bytes_per_s: summary.throughput_bytes_per_s.unwrap_or(0) as f64,
         dirty_bytes_per_s: summary.dirty_bytes_per_s.unwrap_or(0) as f64,

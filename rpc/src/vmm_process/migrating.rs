@@ -182,6 +182,7 @@ impl Vmm {
                 current.remaining_pages = now.remaining_pages;
                 current.bytes_sent = now.bytes_sent;
                 current.zero_pages = now.zero_pages;
+                current.hinted_pages = now.hinted_pages;
                 current.throughput_bytes_per_s = now.throughput_bytes_per_s as f64;
                 current.copied = Some(convert::copied(now.copied));
                 current.disk_waits = Some(convert::disk_waits(now.disk_waits));
@@ -197,6 +198,7 @@ impl Vmm {
                 current.disk_waits = Some(convert::disk_waits(disk_waits));
                 convert::add(&mut current.rounds, convert::round(&round));
                 current.remaining_pages = round.dirty_pages;
+                current.hinted_pages = current.hinted_pages.max(round.hinted_pages);
                 current.throttle_percent = decided.throttle;
                 current.decision.clone_from(&decided.words);
                 convert::add(&mut current.decisions, convert::decision(&decided));

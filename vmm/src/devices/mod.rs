@@ -17,8 +17,11 @@ use thiserror::Error;
 pub use self::power::ButtonPress;
 pub(crate) use self::power::{PowerControl, PowerRequest};
 pub(crate) use self::serial::SerialPort;
-pub(crate) use self::virtio::{Balloon, Block, Device, Entropy, InterruptFd, MmioDevice, Net, schema_of, set_macs};
-pub use self::virtio::{BalloonLevel, CardTraffic, WriteWaits, WrittenBlocks};
+pub(crate) use self::virtio::{
+    Balloon, Block, Device, Entropy, HintDesk, InterruptFd, MmioDevice, Net, newest_version, schema_of, set_macs,
+    version_of_saved,
+};
+pub use self::virtio::{BalloonLevel, CardTraffic, FreePageHints, WriteWaits, WrittenBlocks};
 #[cfg(any(fuzzing, test))]
 pub(crate) use self::virtio::{program_hostile_registers, restore_hostile_state, work_on_hostile_memory};
 use crate::arch::x86_64::layout::{
@@ -215,6 +218,12 @@ impl Devices {
     /// Names of the virtio devices, in the order of the slots.
     pub(crate) fn virtio_names(&self) -> Vec<&str> {
         self.virtio.iter().map(MmioDevice::name).collect()
+    }
+
+    /// The virtio devices' names, with the versions in which their states would be saved now.
+    pub(crate) fn virtio_versions(&self) -> Vec<(&str, u32)> {
+        let version = |device| (MmioDevice::name(device), MmioDevice::state_version(device));
+        self.virtio.iter().map(version).collect()
     }
 
     /// Sectors of each disk as the guest reads them, in the order of the slots.

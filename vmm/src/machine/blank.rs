@@ -67,6 +67,7 @@ impl BlankMachine {
             written,
             traffic,
             balloon,
+            hints,
         } = connect(&vm, &memory, backends, threads)?;
         let devices = Arc::new(Devices::new(console, lines, virtio));
 
@@ -126,6 +127,7 @@ impl BlankMachine {
                 written,
                 traffic,
                 balloon,
+                hints,
                 plan,
                 facts,
                 pristine,

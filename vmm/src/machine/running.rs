@@ -10,7 +10,7 @@ use crate::arch::x86_64::boot::{BootPayload, MemoryBefore, load, renew_generatio
 use crate::arch::x86_64::layout::GENERATION_IRQ;
 use crate::arch::x86_64::time::ClockState;
 use crate::arch::x86_64::vcpu_state::TscTarget;
-use crate::devices::{BalloonLevel, ButtonPress, CardTraffic, Devices, Restless, WrittenBlocks};
+use crate::devices::{BalloonLevel, ButtonPress, CardTraffic, Devices, FreePageHints, Restless, WrittenBlocks};
 use crate::host::as_guests_see;
 use crate::kvm::{DirtyClearer, host_tsc};
 use crate::memory::{DirtyBitmap, GuestMemory, PAGE_SIZE};
@@ -263,6 +263,28 @@ impl Machine {
         self.parts.devices.disk_sectors()
     }
 
+    /// Asks the guest which of its pages are free, if it has a driver that tells, in its own time: nobody waits for it. It is asked until
+    /// [`end_free_page_hints`](Self::end_free_page_hints) or until somebody else asks, and may keep the pages that it named from being used until then.
+    ///
+    /// What it names was free after this was called. Who wants to do without these pages must track writes since before.
+    pub fn ask_for_free_pages(&self) -> FreePageHints {
+        let hints = self.parts.hints.ask();
+        self.look_at_hints();
+        hints
+    }
+
+    /// The guest is asked no more, and what it kept is its own again: it is told when it next runs.
+    pub fn end_free_page_hints(&self) {
+        self.parts.hints.end();
+        self.look_at_hints();
+    }
+
+    fn look_at_hints(&self) {
+        if let Some(device) = self.parts.devices.virtio(BALLOON) {
+            device.look();
+        }
+    }
+
     /// Which blocks of the disk with this number the guest writes; `None` if there is no such disk.
     #[must_use]
     pub fn written_blocks(&self, disk: usize) -> Option<WrittenBlocks> {
@@ -289,7 +311,7 @@ impl Machine {
             tsc_khz: facts.tsc_khz,
             tsc: host_tsc().wrapping_add(self.tsc_offset),
             boot_id: facts.boot_id.clone(),
-            units: unit_kinds(vcpus.len(), &self.parts.devices.virtio_names()),
+            units: unit_kinds(vcpus.len(), &self.parts.devices.virtio_versions()),
             disk_sectors: self.parts.devices.disk_sectors(),
         }
     }

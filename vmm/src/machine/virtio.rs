@@ -5,7 +5,7 @@ use std::io;
 use super::{Backends, MachineError};
 use crate::arch::x86_64::layout::{VIRTIO_SLOTS, virtio_slot};
 use crate::devices::{
-    Balloon, BalloonLevel, Block, CardTraffic, Device, Entropy, InterruptFd, MmioDevice, Net, WrittenBlocks,
+    Balloon, BalloonLevel, Block, CardTraffic, Device, Entropy, HintDesk, InterruptFd, MmioDevice, Net, WrittenBlocks,
 };
 use crate::kvm::Vm;
 use crate::memory::GuestMemory;
@@ -21,6 +21,8 @@ pub(super) struct Connected {
     pub(super) traffic: Vec<CardTraffic>,
     /// How much memory the guest has given up.
     pub(super) balloon: BalloonLevel,
+    /// Where the guest is asked for pages that are free.
+    pub(super) hints: HintDesk,
 }
 
 /// What the balloon is called.
@@ -58,7 +60,7 @@ pub(super) fn connect(
     }
     devices.push(("rng0".to_owned(), Box::new(Entropy)));
     let device = Balloon::default();
-    let balloon = device.level();
+    let (balloon, hints) = (device.level(), device.hints());
     devices.push((BALLOON.to_owned(), Box::new(device)));
     let place = |(number, (name, device))| connect_one(vm, memory, threads, number, name, device);
     Ok(Connected {
@@ -66,6 +68,7 @@ pub(super) fn connect(
         written,
         traffic,
         balloon,
+        hints,
     })
 }
 

@@ -4,6 +4,7 @@ use ferry_proto::state::v1::Unit;
 use prost::Message;
 use thiserror::Error;
 
+use crate::devices::newest_version;
 use crate::kvm::{Uapi, from_bytes};
 
 /// Why bytes are not the saved state, or the profile, of a machine.
@@ -33,7 +34,9 @@ pub enum StateError {
     #[error("decode the state: unit {0:?} is there twice")]
     DoubleUnit(String),
     /// A unit was written in a way that is not read here.
-    #[error("decode the state: unit {unit:?} is of schema {schema:?} version {version}, known is {known:?} version 1")]
+    #[error(
+        "decode the state: unit {unit:?} is of schema {schema:?} version {version}, known is {known:?} up to version {newest}"
+    )]
     Schema {
         /// The unit.
         unit: String,
@@ -43,6 +46,8 @@ pub enum StateError {
         version: u32,
         /// What is known.
         known: &'static str,
+        /// Its newest version.
+        newest: u32,
     },
     /// A field does not have the size that it must have.
     #[error("decode {what}: {field} has {found} bytes or entries, which cannot be")]
@@ -64,15 +69,20 @@ pub enum StateError {
     },
 }
 
-/// The one version of each schema that exists so far.
+/// The version of the schemas that have only one so far.
 pub(super) const VERSION: u32 = 1;
 
 /// Wraps a message as a unit.
 pub(super) fn unit(name: &str, schema: &str, message: &impl Message) -> Unit {
+    unit_of_version(name, schema, VERSION, message)
+}
+
+/// The same in one of several versions.
+pub(super) fn unit_of_version(name: &str, schema: &str, version: u32, message: &impl Message) -> Unit {
     Unit {
         name: name.to_owned(),
         schema: schema.to_owned(),
-        version: VERSION,
+        version,
         body: message.encode_to_vec(),
     }
 }
@@ -116,18 +126,20 @@ impl Units {
 
     /// Takes a unit out and decodes it.
     pub(super) fn take<M: Message + Default>(&mut self, name: &str, schema: &'static str) -> Result<M, StateError> {
+        let newest = newest_version(schema);
         let position = self
             .0
             .iter()
             .position(|unit| unit.name == name)
             .ok_or_else(|| StateError::MissingUnit(name.to_owned()))?;
         let unit = self.0.remove(position);
-        if unit.schema != schema || unit.version != VERSION {
+        if unit.schema != schema || !(VERSION..=newest).contains(&unit.version) {
             return Err(StateError::Schema {
                 unit: unit.name,
                 schema: unit.schema,
                 version: unit.version,
                 known: schema,
+                newest,
             });
         }
         decode(name, &unit.body)

@@ -5,13 +5,13 @@ use kvm_bindings::{kvm_irqchip, kvm_pit_state2};
 use prost::Message;
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::envelope::{StateError, Units, VERSION, decode, structure, unit};
+use super::envelope::{StateError, Units, VERSION, decode, structure, unit, unit_of_version};
 use super::profile::UnitKind;
 use super::vcpu;
 use crate::arch::x86_64::msr::IA32_TSC_DEADLINE;
 use crate::arch::x86_64::time::ClockState;
 use crate::arch::x86_64::vcpu_state::VcpuState;
-use crate::devices::{DevicesState, schema_of, set_macs};
+use crate::devices::{DevicesState, schema_of, set_macs, version_of_saved};
 use crate::kvm::{from_bytes, to_bytes};
 
 /// Everything that a machine is besides its memory, as exported. Restoring checks what KVM and the devices make of it.
@@ -38,18 +38,22 @@ const PIT: (&str, &str) = ("pit", "ferry.pit");
 const SERIAL: (&str, &str) = ("serial0", "ferry.serial16550");
 const POWER: (&str, &str) = ("power", "ferry.power");
 
-/// The units of a machine with so many vCPUs and virtio devices of these names.
-pub(crate) fn unit_kinds(vcpus: usize, virtio: &[&str]) -> Vec<UnitKind> {
-    let kind = |name: &str, schema: &str| UnitKind {
+/// The units of a machine with so many vCPUs and virtio devices of these names and versions.
+pub(crate) fn unit_kinds(vcpus: usize, virtio: &[(&str, u32)]) -> Vec<UnitKind> {
+    let kind = |name: &str, schema: &str, version| UnitKind {
         name: name.to_owned(),
         schema: schema.to_owned(),
-        version: VERSION,
+        version,
     };
     [CLOCK, IRQCHIP, PIT, SERIAL, POWER]
         .into_iter()
-        .map(|(name, schema)| kind(name, schema))
-        .chain(virtio.iter().filter_map(|name| Some(kind(name, schema_of(name)?))))
-        .chain((0..vcpus).map(|index| kind(&vcpu_name(index), vcpu::SCHEMA)))
+        .map(|(name, schema)| kind(name, schema, VERSION))
+        .chain(
+            virtio
+                .iter()
+                .filter_map(|&(name, version)| Some(kind(name, schema_of(name)?, version))),
+        )
+        .chain((0..vcpus).map(|index| kind(&vcpu_name(index), vcpu::SCHEMA, VERSION)))
         .collect()
 }
 
@@ -84,7 +88,8 @@ impl MachineState {
             unit(POWER.0, POWER.1, &devices.power),
         ];
         for (name, device) in &devices.virtio {
-            units.push(unit(name, schema_of(name).unwrap_or_default(), device));
+            let schema = schema_of(name).unwrap_or_default();
+            units.push(unit_of_version(name, schema, version_of_saved(device), device));
         }
         for (index, state) in vcpus.iter().enumerate() {
             units.push(unit(&vcpu_name(index), vcpu::SCHEMA, &vcpu::to_saved(state)));
@@ -342,7 +347,7 @@ mod tests {
     #[test]
     fn units_are_those_of_the_profile() {
         let names: Vec<String> = envelope().units.into_iter().map(|unit| unit.name).collect();
-        let kinds: Vec<String> = unit_kinds(2, &["disk0", "rng0"])
+        let kinds: Vec<String> = unit_kinds(2, &[("disk0", 1), ("rng0", 1)])
             .into_iter()
             .map(|kind| kind.name)
             .collect();

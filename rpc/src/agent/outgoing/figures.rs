@@ -32,6 +32,7 @@ impl Script {
             .collect();
         info.bytes_sent = progress.bytes_sent;
         info.zero_pages = progress.zero_pages;
+        info.memory_hinted = progress.hinted_pages.saturating_mul(PAGE);
         info.remaining_pages = progress.remaining_pages;
         info.throttle_percent = progress.throttle_percent.min(100);
         // Never measured is told as 0 by the VMM, and as unknown to users.
@@ -106,6 +107,9 @@ impl Script {
         info.state_digest = Some(part.state_digest).filter(|digest| !digest.is_empty());
     }
 }
+
+/// Bytes in a page of a guest.
+const PAGE: u64 = 4096;
 
 /// How often how far a copy is goes to the journal: a write there is an fsync.
 const BETWEEN_REPORTS: Duration = Duration::from_secs(5);

@@ -90,6 +90,11 @@ pub(crate) trait Device: Send {
     /// The largest size of each queue.
     fn queue_sizes(&self) -> &'static [u16];
 
+    /// How many queues are saved whether they are set up or not: as many as the first version of its state had.
+    fn fewest_queues(&self) -> usize {
+        self.queue_sizes().len()
+    }
+
     /// The configuration space.
     fn config(&self) -> Vec<u8>;
 

@@ -9,7 +9,7 @@ use prost::Message;
 
 use super::device::Device;
 use super::testing::Driver;
-use super::{Balloon, Block, Entropy, Net};
+use super::{Balloon, Block, Entropy, Net, version_of_saved};
 use crate::machine::{DiskAccess, DiskBackend, NicBackend};
 
 /// Version 1 of each schema: a driver is set up with all features that the device had then, and has taken a few chains.
@@ -31,6 +31,12 @@ const VERSION_1: [(&str, &str); 4] = [
         "08051259080f18a480808010200128024218088001100118808080012080808201288080830130073805421808800110011880808401208080860128808087013007380542170840100118808088012080808a012880808b0130073805",
     ),
 ];
+
+/// Version 2 of the balloon: its driver numbers queues as Linux does, and was asked for hints once.
+const BALLOON_2: (&str, &str) = (
+    "ferry.virtio-balloon",
+    "08051272080f18ac80808010200128024218088001100118808080012080808201288080830130073805421808800110011880808401208080860128808087013007380542170840100118808088012080808a012880808b01300738054217084010011880808c012080808e012880808f01300738051a03f00b02",
+);
 
 fn device(schema: &str) -> Box<dyn Device> {
     match schema {
@@ -72,15 +78,21 @@ fn bytes(hex: &str) -> Vec<u8> {
 /// Every golden state.
 pub(super) fn states() -> Vec<saved::VirtioDevice> {
     let state = |(schema, golden): (&str, &str)| saved::VirtioDevice::decode(bytes(golden).as_slice()).expect(schema);
-    VERSION_1.into_iter().map(state).collect()
+    VERSION_1.into_iter().chain([BALLOON_2]).map(state).collect()
 }
 
 #[test]
-fn states_of_version_1_restore_and_are_saved_as_they_were() {
-    for (schema, golden) in VERSION_1 {
+fn states_of_each_version_restore_and_are_saved_as_they_were() {
+    for (schema, golden) in VERSION_1.into_iter().chain([BALLOON_2]) {
         let driver = Driver::new(device(schema));
         let state = saved::VirtioDevice::decode(bytes(golden).as_slice()).expect(schema);
         driver.device.restore(&state).expect(schema);
         assert_eq!(hex(&driver.device.save().encode_to_vec()), golden, "{schema}");
     }
+}
+
+#[test]
+fn each_state_is_of_its_version() {
+    let versions: Vec<u32> = states().iter().map(version_of_saved).collect();
+    assert_eq!(versions, [1, 1, 1, 1, 2]);
 }

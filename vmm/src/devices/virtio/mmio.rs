@@ -24,6 +24,7 @@ pub(crate) struct MmioDevice {
     kind: u32,
     features: u64,
     queue_sizes: &'static [u16],
+    fewest_queues: usize,
     registers: Mutex<Registers>,
     shared: Arc<Shared>,
     // After everything else it is told to end and joined.
@@ -43,12 +44,14 @@ impl MmioDevice {
         threads: &ThreadHook,
     ) -> io::Result<Self> {
         let (kind, features, queue_sizes) = (device.kind(), device.features() | COMMON_FEATURES, device.queue_sizes());
+        let fewest_queues = device.fewest_queues();
         let shared = Arc::new(Shared::new(name, device, Interrupt::new(interrupt), memory)?);
         let worker = Worker::start(Arc::clone(&shared), threads)?;
         Ok(Self {
             kind,
             features,
             queue_sizes,
+            fewest_queues,
             registers: Mutex::new(Registers::new(queue_sizes)),
             shared,
             _worker: worker,
@@ -65,6 +68,13 @@ impl MmioDevice {
         let config = self.shared.config.lock().unwrap_or_else(PoisonError::into_inner);
         let sectors = config.0.first_chunk().filter(|_| self.kind == block::KIND)?;
         Some(u64::from_le_bytes(*sectors))
+    }
+
+    /// The version of its schema in which its state would be saved now.
+    pub(crate) fn state_version(&self) -> u32 {
+        let registers = self.registers();
+        let queues = state::queues_to_save(&registers, self.fewest_queues);
+        state::version_of(self.kind, registers.driver_features, queues)
     }
 
     /// What rings when the guest writes the queue's number to the register at [`DOORBELL`](Self::DOORBELL).
@@ -133,6 +143,11 @@ impl MmioDevice {
         self.tell_config();
     }
 
+    /// Has the device look at what is asked of it, in its own time.
+    pub(crate) fn look(&self) {
+        self.shared.look();
+    }
+
     fn tell_config(&self) {
         let work = self.shared.work();
         if work.queues.is_empty() {
@@ -193,7 +208,11 @@ impl MmioDevice {
         registers.config_generation = self.shared.config.lock().unwrap_or_else(PoisonError::into_inner).1;
         saved::VirtioDevice {
             kind: self.kind,
-            transport: Some(state::to_saved(&registers, self.shared.interrupt.status())),
+            transport: Some(state::to_saved(
+                &registers,
+                self.shared.interrupt.status(),
+                self.fewest_queues,
+            )),
             device: work.device.save(),
         }
     }
@@ -211,7 +230,8 @@ impl MmioDevice {
         if *kind != self.kind {
             return Err(DeviceStateError::differs("device type", *kind, self.kind));
         }
-        let (mut registers, interrupt) = state::from_saved(transport.as_ref(), self.queue_sizes, self.features)?;
+        let (mut registers, interrupt) =
+            state::from_saved(transport.as_ref(), self.queue_sizes, self.fewest_queues, self.features)?;
         let broken = registers.status & status::NEEDS_RESET != 0;
         registers.status &= !status::NEEDS_RESET;
         let live = registers.is_live() && !broken;

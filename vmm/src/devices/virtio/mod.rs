@@ -33,8 +33,8 @@ mod state;
 mod testing;
 mod worker;
 
-pub(crate) use self::balloon::Balloon;
-pub use self::balloon::BalloonLevel;
+pub(crate) use self::balloon::{Balloon, HintDesk};
+pub use self::balloon::{BalloonLevel, FreePageHints};
 pub(crate) use self::block::Block;
 pub use self::block::{WriteWaits, WrittenBlocks};
 pub(crate) use self::device::Device;
@@ -45,4 +45,4 @@ pub(crate) use self::interrupt::InterruptFd;
 pub(crate) use self::mmio::MmioDevice;
 pub use self::net::CardTraffic;
 pub(crate) use self::net::Net;
-pub(crate) use self::state::{schema_of, set_macs};
+pub(crate) use self::state::{newest_version, schema_of, set_macs, version_of_saved};

@@ -46,6 +46,16 @@ impl DeviceQueue {
         })
     }
 
+    /// Whether the driver set it up.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.queue.ready()
+    }
+
+    /// How many descriptors it has.
+    pub(crate) fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
     /// Begins a turn of work.
     pub(super) fn begin_turn(&mut self) {
         self.budget = u32::from(self.queue.size()) * ROUNDS_PER_TURN;

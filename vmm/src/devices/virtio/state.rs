@@ -1,13 +1,18 @@
-//! The saved form of a virtio device's transport, and the schemas of the devices: version 1 of each.
+//! The saved form of a virtio device's transport, and the schemas of the devices: version 1 of each, and of the balloon version 2, which has more
+//! queues.
+//!
+//! Of queues that a device did not have in version 1, those at the end that were not set up are left out. So a guest that does not use them is saved
+//! as before, and an older build takes it.
 
 use ferry_proto::state::v1 as saved;
 use virtio_queue::QueueState;
 
 use super::super::DeviceStateError;
-use super::net;
 use super::registers::{Registers, VERSION_1, status};
+use super::{balloon, net};
 
 const NET: &str = "ferry.virtio-net";
+const BALLOON: &str = "ferry.virtio-balloon";
 
 /// The schema of a unit by its name: `disk0`, `nic0`, `rng0`, `balloon0`. `None` if no virtio device has such a name.
 pub(crate) fn schema_of(name: &str) -> Option<&'static str> {
@@ -16,9 +21,40 @@ pub(crate) fn schema_of(name: &str) -> Option<&'static str> {
         "disk" => Some("ferry.virtio-blk"),
         "nic" => Some(NET),
         "rng" => Some("ferry.virtio-rng"),
-        "balloon" => Some("ferry.virtio-balloon"),
+        "balloon" => Some(BALLOON),
         _ => None,
     }
+}
+
+/// The newest version of a schema that is known here; older ones are read too.
+pub(crate) fn newest_version(schema: &str) -> u32 {
+    if schema == BALLOON { 2 } else { 1 }
+}
+
+/// The version of a saved device.
+pub(crate) fn version_of_saved(device: &saved::VirtioDevice) -> u32 {
+    let transport = device.transport.as_ref();
+    transport.map_or(1, |transport| {
+        version_of(device.kind, transport.driver_features, transport.queues.len())
+    })
+}
+
+/// The version in which a device of this kind is saved whose driver took these features, and which has so many queues to save.
+pub(super) fn version_of(kind: u32, driver_features: u64, queues: usize) -> u32 {
+    let has_hints = driver_features & balloon::feature::FREE_PAGE_HINT != 0 || queues > balloon::QUEUES_BEFORE_HINTS;
+    if kind == balloon::KIND && has_hints { 2 } else { 1 }
+}
+
+/// How many of the queues are saved: up to the last one that was set up, but no less than the fewest.
+pub(super) fn queues_to_save(registers: &Registers, fewest: usize) -> usize {
+    // Whether it has events follows from the features, of queues that are not set up too.
+    let plain = |queue: &QueueState| QueueState {
+        event_idx_enabled: false,
+        ..*queue
+    };
+    let is_set_up = |queue: &QueueState| plain(queue) != untouched(queue.max_size);
+    let last = registers.queues.iter().rposition(is_set_up);
+    last.map_or(0, |last| last + 1).max(fewest)
 }
 
 /// Gives the network cards among saved devices these addresses, in the order of the slots.
@@ -44,7 +80,8 @@ pub(crate) fn set_macs(
     Ok(())
 }
 
-pub(super) fn to_saved(registers: &Registers, interrupt_status: u32) -> saved::VirtioTransport {
+pub(super) fn to_saved(registers: &Registers, interrupt_status: u32, fewest_queues: usize) -> saved::VirtioTransport {
+    let saved_queues = queues_to_save(registers, fewest_queues);
     let Registers {
         status,
         device_features_select,
@@ -62,14 +99,15 @@ pub(super) fn to_saved(registers: &Registers, interrupt_status: u32) -> saved::V
         queue_select: *queue_select,
         config_generation: *config_generation,
         interrupt_status,
-        queues: queues.iter().map(queue_to_saved).collect(),
+        queues: queues.iter().take(saved_queues).map(queue_to_saved).collect(),
     }
 }
 
-/// Registers and interrupt status of a device with these queues and offered features.
+/// Registers and interrupt status of a device with these queues, of which the last may not have been saved, and offered features.
 pub(super) fn from_saved(
     saved: Option<&saved::VirtioTransport>,
     sizes: &[u16],
+    fewest_queues: usize,
     offered: u64,
 ) -> Result<(Registers, u32), DeviceStateError> {
     let Some(saved::VirtioTransport {
@@ -99,17 +137,19 @@ pub(super) fn from_saved(
             format!("{offered:#x}"),
         ));
     }
-    if queues.len() != sizes.len() {
+    if !(fewest_queues..=sizes.len()).contains(&queues.len()) {
         return Err(DeviceStateError::differs(
             "number of queues",
             queues.len() as u64,
             sizes.len() as u64,
         ));
     }
+    let not_saved = sizes[queues.len()..].iter().map(|&size| Ok(untouched(size)));
     let queues = queues
         .iter()
         .zip(sizes)
         .map(|(queue, &size)| queue_from_saved(queue, size))
+        .chain(not_saved)
         .collect::<Result<_, _>>()?;
     let registers = Registers {
         status: *status,
@@ -121,6 +161,15 @@ pub(super) fn from_saved(
         queues,
     };
     Ok((registers, *interrupt_status))
+}
+
+/// A queue as after power-on.
+fn untouched(max_size: u16) -> QueueState {
+    QueueState {
+        max_size,
+        size: max_size,
+        ..QueueState::default()
+    }
 }
 
 fn queue_to_saved(queue: &QueueState) -> saved::VirtioQueue {

@@ -99,7 +99,16 @@ impl Driver {
         self.set_up_with(features, USED);
     }
 
+    /// The same with these queues alone.
+    pub(super) fn set_up_queues(&mut self, features: u64, queues: &[usize]) {
+        self.set_up_some(features, USED, |index| queues.contains(&index));
+    }
+
     fn set_up_with(&mut self, features: u64, used: u64) {
+        self.set_up_some(features, used, |_| true);
+    }
+
+    fn set_up_some(&mut self, features: u64, used: u64, wants: impl Fn(usize) -> bool) {
         self.write(offset::STATUS, 0);
         for ring in &mut self.rings {
             (ring.next_available, ring.next_used, ring.next_descriptor) = (0, 0, 0);
@@ -120,7 +129,7 @@ impl Driver {
             self.read(offset::STATUS) & status::FEATURES_OK != 0,
             "features are not taken"
         );
-        for (index, ring) in self.rings.iter().enumerate() {
+        for (index, ring) in self.rings.iter().enumerate().filter(|&(index, _)| wants(index)) {
             self.write(offset::QUEUE_SELECT, index as u32);
             self.write(offset::QUEUE_SIZE, ring.size.into());
             self.write(offset::QUEUE_DESCRIPTORS, ring.base as u32);
@@ -202,6 +211,11 @@ impl Driver {
         let at = self.rings[queue].base + USED + 2;
         let index: u16 = self.memory.tracked().read_obj(GuestAddress(at)).expect("index");
         index != self.rings[queue].next_used
+    }
+
+    /// Whether the register comes to hold this.
+    pub(super) fn comes_to_read(&self, at: u64, value: u32) -> bool {
+        wait(|| self.read(at) == value)
     }
 
     /// Whether the device interrupts for used buffers.

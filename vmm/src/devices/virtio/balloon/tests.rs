@@ -4,15 +4,18 @@ use std::time::{Duration, Instant};
 
 use super::super::registers::offset;
 use super::super::testing::Driver;
-use super::{Balloon, BalloonLevel, INFLATE, REPORTING};
+use super::{Balloon, BalloonLevel, INFLATE, feature};
 use crate::memory::{FrameRun, Span};
 
 const PAGES: u64 = 0x10_0000;
 const LIST: u64 = 0x1000;
 
+/// The queue of reports, of a driver that takes no hints.
+const REPORTING: usize = 2;
+
 fn driver() -> Driver {
     let mut driver = Driver::new(Box::<Balloon>::default());
-    driver.set_up(0);
+    driver.set_up(feature::REPORTING);
     driver
 }
 

@@ -83,7 +83,7 @@ pub(super) fn device(which: u8) -> Box<dyn Device> {
                 rate: None,
             }))
         }
-        2 => Box::<Balloon>::default(),
+        2 => Box::new(Balloon::asked()),
         _ => Box::new(Entropy),
     }
 }

@@ -74,12 +74,12 @@ pub(super) mod tests {
     pub(in super::super) struct Layout {
         bytes: Vec<u8>,
         /// Of each queue: descriptors and chains so far.
-        used: [(u16, u16); 3],
+        used: [(u16, u16); 5],
     }
 
     impl Layout {
         pub(in super::super) fn new(which: u8) -> Self {
-            let (bytes, used) = (vec![which], [(0, 0); 3]);
+            let (bytes, used) = (vec![which], [(0, 0); 5]);
             Self { bytes, used }
         }
 
@@ -155,7 +155,11 @@ pub(super) mod tests {
             .put(0x2000, &pages)
             .chain(0, &[(0x2000, 16, 0)])
             .chain(1, &[(0x2000, 8, 0)])
-            .chain(2, &[(0x8000, 0x4000, WRITE), (0x10000, 0x1000, WRITE)])
+            .put(0x2040, &2u32.to_le_bytes())
+            .chain(2, &[(0x2040, 4, 0)])
+            .chain(2, &[(0x8000, 0x4000, WRITE)])
+            .chain(2, &[(0x2044, 4, 0)])
+            .chain(3, &[(0x8000, 0x4000, WRITE), (0x10000, 0x1000, WRITE)])
     }
 
     fn entropy(which: u8) -> Layout {
@@ -177,7 +181,7 @@ pub(super) mod tests {
     /// Or what is made of them would not get far either.
     #[test]
     fn devices_do_what_samples_ask_for() {
-        let asked: [&[u16]; 4] = [&[5], &[2, 1, 1], &[1, 1, 1], &[1]];
+        let asked: [&[u16]; 4] = [&[5], &[2, 1, 1], &[1, 1, 3, 1], &[1]];
         for (sample, asked) in samples().iter().zip(asked.iter().cycle()) {
             work_on(sample);
             let used = (0..asked.len() as u64).map(|queue| half_at(queue * QUEUE + USED + 2));
