@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use ferry_migration::PageSet;
 use ferry_migration::guest::{
-    DestinationGuest, DirtyClearer, DiskCondition, DiskWaits, FrameRun, FreePages, GuestCondition, GuestEnd, GuestError,
-    GuestWas, Population, RestoredGuest, SourceGuest, StopTimes, Throttled,
+    DestinationGuest, DirtyClearer, DiskCondition, DiskWaits, FrameRun, FreePages, GuestCondition, GuestEnd,
+    GuestError, GuestWas, Population, RestoredGuest, SourceGuest, StopTimes, Throttled,
 };
 use ferry_vmm::{FreePageHints, MachineEvent, MachineProfile, MachineState, RunState, ThrottledVcpus, WriteWaits};
 
