@@ -105,7 +105,8 @@ fn came_late(moved: &Migration) -> Result<u64> {
 
 /// The threads that took pages in are gone.
 fn nobody_waits_for_pages(pair: &Pair) -> Result<()> {
-    until("the threads for late pages are gone", CALL, || {
+    // One makes huge pages of small ones first, for each of which the kernel waits for all processors.
+    until("the threads for late pages are gone", 2 * MOVE, || {
         let late = |name: &String| name.starts_with("ferry-late") || name.starts_with("ferry-faults");
         let threads = process::threads(pair.b.vmm()?);
         Ok((!threads.iter().any(late)).then_some(()))
