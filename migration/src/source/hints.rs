@@ -56,15 +56,16 @@ impl Hints {
         }
     }
 
-    /// These pages are sent now.
+    /// These pages are sent now, or are to be.
     pub(super) fn are_sent(&mut self, set: &PageSet) {
         if let Some(unsent) = &mut self.unsent {
             unsent.subtract(set);
         }
     }
 
-    /// Makes what was left out as zero as it is at the destination. Nobody runs.
-    pub(super) fn make_zero(&self, memory: &impl GuestMemory) -> Result<(), GuestError> {
+    /// Makes what was left out as zero as it is at the destination, but for what is `pending`: that was written since. Nobody runs.
+    pub(super) fn make_zero(&mut self, memory: &impl GuestMemory, pending: &PageSet) -> Result<(), GuestError> {
+        self.are_sent(pending);
         let mut runs = self.unsent.iter().flat_map(PageSet::runs);
         runs.try_for_each(|run| memory.write_zeroes(run))
     }

@@ -133,7 +133,8 @@ fn hand_over<G: SourceGuest>(
             let (attempt, totals) = (attempt.clone(), totals.clone());
             copy.conversation
                 .say(Said::DigestRequest(v1::DigestRequest { attempt, totals }));
-            let clean = copy.so_far.hints.make_zero(&*copy.guest.memory());
+            let so_far = &mut copy.so_far;
+            let clean = so_far.hints.make_zero(&*copy.guest.memory(), &so_far.pending);
             clean.map_err(|cause| could_not("make free pages zero", cause))?;
             let memory =
                 digest::memory(&*copy.guest.memory()).map_err(|cause| could_not("digest its memory", cause))?;
