@@ -283,6 +283,20 @@ impl Host {
         self.ferry(&["show", instance])?.exit(0)?.json()
     }
 
+    /// Waits until this host shows that the instance migrates, and tells the migration's id.
+    ///
+    /// # Errors
+    /// If it never does.
+    pub fn migration_of(&self, instance: &str) -> Result<String> {
+        until("the migration is under way", CALL, || {
+            let shown = self.show(instance)?;
+            Ok(shown["migration"]
+                .as_str()
+                .filter(|_| shown["task"] == "migrating")
+                .map(str::to_owned))
+        })
+    }
+
     /// Waits until this host shows the instance with this status and no task.
     ///
     /// # Errors

@@ -178,13 +178,7 @@ impl Pair {
         says: impl Fn(&Migration) -> Result<bool>,
     ) -> Result<Underway> {
         let call = self.begin_migrate(name, further)?;
-        let id = until("the migration is under way", CALL, || {
-            let shown = self.a.ferry(&["show", name])?.exit(0)?.json()?;
-            Ok(shown["migration"]
-                .as_str()
-                .filter(|_| shown["task"] == "migrating")
-                .map(str::to_owned))
-        })?;
+        let id = self.a.migration_of(name)?;
         until("the migration is where it should be", CALL, || {
             let migration = self.a.ferry(&["migration", "show", &id])?.exit(0)?.migration()?;
             if migration.is_over() {

@@ -4,10 +4,12 @@
 //!     ferry-guest echo PORT
 //!     ferry-guest button DEVICE
 //!     ferry-guest flood ADDRESS:PORT
+//!     ferry-guest fill MIB SEED
 
 mod button;
 mod chain;
 mod echo;
+mod fill;
 mod flood;
 mod records;
 
@@ -21,8 +23,11 @@ fn main() -> ExitCode {
         ["button", device] => button::run(device),
         ["echo", port] => echo::run(port.parse().unwrap_or(7000)),
         ["flood", server] => flood::run(server),
+        ["fill", mib, seed] => fill::run(mib.parse().unwrap_or(32), seed.parse().unwrap_or(1)),
         _ => {
-            eprintln!("ferry-guest records FILE PER_SECOND | echo PORT | flood ADDRESS:PORT | button DEVICE");
+            eprintln!(
+                "ferry-guest records FILE PER_SECOND | echo PORT | flood ADDRESS:PORT | button DEVICE | fill MIB SEED"
+            );
             return ExitCode::from(2);
         }
     };

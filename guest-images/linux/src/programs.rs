@@ -8,12 +8,13 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 /// Its source, by file name.
-pub(crate) const SOURCES: [(&str, &str); 6] = [
+pub(crate) const SOURCES: [(&str, &str); 7] = [
     ("main.rs", include_str!("../programs/main.rs")),
     ("button.rs", include_str!("../programs/button.rs")),
     ("chain.rs", include_str!("../programs/chain.rs")),
     ("records.rs", include_str!("../programs/records.rs")),
     ("echo.rs", include_str!("../programs/echo.rs")),
+    ("fill.rs", include_str!("../programs/fill.rs")),
     ("flood.rs", include_str!("../programs/flood.rs")),
 ];
 

@@ -23,6 +23,9 @@ use crate::wire::{MAX_DATA_PAGES, MAX_RUNS};
 /// page and sending it, in which a write makes it dirty again, is short. A multiple of 64.
 const REARM_FRAMES: u64 = 32 << 10;
 
+/// The same while the guest is asked what is free, which helps for the ranges alone that are not re-armed yet: 16 MiB.
+const REARM_FRAMES_ASKING: u64 = 4 << 10;
+
 /// The fewest pages worth a frame of their own, when a small round is shared among streams.
 const MIN_CHUNK_PAGES: u64 = 32;
 
@@ -245,7 +248,7 @@ impl<C: DirtyClearer> OpenRound<C> {
                 (self.region, self.offset, self.armed) = (self.region + 1, 0, 0);
                 continue;
             };
-            if self.leave_out_free(first) {
+            if self.leave_out_free() {
                 continue;
             }
             self.rearm_up_to(first)?;
@@ -271,12 +274,9 @@ impl<C: DirtyClearer> OpenRound<C> {
         Ok(())
     }
 
-    /// If the range that holds frame `offset` of the current region is not re-armed, takes out of the round what the guest has said is free from there
-    /// on. Whether there was any: each time it is fewer pages, so that ends.
-    fn leave_out_free(&mut self, offset: u64) -> bool {
-        let Some(free) = self.round.free.as_ref().filter(|_| offset >= self.armed) else {
-            return false;
-        };
+    /// Takes out of the round what the guest has said is free and is not re-armed. Whether there was any: each time it is fewer pages, so that ends.
+    fn leave_out_free(&mut self) -> bool {
+        let Some(free) = &self.round.free else { return false };
         self.said.clear();
         free.take(&mut self.said);
         // Whatever lies before this was re-armed. Regions ascend.
@@ -305,8 +305,12 @@ impl<C: DirtyClearer> OpenRound<C> {
             return Ok(());
         }
         let region = self.round.set.region(self.region);
-        let start = offset - offset % REARM_FRAMES;
-        let end = (start + REARM_FRAMES).min(region.frames);
+        let most = match self.round.free {
+            Some(_) => REARM_FRAMES_ASKING,
+            None => REARM_FRAMES,
+        };
+        let start = offset - offset % most;
+        let end = (start + most).min(region.frames);
         let words = &self.round.set.words(self.region)[word_of(start)..word_of(end.next_multiple_of(64))];
         clearer.rearm(
             FrameRun {

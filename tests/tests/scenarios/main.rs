@@ -30,6 +30,7 @@ mod full_journals;
 #[path = "../matrix/gate.rs"]
 mod gate;
 mod hanging;
+mod hints;
 mod hostile;
 mod hugepages;
 mod jail;
@@ -94,6 +95,7 @@ fn main() -> ExitCode {
         networks::trials(),
         limits::trials(),
         memory::trials(),
+        hints::trials(),
         requests::trials(),
         events::trials(),
         aborts::trials(),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use ferry_tests::linux::{BOOT, Linux, carry_out, wait_printed};
 use ferry_tests::waiting::CALL;
-use ferry_tests::{Guest, Host, Migration, Pair, until};
+use ferry_tests::{Guest, Host, Pair, until};
 use libtest_mimic::Trial;
 
 use crate::scenario::{is_long, on_kvm};
@@ -21,12 +21,8 @@ pub(crate) fn trials() -> Vec<Trial> {
     // Where ring 0 is emulated a guest takes minutes to fill its page cache once.
     if is_long() {
         trials.extend(on_kvm![
-            what_became_free_right_before_a_move_is_not_sent,
-            a_guest_that_uses_what_it_called_free_keeps_it,
-            a_move_that_is_aborted_gives_back_what_was_called_free,
             freed_page_cache_is_not_sent,
             a_gibibyte_of_freed_page_cache_is_not_sent,
-            a_gibibyte_freed_right_before_a_move_is_not_sent,
         ]);
     }
     trials
@@ -141,118 +137,6 @@ fn a_guest_that_gives_nothing_up_is_named(pair: &mut Pair) -> Result<()> {
     pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
     has(&pair.b, 32 * MIB, all)?;
     pair.runs_only_at(&pair.b, "g", &witness)
-}
-
-/// A guest with so much memory that can have so much in its page cache.
-fn run_with_cache(pair: &Pair, cache: u64, memory: &str) -> Result<()> {
-    let disk = make_disk(pair.folder(), cache)?;
-    Linux::new("g")?
-        .memory(memory)
-        .disk(&format!("path={}", disk.display()))
-        .run(&pair.a)?;
-    wait_printed(&pair.a, "TICK 2 ", 1, BOOT)?;
-    // Whether most of that is free.
-    carry_out(&pair.a, "g", &format!("most={}", cache / 4 * 3 / 1024), BOOT)?;
-    carry_out(&pair.a, "g", "free() { read -r _ _; read -r _ n _; }", BOOT)?;
-    carry_out(
-        &pair.a,
-        "g",
-        "is_free() { free </proc/meminfo; [ $n -gt $most ]; }",
-        BOOT,
-    )
-}
-
-const CACHE: u64 = 128 * MIB;
-const DROP_CACHE: &str = "echo 3 >/proc/sys/vm/drop_caches";
-const FREE_AGAIN: &str = "until is_free; do $b sleep 1; done";
-
-/// Has the guest carry a line out for the so manieth time: none twice.
-fn again(host: &Host, line: &str, time: usize) -> Result<()> {
-    carry_out(host, "g", &format!("{line} #{time}"), ALL_MEMORY)
-}
-
-/// Of what became free longer ago its host has been told, and has it back: that is not there to be called free. How soon a move comes depends on
-/// the machine, so the cache is filled, freed and moved until one came soon enough.
-fn what_became_free_right_before_a_move_is_not_sent(pair: &mut Pair) -> Result<()> {
-    freed_right_before(pair, CACHE, "256M")
-}
-
-fn a_gibibyte_freed_right_before_a_move_is_not_sent(pair: &mut Pair) -> Result<()> {
-    freed_right_before(pair, 1024 * MIB, "1280M")
-}
-
-fn freed_right_before(pair: &Pair, cache: u64, memory: &str) -> Result<()> {
-    run_with_cache(pair, cache, memory)?;
-    let (mut from, mut to) = (&pair.a, &pair.b);
-    again(from, READ_DISK, 0)?;
-    let full = sent(from, to)?;
-    let mut told = Vec::new();
-    let named = until("what became free is named", ALL_MEMORY, || {
-        (from, to) = (to, from);
-        let time = told.len() + 1;
-        again(from, READ_DISK, time)?;
-        again(from, DROP_CACHE, time)?;
-        let moved = from.ferry(&["migrate", "g", "--to", to.name, "--verify"])?.exit(0)?;
-        let moved = moved.migration()?.is("completed", to.name)?;
-        let (named, sent) = (
-            moved.number("memory_hinted")? as u64,
-            moved.number("bytes_sent")? as u64,
-        );
-        told.push((named, sent));
-        again(to, FREE_AGAIN, time)?;
-        Ok((named > cache / 2 && sent + cache / 2 < full).then_some(()))
-    });
-    eprintln!("bytes sent with the page cache {full}; called free and sent without it {told:?}");
-    named.with_context(|| format!("with the page cache {full}; called free and sent {told:?}"))?;
-    wait_printed(to, "data=same", 1, BOOT).map(drop)
-}
-
-/// A migration in its first pass.
-const SLOWLY: [&str; 4] = ["--bandwidth", "40Mbit", "--timeout", "60m"];
-
-fn is_in_first_pass(record: &Migration) -> Result<bool> {
-    Ok(record.number("bytes_sent")? > f64::from(1 << 20) && record.rounds() == 0)
-}
-
-/// It reads its disk into these pages while others are being copied.
-fn a_guest_that_uses_what_it_called_free_keeps_it(pair: &mut Pair) -> Result<()> {
-    run_with_cache(pair, CACHE, "256M")?;
-    carry_out(&pair.a, "g", "sum=$($b md5sum </dev/vda)", ALL_MEMORY)?;
-    again(&pair.a, READ_DISK, 0)?;
-    again(&pair.a, DROP_CACHE, 0)?;
-    let underway = pair.migrate_until("g", &SLOWLY, is_in_first_pass)?;
-    again(&pair.a, READ_DISK, 1)?;
-    // Unless it is over: then the guest took long to read.
-    pair.a
-        .ferry(&["migration", "retune", &underway.id, "--bandwidth", "none"])?;
-    let moved = underway
-        .call
-        .wait_for(ALL_MEMORY + CALL)?
-        .exit(0)?
-        .migration()?
-        .is("completed", "b")?;
-    ensure!(moved.number("memory_hinted")? > 0.0, "{}", moved.record);
-    // What it read lies in its page cache.
-    let same = "[ \"$sum\" = \"$($b md5sum <&3)\" ]";
-    carry_out(&pair.b, "g", "exec 3</dev/vda", ALL_MEMORY)?;
-    carry_out(&pair.b, "g", same, ALL_MEMORY)?;
-    wait_printed(&pair.b, "data=same", 1, BOOT).map(drop)
-}
-
-fn a_move_that_is_aborted_gives_back_what_was_called_free(pair: &mut Pair) -> Result<()> {
-    run_with_cache(pair, CACHE, "256M")?;
-    again(&pair.a, READ_DISK, 0)?;
-    again(&pair.a, DROP_CACHE, 0)?;
-    let underway = pair.migrate_until("g", &SLOWLY, |record| {
-        Ok(is_in_first_pass(record)? && record.number("memory_hinted")? > 0.0)
-    })?;
-    pair.a.ferry(&["migration", "abort", &underway.id])?.exit(0)?;
-    underway.call.wait_for(CALL)?.exit(1)?;
-    again(&pair.a, FREE_AGAIN, 0)?;
-    again(&pair.a, READ_DISK, 1)?;
-    again(&pair.a, DROP_CACHE, 1)?;
-    again(&pair.a, FREE_AGAIN, 1)?;
-    wait_printed(&pair.a, "data=same", 1, BOOT).map(drop)
 }
 
 /// Asks the guest to have so much, and waits until it does.
