@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ferry_migration::handover::{Decision, Wish};
 use ferry_proto::agent::v1::compute_server::Compute;
@@ -40,6 +40,9 @@ use super::peers::CALL_TIME;
 use super::snapshots::Identity;
 use super::spawn::VMM_LOG;
 use crate::vmm_process::{CONSOLE_LOG, monotonic_ns};
+
+/// How long the next piece of an image is waited for, of which a slow link has one under way.
+const PIECE_TIME: Duration = Duration::from_secs(30);
 
 /// The service over one agent.
 pub(crate) struct ComputeService(pub(crate) Arc<Agent>);
@@ -102,7 +105,7 @@ impl ComputeService {
         self.0.peers.named(source)?;
         let foreign = || Failure::Refused(format!("migration {migration} does not come from host {source:?}"));
         if let Some(incoming) = self.0.incoming.find(migration) {
-            return if incoming.source == source {
+            return if incoming.of.source == source {
                 Ok(())
             } else {
                 Err(foreign())
@@ -427,11 +430,18 @@ impl Compute for ComputeService {
     async fn put_image(&self, request: Request<Streaming<ImageChunk>>) -> Answer<PutImageReply> {
         let mut chunks = request.into_inner();
         let mut upload: Option<(Upload, String)> = None;
-        while let Some(chunk) = chunks.next().await {
+        while let Some(chunk) = tokio::time::timeout(PIECE_TIME, chunks.next())
+            .await
+            .map_err(|_| Failure::Refused(format!("no piece of an image came for {} s", PIECE_TIME.as_secs())))?
+        {
             let chunk = chunk?;
             let (image, _) = match &mut upload {
                 Some(upload) if upload.1 == chunk.hash => upload,
                 None if images::is_hash(&chunk.hash) => {
+                    if !self.0.expected_images.has(&chunk.hash, Instant::now()) {
+                        let why = format!("image {} is not missing on host {}", chunk.hash, self.0.host());
+                        return Err(Failure::Refused(why).into());
+                    }
                     upload.insert((Upload::begin(&self.0.image_folder())?, chunk.hash.clone()))
                 }
                 _ => {

@@ -152,6 +152,7 @@ async fn build(
         instances: Default::default(),
         outgoing: Default::default(),
         incoming: Default::default(),
+        expected_images: Default::default(),
         reservations: Default::default(),
         room: Default::default(),
         peers,

@@ -6,6 +6,9 @@
 
 use std::fmt;
 
+/// The status of a migration that waits: for its turn, or for a destination that has its hands full.
+pub(crate) const QUEUED: &str = "queued";
+
 /// The status of a migration whose guest runs at the destination without all of its memory.
 pub(crate) const POST_COPY: &str = "running (post-copy)";
 
@@ -179,7 +182,7 @@ impl SourceStep {
     pub(crate) const fn status(self) -> Option<&'static str> {
         match self {
             Self::Accept => Some("accepted"),
-            Self::Queue => Some("queued"),
+            Self::Queue => Some(QUEUED),
             Self::Build | Self::Prepare | Self::Connect => Some("preparing"),
             Self::Copy => Some("running"),
             Self::Arm | Self::Grant => Some("switching"),

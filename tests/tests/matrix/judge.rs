@@ -207,8 +207,25 @@ fn nothing_left(stage: &mut Stage, ending: Ending) -> Result<()> {
     for host in [&stage.pair.a, &stage.pair.b] {
         let listed = host.ferry(&["list"])?.exit(0)?;
         ensure!(listed.json_lines()?.is_empty(), "{listed}");
+        claims_nothing(host)?;
     }
     Ok(())
+}
+
+/// Of a host without an instance nothing is claimed, and no migration has its turn.
+fn claims_nothing(host: &Host) -> Result<()> {
+    let mut told = serde_json::Value::Null;
+    let none = until("no claim is left", CALL, || {
+        told = host.ferry(&["host", "show", host.name])?.exit(0)?.json()?;
+        let claims = [
+            "memory_claimed_bytes",
+            "vcpus_claimed",
+            "migrations_out",
+            "migrations_in",
+        ];
+        Ok(claims.iter().all(|&claim| told[claim] == 0).then_some(()))
+    });
+    none.with_context(|| format!("{told}"))
 }
 
 /// The folders of started marks that a host has, one for each migration that goes on.

@@ -169,6 +169,8 @@ impl<'a> Stage<'a> {
             ("destination" | "source", _) => text("b"),
             ("source_url", _) => text(&self.pair.b.url()),
             ("name", _) => text("new"),
+            // It is not there either, and the answer is that.
+            ("kernel", _) if method.name == "PreLiveMigration" => text(&"ab".repeat(32)),
             ("kernel", _) => text("/nonexistent/kernel"),
             ("cpu", _) => text("host"),
             ("dirty", _) => text("log"),
@@ -256,6 +258,7 @@ fn may_answer(method: &Method) -> bool {
             | "LateLink"
             | "LatePages"
             | "PredictMigration"
+            | "PreLiveMigration"
             | "ProbeLink"
             | "RecordRefusal"
             | "RollbackLiveMigration"

@@ -4,13 +4,13 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use ferry_proto::agent::v1::AttemptRequest;
 use ferry_proto::agent::v1::compute_client::ComputeClient;
+use ferry_proto::agent::v1::{AttemptRequest, InstanceSpec, PreLiveMigrationRequest};
 use ferry_tests::{Guest, Pair, until, waiting::MOVE};
 use libtest_mimic::Trial;
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use tokio::runtime::Runtime;
-use tonic::Code;
+use tonic::{Code, Status};
 
 use crate::journal;
 use crate::scenario::{command, expect_a_lost_peer, has_nothing, on_kvm, stays_and_moves_later, without_kvm};
@@ -131,21 +131,45 @@ fn a_peers_record_of_another_epoch_is_refused_and_decides_nothing(pair: &mut Pai
         of(&instance, u64::MAX, "a"),
     ];
 
+    let is_refusal = |status: &Status| {
+        matches!(
+            status.code(),
+            Code::FailedPrecondition | Code::InvalidArgument | Code::NotFound
+        )
+    };
     let (runtime, url) = (Runtime::new()?, pair.b.url());
     let mut compute = runtime.block_on(ComputeClient::connect(url))?;
-    for request in wrong {
+    for request in wrong.clone() {
         let decided = runtime.block_on(compute.decide(request.clone()));
         let expected = runtime.block_on(compute.expect(request.clone()));
         for status in [decided.err(), expected.err()] {
             let status = status.with_context(|| format!("{request:?} was obeyed"))?;
-            ensure!(
-                matches!(
-                    status.code(),
-                    Code::FailedPrecondition | Code::InvalidArgument | Code::NotFound
-                ),
-                "{request:?}: {status}"
-            );
+            ensure!(is_refusal(&status), "{request:?}: {status}");
         }
+    }
+
+    let prepare = |request: AttemptRequest| PreLiveMigrationRequest {
+        migration: request.migration,
+        instance: request.instance,
+        epoch: request.epoch,
+        source: request.source,
+        rpc_version: "4.3".to_owned(),
+        streams: 1,
+        storage: "auto".to_owned(),
+        mode: "precopy".to_owned(),
+        spec: Some(InstanceSpec {
+            kernel: "ab".repeat(32),
+            ..InstanceSpec::default()
+        }),
+        ..PreLiveMigrationRequest::default()
+    };
+    // The right one but for its source's journal, too: the secret is that journal's.
+    for request in wrong.into_iter().chain([of(&instance, 1, "a")]) {
+        let told = runtime.block_on(compute.pre_live_migration(prepare(request.clone())));
+        let status = told
+            .err()
+            .with_context(|| format!("{request:?} was given the secret"))?;
+        ensure!(is_refusal(&status), "{request:?}: {status}");
     }
 
     ensure!(journal.decision_of(&migration, "OPEN")?, "D is not what it was");

@@ -10,6 +10,7 @@ use crate::scenario::on_kvm;
 pub(crate) fn trials() -> Vec<Trial> {
     on_kvm![
         a_guest_without_a_destination_goes_to_the_best_host,
+        where_the_best_host_refuses_the_next_one_is_asked,
         a_host_whose_claims_are_full_is_left_and_says_so,
         a_dry_run_tells_of_every_host_and_changes_nothing,
         a_host_that_is_down_is_left,
@@ -57,6 +58,30 @@ fn a_guest_without_a_destination_goes_to_the_best_host(pair: &mut Pair) -> Resul
     witness.check()?;
     pair.b.ferry(&["delete", "other", "--force"])?.exit(0)?;
     third(pair)?.ferry(&["delete", "g", "--force"])?.exit(0)?;
+    Ok(())
+}
+
+/// The best by its claims, which passes every filter, has an instance of that name.
+fn where_the_best_host_refuses_the_next_one_is_asked(pair: &mut Pair) -> Result<()> {
+    pair.start_three(&[])?;
+    let witness = run(pair)?;
+    pair.b.ferry(&Guest::new("g").arguments(&pair.kernel()))?.exit(0)?;
+    pair.b.ferry(&["stop", "g", "--force"])?.exit(0)?;
+    for name in ["other", "another"] {
+        let arguments = Guest::new(name).memory_mib(128).arguments(&pair.kernel());
+        third(pair)?.ferry(&arguments)?.exit(0)?;
+    }
+
+    let told = pair.a.ferry(&["migrate", "g"])?.exit(0)?;
+
+    let told = told.says("host c chosen")?.says("not host b")?.says("g")?;
+    told.migration()?.is("completed", "c")?;
+    witness.wait_for_beats_at("c", 3)?;
+    witness.check()?;
+    pair.b.ferry(&["delete", "g", "--force"])?.exit(0)?;
+    for name in ["g", "other", "another"] {
+        third(pair)?.ferry(&["delete", name, "--force"])?.exit(0)?;
+    }
     Ok(())
 }
 
@@ -146,6 +171,11 @@ fn a_migration_waits_for_a_destination_that_has_its_hands_full(pair: &mut Pair) 
         Ok(record.record["status"] == "queued" && record.record["decision"].is_string())
     })?;
 
+    pair.a.terminate()?;
+    pair.a.start()?;
+    let still = pair.a.ferry(&["migration", "show", &second.id])?.exit(0)?.migration()?;
+    ensure!(still.text("status")? == "queued", "{}", still.record);
+    ensure!(still.text("restarted_in")? == "prepare", "{}", still.record);
     pair.a.ferry(&["migration", "abort", &first.id])?.exit(0)?;
 
     first.call.wait()?.exit(1)?;

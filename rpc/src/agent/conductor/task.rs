@@ -182,7 +182,9 @@ impl Agent {
         for verdict in verdicts {
             let is_decided = hosts.iter().any(|host| host.taken);
             let mut host = told(verdict);
-            if host.reason.is_none() && tries > 0 && !is_decided {
+            if host.reason.is_none() && tries == 0 && !is_decided {
+                host.why = format!("not asked, for the {MOST_TRIES} before it had refused");
+            } else if host.reason.is_none() && !is_decided {
                 tries -= 1;
                 let api = self.compute_rpcapi(context, &host.host)?;
                 match api.check_can_live_migrate_destination(request.clone()).await {

@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::asking::Questions;
 use super::decisions::Part;
-use super::handle::{Answer, Incoming, Request};
+use super::handle::{Answer, Incoming, Request, Tuple};
 use super::late::{FIRST_LATE, LOOK, LateEnd, LateSession};
 use super::undoing::step_of;
 use crate::agent::backends::room::Promise;
@@ -405,7 +405,12 @@ pub(crate) async fn recover(agent: &Arc<Agent>, row: MigrationRow, instance: Arc
     let incoming = Arc::new(Incoming {
         id: row.id,
         context: agent.context_of(row.id).await,
-        source: row.peer.clone(),
+        of: Tuple {
+            instance: row.instance,
+            epoch: row.epoch,
+            source: row.peer.clone(),
+            journal: row.peer_journal,
+        },
         secret,
         copied_disks: Vec::new(),
         requests,

@@ -43,12 +43,23 @@ pub(super) enum Request {
     WriteAgain(u32, Decision),
 }
 
+/// What a migration is of: asked again under the same id with another, it is somebody else's, or an old message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Tuple {
+    pub(crate) instance: Uuid,
+    pub(crate) epoch: u64,
+    pub(crate) source: String,
+    /// The source's, if it tells.
+    pub(crate) journal: Option<Uuid>,
+}
+
 /// A handle on one incoming migration.
 pub(crate) struct Incoming {
     pub(crate) id: Uuid,
     /// In which it was asked for, as its source says.
     pub(super) context: RequestContext,
-    pub(crate) source: String,
+    /// Whose guest it is, under which epoch, and by which host's journal.
+    pub(crate) of: Tuple,
     pub(crate) secret: Secret,
     /// Numbers of the disks whose contents come with the guest.
     pub(crate) copied_disks: Vec<u32>,

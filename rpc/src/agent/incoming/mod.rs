@@ -6,6 +6,7 @@
 mod asking;
 mod decisions;
 mod driver;
+mod expected_images;
 mod first_frames;
 mod handle;
 mod late;
@@ -15,6 +16,7 @@ mod reservations;
 mod undoing;
 
 pub(crate) use driver::recover;
+pub(crate) use expected_images::ExpectedImages;
 pub(crate) use handle::{Incoming, IncomingMigrations};
 pub(crate) use prepare::without_disks;
 pub(crate) use reservations::Reservations;

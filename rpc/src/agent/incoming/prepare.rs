@@ -17,7 +17,7 @@ use uuid::Uuid;
 use super::asking::Questions;
 use super::decisions::Part;
 use super::driver::Driver;
-use super::handle::Incoming;
+use super::handle::{Incoming, Tuple};
 use super::late::LateSession;
 use super::reservations::Reservation;
 use crate::agent::backends::room::{self, Promised};
@@ -37,6 +37,9 @@ use crate::agent::transport::Transport;
 use crate::agent::versions::RpcVersion;
 use crate::agent::{data_port, images};
 use crate::lock_file::Holder;
+
+/// The highest epoch of a guest that is taken. The journal has 63 bits for it, and each start takes the next one.
+const MOST_EPOCH: u64 = 1 << 62;
 
 /// A request whose fields were checked.
 struct Guest {
@@ -96,6 +99,13 @@ impl Guest {
             }
             .into());
         }
+        if request.epoch > MOST_EPOCH {
+            return Err(InvalidField {
+                field: "epoch",
+                problem: format!("{} is above {MOST_EPOCH}", request.epoch),
+            }
+            .into());
+        }
         let spec = required("spec", request.spec)?;
         for hash in [&spec.kernel, &spec.initrd] {
             if !(images::is_hash(hash) || hash.is_empty() && std::ptr::eq(hash, &spec.initrd)) {
@@ -130,6 +140,15 @@ impl Guest {
 }
 
 impl Guest {
+    fn tuple(&self) -> Tuple {
+        Tuple {
+            instance: self.instance,
+            epoch: self.epoch,
+            source: self.source.clone(),
+            journal: self.journal,
+        }
+    }
+
     fn whose(&self) -> Whose {
         Whose {
             instance: self.instance,
@@ -178,6 +197,9 @@ impl Agent {
             journal: self.journal.id().to_string(),
         };
         if let Some(incoming) = self.incoming.find(guest.migration) {
+            if incoming.of != guest.tuple() {
+                return Err(self.is_of_another(guest.migration));
+            }
             reply.secret = incoming.secret.to_vec();
             reply.copied_disks.clone_from(&incoming.copied_disks);
             return Ok(reply);
@@ -224,7 +246,19 @@ impl Agent {
                 None => reply.missing_images = hashes.into_iter().filter(|hash| !hash.is_empty()).collect(),
             }
         }
+        if !reply.missing_images.is_empty() {
+            let folder = self.image_folder();
+            self.expected_images
+                .expect(&reply.missing_images, &folder, Instant::now());
+        }
         Ok(reply)
+    }
+
+    fn is_of_another(&self, migration: Uuid) -> Failure {
+        Failure::Refused(format!(
+            "migration {migration} is of another instance, epoch or source on host {}",
+            self.host()
+        ))
     }
 
     fn make_room(&self, guest: &Guest) -> Result<(), Failure> {
@@ -365,7 +399,7 @@ impl Agent {
         let incoming = Arc::new(Incoming {
             id: guest.migration,
             context: context.without_deadline(),
-            source: guest.source.clone(),
+            of: guest.tuple(),
             secret,
             copied_disks: guest.copied_disks.clone(),
             requests,

@@ -21,7 +21,7 @@ use crate::agent::claims::Claims;
 use crate::agent::config::AgentConfig;
 use crate::agent::failure::Failure;
 use crate::agent::images;
-use crate::agent::incoming::{IncomingMigrations, Reservations};
+use crate::agent::incoming::{ExpectedImages, IncomingMigrations, Reservations};
 use crate::agent::journal::{Arrival, InstanceRow, Journal, RowWrite, Status};
 use crate::agent::marks::Marks;
 use crate::agent::mode::Mode;
@@ -44,6 +44,8 @@ pub(crate) struct Agent {
     pub(crate) instances: Instances,
     pub(crate) outgoing: OutgoingMigrations,
     pub(crate) incoming: IncomingMigrations,
+    /// Images that may be sent here.
+    pub(crate) expected_images: ExpectedImages,
     /// What is promised to those that are being prepared.
     pub(crate) reservations: Reservations,
     /// What is promised to disks that are copied here.

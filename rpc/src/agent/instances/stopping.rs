@@ -249,7 +249,7 @@ impl Agent {
             return Ok(());
         };
         incoming.give_up("the instance's user ends it");
-        let (migration, name, source) = (incoming.id, &row.spec.name, &incoming.source);
+        let (migration, name, source) = (incoming.id, &row.spec.name, &incoming.of.source);
         if tokio::time::timeout(patience, incoming.over()).await.is_err() {
             return Err(Failure::Unavailable(format!(
                 "migration {migration} is not decided yet"

@@ -26,7 +26,7 @@ use crate::agent::journal::{InstanceRow, MigrationRow, Role, RowWrite, Status};
 use crate::agent::mode::{Mode, PAUSE, POSTCOPY};
 use crate::agent::reason::Reason;
 use crate::agent::spawn;
-use crate::agent::steps::SourceStep;
+use crate::agent::steps::{QUEUED, SourceStep};
 use crate::agent::transport::Transport;
 use crate::agent::vmm_client::Vmm;
 use crate::vmm_process::monotonic_ns;
@@ -369,16 +369,19 @@ impl Script {
     }
 }
 
-/// Whether nothing was begun for a migration but that it was accepted: it only waits.
+/// Whether nothing was begun for a migration but that it was accepted: it only waits, for its turn or for a destination that has its hands full.
 pub(crate) fn waits(row: &MigrationRow) -> bool {
-    SourceStep::parse(&row.info.step).is_some_and(|step| step <= SourceStep::Queue)
+    // The machine of an instance that is off was built for it.
+    let is_put_off = row.info.status == QUEUED && row.status_before() != Status::Stopped;
+    SourceStep::parse(&row.info.step)
+        .is_some_and(|step| step <= SourceStep::Queue || step == SourceStep::Prepare && is_put_off)
 }
 
 /// Has a migration that [`waits`] wait on after a restart of the agent, behind those that this was called for before. The instance is
 /// marked as migrating before this returns.
 pub(crate) async fn wait_on(agent: &Arc<Agent>, mut row: MigrationRow, instance: Arc<Instance>) {
     tracing::info!(migration = %row.id, step = row.info.step, "a migration waits on");
-    let has_its_cast = row.info.step == SourceStep::Queue.row().word;
+    let has_its_cast = row.info.step != SourceStep::Accept.row().word;
     row.info.restarted_in = Some(row.info.step.clone());
     let context = agent.context_of(row.id).await;
     instance.state.lock().await.migrating = Some(row.id);

@@ -33,7 +33,7 @@ use crate::agent::mode::{Mode, PAUSE, POSTCOPY};
 use crate::agent::peer_journal::journal_of;
 use crate::agent::peers::{Peer, PeerError};
 use crate::agent::reason::Reason;
-use crate::agent::steps::{Journalled, SourceStep};
+use crate::agent::steps::{Journalled, QUEUED, SourceStep};
 use crate::agent::transport::Transport;
 
 /// The pause between two questions to a destination that has its hands full.
@@ -268,9 +268,9 @@ impl Script {
         loop {
             match self.unless_aborted(self.pre_live_migration(peer)).await? {
                 Err(Stop::Busy(why)) if began.elapsed() < patience => {
-                    if self.row.info.status != "queued" {
+                    if self.row.info.status != QUEUED {
                         self.row.info.decision = Some(why);
-                        self.say_status("queued").await;
+                        self.say_status(QUEUED).await;
                     }
                     self.unless_aborted(tokio::time::sleep(BUSY_PAUSE)).await?;
                 }
