@@ -280,7 +280,7 @@ impl ComputeRpcApi {
         match &self.to {
             To::Here(agent) => agent.late_link(request).await,
             To::There(peer) => {
-                let reply = self.call(peer, CALL_TIME, |mut client, version| {
+                let reply = self.call_at(Call::LateLink, peer, CALL_TIME, |mut client, version| {
                     let request = at(version, request.clone());
                     async move { client.late_link(request).await }
                 });
@@ -301,7 +301,7 @@ impl ComputeRpcApi {
                 Err(knows_not("a question for late pages", &peer.host, self.version()))
             }
             To::There(peer) => {
-                self.call(peer, CALL_TIME, |mut client, version| {
+                self.call_at(Call::LatePages, peer, CALL_TIME, |mut client, version| {
                     let request = at(version, request.clone());
                     async move {
                         // Which version it is of may be known only now.
@@ -331,7 +331,7 @@ impl ComputeRpcApi {
                 return Err(knows_not("when frames passed", &peer.host, self.version()));
             }
             To::There(peer) => {
-                self.call(peer, CALL_TIME, |mut client, version| {
+                self.call_at(Call::FirstFrames, peer, CALL_TIME, |mut client, version| {
                     let request = at(version, request.clone());
                     async move { client.first_frames(request).await }
                 })
@@ -457,6 +457,29 @@ impl ComputeRpcApi {
         F: Future<Output = Result<tonic::Response<T>, Status>>,
     {
         let ask = || peer.ask(&self.context, patience, |client| send(client, self.version()));
+        self.at_its_version(peer, ask).await
+    }
+
+    /// The same of a call that belongs to a migration, and is a site of faults.
+    async fn call_at<T, F>(
+        &self,
+        call: Call,
+        peer: &Peer,
+        patience: Duration,
+        send: impl Fn(ComputeClient, RpcVersion) -> F,
+    ) -> Result<T, Failure>
+    where
+        F: Future<Output = Result<tonic::Response<T>, Status>>,
+    {
+        let send = |client| send(client, self.version());
+        let ask = || peer.call(&self.context, call, patience, &send);
+        self.at_its_version(peer, ask).await
+    }
+
+    async fn at_its_version<T, F>(&self, peer: &Peer, ask: impl Fn() -> F) -> Result<T, Failure>
+    where
+        F: Future<Output = Result<T, PeerError>>,
+    {
         match ask().await {
             Err(error) if is_other_version(&error) => {
                 self.refresh(peer).await?;

@@ -53,6 +53,9 @@ pub(crate) enum Call {
     PostLiveMigration,
     RollbackLiveMigration,
     Heartbeat,
+    LateLink,
+    LatePages,
+    FirstFrames,
 }
 
 /// One other agent.

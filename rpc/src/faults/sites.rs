@@ -161,6 +161,9 @@ sites! {
         CallPost = "call.post-live-migration",
         CallRollback = "call.rollback",
         CallHeartbeat = "call.heartbeat",
+        CallLateLink = "call.late-link",
+        CallLatePages = "call.late-pages",
+        CallFirstFrames = "call.first-frames",
     }
     Order {
         OrderHello = "order.hello",
@@ -293,6 +296,9 @@ impl From<Call> for Site {
             Call::PostLiveMigration => Self::CallPost,
             Call::RollbackLiveMigration => Self::CallRollback,
             Call::Heartbeat => Self::CallHeartbeat,
+            Call::LateLink => Self::CallLateLink,
+            Call::LatePages => Self::CallLatePages,
+            Call::FirstFrames => Self::CallFirstFrames,
         }
     }
 }

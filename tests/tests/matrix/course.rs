@@ -139,6 +139,8 @@ pub(crate) fn reach(site: Site) -> Reach {
         Site::CallPrepare | Site::CallPutImage | Site::CallHeartbeat => Reach::On(Straight, Outside),
         Site::CallExpect | Site::CallPost => Reach::On(Straight, Switchover),
         Site::CallDecide => Reach::On(Asked, Switchover),
+        // Of a link for late pages that was lost, of a guest that waits for a page too long, and of network cards, which no cell's guest has.
+        Site::CallLateLink | Site::CallLatePages | Site::CallFirstFrames => Reach::AfterFault,
         Site::CallRollback => Reach::On(Aborted, Switchover),
 
         Site::OrderBuild | Site::OrderSend | Site::OrderReceive => Reach::On(Straight, Outside),
