@@ -35,10 +35,12 @@ use crate::PageSet;
 use crate::compress::Codecs;
 use crate::guest::{DestinationGuest, FRAMES_PER_HUGE_PAGE, GuestMemory, GuestWas, Population, RestoredGuest};
 use crate::handover::Attempt;
-use crate::link::{Link, Sockets};
+use crate::link::{Link, Sockets, UNHEARD};
 use crate::postcopy::{Awaited, LatePages};
 use crate::verify::PageDigests;
-use crate::wire::{StreamIdentity, StreamTotals, Sums, VERIFY_SINCE, Versions, check_hello, runs_from_wire};
+use crate::wire::{
+    StreamIdentity, StreamTotals, Sums, VERIFY_SINCE, Versions, check_hello, runs_from_wire, shorten_all,
+};
 use crew::Crew;
 pub use error::DestinationError;
 use hearing::Hearing;
@@ -131,7 +133,7 @@ fn over_link<G: DestinationGuest>(
     let memory = guest.memory();
     thread::scope(|scope| {
         let _ending = Ending { sockets };
-        let (events_in, events) = mpsc::sync_channel(64);
+        let (events_in, events) = mpsc::sync_channel(UNHEARD);
         let (outbox, outgoing) = mpsc::channel();
         let mut hearing = Hearing::new(events, outbox, sockets, asked);
         let crew = Crew {
@@ -372,7 +374,9 @@ fn handshake<G: DestinationGuest>(
             hearing.asked.report(DestinationReport::Accepted { protocol });
             Ok(expected)
         }
-        Err(refusals) => {
+        Err(mut refusals) => {
+            // Names out of the source's profile are in them.
+            shorten_all(&mut refusals);
             hearing.say(Reply::HelloReply(v1::HelloReply {
                 refusals: refusals.clone(),
                 ..v1::HelloReply::default()

@@ -25,4 +25,4 @@ pub use compress::{Codec, Compression, Method, ParseCompressionError, Tally, for
 pub use compress::{Packed, Sampled as SampledWay};
 pub use link::{Link, Liveness};
 pub use precopy::PageSet;
-pub use wire::{ControlError, FrameError, OLDEST_PROTOCOL, PROTOCOL, StreamTotals};
+pub use wire::{ControlError, FrameError, OLDEST_PROTOCOL, PROTOCOL, StreamTotals, shorten};

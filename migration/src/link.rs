@@ -9,10 +9,9 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ferry_proto::stream::v1;
-use prost::Message;
 use rustix::io::Errno;
 
-use crate::wire::{ControlError, read_message, write_message};
+use crate::wire::{ControlError, Spoken, read_message, write_message};
 
 /// The authenticated connections of one migration, as the agents handed them over. Where agents carry the streams themselves these are Unix
 /// sockets, of which nothing is asked that they have not in common with TCP's.
@@ -62,6 +61,10 @@ const ROUND_TRIPS_KEPT: usize = 8;
 /// much the scheduler's as the network's.
 const FIRST_PINGS: Duration = Duration::from_millis(20);
 
+/// What the threads of one link told and the script has not taken yet. A message may be several megabytes; a thread that has more to tell
+/// waits, and so does the peer.
+pub(crate) const UNHEARD: usize = 4;
+
 /// The connections while threads use them, and when the peer was last heard.
 #[derive(Debug)]
 pub(crate) struct Sockets {
@@ -71,6 +74,8 @@ pub(crate) struct Sockets {
     /// Microseconds from `opened` to the last byte that any thread read.
     heard: AtomicU64,
     round_trips: Mutex<VecDeque<Duration>>,
+    /// The token of the peer's last ping, until it is answered.
+    pinged: Mutex<Option<u64>>,
 }
 
 impl Sockets {
@@ -96,6 +101,7 @@ impl Sockets {
             opened: Instant::now(),
             heard: AtomicU64::new(0),
             round_trips: Mutex::default(),
+            pinged: Mutex::default(),
         })
     }
 
@@ -117,6 +123,18 @@ impl Sockets {
     /// A token for a ping that is sent now.
     pub(crate) fn ping_token(&self) -> u64 {
         self.now()
+    }
+
+    /// Notes a ping of the peer. True unless an answer is due already: that one answers this ping instead of the one before it, so a peer that
+    /// pings and does not read gathers nothing here.
+    fn pinged(&self, token: u64) -> bool {
+        let mut pinged = self.pinged.lock().unwrap_or_else(PoisonError::into_inner);
+        pinged.replace(token).is_none()
+    }
+
+    /// The ping that is to be answered now.
+    fn take_ping(&self) -> Option<u64> {
+        self.pinged.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Takes the token of an answered ping as a measured round trip; a forged one from the future is dropped.
@@ -181,7 +199,7 @@ fn set_nodelay(socket: &TcpStream) -> io::Result<()> {
 }
 
 /// A message of one side that can also be a ping, a pong, or somebody's last word.
-pub(crate) trait ControlMessage: Message + Default {
+pub(crate) trait ControlMessage: Spoken {
     /// A ping with this token.
     fn ping(token: u64) -> Self;
     /// The answer to one.
@@ -231,6 +249,8 @@ control_message!(FromDestination, from_destination);
 pub(crate) enum Outgoing<M> {
     /// Write this.
     Say(M),
+    /// Answer the peer's last ping; there is one of these at most.
+    Pong,
     /// Close this direction after what was said, and end.
     HangUp,
     /// End and leave the connection as it is: data that the peer still sends must not reset it.
@@ -252,6 +272,10 @@ pub(crate) fn write_control<M: ControlMessage>(
     loop {
         let message = match outbox.recv_timeout(due.saturating_duration_since(Instant::now())) {
             Ok(Outgoing::Say(message)) => message,
+            Ok(Outgoing::Pong) => match sockets.take_ping() {
+                Some(token) => M::pong(token),
+                None => continue,
+            },
             Ok(Outgoing::End) => return Ok(()),
             Ok(Outgoing::HangUp) => return sockets.control.shutdown(Shutdown::Write).map_err(ControlError::Io),
             Err(RecvTimeoutError::Timeout) => {
@@ -281,10 +305,64 @@ pub(crate) fn read_control<Theirs: ControlMessage, Ours: ControlMessage>(
         sockets.hear();
         match message.sign_of_life() {
             // The writing thread is gone only when the migration is over.
-            Some(SignOfLife::Ping(token)) => drop(outbox.send(Outgoing::Say(Ours::pong(token)))),
+            Some(SignOfLife::Ping(token)) if sockets.pinged(token) => drop(outbox.send(Outgoing::Pong)),
+            Some(SignOfLife::Ping(_)) => {}
             Some(SignOfLife::Pong(token)) => sockets.ping_answered(token),
             None if deliver(message) => {}
             None => return Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+    use std::sync::mpsc;
+
+    use super::*;
+
+    fn pair() -> (TcpStream, TcpStream) {
+        let (near, far) = UnixStream::pair().unwrap();
+        (OwnedFd::from(near).into(), OwnedFd::from(far).into())
+    }
+
+    /// One side's connections, and the other end of the control stream.
+    fn sockets() -> (Sockets, TcpStream) {
+        let ((control, far), (page, _)) = (pair(), pair());
+        let link = Link {
+            control,
+            pages: vec![page],
+            late: None,
+        };
+        (Sockets::new(link, Liveness::default()).unwrap(), far)
+    }
+
+    #[test]
+    fn of_a_thousand_pings_that_were_not_answered_yet_the_last_one_is() {
+        let (sockets, far) = sockets();
+        let (outbox, outgoing) = mpsc::channel::<Outgoing<v1::FromDestination>>();
+        let pinging = std::thread::spawn(move || {
+            (1..=1000).for_each(|token| write_message(&mut &far, &v1::FromSource::ping(token)).unwrap());
+            far.shutdown(Shutdown::Write).unwrap();
+            far
+        });
+        let ended = read_control::<v1::FromSource, _>(&sockets, &outbox, |_| true);
+        assert!(matches!(ended, Err(ControlError::Closed)), "{ended:?}");
+        let far = pinging.join().unwrap();
+
+        outbox.send(Outgoing::End).unwrap();
+        let waiting: Vec<_> = outgoing.try_iter().collect();
+        assert!(
+            matches!(waiting.as_slice(), [Outgoing::Pong, Outgoing::End]),
+            "{} things wait to be said",
+            waiting.len()
+        );
+        waiting.into_iter().for_each(|outgoing| outbox.send(outgoing).unwrap());
+        write_control(&sockets, &outgoing, Duration::from_secs(60)).unwrap();
+        drop(sockets);
+        let answered = std::iter::from_fn(|| read_message::<v1::FromDestination>(&mut &far).ok());
+        let pongs: Vec<_> = answered.filter_map(|message| message.sign_of_life()).collect();
+        assert!(pongs.contains(&SignOfLife::Pong(1000)), "{pongs:?}");
     }
 }

@@ -42,7 +42,7 @@ use crate::PageSet;
 use crate::compress::Codecs;
 use crate::guest::{DirtyClearer, GuestEnd, GuestError, SourceGuest};
 use crate::handover::{Attempt, Grants, Traded};
-use crate::link::{self, Link, Outgoing, Sockets};
+use crate::link::{self, Link, Outgoing, Sockets, UNHEARD};
 use crate::postcopy::{PagesToServe, ServeParameters};
 use crate::precopy::{Finished, Sender as PageSender, Streams};
 use crate::wire::{
@@ -451,7 +451,7 @@ fn with_threads<G: SourceGuest>(
     let (memory, asked) = (journey.guest.memory(), &lasting.asked);
     let digests = lasting.digests(&*memory);
     let streams = Streams::<G::Clearer>::new(sockets.streams(), lasting.terms().bandwidth, digests, lasting.packing());
-    let (events_in, events) = mpsc::sync_channel(64);
+    let (events_in, events) = mpsc::sync_channel(UNHEARD);
     let (outbox, outgoing) = mpsc::channel();
     journey.summary.streams = sockets.streams();
     let ended = thread::scope(|scope| {
@@ -495,6 +495,8 @@ fn with_threads<G: SourceGuest>(
         match script(journey, &mut conversation, &streams) {
             Ok(()) => {
                 conversation.end();
+                // Nothing is heard from here on, so the writing thread never waits to tell something.
+                drop(conversation);
                 // GO is on the connection when the writing thread is done. A panic there ends the scope with one as well.
                 let _ = writer.join();
                 ending.parked.set(true);

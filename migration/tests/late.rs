@@ -335,6 +335,23 @@ fn a_cut_link_is_told_at_both_ends_and_who_waits_waits_on() {
 }
 
 #[test]
+fn a_session_ends_though_more_of_its_streams_break_than_are_heard() {
+    let late = Late::of(migrate(late(Lateness::AtOnce, Workload::Idle)));
+    late.source.slow_sends(Duration::from_millis(20));
+    let ((near, _), (_, far)) = (links(20), links(20));
+    late.links.send(near).unwrap();
+    late.pages.attach(far);
+    let lost = |report: ServeReport| matches!(report, ServeReport::LinkLost { .. });
+    let heard = std::iter::from_fn(|| late.served.recv_timeout(PATIENCE).ok());
+    assert!(heard.into_iter().any(lost), "nobody says that the link is lost");
+    let (near, far) = links(LATE_STREAMS);
+    late.links.send(near).unwrap();
+    late.pages.attach(far);
+    late.source.slow_sends(Duration::ZERO);
+    late.comes();
+}
+
+#[test]
 fn a_source_that_nobody_wants_stops_serving() {
     let Late {
         links,

@@ -1,5 +1,7 @@
 //! What this host offers to machines, and whether a given machine could run here.
 
+use std::collections::HashSet;
+
 use thiserror::Error;
 
 use crate::arch::x86_64::cpuid::{CpuidEntry, missing, with_native_features, withhold_hypercalls};
@@ -93,6 +95,12 @@ pub enum Incompatibility {
     /// A device that every machine here has is not there.
     #[error("device {0} is not part of the machine")]
     MissingDevice(String),
+    /// A device is there more than once.
+    #[error("device {0} is part of the machine twice")]
+    DoubleDevice(String),
+    /// More devices than a machine has, vCPUs among them.
+    #[error("the machine has {0} devices, at most {MOST_DEVICES} are possible")]
+    Devices(usize),
 }
 
 /// Counters this close need no scaling (parts per million).
@@ -201,7 +209,16 @@ impl HostCapabilities {
 /// Features that a guest has by KVM's doing although KVM does not list them as supported.
 const GIVEN_BY_KVM: [&str; 2] = ["hypervisor", "tsc_deadline_timer"];
 
+/// The most units of a profile: 255 vCPUs and some twenty devices are possible.
+const MOST_DEVICES: usize = 512;
+
+/// The most characters of a device's name or schema that are told. Those of today have 17 at most; a profile comes from a peer.
+const NAME_TOLD: usize = 64;
+
 fn check_devices(profile: &MachineProfile) -> Vec<Incompatibility> {
+    if profile.units.len() > MOST_DEVICES {
+        return vec![Incompatibility::Devices(profile.units.len())];
+    }
     // A machine here has the virtio devices that its configuration names, so those of the profile count as long as they are of a kind
     // that is known.
     let virtio = profile.units.iter().map(|unit| {
@@ -211,19 +228,22 @@ fn check_devices(profile: &MachineProfile) -> Vec<Incompatibility> {
     });
     let virtio: Vec<(&str, u32)> = virtio.collect();
     let known = unit_kinds(profile.vcpus.min(u8::MAX.into()) as usize, &virtio);
+    let kinds: HashSet<_> = known.iter().collect();
+    let told = |name: &str| name.chars().take(NAME_TOLD).collect::<String>();
     let mut found: Vec<_> = profile
         .units
         .iter()
-        .filter(|unit| !known.contains(unit))
+        .filter(|unit| !kinds.contains(unit))
         .map(|unit| Incompatibility::Device {
-            name: unit.name.clone(),
-            schema: unit.schema.clone(),
+            name: told(&unit.name),
+            schema: told(&unit.schema),
             version: unit.version,
         })
         .collect();
-    let absent = known
-        .iter()
-        .filter(|known| !profile.units.iter().any(|unit| unit.name == known.name));
+    let mut names = HashSet::new();
+    let doubles = profile.units.iter().filter(|unit| !names.insert(unit.name.as_str()));
+    found.extend(doubles.map(|unit| Incompatibility::DoubleDevice(told(&unit.name))));
+    let absent = known.iter().filter(|known| !names.contains(known.name.as_str()));
     found.extend(absent.map(|known| Incompatibility::MissingDevice(known.name.clone())));
     found
 }
@@ -304,6 +324,39 @@ mod tests {
             found
                 .iter()
                 .any(|one| matches!(one, Incompatibility::Device { version: 7, .. }))
+        );
+    }
+
+    #[test]
+    fn double_device_is_named() {
+        let mut profile = profile();
+        profile.units.push(profile.units[0].clone());
+        let found = here().check_at(&profile, 1000);
+        assert_eq!(found, [Incompatibility::DoubleDevice("clock".to_owned())]);
+    }
+
+    #[test]
+    fn more_devices_than_a_machine_has_are_not_looked_at() {
+        let mut profile = profile();
+        let again = profile.units[0].clone();
+        profile.units.resize(MOST_DEVICES + 1, again);
+        let found = here().check_at(&profile, 1000);
+        assert_eq!(found, [Incompatibility::Devices(MOST_DEVICES + 1)]);
+    }
+
+    #[test]
+    fn the_long_name_of_an_unknown_device_is_not_told_in_full() {
+        let mut profile = profile();
+        profile.units.push(crate::state::UnitKind {
+            name: "x".repeat(1 << 20),
+            schema: "y".repeat(1 << 20),
+            version: 1,
+        });
+        let found = here().check_at(&profile, 1000);
+        assert!(
+            matches!(found.as_slice(), [one] if one.to_string().len() < 300),
+            "{}",
+            found.len()
         );
     }
 

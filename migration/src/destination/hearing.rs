@@ -20,6 +20,9 @@ const REASON: Duration = Duration::from_millis(200);
 /// Messages that may wait while pages are awaited; the source never sends so many.
 const MAX_BACKLOG: usize = 16;
 
+/// And their bytes: two of the longest, a state that was called off and the next one.
+const MAX_BACKLOG_BYTES: usize = 16 << 20;
+
 /// What the threads tell the script.
 #[derive(Debug)]
 pub(super) enum Event {
@@ -129,13 +132,20 @@ impl<'a> Hearing<'a> {
     fn take(&mut self, message: v1::FromSource) -> Result<(), DestinationError> {
         match message.message {
             Some(from_source::Message::Abort(abort)) => Err(DestinationError::AbortedBySource(abort.reason)),
-            Some(message) if self.backlog.len() < MAX_BACKLOG => {
+            Some(message)
+                if self.backlog.len() < MAX_BACKLOG
+                    && self.backlog_bytes() + message.encoded_len() <= MAX_BACKLOG_BYTES =>
+            {
                 self.backlog.push_back(message);
                 Ok(())
             }
             Some(_) => Err(DestinationError::Misbehaved("it talks on without waiting".to_owned())),
             None => Err(DestinationError::Misbehaved("it sent an empty message".to_owned())),
         }
+    }
+
+    fn backlog_bytes(&self) -> usize {
+        self.backlog.iter().map(from_source::Message::encoded_len).sum()
     }
 
     /// A link that the source made in place of this one, if it did.

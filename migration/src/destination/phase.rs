@@ -14,7 +14,7 @@ use crate::digest;
 use crate::guest::{GuestMemory, GuestWas};
 use crate::handover::Attempt;
 use crate::postcopy::{self, Table};
-use crate::wire::{StreamTotals, attempt_from_wire, digest_from_wire};
+use crate::wire::{StreamTotals, attempt_from_wire, digest_from_wire, kind_of_said};
 
 /// What the source does, as far as it told.
 pub(super) enum Phase {
@@ -143,7 +143,7 @@ impl Phase {
             }
             (phase, message) => Err(DestinationError::Misbehaved(format!(
                 "it said {} while {}",
-                name(&message),
+                kind_of_said(&message),
                 phase.describe()
             ))),
         }
@@ -343,22 +343,4 @@ fn chain(error: &dyn Error) -> String {
         cause = error.source();
     }
     text
-}
-
-fn name(message: &Said) -> &'static str {
-    match message {
-        Said::Hello(_) => "hello",
-        Said::Population(_) => "population",
-        Said::Barrier(_) => "barrier",
-        Said::State(_) => "state",
-        Said::DigestRequest(_) => "digest request",
-        Said::Compare(_) => "compare",
-        Said::Go(_) => "go",
-        Said::Disarm(_) => "disarm",
-        Said::Abort(_) => "abort",
-        Said::Ping(_) => "ping",
-        Said::Pong(_) => "pong",
-        Said::Missing(_) => "missing pages",
-        Said::Proceed(_) => "proceed",
-    }
 }

@@ -28,8 +28,8 @@ use crate::PageSet;
 use crate::compress::Codecs;
 use crate::guest::{AbsentPages, FrameRun, GuestError, MemoryShape};
 use crate::handover::Attempt;
-use crate::link::{self, FAREWELL, Link, Liveness, Outgoing, Sockets};
-use crate::wire::{ControlError, FrameError, StreamIdentity, Sums};
+use crate::link::{self, FAREWELL, Link, Liveness, Outgoing, Sockets, UNHEARD};
+use crate::wire::{ControlError, FrameError, Spoken as _, StreamIdentity, Sums};
 
 /// How long the threads wait at most before they look at what they were told.
 const TICK: Duration = Duration::from_millis(20);
@@ -257,9 +257,11 @@ impl Supervisor {
             streams: sockets.streams(),
             session: 0,
         };
-        let (events_in, events) = mpsc::sync_channel(64);
+        let (events_in, events) = mpsc::sync_channel(UNHEARD);
         let (outbox, outgoing) = mpsc::channel::<Outgoing<FromDestination>>();
         let ended = thread::scope(|scope| {
+            // Nobody hears them once the scope waits for its threads: none may wait to be heard then.
+            let events = events;
             let _ending = Ending(&sockets);
             let started = self.start(scope, &sockets, identity, (&outbox, outgoing), events_in);
             if let Err(error) = started {
@@ -363,7 +365,7 @@ impl Supervisor {
                     message: Some(Said::Ping(_) | Said::Pong(_)),
                 })) => {}
                 Ok(Event::Said(other)) => {
-                    return Session::Lost(SessionLost::Misbehaved(format!("unexpected: {other:?}")));
+                    return Session::Lost(SessionLost::Misbehaved(format!("unexpected: {}", other.kind())));
                 }
                 Ok(Event::ControlLost(error)) => return Session::Lost(SessionLost::Control(error)),
                 Ok(Event::StreamLost(stream, error)) => return Session::Lost(SessionLost::Stream(stream, error)),

@@ -18,9 +18,9 @@ use crate::PageSet;
 use crate::compress::Method;
 use crate::guest::GuestMemory;
 use crate::handover::Attempt;
-use crate::link::{self, Link, Liveness, Outgoing, Sockets};
+use crate::link::{self, Link, Liveness, Outgoing, Sockets, UNHEARD};
 use crate::precopy::Bandwidth;
-use crate::wire::{ControlError, FrameError, StreamIdentity};
+use crate::wire::{ControlError, FrameError, Spoken as _, StreamIdentity};
 
 /// How long a session waits at most before it looks at its orders and the clock again.
 const TICK: Duration = Duration::from_millis(20);
@@ -188,9 +188,11 @@ impl<M: GuestMemory> Source<'_, M> {
             streams: sockets.streams(),
             session: 0,
         };
-        let (events_in, events) = mpsc::sync_channel(64);
+        let (events_in, events) = mpsc::sync_channel(UNHEARD);
         let (outbox, outgoing) = mpsc::channel::<Outgoing<FromSource>>();
         let ended = thread::scope(|scope| {
+            // Nobody hears them once the scope waits for its threads: none may wait to be heard then.
+            let events = events;
             let ending = Ending(&shared);
             start_control(scope, &sockets, outbox, outgoing, liveness.heartbeat, &events_in)?;
             for (stream, socket) in (0u16..).zip(&sockets.pages) {
@@ -239,12 +241,12 @@ impl<M: GuestMemory> Source<'_, M> {
                 let _ = self.reports.send(ServeReport::Progress { left, bytes_sent });
             }
             match events.recv_timeout(TICK) {
-                Ok(Event::Said(message)) => match message.message {
+                Ok(Event::Said(message)) => match &message.message {
                     Some(Reply::Missing(part)) => {
                         let Some(mut growing) = table.take() else {
                             return Err(SessionLost::Misbehaved("it told twice what is missing".to_owned()));
                         };
-                        growing.take(&part, self.memory).map_err(SessionLost::Misbehaved)?;
+                        growing.take(part, self.memory).map_err(SessionLost::Misbehaved)?;
                         if part.last {
                             growing.whole().into_iter().for_each(|set| shared.unsent.begin(set));
                         } else {
@@ -252,7 +254,7 @@ impl<M: GuestMemory> Source<'_, M> {
                         }
                     }
                     Some(Reply::AllHere(_)) => return Ok(Over::AllHere),
-                    other => return Err(SessionLost::Misbehaved(format!("unexpected: {other:?}"))),
+                    _ => return Err(SessionLost::Misbehaved(format!("unexpected: {}", message.kind()))),
                 },
                 Ok(Event::ControlLost(error)) => return Err(SessionLost::Control(error)),
                 Ok(Event::StreamLost(stream, error)) => return Err(SessionLost::Stream(stream, error)),

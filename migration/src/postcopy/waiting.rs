@@ -254,6 +254,12 @@ impl Shared {
                 continue;
             }
             (first, count) = (first.or(Some(frame)), count + unit);
+            // Before another one is remembered: one frame may name all of memory.
+            if state.damaged.len() >= MOST_DAMAGED_AT_ONCE && !state.damaged.contains_key(&frame) {
+                return Err(GuestError::new(format!(
+                    "more than {MOST_DAMAGED_AT_ONCE} late pages were damaged on their way and have not come right since"
+                )));
+            }
             let times = state.damaged.entry(frame).or_default();
             *times += 1;
             if *times >= MOST_DAMAGED {
@@ -268,12 +274,6 @@ impl Shared {
             state.asked.insert(page);
             let is_waited_for = state.waiting.contains_key(&frame);
             table.add(page, if is_waited_for { Wish::Touched } else { Wish::Beside });
-        }
-        if state.damaged.len() > MOST_DAMAGED_AT_ONCE {
-            return Err(GuestError::new(format!(
-                "{} late pages were damaged on their way and have not come right since",
-                state.damaged.len()
-            )));
         }
         let Some(first) = first else { return Ok(()) };
         tracing::warn!(
@@ -346,5 +346,59 @@ impl State {
                 table.add(page, if is_touched { Wish::Touched } else { Wish::Beside });
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::Region;
+
+    /// Memory that nobody looks at.
+    struct Untouched;
+
+    impl AbsentPages for Untouched {
+        fn touched(&self, _: Duration, _: &mut Vec<u64>) -> Result<(), GuestError> {
+            Ok(())
+        }
+        fn supply(&self, _: &[FrameRun], _: &[u8]) -> Result<(), GuestError> {
+            Ok(())
+        }
+        fn supply_zeroes(&self, _: FrameRun) -> Result<(), GuestError> {
+            Ok(())
+        }
+        fn end(&self) -> Result<(), GuestError> {
+            Ok(())
+        }
+        fn make_huge(&self, _: FrameRun) -> Result<bool, GuestError> {
+            Ok(false)
+        }
+    }
+
+    #[test]
+    fn a_damaged_frame_of_all_memory_is_not_remembered_page_by_page() {
+        let all = FrameRun {
+            first: 0,
+            count: 1 << 20,
+        };
+        let shape = MemoryShape::new(vec![Region {
+            start_frame: all.first,
+            frames: all.count,
+        }])
+        .unwrap();
+        let mut missing = PageSet::new(&shape);
+        missing.insert(all);
+        let shared = Shared::new(Box::new(Untouched), missing, (shape, 1), Sums::Told);
+        let frame = Pages {
+            round: 0,
+            data: &[],
+            zero: &[all],
+            overhead: 0,
+            payload: 0,
+            block: None,
+            sum: Some(1),
+        };
+        assert!(shared.damaged(&frame).is_err());
+        assert_eq!(shared.lock().damaged.len(), MOST_DAMAGED_AT_ONCE);
     }
 }

@@ -2,12 +2,20 @@
 
 use std::io::{self, Read, Write};
 
-use prost::Message;
+use prost::decode_length_delimiter;
 
 use super::frame::{FrameError, read_or_end};
+use super::spoken::Spoken;
 
 /// The longest message: the state of a machine with hundreds of vCPUs stays far below.
 const MAX_MESSAGE: u32 = 8 << 20;
+
+/// The longest message of a kind that has no machine's state in it. A part of a table is the longest: 64 Ki numbers of ten bytes.
+const MAX_SHORT: usize = 1 << 20;
+
+/// The most entries of the lists of one message. The longest list is the one of the sums of 4096 ranges for each of 2 regions of memory and
+/// 16 disks. An entry may be two bytes on the wire and 32 in memory.
+const MAX_ENTRIES: usize = 128 << 10;
 
 /// The first bytes of every message, `FCTL` in ASCII.
 const MAGIC: [u8; 4] = *b"FCTL";
@@ -27,6 +35,12 @@ pub enum ControlError {
     /// A message longer than allowed.
     #[error("a message of {0} bytes, at most {MAX_MESSAGE} are allowed")]
     TooLong(u64),
+    /// A message longer than its kind can be.
+    #[error("a message of {0} bytes, at most {MAX_SHORT} are allowed for its kind")]
+    TooLongForKind(usize),
+    /// A message of longer lists than allowed.
+    #[error("a message of {0} entries, at most {MAX_ENTRIES} are allowed")]
+    TooMany(usize),
     /// A message that does not parse.
     #[error("a message does not parse")]
     Malformed(#[source] prost::DecodeError),
@@ -42,8 +56,8 @@ impl ControlError {
 /// Writes one message.
 ///
 /// # Errors
-/// The connection's error; [`ControlError::TooLong`] before anything is written.
-pub(crate) fn write_message(socket: &mut impl Write, message: &impl Message) -> Result<(), ControlError> {
+/// The connection's error; [`ControlError::TooLong`] or [`ControlError::TooLongForKind`] before anything is written.
+pub(crate) fn write_message<M: Spoken>(socket: &mut impl Write, message: &M) -> Result<(), ControlError> {
     let length = message.encoded_len();
     let prefix = u32::try_from(length).ok().filter(|&length| length <= MAX_MESSAGE);
     let prefix = prefix.ok_or(ControlError::TooLong(length as u64))?;
@@ -51,14 +65,15 @@ pub(crate) fn write_message(socket: &mut impl Write, message: &impl Message) -> 
     bytes.extend_from_slice(&MAGIC);
     bytes.extend_from_slice(&prefix.to_le_bytes());
     message.encode_raw(&mut bytes);
+    check_length::<M>(&bytes[8..])?;
     socket.write_all(&bytes).map_err(ControlError::Io)
 }
 
-/// Reads one message.
+/// Reads one message. Its texts are short and its lists bounded: what a peer says may be kept and told on.
 ///
 /// # Errors
 /// [`ControlError::Closed`] at the end of the stream, otherwise what is wrong with it.
-pub(crate) fn read_message<M: Message + Default>(socket: &mut impl Read) -> Result<M, ControlError> {
+pub(crate) fn read_message<M: Spoken>(socket: &mut impl Read) -> Result<M, ControlError> {
     let mut prefix = [0; 8];
     match read_or_end(socket, &mut prefix) {
         Ok(true) => {}
@@ -79,13 +94,40 @@ pub(crate) fn read_message<M: Message + Default>(socket: &mut impl Read) -> Resu
         io::ErrorKind::UnexpectedEof => ControlError::Closed,
         _ => ControlError::Io(error),
     })?;
-    M::decode(&*body).map_err(ControlError::Malformed)
+    check_length::<M>(&body)?;
+    let mut message = M::decode(&*body).map_err(ControlError::Malformed)?;
+    message.shorten_texts();
+    match message.entries() {
+        0..=MAX_ENTRIES => Ok(message),
+        entries => Err(ControlError::TooMany(entries)),
+    }
+}
+
+/// Before it is decoded: a long message must be a single field, of a kind that may be long. So a list hides neither before nor behind it.
+fn check_length<M: Spoken>(body: &[u8]) -> Result<(), ControlError> {
+    /// Protobuf's wire type of a field with a length, in the low three bits of its key.
+    const WITH_LENGTH: u32 = 2;
+
+    if body.len() <= MAX_SHORT {
+        return Ok(());
+    }
+    let mut rest = body;
+    let (key, length) = (decode_length_delimiter(&mut rest), decode_length_delimiter(&mut rest));
+    let may_be_long = |&field: &u32| key == Ok((field << 3 | WITH_LENGTH) as usize);
+    match M::LONG_KINDS.iter().any(may_be_long) && length == Ok(rest.len()) {
+        true => Ok(()),
+        false => Err(ControlError::TooLongForKind(body.len())),
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use ferry_proto::stream::v1::{Barrier, FromSource, Hello, from_source};
+    use ferry_proto::stream::v1::{
+        Barrier, Disarm, FromDestination, FromSource, Hello, Refused, State, StreamTotals, from_destination,
+        from_source,
+    };
     use proptest::prelude::*;
+    use prost::Message as _;
 
     use super::*;
 
@@ -129,6 +171,116 @@ mod tests {
             read_message::<FromSource>(&mut &*claimed),
             Err(ControlError::TooLong(_))
         ));
+    }
+
+    fn framed(bodies: &[Vec<u8>]) -> Vec<u8> {
+        let body = bodies.concat();
+        [
+            b"FCTL".as_slice(),
+            &u32::try_from(body.len()).unwrap().to_le_bytes(),
+            &body,
+        ]
+        .concat()
+    }
+
+    fn said(message: from_source::Message) -> Vec<u8> {
+        FromSource { message: Some(message) }.encode_to_vec()
+    }
+
+    fn state(bytes: usize) -> from_source::Message {
+        from_source::Message::State(State {
+            attempt: None,
+            machine_state: vec![0; bytes],
+        })
+    }
+
+    fn barrier(totals: usize) -> from_source::Message {
+        from_source::Message::Barrier(Barrier {
+            round: 1,
+            totals: vec![StreamTotals::default(); totals],
+        })
+    }
+
+    #[test]
+    fn only_a_state_may_be_long() {
+        let long = 4 << 20;
+        assert!(read_message::<FromSource>(&mut &*framed(&[said(state(long))])).is_ok());
+        let hello = from_source::Message::Hello(Hello {
+            profile: vec![0; long],
+            ..Hello::default()
+        });
+        for bodies in [vec![said(hello)], vec![said(barrier(long / 2))]] {
+            let read = read_message::<FromSource>(&mut &*framed(&bodies));
+            assert!(matches!(read, Err(ControlError::TooLongForKind(_))), "{read:?}");
+        }
+    }
+
+    #[test]
+    fn a_long_list_does_not_hide_beside_a_state() {
+        let list = said(barrier(2 << 20));
+        let behind = framed(&[said(state(5)), list.clone()]);
+        let before = framed(&[list, said(state(5))]);
+        for bytes in [behind, before] {
+            let read = read_message::<FromSource>(&mut &*bytes);
+            assert!(matches!(read, Err(ControlError::TooLongForKind(_))), "{read:?}");
+        }
+    }
+
+    #[test]
+    fn the_field_of_a_state_is_no_long_kind_of_a_destination() {
+        let refused = Refused {
+            reasons: vec!["x".repeat(2 << 20)],
+        };
+        let body = FromDestination {
+            message: Some(from_destination::Message::Refused(refused)),
+        };
+        let read = read_message::<FromDestination>(&mut &*framed(&[body.encode_to_vec()]));
+        assert!(matches!(read, Err(ControlError::TooLongForKind(_))), "{read:?}");
+    }
+
+    #[test]
+    fn more_entries_than_any_message_has_are_refused() {
+        let entries = MAX_ENTRIES + 1;
+        let read = read_message::<FromSource>(&mut &*framed(&[said(barrier(entries))]));
+        assert!(
+            matches!(read, Err(ControlError::TooMany(found)) if found == entries),
+            "{read:?}"
+        );
+        assert!(read_message::<FromSource>(&mut &*framed(&[said(barrier(MAX_ENTRIES))])).is_ok());
+    }
+
+    #[test]
+    fn a_part_of_a_table_is_never_too_long() {
+        let part = ferry_proto::stream::v1::Population {
+            populated: vec![u64::MAX; 2 * crate::wire::RUNS_PER_PART],
+            ..Default::default()
+        };
+        let message = FromSource {
+            message: Some(from_source::Message::Population(part)),
+        };
+        assert_eq!(read_message::<FromSource>(&mut &*written(&message)).unwrap(), message);
+    }
+
+    #[test]
+    fn a_peers_texts_are_cut_where_they_come_in() {
+        let text = "x".repeat(500 << 10);
+        let refused = FromDestination {
+            message: Some(from_destination::Message::Refused(Refused {
+                reasons: vec![text.clone(); 2],
+            })),
+        };
+        let mut bytes = Vec::new();
+        write_message(&mut bytes, &refused).unwrap();
+        let heard: FromDestination = read_message(&mut &*bytes).unwrap();
+        assert!(heard.encoded_len() < 3000, "{}", heard.encoded_len());
+
+        let disarm = Disarm {
+            attempt: None,
+            reason: text,
+        };
+        let disarm = said(from_source::Message::Disarm(disarm));
+        let heard: FromSource = read_message(&mut &*framed(&[disarm])).unwrap();
+        assert!(heard.encoded_len() < 1100, "{}", heard.encoded_len());
     }
 
     #[test]

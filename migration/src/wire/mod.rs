@@ -5,6 +5,8 @@ mod frame;
 mod handshake;
 mod holding;
 mod messages;
+mod spoken;
+mod texts;
 
 pub use control::ControlError;
 pub(crate) use control::{read_message, write_message};
@@ -22,3 +24,6 @@ pub(crate) use messages::{
     RUNS_PER_PART, attempt_from_wire, attempt_to_wire, digest_from_wire, gaps_and_lengths, population_to_wire,
     runs_from_wire,
 };
+pub(crate) use spoken::{Spoken, kind_of_said};
+pub use texts::shorten;
+pub(crate) use texts::shorten_all;

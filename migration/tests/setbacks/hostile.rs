@@ -436,3 +436,28 @@ fn a_manifest_that_lists_other_pages_than_arrived_is_refused() {
     });
     assert!(matches!(error, DestinationError::ManifestRefused(_)), "{error}");
 }
+
+#[test]
+fn states_without_end_are_not_kept_while_pages_are_awaited() {
+    let (error, _) = against(|source| {
+        source.up_to_pages();
+        let awaited = v1::StreamTotals {
+            frames: 5,
+            ..v1::StreamTotals::default()
+        };
+        source.say(Said::Barrier(v1::Barrier {
+            round: 1,
+            totals: vec![awaited],
+        }));
+        for _ in 0..3 {
+            source.say(Said::State(v1::State {
+                attempt: None,
+                machine_state: vec![0; 7 << 20],
+            }));
+        }
+    });
+    assert!(
+        matches!(&error, DestinationError::Misbehaved(what) if what.contains("without waiting")),
+        "{error}"
+    );
+}

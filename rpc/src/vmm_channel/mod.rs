@@ -6,5 +6,5 @@
 mod frame;
 mod versions;
 
-pub(crate) use frame::{MAX_MESSAGE, receive, send};
+pub(crate) use frame::{ChannelError, MAX_MESSAGE, receive, send};
 pub(crate) use versions::brought_by;

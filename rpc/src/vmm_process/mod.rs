@@ -29,6 +29,7 @@ mod jail;
 mod late;
 mod memory;
 mod migrating;
+mod reporting;
 mod sampling;
 mod snapshot;
 mod vmm;

@@ -40,6 +40,7 @@ use super::frames;
 use super::guest::{BlankGuest, Blueprint, LocalGuest, Purpose, Reset};
 use super::late::Late;
 use super::migrating::{Loading, ReadyGuest, Sending};
+use super::reporting;
 use super::sampling::Sampling;
 use crate::vmm_channel;
 
@@ -570,14 +571,11 @@ impl Vmm {
     /// Tells the agent, if there is one that listens.
     pub(super) fn report(&mut self, reply_to: u64, body: Body) {
         let Some((socket, _)) = &self.agent else { return };
-        if let Err(error) = vmm_channel::send(
-            socket,
-            &Report {
-                reply_to,
-                report: Some(body),
-            },
-            &[],
-        ) {
+        let report = Report {
+            reply_to,
+            report: Some(body),
+        };
+        if let Err(error) = reporting::send(socket, report) {
             tracing::info!(%error, "the agent does not listen");
             let _ = socket.shutdown(std::net::Shutdown::Both);
             self.agent = None;
