@@ -23,7 +23,6 @@ pub(crate) fn trials() -> Vec<Trial> {
         what_became_free_right_before_a_move_is_not_sent,
         what_was_called_free_in_a_move_that_was_aborted_is_the_guests_again,
     ]
-    .into()
 }
 
 const MIB: u64 = 1 << 20;

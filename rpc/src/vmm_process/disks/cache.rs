@@ -148,13 +148,20 @@ fn write_back(files: &[Cached]) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::IoSliceMut;
     use std::os::unix::fs::FileExt;
+
+    use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
     use super::*;
 
     fn cache(access: DiskAccess) -> PageCache {
         let image = tempfile::tempfile().unwrap();
         image.write_all_at(&[1; 1 << 20], 0).unwrap();
+        of(image, access)
+    }
+
+    fn of(image: File, access: DiskAccess) -> PageCache {
         PageCache::new(&[Disk {
             path: "/srv/web.img".to_owned(),
             image: Arc::new(image),
@@ -185,5 +192,58 @@ mod tests {
     fn disks_that_bypass_the_cache_or_are_only_read_are_settled() {
         assert_eq!(cache(DiskAccess::ReadOnly).settle(), DiskCondition::Settled);
         assert_eq!(PageCache::default().settle(), DiskCondition::Settled);
+    }
+
+    /// A disk that was written through the page cache, in a folder on a disk: tmpfs has nothing to drop pages to.
+    fn on_disk() -> PageCache {
+        let image = tempfile::tempfile_in("/var/tmp").unwrap();
+        image.write_all_at(&[1; 1 << 20], 0).unwrap();
+        of(image, DiskAccess::ReadWrite)
+    }
+
+    /// Whether a page is in the page cache: a read that may not wait finds it there, or nothing.
+    fn holds(cache: &PageCache, page: u64) -> bool {
+        let mut bytes = [0; 4096];
+        let mut into = [IoSliceMut::new(&mut bytes)];
+        match preadv2(&*cache.files[0].image, &mut into, page * 4096, ReadWriteFlags::NOWAIT) {
+            Ok(read) => read == 4096,
+            Err(Errno::AGAIN) => false,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    #[test]
+    fn what_is_forgotten_is_read_from_the_disk_again() {
+        let cache = on_disk();
+        assert!(holds(&cache, 0) && holds(&cache, 200));
+        cache.write_back().unwrap();
+        cache.forget();
+        assert!(!holds(&cache, 200));
+        assert!(!holds(&cache, 0));
+    }
+
+    #[test]
+    fn what_was_lost_keeps_the_switchover_from_going_on_until_the_guest_was_told() {
+        let cache = cache(DiskAccess::ReadWrite);
+        let lost = Arc::clone(&cache.files[0].lost);
+        lost.store(true, Ordering::Release);
+        let deadline = Instant::now() + PATIENCE;
+        for _ in 0..2 {
+            cache.write_back().unwrap_err();
+            cache.write_back_by(deadline).unwrap_err();
+        }
+        // As the device does when it fails the guest's flush.
+        lost.store(false, Ordering::Release);
+        cache.write_back().unwrap();
+        cache.write_back_by(deadline).unwrap();
+    }
+
+    #[test]
+    fn a_writing_back_that_fails_is_kept_for_the_guest() {
+        // It takes every write and cannot make one last.
+        let null = File::options().read(true).write(true).open("/dev/null").unwrap();
+        let cache = of(null, DiskAccess::ReadWrite);
+        cache.write_back().unwrap_err();
+        assert!(cache.files[0].lost.load(Ordering::Acquire));
     }
 }

@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::super::DeviceStateError;
 use super::block;
 use super::device::Device;
-use super::interrupt::{Interrupt, InterruptFd};
+use super::interrupt::{CONFIG_CHANGED, Interrupt, InterruptFd};
 use super::queue::DeviceQueue;
 use super::registers::{COMMON_FEATURES, MAGIC, RING_EVENT_IDX, Registers, VENDOR, VERSION, VERSION_1, offset, status};
 use super::state;
@@ -318,6 +318,8 @@ impl MmioDevice {
                     );
                 }
                 self.shared.broken.store(true, Ordering::Release);
+                // DRIVER_OK is set: whoever needs a reset then also says so (virtio 1.2, 2.1.2).
+                self.shared.interrupt.raise(CONFIG_CHANGED);
             }
         }
     }

@@ -48,6 +48,9 @@ pub(super) fn parse(image: &impl Image) -> Result<Kernel, KernelError> {
     if segments.is_empty() {
         return Err(damaged("it has nothing to load"));
     }
+    if overlap(&segments) {
+        return Err(damaged("two of its segments overlap in memory"));
+    }
     let start = match (pvh, header.machine) {
         (Some(entry), _) => Start::Pvh(entry),
         // A vmlinux: its entry is `startup_64`, as a physical address. One that could lie anywhere, as programs do, is none.
@@ -70,6 +73,16 @@ pub(super) fn parse(image: &impl Image) -> Result<Kernel, KernelError> {
     })
 }
 
+/// Whether memory would get the same bytes twice. Where none does, no more is copied than the guest has memory, however many segments there are.
+fn overlap(segments: &[Segment]) -> bool {
+    let mut spans: Vec<_> = segments
+        .iter()
+        .map(|segment| (segment.address, segment.address.saturating_add(segment.memory_bytes)))
+        .collect();
+    spans.sort_unstable();
+    spans.windows(2).any(|pair| pair[1].0 < pair[0].1)
+}
+
 /// `COMMAND_LINE_SIZE` of Linux on x86, without the terminating zero: a vmlinux does not say it, and cuts off what is longer.
 const LINUX_CMDLINE_LIMIT: usize = 2047;
 
@@ -90,6 +103,9 @@ const PHYS32_ENTRY: u32 = 18;
 
 /// Notes are a few hundred bytes; this much of them is looked at.
 const NOTES_LIMIT: u64 = 64 << 10;
+
+/// All program headers together, as Linux limits them (`load_elf_phdrs` in `fs/binfmt_elf.c`): kernels have about five.
+const TABLE_LIMIT: usize = 64 << 10;
 
 /// Where a field lies depends on the class.
 struct Header {
@@ -151,10 +167,16 @@ impl Header {
     }
 
     fn programs(&self, image: &impl Image, len: u64) -> Result<Vec<Program>, KernelError> {
-        let least = if self.wide { 56 } else { 32 };
+        let right = if self.wide { 56 } else { 32 };
+        if self.program_size != right {
+            return Err(damaged("its program headers have not the size of this class"));
+        }
         let size = self.program_size * self.program_count;
+        if size > TABLE_LIMIT {
+            return Err(damaged("it has more than 64 KiB of program headers"));
+        }
         let end = self.program_offset.checked_add(size as u64);
-        if self.program_size < least || end.is_none_or(|end| end > len) {
+        if end.is_none_or(|end| end > len) {
             return Err(damaged("its program headers are cut short"));
         }
         let mut table = vec![0; size];
@@ -332,6 +354,56 @@ pub(super) mod tests {
         let mut file = wide();
         file[120 + 32] = 9;
         assert!(matches!(parse(&file), Err(KernelError::Damaged { .. })));
+    }
+
+    /// What is wrong with this file.
+    fn damage(file: &Vec<u8>) -> &'static str {
+        match parse(file) {
+            Err(KernelError::Damaged { what, .. }) => what,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn program_headers_of_another_size_are_refused() {
+        let (mut longer, mut shorter, mut narrow) = (wide(), wide(), narrow());
+        longer[54..56].copy_from_slice(&(16u16 << 10).to_le_bytes());
+        shorter[54] = 55;
+        narrow[42] = 56;
+        for file in [longer, shorter, narrow] {
+            assert!(damage(&file).contains("size of this class"));
+        }
+    }
+
+    #[test]
+    fn table_of_program_headers_above_64_kib_is_refused() {
+        let mut file = wide();
+        // All of them are in the file.
+        file.resize(4 << 20, 0);
+        file[56..58].copy_from_slice(&1171u16.to_le_bytes());
+        assert!(damage(&file).contains("64 KiB"));
+        file[56..58].copy_from_slice(&1170u16.to_le_bytes());
+        // What follows the second one is no header, and is passed over or is damaged: it is not too large.
+        assert!(!matches!(parse(&file), Err(KernelError::Damaged { what, .. }) if what.contains("64 KiB")));
+    }
+
+    /// The file with a second segment, in place of its notes.
+    fn with_segment(address: u64) -> Vec<u8> {
+        let mut file = wide();
+        let segment = file[120..176].to_vec();
+        file[64..120].copy_from_slice(&segment);
+        file[64 + 24..64 + 32].copy_from_slice(&address.to_le_bytes());
+        file
+    }
+
+    #[test]
+    fn segments_that_overlap_in_memory_are_refused() {
+        for address in [0x10_0000, 0x10_003f, 0x10_0000 - 63] {
+            assert!(damage(&with_segment(address)).contains("overlap"), "{address:#x}");
+        }
+        for address in [0x10_0040, 0x10_0000 - 64] {
+            assert_eq!(parse(&with_segment(address)).expect("a vmlinux").segments.len(), 2);
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::super::registers::offset;
 use super::super::testing::Driver;
-use super::{Balloon, BalloonLevel, INFLATE, feature};
+use super::{Balloon, BalloonLevel, DEFLATE, INFLATE, feature};
 use crate::memory::{FrameRun, Span};
 
 const PAGES: u64 = 0x10_0000;
@@ -104,6 +104,39 @@ fn guest_is_told_how_much_it_is_to_give_up() {
     assert_eq!(driver.read(offset::CONFIG), 9);
     assert_ne!(driver.read(offset::CONFIG_GENERATION), generation);
     assert_eq!(driver.read(offset::INTERRUPT_STATUS) & 2, 2);
+}
+
+/// As a driver does that took DEFLATE_ON_OOM, when its guest is short of memory. When that is, it alone decides.
+#[test]
+fn a_guest_takes_pages_back_without_being_told_and_the_wish_stays() {
+    let balloon = Box::<Balloon>::default();
+    let level = balloon.level();
+    let mut driver = Driver::new(balloon);
+    assert_ne!(driver.read(offset::DEVICE_FEATURES) & feature::DEFLATE_ON_OOM as u32, 0);
+    driver.set_up(feature::DEFLATE_ON_OOM);
+    wish(&driver, &level, 4);
+    touch(&driver, 4);
+    let frames: Vec<u8> = (256..260u32).flat_map(u32::to_le_bytes).collect();
+    driver.put(LIST, &frames);
+    let list = |frames: u32| Span {
+        address: LIST,
+        len: 4 * frames,
+    };
+    driver.give(INFLATE, &[(list(4), false)]);
+    assert_eq!(driver.used(INFLATE), Some(0));
+    driver.write(offset::CONFIG + 4, 4);
+    let generation = driver.read(offset::CONFIG_GENERATION);
+
+    driver.give(DEFLATE, &[(list(3), false)]);
+    assert_eq!(driver.used(DEFLATE), Some(0));
+    driver.write(offset::CONFIG + 4, 1);
+    touch(&driver, 3);
+
+    assert_eq!(driver.look(PAGES, 4 * 4096)[..3 * 4096], [7; 3 * 4096]);
+    assert_eq!(driver.look(PAGES + 3 * 4096, 4096), [0; 4096]);
+    assert_eq!((level.wanted_pages(), level.actual_pages()), (4, 1));
+    // Told again, it would give the pages up that it needs.
+    assert_eq!(driver.read(offset::CONFIG_GENERATION), generation);
 }
 
 #[test]

@@ -12,6 +12,7 @@ use super::super::super::DeviceStateError;
 use super::super::device::{Broken, Device, Interest, Turn, Wake};
 use super::super::failures::Failures;
 use super::super::queue::DeviceQueue;
+use super::carrying_out::MOST_ZEROED;
 use super::request::MOST_EXTENTS;
 use super::together::Together;
 use super::{KIND, QUEUE, QUEUE_SIZE, SECTOR, WrittenBlocks, feature, state};
@@ -107,20 +108,22 @@ impl Device for Block {
 
     /// `struct virtio_blk_config` (virtio 1.2, 5.2.4).
     fn config(&self) -> Vec<u8> {
-        let largest = u32::MAX.to_le_bytes();
+        // Only what is given back: it takes the same time, however much it is.
+        let most_discarded = u32::MAX.to_le_bytes();
         let extents = (MOST_EXTENTS as u32).to_le_bytes();
+        let most_zeroed = ((MOST_ZEROED / SECTOR) as u32).to_le_bytes();
         let mut config = vec![0; 60];
         let mut put = |offset: usize, bytes: &[u8]| config[offset..offset + bytes.len()].copy_from_slice(bytes);
         put(0, &self.sectors.to_le_bytes());
         put(12, &(u32::from(QUEUE_SIZE) - 2).to_le_bytes());
         put(20, &(SECTOR as u32).to_le_bytes());
         // Discard: sectors and extents of a request, alignment in sectors.
-        put(36, &largest);
+        put(36, &most_discarded);
         put(40, &extents);
         put(44, &8u32.to_le_bytes());
-        // Write zeroes: the same, and that it may unmap.
-        put(48, &largest);
-        put(52, &extents);
+        // Write zeroes: sectors and extents, and that it may unmap.
+        put(48, &most_zeroed);
+        put(52, &1u32.to_le_bytes());
         put(56, &[1]);
         config
     }

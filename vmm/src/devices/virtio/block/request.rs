@@ -48,7 +48,7 @@ const WRITE_ZEROES: u32 = 13;
 const HEADER_BYTES: u64 = 16;
 const EXTENT_BYTES: usize = 16;
 
-/// The most extents of one request, which is what the configuration space says.
+/// The most extents of one request, which is what the configuration space says of discarding; it said so of zeroing, too.
 pub(super) const MOST_EXTENTS: usize = 16;
 
 impl Request {

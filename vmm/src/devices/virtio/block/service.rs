@@ -79,7 +79,10 @@ impl Block {
                 let Some(job) = self.next_job(queue, turn.memory)? else {
                     break;
                 };
-                let answer = self.carry_out(&job.request, turn.memory);
+                let Some(answer) = self.carry_out(&job.request, turn) else {
+                    queue.undo_pop();
+                    break;
+                };
                 let written = tell_status(&job, answer, turn.memory)?;
                 queue.push(turn.memory, job.head, written)?;
             }
@@ -229,7 +232,10 @@ impl Service<'_> {
         let is_first = self.ring.in_flight() == 0 && self.gathered.is_none();
         let is_alone = is_first && !self.disk.is_crowded.get() && !self.queue.has_more(memory)?;
         if way == Way::AtOnce || (is_first && way == Way::Alone) || is_alone {
-            let answer = self.disk.carry_out(&job.request, memory);
+            let Some(answer) = self.disk.carry_out(&job.request, self.turn) else {
+                self.queue.undo_pop();
+                return Ok(());
+            };
             // Asked before the guest is answered: what is there now, it asked for without waiting.
             let has_others = self.queue.has_more(memory)?;
             self.disk.is_crowded.set(self.disk.is_crowded.get() || has_others);
@@ -311,8 +317,11 @@ impl Service<'_> {
         let mut answered = Ok(());
         for job in std::mem::take(&mut self.held) {
             landed = true;
-            let answer = self.disk.carry_out(&job.request, self.turn.memory);
-            answered = answered.and(self.answer(&job, answer));
+            match self.disk.carry_out(&job.request, self.turn) {
+                Some(answer) => answered = answered.and(self.answer(&job, answer)),
+                // The last that was taken: nothing is while something is held, and what else is held was in flight and goes in no pieces.
+                None => self.queue.undo_pop(),
+            }
         }
         answered.map(|()| landed)
     }

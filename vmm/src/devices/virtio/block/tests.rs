@@ -2,11 +2,14 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use proptest::prelude::*;
 
-use super::super::registers::offset;
+use super::super::registers::{VERSION_1, offset, status};
 use super::super::testing::{Driver, NEXT, Raw, WRITE};
+use super::bursts::{self, answers, at_once};
 use super::{Block, feature};
 use crate::machine::{DiskAccess, DiskBackend};
 use crate::memory::Span;
@@ -153,6 +156,129 @@ fn discarded_and_zeroed_sectors_read_as_zeroes() {
     }
 }
 
+/// Has the next request ask for these extents: first sector, sectors, and that their space may be given back.
+fn put_extents(driver: &Driver, extents: &[(u64, u32)]) -> (Span, bool) {
+    let bytes: Vec<u8> = extents
+        .iter()
+        .flat_map(|(sector, count)| [sector.to_le_bytes(), (u64::from(*count) | 1 << 32).to_le_bytes()].concat())
+        .collect();
+    driver.put(DATA, &bytes);
+    (span(DATA, bytes.len() as u32), false)
+}
+
+#[test]
+fn driver_is_offered_zeroing_by_64_mib_and_discarding_without_limit() {
+    let driver = driver(&image(8));
+    assert_eq!(
+        [36, 40, 48, 52].map(|field| driver.read(offset::CONFIG + field)),
+        [u32::MAX, 16, (64 << 20) / 512, 1]
+    );
+}
+
+/// As a guest may ask for that an earlier build set up.
+#[test]
+fn more_than_is_offered_is_zeroed_all_the_same() {
+    const SECTORS: u64 = (200 << 20) / 512;
+    let file = image(SECTORS);
+    let places = [0, SECTORS * 512 / 2, (SECTORS - 1) * 512];
+    for place in places {
+        file.write_all_at(&[9; 512], place).expect("file");
+    }
+    let disk = disk(&file, DiskAccess::ReadWrite);
+    let written = disk.written();
+    written.start();
+    let mut driver = Driver::new(disk);
+    driver.set_up(FLUSHES);
+    let half = (SECTORS / 2) as u32;
+    let extents = put_extents(&driver, &[(0, half), (SECTORS / 2, half)]);
+    assert_eq!(ask(&mut driver, 13, 0, &[extents]), (0, 1));
+    for place in places {
+        let mut found = [1; 512];
+        file.read_exact_at(&mut found, place).expect("file");
+        assert_eq!(found, [0; 512]);
+    }
+    assert_eq!(written.take(), [u64::MAX; (SECTORS / 8 / 64) as usize]);
+}
+
+#[test]
+fn a_disk_rests_between_two_pieces_and_whoever_goes_on_begins_again() {
+    // 65,536 pieces.
+    const SECTORS: u64 = (256 << 30) / 512;
+    for has_ring in [true, false] {
+        let file = image(SECTORS);
+        let mut there = disk(&file, DiskAccess::ReadWrite);
+        if !has_ring {
+            there.ring = None;
+        }
+        let written = there.written();
+        written.start();
+        let mut driver = Driver::new(there);
+        driver.set_up(FLUSHES);
+        let all = (0, SECTORS as u32);
+        let extents = put_extents(&driver, &[all; 16]);
+        give(&mut driver, 11, 0, &[extents]);
+        while written.take().iter().all(|word| *word == 0) {
+            assert!(!driver.has_used(0), "it is over before it was seen to begin");
+        }
+        assert!(driver.rest());
+        assert_eq!((driver.has_used(0), driver.look(STATUS, 1)), (false, vec![0xaa]));
+
+        let mut after = driver.moved_to(disk(&file, DiskAccess::ReadWrite));
+        assert_eq!(after.device.save().transport, driver.device.save().transport);
+        after.device.go_on();
+        assert_eq!((after.used(0), after.look(STATUS, 1)), (Some(1), vec![0]));
+    }
+}
+
+/// A disk of which somebody else finds that what was written back did not reach it.
+fn with_losses(features: u64) -> (Driver, Arc<AtomicBool>) {
+    let lost = Arc::new(AtomicBool::new(false));
+    let backend = DiskBackend {
+        file: image(64),
+        access: DiskAccess::ReadWrite,
+        serial: String::new(),
+        lost: Arc::clone(&lost),
+    };
+    let mut driver = Driver::new(Box::new(Block::new(backend).expect("disk")));
+    driver.set_up(features);
+    (driver, lost)
+}
+
+#[test]
+fn what_was_lost_fails_the_next_flush_and_no_other_request() {
+    let (mut driver, lost) = with_losses(FLUSHES);
+    assert_eq!(ask(&mut driver, 4, 0, &[]), (0, 1));
+    lost.store(true, Ordering::Release);
+    assert_eq!(ask(&mut driver, 0, 0, &[(span(DATA, 512), true)]).0, 0);
+    assert_eq!(ask(&mut driver, 1, 0, &[(span(DATA, 512), false)]).0, 0);
+    assert!(lost.load(Ordering::Acquire), "nobody was told");
+    assert_eq!(ask(&mut driver, 4, 0, &[]), (1, 1));
+    assert_eq!(ask(&mut driver, 4, 0, &[]), (0, 1));
+    assert!(!lost.load(Ordering::Acquire));
+}
+
+#[test]
+fn what_was_lost_fails_one_flush_among_other_requests() {
+    let (mut driver, lost) = with_losses(FLUSHES);
+    lost.store(true, Ordering::Release);
+    at_once(&mut driver, |driver| {
+        bursts::give(driver, 0, 0, 3);
+        bursts::give(driver, 1, 1, 8);
+        bursts::give(driver, 2, 4, 0);
+    });
+    answers(&mut driver, 3);
+    assert_eq!([0, 1, 2].map(|number| bursts::status(&driver, number)), [0, 0, 1]);
+    assert_eq!(ask(&mut driver, 4, 0, &[]), (0, 1));
+}
+
+#[test]
+fn what_was_lost_fails_the_next_write_of_a_driver_that_does_not_flush() {
+    let (mut driver, lost) = with_losses(0);
+    lost.store(true, Ordering::Release);
+    assert_eq!(ask(&mut driver, 1, 0, &[(span(DATA, 512), false)]).0, 1);
+    assert_eq!(ask(&mut driver, 1, 0, &[(span(DATA, 512), false)]).0, 0);
+}
+
 #[test]
 fn capacity_is_told() {
     assert_eq!(driver(&image(4711)).read(offset::CONFIG), 4711);
@@ -222,6 +348,28 @@ fn smaller_disk_is_not_the_guests() {
     assert!(error.to_string().contains("sectors"), "{error}");
     let larger = before.moved_to(disk(&image(11), DiskAccess::ReadWrite));
     assert_eq!(larger.read(offset::CONFIG), 10);
+}
+
+#[test]
+fn queues_that_cannot_be_break_the_device_and_the_driver_is_told() {
+    let driver = Driver::new(disk(&image(8), DiskAccess::ReadWrite));
+    driver.write(offset::STATUS, 3);
+    driver.write(offset::DRIVER_FEATURES_SELECT, 1);
+    driver.write(offset::DRIVER_FEATURES, (VERSION_1 >> 32) as u32);
+    driver.write(offset::STATUS, 3 | status::FEATURES_OK);
+    driver.write(offset::QUEUE_SIZE, 16);
+    // Far beyond the memory.
+    driver.write(offset::QUEUE_DESCRIPTORS + 4, 1);
+    driver.write(offset::QUEUE_READY, 1);
+    assert_eq!(driver.read(offset::INTERRUPT_STATUS), 0);
+    driver.write(offset::STATUS, 3 | status::FEATURES_OK | status::DRIVER_OK);
+    assert_ne!(driver.read(offset::STATUS) & status::NEEDS_RESET, 0);
+    assert_eq!(driver.read(offset::INTERRUPT_STATUS), 2, "the configuration changed");
+    driver.write(offset::STATUS, 0);
+    assert_eq!(
+        (driver.read(offset::STATUS), driver.read(offset::INTERRUPT_STATUS)),
+        (0, 0)
+    );
 }
 
 #[test]
