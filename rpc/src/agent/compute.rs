@@ -44,6 +44,15 @@ use crate::vmm_process::{CONSOLE_LOG, monotonic_ns};
 /// How long the next piece of an image is waited for, of which a slow link has one under way.
 const PIECE_TIME: Duration = Duration::from_secs(30);
 
+/// What somebody is told who began to send an image and stopped.
+fn silent_upload(hash: Option<&str>) -> Failure {
+    Failure::Refused(format!(
+        "no piece of image {} came for {} s",
+        hash.unwrap_or("(none was named)"),
+        PIECE_TIME.as_secs()
+    ))
+}
+
 /// The service over one agent.
 pub(crate) struct ComputeService(pub(crate) Arc<Agent>);
 
@@ -432,7 +441,7 @@ impl Compute for ComputeService {
         let mut upload: Option<(Upload, String)> = None;
         while let Some(chunk) = tokio::time::timeout(PIECE_TIME, chunks.next())
             .await
-            .map_err(|_| Failure::Refused(format!("no piece of an image came for {} s", PIECE_TIME.as_secs())))?
+            .map_err(|_| silent_upload(upload.as_ref().map(|(_, hash)| hash.as_str())))?
         {
             let chunk = chunk?;
             let (image, _) = match &mut upload {
