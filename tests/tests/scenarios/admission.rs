@@ -1,5 +1,7 @@
 //! Migrations that come to one host in the same moment: no more of them pass its checks than it can have.
 
+use std::collections::HashSet;
+
 use anyhow::{Result, ensure};
 use ferry_proto::agent::v1::compute_client::ComputeClient;
 use ferry_proto::agent::v1::{ImageChunk, InstanceSpec, PreLiveMigrationRequest, RollbackRequest};
@@ -105,14 +107,22 @@ fn come_together(
     let guests: Vec<_> = guests.collect();
     Runtime::new()?.block_on(async {
         let channel = Endpoint::from_shared(pair.b.url())?.connect().await?;
+        // The kernel of each is sent as a source sends it: once B has said that it is missing.
+        let mut sent = HashSet::new();
         for (number, request) in &guests {
+            let mut client = ComputeClient::new(channel.clone());
             let hash = request
                 .spec
                 .as_ref()
                 .map_or_else(String::new, |spec| spec.kernel.clone());
+            if !sent.insert(hash.clone()) {
+                continue;
+            }
+            let told = client.pre_live_migration(request.clone()).await?.into_inner();
+            ensure!(told.missing_images.contains(&hash), "{told:?}");
             let bytes = kernel(*number);
             let chunks = tokio_stream::iter([ImageChunk { hash, bytes }]);
-            ComputeClient::new(channel.clone()).put_image(chunks).await?;
+            client.put_image(chunks).await?;
         }
         let mut coming = JoinSet::new();
         for (_, request) in guests.clone() {
