@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -73,6 +74,22 @@ impl Linux {
     fn device(mut self, flag: &str, value: &str) -> Self {
         self.devices.extend([flag.to_owned(), value.to_owned()]);
         self
+    }
+
+    /// The same with a copy of its kernel, in this folder, that has no PVH entry point: it is started by the 64-bit protocol of Linux.
+    ///
+    /// # Errors
+    /// If it cannot be written, or the kernel has no such entry point.
+    pub fn without_pvh(mut self, folder: &Path) -> Result<Self> {
+        // A note's header: length of the name, length of what it says (an address of 8 bytes), type 18, name.
+        const NOTE: [u8; 16] = *b"\x04\0\0\0\x08\0\0\0\x12\0\0\0Xen\0";
+        let mut kernel = fs::read(&self.image.kernel)?;
+        let found = kernel.windows(NOTE.len()).position(|bytes| bytes == NOTE);
+        let note = found.context("the Linux guest's kernel has no PVH entry point")?;
+        kernel[note + 8] = 0xff;
+        self.image.kernel = folder.join("vmlinux-without-pvh");
+        fs::write(&self.image.kernel, kernel)?;
+        Ok(self)
     }
 
     /// Runs it on a host.

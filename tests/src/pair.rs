@@ -305,8 +305,7 @@ fn remove_remains(folder: &Path) {
     let _ = until("all processes are gone", CALL, || {
         Ok(process::naming(folder).is_empty().then_some(()))
     });
-    for host in HOSTS {
-        let data_dir = folder.join(host);
+    for data_dir in data_dirs(folder) {
         for instance in fs::read_dir(data_dir.join("instances")).into_iter().flatten().flatten() {
             remove_cgroup(&instance.file_name());
         }
@@ -315,6 +314,13 @@ fn remove_remains(folder: &Path) {
             let _ = fs::remove_dir_all(Path::new(root).join(&name));
         }
     }
+}
+
+/// The data directories of the agents: in the folder, and in a folder in it where they are another user's.
+fn data_dirs(folder: &Path) -> Vec<PathBuf> {
+    let folders = fs::read_dir(folder).into_iter().flatten().flatten();
+    let homes = folders.map(|found| found.path()).chain([folder.to_owned()]);
+    homes.flat_map(|home| HOSTS.map(|host| home.join(host))).collect()
 }
 
 /// What the folder is called in which a host with this data directory keeps the started marks of guests that move in.

@@ -29,7 +29,7 @@ pub use host::{HostCapabilities, Incompatibility, host};
 pub use host_files::keep_host_files;
 pub use kvm::{DirtyClearer, HostError, KvmError};
 pub use machine::{
-    Backends, BlankMachine, ConsoleInput, CpuModel, DirtyMode, DiskAccess, DiskBackend, EventSink, Machine,
+    Backends, BlankMachine, ConsoleInput, CpuModel, DirtyMode, DiskAccess, DiskBackend, EventSink, Losses, Machine,
     MachineConfig, MachineError, MachineEvent, NicBackend, PauseTimes, RunState, ThrottledVcpus,
 };
 pub use memory::{

@@ -12,6 +12,7 @@
 
 mod backends;
 mod blank;
+mod losses;
 mod running;
 mod throttling;
 mod virtio;
@@ -24,6 +25,7 @@ use thiserror::Error;
 
 pub use self::backends::{Backends, DiskAccess, DiskBackend, NicBackend};
 pub use self::blank::BlankMachine;
+pub use self::losses::Losses;
 pub use self::running::{ConsoleInput, Machine};
 pub use self::throttling::ThrottledVcpus;
 use crate::arch::x86_64::board::Board;

@@ -59,7 +59,7 @@ impl HostSide {
                 true => Some(Arc::new(File::from(next("what is copied")?))),
                 false => None,
             };
-            let lost = Arc::default();
+            let losses = Arc::default();
             let image = file
                 .try_clone()
                 .with_context(|| format!("failed to keep disk {}", disk.path))?;
@@ -70,13 +70,13 @@ impl HostSide {
                 readers,
                 target,
                 access,
-                lost: Arc::clone(&lost),
+                losses: Arc::clone(&losses),
             });
             backends.disks.push(DiskBackend {
                 file,
                 access,
                 serial: disk.serial.clone(),
-                lost,
+                losses,
             });
         }
         for nic in &spec.nics {

@@ -12,10 +12,11 @@ use anyhow::{Context, Result, bail, ensure};
 use ferry_probe::console::parse;
 use ferry_probe::device_work::{STAMPED_BYTES, disk_stamp};
 use ferry_probe::report::{Line, Transfers};
-use ferry_tests::{Guest, Host, Pair, Witness, until, waiting::MOVE};
+use ferry_tests::{Guest, Host, LoopDevice, Pair, Witness, until, waiting::MOVE};
 use libtest_mimic::Trial;
+use rustix::fs::statvfs;
 
-use crate::scenario::{in_a_network, ip, on_kvm};
+use crate::scenario::{command, in_a_network, ip, make_file_system, on_kvm, with_mounts_of_its_own};
 
 pub(crate) fn trials() -> Vec<Trial> {
     let disks = on_kvm![
@@ -25,11 +26,15 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_disk_that_shrinks_fails_its_guests_requests_and_nothing_else,
         more_requests_than_the_queue_has_room_for_are_refused_by_the_guest,
     ];
+    let mounted = match LoopDevice::can_be_had() {
+        true => on_kvm![writes_that_the_host_has_no_room_for_fail_and_nothing_else],
+        false => Vec::new(),
+    };
     let networks = in_a_network![
         frames_that_the_guest_sends_come_out_of_its_tap,
         frames_for_the_guest_arrive,
     ];
-    disks.into_iter().chain(networks).collect()
+    disks.into_iter().chain(mounted).chain(networks).collect()
 }
 
 const PAGES: u64 = 16 << 8;
@@ -160,6 +165,44 @@ fn a_disk_that_shrinks_fails_its_guests_requests_and_nothing_else(pair: &mut Pai
     pair.a.wait_for_status("other", "running")?;
     pair.a.ferry(&["delete", "other", "--force"])?.exit(0)?;
     pair.runs_only_at(&pair.a, "g", &witness)
+}
+
+fn writes_that_the_host_has_no_room_for_fail_and_nothing_else(pair: &mut Pair) -> Result<()> {
+    pair.expect_complaint("a disk request failed");
+    let (file_system, folder) = (pair.folder().join("small.img"), pair.folder().join("small"));
+    make_file_system(&file_system)?;
+    fs::create_dir(&folder)?;
+    let image = folder.join("disk");
+    // A quarter of what the guest's disk may grow to is left.
+    const ROOM: u64 = PAGES * STAMPED_BYTES / 4;
+    pair.a.terminate()?;
+    pair.b.terminate()?;
+    with_mounts_of_its_own(|| {
+        let names = [&file_system, &folder].map(|path| path.display().to_string());
+        command("mount", &["-o", "loop", &names[0], &names[1]])?;
+        File::create(&image)?.set_len(PAGES * STAMPED_BYTES)?;
+        let free = statvfs(&folder)?;
+        let filler = free.f_bavail * free.f_frsize - ROOM;
+        command(
+            "fallocate",
+            &["-l", &filler.to_string(), &folder.join("filler").display().to_string()],
+        )?;
+        pair.a.start()?;
+        pair.b.start()
+    })?;
+
+    let witness = pair.run(&with_disk(&image, "io=seqwrite block_kib=64 depth=4 seconds=2"))?;
+
+    let told = transfers(&pair.a)?;
+    ensure!(told.operations > told.failed && told.failed > 0, "{told}");
+    let logged = pair.a.ferry(&["logs", "g"])?.exit(0)?.stdout;
+    ensure!(logged.contains("No space left"), "{logged}");
+    ensure!(logged.matches("a disk request failed").count() < 4, "{logged}");
+    pair.migrate("g", &["--digests"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+    pair.runs_only_at(&pair.b, "g", &witness)
 }
 
 fn more_requests_than_the_queue_has_room_for_are_refused_by_the_guest(pair: &mut Pair) -> Result<()> {

@@ -1,19 +1,15 @@
 //! What a VMM can do beyond its guest: nothing.
 
-use std::fs::{self, Permissions};
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::thread;
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{Guest, Host, Pair, Witness, binary, intrusion};
+use ferry_tests::{Guest, Host, Pair, Witness, intrusion, until, waiting::CALL};
 use libtest_mimic::Trial;
 use nix::libc;
-use nix::sched::{CloneFlags, unshare};
-use rustix::fs::{CWD, FileType, Mode, mknodat};
-use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
 
-use crate::scenario::on_kvm;
+use crate::scenario::{command, on_kvm, with_mounts_of_its_own};
 
 pub(crate) fn trials() -> Vec<Trial> {
     // What an agent that is not root can do for its VMMs depends on the host.
@@ -25,7 +21,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_vmm_sees_its_folder_and_no_network,
         each_vmm_has_a_user_of_its_own,
         a_guest_that_moved_is_confined_there,
-        an_agent_that_is_not_root_confines_its_vmms,
+        each_vmm_has_a_cgroup_of_its_own,
         a_forbidden_call_of_a_vcpu_kills_that_vmm_only,
         a_forbidden_call_of_a_device_kills_that_vmm_only,
         a_forbidden_call_of_who_listens_kills_that_vmm_only,
@@ -122,61 +118,32 @@ fn a_guest_that_moved_is_confined_there(pair: &mut Pair) -> Result<()> {
     Ok(())
 }
 
-/// What it can without being root: filters, and nothing to be had beyond its user. The rest depends on the host.
-fn an_agent_that_is_not_root_confines_its_vmms(pair: &mut Pair) -> Result<()> {
-    pair.a.kill();
-    let home = become_nobody(pair)?;
-    start_where_kvm_is_everybodys(&mut pair.a, &home.join("kvm"))?;
-    let kernel = home.join("probe.elf");
-    fs::copy(pair.kernel(), &kernel)?;
+/// Everything that is in a VMM's process is its instance's, and goes on when a service manager ends the agent's cgroup.
+fn each_vmm_has_a_cgroup_of_its_own(pair: &mut Pair) -> Result<()> {
+    pair.a.terminate()?;
+    with_mounts_of_its_own(|| {
+        // Whatever this host has mounted for itself.
+        command("mount", &["-t", "cgroup2", "none", "/sys/fs/cgroup"])?;
+        pair.a.start()
+    })?;
+    pair.run(&Guest::new("g"))?;
+    let (process, folder) = (pair.a.vmm()?, folder(&pair.a, "g")?);
+    let own = format!("0::/ferry/{}", folder.file_name().context("no name")?.display());
 
-    pair.a
-        .ferry(&Guest::new("g").arguments(&kernel.display().to_string()))?
-        .exit(0)?;
-
-    let witness = Witness::of(&[&pair.a]);
-    witness.wait_ready()?;
-    let status = Status::of(pair.a.vmm()?)?;
-    status.has("CapEff", "0000000000000000")?;
-    status.has("NoNewPrivs", "1")?;
-    status.has("Seccomp", "2")?;
-    ensure!(status.user()? == NOBODY);
-    pair.a.ferry(&["reboot", "g"])?.exit(0)?;
-    witness.wait_ready_times(2)
-}
-
-const NOBODY: u32 = 65534;
-
-/// The agent of host `a` is another user's from its next start on, with what it needs in a folder of that user's.
-fn become_nobody(pair: &mut Pair) -> Result<PathBuf> {
-    fs::set_permissions(pair.folder(), Permissions::from_mode(0o755))?;
-    let (home, ferry) = (pair.folder().join("nobody"), pair.folder().join("ferry"));
-    fs::copy(binary::ferry()?, &ferry).context("failed to copy the binary")?;
-    fs::create_dir(&home)?;
-    chown(&home, Some(NOBODY), Some(NOBODY))?;
-    pair.a.become_user(NOBODY, &ferry, &home.join("data"));
-    Ok(home)
-}
-
-/// In mounts of the agent's own: the host's device stays as it is.
-fn start_where_kvm_is_everybodys(host: &mut Host, node: &Path) -> Result<()> {
-    let start = || -> Result<()> {
-        unshare(CloneFlags::CLONE_NEWNS)?;
-        mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
-        mknodat(
-            CWD,
-            node,
-            FileType::CharacterDevice,
-            Mode::empty(),
-            fs::metadata("/dev/kvm")?.rdev(),
-        )?;
-        fs::set_permissions(node, Permissions::from_mode(0o666))?;
-        mount_bind(node, "/dev/kvm")?;
-        host.start()
+    let is_there = || -> Result<bool> {
+        let groups = fs::read_to_string(format!("/proc/{process}/cgroup"))?;
+        Ok(groups.lines().any(|group| group == own))
     };
-    // What is started from a thread is in its mounts.
-    let started = thread::scope(|scope| scope.spawn(start).join());
-    started.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    until(&format!("the VMM is in {own}"), CALL, || Ok(is_there()?.then_some(())))?;
+
+    let seen_by_the_agent = PathBuf::from(format!(
+        "/proc/{}/root/sys/fs/cgroup",
+        pair.a.pid().context("no agent")?
+    ));
+    let group = seen_by_the_agent.join(own.trim_start_matches("0::/"));
+    ensure!(group.is_dir(), "{}", group.display());
+    pair.a.ferry(&["delete", "g", "--force"])?.exit(0)?;
+    until("the cgroup is gone", CALL, || Ok((!group.exists()).then_some(())))
 }
 
 fn a_forbidden_call_of_a_vcpu_kills_that_vmm_only(pair: &mut Pair) -> Result<()> {
@@ -256,10 +223,10 @@ fn folder(host: &Host, instance: &str) -> Result<PathBuf> {
 }
 
 /// What the kernel says of a process.
-struct Status(String);
+pub(crate) struct Status(String);
 
 impl Status {
-    fn of(process: u32) -> Result<Self> {
+    pub(crate) fn of(process: u32) -> Result<Self> {
         Ok(Self(fs::read_to_string(format!("/proc/{process}/status"))?))
     }
 
@@ -268,13 +235,13 @@ impl Status {
         lines.find_map(|line| Some(line.strip_prefix(name)?.strip_prefix(':')?.trim()))
     }
 
-    fn has(&self, name: &str, value: &str) -> Result<()> {
+    pub(crate) fn has(&self, name: &str, value: &str) -> Result<()> {
         ensure!(self.field(name) == Some(value), "{name} is {:?}", self.field(name));
         Ok(())
     }
 
     /// Its user, if real, effective, saved and file system's are the same.
-    fn user(&self) -> Result<u32> {
+    pub(crate) fn user(&self) -> Result<u32> {
         let users: Vec<_> = self.field("Uid").unwrap_or_default().split_whitespace().collect();
         ensure!(users.windows(2).all(|pair| pair[0] == pair[1]), "{users:?}");
         Ok(users.first().context("no user")?.parse()?)

@@ -1,5 +1,9 @@
 //! A guest that nobody here wrote: Linux boots, moves, reboots, switches off and panics, also while it is copied.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
 use anyhow::{Context, Result, ensure};
 use ferry_tests::linux::{BOOT, Console, Linux, carry_out, ticks, wait_printed};
 use ferry_tests::waiting::{CALL, MOVE};
@@ -7,7 +11,7 @@ use ferry_tests::{Pair, until};
 use libtest_mimic::Trial;
 
 use crate::booted;
-use crate::scenario::{is_long, on_kvm};
+use crate::scenario::{command, is_long, on_kvm};
 
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = on_kvm![
@@ -19,7 +23,11 @@ pub(crate) fn trials() -> Vec<Trial> {
         linux_that_panics_is_crashed,
     ];
     if is_long() {
-        trials.extend(on_kvm![linux_boots_by_the_mp_table, linux_boots_with_eight_vcpus]);
+        trials.extend(on_kvm![
+            linux_boots_by_the_mp_table,
+            linux_boots_with_eight_vcpus,
+            linux_of_the_64_bit_protocol_trims_its_disk_and_draws_random_numbers,
+        ]);
     }
     trials
 }
@@ -140,6 +148,41 @@ fn linux_that_panics_is_crashed(pair: &mut Pair) -> Result<()> {
     );
     ensure!(Console::of(&pair.a)?.text()?.contains("Kernel panic"));
     Ok(())
+}
+
+fn linux_of_the_64_bit_protocol_trims_its_disk_and_draws_random_numbers(pair: &mut Pair) -> Result<()> {
+    let disk = pair.folder().join("g.img");
+    fs::write(&disk, vec![0xa5; 64 << 20])?;
+    let name = disk.display().to_string();
+    command("mkfs.ext4", &["-q", "-F", "-E", "nodiscard", &name])?;
+    let full = allocated(&disk)?;
+    Linux::new("g")?
+        .without_pvh(pair.folder())?
+        .disk(&format!("path={name}"))
+        .words("ferry.disk")
+        .run(&pair.a)?;
+    wait_printed(&pair.a, "RECORDS", 1, BOOT)?;
+
+    carry_out(&pair.a, "g", "$b fstrim /data", BOOT)?;
+    let trimmed = allocated(&disk)?;
+    ensure!(
+        trimmed < full / 2,
+        "{full} bytes before it was trimmed, {trimmed} after"
+    );
+
+    carry_out(&pair.a, "g", "$b dd if=/dev/hwrng of=/tmp/1 bs=16 count=1", BOOT)?;
+    pair.migrate("g", &["--digests"])?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+    carry_out(&pair.b, "g", "$b dd if=/dev/hwrng of=/tmp/2 bs=16 count=1", BOOT)?;
+    carry_out(&pair.b, "g", "[ -s /tmp/2 ] && ! $b cmp -s /tmp/1 /tmp/2", BOOT)?;
+    pair.exists_only_at(&pair.b, "g")
+}
+
+/// How many bytes of a file are on its disk.
+fn allocated(file: &Path) -> Result<u64> {
+    Ok(fs::metadata(file)?.blocks() * 512)
 }
 
 fn linux_boots_by_the_mp_table(pair: &mut Pair) -> Result<()> {

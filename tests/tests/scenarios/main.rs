@@ -64,6 +64,7 @@ mod silence;
 mod snapshots;
 mod soak;
 mod storage;
+mod unprivileged;
 mod upgrades;
 mod verify;
 
@@ -121,6 +122,7 @@ fn main() -> ExitCode {
         faults::trials(),
         hostile::trials(),
         jail::trials(),
+        unprivileged::trials(),
         callers::trials(),
         fields::trials(),
         foreign::trials(),
@@ -133,5 +135,6 @@ fn main() -> ExitCode {
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     booted::forget();
+    scenario::tell_the_slowest();
     conclusion.exit_code()
 }

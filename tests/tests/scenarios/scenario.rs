@@ -1,14 +1,18 @@
 //! What every scenario shares: a pair of agents before it, a look at the logs after it.
 
+use std::cmp::Reverse;
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use ferry_tests::{Host, Pair, Relay, Tampering, Witness, until, waiting::CALL};
 use libtest_mimic::{Failed, Trial};
 use rustix::fs::{Access, access};
 use rustix::io::Errno;
+use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::thread::UnshareFlags;
 
 /// Scenarios with two running agents; they need KVM. Named after their functions.
@@ -40,14 +44,14 @@ pub(crate) fn trial_on_kvm(name: &str, body: impl FnOnce(&mut Pair) -> Result<()
         let pair = Pair::start().map_err(|error| format!("{error:#}"))?;
         judge(pair, body)
     };
-    Trial::test(short(name), run).with_ignored_flag(!kvm_is_here())
+    timed(name, run).with_ignored_flag(!kvm_is_here())
 }
 
 /// One scenario with two running agents that share a network with nobody: it is gone with them, whatever was made in it.
 pub(crate) fn trial_in_a_network(name: &str, body: impl FnOnce(&mut Pair) -> Result<()> + Send + 'static) -> Trial {
     let run = move || {
         let in_it = || -> Result<(), Failed> {
-            match unshare_network() {
+            match unshare(UnshareFlags::NEWNET) {
                 Err(Errno::PERM) => {
                     eprintln!("skipped: this process may not make a network namespace");
                     return Ok(());
@@ -62,15 +66,26 @@ pub(crate) fn trial_in_a_network(name: &str, body: impl FnOnce(&mut Pair) -> Res
         let ended = std::thread::spawn(in_it).join();
         ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     };
-    Trial::test(short(name), run).with_ignored_flag(!kvm_is_here())
+    timed(name, run).with_ignored_flag(!kvm_is_here())
 }
 
 #[expect(
     deprecated,
     reason = "its successor is unsafe for the sake of other flags than this one"
 )]
-fn unshare_network() -> rustix::io::Result<()> {
-    rustix::thread::unshare(UnshareFlags::NEWNET)
+fn unshare(what: UnshareFlags) -> rustix::io::Result<()> {
+    rustix::thread::unshare(what)
+}
+
+/// Does something in mounts of its own. What it starts stays in them; the host's are as they were.
+pub(crate) fn with_mounts_of_its_own<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let in_them = || {
+        unshare(UnshareFlags::NEWNS)?;
+        mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
+        work()
+    };
+    let ended = std::thread::scope(|scope| scope.spawn(in_them).join());
+    ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// Calls `ip` (of iproute2) in the network of this scenario, and gives back what it prints.
@@ -104,7 +119,33 @@ pub(crate) fn trial_without_kvm(name: &str, body: impl FnOnce(&mut Pair) -> Resu
         let pair = Pair::prepare().map_err(|error| format!("{error:#}"))?;
         judge(pair, body)
     };
-    Trial::test(short(name), run)
+    timed(name, run)
+}
+
+/// How long each scenario took that has run.
+static TIMES: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
+
+/// A trial that notes how long it took.
+fn timed(name: &str, run: impl FnOnce() -> Result<(), Failed> + Send + 'static) -> Trial {
+    let name = short(name).to_owned();
+    Trial::test(name.clone(), move || {
+        let began = Instant::now();
+        let outcome = run();
+        let mut times = TIMES.lock().unwrap_or_else(PoisonError::into_inner);
+        times.push((began.elapsed(), name));
+        outcome
+    })
+}
+
+/// Names the scenarios that took longest: where to begin when all of them together take too long.
+pub(crate) fn tell_the_slowest() {
+    const TOLD: usize = 30;
+    let mut times = TIMES.lock().unwrap_or_else(PoisonError::into_inner);
+    times.sort_by_key(|&(took, _)| Reverse(took));
+    println!("the slowest of {} scenarios, in seconds:", times.len());
+    for (took, name) in times.iter().take(TOLD) {
+        println!("{:6.1} {name}", took.as_secs_f64());
+    }
 }
 
 /// Whether the long matrices are asked for.

@@ -5,7 +5,8 @@ use std::fs::File;
 use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+
+use super::losses::Losses;
 
 /// All of a machine's backends. The guest finds the disks first, then the network cards, each kind in this order.
 #[derive(Debug, Default)]
@@ -25,9 +26,8 @@ pub struct DiskBackend {
     pub access: DiskAccess,
     /// What the guest is told as the disk's serial number: at most 20 bytes are (virtio 1.2, 5.2.6.1).
     pub serial: String,
-    /// Set by whoever else writes the file back and finds that something did not reach the disk: the guest's next flush then fails, as it
-    /// would have without them.
-    pub lost: Arc<AtomicBool>,
+    /// What whoever else writes the file back finds that did not reach the disk.
+    pub losses: Arc<Losses>,
 }
 
 /// Whether a guest may write a disk.

@@ -227,7 +227,7 @@ fn machine(
             file: disk()?,
             access: DiskAccess::ReadWrite,
             serial: SERIAL.to_owned(),
-            lost: Default::default(),
+            losses: Default::default(),
         }],
         nics: vec![NicBackend {
             tap: OwnedFd::from(tap),

@@ -7,13 +7,12 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use ferry_migration::guest::DiskCondition;
-use ferry_vmm::DiskAccess;
+use ferry_vmm::{DiskAccess, Losses};
 use rustix::fs::{Advice, OFlags, fadvise, fcntl_getfl};
 
 use super::Disk;
@@ -32,24 +31,16 @@ pub(super) struct PageCache {
     settling: Option<JoinHandle<()>>,
 }
 
-/// A disk that is written through the page cache. The kernel tells of a failed writing back once per open file, and the guest's device has
-/// the same one: what is found out here is kept, for the guest's next flush and for every later writing back.
+/// A disk that is written through the page cache.
 #[derive(Debug, Clone)]
 struct Cached {
     image: Arc<File>,
-    lost: Arc<AtomicBool>,
+    losses: Arc<Losses>,
 }
 
 impl Cached {
     fn write_back(&self) -> io::Result<()> {
-        if let Err(error) = self.image.sync_data() {
-            self.lost.store(true, Ordering::Release);
-            return Err(error);
-        }
-        if self.lost.load(Ordering::Acquire) {
-            return Err(io::Error::other("an earlier writing back failed"));
-        }
-        Ok(())
+        self.losses.write_back(|| self.image.sync_data())
     }
 }
 
@@ -62,7 +53,7 @@ impl PageCache {
         };
         let files = disks.iter().filter(is_cached).map(|disk| Cached {
             image: Arc::clone(&disk.image),
-            lost: Arc::clone(&disk.lost),
+            losses: Arc::clone(&disk.losses),
         });
         Self {
             files: files.collect(),
@@ -169,7 +160,7 @@ mod tests {
             readers: None,
             target: None,
             access,
-            lost: Default::default(),
+            losses: Default::default(),
         }])
     }
 
@@ -225,15 +216,17 @@ mod tests {
     #[test]
     fn what_was_lost_keeps_the_switchover_from_going_on_until_the_guest_was_told() {
         let cache = cache(DiskAccess::ReadWrite);
-        let lost = Arc::clone(&cache.files[0].lost);
-        lost.store(true, Ordering::Release);
+        let losses = Arc::clone(&cache.files[0].losses);
+        losses
+            .write_back(|| Err(io::ErrorKind::StorageFull.into()))
+            .unwrap_err();
         let deadline = Instant::now() + PATIENCE;
         for _ in 0..2 {
             cache.write_back().unwrap_err();
             cache.write_back_by(deadline).unwrap_err();
         }
         // As the device does when it fails the guest's flush.
-        lost.store(false, Ordering::Release);
+        assert!(losses.take());
         cache.write_back().unwrap();
         cache.write_back_by(deadline).unwrap();
     }
@@ -244,6 +237,6 @@ mod tests {
         let null = File::options().read(true).write(true).open("/dev/null").unwrap();
         let cache = of(null, DiskAccess::ReadWrite);
         cache.write_back().unwrap_err();
-        assert!(cache.files[0].lost.load(Ordering::Acquire));
+        assert!(cache.files[0].losses.take());
     }
 }

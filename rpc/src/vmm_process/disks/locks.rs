@@ -294,7 +294,7 @@ mod tests {
                 .ok(),
             target: None,
             access,
-            lost: Default::default(),
+            losses: Default::default(),
         }
     }
 

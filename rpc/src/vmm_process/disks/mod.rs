@@ -15,7 +15,6 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -23,7 +22,7 @@ use anyhow::Context;
 use ferry_migration::guest::DiskCondition;
 use ferry_migration::handover::Epoch;
 use ferry_proto::vmm::v1::DiskMoment;
-use ferry_vmm::DiskAccess;
+use ferry_vmm::{DiskAccess, Losses};
 use rustix::fs::{SeekFrom, seek};
 use uuid::Uuid;
 
@@ -56,7 +55,7 @@ pub(super) struct Disk {
     pub(super) target: Option<Arc<File>>,
     pub(super) access: DiskAccess,
     /// Something that the guest wrote did not reach the disk, and it was not told.
-    pub(super) lost: Arc<AtomicBool>,
+    pub(super) losses: Arc<Losses>,
 }
 
 /// All disks of a guest.
@@ -230,7 +229,7 @@ mod tests {
                 readers: None,
                 target: None,
                 access: DiskAccess::ReadWrite,
-                lost: Default::default(),
+                losses: Default::default(),
             }
         };
         let me = Holder {

@@ -167,7 +167,7 @@ mod tests {
             readers: None,
             target: None,
             access,
-            lost: Default::default(),
+            losses: Default::default(),
         }
     }
 
@@ -244,7 +244,7 @@ mod tests {
             readers: None,
             target: None,
             access,
-            lost: Default::default(),
+            losses: Default::default(),
         };
         let then = [DiskMoment::default()];
         assert!(matches!(

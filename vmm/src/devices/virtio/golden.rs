@@ -48,7 +48,7 @@ fn device(schema: &str) -> Box<dyn Device> {
                     file,
                     access: DiskAccess::ReadWrite,
                     serial: "golden".to_owned(),
-                    lost: Default::default(),
+                    losses: Default::default(),
                 })
                 .expect("disk"),
             )

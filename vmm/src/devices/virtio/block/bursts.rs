@@ -84,7 +84,7 @@ fn socket_disk() -> (Driver, UnixStream) {
         file: File::from(OwnedFd::from(mine)),
         access: DiskAccess::ReadWrite,
         serial: String::new(),
-        lost: Default::default(),
+        losses: Default::default(),
     };
     let disk = Block::of_size(backend, 64).expect("disk");
     assert!(

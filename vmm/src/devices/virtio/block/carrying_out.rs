@@ -7,7 +7,6 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use rustix::fs::{FallocateFlags, fallocate, fdatasync};
@@ -136,7 +135,7 @@ impl Block {
 
     /// What was written is durable as far as this process knows; somebody else may have lost some.
     fn look_for_losses(&self) -> io::Result<()> {
-        if self.lost.swap(false, Ordering::AcqRel) {
+        if self.losses.take() {
             return Err(io::Error::other("what the guest wrote did not reach the disk"));
         }
         Ok(())

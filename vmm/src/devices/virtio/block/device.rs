@@ -5,7 +5,6 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use super::super::super::DeviceStateError;
@@ -16,7 +15,7 @@ use super::carrying_out::MOST_ZEROED;
 use super::request::MOST_EXTENTS;
 use super::together::Together;
 use super::{KIND, QUEUE, QUEUE_SIZE, SECTOR, WrittenBlocks, feature, state};
-use crate::machine::{DiskAccess, DiskBackend};
+use crate::machine::{DiskAccess, DiskBackend, Losses};
 use crate::memory::Ring;
 
 /// A disk on a file.
@@ -35,7 +34,7 @@ pub(crate) struct Block {
     /// The driver did not take FLUSH: it counts on every write to last once it is told of it (virtio 1.2, 5.2.6.2).
     pub(super) writes_through: bool,
     pub(super) failures: Failures,
-    pub(super) lost: Arc<AtomicBool>,
+    pub(super) losses: Arc<Losses>,
 }
 
 impl Block {
@@ -61,7 +60,7 @@ impl Block {
             file,
             access,
             serial,
-            lost,
+            losses,
         } = backend;
         let file = Arc::new(file);
         let ring = Ring::new(Arc::clone(&file));
@@ -71,7 +70,7 @@ impl Block {
         Ok(Self {
             ring: ring.ok(),
             is_crowded: Cell::new(false),
-            lost,
+            losses,
             file,
             access,
             serial,

@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use proptest::prelude::*;
 
@@ -11,7 +10,7 @@ use super::super::registers::{VERSION_1, offset, status};
 use super::super::testing::{Driver, NEXT, Raw, WRITE};
 use super::bursts::{self, answers, at_once};
 use super::{Block, feature};
-use crate::machine::{DiskAccess, DiskBackend};
+use crate::machine::{DiskAccess, DiskBackend, Losses};
 use crate::memory::Span;
 
 const HEADER: u64 = 0x1000;
@@ -32,7 +31,7 @@ pub(super) fn disk(file: &File, access: DiskAccess) -> Box<Block> {
         file: file.try_clone().expect("descriptor"),
         access,
         serial: "serial-of-a-disk-that-is-long".to_owned(),
-        lost: Default::default(),
+        losses: Default::default(),
     };
     Box::new(Block::new(backend).expect("disk"))
 }
@@ -91,7 +90,7 @@ fn a_driver_that_does_not_flush_has_each_write_made_to_last() {
             file: null.try_clone().expect("descriptor"),
             access: DiskAccess::ReadWrite,
             serial: String::new(),
-            lost: Default::default(),
+            losses: Default::default(),
         };
         let mut driver = Driver::new(Box::new(Block::of_size(backend, 8).expect("disk")));
         driver.set_up(features);
@@ -231,36 +230,41 @@ fn a_disk_rests_between_two_pieces_and_whoever_goes_on_begins_again() {
 }
 
 /// A disk of which somebody else finds that what was written back did not reach it.
-fn with_losses(features: u64) -> (Driver, Arc<AtomicBool>) {
-    let lost = Arc::new(AtomicBool::new(false));
+fn with_losses(features: u64) -> (Driver, Arc<Losses>) {
+    let losses = Arc::new(Losses::default());
     let backend = DiskBackend {
         file: image(64),
         access: DiskAccess::ReadWrite,
         serial: String::new(),
-        lost: Arc::clone(&lost),
+        losses: Arc::clone(&losses),
     };
     let mut driver = Driver::new(Box::new(Block::new(backend).expect("disk")));
     driver.set_up(features);
-    (driver, lost)
+    (driver, losses)
+}
+
+fn lose(losses: &Losses) {
+    let failed = losses.write_back(|| Err(std::io::ErrorKind::StorageFull.into()));
+    failed.expect_err("it fails");
 }
 
 #[test]
 fn what_was_lost_fails_the_next_flush_and_no_other_request() {
-    let (mut driver, lost) = with_losses(FLUSHES);
+    let (mut driver, losses) = with_losses(FLUSHES);
     assert_eq!(ask(&mut driver, 4, 0, &[]), (0, 1));
-    lost.store(true, Ordering::Release);
+    lose(&losses);
     assert_eq!(ask(&mut driver, 0, 0, &[(span(DATA, 512), true)]).0, 0);
     assert_eq!(ask(&mut driver, 1, 0, &[(span(DATA, 512), false)]).0, 0);
-    assert!(lost.load(Ordering::Acquire), "nobody was told");
+    losses.write_back(|| Ok(())).expect_err("nobody was told");
     assert_eq!(ask(&mut driver, 4, 0, &[]), (1, 1));
     assert_eq!(ask(&mut driver, 4, 0, &[]), (0, 1));
-    assert!(!lost.load(Ordering::Acquire));
+    losses.write_back(|| Ok(())).expect("it was told");
 }
 
 #[test]
 fn what_was_lost_fails_one_flush_among_other_requests() {
-    let (mut driver, lost) = with_losses(FLUSHES);
-    lost.store(true, Ordering::Release);
+    let (mut driver, losses) = with_losses(FLUSHES);
+    lose(&losses);
     at_once(&mut driver, |driver| {
         bursts::give(driver, 0, 0, 3);
         bursts::give(driver, 1, 1, 8);
@@ -273,8 +277,8 @@ fn what_was_lost_fails_one_flush_among_other_requests() {
 
 #[test]
 fn what_was_lost_fails_the_next_write_of_a_driver_that_does_not_flush() {
-    let (mut driver, lost) = with_losses(0);
-    lost.store(true, Ordering::Release);
+    let (mut driver, losses) = with_losses(0);
+    lose(&losses);
     assert_eq!(ask(&mut driver, 1, 0, &[(span(DATA, 512), false)]).0, 1);
     assert_eq!(ask(&mut driver, 1, 0, &[(span(DATA, 512), false)]).0, 0);
 }

@@ -69,7 +69,7 @@ pub(super) fn device(which: u8) -> Box<dyn Device> {
                 file: image(),
                 access: DiskAccess::ReadWrite,
                 serial: "fuzz".to_owned(),
-                lost: Default::default(),
+                losses: Default::default(),
             };
             Box::new(Block::of_size(backend, SECTORS).expect("descriptors"))
         }
