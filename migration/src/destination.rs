@@ -33,7 +33,9 @@ use ferry_proto::stream::v1::{self, from_destination::Message as Reply, from_sou
 
 use crate::PageSet;
 use crate::compress::Codecs;
-use crate::guest::{DestinationGuest, FRAMES_PER_HUGE_PAGE, GuestMemory, GuestWas, Population, RestoredGuest};
+use crate::guest::{
+    DestinationGuest, FRAMES_PER_HUGE_PAGE, FrameRun, GuestMemory, GuestWas, MemoryShape, Population, RestoredGuest,
+};
 use crate::handover::Attempt;
 use crate::link::{Link, Sockets, UNHEARD};
 use crate::postcopy::{Awaited, LatePages};
@@ -401,6 +403,18 @@ fn late_refusals<M: GuestMemory>(hello: &v1::Hello, crew: &Crew<'_, '_, M>) -> V
     refusals
 }
 
+/// The parts of a map come in the order of memory, so that no page is in two of them.
+fn append(runs: &mut Vec<FrameRun>, part: &[u64], shape: &MemoryShape) -> Result<(), DestinationError> {
+    let part = runs_from_wire(part, shape).map_err(DestinationError::Misbehaved)?;
+    let end = runs.last().map_or(0, |run| run.end());
+    if part.first().is_some_and(|run| run.first < end) {
+        let what = "the parts of its population map are not in the order of memory";
+        return Err(DestinationError::Misbehaved(what.to_owned()));
+    }
+    runs.extend(part);
+    Ok(())
+}
+
 /// Takes in the map of what the source has populated, and asks for huge pages.
 fn load_population<M: GuestMemory>(
     hearing: &mut Hearing<'_>,
@@ -415,12 +429,8 @@ fn load_population<M: GuestMemory>(
                 "it did not send its population map".to_owned(),
             ));
         };
-        population
-            .populated
-            .extend(runs_from_wire(&part.populated, shape).map_err(DestinationError::Misbehaved)?);
-        population
-            .huge
-            .extend(runs_from_wire(&part.huge, shape).map_err(DestinationError::Misbehaved)?);
+        append(&mut population.populated, &part.populated, shape)?;
+        append(&mut population.huge, &part.huge, shape)?;
         let frames = population.populated.len().max(population.huge.len()) as u64;
         if frames > shape.frames() {
             return Err(DestinationError::Misbehaved(
@@ -429,6 +439,11 @@ fn load_population<M: GuestMemory>(
         }
         if part.last {
             break;
+        }
+        if part.populated.is_empty() && part.huge.is_empty() {
+            return Err(DestinationError::Misbehaved(
+                "a part of its population map is empty and not the last".to_owned(),
+            ));
         }
     }
     let wanted = wanted_huge(&population, shape);

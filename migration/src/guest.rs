@@ -180,21 +180,6 @@ impl GuestError {
     pub(crate) fn of_transfer(error: io::Error) -> Result<Self, io::Error> {
         error.downcast()
     }
-
-    /// What failed and why, down to the first cause.
-    pub(crate) fn chain(&self) -> String {
-        let mut words = self.to_string();
-        let mut cause = self.source();
-        while let Some(error) = cause {
-            let said = error.to_string();
-            // A wrapper says what it wraps.
-            if !words.ends_with(&said) {
-                words = format!("{words}: {said}");
-            }
-            cause = error.source();
-        }
-        words
-    }
 }
 
 /// How a guest ended by itself.

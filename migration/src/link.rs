@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use ferry_proto::stream::v1;
 use rustix::io::Errno;
+use rustix::net::sockopt::set_tcp_user_timeout;
 
 use crate::wire::{ControlError, Spoken, read_message, write_message};
 
@@ -54,6 +55,11 @@ impl Default for Liveness {
 /// How long the side that ends a migration waits for its last word to arrive.
 pub(crate) const FAREWELL: Duration = Duration::from_millis(250);
 
+/// How many times as long as a peer may be silent on every stream the bytes on one page stream may go unacknowledged or find no room. A way that drops
+/// one connection and carries the others is noticed by nothing else. The peer's kernel acknowledges without its process, so it is a long time
+/// for a way; it is not too long for a peer that has to wait for a slow disk before it reads on.
+const STUCK_SILENCES: u32 = 6;
+
 /// Round trips that the smallest one is taken from.
 const ROUND_TRIPS_KEPT: usize = 8;
 
@@ -95,6 +101,9 @@ impl Sockets {
             socket.set_write_timeout(None)?;
         }
         link.control.set_write_timeout(Some(liveness.silence))?;
+        for socket in &link.pages {
+            give_up_after(socket, liveness.silence * STUCK_SILENCES)?;
+        }
         Ok(Self {
             control: link.control,
             pages: link.pages,
@@ -191,6 +200,16 @@ impl Sockets {
 }
 
 /// Has what is written sent at once. A Unix socket does nothing else, and does not know the option.
+/// What was sent and is not taken by the peer for so long ends the connection (`TCP_USER_TIMEOUT` in tcp(7)).
+fn give_up_after(socket: &TcpStream, time: Duration) -> io::Result<()> {
+    let milliseconds = u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
+    match set_tcp_user_timeout(socket, milliseconds) {
+        // Between the agents it is theirs to notice.
+        Err(Errno::OPNOTSUPP) => Ok(()),
+        set => Ok(set?),
+    }
+}
+
 fn set_nodelay(socket: &TcpStream) -> io::Result<()> {
     match socket.set_nodelay(true) {
         Err(error) if error.raw_os_error() == Some(Errno::OPNOTSUPP.raw_os_error()) => Ok(()),

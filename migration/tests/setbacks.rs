@@ -421,6 +421,46 @@ fn a_silent_destination_is_noticed_and_the_guest_runs_on() {
 }
 
 #[test]
+fn a_page_stream_that_takes_nothing_is_given_up_while_the_others_are_heard() {
+    let (near, far) = links(2);
+    let (grants, (_orders_in, orders), (reports, _listener)) = (Grants::new(), mpsc::channel(), mpsc::channel());
+    let parameters = source::SourceParameters {
+        liveness: impatient(),
+        ..parameters()
+    };
+    let outcome = thread::scope(|scope| {
+        scope.spawn(|| {
+            answer_up_to_pages(&far.control);
+            // Lives as far as the control stream shows.
+            while let Some(said) = fake::raw::hear::<v1::FromSource>(&far.control) {
+                if let Some(Said::Ping(ping)) = said.message {
+                    let pong = Reply::Pong(v1::Pong { token: ping.token });
+                    fake::raw::say(&far.control, &v1::FromDestination { message: Some(pong) });
+                }
+            }
+        });
+        let healthy = &far.pages[1];
+        scope.spawn(|| std::io::copy(&mut &*healthy, &mut std::io::sink()));
+        source::run(
+            guest(Tracking::Log, BUSY),
+            near,
+            &parameters,
+            &grants,
+            &orders,
+            &reports,
+        )
+    });
+    let SourceOutcome::Cancelled { error, .. } = outcome else {
+        panic!("it was not given up");
+    };
+    let is_timed_out = |cause: &std::io::Error| cause.kind() == std::io::ErrorKind::TimedOut;
+    assert!(
+        matches!(&error, SourceError::StreamLost { stream: 0, cause } if is_timed_out(cause)),
+        "{error:?}"
+    );
+}
+
+#[test]
 fn a_silent_source_is_noticed() {
     let (near, far) = links(2);
     let ((_orders_in, orders), (reports, _listener)) = (mpsc::channel(), mpsc::channel());

@@ -98,6 +98,9 @@ pub enum Incompatibility {
     /// A device is there more than once.
     #[error("device {0} is part of the machine twice")]
     DoubleDevice(String),
+    /// No dirty ring, which the machine was made with.
+    #[error("KVM here has no dirty ring, which the guest was run with (--dirty ring)")]
+    DirtyRing,
     /// More devices than a machine has, vCPUs among them.
     #[error("the machine has {0} devices, at most {MOST_DEVICES} are possible")]
     Devices(usize),
@@ -149,6 +152,12 @@ impl HostCapabilities {
     #[must_use]
     pub fn check(&self, profile: &MachineProfile) -> Vec<Incompatibility> {
         self.check_at(profile, host_tsc())
+    }
+
+    /// What keeps a machine whose writes are found in this way from running here.
+    #[must_use]
+    pub fn check_tracking(&self, dirty: DirtyMode) -> Option<Incompatibility> {
+        (dirty == DirtyMode::Ring && self.dirty_ring_bytes == 0).then_some(Incompatibility::DirtyRing)
     }
 
     fn check_at(&self, profile: &MachineProfile, tsc: u64) -> Vec<Incompatibility> {
@@ -302,6 +311,17 @@ mod tests {
     #[test]
     fn fitting_machine_is_accepted() {
         assert_eq!(here().check_at(&profile(), 1000), []);
+    }
+
+    #[test]
+    fn a_ring_is_needed_by_who_was_run_with_one() {
+        assert_eq!(here().check_tracking(DirtyMode::Log), None);
+        assert_eq!(here().check_tracking(DirtyMode::Ring), Some(Incompatibility::DirtyRing));
+        let with_ring = HostCapabilities {
+            dirty_ring_bytes: 1 << 20,
+            ..here()
+        };
+        assert_eq!(with_ring.check_tracking(DirtyMode::Ring), None);
     }
 
     #[test]

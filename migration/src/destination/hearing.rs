@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use ferry_proto::stream::v1::{self, from_destination, from_source};
 
+use crate::chain::chain;
 use crate::destination::receiver::{Arrival, Delivered, ReceiveError};
 use crate::destination::{Asked, DestinationError, DestinationOrder};
 use crate::link::{FAREWELL, Link, Outgoing, Sockets};
@@ -210,9 +211,7 @@ impl<'a> Hearing<'a> {
             DestinationError::ManifestRefused(_) | DestinationError::Restore(_) => return,
             // Told in the handshake's reply.
             DestinationError::Incompatible(_) => Vec::new(),
-            DestinationError::Guest { cause, .. } => vec![format!("{error}: {}", cause.chain())],
-            DestinationError::Frame { cause, .. } => vec![format!("{error}: {cause}")],
-            error => vec![error.to_string()],
+            error => vec![chain(error)],
         };
         if !reasons.is_empty() {
             self.say(from_destination::Message::Refused(v1::Refused { reasons }));

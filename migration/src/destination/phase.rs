@@ -1,11 +1,11 @@
 //! The state machine: what follows from what the source says, and what is checked before the guest counts as here.
 
-use std::error::Error;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ferry_proto::stream::v1::{self, from_destination::Message as Reply, from_source::Message as Said};
 
+use crate::chain::chain;
 use crate::destination::crew::Crew;
 use crate::destination::hearing::Hearing;
 use crate::destination::verifying::{self, Compared};
@@ -332,15 +332,4 @@ fn disarm_attempt(disarm: v1::Disarm, hearing: &Hearing<'_>) -> Result<Attempt, 
 
 pub(super) fn from_wire(totals: Vec<v1::StreamTotals>) -> Vec<StreamTotals> {
     totals.into_iter().map(StreamTotals::from).collect()
-}
-
-/// An error with its causes, for a reason that travels as text.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

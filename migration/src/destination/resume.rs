@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 
 use ferry_proto::stream::v1::{self, from_destination::Message as Reply, from_source::Message as Said};
 
+use crate::chain::chain;
 use crate::compress::Codecs;
 use crate::destination::crew::Crew;
 use crate::destination::hearing::Hearing;
 use crate::destination::{Asked, DestinationError, DestinationOrder, DestinationReport};
 use crate::guest::GuestMemory;
 use crate::link::Link;
-use crate::postcopy::chain;
 use crate::wire::{StreamIdentity, holding_to_wire};
 
 /// How long at a time nothing but another link is listened for.

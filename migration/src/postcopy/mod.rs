@@ -56,14 +56,3 @@ pub(crate) enum SessionLost {
     #[error("this host could not set it up")]
     Host(#[source] std::io::Error),
 }
-
-/// An error with its causes, for a report.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
-}

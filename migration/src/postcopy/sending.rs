@@ -100,8 +100,9 @@ impl<'a, 'b, M: GuestMemory> LateFrames<'a, 'b, M> {
             Some((block, _)) => (prefix.len() + block.len()) as u64,
             None => self.contents.totals(prefix.len()).bytes,
         };
-        if urgency == Urgency::CanWait {
-            self.shared.bandwidth.wait(bytes);
+        match urgency {
+            Urgency::AwaitedNow => self.shared.bandwidth.spend(bytes),
+            Urgency::CanWait => self.shared.bandwidth.wait(bytes),
         }
         let written = match block {
             Some((block, _)) => write_both(self.socket, prefix, block),
@@ -113,7 +114,7 @@ impl<'a, 'b, M: GuestMemory> LateFrames<'a, 'b, M> {
     }
 }
 
-/// Whether the cap applies, and a compressor is waited for.
+/// Whether the cap is waited for, and a compressor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Urgency {
     AwaitedNow,

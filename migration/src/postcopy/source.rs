@@ -13,8 +13,9 @@ use ferry_proto::stream::v1::{FromDestination, FromSource, from_destination::Mes
 
 use super::sending::LateFrames;
 use super::unsent::{Unsent, chunk_pages};
-use super::{SessionLost, Table, URGENT_STREAMS, chain};
+use super::{SessionLost, Table, URGENT_STREAMS};
 use crate::PageSet;
+use crate::chain::chain;
 use crate::compress::Method;
 use crate::guest::GuestMemory;
 use crate::handover::Attempt;

@@ -54,6 +54,11 @@ impl Bandwidth {
         bucket.take(bytes);
     }
 
+    /// Counts `bytes` that are sent at once, because somebody waits for them: who can wait pays for them.
+    pub(crate) fn spend(&self, bytes: u64) {
+        self.lock().take(bytes);
+    }
+
     /// Lets everybody through from now on.
     pub(crate) fn close(&self) {
         self.lock().open = false;
@@ -143,6 +148,14 @@ mod tests {
         assert_eq!(bucket.pause(later), Some(Duration::from_millis(100)));
         bucket.set(None, later);
         assert_eq!(bucket.pause(later), None);
+    }
+
+    #[test]
+    fn what_could_not_wait_is_paid_for_by_what_can() {
+        let bandwidth = Bandwidth::new(NonZeroU64::new(1_000_000));
+        bandwidth.spend(500_000);
+        let owed = bandwidth.lock().pause(Instant::now()).expect("it owes");
+        assert!(owed > Duration::from_millis(400), "{owed:?}");
     }
 
     #[test]

@@ -6,11 +6,11 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::chain::chain;
 use crate::compress::Packing;
 use crate::guest::{GuestCondition, GuestMemory, SourceGuest};
 use crate::link::Link;
 use crate::policy::Force;
-use crate::postcopy::chain;
 use crate::precopy::Bandwidth;
 use crate::source::conversation::TICK;
 use crate::source::{Asked, Decided, NewTerms, OnTimeout, SourceError, SourceOrder, SourceReport, Stop, Terms};

@@ -265,6 +265,34 @@ fn a_page_stream_of_another_migration_is_refused() {
     assert!(matches!(error, DestinationError::Frame { stream: 0, .. }), "{error}");
 }
 
+#[track_caller]
+fn map_is_refused(parts: &[&[u64]], problem: &str) {
+    let (error, _) = against(|source| {
+        source.say(Said::Hello(source.hello()));
+        source.reply();
+        for populated in parts {
+            source.say(Said::Population(v1::Population {
+                populated: populated.to_vec(),
+                ..v1::Population::default()
+            }));
+        }
+    });
+    assert!(
+        matches!(&error, DestinationError::Misbehaved(what) if what.contains(problem)),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_population_map_that_says_nothing_for_ever_is_refused() {
+    map_is_refused(&[&[]], "empty and not the last");
+}
+
+#[test]
+fn a_population_map_that_names_pages_again_and_again_is_refused() {
+    map_is_refused(&[&[100, 10], &[105, 10]], "not in the order of memory");
+}
+
 #[test]
 fn go_without_the_state_is_misbehaviour() {
     let (error, reasons) = against(|source| {

@@ -10,7 +10,7 @@ use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::{InvalidField, required, wire_uuid};
-use ferry_vmm::{HostCapabilities, HostError, MachineProfile};
+use ferry_vmm::{DirtyMode, HostCapabilities, HostError, MachineProfile};
 
 use super::backends::room::Promised;
 use super::backends::storage::{self, Coming, Storage};
@@ -106,6 +106,7 @@ impl Agent {
             problem,
         })?;
         let id = wire_uuid("instance", &request.instance)?;
+        let mode = Mode::parse(&request.mode)?;
         let asked = CheckSourceRequest {
             instance: request.instance,
             destination: self.host().to_owned(),
@@ -139,10 +140,16 @@ impl Agent {
         note(&mut checks, "claim", Reason::Memory, lacks, || {
             "memory and vCPUs are there".to_owned()
         });
-        let (fits, misfits) = told_apart(check_machine(told.machine_profile).await);
+        let (fits, misfits) = told_apart(check_machine(told.machine_profile, tracking(&spec)).await);
         note(&mut checks, "machine", Reason::Machine, misfits, || {
             fits.unwrap_or_default()
         });
+        if mode.may_be_late() {
+            let (found, denied) = told_apart(check_late_pages().await);
+            note(&mut checks, "late pages", Reason::LatePages, denied, || {
+                found.unwrap_or_default()
+            });
+        }
         let coming = Coming {
             instance: id,
             source: request.source,
@@ -280,15 +287,35 @@ fn storage_words(disks: usize, copied: usize) -> String {
     format!("{} to be shared, {copied} to be copied", disks - copied.min(disks))
 }
 
-/// Whether this host can run such a machine: processor, time stamp counter, memory, devices.
-async fn check_machine(profile: Vec<u8>) -> Result<String, Failure> {
+/// How writes of such a guest are found.
+fn tracking(spec: &InstanceSpec) -> DirtyMode {
+    match spec.dirty.as_str() {
+        "ring" => DirtyMode::Ring,
+        _ => DirtyMode::Log,
+    }
+}
+
+/// Whether pages may come to this host after their guest: its VMM opens what it needs for that as the agent's user.
+async fn check_late_pages() -> Result<String, Failure> {
+    let looked = tokio::task::spawn_blocking(ferry_vmm::probe_watching).await;
+    looked
+        .map_err(|error| Failure::host("failed to ask for userfaultfd")(std::io::Error::other(error)))?
+        .map_err(|error| Failure::Refused(crate::error_chain(&error)))?;
+    Ok("userfaultfd is permitted".to_owned())
+}
+
+/// Whether this host can run such a machine: processor, time stamp counter, memory, devices, and how its writes are found.
+async fn check_machine(profile: Vec<u8>, dirty: DirtyMode) -> Result<String, Failure> {
     if profile.is_empty() {
         return Ok("no VMM tells yet what it needs; compared before anything is sent".to_owned());
     }
     let unreadable = |error| Failure::Refused(format!("the source's machine profile does not parse: {error}"));
     let profile = MachineProfile::from_bytes(&profile).map_err(unreadable)?;
     let looked = tokio::task::spawn_blocking(move || {
-        let lacks = |host: &HostCapabilities| host.check(&profile).iter().map(ToString::to_string).collect::<Vec<_>>();
+        let lacks = |host: &HostCapabilities| {
+            let lacks = host.check(&profile).into_iter().chain(host.check_tracking(dirty));
+            lacks.map(|lack| lack.to_string()).collect::<Vec<_>>()
+        };
         let known = host_before().map_err(|error| crate::error_chain(&error))?;
         match lacks(&known) {
             none if none.is_empty() => Ok(none),

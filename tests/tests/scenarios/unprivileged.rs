@@ -54,11 +54,28 @@ fn guests_move_between_agents_that_are_not_root(pair: &mut Pair) -> Result<()> {
     pair.a.ferry(&with(&image).arguments(&kernel))?.exit(0)?;
     let witness = Witness::of(&[&pair.a, &pair.b]);
     witness.wait_ready()?;
+    names_what_keeps_pages_from_coming_late(pair)?;
     for (from, to) in [(&pair.a, &pair.b), (&pair.b, &pair.a)] {
         let moved = from.ferry(&["migrate", "g", "--to", to.name, "--digests"])?.exit(0)?;
         moved.migration()?.is("completed", to.name)?;
         pair.runs_only_at(to, "g", &witness)?;
         is_confined(to)?;
+    }
+    Ok(())
+}
+
+/// Before anything is prepared, and with what to do about it.
+fn names_what_keeps_pages_from_coming_late(pair: &Pair) -> Result<()> {
+    const SYSCTL: &str = "vm.unprivileged_userfaultfd";
+    let permitted = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd")?.trim() == "1";
+    let is_everybodys = || fs::metadata("/dev/userfaultfd").is_ok_and(|device| device.mode() & 0o006 == 0o006);
+    if permitted || is_everybodys() {
+        eprintln!("this host lets everybody watch absent pages");
+        return Ok(());
+    }
+    for further in [&[][..], &["--dry-run"]] {
+        let words = [&["--mode", "hybrid"], further].concat();
+        pair.migrate("g", &words)?.exit(4)?.says("LATE_PAGES")?.says(SYSCTL)?;
     }
     Ok(())
 }

@@ -71,28 +71,28 @@ pub(super) fn run(workload: &Workload, tsc_khz: u64, measured: Measured) -> Resu
 
     let url = format!("tcp:127.0.0.1:{}", free_port()?);
     let meter = measured.meter([source.pid(), destination.pid()]);
-    let (began, runs) = moves(&source, &destination, &url)?;
+    let (times, runs) = moves(&source, &destination, &url, calm)?;
     let cpu_s = meter.map(|meter| meter.stop().iter().sum());
     let after = destination.console.wait_for_beats(BEATS_AFTER, Duration::from_secs(30));
     after.context("destination")?;
 
     let (before, after) = (source.console.beats(), destination.console.beats());
-    let seen = compare(&before, &after, tsc_khz, Times { calm, began })?;
+    let seen = compare(&before, &after, tsc_khz, times)?;
     Ok(Sample {
         cpu_s,
-        ..Sample::of(runs.duration_since(began).as_secs_f64() * 1e3, seen)
+        ..Sample::of(runs.duration_since(times.began).as_secs_f64() * 1e3, seen)
     })
 }
 
 /// Orders the migration; when it was ordered, and when the destination said that the guest runs there.
-fn moves(source: &Machine, destination: &Machine, url: &str) -> Result<(Instant, Instant)> {
+fn moves(source: &Machine, destination: &Machine, url: &str, calm: Instant) -> Result<(Times, Instant)> {
     thread::scope(|scope| {
         let receiving = scope.spawn(|| {
             let answered = destination.put("vm.receive-migration", &json!({ "receiver_url": url }));
             answered.map(|()| Instant::now())
         });
         wait_listening(url)?;
-        let began = Instant::now();
+        let times = Times::ordered_now(calm);
         let order = json!({ "destination_url": url, "connections": CONNECTIONS, "downtime_ms": 300 });
         source.put("vm.send-migration", &order)?;
         let runs = receiving
@@ -100,10 +100,10 @@ fn moves(source: &Machine, destination: &Machine, url: &str) -> Result<(Instant,
             .ok()
             .context("the thread that waits for the destination died")??;
         ensure!(
-            runs > began,
+            runs > times.began,
             "{PROGRAM} answered vm.receive-migration before anything was sent: this version does not tell when the guest runs"
         );
-        Ok((began, runs))
+        Ok((times, runs))
     })
 }
 

@@ -10,6 +10,7 @@ use ferry_probe::console::{parse, write_rate};
 use ferry_probe::report::{Heartbeat, Line};
 
 use super::Work;
+use super::stolen::Stolen;
 
 /// A heartbeat and when it was read.
 #[derive(Clone, Copy, Debug)]
@@ -121,6 +122,8 @@ impl Console {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Seen {
     pub(super) gap_ms: f64,
+    /// What the host's own host took of each processor, until the last heartbeat was read.
+    pub(super) stolen_ms: Option<f64>,
     pub(super) reader_gap_ms: f64,
     pub(super) clock_lost_ms: f64,
     /// `None` of a guest that writes nothing.
@@ -134,6 +137,20 @@ pub(super) struct Times {
     pub(super) calm: Instant,
     /// It was ordered.
     pub(super) began: Instant,
+    /// What had been stolen by then.
+    pub(super) stolen: Stolen,
+}
+
+impl Times {
+    /// Of a move that is ordered now.
+    pub(super) fn ordered_now(calm: Instant) -> Self {
+        let stolen = Stolen::so_far();
+        Self {
+            calm,
+            began: Instant::now(),
+            stolen,
+        }
+    }
 }
 
 /// Compares the beats before and after a move.
@@ -186,6 +203,7 @@ pub(super) fn compare(before: &[Beat], after: &[Beat], tsc_khz: u64, times: Time
     }
     Ok(Seen {
         gap_ms: own_gap.max(across),
+        stolen_ms: times.stolen.ms_since(),
         reader_gap_ms,
         clock_lost_ms,
         work: work(before, after, tsc_khz, times),
@@ -235,7 +253,10 @@ mod tests {
 
     fn at(start: Instant, ms: u64) -> Times {
         let began = start + Duration::from_millis(ms);
-        Times { calm: began, began }
+        Times {
+            began,
+            ..Times::ordered_now(began)
+        }
     }
 
     #[test]
@@ -266,7 +287,7 @@ mod tests {
         let (before, after): (Vec<_>, Vec<_>) = ((0..40).map(lived).collect(), (40..50).map(lived).collect());
         let times = Times {
             calm: start + Duration::from_millis(590),
-            began: start + Duration::from_millis(700),
+            ..at(start, 700)
         };
         let work = compare(&before, &after, 1000, times).unwrap().work.unwrap();
         assert!((work.before - 500.0).abs() < 0.01, "{work:?}");

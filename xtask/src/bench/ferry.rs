@@ -58,10 +58,10 @@ impl Binary {
         let agents = [&ready.pair.a, &ready.pair.b].map(|host| host.pid().context("an agent is gone"));
         let [source, destination] = agents;
         let meter = measured.meter([source?, destination?]);
-        let began = Instant::now();
+        let times = Times::ordered_now(ready.calm);
         let answer = ready.pair.begin_migrate("g", further)?.wait_for(LONGEST)?;
         let cpu_s = meter.map(|meter| meter.stop().iter().sum());
-        let sample = ready.judge(answer, began)?;
+        let sample = ready.judge(answer, times)?;
         Ok(Sample { cpu_s, ..sample })
     }
 
@@ -77,9 +77,9 @@ impl Binary {
         further: &[&str],
     ) -> Result<Sample> {
         let ready = Ready::of(self, Some(link), workload, tsc_khz)?;
-        let began = Instant::now();
+        let times = Times::ordered_now(ready.calm);
         let answer = ready.pair.begin_migrate("g", further)?.wait_for(LONGEST)?;
-        ready.judge(answer, began)
+        ready.judge(answer, times)
     }
 
     /// The same, waited for so long: what still goes on then is ended with its hosts.
@@ -95,9 +95,9 @@ impl Binary {
         further: &[&str],
     ) -> Result<Within> {
         let ready = Ready::of(self, Some(link), workload, tsc_khz)?;
-        let began = Instant::now();
+        let times = Times::ordered_now(ready.calm);
         match ready.pair.begin_migrate("g", further)?.wait_for(patience) {
-            Ok(answer) => Ok(Within::Ended(Box::new(ready.judge(answer, began)?))),
+            Ok(answer) => Ok(Within::Ended(Box::new(ready.judge(answer, times)?))),
             Err(error) => ready.goes_on().map(Within::GoesOn).map_err(|_| error),
         }
     }
@@ -139,23 +139,20 @@ impl Ready {
     }
 
     /// What the move came to, once the guest was listened to for a while after its last page came.
-    fn judge(&self, answer: Answer, began: Instant) -> Result<Sample> {
+    fn judge(&self, answer: Answer, times: Times) -> Result<Sample> {
         let Self {
-            ref witness,
-            tsc_khz,
-            calm,
-            ..
+            ref witness, tsc_khz, ..
         } = *self;
         let moved = answer.exit(0)?.migration()?.is("completed", "b")?;
         wait_for_beats(witness, "b", beats(witness, "b").len() + BEATS_AFTER)?;
         witness.check()?;
 
         let (before, after) = (beats(witness, "a"), beats(witness, "b"));
-        let seen = compare(&before, &after, tsc_khz, Times { calm, began })?;
+        let seen = compare(&before, &after, tsc_khz, times)?;
         let handover = ["state", "claim", "start"].map(|part| moved.number(&format!("downtime_ms.{part}")).ok());
         let late = moved.number("late_bytes").ok().filter(|&bytes| bytes > 0.0);
         let back = || {
-            let back = usual_rate(&before, tsc_khz, calm).and_then(|usual| back_at(&after, usual, tsc_khz))?;
+            let back = usual_rate(&before, tsc_khz, times.calm).and_then(|usual| back_at(&after, usual, tsc_khz))?;
             Some(back.saturating_duration_since(started_at(&moved)?).as_secs_f64() * 1e3)
         };
         Ok(Sample {

@@ -18,6 +18,7 @@ mod qemu;
 mod raw;
 mod recovery;
 mod sizes;
+mod stolen;
 mod table;
 mod verify;
 mod workload;
@@ -151,6 +152,8 @@ struct Sample {
     reported_downtime_ms: Option<f64>,
     /// What of it were the guest's state, the claim and the start.
     handover_ms: Option<f64>,
+    /// Processor time that the host's own host took from it meanwhile, of each processor.
+    stolen_ms: Option<f64>,
     /// The longest time between two heartbeats as a reader saw them, both consoles joined.
     reader_gap_ms: Option<f64>,
     /// Bytes sent.
@@ -193,6 +196,7 @@ impl Sample {
         Self {
             total_ms,
             gap_ms: seen.gap_ms,
+            stolen_ms: seen.stolen_ms,
             reader_gap_ms: Some(seen.reader_gap_ms),
             clock_lost_ms: Some(seen.clock_lost_ms),
             work: seen.work,

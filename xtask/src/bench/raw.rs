@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use ferry_vmm::measuring::raw_copy;
 
+use super::stolen::Stolen;
 use super::workload::Workload;
 use super::{Sample, warm};
 
@@ -21,6 +22,7 @@ fn streams() -> u64 {
 /// If the host has not the memory.
 pub(super) fn run(workload: &Workload) -> Result<Sample> {
     let over = AtomicBool::new(false);
+    let stolen = Stolen::so_far();
     let (copy, gap) = thread::scope(|scope| {
         let busy = scope.spawn(|| largest_gap(&over));
         let copy = raw_copy(workload.touched_mib << 20, streams(), || {
@@ -29,10 +31,12 @@ pub(super) fn run(workload: &Workload) -> Result<Sample> {
         over.store(true, Ordering::Relaxed);
         (copy, busy.join().unwrap_or_default())
     });
+    let stolen_ms = stolen.ms_since();
     let copy = copy.context("the raw copy failed")?;
     Ok(Sample {
         total_ms: copy.elapsed.as_secs_f64() * 1e3,
         gap_ms: gap.as_secs_f64() * 1e3,
+        stolen_ms,
         bytes: Some(copy.bytes as f64),
         ..Sample::default()
     })

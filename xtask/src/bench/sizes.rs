@@ -49,9 +49,9 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
     println!("\nidle guests, all of their memory populated with random data");
     table::print_rows(contenders.iter());
     left_out.iter().for_each(|line| println!("{line}"));
-    if let [smallest, .., largest] = &contenders[..] {
-        compare("gap", [smallest, largest], |s| Some(s.gap_ms));
-        compare("reported blackout", [smallest, largest], |s| s.reported_downtime_ms);
+    compare_ends(&contenders);
+    if let Some(undisturbed) = table::undisturbed(&contenders) {
+        compare_ends(&undisturbed);
     }
     let all: Vec<_> = contenders.iter().map(Contender::to_json).collect();
     write_record(
@@ -60,6 +60,13 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
     )?;
     let failed = contenders.iter().any(Contender::has_failed);
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn compare_ends(contenders: &[Contender]) {
+    if let [smallest, .., largest] = contenders {
+        compare("gap", [smallest, largest], |s| Some(s.gap_ms));
+        compare("reported blackout", [smallest, largest], |s| s.reported_downtime_ms);
+    }
 }
 
 fn compare(what: &str, [smallest, largest]: [&Contender; 2], of: fn(&Sample) -> Option<f64>) {

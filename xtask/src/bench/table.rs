@@ -33,8 +33,10 @@ impl Contender {
     pub(super) fn add(&mut self, outcome: Result<Sample>) {
         match outcome {
             Ok(sample) => {
+                let stolen = sample.stolen_ms.filter(|&ms| ms > 0.0);
+                let stolen = stolen.map_or_else(String::new, |ms| format!(", {ms:.0} ms stolen"));
                 eprintln!(
-                    "  {:<WIDTH$} {:8.1} ms, gap {:6.1} ms",
+                    "  {:<WIDTH$} {:8.1} ms, gap {:6.1} ms{stolen}",
                     self.name, sample.total_ms, sample.gap_ms
                 );
                 self.samples.push(sample);
@@ -80,6 +82,7 @@ impl Contender {
             json!({
                 "total_ms": sample.total_ms,
                 "gap_ms": sample.gap_ms,
+                "stolen_ms": sample.stolen_ms,
                 "reported_downtime_ms": sample.reported_downtime_ms,
                 "reader_gap_ms": sample.reader_gap_ms,
                 "bytes": sample.bytes,
@@ -117,6 +120,15 @@ impl Contender {
         median(self.samples.iter().filter_map(of).collect())
     }
 
+    /// The same with those samples only from which nothing was stolen: its gaps are its own.
+    fn undisturbed(&self) -> Self {
+        let samples = self.samples.iter().filter(|sample| sample.stolen_ms == Some(0.0));
+        Self {
+            samples: samples.cloned().collect(),
+            ..Self::new(self.name)
+        }
+    }
+
     fn percentile(&self, percent: usize, of: impl Fn(&Sample) -> Option<f64>) -> Option<f64> {
         percentile(self.samples.iter().filter_map(of).collect(), percent)
     }
@@ -137,6 +149,9 @@ pub(super) fn print(workload: &Workload, turns: &Turns) {
     ratio("total time", ferry, peers, |s| Some(s.total_ms));
     ratio("gap", ferry, peers, |s| Some(s.gap_ms));
     gap_ratios(ferry, peers);
+    if let Some([ferry, peers @ ..]) = undisturbed(&turns.contenders).as_deref() {
+        gap_ratios(ferry, peers);
+    }
     processor_ratio(ferry, peers);
     let total = |contender: &Contender| contender.median(|s| Some(s.total_ms));
     if let (Some(own), Some(over_grpc)) = (total(ferry), total(&turns.over_grpc)) {
@@ -222,6 +237,31 @@ fn ratio(what: &str, ferry: &Contender, peers: &[Contender], of: fn(&Sample) -> 
             own / peer
         );
     }
+}
+
+/// The contenders with those moves only from which the host's own host took no processor time, where it took some from others; prints their gaps.
+pub(super) fn undisturbed(contenders: &[Contender]) -> Option<Vec<Contender>> {
+    let calm: Vec<_> = contenders.iter().map(Contender::undisturbed).collect();
+    if calm
+        .iter()
+        .zip(contenders)
+        .all(|(calm, all)| calm.samples.len() == all.samples.len())
+    {
+        return None;
+    }
+    println!("moves from which no processor time was stolen:");
+    for (calm, all) in calm.iter().zip(contenders) {
+        let of = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.1}"));
+        println!(
+            "  {:<WIDTH$} {} of {}, gap {} ms, 95% {} ms",
+            calm.name,
+            calm.samples.len(),
+            all.samples.len(),
+            of(calm.median(|s| Some(s.gap_ms))),
+            of(calm.percentile(95, |s| Some(s.gap_ms)))
+        );
+    }
+    Some(calm)
 }
 
 /// What Ferry's gaps are of each peer's: aims name some of a peer's modes.

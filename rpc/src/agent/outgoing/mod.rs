@@ -24,4 +24,4 @@ pub(crate) use figures::note_completed;
 pub(crate) use handle::{MOST_STREAMS, Outgoing, OutgoingMigrations, PeerNews, now_ms, now_text};
 pub(crate) use queue::Queue;
 pub(crate) use retuning::check_retuning;
-pub(crate) use serving::{late_streams, recover_serving};
+pub(crate) use serving::{late_streams, page_streams, recover_serving};

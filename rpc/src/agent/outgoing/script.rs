@@ -22,7 +22,7 @@ use super::handle::{Outgoing, PeerNews, Resolving};
 use super::queue::{Place, Turn};
 use super::reconnecting::Reconnecting;
 use super::retuning::Retuning;
-use super::serving::late_streams;
+use super::serving::{late_streams, page_streams};
 use crate::agent::backends::storage;
 use crate::agent::compute_rpcapi::ComputeRpcApi;
 use crate::agent::failure::Failure;
@@ -418,14 +418,9 @@ impl Script {
         Ok(())
     }
 
-    /// How many page streams: as asked, else one for each CPU, up to four. Measured on two CPUs of which the guest keeps one busy,
-    /// eight moves each: with two streams a move takes 521 ms and the guest's largest gap is 4.6 ms, with one 548 and 3.4, with three
-    /// 580 and 5.2.
+    /// How many page streams.
     pub(super) fn streams(&self) -> u16 {
-        match u16::try_from(self.row.options.streams).unwrap_or(0) {
-            0 => std::thread::available_parallelism().map_or(1, |cpus| cpus.get().clamp(1, 4) as u16),
-            asked => asked,
-        }
+        page_streams(&self.row.options)
     }
 
     /// How many page streams there are for pages that come late; none if none does.

@@ -25,13 +25,12 @@ use ferry_proto::{InvalidField, required};
 
 pub(crate) use self::probe::{Probe, Probes};
 use self::sample::Sample;
-use self::way::streams;
 use super::context::RequestContext;
 use super::failure::Failure;
 use super::instances::Agent;
 use super::mode::Mode;
 use super::mode::{PAUSE, POSTCOPY};
-use super::outgoing::{check_options, compression};
+use super::outgoing::{check_options, compression, page_streams};
 
 /// The longest that a guest is sampled.
 const LONGEST_SAMPLE_MS: u32 = 30_000;
@@ -87,7 +86,7 @@ impl Agent {
         let mut way = self.way(context, &request.destination, &options).await?;
         let guest = sample.guest(request.disk_bytes);
         let (tried, link) = (sample.tried(), way.carries(&wanted));
-        way.way.packed = foresee(compression, &tried, link, streams(&options));
+        way.way.packed = foresee(compression, &tried, link, page_streams(&options).into());
         let packed = words::compression(&tried, way.way.packed, is_left_alone);
         // Thousands of rounds may have to be gone through.
         let told = tokio::task::spawn_blocking(move || {

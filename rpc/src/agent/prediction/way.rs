@@ -10,6 +10,7 @@ use crate::agent::context::RequestContext;
 use crate::agent::failure::Failure;
 use crate::agent::instances::Agent;
 use crate::agent::journal::{MigrationRow, Report};
+use crate::agent::outgoing::page_streams;
 use crate::agent::transport::Transport;
 
 /// How many of the last migrations between two hosts are looked at.
@@ -130,7 +131,7 @@ impl Agent {
         let probed = match is_told || options.bandwidth_bytes_per_s > 0 || destination.is_empty() {
             true => None,
             false => self
-                .probe(context, (destination, transport), streams(options))
+                .probe(context, (destination, transport), page_streams(options).into())
                 .await
                 .inspect_err(|failure| tracing::info!(destination, error = failure.chain(), "the link is not known"))
                 .ok(),
@@ -142,14 +143,6 @@ impl Agent {
 /// Whether a migration's pages went by this transport.
 fn is_by(transport: Transport, info: &MigrationInfo) -> bool {
     Transport::parse(&info.transport) == Ok(transport)
-}
-
-/// As many streams as the migration would have.
-pub(super) fn streams(options: &MigrationOptions) -> u32 {
-    match options.streams {
-        0 => std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32),
-        streams => streams,
-    }
 }
 
 /// Rounds while the guest ran, of a migration that ended with a blackout: the last one was that of the blackout.

@@ -163,13 +163,13 @@ fn run_between(mode: Mode, workload: &Workload, tsc_khz: u64, measured: Measured
     warm(workload)?;
 
     let meter = measured.meter([source.pid(), destination.pid()]);
-    let began = Instant::now();
+    let times = Times::ordered_now(calm);
     source.qmp.execute("migrate", json!({ "uri": uri }))?;
     let runs = match destination.qmp.wait_for_event("RESUME", patience) {
         Ok(at) => at,
         Err(error) => return goes_on(&mut source)?.map(Within::GoesOn).ok_or(error),
     };
-    let total = runs.duration_since(began);
+    let total = runs.duration_since(times.began);
     let cpu_s = meter.map(|meter| meter.stop().iter().sum());
     let report = wait_completed(&mut source)?;
     destination
@@ -178,7 +178,7 @@ fn run_between(mode: Mode, workload: &Workload, tsc_khz: u64, measured: Measured
         .context("destination")?;
 
     let (before, after) = (source.console.beats(), destination.console.beats());
-    let seen = compare(&before, &after, tsc_khz, Times { calm, began })?;
+    let seen = compare(&before, &after, tsc_khz, times)?;
     Ok(Within::Ended(Box::new(Sample {
         reported_downtime_ms: report["downtime"].as_f64(),
         bytes: report["ram"]["transferred"].as_f64(),
