@@ -92,6 +92,18 @@ impl Linux {
         Ok(self)
     }
 
+    /// The same with its kernel as a bzImage in this folder: with a setup header, and not compressed, for unpacking takes hours where ring 0 is
+    /// emulated. Like one that is, it is loaded as one piece and started 0x200 bytes on.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn as_bzimage(mut self, folder: &Path) -> Result<Self> {
+        let kernel = bzimage(&fs::read(&self.image.kernel)?).context("the Linux guest's kernel is no vmlinux")?;
+        self.image.kernel = folder.join("bzImage");
+        fs::write(&self.image.kernel, kernel)?;
+        Ok(self)
+    }
+
     /// Runs it on a host.
     ///
     /// # Errors
@@ -118,6 +130,63 @@ impl Linux {
         host.ferry(&arguments)?.exit(0)?;
         Ok(())
     }
+}
+
+/// A bzImage of a vmlinux: boot sector and setup, of which nothing but the header is looked at, a page with a jump, memory as the kernel wants it.
+fn bzimage(vmlinux: &[u8]) -> Option<Vec<u8>> {
+    const JUMP_PAGE: u64 = 0x1000;
+    let number = |at: usize, bytes: usize| {
+        let field = vmlinux.get(at..at + bytes)?;
+        Some(
+            field
+                .iter()
+                .rev()
+                .fold(0, |number, &byte| number << 8 | u64::from(byte)),
+        )
+    };
+    let (table, entry_bytes, entries) = (
+        number(32, 8)? as usize,
+        number(54, 2)? as usize,
+        number(56, 2)? as usize,
+    );
+    let mut loaded = Vec::new();
+    for header in (0..entries).map(|index| table + index * entry_bytes) {
+        const PT_LOAD: u64 = 1;
+        if number(header, 4)? == PT_LOAD {
+            let [offset, _, address, in_file, in_memory] = [8, 16, 24, 32, 40].map(|field| number(header + field, 8));
+            let bytes = vmlinux.get(offset? as usize..(offset? + in_file?) as usize)?;
+            loaded.push((address?, bytes, in_memory?));
+        }
+    }
+    let start = loaded.iter().map(|&(address, ..)| address).min()?;
+    let end = loaded.iter().map(|&(address, _, bytes)| address + bytes).max()?;
+
+    let mut file = vec![0; 1024];
+    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+    // Fields by their offsets in Documentation/arch/x86/boot.rst: one sector of setup, boot flag and jump, magic number, version 2.15.
+    put(0x1f1, &[1]);
+    put(0x1fe, &[0x55, 0xaa, 0xeb, 0x6a]);
+    put(0x202, b"HdrS\x0f\x02");
+    // Loaded high, there, not relocatable, with a 64-bit entry point, for a command line of 2047 bytes, with this much memory.
+    put(0x211, &[1]);
+    put(0x214, &((start - JUMP_PAGE) as u32).to_le_bytes());
+    put(0x22c, &0x7fff_ffff_u32.to_le_bytes());
+    put(0x236, &[1]);
+    put(0x238, &2047_u32.to_le_bytes());
+    put(0x258, &(start - JUMP_PAGE).to_le_bytes());
+    put(0x260, &((end - start + JUMP_PAGE) as u32).to_le_bytes());
+    let memory = file.len() as u64 + JUMP_PAGE;
+    file.resize((memory + end - start) as usize, 0);
+    // mov eax, the first byte of the kernel, which is its 64-bit entry point; jmp rax
+    let jump = 1024 + 0x200;
+    file[jump] = 0xb8;
+    file[jump + 1..jump + 5].copy_from_slice(&(number(24, 8)? as u32).to_le_bytes());
+    file[jump + 5..jump + 7].copy_from_slice(&[0xff, 0xe0]);
+    for (address, bytes, _) in loaded {
+        let at = (memory + address - start) as usize;
+        file[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+    Some(file)
 }
 
 /// How long Linux may take to boot where ring 0 is emulated and the machine is busy.

@@ -26,6 +26,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trials.extend(on_kvm![
             linux_boots_by_the_mp_table,
             linux_boots_with_eight_vcpus,
+            linux_boots_as_a_bzimage,
             linux_of_the_64_bit_protocol_trims_its_disk_and_draws_random_numbers,
         ]);
     }
@@ -193,6 +194,11 @@ fn linux_boots_by_the_mp_table(pair: &mut Pair) -> Result<()> {
         "{text}"
     );
     Ok(())
+}
+
+fn linux_boots_as_a_bzimage(pair: &mut Pair) -> Result<()> {
+    Linux::new("g")?.as_bzimage(pair.folder())?.run(&pair.a)?;
+    booted::has_booted(&pair.a)
 }
 
 fn linux_boots_with_eight_vcpus(pair: &mut Pair) -> Result<()> {
