@@ -262,6 +262,11 @@ impl Policy {
         self.throttle
     }
 
+    /// The host cannot keep vCPUs from running: nothing is expected of that any more.
+    pub fn cannot_throttle(&mut self) {
+        (self.throttle, self.most_throttle) = (0, 0);
+    }
+
     /// Where pages may come late, what rounds do not bring within the budget does; throttling comes before that.
     fn perhaps_late(&self, (verdict, grounds): (Verdict, String)) -> (Verdict, String) {
         match (self.lateness, verdict) {

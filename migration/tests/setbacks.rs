@@ -193,6 +193,29 @@ fn a_guest_that_never_converges_is_throttled_until_it_does() {
 }
 
 #[test]
+fn a_guest_that_cannot_be_throttled_is_not_said_to_be() {
+    let is_told =
+        |report: &SourceReport| matches!(report, SourceReport::Round { decided, .. } if decided.deed == "infeasible");
+    let mut scene = never_converging(arming_and(is_told, Controls::abort));
+    scene.source.is_unbridled = true;
+    scene.parameters.manner = live(Duration::from_millis(20));
+    scene.parameters.most_throttle = std::num::NonZeroU32::new(99);
+    let ends = migrate(scene);
+    assert!(is_aborted(&ends));
+    let decisions = ends.reports.iter().filter_map(|report| match report {
+        SourceReport::Round { decided, .. } => Some(decided),
+        _ => None,
+    });
+    let decided: Vec<_> = decisions.collect();
+    let first = decided.iter().find(|decided| decided.deed == "throttle").unwrap();
+    assert!(
+        first.words.ends_with("none, for they cannot be: no thread can be had"),
+        "{first:?}"
+    );
+    assert!(decided.iter().all(|decided| decided.throttle == 0), "{decided:?}");
+}
+
+#[test]
 fn an_abort_leaves_nothing_throttled() {
     let is_throttled =
         |report: &SourceReport| matches!(report, SourceReport::Round { decided, .. } if decided.throttle > 0);

@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+use crate::chain::chain;
 use crate::compress::{Compression, Tally};
-use crate::guest::{DiskWaits, FrameRun, GuestWas, StopTimes, Throttled};
+use crate::guest::{DiskWaits, FrameRun, GuestError, GuestWas, StopTimes, Throttled};
 use crate::handover::{Attempt, Epoch};
 use crate::link::{Link, Liveness};
 use crate::policy::{Decision, Forecast};
@@ -281,13 +282,17 @@ impl Decided {
         self
     }
 
-    /// Which vCPUs that comes to.
-    pub(super) fn throttled(mut self, throttled: Throttled) -> Self {
+    /// Which vCPUs that comes to, or why none is throttled.
+    pub(super) fn throttled(mut self, throttled: Result<Throttled, GuestError>) -> Self {
         let whom = match throttled {
-            Throttled::None => return self,
-            Throttled::All => "all vCPUs, for the dirty log does not tell which of them write".to_owned(),
-            Throttled::Writers(1) => "the vCPU that writes".to_owned(),
-            Throttled::Writers(count) => format!("the {count} vCPUs that write"),
+            Ok(Throttled::None) => return self,
+            Err(cause) => {
+                self.throttle = 0;
+                format!("none, for they cannot be: {}", chain(&cause))
+            }
+            Ok(Throttled::All) => "all vCPUs, for the dirty log does not tell which of them write".to_owned(),
+            Ok(Throttled::Writers(1)) => "the vCPU that writes".to_owned(),
+            Ok(Throttled::Writers(count)) => format!("the {count} vCPUs that write"),
         };
         self.words = format!("{}; throttled: {whom}", self.words);
         self

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use ferry_proto::stream::v1::{self, from_source::Message as Said};
 
 use crate::PageSet;
-use crate::guest::{DiskCondition, FRAME_SIZE, GuestMemory as _, Population, SourceGuest, Throttled};
+use crate::chain::chain;
+use crate::guest::{DiskCondition, FRAME_SIZE, GuestError, GuestMemory as _, Population, SourceGuest, Throttled};
 use crate::handover::Attempt;
 use crate::policy::{Decision, Moment, Policy, Verdict};
 use crate::postcopy::Lateness;
@@ -281,15 +282,18 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
     }
 
     /// Has the guest's vCPUs throttled as the policy wants it; again after each round, for other ones may write by now.
-    fn throttle(&mut self, percent: u32) -> Throttled {
+    ///
+    /// # Errors
+    /// They cannot be: the policy has to do without.
+    fn throttle(&mut self, percent: u32) -> Result<Throttled, GuestError> {
         if percent == 0 && self.summary.throttle == 0 {
-            return Throttled::None;
+            return Ok(Throttled::None);
         }
-        let throttled = self.guest.throttle(percent).unwrap_or_else(|cause| {
-            tracing::warn!(%cause, percent, "the vCPUs cannot be throttled");
-            Throttled::None
-        });
-        if percent == 0 { Throttled::None } else { throttled }
+        let throttled = self.guest.throttle(percent).inspect_err(|cause| {
+            tracing::warn!(error = chain(cause), percent, "the vCPUs cannot be throttled");
+            self.so_far.policy.cannot_throttle();
+        })?;
+        Ok(if percent == 0 { Throttled::None } else { throttled })
     }
 
     /// The disks are there once; from here on the guest writes to them no faster than the copy gets ahead of it.

@@ -192,6 +192,8 @@ pub struct FakeSource {
     pub notes: Arc<Notes>,
     pub profile: String,
     pub stop_faults: VecDeque<StopFault>,
+    /// Its vCPUs cannot be kept from running.
+    pub is_unbridled: bool,
     /// What disks write while they are drained, slowly.
     pub written_by_disks: std::ops::Range<u64>,
     pub huge: Vec<FrameRun>,
@@ -238,6 +240,7 @@ impl FakeSource {
             notes,
             profile: "cpu: sse2".to_owned(),
             stop_faults: VecDeque::new(),
+            is_unbridled: false,
             written_by_disks: 0..0,
             huge: Vec::new(),
             settles_after: VecDeque::new(),
@@ -395,6 +398,9 @@ impl SourceGuest for FakeSource {
     }
 
     fn throttle(&mut self, percent: u32) -> Result<Throttled, GuestError> {
+        if self.is_unbridled {
+            return Err(GuestError::new("no thread can be had"));
+        }
         self.notes.throttle.store(percent.into(), Ordering::Relaxed);
         Ok(match self.tracker.lock().unwrap().kind {
             Tracking::Log => Throttled::All,

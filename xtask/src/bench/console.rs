@@ -210,13 +210,14 @@ pub(super) fn compare(before: &[Beat], after: &[Beat], tsc_khz: u64, times: Time
     })
 }
 
-/// What the guest got done before a move and meanwhile.
+/// What the guest got done before a move, meanwhile and afterwards.
 fn work(before: &[Beat], after: &[Beat], tsc_khz: u64, times: Times) -> Option<Work> {
     let ordered = before.iter().rev().find(|beat| beat.read_at < times.began)?;
     let arrived = after.get(1)?;
     Some(Work {
         before: usual_rate(before, tsc_khz, times.calm)?,
         during: write_rate(&ordered.heartbeat, &arrived.heartbeat, tsc_khz)?,
+        after: write_rate(&arrived.heartbeat, &after.last()?.heartbeat, tsc_khz)?,
     })
 }
 
@@ -276,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn work_is_counted_before_the_preparations_and_from_the_order_on() {
+    fn work_is_counted_before_the_preparations_from_the_order_on_and_at_the_destination() {
         let start = Instant::now();
         // 10 writes each 20 ms, from the 30th beat on one.
         let lived = |seq: u64| {
@@ -292,6 +293,7 @@ mod tests {
         let work = compare(&before, &after, 1000, times).unwrap().work.unwrap();
         assert!((work.before - 500.0).abs() < 0.01, "{work:?}");
         assert!((work.during - 50.0).abs() < 0.01, "{work:?}");
+        assert!((work.after - 50.0).abs() < 0.01, "{work:?}");
     }
 
     #[test]

@@ -175,6 +175,8 @@ struct Work {
     before: f64,
     /// From the order until it had beaten twice at the destination.
     during: f64,
+    /// From then on, while it was listened to.
+    after: f64,
 }
 
 /// Pages that came once the guest ran at the destination, and what that was like for it.

@@ -4,7 +4,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::workload::Workload;
-use super::{Sample, Turns, Within};
+use super::{Sample, Turns, Within, Work};
 
 /// One way of moving the guest, with its samples.
 #[derive(Debug)]
@@ -88,7 +88,7 @@ impl Contender {
                 "bytes": sample.bytes,
                 "clock_lost_ms": sample.clock_lost_ms,
                 "state_claim_start_ms": sample.handover_ms,
-                "page_writes_per_s": sample.work.map(|work| json!({ "before": work.before, "during": work.during })),
+                "page_writes_per_s": sample.work.map(|work| json!({ "before": work.before, "during": work.during, "after": work.after })),
                 "late": sample.late.map(|late| json!({
                     "bytes": late.bytes,
                     "ms": late.ms,
@@ -152,6 +152,7 @@ pub(super) fn print(workload: &Workload, turns: &Turns) {
     if let Some([ferry, peers @ ..]) = undisturbed(&turns.contenders).as_deref() {
         gap_ratios(ferry, peers);
     }
+    print_work(&turns.contenders);
     processor_ratio(ferry, peers);
     let total = |contender: &Contender| contender.median(|s| Some(s.total_ms));
     if let (Some(own), Some(over_grpc)) = (total(ferry), total(&turns.over_grpc)) {
@@ -236,6 +237,22 @@ fn ratio(what: &str, ferry: &Contender, peers: &[Contender], of: fn(&Sample) -> 
             "{what}: {own:.1} ms, {:.2} of the best peer ({name}, {peer:.1} ms)",
             own / peer
         );
+    }
+}
+
+/// What each contender's guest got done, where it writes pages: what the move cost it besides its gap.
+fn print_work(contenders: &[Contender]) {
+    for contender in contenders {
+        let of = |part: fn(Work) -> f64| contender.median(|s| s.work.map(part));
+        let (before, during, after) = (of(|work| work.before), of(|work| work.during), of(|work| work.after));
+        if let (Some(before), Some(during), Some(after)) = (before, during, after) {
+            println!(
+                "pages written a second, {}: {before:.0} before, {:.2} of that during the move, {:.2} after it",
+                contender.name,
+                during / before,
+                after / before
+            );
+        }
     }
 }
 
