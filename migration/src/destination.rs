@@ -431,12 +431,6 @@ fn load_population<M: GuestMemory>(
         };
         append(&mut population.populated, &part.populated, shape)?;
         append(&mut population.huge, &part.huge, shape)?;
-        let frames = population.populated.len().max(population.huge.len()) as u64;
-        if frames > shape.frames() {
-            return Err(DestinationError::Misbehaved(
-                "its population map has more runs than memory has pages".to_owned(),
-            ));
-        }
         if part.last {
             break;
         }

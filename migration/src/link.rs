@@ -199,7 +199,6 @@ impl Sockets {
     }
 }
 
-/// Has what is written sent at once. A Unix socket does nothing else, and does not know the option.
 /// What was sent and is not taken by the peer for so long ends the connection (`TCP_USER_TIMEOUT` in tcp(7)).
 fn give_up_after(socket: &TcpStream, time: Duration) -> io::Result<()> {
     let milliseconds = u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
@@ -210,6 +209,7 @@ fn give_up_after(socket: &TcpStream, time: Duration) -> io::Result<()> {
     }
 }
 
+/// Has what is written sent at once. A Unix socket does nothing else, and does not know the option.
 fn set_nodelay(socket: &TcpStream) -> io::Result<()> {
     match socket.set_nodelay(true) {
         Err(error) if error.raw_os_error() == Some(Errno::OPNOTSUPP.raw_os_error()) => Ok(()),

@@ -1,6 +1,6 @@
 //! A peer written by hand from docs/wire.md, for saying what the engine never says.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::TcpStream;
 
 use ferry_migration::Link;
@@ -13,12 +13,17 @@ use prost::Message;
 use super::scene::{attempt, shape};
 
 /// Writes one control message.
-pub fn say(mut socket: &TcpStream, message: &impl Message) {
+pub fn say(socket: &TcpStream, message: &impl Message) {
+    try_to_say(socket, message).unwrap();
+}
+
+/// Writes one control message to somebody who may have hung up.
+pub fn try_to_say(mut socket: &TcpStream, message: &impl Message) -> io::Result<()> {
     let body = message.encode_to_vec();
     let mut bytes = b"FCTL".to_vec();
     bytes.extend_from_slice(&u32::try_from(body.len()).unwrap().to_le_bytes());
     bytes.extend_from_slice(&body);
-    socket.write_all(&bytes).unwrap();
+    socket.write_all(&bytes)
 }
 
 /// Reads one control message; `None` at the end of the stream.

@@ -306,14 +306,20 @@ async fn check_late_pages() -> Result<String, Failure> {
 
 /// Whether this host can run such a machine: processor, time stamp counter, memory, devices, and how its writes are found.
 async fn check_machine(profile: Vec<u8>, dirty: DirtyMode) -> Result<String, Failure> {
-    if profile.is_empty() {
-        return Ok("no VMM tells yet what it needs; compared before anything is sent".to_owned());
-    }
     let unreadable = |error| Failure::Refused(format!("the source's machine profile does not parse: {error}"));
-    let profile = MachineProfile::from_bytes(&profile).map_err(unreadable)?;
+    let profile = match profile.is_empty() {
+        // One that is off has no VMM to tell.
+        true => None,
+        false => Some(MachineProfile::from_bytes(&profile).map_err(unreadable)?),
+    };
+    let fits = match profile {
+        Some(_) => "processor, clock and devices fit",
+        None => "no VMM tells yet what it needs; compared before anything is sent",
+    };
     let looked = tokio::task::spawn_blocking(move || {
         let lacks = |host: &HostCapabilities| {
-            let lacks = host.check(&profile).into_iter().chain(host.check_tracking(dirty));
+            let of_the_machine = profile.iter().flat_map(|profile| host.check(profile));
+            let lacks = of_the_machine.chain(host.check_tracking(dirty));
             lacks.map(|lack| lack.to_string()).collect::<Vec<_>>()
         };
         let known = host_before().map_err(|error| crate::error_chain(&error))?;
@@ -329,7 +335,7 @@ async fn check_machine(profile: Vec<u8>, dirty: DirtyMode) -> Result<String, Fai
         .await
         .map_err(|error| Failure::host("failed to look at this host's KVM")(std::io::Error::other(error)))?;
     match found.map_err(Failure::Refused)? {
-        lacks if lacks.is_empty() => Ok("processor, clock and devices fit".to_owned()),
+        lacks if lacks.is_empty() => Ok(fits.to_owned()),
         lacks => Err(Failure::Refused(lacks.join("; "))),
     }
 }

@@ -61,7 +61,7 @@ reasons! {
     /// The destination cannot run such a machine: processor, time stamp counter, devices, KVM.
     Machine = "INCOMPATIBLE_MACHINE", "name a host with the same kind of processor, or run the instance with --cpu x86-64-v2";
     /// The destination may not have pages come after their guest, and the migration's mode may need it to.
-    LatePages = "LATE_PAGES", "set the sysctl vm.unprivileged_userfaultfd to 1 there, give its agent access to /dev/userfaultfd, or move by pre-copy";
+    LatePages = "LATE_PAGES", "set the sysctl vm.unprivileged_userfaultfd to 1 there, give its agent access to /dev/userfaultfd, or move by pre-copy without --on-timeout postcopy";
     /// A disk can neither be shared nor copied there.
     Disks = "DISKS", "make the disk available there, or choose another --storage";
     /// A tap or bridge is missing there.

@@ -16,6 +16,7 @@ mod reconnecting;
 mod retuning;
 mod script;
 mod serving;
+mod streams;
 mod switchover;
 
 pub(crate) use begin::{MOST_RESUME_WINDOW_MS, check_options, compression, recover, request_id, wait_on, waits};
@@ -24,4 +25,5 @@ pub(crate) use figures::note_completed;
 pub(crate) use handle::{MOST_STREAMS, Outgoing, OutgoingMigrations, PeerNews, now_ms, now_text};
 pub(crate) use queue::Queue;
 pub(crate) use retuning::check_retuning;
-pub(crate) use serving::{late_streams, page_streams, recover_serving};
+pub(crate) use serving::recover_serving;
+pub(crate) use streams::{late_streams, page_streams};

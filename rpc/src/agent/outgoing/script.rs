@@ -22,7 +22,7 @@ use super::handle::{Outgoing, PeerNews, Resolving};
 use super::queue::{Place, Turn};
 use super::reconnecting::Reconnecting;
 use super::retuning::Retuning;
-use super::serving::{late_streams, page_streams};
+use super::streams::{late_streams, page_streams};
 use crate::agent::backends::storage;
 use crate::agent::compute_rpcapi::ComputeRpcApi;
 use crate::agent::failure::Failure;
