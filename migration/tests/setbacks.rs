@@ -13,12 +13,12 @@ use fake::scene::{
     Agent, Controls, Ends, Scene, arming, arming_and, attempt, destination_parameters, guest, links, live, memory,
     migrate, parameters,
 };
-use fake::{FakeDestination, LoadFault, StopFault, Tracking, Workload};
-use ferry_migration::Liveness;
+use fake::{FakeDestination, FakeSource, LoadFault, StopFault, Tracking, Workload};
 use ferry_migration::destination::{self, DestinationError, DestinationOrder};
 use ferry_migration::guest::{GuestEnd, MemoryShape, Region};
 use ferry_migration::handover::{GrantRefused, Grants, Traded};
 use ferry_migration::source::{self, OnTimeout, SourceError, SourceOutcome, SourceReport};
+use ferry_migration::{Link, Liveness};
 use ferry_proto::stream::v1::{self, from_destination::Message as Reply, from_source::Message as Said};
 
 /// More writes than the link takes: never converges.
@@ -417,22 +417,27 @@ fn impatient() -> Liveness {
     }
 }
 
-#[test]
-fn a_silent_destination_is_noticed_and_the_guest_runs_on() {
-    let (near, far) = links(2);
+/// A busy guest is sent over this link, by an agent that orders nothing.
+fn sent_with(near: Link, liveness: Liveness) -> SourceOutcome<FakeSource> {
     let (grants, (_orders_in, orders), (reports, _listener)) = (Grants::new(), mpsc::channel(), mpsc::channel());
     let parameters = source::SourceParameters {
-        liveness: impatient(),
+        liveness,
         ..parameters()
     };
-    let outcome = source::run(
+    source::run(
         guest(Tracking::Log, BUSY),
         near,
         &parameters,
         &grants,
         &orders,
         &reports,
-    );
+    )
+}
+
+#[test]
+fn a_silent_destination_is_noticed_and_the_guest_runs_on() {
+    let (near, far) = links(2);
+    let outcome = sent_with(near, impatient());
     assert!(matches!(
         outcome,
         SourceOutcome::Cancelled {
@@ -446,14 +451,10 @@ fn a_silent_destination_is_noticed_and_the_guest_runs_on() {
 #[test]
 fn a_page_stream_that_takes_nothing_is_given_up_while_the_others_are_heard() {
     let (near, far) = links(2);
-    let (grants, (_orders_in, orders), (reports, _listener)) = (Grants::new(), mpsc::channel(), mpsc::channel());
-    let parameters = source::SourceParameters {
-        // Long enough that who answers pings is not found silent on a busy host.
-        liveness: Liveness {
-            silence: Duration::from_secs(1),
-            ..impatient()
-        },
-        ..parameters()
+    // Long enough that who answers pings is not found silent on a busy host.
+    let liveness = Liveness {
+        silence: Duration::from_secs(1),
+        ..impatient()
     };
     let outcome = thread::scope(|scope| {
         scope.spawn(|| {
@@ -468,14 +469,7 @@ fn a_page_stream_that_takes_nothing_is_given_up_while_the_others_are_heard() {
         });
         let healthy = &far.pages[1];
         scope.spawn(|| std::io::copy(&mut &*healthy, &mut std::io::sink()));
-        source::run(
-            guest(Tracking::Log, BUSY),
-            near,
-            &parameters,
-            &grants,
-            &orders,
-            &reports,
-        )
+        sent_with(near, liveness)
     });
     let SourceOutcome::Cancelled { error, .. } = outcome else {
         panic!("it was not given up");

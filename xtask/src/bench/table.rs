@@ -120,9 +120,12 @@ impl Contender {
         median(self.samples.iter().filter_map(of).collect())
     }
 
-    /// The same with those samples only from which nothing was stolen: its gaps are its own.
+    /// The same with those samples only from which nothing is known to have been stolen: its gaps are its own.
     fn undisturbed(&self) -> Self {
-        let samples = self.samples.iter().filter(|sample| sample.stolen_ms == Some(0.0));
+        let samples = self
+            .samples
+            .iter()
+            .filter(|sample| sample.stolen_ms.is_none_or(|ms| ms == 0.0));
         Self {
             samples: samples.cloned().collect(),
             ..Self::new(self.name)
