@@ -18,6 +18,7 @@
 
 mod cold;
 mod conversation;
+mod heat;
 mod hints;
 mod lasting;
 mod meter;

@@ -67,6 +67,16 @@ impl PageSet {
         moved
     }
 
+    /// Moves the frames that are in `which`, too, to `other`. All are sets of the same guest.
+    pub(crate) fn move_all_to(&mut self, which: &Self, other: &mut Self) {
+        for ((part, theirs), moved) in self.parts.iter_mut().zip(&which.parts).zip(&mut other.parts) {
+            for ((word, which), moved) in part.words.iter_mut().zip(&theirs.words).zip(&mut moved.words) {
+                *moved |= *word & which;
+                *word &= !which;
+            }
+        }
+    }
+
     /// Whether `frame` is in the set.
     #[must_use]
     pub fn contains(&self, frame: u64) -> bool {

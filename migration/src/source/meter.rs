@@ -57,8 +57,8 @@ pub(super) struct Meter {
     is_first: bool,
     /// What the rounds before this one sent.
     sent: Pages,
-    /// What this round is to send.
-    round: Pages,
+    /// What this round is to send, in the order in which it goes.
+    round: Vec<Pages>,
     copied: Copied,
 }
 
@@ -76,7 +76,7 @@ impl Meter {
             first: pending.count(),
             is_first: true,
             sent: Pages::default(),
-            round: Pages::default(),
+            round: Vec::new(),
             copied,
         };
         let due = meter.split(pending, meter.first);
@@ -88,20 +88,24 @@ impl Meter {
         self.copied
     }
 
-    /// A round of this set, which has so many pages, begins.
-    pub(super) fn round_begins(&mut self, set: &PageSet, pages: u64) {
-        self.round = self.split(set, pages);
-        self.is_at(pages);
+    /// A round of these sets, in this order, begins.
+    pub(super) fn round_begins(&mut self, sets: &[PageSet]) {
+        self.round = sets.iter().map(|set| self.split(set, set.count())).collect();
+        self.is_at(self.round().all());
     }
 
-    /// So many pages of the round were not given out yet. Rounds ascend, and disks come after memory.
+    /// So many pages of the round were not given out yet. Within a set they ascend, and disks come after memory.
     pub(super) fn is_at(&mut self, left: u64) {
-        let left = left.min(self.round.all());
-        let disk = left.min(self.round.disk);
-        self.leaves(Pages {
-            memory: left - disk,
-            disk,
-        });
+        let left = left.min(self.round().all());
+        let (mut due, mut unseen) = (Pages::default(), left);
+        for set in self.round.iter().rev() {
+            let of_set = unseen.min(set.all());
+            let disk = of_set.min(set.disk);
+            due.memory += of_set - disk;
+            due.disk += disk;
+            unseen -= of_set;
+        }
+        self.leaves(due);
         if self.is_first && self.first > 0 {
             self.reaches(FIRST_PASS, self.first.saturating_sub(left));
         }
@@ -117,9 +121,10 @@ impl Meter {
     pub(super) fn round_is_cut(&mut self) {
         let left = |amounts: &Amounts| amounts.remaining / FRAME_SIZE;
         let (memory, disk) = (left(&self.copied.memory), left(&self.copied.disk));
-        self.sent.memory += self.round.memory.saturating_sub(memory);
-        self.sent.disk += self.round.disk.saturating_sub(disk);
-        self.round = Pages::default();
+        let round = self.round();
+        self.sent.memory += round.memory.saturating_sub(memory);
+        self.sent.disk += round.disk.saturating_sub(disk);
+        self.round.clear();
     }
 
     /// The round that was sent while the guest stood still is over: nothing is due any more.
@@ -129,9 +134,10 @@ impl Meter {
 
     fn ends(&mut self, due: Pages) {
         self.is_at(0);
-        self.sent.memory += self.round.memory;
-        self.sent.disk += self.round.disk;
-        self.round = Pages::default();
+        let round = self.round();
+        self.sent.memory += round.memory;
+        self.sent.disk += round.disk;
+        self.round.clear();
         self.is_first = false;
         self.leaves(due);
         self.copied.percent = self.copied.percent.max(FIRST_PASS);
@@ -152,10 +158,20 @@ impl Meter {
 
     fn leaves(&mut self, due: Pages) {
         let sent = |sent: u64, round: u64, due: u64| (sent + round.saturating_sub(due)) * FRAME_SIZE;
+        let round = self.round();
         let (memory, disk) = (&mut self.copied.memory, &mut self.copied.disk);
-        memory.processed = sent(self.sent.memory, self.round.memory, due.memory);
-        disk.processed = sent(self.sent.disk, self.round.disk, due.disk);
+        memory.processed = sent(self.sent.memory, round.memory, due.memory);
+        disk.processed = sent(self.sent.disk, round.disk, due.disk);
         (memory.remaining, disk.remaining) = (due.memory * FRAME_SIZE, due.disk * FRAME_SIZE);
+    }
+
+    /// What this round is to send.
+    fn round(&self) -> Pages {
+        let plus = |sum: Pages, set: &Pages| Pages {
+            memory: sum.memory + set.memory,
+            disk: sum.disk + set.disk,
+        };
+        self.round.iter().fold(Pages::default(), plus)
     }
 
     fn split(&self, set: &PageSet, pages: u64) -> Pages {
@@ -247,7 +263,7 @@ mod tests {
         let mut meter = Meter::new(&shape(), &pending);
         assert_eq!(meter.copied().memory.total, MEMORY * FRAME_SIZE);
         assert_eq!(meter.copied().disk.total, DISK * FRAME_SIZE);
-        meter.round_begins(&pending, 150);
+        meter.round_begins(std::slice::from_ref(&pending));
         meter.is_at(60);
         let copied = meter.copied();
         assert_eq!((copied.memory.processed, copied.memory.remaining), (90 << 12, 10 << 12));
@@ -261,6 +277,26 @@ mod tests {
         );
         assert_eq!((copied.disk.processed, copied.disk.remaining), (50 << 12, 0));
         assert_eq!(copied.percent, 95);
+    }
+
+    /// The same in two sets, the second half of each kind first.
+    fn parted(memory: u64, disk: u64) -> Vec<PageSet> {
+        let (mut first, mut last) = (set(memory, disk), set(0, 0));
+        first.move_all_to(&set(memory / 2, disk / 2), &mut last);
+        vec![first, last]
+    }
+
+    #[test]
+    fn of_what_goes_last_memory_still_comes_before_disks() {
+        let mut meter = Meter::new(&shape(), &set(100, 50));
+        meter.round_begins(&parted(100, 50));
+        // All of the first half, and of the second all but these: ten pages of memory, and the disk's.
+        meter.is_at(35);
+        let copied = meter.copied();
+        assert_eq!((copied.memory.remaining, copied.disk.remaining), (10 << 12, 25 << 12));
+        meter.is_at(80);
+        let copied = meter.copied();
+        assert_eq!((copied.memory.remaining, copied.disk.remaining), (50 << 12, 30 << 12));
     }
 
     #[test]
@@ -282,8 +318,8 @@ mod tests {
             let mut percent = 0;
             let mut sent = 0;
             for (at, (memory, disk, looks)) in rounds.iter().enumerate() {
-                let (round, pages) = (set(*memory, *disk), memory + disk);
-                meter.round_begins(&round, pages);
+                let pages = memory + disk;
+                meter.round_begins(&parted(*memory, *disk));
                 let mut looks = looks.clone();
                 looks.sort_unstable_by(|one, other| other.cmp(one));
                 for left in looks {

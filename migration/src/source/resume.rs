@@ -16,6 +16,7 @@ use crate::PageSet;
 use crate::guest::{GuestMemory as _, Population, SourceGuest};
 use crate::policy::Policy;
 use crate::source::conversation::Heard;
+use crate::source::heat::Heat;
 use crate::source::hints::Hints;
 use crate::source::meter::Meter;
 use crate::source::rounds::Copy;
@@ -33,6 +34,8 @@ pub(super) struct Kept {
     pub(super) pending: PageSet,
     /// What the guest says of pages that are free.
     pub(super) hints: Hints,
+    /// What of a round goes last.
+    pub(super) heat: Heat,
     pub(super) meter: Meter,
     /// The number of the next round.
     pub(super) round: u32,

@@ -14,6 +14,7 @@ use crate::postcopy::Lateness;
 use crate::precopy::{Finished, Pace, Round, Streams};
 use crate::source::cold::Halt;
 use crate::source::conversation::{Conversation, Heard, TICK, unexpected};
+use crate::source::heat::Heat;
 use crate::source::hints::Hints;
 use crate::source::meter::Meter;
 use crate::source::resume::Kept;
@@ -202,21 +203,22 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         if pages > 0 {
             let clearer = Some(self.guest.clearer());
             let set = self.take_due();
-            self.so_far.meter.round_begins(&set, pages);
+            let sets = self.so_far.heat.part(set);
+            self.so_far.meter.round_begins(&sets);
             self.streams.feed.start(Round {
                 number,
-                set,
+                sets,
                 clearer,
                 pace: self.pace(),
                 // What comes late is in no round.
                 free: self.so_far.hints.asked().filter(|_| !self.so_far.is_late),
             });
             self.wait(|heard| matches!(heard, Heard::RoundSent))?;
-            let Finished { set: mut sent, free } = self.close_round(number)?;
+            let Finished { set: sent, free } = self.close_round(number)?;
             hinted_pages = free.as_ref().map_or(0, PageSet::count);
             self.left_out(free);
-            sent.clear();
-            self.spare = Some(sent);
+            self.spare = self.so_far.heat.went(sent);
+            self.spare.iter_mut().for_each(PageSet::clear);
         } else if let Some(heard) = self.conversation.next(Duration::ZERO)? {
             // Nothing is awaited of a destination that has all; that it is gone must be noticed all the same.
             return Err(unexpected(&heard).into());
@@ -505,6 +507,7 @@ fn begin<G: SourceGuest>(guest: &mut G, conversation: &Conversation<'_>) -> Resu
         meter: Meter::new(&*guest.memory(), &pending),
         pending,
         hints,
+        heat: Heat::default(),
         round: 1,
         rest_until: now,
         announced: None,

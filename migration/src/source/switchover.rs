@@ -312,11 +312,12 @@ impl LastPages {
     ) -> Result<(), Setback> {
         let pages = set.as_ref().map_or(0, PageSet::count);
         if let Some(set) = set {
-            copy.so_far.meter.round_begins(&set, pages);
+            let sets = vec![set];
+            copy.so_far.meter.round_begins(&sets);
             *last_round = LastRound::UnderWay;
             copy.streams.feed.start(Round {
                 number: copy.so_far.round,
-                set,
+                sets,
                 clearer: None,
                 pace: Pace::Unlimited,
                 free: None,
