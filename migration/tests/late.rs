@@ -2,6 +2,7 @@
 
 mod fake;
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, JoinHandle};
@@ -10,10 +11,9 @@ use std::time::{Duration, Instant};
 use fake::memory::{FakeMemory, NEVER_POPULATED};
 use fake::scene::{Ends, HIGH, LATE_STREAMS, Scene, arming_and, attempt, guest, links, live, memory, migrate, run};
 use fake::{FakeDestination, FakeSource, LoadFault, Tracking, Workload};
-use ferry_migration::Link;
 use ferry_migration::destination::{DestinationError, DestinationReport};
 use ferry_migration::guest::{FrameRun, GuestMemory as _, SourceGuest};
-use ferry_migration::postcopy::{LateOutcome, LatePages, LateReport, Lateness, ServeReport, Served, serve};
+use ferry_migration::postcopy::{LateOutcome, LatePages, LateReport, Lateness, ServeOrder, ServeReport, Served, serve};
 use ferry_migration::source::{NewTerms, OnTimeout, SourceError, SourceOrder, SourceOutcome, SourceReport};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -37,7 +37,7 @@ struct Late {
     destination: Arc<FakeMemory>,
     pages: LatePages,
     serving: JoinHandle<Served>,
-    links: Sender<Link>,
+    orders: Sender<ServeOrder>,
     served: Receiver<ServeReport>,
     ends: Ends,
 }
@@ -54,18 +54,18 @@ impl Late {
         let (source, loaded) = (parked.guest().memory(), ends.loaded.as_mut().unwrap());
         let pages = loaded.late.take().expect("pages are awaited");
         assert_eq!(pages.missing(), to_serve.missing.count());
-        let (links, links_out) = mpsc::channel();
+        let (orders, orders_out) = mpsc::channel();
         let (reports, served) = mpsc::channel();
         let serving = thread::spawn({
             let source = source.clone();
-            move || serve(&*source, to_serve, &links_out, &reports)
+            move || serve(&*source, to_serve, &orders_out, &reports)
         });
         Self {
             source,
             destination: loaded.restored.memory.clone(),
             pages,
             serving,
-            links,
+            orders,
             served,
             ends,
         }
@@ -296,7 +296,7 @@ fn a_session_that_is_lost_is_taken_up_by_the_next_one() {
     // Both ends have it anew, whatever was under way.
     for _ in 0..2 {
         let (near, far) = links(LATE_STREAMS);
-        late.links.send(near).unwrap();
+        late.orders.send(ServeOrder::Link(near)).unwrap();
         late.pages.attach(far);
         late.touch([300 + late.pages.missing() % 1000].into_iter());
     }
@@ -304,6 +304,49 @@ fn a_session_that_is_lost_is_taken_up_by_the_next_one() {
     let reports: Vec<_> = late.served.try_iter().collect();
     let outcome = late.comes();
     assert_eq!(outcome.pages, 6300, "{reports:?}");
+}
+
+#[test]
+fn a_cap_is_lifted_while_pages_come_late() {
+    let late = Late::of(migrate(hardly_any_bandwidth()));
+    late.orders.send(ServeOrder::Bandwidth(None)).unwrap();
+    late.comes();
+}
+
+#[test]
+fn a_cap_that_was_lifted_is_gone_over_the_next_link_too() {
+    let late = Late::of(migrate(hardly_any_bandwidth()));
+    // Whatever goes on over the first link until then is too slow to come to an end.
+    late.source.slow_sends(Duration::from_millis(20));
+    late.orders.send(ServeOrder::Bandwidth(None)).unwrap();
+    let (near, far) = links(LATE_STREAMS);
+    late.orders.send(ServeOrder::Link(near)).unwrap();
+    late.pages.attach(far);
+    late.source.slow_sends(Duration::ZERO);
+    late.comes();
+}
+
+#[test]
+fn a_cap_is_lifted_while_there_is_no_link() {
+    let late = Late::of(migrate(hardly_any_bandwidth()));
+    let ((near, _), (_, far)) = (links(LATE_STREAMS), links(LATE_STREAMS));
+    late.orders.send(ServeOrder::Link(near)).unwrap();
+    late.pages.attach(far);
+    let heard = std::iter::from_fn(|| late.served.recv_timeout(PATIENCE).ok());
+    let is_lost = |report: ServeReport| matches!(report, ServeReport::LinkLost { .. });
+    assert!(heard.into_iter().any(is_lost), "nobody says that the link is lost");
+    late.orders.send(ServeOrder::Bandwidth(None)).unwrap();
+    let (near, far) = links(LATE_STREAMS);
+    late.orders.send(ServeOrder::Link(near)).unwrap();
+    late.pages.attach(far);
+    late.comes();
+}
+
+/// A page in a minute: what is sent so would come to an end next week.
+fn hardly_any_bandwidth() -> Scene {
+    let mut scene = late(Lateness::AtOnce, Workload::Idle);
+    scene.parameters.bandwidth = NonZeroU64::new(68);
+    scene
 }
 
 #[test]
@@ -316,7 +359,7 @@ fn a_cut_link_is_told_at_both_ends_and_who_waits_waits_on() {
     });
     // A link that is dead from the beginning takes the place of the one that lives.
     let ((near, _), (_, far)) = (links(LATE_STREAMS), links(LATE_STREAMS));
-    late.links.send(near).unwrap();
+    late.orders.send(ServeOrder::Link(near)).unwrap();
     late.pages.attach(far);
     let deadline = Instant::now() + PATIENCE;
     let lost = |report: &ServeReport| matches!(report, ServeReport::LinkLost { .. });
@@ -327,7 +370,7 @@ fn a_cut_link_is_told_at_both_ends_and_who_waits_waits_on() {
         }
     }
     let (near, far) = links(LATE_STREAMS);
-    late.links.send(near).unwrap();
+    late.orders.send(ServeOrder::Link(near)).unwrap();
     late.pages.attach(far);
     late.source.slow_sends(Duration::ZERO);
     waits.join().unwrap();
@@ -339,13 +382,13 @@ fn a_session_ends_though_more_of_its_streams_break_than_are_heard() {
     let late = Late::of(migrate(late(Lateness::AtOnce, Workload::Idle)));
     late.source.slow_sends(Duration::from_millis(20));
     let ((near, _), (_, far)) = (links(20), links(20));
-    late.links.send(near).unwrap();
+    late.orders.send(ServeOrder::Link(near)).unwrap();
     late.pages.attach(far);
     let lost = |report: ServeReport| matches!(report, ServeReport::LinkLost { .. });
     let heard = std::iter::from_fn(|| late.served.recv_timeout(PATIENCE).ok());
     assert!(heard.into_iter().any(lost), "nobody says that the link is lost");
     let (near, far) = links(LATE_STREAMS);
-    late.links.send(near).unwrap();
+    late.orders.send(ServeOrder::Link(near)).unwrap();
     late.pages.attach(far);
     late.source.slow_sends(Duration::ZERO);
     late.comes();
@@ -354,14 +397,14 @@ fn a_session_ends_though_more_of_its_streams_break_than_are_heard() {
 #[test]
 fn a_source_that_nobody_wants_stops_serving() {
     let Late {
-        links,
+        orders,
         serving,
         source,
         pages,
         ..
     } = Late::of(migrate(late(Lateness::AtOnce, Workload::Idle)));
     source.slow_sends(Duration::from_millis(20));
-    drop(links);
+    drop(orders);
     assert_eq!(serving.join().unwrap(), Served::Stopped);
     assert!(pages.missing() > 0);
 }
@@ -428,7 +471,7 @@ fn a_page_that_was_damaged_in_rounds_is_sent_again_though_others_come_late() {
     };
     let mut scene = verified(Lateness::WhenItPays, work);
     scene.parameters.manner = live(Duration::from_millis(20));
-    scene.parameters.bandwidth = std::num::NonZeroU64::new(64 << 20);
+    scene.parameters.bandwidth = NonZeroU64::new(64 << 20);
     scene.source.memory().damage_sends(5000, 1);
     let late = Late::of(migrate(scene));
     let SourceOutcome::GoSent(parked) = &late.ends.outcome else {
@@ -480,7 +523,7 @@ fn a_page_that_is_damaged_each_time_is_never_seen_and_ends_the_wait_for_it() {
     assert!(reason.contains("damaged on its way 8 times"), "{reason}");
     assert!(late.pages.missing() > 0 && late.pages.outcome().is_none());
     assert!(late.destination.is_absent(5900));
-    drop(late.links);
+    drop(late.orders);
     assert_eq!(late.serving.join().unwrap(), Served::Stopped);
 }
 

@@ -28,7 +28,7 @@ pub(crate) use choice::Shrinking;
 pub(crate) use destination::Awaited;
 pub use destination::{LateOutcome, LatePages, LateReport};
 pub use latency::Latency;
-pub use source::{PagesToServe, ServeParameters, ServeReport, Served, serve};
+pub use source::{PagesToServe, ServeOrder, ServeParameters, ServeReport, Served, serve};
 pub(crate) use table::{Table, checksum, parts};
 
 /// How many streams of a session are for pages that somebody waits for; they come first.

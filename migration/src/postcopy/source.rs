@@ -40,12 +40,21 @@ pub struct PagesToServe {
     pub parameters: ServeParameters,
 }
 
+/// What is asked of a source of pages while it serves.
+#[derive(Debug)]
+pub enum ServeOrder {
+    /// Another link: a session over it follows the one that was lost, or ends the one that goes on.
+    Link(Link),
+    /// Another cap in bytes a second, or none, from now on and in every session to come.
+    Bandwidth(Option<NonZeroU64>),
+}
+
 /// How pages are served.
 #[derive(Clone, Debug)]
 pub struct ServeParameters {
     /// The attempt whose GO listed them.
     pub attempt: Attempt,
-    /// The most bytes a second over the streams on which nobody waits.
+    /// The most bytes a second; where somebody waits for a page the others make up for it. Until [`ServeOrder::Bandwidth`] says otherwise.
     pub bandwidth: Option<NonZeroU64>,
     /// When the destination counts as dead, and the session as lost.
     pub liveness: Liveness,
@@ -80,22 +89,23 @@ pub enum Served {
         /// Bytes sent, of all sessions.
         bytes_sent: u64,
     },
-    /// Nobody wants it to go on: the other end of the links is gone.
+    /// Nobody wants it to go on: the other end of the orders is gone.
     Stopped,
 }
 
-/// Serves pages over the first link, and after it is lost over each that comes through `links`, until the destination has them all or
-/// the other end of `links` is dropped. Every thread that it started is joined when it returns.
+/// Serves pages over the first link, and after it is lost over each that is ordered, until the destination has them all or
+/// the other end of `orders` is dropped. Every thread that it started is joined when it returns.
 pub fn serve<M: GuestMemory>(
     memory: &M,
     pages: PagesToServe,
-    links: &Receiver<Link>,
+    orders: &Receiver<ServeOrder>,
     reports: &Sender<ServeReport>,
 ) -> Served {
     let mut source = Source {
         memory,
         parameters: &pages.parameters,
-        links,
+        bandwidth: pages.parameters.bandwidth,
+        orders,
         reports,
         bytes_sent: 0,
         next: None,
@@ -105,8 +115,12 @@ pub fn serve<M: GuestMemory>(
     loop {
         let current = match link.take().or_else(|| source.next.take()) {
             Some(link) => link,
-            None => match links.recv() {
-                Ok(link) => link,
+            None => match orders.recv() {
+                Ok(ServeOrder::Link(link)) => link,
+                Ok(ServeOrder::Bandwidth(cap)) => {
+                    source.bandwidth = cap;
+                    continue;
+                }
                 Err(_) => return Served::Stopped,
             },
         };
@@ -131,7 +145,9 @@ pub fn serve<M: GuestMemory>(
 struct Source<'a, M> {
     memory: &'a M,
     parameters: &'a ServeParameters,
-    links: &'a Receiver<Link>,
+    /// The cap that holds now.
+    bandwidth: Option<NonZeroU64>,
+    orders: &'a Receiver<ServeOrder>,
     reports: &'a Sender<ServeReport>,
     /// By sessions before this one.
     bytes_sent: u64,
@@ -173,7 +189,7 @@ impl<M: GuestMemory> Source<'_, M> {
             parameters: self.parameters,
             sockets: &sockets,
             unsent: Unsent::new(chunk_pages(self.memory.late_unit())),
-            bandwidth: Bandwidth::new(self.parameters.bandwidth),
+            bandwidth: Bandwidth::new(self.bandwidth),
             sent: 0.into(),
         };
         let Attempt {
@@ -222,8 +238,12 @@ impl<M: GuestMemory> Source<'_, M> {
         let mut table = Some(Table::new(self.memory.shape()));
         let mut told = Instant::now();
         loop {
-            match self.links.try_recv() {
-                Ok(link) => {
+            match self.orders.try_recv() {
+                Ok(ServeOrder::Bandwidth(cap)) => {
+                    self.bandwidth = cap;
+                    shared.bandwidth.set(cap);
+                }
+                Ok(ServeOrder::Link(link)) => {
                     self.next = Some(link);
                     return Err(SessionLost::Replaced);
                 }

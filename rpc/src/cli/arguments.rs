@@ -391,7 +391,7 @@ pub(super) enum MigrationVerb {
     Abort(Identified),
     /// Have a migration that copies switch over after its round, however long the guest stands still for that
     ForceComplete(Identified),
-    /// Change what a migration that copies may take
+    /// Change what a migration that copies may take, or how fast late pages come
     Retune(RetuneArguments),
     /// End an indeterminate migration at the asked host, whose other host is gone for good
     Resolve(ResolveArguments),

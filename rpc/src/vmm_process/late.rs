@@ -1,16 +1,18 @@
 //! Pages that come after GO: serving them out of a guest that was given away, and waiting for them in one that arrived.
 
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{self, Sender, SyncSender};
 use std::thread;
 
 use anyhow::Context;
-use ferry_migration::Link;
-use ferry_migration::postcopy::{self, LateOutcome, LatePages, LateReport, PagesToServe, ServeReport, Served};
+use ferry_migration::postcopy::{
+    self, LateOutcome, LatePages, LateReport, PagesToServe, ServeOrder, ServeReport, Served,
+};
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{self as wire};
 
-use super::convert::ms;
+use super::convert::{self, ms};
 use super::events::Event;
 use super::jail;
 use super::memory::SharedMemory;
@@ -20,8 +22,10 @@ use super::vmm::{Holding, Vmm};
 /// This process's part in late pages; it has one at most at a time.
 #[derive(Default)]
 pub(super) struct Late {
-    /// Takes connections to who serves; dropping it ends that.
-    serving: Option<Sender<Link>>,
+    /// Takes orders to who serves; dropping it ends that.
+    serving: Option<Sender<ServeOrder>>,
+    /// The cap that was ordered last, or none, while the guest was sent: the order may have come too late for what is served.
+    pub(super) cap: Option<Option<NonZeroU64>>,
     /// Waits for what to serve while the guest is sent.
     pub(super) server: Option<Server>,
     /// Until the last page is here.
@@ -33,7 +37,7 @@ pub(super) struct Late {
 /// Threads that wait for what they are to serve; dropped before that, they end.
 pub(super) struct Server {
     hand_in: SyncSender<(SharedMemory, PagesToServe)>,
-    links: Sender<Link>,
+    orders: Sender<ServeOrder>,
 }
 
 impl Late {
@@ -71,7 +75,7 @@ impl Vmm {
     /// The host has none left.
     pub(super) fn prepare_to_serve(&self) -> anyhow::Result<Server> {
         let (hand_in, handed_in) = mpsc::sync_channel::<(SharedMemory, PagesToServe)>(1);
-        let (links, links_out) = mpsc::channel();
+        let (orders, orders_out) = mpsc::channel();
         let (reports, report_receiver) = mpsc::channel();
         forward(report_receiver, self.events.clone(), Event::ServeReport)?;
         let events = self.events.clone();
@@ -79,14 +83,14 @@ impl Vmm {
             jail::narrow(jail::Kind::Migration);
             // All pages came before GO, or it never came.
             let Ok((memory, pages)) = handed_in.recv() else { return };
-            let served = postcopy::serve(&memory, pages, &links_out, &reports);
+            let served = postcopy::serve(&memory, pages, &orders_out, &reports);
             let _ = events.send(Event::Served(served));
         };
         thread::Builder::new()
             .name("migration".to_owned())
             .spawn(run)
             .context("failed to start a thread")?;
-        Ok(Server { hand_in, links })
+        Ok(Server { hand_in, orders })
     }
 
     /// Begins to serve what GO called missing.
@@ -99,7 +103,13 @@ impl Vmm {
             ..wire::Late::default()
         });
         match server {
-            Some(Server { hand_in, links }) if hand_in.send((memory, pages)).is_ok() => self.late.serving = Some(links),
+            Some(Server { hand_in, orders }) if hand_in.send((memory, pages)).is_ok() => {
+                if let Some(cap) = self.late.cap.take() {
+                    // Nobody takes it where nobody serves, which is told.
+                    let _ = orders.send(ServeOrder::Bandwidth(cap));
+                }
+                self.late.serving = Some(orders);
+            }
             _ => {
                 // Its agent asks for another session, hears that there is none, and calls the pages lost.
                 let reason = "the thread that was to serve late pages has ended".to_owned();
@@ -145,11 +155,34 @@ impl Vmm {
         let link = link(descriptors)?;
         match (&self.late.serving, &self.late.awaited) {
             (Some(serving), _) => {
-                let taken = serving.send(link);
+                let taken = serving.send(ServeOrder::Link(link));
                 anyhow::ensure!(taken.is_ok(), "pages are served no more");
             }
             (None, Some(awaited)) => awaited.attach(link),
             (None, None) => anyhow::bail!("no pages come late here: the machine is {}", self.machine_word()),
+        }
+        Ok(Body::Done(wire::Done {}))
+    }
+
+    /// Other terms for what is sent, or for the pages that come late: of these nothing but the bandwidth is left to be changed.
+    pub(super) fn retune(&mut self, retune: &wire::Retune) -> anyhow::Result<Body> {
+        match &self.late.serving {
+            Some(serving) => {
+                let is_bandwidth_alone = retune.max_downtime_us.is_none() && retune.timeout_ms.is_none();
+                anyhow::ensure!(
+                    is_bandwidth_alone,
+                    "the guest was handed over, nothing but its bandwidth is left to be changed"
+                );
+                if let Some(cap) = convert::new_terms(retune).bandwidth {
+                    let taken = serving.send(ServeOrder::Bandwidth(cap));
+                    anyhow::ensure!(taken.is_ok(), "pages are served no more");
+                }
+            }
+            None => {
+                self.sending()?.retune(retune);
+                let cap = convert::new_terms(retune).bandwidth;
+                self.late.cap = cap.or(self.late.cap);
+            }
         }
         Ok(Body::Done(wire::Done {}))
     }

@@ -107,7 +107,7 @@ impl Vmm {
         self.standing.migration.clone_from(&order.migration);
         self.standing.send_ended = None;
         self.standing.late = None;
-        self.late.server = server;
+        (self.late.server, self.late.cap) = (server, None);
         self.standing.converged_attempt = 0;
         Ok(Body::Done(wire::Done {}))
     }

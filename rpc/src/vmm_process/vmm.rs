@@ -226,10 +226,7 @@ impl Vmm {
                 self.sending()?.force_complete();
                 Ok(Body::Done(wire::Done {}))
             }
-            Command::Retune(retune) => {
-                self.sending()?.retune(&retune);
-                Ok(Body::Done(wire::Done {}))
-            }
+            Command::Retune(retune) => self.retune(&retune),
             Command::ServePages(_) => self.serve_only(),
             Command::LateLink(link) => self.late_link(&link, descriptors),
             Command::Reconnect(link) => self.reconnect(&link, descriptors),
@@ -264,7 +261,7 @@ impl Vmm {
     }
 
     /// The migration out of here, as long as its guest has not been given away.
-    fn sending(&self) -> anyhow::Result<&Sending> {
+    pub(super) fn sending(&self) -> anyhow::Result<&Sending> {
         match &self.holding {
             Holding::Sending(sending) => Ok(sending),
             Holding::Parked(_) => anyhow::bail!("the guest was handed over"),

@@ -20,6 +20,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         pre_copy_whose_time_is_up_goes_over_to_post_copy,
         a_guest_that_its_user_paused_arrives_paused_and_whole,
         what_needs_all_of_its_memory_waits_for_the_last_page,
+        a_cap_is_lifted_while_pages_come_late,
         a_source_agent_killed_while_pages_are_missing_changes_nothing,
         a_destination_agent_killed_while_pages_are_missing_changes_nothing,
         a_cut_link_pauses_what_needs_a_page_and_is_made_again,
@@ -240,6 +241,32 @@ fn what_needs_all_of_its_memory_waits_for_the_last_page(pair: &mut Pair) -> Resu
     pair.b.ferry(&["resume", "g"])?.exit(0)?;
 
     underway.call.wait()?.exit(0)?.migration()?.is("completed", "b")?;
+    completes(pair, &underway.id, &witness)
+}
+
+fn a_cap_is_lifted_while_pages_come_late(pair: &mut Pair) -> Result<()> {
+    expect_a_lost_peer_and(pair, &["VMM", "source", "stream"]);
+    let witness = pair.run(&Guest::new("g").work(BUSY))?;
+    let slow = ["--mode", "postcopy", "--bandwidth", "1Mbit"];
+    let late = |record: &Migration| Ok(record.record["status"] == "running (post-copy)");
+    let underway = pair.migrate_until("g", &slow, late)?;
+
+    let retune = ["migration", "retune", &underway.id];
+    let too_late = pair.a.ferry(&[&retune[..], &["--max-downtime", "1s"]].concat())?;
+    too_late.exit(4)?.says("handed over")?;
+    // An agent that was started anew knows the way to who serves.
+    pair.a.kill();
+    pair.a.start()?;
+    let lift = [&retune[..], &["--bandwidth", "none"]].concat();
+    let retuned = until("the agent knows the migration again", CALL, || {
+        let answer = pair.b.ferry(&lift)?;
+        Ok((answer.code == Some(0)).then_some(answer))
+    })?;
+
+    let record = retuned.migration()?;
+    ensure!(record.record["bandwidth_bytes_per_s"].is_null(), "{}", record.record);
+    // With the cap it would take ten minutes.
+    pair.wait_over(&underway.id)?.is("completed", "b")?;
     completes(pair, &underway.id, &witness)
 }
 

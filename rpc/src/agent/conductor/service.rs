@@ -25,7 +25,7 @@ use crate::agent::instances::Agent;
 use crate::agent::journal::{Depth, MigrationRow, Role};
 use crate::agent::outgoing::{Outgoing, check_retuning};
 use crate::agent::peers::{CALL_TIME, ConductorClient, Peer};
-use crate::agent::steps::{LINK_LOST, SourceStep};
+use crate::agent::steps::{LINK_LOST, POST_COPY, SourceStep};
 
 /// The service over one agent.
 pub(crate) struct ConductorService(pub(crate) Arc<Agent>);
@@ -328,7 +328,17 @@ impl Agent {
     ) -> Result<MigrationInfo, Failure> {
         check_retuning(request, row.is_cold())?;
         let refused = |why: &str| Failure::Refused(format!("migration {} cannot be retuned: {why}", row.id));
-        let outgoing = self.copying(&row).map_err(|why| refused(&why))?;
+        let outgoing = match self.outgoing.find(row.id) {
+            Some(outgoing) if outgoing.watch().borrow().status == POST_COPY => {
+                if request.max_downtime_us.is_some() || request.timeout_ms.is_some() {
+                    return Err(refused(
+                        "its guest was handed over, nothing but --bandwidth is left to be changed",
+                    ));
+                }
+                outgoing
+            }
+            _ => self.copying(&row).map_err(|why| refused(&why))?,
+        };
         context.check()?;
         let retuned = outgoing.retune(request).await;
         retuned.ok_or_else(|| refused("it is over"))??;

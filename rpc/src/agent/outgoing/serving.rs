@@ -122,16 +122,23 @@ impl Script {
         }
     }
 
-    /// Serves until that ends by itself or by a person's word, which is journalled before anything is freed.
+    /// Serves until that ends by itself or by a person's word, which is journalled before anything is freed. How fast is for its user to say.
     async fn until_over(&mut self) -> End {
         if self.row.said.as_deref() == Some(Wish::DiscardHere.as_str()) {
             return End::Discarded;
         }
-        let mut asked = self.asked_to_resolve.take();
+        let (mut asked, mut retunings) = (self.asked_to_resolve.take(), self.asked_to_retune.take());
         loop {
             let resolving = tokio::select! {
                 end = self.until_not_needed_or_lost() => return end,
                 Some(resolving) = next(&mut asked) => resolving,
+                Some(retuning) = next(&mut retunings) => {
+                    if let Some(retuning) = retuning.carry_out(Arc::clone(&self.instance)).await {
+                        self.retuned(retuning).await;
+                        self.show();
+                    }
+                    continue;
+                }
             };
             match self.journal_discarded(&resolving).await {
                 Ok(()) => {
@@ -144,6 +151,10 @@ impl Script {
     }
 
     async fn until_not_needed_or_lost(&mut self) -> End {
+        let told_before = self.outgoing.pages_lost.borrow().clone();
+        if let Some(reason) = told_before {
+            return self.tell_lost(reason).await;
+        }
         match self.until_not_needed().await {
             End::Lost(reason) => self.tell_lost(reason).await,
             end => end,
