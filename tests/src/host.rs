@@ -37,6 +37,8 @@ pub struct Host {
     pub environment: Vec<(String, String)>,
     /// Where it is reached.
     address: &'static str,
+    /// Where its page streams come in, if that is elsewhere.
+    data_address: Option<&'static str>,
     /// The network that its agent is in, if it is not the calling thread's.
     network: Option<PathBuf>,
     ferry: PathBuf,
@@ -61,6 +63,7 @@ impl Host {
             arguments: Vec::new(),
             environment: Vec::new(),
             address: "127.0.0.1",
+            data_address: None,
             network: None,
             ferry: ferry.to_owned(),
             user: None,
@@ -114,11 +117,12 @@ impl Host {
             let file = OpenOptions::new().create(true).append(true).open(&self.log);
             file.with_context(|| format!("failed to open {}", self.log.display()))
         };
+        let data_address = self.data_address.unwrap_or(self.address);
         let mut command = self.agent_command();
         command
             .args(["agent", "--host-id", self.name])
             .args(["--listen", &format!("{}:{}", self.address, self.port)])
-            .args(["--data-listen", &format!("{}:{}", self.address, self.data_port)])
+            .args(["--data-listen", &format!("{data_address}:{}", self.data_port)])
             .arg("--data-dir")
             .arg(&self.data_dir)
             .args(&self.arguments)
@@ -167,6 +171,11 @@ impl Host {
     /// From its next start on the agent listens at this address, in this network.
     pub fn move_to(&mut self, address: &'static str, network: Option<PathBuf>) {
         (self.address, self.network) = (address, network);
+    }
+
+    /// From its next start on page streams come in at this address alone.
+    pub fn take_pages_at(&mut self, address: &'static str) {
+        self.data_address = Some(address);
     }
 
     /// From its next start on the agent is this binary, as after an upgrade. Its VMMs stay what they are.

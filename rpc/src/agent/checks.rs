@@ -16,7 +16,9 @@ use super::backends::room::Promised;
 use super::backends::storage::{self, Coming, Storage};
 use super::backends::{Occasion, Whose};
 use super::context::RequestContext;
+use super::data_port;
 use super::failure::Failure;
+use super::huge_pages;
 use super::incoming::without_disks;
 use super::instances::{Agent, why_not_incoming};
 use super::journal::Status;
@@ -79,6 +81,13 @@ impl Agent {
                 machine_profile = profiled.profile;
             }
         }
+        let unreached = match request.data_address.as_str() {
+            "" => String::new(),
+            address => match data_port::reach(address).await {
+                Ok(()) => String::new(),
+                Err(error) => format!("host {} does not get to {address}: {error}", self.host()),
+            },
+        };
         let refusals = refused.iter().map(|failure| refusal(self.host(), failure)).collect();
         match refused.into_iter().next() {
             Some(first) if !request.dry_run => Err(first),
@@ -88,6 +97,7 @@ impl Agent {
                 epoch,
                 machine_profile,
                 refusals,
+                unreached,
             }),
         }
     }
@@ -107,14 +117,22 @@ impl Agent {
         })?;
         let id = wire_uuid("instance", &request.instance)?;
         let mode = Mode::parse(&request.mode)?;
+        let source = self.compute_rpcapi(context, &request.source)?;
+        // A real migration gets there, or ends, in a moment. A source of before would not try.
+        let is_tried =
+            request.dry_run && source.knows_dry_runs() && Transport::parse(&request.transport)? == Transport::Tcp;
         let asked = CheckSourceRequest {
             instance: request.instance,
             destination: self.host().to_owned(),
             mode: request.mode,
             dry_run: request.dry_run,
             transport: request.transport,
+            data_address: if is_tried {
+                self.data_address.clone()
+            } else {
+                String::new()
+            },
         };
-        let source = self.compute_rpcapi(context, &request.source)?;
         let told = match source.check_can_live_migrate_source(asked).await {
             // It could not tell the source that the guest runs here.
             Err(Failure::Unavailable(silence)) => {
@@ -140,6 +158,19 @@ impl Agent {
         note(&mut checks, "claim", Reason::Memory, lacks, || {
             "memory and vCPUs are there".to_owned()
         });
+        if spec.hugepages {
+            let (found, too_few) = told_apart(huge_pages::check(spec.memory_bytes));
+            note(&mut checks, "huge pages", Reason::HugePages, too_few, || {
+                found.unwrap_or_default()
+            });
+        }
+        if is_tried {
+            let unreached = Some(told.unreached).filter(|why| !why.is_empty());
+            let unreached = unreached.map(Failure::Refused).into_iter().collect();
+            note(&mut checks, "data port", Reason::DataPort, unreached, || {
+                format!("the source gets to {}", self.data_address)
+            });
+        }
         let (fits, misfits) = told_apart(check_machine(told.machine_profile, tracking(&spec)).await);
         note(&mut checks, "machine", Reason::Machine, misfits, || {
             fits.unwrap_or_default()

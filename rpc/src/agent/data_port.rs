@@ -100,7 +100,11 @@ async fn take(agent: &Arc<Agent>, mut stream: TcpStream) -> io::Result<Option<(A
     stream.write_all(&nonce).await?;
 
     let mut claim = [0; 16 + 2 + PROOF];
-    stream.read_exact(&mut claim).await?;
+    if stream.read(&mut claim[..1]).await? == 0 {
+        // Somebody found out whether it can be reached.
+        return Ok(None);
+    }
+    stream.read_exact(&mut claim[1..]).await?;
     let (name, shown) = claim.split_at(18);
     let migration = Uuid::from_slice(&name[..16]).map_err(io::Error::other)?;
     let index = u16::from_le_bytes([name[16], name[17]]);
@@ -151,22 +155,41 @@ pub(crate) async fn connect(
     Ok(connections)
 }
 
-async fn connect_one(address: &str, secret: &[u8], migration: Uuid, index: u16) -> io::Result<OwnedFd> {
+/// How long a data port that is only looked for may take: less than the call takes whose answer tells of it.
+const REACHED_WITHIN: Duration = Duration::from_secs(2);
+
+/// Finds out whether a data port can be reached, and hangs up.
+///
+/// # Errors
+/// It cannot, or is something else.
+pub(crate) async fn reach(address: &str) -> io::Result<()> {
+    let late = |_| io::Error::new(io::ErrorKind::TimedOut, format!("{address} does not answer"));
+    let greeted = tokio::time::timeout(REACHED_WITHIN, greeted_by(address));
+    greeted.await.map_err(late)?.map(drop)
+}
+
+/// A connection to a data port, and its nonce.
+async fn greeted_by(address: &str) -> io::Result<(TcpStream, [u8; NONCE])> {
     let mut stream = TcpStream::connect(address).await?;
     stream.set_nodelay(true)?;
-    let mut greeting = [0; GREETING.len() + NONCE];
-    stream.read_exact(&mut greeting).await?;
-    let (word, nonce) = greeting.split_at(GREETING.len());
-    if word != GREETING {
+    let (mut word, mut nonce) = ([0; GREETING.len()], [0; NONCE]);
+    stream.read_exact(&mut word).await?;
+    if word != *GREETING {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
             format!("{address} is not a ferry data port"),
         ));
     }
+    stream.read_exact(&mut nonce).await?;
+    Ok((stream, nonce))
+}
+
+async fn connect_one(address: &str, secret: &[u8], migration: Uuid, index: u16) -> io::Result<OwnedFd> {
+    let (mut stream, nonce) = greeted_by(address).await?;
     let mut claim = Vec::with_capacity(16 + 2 + PROOF);
     claim.extend_from_slice(migration.as_bytes());
     claim.extend_from_slice(&index.to_le_bytes());
-    claim.extend_from_slice(&proof(secret, nonce, migration, index).finalize().into_bytes());
+    claim.extend_from_slice(&proof(secret, &nonce, migration, index).finalize().into_bytes());
     stream.write_all(&claim).await?;
     if stream.read_u8().await? != 1 {
         return Err(io::Error::new(

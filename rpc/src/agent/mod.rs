@@ -37,6 +37,7 @@ mod events;
 mod failure;
 mod health;
 mod host;
+mod huge_pages;
 mod images;
 mod incoming;
 mod instances;

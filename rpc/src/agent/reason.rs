@@ -62,6 +62,10 @@ reasons! {
     Machine = "INCOMPATIBLE_MACHINE", "name a host with the same kind of processor, or run the instance with --cpu x86-64-v2";
     /// The destination may not have pages come after their guest, and the migration's mode may need it to.
     LatePages = "LATE_PAGES", "set the sysctl vm.unprivileged_userfaultfd to 1 there, give its agent access to /dev/userfaultfd, or move by pre-copy without --on-timeout postcopy";
+    /// The source does not get to the destination's data port.
+    DataPort = "DATA_PORT", "let the source through to it (--data-listen there, firewalls), or move with --transport grpc";
+    /// A guest that has its memory from the pool of huge pages finds too few there.
+    HugePages = "HUGE_PAGES", "raise the sysctl vm.nr_hugepages there, or move something with huge pages away";
     /// A disk can neither be shared nor copied there.
     Disks = "DISKS", "make the disk available there, or choose another --storage";
     /// A tap or bridge is missing there.

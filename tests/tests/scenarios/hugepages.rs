@@ -14,16 +14,19 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_guest_of_the_pool_moves_by_pre_copy,
         a_guest_of_the_pool_moves_by_post_copy_and_back_by_a_hybrid,
         a_guest_of_the_pool_waits_while_the_link_is_cut,
+        a_pool_that_is_too_small_is_told_before_anything_moves,
     ]
 }
 
-/// Memory of such a guest on two hosts, and a few more.
-const PAGES: u64 = 2 * 64 + 8;
+/// Memory of such a guest.
+const GUEST: u64 = 64;
+/// Of one on two hosts, and a few more.
+const PAGES: u64 = 2 * GUEST + 8;
 
-/// Runs the scenario where huge pages are to be had.
-fn with_pool(scenario: impl FnOnce() -> Result<()>) -> Result<()> {
-    let Some(pool) = HugePages::more(PAGES)? else {
-        eprintln!("skipped: this host has no {PAGES} huge pages for its pool");
+/// Runs the scenario where so many huge pages are to be had.
+fn with_pool(pages: u64, scenario: impl FnOnce() -> Result<()>) -> Result<()> {
+    let Some(pool) = HugePages::more(pages)? else {
+        eprintln!("skipped: this host has no {pages} huge pages for its pool");
         return Ok(());
     };
     let ended = scenario();
@@ -52,7 +55,7 @@ fn came_late(moved: &Migration) -> Result<u64> {
 }
 
 fn a_guest_of_the_pool_moves_by_pre_copy(pair: &mut Pair) -> Result<()> {
-    with_pool(|| {
+    with_pool(PAGES, || {
         let witness = pair.run(&Guest::new("g").work(BUSY).hugepages())?;
 
         pair.migrate("g", &["--digests"])?
@@ -67,7 +70,7 @@ fn a_guest_of_the_pool_moves_by_pre_copy(pair: &mut Pair) -> Result<()> {
 }
 
 fn a_guest_of_the_pool_moves_by_post_copy_and_back_by_a_hybrid(pair: &mut Pair) -> Result<()> {
-    with_pool(|| {
+    with_pool(PAGES, || {
         let witness = pair.run(&Guest::new("g").work(BUSY).vcpus(2).hugepages())?;
 
         let postcopy = ["--mode", "postcopy", "--verify"];
@@ -109,7 +112,7 @@ fn a_guest_of_the_pool_moves_by_post_copy_and_back_by_a_hybrid(pair: &mut Pair) 
 }
 
 fn a_guest_of_the_pool_waits_while_the_link_is_cut(pair: &mut Pair) -> Result<()> {
-    with_pool(|| {
+    with_pool(PAGES, || {
         expect_a_lost_peer(pair);
         // With one page stream this is the one on which pages are pushed.
         let (stream, at, cut) = (4, CutPoint::Frames(8), Cut::All);
@@ -126,5 +129,28 @@ fn a_guest_of_the_pool_waits_while_the_link_is_cut(pair: &mut Pair) -> Result<()
         came_late(&moved)?;
         pair.runs_only_at(&pair.b, "g", &witness)?;
         pair.b.ferry(&["delete", "g", "--force"])?.exit(0).map(drop)
+    })
+}
+
+fn a_pool_that_is_too_small_is_told_before_anything_moves(pair: &mut Pair) -> Result<()> {
+    with_pool(GUEST + 8, || {
+        let witness = pair.run(&Guest::new("g").work(BUSY).hugepages())?;
+        let told = pair
+            .migrate("g", &["--dry-run", "--sample", "none"])?
+            .says("64 are needed")?;
+        if told.code == Some(0) {
+            eprintln!("skipped: this host has huge pages of its own that nobody uses");
+            return pair.a.ferry(&["delete", "g", "--force"])?.exit(0).map(drop);
+        }
+        let told = told.exit(4)?.json()?;
+        let refused = &told["hosts"][0]["refusals"];
+        ensure!(
+            refused.as_array().is_some_and(|all| all.len() == 1) && refused[0]["reason"] == "HUGE_PAGES",
+            "{told}"
+        );
+        pair.migrate("g", &[])?.exit(4)?.says("HUGE_PAGES")?;
+
+        pair.runs_only_at(&pair.a, "g", &witness)?;
+        pair.a.ferry(&["delete", "g", "--force"])?.exit(0).map(drop)
     })
 }

@@ -131,6 +131,7 @@ impl Agent {
             mode: Mode::of(options).map_or("", Mode::as_str).to_owned(),
             dry_run: true,
             transport: options.transport.clone(),
+            data_address: String::new(),
         };
         let api = match self.compute_rpcapi(context, source) {
             // One of before has no answer to this, and tells each destination.
