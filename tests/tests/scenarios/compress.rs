@@ -4,10 +4,10 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{Guest, Migration, Pair, ShapedLink, Witness, until, waiting::CALL};
+use ferry_tests::{Guest, Migration, Pair, until, waiting::CALL};
 use libtest_mimic::Trial;
 
-use crate::scenario::{expect_a_lost_peer, has_nothing, in_a_network, on_kvm};
+use crate::scenario::{across, expect_a_lost_peer, has_nothing, in_a_network, on_kvm};
 
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = on_kvm![
@@ -204,22 +204,8 @@ fn what_cannot_be_compressed_with_is_refused(pair: &mut Pair) -> Result<()> {
     pair.runs_only_at(&pair.a, "g", &witness)
 }
 
-/// The two hosts with a link of this rate between them, and a guest on `a`.
-fn across(pair: &mut Pair, rate: &str, work: &str) -> Result<(ShapedLink, Witness)> {
-    let link = ShapedLink::join(rate)?;
-    for host in [&mut pair.a, &mut pair.b] {
-        host.terminate()?;
-    }
-    link.part(pair);
-    for host in [&mut pair.a, &mut pair.b] {
-        host.start()?;
-    }
-    let witness = pair.run(&Guest::new("g").work(work))?;
-    Ok((link, witness))
-}
-
 fn text_over_a_slow_link_is_compressed_of_its_own_accord(pair: &mut Pair) -> Result<()> {
-    let (_link, witness) = across(pair, "200mbit", TEXT)?;
+    let (_link, witness) = across(pair, "200mbit", &Guest::new("g").work(TEXT))?;
 
     let moved = pair
         .migrate("g", &["--compress", "auto"])?
@@ -238,7 +224,7 @@ fn text_over_a_slow_link_is_compressed_of_its_own_accord(pair: &mut Pair) -> Res
 }
 
 fn random_pages_over_a_slow_link_are_sent_plainly(pair: &mut Pair) -> Result<()> {
-    let (_link, witness) = across(pair, "400mbit", RANDOM)?;
+    let (_link, witness) = across(pair, "400mbit", &Guest::new("g").work(RANDOM))?;
 
     let moved = pair
         .migrate("g", &["--compress", "auto"])?
@@ -252,7 +238,11 @@ fn random_pages_over_a_slow_link_are_sent_plainly(pair: &mut Pair) -> Result<()>
 
 fn a_cap_counts_what_is_sent(pair: &mut Pair) -> Result<()> {
     const CAP: f64 = 10e6;
-    let (_link, witness) = across(pair, "1gbit", "fill=text fill_mib=48 work=idle heartbeat_ms=20")?;
+    let (_link, witness) = across(
+        pair,
+        "1gbit",
+        &Guest::new("g").work("fill=text fill_mib=48 work=idle heartbeat_ms=20"),
+    )?;
 
     let further = ["--compress", "zstd", "--bandwidth", "80Mbit"];
     let moved = pair
@@ -279,7 +269,7 @@ fn a_cap_counts_what_is_sent(pair: &mut Pair) -> Result<()> {
 
 fn a_link_that_is_cut_under_compressed_pages_is_made_again(pair: &mut Pair) -> Result<()> {
     expect_a_lost_peer(pair);
-    let (link, witness) = across(pair, "20mbit", TEXT)?;
+    let (link, witness) = across(pair, "20mbit", &Guest::new("g").work(TEXT))?;
     let further = ["--compress", "zstd", "--resume-window", "60s", "--digests"];
     let at = |percent: f64| {
         move |shown: &Migration| {

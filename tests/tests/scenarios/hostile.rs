@@ -5,6 +5,7 @@ use anyhow::{Result, ensure};
 use ferry_tests::{Guest, Pair, Tampering, passing::HEADER, passing::reseal};
 use libtest_mimic::Trial;
 
+use crate::postcopy::{BUSY, completes};
 use crate::scenario::{between, expect_a_lost_peer, has_nothing, on_kvm};
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -17,6 +18,9 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_frame_beyond_the_limit_ends_the_migration,
         a_frame_of_pages_outside_memory_ends_the_migration,
         a_doubled_frame_ends_the_migration,
+        a_late_frame_with_a_wrong_checksum_costs_a_link_and_no_page,
+        a_late_frame_of_pages_outside_memory_costs_a_link_and_no_page,
+        an_answer_that_is_doubled_costs_a_link_and_no_page,
     ]
 }
 
@@ -63,21 +67,13 @@ fn a_frame_beyond_the_limit_ends_the_migration(pair: &mut Pair) -> Result<()> {
 }
 
 fn a_frame_of_pages_outside_memory_ends_the_migration(pair: &mut Pair) -> Result<()> {
-    let far_away = |frame: &mut [u8]| {
-        frame[HEADER..HEADER + 8].copy_from_slice(&0x1234_5678_u64.to_le_bytes());
-        reseal(frame);
-    };
     let says = ["page stream 0", "from page 0x12345678 on are not guest memory"];
-    stays(pair, frame(0, 2, far_away), &says)
+    stays(pair, frame(0, 2, outside_memory), &says)
 }
 
 fn a_doubled_frame_ends_the_migration(pair: &mut Pair) -> Result<()> {
-    let as_the_one_before = |frame: &mut [u8]| {
-        frame[16..24].copy_from_slice(&2_u64.to_le_bytes());
-        reseal(frame);
-    };
     let says = ["page stream 0", "frame 2 of the stream where 3 is next"];
-    stays(pair, frame(0, 3, as_the_one_before), &says)
+    stays(pair, frame(0, 3, as_the_second), &says)
 }
 
 /// A migration in which this is tampered with fails and says so; the guest stays, B has nothing, and the next one succeeds.
@@ -103,8 +99,58 @@ fn stays(pair: &mut Pair, tampering: Tampering, says: &[&str]) -> Result<()> {
     pair.runs_only_at(&pair.b, "g", &witness)
 }
 
+/// With one page stream: one of those on which pages are asked for, and the one on which the others are pushed.
+const ANSWERS: u16 = 2;
+const PUSHED: u16 = 4;
+
+fn a_late_frame_with_a_wrong_checksum_costs_a_link_and_no_page(pair: &mut Pair) -> Result<()> {
+    let says = "the checksum of a frame's header";
+    comes_all_the_same(pair, frame(PUSHED, 10, |frame| frame[28] ^= 0x10), says)
+}
+
+fn a_late_frame_of_pages_outside_memory_costs_a_link_and_no_page(pair: &mut Pair) -> Result<()> {
+    comes_all_the_same(pair, frame(PUSHED, 5, outside_memory), "are not guest memory")
+}
+
+fn an_answer_that_is_doubled_costs_a_link_and_no_page(pair: &mut Pair) -> Result<()> {
+    let says = "frame 2 of the stream where 3 is next";
+    comes_all_the_same(pair, frame(ANSWERS, 3, as_the_second), says)
+}
+
+/// The guest runs at B already, and what is tampered with may have been for it: the link is given up, and the page comes over the next one.
+fn comes_all_the_same(pair: &mut Pair, tampering: Tampering, says: &str) -> Result<()> {
+    expect_a_lost_peer(pair);
+    pair.expect_complaint("late");
+    let relay = between(pair, tampering)?;
+    let witness = pair.run(&Guest::new("g").work(BUSY).vcpus(2))?;
+
+    let slow = ["--mode", "postcopy", "--streams", "1", "--bandwidth", "320Mbit"];
+    let told = pair.migrate("g", &slow)?.exit(0)?;
+
+    ensure!(relay.has_tampered(), "nothing was tampered with: {told}");
+    let moved = told.migration()?.is("completed", "b")?;
+    ensure!(
+        moved.number("late_pages")? > 0.0 && moved.number("late_missing")? == 0.0,
+        "{told}"
+    );
+    completes(pair, moved.text("id")?, &witness)?;
+    let logged = pair.b.ferry(&["logs", "g"])?.exit(0)?;
+    logged.says("a session of late pages is lost")?.says(says).map(drop)
+}
+
 fn frame(stream: u16, number: u64, change: fn(&mut [u8])) -> Tampering {
     Tampering::Frame { stream, number, change }
+}
+
+fn outside_memory(frame: &mut [u8]) {
+    frame[HEADER..HEADER + 8].copy_from_slice(&0x1234_5678_u64.to_le_bytes());
+    reseal(frame);
+}
+
+/// It is the fourth: one comes twice.
+fn as_the_second(frame: &mut [u8]) {
+    frame[16..24].copy_from_slice(&2_u64.to_le_bytes());
+    reseal(frame);
 }
 
 /// Versions 8 to 9 instead of 1 to 2: the first two fields of the message in the message.

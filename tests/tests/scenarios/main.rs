@@ -1,10 +1,11 @@
 //! Scenarios: whole VMs on real KVM under two agents, as a user drives them.
 //!
-//! One at a time, because each has guests that spin. Each starts its own pair of agents and leaves nothing behind; after
+//! Two side by side, and by themselves those that could not bear that. Each starts its own pair of agents and leaves nothing behind; after
 //! each exactly one copy of the guest exists, its oracle is clean, and no log holds a complaint that was not expected.
 //! `FERRY_LONG_TESTS=1` adds the long matrices.
 
 mod aborts;
+mod across;
 mod admission;
 mod agents;
 mod alphabet;
@@ -70,33 +71,41 @@ mod verify;
 
 use std::process::ExitCode;
 
-use libtest_mimic::Arguments;
+use libtest_mimic::{Arguments, Trial};
+
+/// Scenarios that run side by side: they mostly wait, for deadlines, heartbeats and disks.
+const SIDE_BY_SIDE: usize = 2;
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
-    arguments.test_threads = Some(1);
+    let given = arguments.test_threads;
+    let mut all_passed = true;
+    for (trials, most) in [(waiting(), SIDE_BY_SIDE), (alone(), 1)] {
+        arguments.test_threads = Some(given.map_or(most, |given| given.clamp(1, most)));
+        all_passed &= !libtest_mimic::run(&arguments, trials).has_failed();
+    }
+    booted::forget();
+    scenario::tell_the_slowest();
+    if all_passed {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+/// Those that bear company.
+fn waiting() -> Vec<Trial> {
     let trials = [
         lifecycle::trials(),
         restarts::trials(),
-        linux::trials(),
-        refusals::trials(),
         placement::trials(),
-        prediction::trials(),
         moves::trials(),
         disks::trials(),
         storage::trials(),
-        fast_disks::trials(),
         readonly::trials(),
         block_devices::trials(),
-        linux_devices::trials(),
-        linux_stop::trials(),
-        readme::trials(),
         device_work::trials(),
-        hanging::trials(),
         networks::trials(),
-        limits::trials(),
-        memory::trials(),
-        hints::trials(),
         requests::trials(),
         events::trials(),
         aborts::trials(),
@@ -104,25 +113,19 @@ fn main() -> ExitCode {
         admission::trials(),
         onward::trials(),
         cold::trials(),
-        compress::trials(),
-        convergence::trials(),
         postcopy::trials(),
-        late_cuts::trials(),
         late_questions::trials(),
-        hugepages::trials(),
         resume::trials(),
         carried::trials(),
         casts::trials(),
         agents::trials(),
         progress::trials(),
-        upgrades::trials(),
         verify::trials(),
         resolves::trials(),
         data_port::trials(),
         faults::trials(),
         hostile::trials(),
         jail::trials(),
-        unprivileged::trials(),
         callers::trials(),
         fields::trials(),
         foreign::trials(),
@@ -131,10 +134,33 @@ fn main() -> ExitCode {
         selftest::trials(),
         silence::trials(),
         snapshots::trials(),
-        soak::trials(),
     ];
-    let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
-    booted::forget();
-    scenario::tell_the_slowest();
-    conclusion.exit_code()
+    trials.into_iter().flatten().collect()
+}
+
+/// Those that measure rates, or whose guests need a processor of their own, or something of which the host has one, or that run a program which they
+/// just wrote: no other thread may begin a process meanwhile, which would have it open for writing for a moment.
+fn alone() -> Vec<Trial> {
+    let trials = [
+        linux::trials(),
+        prediction::trials(),
+        fast_disks::trials(),
+        linux_devices::trials(),
+        linux_stop::trials(),
+        readme::trials(),
+        hanging::trials(),
+        limits::trials(),
+        memory::trials(),
+        hints::trials(),
+        convergence::trials(),
+        late_cuts::trials(),
+        hugepages::trials(),
+        soak::trials(),
+        across::trials(),
+        compress::trials(),
+        refusals::trials(),
+        upgrades::trials(),
+        unprivileged::trials(),
+    ];
+    trials.into_iter().flatten().collect()
 }

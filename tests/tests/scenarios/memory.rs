@@ -29,7 +29,7 @@ pub(crate) fn trials() -> Vec<Trial> {
 }
 
 const MIB: u64 = 1 << 20;
-/// How long a guest may take to do something with all of its memory where ring 0 is emulated.
+/// How long a guest of 128 MiB may take to do something with all of its memory where ring 0 is emulated.
 const ALL_MEMORY: Duration = Duration::from_secs(1800);
 /// Has free blocks of 32 KiB and more reported. Left to itself this kernel reports whole 4 MiB, and a page that is in use keeps its block
 /// back: of 128 MiB that were freed a fifth. (Linux 6.1 overwrites what the command line says of it.)
@@ -50,6 +50,7 @@ fn a_gibibyte_of_freed_page_cache_is_not_sent(pair: &mut Pair) -> Result<()> {
 }
 
 fn freed_page_cache(pair: &Pair, cache: u64, memory: &str) -> Result<()> {
+    let deadline = ALL_MEMORY * (cache / (128 * MIB)) as u32;
     let disk = make_disk(pair.folder(), cache)?;
     Linux::new("g")?
         .memory(memory)
@@ -61,21 +62,21 @@ fn freed_page_cache(pair: &Pair, cache: u64, memory: &str) -> Result<()> {
     }
     let fresh = sent(&pair.a, &pair.b)?;
 
-    carry_out(&pair.b, "g", READ_DISK, ALL_MEMORY)?;
+    carry_out(&pair.b, "g", READ_DISK, deadline)?;
     let full = sent(&pair.b, &pair.a)?;
     ensure!(
         full > fresh + cache / 20 * 19,
         "the page cache was not there: {full} bytes, fresh {fresh}"
     );
     let most_given_back = resident(pair.a.vmm()?)?.saturating_sub(cache / 5 * 4);
-    carry_out(&pair.a, "g", "echo 3 >/proc/sys/vm/drop_caches", ALL_MEMORY)?;
+    carry_out(&pair.a, "g", "echo 3 >/proc/sys/vm/drop_caches", deadline)?;
 
     // The guest tells a few seconds later, and takes its time, which a move would only make longer: it is moved once its host has most of the
     // memory back, and again until the guest had told nearly all of it. It also takes some into use meanwhile.
     let (mut from, mut to) = (&pair.a, &pair.b);
     let mut vmm = from.vmm()?;
     let mut freed = Vec::new();
-    let none = until("what the guest freed is not sent", ALL_MEMORY, || {
+    let none = until("what the guest freed is not sent", deadline, || {
         if resident(vmm)? > most_given_back {
             return Ok(None);
         }

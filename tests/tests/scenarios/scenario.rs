@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{Host, Pair, Relay, Tampering, Witness, until, waiting::CALL};
+use ferry_tests::{Guest, Host, Pair, Relay, ShapedLink, Tampering, Witness, until, waiting::CALL};
 use libtest_mimic::{Failed, Trial};
 use rustix::fs::{Access, access};
 use rustix::io::Errno;
@@ -164,6 +164,20 @@ fn kvm_is_here() -> bool {
 
 fn short(name: &str) -> &str {
     name.split_once("::").map_or(name, |(_, rest)| rest)
+}
+
+/// The two hosts with a link of this rate between them, and a guest on `a`.
+pub(crate) fn across(pair: &mut Pair, rate: &str, guest: &Guest) -> Result<(ShapedLink, Witness)> {
+    let link = ShapedLink::join(rate)?;
+    for host in [&mut pair.a, &mut pair.b] {
+        host.terminate()?;
+    }
+    link.part(pair);
+    for host in [&mut pair.a, &mut pair.b] {
+        host.start()?;
+    }
+    let witness = pair.run(guest)?;
+    Ok((link, witness))
 }
 
 /// Waits until the host has no instance, no VMM and no folder of one.
