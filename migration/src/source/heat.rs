@@ -55,11 +55,11 @@ mod tests {
     fn pages_that_were_in_the_round_before_as_well_go_last() {
         let mut heat = Heat::default();
         let everything = set(&[(0, 1000)]);
-        assert_eq!(heat.part(everything.clone()), [everything.clone()]);
+        assert_eq!(heat.part(everything.clone()), vec![everything.clone()]);
         assert_eq!(heat.went(everything.clone()), None);
 
         let second = set(&[(100, 50), (300, 50)]);
-        assert_eq!(heat.part(second.clone()), [second.clone()]);
+        assert_eq!(heat.part(second.clone()), vec![second.clone()]);
         assert_eq!(heat.went(second), Some(everything));
 
         let third = set(&[(120, 60), (310, 10), (500, 1)]);
