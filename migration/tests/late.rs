@@ -92,6 +92,13 @@ impl Late {
         (self.pages.outcome().unwrap(), bytes_sent)
     }
 
+    /// Both ends have another link.
+    fn attach(&self) {
+        let (near, far) = links(LATE_STREAMS);
+        self.orders.send(ServeOrder::Link(near)).unwrap();
+        self.pages.attach(far);
+    }
+
     fn touch(&self, frames: impl Iterator<Item = u64>) {
         let memory = &*self.destination;
         thread::scope(|scope| frames.for_each(|frame| drop(scope.spawn(move || memory.touch(frame)))));
@@ -295,9 +302,7 @@ fn a_session_that_is_lost_is_taken_up_by_the_next_one() {
     late.touch([5000].into_iter());
     // Both ends have it anew, whatever was under way.
     for _ in 0..2 {
-        let (near, far) = links(LATE_STREAMS);
-        late.orders.send(ServeOrder::Link(near)).unwrap();
-        late.pages.attach(far);
+        late.attach();
         late.touch([300 + late.pages.missing() % 1000].into_iter());
     }
     late.source.slow_sends(Duration::ZERO);
@@ -319,9 +324,7 @@ fn a_cap_that_was_lifted_is_gone_over_the_next_link_too() {
     // Whatever goes on over the first link until then is too slow to come to an end.
     late.source.slow_sends(Duration::from_millis(20));
     late.orders.send(ServeOrder::Bandwidth(None)).unwrap();
-    let (near, far) = links(LATE_STREAMS);
-    late.orders.send(ServeOrder::Link(near)).unwrap();
-    late.pages.attach(far);
+    late.attach();
     late.source.slow_sends(Duration::ZERO);
     late.comes();
 }
@@ -336,9 +339,7 @@ fn a_cap_is_lifted_while_there_is_no_link() {
     let is_lost = |report: ServeReport| matches!(report, ServeReport::LinkLost { .. });
     assert!(heard.into_iter().any(is_lost), "nobody says that the link is lost");
     late.orders.send(ServeOrder::Bandwidth(None)).unwrap();
-    let (near, far) = links(LATE_STREAMS);
-    late.orders.send(ServeOrder::Link(near)).unwrap();
-    late.pages.attach(far);
+    late.attach();
     late.comes();
 }
 
@@ -369,9 +370,7 @@ fn a_cut_link_is_told_at_both_ends_and_who_waits_waits_on() {
             break;
         }
     }
-    let (near, far) = links(LATE_STREAMS);
-    late.orders.send(ServeOrder::Link(near)).unwrap();
-    late.pages.attach(far);
+    late.attach();
     late.source.slow_sends(Duration::ZERO);
     waits.join().unwrap();
     late.comes();
@@ -387,9 +386,7 @@ fn a_session_ends_though_more_of_its_streams_break_than_are_heard() {
     let lost = |report: ServeReport| matches!(report, ServeReport::LinkLost { .. });
     let heard = std::iter::from_fn(|| late.served.recv_timeout(PATIENCE).ok());
     assert!(heard.into_iter().any(lost), "nobody says that the link is lost");
-    let (near, far) = links(LATE_STREAMS);
-    late.orders.send(ServeOrder::Link(near)).unwrap();
-    late.pages.attach(far);
+    late.attach();
     late.source.slow_sends(Duration::ZERO);
     late.comes();
 }

@@ -88,10 +88,12 @@ impl Meter {
         self.copied
     }
 
-    /// A round of these sets, in this order, begins.
-    pub(super) fn round_begins(&mut self, sets: &[PageSet]) {
+    /// A round of these sets, in this order, begins. Tells how many pages it has.
+    pub(super) fn round_begins(&mut self, sets: &[PageSet]) -> u64 {
         self.round = sets.iter().map(|set| self.split(set, set.count())).collect();
-        self.is_at(self.round().all());
+        let pages = self.round().all();
+        self.is_at(pages);
+        pages
     }
 
     /// So many pages of the round were not given out yet. Within a set they ascend, and disks come after memory.

@@ -310,10 +310,10 @@ impl LastPages {
         budget: &Budget,
         last_round: &mut LastRound,
     ) -> Result<(), Setback> {
-        let pages = set.as_ref().map_or(0, PageSet::count);
+        let mut pages = 0;
         if let Some(set) = set {
             let sets = vec![set];
-            copy.so_far.meter.round_begins(&sets);
+            pages = copy.so_far.meter.round_begins(&sets);
             *last_round = LastRound::UnderWay;
             copy.streams.feed.start(Round {
                 number: copy.so_far.round,
