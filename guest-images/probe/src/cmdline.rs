@@ -67,6 +67,8 @@ pub struct Options {
     pub heartbeat_ms: u64,
     /// vCPUs to bring up; APIC ids `0..cpus`.
     pub cpus: u32,
+    /// vCPUs that write, the first ones; the others check, and then the writers check nothing in the background. `None`: all do both.
+    pub writers: Option<u32>,
     /// Whether pages are checked before they are written and in the background.
     pub check: bool,
     /// Pages a second that the background check reads in full, all vCPUs together.
@@ -93,6 +95,7 @@ impl Default for Options {
             rate: 1000,
             heartbeat_ms: 100,
             cpus: 1,
+            writers: None,
             check: true,
             check_rate: 200,
             seed: 1,
@@ -160,6 +163,19 @@ impl Options {
         }
     }
 
+    /// vCPUs that write.
+    pub fn writing_cpus(&self) -> u32 {
+        self.writers.unwrap_or(self.cpus).min(self.cpus)
+    }
+
+    /// vCPUs that check pages in the background.
+    pub fn checking_cpus(&self) -> u32 {
+        match self.cpus - self.writing_cpus() {
+            0 => self.cpus,
+            others => others,
+        }
+    }
+
     fn set<'a>(&mut self, word: &'a str) -> Result<(), BadOption<'a>> {
         let (key, value) = word.split_once('=').unwrap_or((word, ""));
         let bad = BadOption::Value(word);
@@ -176,6 +192,12 @@ impl Options {
                 self.cpus = match number(u64::from(MAX_CPUS))? {
                     0 => return Err(bad),
                     cpus => cpus as u32,
+                }
+            }
+            "writers" => {
+                self.writers = match number(u64::from(MAX_CPUS))? {
+                    0 => return Err(bad),
+                    writers => Some(writers as u32),
                 }
             }
             "check" => self.check = named(&[("on", true), ("off", false)], value).ok_or(bad)?,
@@ -211,6 +233,9 @@ impl fmt::Display for Options {
             rate => write!(f, " rate={rate}")?,
         }
         write!(f, " heartbeat_ms={} cpus={}", self.heartbeat_ms, self.cpus)?;
+        if let Some(writers) = self.writers {
+            write!(f, " writers={writers}")?;
+        }
         write!(f, " check={}", if self.check { "on" } else { "off" })?;
         write!(f, " check_rate={} seed={}", self.check_rate, self.seed)?;
         if let Some((end, ms)) = self.end {
@@ -295,7 +320,7 @@ mod tests {
 
     #[test]
     fn every_key_is_understood() {
-        let line = "fill=text fill_mib=12 work=hotcold work_mib=3 rate=500000 heartbeat_ms=10 cpus=2 \
+        let line = "fill=text fill_mib=12 work=hotcold work_mib=3 rate=500000 heartbeat_ms=10 cpus=2 writers=1 \
                     check=off check_rate=5 seed=9 panic_after_ms=70 tsc_khz=2000000 mem=2G";
         let options = Options::parse(line).unwrap();
         let expected = Options {
@@ -306,6 +331,7 @@ mod tests {
             rate: 500_000,
             heartbeat_ms: 10,
             cpus: 2,
+            writers: Some(1),
             check: false,
             check_rate: 5,
             seed: 9,
@@ -320,7 +346,7 @@ mod tests {
 
     #[test]
     fn what_is_shown_parses_back() {
-        for line in ["", "work=uniform rate=max", "reset_after_ms=1", "work=sweep"] {
+        for line in ["", "work=uniform rate=max", "cpus=2 writers=1", "reset_after_ms=1", "work=sweep"] {
             let options = Options::parse(line).unwrap();
             assert_eq!(Options::parse(&options.to_string()).unwrap(), options);
         }
@@ -336,6 +362,7 @@ mod tests {
             "work=fast",
             "cpus=0",
             "cpus=65",
+            "writers=0",
             "fill_mib=-1",
             "fill_mib=99999999999",
             "rate=",

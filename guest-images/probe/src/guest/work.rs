@@ -44,7 +44,7 @@ impl Share {
 
 impl Worker {
     pub fn new(plan: &'static Plan, cpu: u32, front: Option<Front>) -> Self {
-        let cpus = plan.options.cpus;
+        let (cpus, writers) = (plan.options.cpus, plan.options.writing_cpus());
         let account = &ACCOUNTS[cpu as usize];
         Self {
             plan,
@@ -52,7 +52,10 @@ impl Worker {
             watch: Watch::new(account),
             front,
             fill: Share::of(plan.fill.count(), cpu, cpus),
-            work: Share::of(plan.work.count(), cpu, cpus),
+            work: match cpu < writers {
+                true => Share::of(plan.work.count(), cpu, writers),
+                false => Share { first: 0, count: 0 },
+            },
             rng: Rng::new(plan.options.seed, !u64::from(cpu)),
             sweep: 0,
             check: 0,
@@ -72,9 +75,12 @@ impl Worker {
             }
         }
         let options = &self.plan.options;
-        let check_rate = if options.check { options.check_rate } else { 0 };
-        let mut writing = Pace::new(self.plan, options.write_rate(), self.work.count);
-        let mut checking = Pace::new(self.plan, check_rate, self.fill.count + self.work.count);
+        let (writers, checkers) = (options.writing_cpus(), options.checking_cpus());
+        let checks = options.check && (self.work.count == 0 || checkers == options.cpus);
+        let check_rate = if checks { options.check_rate } else { 0 };
+        let mut writing = Pace::new(self.plan, (options.write_rate(), writers), self.work.count);
+        let checked = self.fill.count + self.work.count;
+        let mut checking = Pace::new(self.plan, (check_rate, checkers), checked);
         loop {
             let now = self.look();
             if writing.is_due(now) {
@@ -241,11 +247,11 @@ struct Pace {
 }
 
 impl Pace {
-    /// `rate` is of all vCPUs together; `pages` is what this one has: with none, nothing is ever due.
-    fn new(plan: &Plan, rate: u64, pages: u64) -> Self {
+    /// `rate` is of so many vCPUs together; `pages` is what this one has: with none, nothing is ever due.
+    fn new(plan: &Plan, (rate, cpus): (u64, u32), pages: u64) -> Self {
         let rate = if pages == 0 { 0 } else { rate };
         // Cycles a second divided among the vCPUs: each does its part of the rate.
-        let cycles = plan.cycles(1000) * u64::from(plan.options.cpus);
+        let cycles = plan.cycles(1000) * u64::from(cpus);
         let step = cycles.checked_div(rate);
         Self {
             next: step.map_or(u64::MAX, |step| clock() + step),
