@@ -51,6 +51,8 @@ fn pages_of_frames(bytes: &[u8], sums: Sums, shape: &MemoryShape) {
     while let Ok(Some(pages)) = reader_opened.pages(&mut source, shape) {
         assert_eq!(pages.sum.is_some(), sums == Sums::Told);
         assert!(pages.data.iter().chain(pages.zero).all(|&run| shape.contains(run)));
+        assert!(pages.delta.iter().all(|run| pages.data.contains(run)));
+        assert!(pages.delta.is_empty() || pages.block.is_some());
         let data: u64 = pages.data.iter().map(|run| run.count * FRAME_SIZE).sum();
         if let Some(block) = pages.block {
             match decompressor.unpack(&mut source, block) {

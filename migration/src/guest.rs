@@ -261,6 +261,13 @@ pub trait GuestMemory: Send + Sync + 'static {
         false
     }
 
+    /// The first frame that stands for a disk's block; beyond all frames where there is no disk.
+    fn disks_begin(&self) -> u64 {
+        let regions = self.shape().regions().iter();
+        let mut disks = regions.filter(|&&region| self.is_disk(region));
+        disks.next().map_or(u64::MAX, |region| region.start_frame)
+    }
+
     /// Whether this region reads as zero before anything is written to it; if not, what is told to be zero is written in any case.
     fn is_blank(&self, _region: Region) -> bool {
         true

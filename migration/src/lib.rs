@@ -22,8 +22,10 @@ mod verify;
 mod wire;
 mod yielding;
 
-pub use compress::{Codec, Compression, Method, ParseCompressionError, Tally, foresee, try_out};
-pub use compress::{Packed, Sampled as SampledWay};
+pub use compress::{
+    Codec, Compression, Method, ParseCompressionError, Tally, foresee, foresee_deltas, most_copies, try_out,
+};
+pub use compress::{Packed, Sampled as SampledWay, Watched};
 pub use link::{Link, Liveness};
 pub use precopy::PageSet;
 pub use wire::{ControlError, FrameError, OLDEST_PROTOCOL, PROTOCOL, StreamTotals, shorten};

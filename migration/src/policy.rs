@@ -214,6 +214,8 @@ impl Policy {
         } else {
             self.rounds_within_budget = 0;
         }
+        // What a round of whole pages left tells little of one in which they are told by what they changed.
+        let is_telling = !now.deltas_begin || within_budget || self.force.is_some();
         let judged = match self.force {
             // Where pages may come late, what must be completed is completed so.
             Some(force) if within_budget || matches!(self.lateness, Lateness::Never | Lateness::AtOnce) => {
@@ -221,9 +223,13 @@ impl Policy {
             }
             Some(force) => (Verdict::Postcopy, force.words().to_owned()),
             None if within_budget => self.within_budget(&left),
+            None if !is_telling => {
+                let grounds = "over the budget, and from the next round on pages are told by what they changed";
+                (Verdict::Continue, grounds.to_owned())
+            }
             None => self.over_budget(&left, max_downtime),
         };
-        let (verdict, grounds) = self.perhaps_late(judged);
+        let (verdict, grounds) = if is_telling { self.perhaps_late(judged) } else { judged };
         if verdict == Verdict::Postcopy {
             // What comes late is not written any less by a guest that is kept from running.
             self.throttle = 0;
@@ -405,6 +411,8 @@ impl Policy {
             // Whatever the budget, this is enough for the guest to be handed over.
             most = most.max(CHEAP_LAST_PAGES.as_secs_f64() * self.rate() / self.caution() / FRAME_SIZE as f64);
         }
+        // Of blocks nobody knows what they changed, and how they compress is not how memory does.
+        most *= self.compressed_to;
         // Rounds come to leave twice as much as this.
         (most > 0.0).then(|| ((most * LAST_PAGES_OF_DISKS / 2.0) as u64).max(1))
     }

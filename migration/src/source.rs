@@ -40,7 +40,7 @@ use std::time::Duration;
 use ferry_proto::stream::v1::{self, HelloReply, from_source::Message as Said};
 
 use crate::PageSet;
-use crate::compress::Codecs;
+use crate::compress::{Codecs, Extent};
 use crate::guest::{DirtyClearer, GuestEnd, GuestError, SourceGuest};
 use crate::handover::{Attempt, Grants, Traded};
 use crate::link::{self, Link, Outgoing, Sockets, UNHEARD};
@@ -433,7 +433,7 @@ fn handshake<G: SourceGuest>(
         return Err(SourceError::Misbehaved(what).into());
     }
     let may_pay = !conversation.asked.parameters.one_host || conversation.lasting.terms().bandwidth.is_some();
-    let agreed = packing.agree(Codecs::from_wire(&reply.codecs), may_pay);
+    let agreed = packing.agree(Codecs::from_wire(&reply.codecs), may_pay, Extent::of(&*memory));
     agreed.map_err(|reason| SourceError::Incompatible(vec![reason]))?;
     conversation.lasting.speaks(reply.protocol);
     conversation.asked.report(SourceReport::Accepted {

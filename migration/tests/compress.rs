@@ -104,6 +104,90 @@ fn a_damaged_page_is_noticed_and_sent_again() {
     assert_eq!(summary.verified.unwrap().ranges_sent_again, 1);
 }
 
+/// A guest that writes a word here and there, and makes a page zero now and then.
+const WORDS: Workload = Workload::Words {
+    frames: 300,
+    rate: 20_000,
+};
+
+/// A guest that writes a word of a few pages over and over.
+const HOT: Workload = Workload::OneWord {
+    frames: 30,
+    rate: 20_000,
+};
+
+#[test]
+fn what_is_written_again_is_told_by_what_it_changed() {
+    for tracking in [Tracking::Log, Tracking::Harvest] {
+        let mut source = guest(tracking, WORDS);
+        source.settles_after = [50].into();
+        let scene = Scene::new(source);
+        let summary = compressed(scene, Compression::Always(Method::Lz4));
+        assert!(summary.compression.delta_pages > 100, "{:?}", summary.compression);
+    }
+}
+
+#[test]
+fn under_a_tight_cap_pages_that_do_not_compress_are_told_by_what_they_changed() {
+    let mut scene = Scene::new(guest(Tracking::Log, WORDS));
+    scene.parameters.bandwidth = NonZeroU64::new(20 << 20);
+    let summary = compressed(scene, Compression::Auto);
+    let tally = &summary.compression;
+    assert!(tally.delta_pages > 100 && tally.saved() > 0, "{tally:?}");
+    let decision = summary.decisions.iter().find(|decided| decided.deed == "compress");
+    assert!(
+        decision
+            .unwrap()
+            .words
+            .starts_with("pages that are sent again are told by what they changed"),
+        "{decision:?}"
+    );
+}
+
+#[test]
+fn what_was_damaged_is_sent_whole_where_it_would_be_told_by_what_it_changed() {
+    let mut memory = memory();
+    // In the first round, and in the one from which copies are kept.
+    memory.damage = Some(5);
+    memory.damages = 2.into();
+    let mut source = guest(Tracking::Log, HOT);
+    source.settles_after = [50].into();
+    let mut scene = Scene::new(source);
+    scene.destination = fake::FakeDestination::new(memory);
+    scene.parameters.digests = false;
+    let summary = compressed(scene, Compression::Always(Method::Lz4));
+    assert!(summary.compression.delta_pages > 0, "{:?}", summary.compression);
+    assert_eq!(summary.verified.unwrap().ranges_sent_again, 1);
+}
+
+#[test]
+fn what_changed_since_a_link_was_lost_is_sent_whole() {
+    let window = Duration::from_secs(20);
+    let mut source = guest(Tracking::Log, WORDS);
+    source.settles_after = [200].into();
+    let mut scene = Scene::new(source);
+    scene.parameters.resume_window = window;
+    scene.destination_parameters.resume_window = window;
+    let (mut arm, mut next_cut) = (arming(), 4);
+    scene.agent = Box::new(move |report, controls| {
+        match report {
+            SourceReport::Round { round, .. } if round.number >= next_cut && next_cut < 30 => {
+                next_cut += 10;
+                controls.cut();
+            }
+            SourceReport::LinkLost { .. } => controls.reconnect(),
+            _ => {}
+        }
+        arm(report, controls);
+    });
+    scene.parameters.compression = Compression::Always(Method::Lz4);
+    let ends = migrate(scene);
+    let (summary, _) = ends.arrived();
+    let resumed = |report: &&SourceReport| matches!(report, SourceReport::Resumed { .. });
+    assert_eq!(ends.reports.iter().filter(resumed).count(), 3);
+    assert!(summary.compression.delta_pages > 100, "{:?}", summary.compression);
+}
+
 #[test]
 fn a_link_that_is_lost_is_made_again_and_what_came_whole_is_not_sent_again() {
     let window = Duration::from_secs(20);

@@ -22,6 +22,8 @@ const SLOW: Option<NonZeroU64> = NonZeroU64::new(16 << 20);
 fn retuned(workload: Workload, when: fn(&SourceReport) -> bool, new: NewTerms) -> Scene {
     let retune = move |controls: &Controls| controls.source_orders.send(SourceOrder::Retune(new)).unwrap();
     let mut scene = Scene::new(guest(Tracking::Log, workload));
+    // Rounds of whole pages tell what they lead to.
+    scene.parameters.compression = ferry_migration::Compression::Off;
     scene.parameters.manner = live(Duration::from_millis(50));
     scene.parameters.bandwidth = SLOW;
     scene.agent = arming_and(when, retune);

@@ -346,7 +346,13 @@ mod tests {
 
     #[test]
     fn what_is_shown_parses_back() {
-        for line in ["", "work=uniform rate=max", "cpus=2 writers=1", "reset_after_ms=1", "work=sweep"] {
+        for line in [
+            "",
+            "work=uniform rate=max",
+            "cpus=2 writers=1",
+            "reset_after_ms=1",
+            "work=sweep",
+        ] {
             let options = Options::parse(line).unwrap();
             assert_eq!(Options::parse(&options.to_string()).unwrap(), options);
         }

@@ -9,6 +9,8 @@ use lz4_flex::block::{self, CompressTable};
 use rustix::time::{ClockId, clock_gettime};
 use zstd_safe::CCtx;
 
+use super::SentPages;
+use super::delta::{PAGE, apply_delta, is_near};
 use super::measure::Sampled;
 use crate::guest::{FRAME_SIZE, FrameRun, GuestError, GuestMemory};
 
@@ -58,14 +60,17 @@ impl Display for Codec {
     }
 }
 
-/// A set of formats.
+/// The number, among those of formats, of what goes with each of them: pages that are told by what they changed ([`super::SentPages`]).
+const DELTAS: u8 = 3;
+
+/// A set of formats, and whether pages may be told by what they changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Codecs(u8);
 
 impl Codecs {
     /// All that this build reads and writes.
     pub(crate) fn ours() -> Self {
-        Codec::ALL.into_iter().fold(Self::default(), Self::with)
+        Codec::ALL.into_iter().fold(Self::default(), Self::with).with_deltas()
     }
 
     pub(crate) fn with(self, codec: Codec) -> Self {
@@ -76,8 +81,21 @@ impl Codecs {
         self.0 & 1 << codec.number() != 0
     }
 
+    pub(crate) fn with_deltas(self) -> Self {
+        Self(self.0 | 1 << DELTAS)
+    }
+
+    pub(crate) fn without_deltas(self) -> Self {
+        Self(self.0 & !(1 << DELTAS))
+    }
+
+    pub(crate) fn has_deltas(self) -> bool {
+        self.0 & 1 << DELTAS != 0
+    }
+
+    /// There is no format in it.
     pub(crate) fn is_empty(self) -> bool {
-        self.0 == 0
+        self.without_deltas().0 == 0
     }
 
     pub(crate) fn and(self, other: Self) -> Self {
@@ -86,13 +104,18 @@ impl Codecs {
 
     /// What a peer says that it knows; numbers that are not known here are left out.
     pub(crate) fn from_wire(numbers: &[u32]) -> Self {
-        let known = numbers.iter().filter_map(|&number| u8::try_from(number).ok());
-        known.filter_map(Codec::from_number).fold(Self::default(), Self::with)
+        let numbers = numbers.iter().filter_map(|&number| u8::try_from(number).ok());
+        numbers.fold(Self::default(), |known, number| match Codec::from_number(number) {
+            Some(codec) => known.with(codec),
+            None if number == DELTAS => known.with_deltas(),
+            None => known,
+        })
     }
 
     pub(crate) fn to_wire(self) -> Vec<u32> {
         let mine = Codec::ALL.into_iter().filter(|&codec| self.contains(codec));
-        mine.map(|codec| codec.number().into()).collect()
+        let deltas = self.has_deltas().then_some(DELTAS);
+        mine.map(Codec::number).chain(deltas).map(u32::from).collect()
     }
 }
 
@@ -175,18 +198,51 @@ impl FromStr for Compression {
 #[derive(Default)]
 pub(crate) struct Compressor {
     pages: Vec<u8>,
+    /// Pages of the frame that are told by what they changed.
+    told: Vec<FrameRun>,
     /// The sum and the compressed bytes.
     block: Vec<u8>,
     lz4: Option<CompressTable>,
     zstd: Option<CCtx<'static>>,
 }
 
-/// What came of compressing a frame's pages.
-pub(crate) struct Packed<'a> {
+/// What is made of a frame's pages.
+#[derive(Clone, Copy)]
+pub(crate) struct How<'a> {
+    /// The way to compress; `None`: only frames are compressed that have pages which are told by what they changed.
+    pub(crate) method: Option<Method>,
+    /// Where copies of what is sent are, and the round, where pages are told by what they changed.
+    pub(crate) deltas: Option<(&'a SentPages, u32)>,
+}
+
+impl How<'_> {
+    /// All pages are compressed in this way, as they are.
+    pub(crate) fn whole(method: Method) -> Self {
+        Self {
+            method: Some(method),
+            deltas: None,
+        }
+    }
+}
+
+/// What came of a frame's pages.
+#[derive(Default)]
+pub(crate) struct PackedFrame<'a> {
+    /// How they were compressed, or were tried to be.
+    pub(crate) method: Option<Method>,
     /// What is sent in their place; `None` if that would hardly be less.
     pub(crate) block: Option<&'a [u8]>,
+    /// Pages of which there were copies.
+    pub(crate) copies: u64,
+    /// Those of them that are told by what they changed, in the block.
+    pub(crate) told: &'a [FrameRun],
+    /// The pages, as copies of them are kept; they are sent as they are here if there is no block.
+    pub(crate) plain: &'a [u8],
     pub(crate) took: Took,
 }
+
+/// What compresses pages that are told by their changes, where nothing else is compressed: nearly all of them is zeroes.
+pub(crate) const OF_DELTAS: Method = Method::Lz4;
 
 /// How long something took.
 #[derive(Clone, Copy, Debug, Default)]
@@ -231,24 +287,36 @@ impl Compressor {
         &mut self,
         memory: &impl GuestMemory,
         runs: &[FrameRun],
-        method: Method,
-    ) -> Result<Packed<'_>, GuestError> {
+        how: How<'_>,
+    ) -> Result<PackedFrame<'_>, GuestError> {
         let began = Began::now();
         self.take(memory, runs)?;
+        self.told.clear();
+        let copies = match how.deltas {
+            Some((sent, round)) => sent.take(runs, round, &mut self.pages, &mut self.told),
+            None => 0,
+        };
+        let method = how.method.or((!self.told.is_empty()).then_some(OF_DELTAS));
         let most = self.pages.len() - self.pages.len() / LEAST_SAVED;
-        let block = match self
-            .compress(method)
-            .filter(|&size| size + COMPRESSED_SUM_BYTES <= most)
-        {
-            Some(size) => {
+        let packed = method.and_then(|method| self.compress(method));
+        let packed = packed.filter(|&size| size + COMPRESSED_SUM_BYTES <= most);
+        match (packed, how.deltas) {
+            (Some(size), _) => {
                 let (sum, bytes) = self.block[..COMPRESSED_SUM_BYTES + size].split_at_mut(COMPRESSED_SUM_BYTES);
                 sum.copy_from_slice(&crc32fast::hash(bytes).to_le_bytes());
-                Some(&self.block[..COMPRESSED_SUM_BYTES + size])
             }
-            None => None,
-        };
-        Ok(Packed {
-            block,
+            (None, Some((sent, _))) => {
+                sent.put_back(runs, &mut self.pages, &self.told);
+                self.told.clear();
+            }
+            (None, None) => {}
+        }
+        Ok(PackedFrame {
+            method,
+            copies,
+            block: packed.map(|size| &self.block[..COMPRESSED_SUM_BYTES + size]),
+            told: &self.told,
+            plain: &self.pages,
             took: began.took(),
         })
     }
@@ -273,6 +341,37 @@ impl Compressor {
             packed: packed.min(self.pages.len()) as u64,
             took: began.took().work,
         }))
+    }
+
+    /// Compresses what pages changed that were these bytes, as far as they were written since, and sends nothing.
+    pub(super) fn try_deltas(
+        &mut self,
+        memory: &impl GuestMemory,
+        runs: &[FrameRun],
+        before: &[u8],
+    ) -> Result<Sampled, GuestError> {
+        let began = Began::now();
+        self.take(memory, runs)?;
+        let mut left = 0;
+        for (before, at) in before.chunks_exact(PAGE).zip((0..).step_by(PAGE)) {
+            let now = &mut self.pages[at..at + PAGE];
+            if before == now {
+                continue;
+            }
+            if is_near(before, now) {
+                apply_delta(before, now);
+            }
+            self.pages.copy_within(at..at + PAGE, left);
+            left += PAGE;
+        }
+        self.pages.truncate(left);
+        let packed = if left == 0 { None } else { self.compress(OF_DELTAS) };
+        Ok(Sampled {
+            method: OF_DELTAS,
+            bytes: left as u64,
+            packed: packed.unwrap_or(left).min(left) as u64,
+            took: began.took().work,
+        })
     }
 
     fn take(&mut self, memory: &impl GuestMemory, runs: &[FrameRun]) -> Result<(), GuestError> {
@@ -376,6 +475,9 @@ mod tests {
         assert_eq!(Codecs::from_wire(&Codecs::ours().to_wire()), Codecs::ours());
         let theirs = Codecs::from_wire(&[2, 77, u32::MAX]);
         assert_eq!(theirs, Codecs::default().with(Codec::Zstd));
-        assert!(!theirs.contains(Codec::Lz4));
+        assert!(!theirs.contains(Codec::Lz4) && !theirs.has_deltas());
+        let deltas = Codecs::from_wire(&[3]);
+        assert!(deltas.has_deltas() && deltas.is_empty());
+        assert_eq!(Codecs::ours().without_deltas().to_wire(), [1, 2]);
     }
 }

@@ -89,6 +89,8 @@ pub(crate) struct Plan {
     pub(crate) method: Option<Method>,
     /// Of a part of it is to be found out what this way makes of it.
     pub(crate) sample: Option<Method>,
+    /// Pages may be told by what they changed, and are sent as they were copied.
+    pub(crate) deltas: bool,
 }
 
 /// The sending is done otherwise from now on, in words.
@@ -199,6 +201,14 @@ impl Controller {
         self.now.map(|now| self.ways[now].method)
     }
 
+    /// Bytes a second that a stream carries, or may, if that is known.
+    pub(super) fn link(&self) -> Option<f64> {
+        match (self.link, self.cap) {
+            (Some(link), Some(cap)) => Some(link.min(cap)),
+            (link, cap) => link.or(cap),
+        }
+    }
+
     /// How the next frame is sent, which has so many bytes of pages at most.
     pub(super) fn plan(&mut self, bytes: u64) -> Plan {
         if self.ways.is_empty() {
@@ -214,15 +224,24 @@ impl Controller {
             Some(_) => None,
             None => self.method(),
         };
-        Plan { method, sample }
+        Plan {
+            method,
+            sample,
+            deltas: false,
+        }
     }
 
-    /// Takes in what a frame told.
-    pub(super) fn measured(&mut self, frame: &Measured) -> Option<Change> {
+    /// Takes in what of a frame does not depend on how it was sent.
+    pub(super) fn note(&mut self, frame: &Measured) {
         self.cap = frame.cap.map(|cap| cap / f64::from(frame.streams));
         if let Some(sampled) = frame.sampled {
             self.learn(&sampled, 0.5);
         }
+    }
+
+    /// Takes in what a frame told.
+    pub(super) fn measured(&mut self, frame: &Measured) -> Option<Change> {
+        self.note(frame);
         if let Some(method) = frame.method {
             let whole = Sampled {
                 method,

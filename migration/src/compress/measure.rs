@@ -44,6 +44,9 @@ pub(crate) struct Measured {
     pub(crate) sent: u64,
     /// How they were compressed, or were tried to be.
     pub(crate) method: Option<Method>,
+    /// Pages of which there were copies, and those that were told by what they changed.
+    pub(crate) copies: u64,
+    pub(crate) deltas: u64,
     /// How long compressing took, and what of it was processor time. The rest is the host's, and no matter of the way.
     pub(crate) compressing: Duration,
     pub(crate) worked: Duration,

@@ -31,8 +31,8 @@ pub(crate) struct Decompressor {
 }
 
 impl Decompressor {
-    /// Reads a block and gives the pages that it stands for. The caller has checked both lengths against a frame's limit.
-    pub(crate) fn unpack(&mut self, source: &mut impl Read, block: Block) -> Result<&[u8], FrameError> {
+    /// Reads a block and gives the pages that it stands for, or what they changed. The caller has checked both lengths against a frame's limit.
+    pub(crate) fn unpack(&mut self, source: &mut impl Read, block: Block) -> Result<&mut [u8], FrameError> {
         let Block { sequence, codec, .. } = block;
         if block.sent <= COMPRESSED_SUM_BYTES || block.sent >= block.pages {
             return Err(FrameError::BlockLength {
@@ -67,7 +67,7 @@ impl Decompressor {
             }
         };
         match unpacked {
-            Ok(unpacked) if unpacked == block.pages => Ok(&self.pages),
+            Ok(unpacked) if unpacked == block.pages => Ok(&mut self.pages),
             Ok(unpacked) => Err(fails(format!("it holds {unpacked}"))),
             Err(reason) => Err(fails(reason)),
         }
@@ -110,7 +110,9 @@ mod tests {
             sent: sent.len(),
             pages,
         };
-        Decompressor::default().unpack(&mut &*sent, block).map(<[u8]>::to_vec)
+        Decompressor::default()
+            .unpack(&mut &*sent, block)
+            .map(|pages| pages.to_vec())
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! The ways to compress and what a byte of a page costs by each of them; before a migration, too, where nothing was sent yet.
 
 use super::codec::Compressor;
+use super::worth::FAST_STREAM;
 use super::{Compression, Method, Sampled};
-use crate::guest::{FrameRun, GuestError, GuestMemory};
+use crate::guest::{FRAME_SIZE, FrameRun, GuestError, GuestMemory};
 
 /// The ways that are thought of, each slower than the one before it. What higher levels save is not worth their time at any speed that a migration can live with.
 pub(super) const WAYS: [Method; 3] = [Method::Lz4, Method::Zstd(1), Method::Zstd(3)];
@@ -16,6 +17,9 @@ const NOT_HIDDEN: f64 = 0.25;
 /// How many runs of pages are tried before a migration, and how many pages of each: 2 MiB, in some hundredths of a second for all ways.
 const TRIED_RUNS: usize = 8;
 const TRIED_PAGES: u64 = 64;
+
+/// How many pages are watched before a migration: 2 MiB, from all over those that are written.
+const WATCHED_PAGES: u64 = 512;
 
 /// How pages are expected to be compressed.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -89,6 +93,52 @@ pub fn foresee(wanted: Compression, tried: &[Sampled], link: f64, streams: u32) 
     }
 }
 
+/// Pages of a running guest as they were at one moment: what they have changed at another one is what will be told of those that are sent again.
+#[derive(Debug)]
+pub struct Watched {
+    runs: Vec<FrameRun>,
+    before: Vec<u8>,
+}
+
+impl Watched {
+    /// Copies some of these pages, which are a guest's memory.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    pub fn take(memory: &impl GuestMemory, written: &[FrameRun]) -> Result<Self, GuestError> {
+        let pages: u64 = written.iter().map(|run| run.count).sum();
+        let apart = pages.div_ceil(WATCHED_PAGES).max(1);
+        let pages = written.iter().flat_map(|run| run.first..run.end());
+        let runs = pages.step_by(apart as usize).map(|first| FrameRun { first, count: 1 });
+        let runs: Vec<_> = runs.collect();
+        let mut before = vec![0; runs.len() * FRAME_SIZE as usize];
+        memory.read_pages(&runs, &mut before)?;
+        Ok(Self { runs, before })
+    }
+
+    /// What is left of those that were written since, told by what they changed; of none: nothing was.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    pub fn changes(&self, memory: &impl GuestMemory) -> Result<Sampled, GuestError> {
+        Compressor::default().try_deltas(memory, &self.runs, &self.before)
+    }
+}
+
+/// How what pages changed that are sent again is expected to be told, as [`foresee`] has it; `None`: they are sent whole.
+#[must_use]
+pub fn foresee_deltas(wanted: Compression, watched: &Sampled, link: f64, streams: u32) -> Option<Packed> {
+    let told = foresee(Compression::Always(watched.method), &[*watched], link, streams)?;
+    let streams = f64::from(streams.max(1));
+    match wanted {
+        Compression::Off => None,
+        Compression::Always(_) => Some(told),
+        Compression::Auto => {
+            Some(told).filter(|told| link / streams < FAST_STREAM && told.cost(link) < 1.0 / link.max(1.0))
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -117,6 +167,20 @@ mod tests {
         assert_eq!(method(3e9, 2), None);
         // More threads take in more.
         assert_eq!(method(3e9, 32), Some(Method::Lz4));
+    }
+
+    #[test]
+    fn what_pages_changed_is_told_over_slow_links() {
+        let watched = tried(Method::Lz4, 64, 1);
+        let told = |wanted, link| foresee_deltas(wanted, &watched, link, 2).map(|told| told.left);
+        assert_eq!(told(Compression::Auto, 100e6), Some(0.0625));
+        assert_eq!(told(Compression::Auto, 2e9), None);
+        assert_eq!(told(Compression::Always(Method::Zstd(1)), 2e9), Some(0.0625));
+        assert_eq!(told(Compression::Off, 1e6), None);
+        let all_of_it = tried(Method::Lz4, 1024, 1);
+        assert_eq!(foresee_deltas(Compression::Auto, &all_of_it, 100e6, 2), None);
+        let nothing = Sampled::nothing(Method::Lz4);
+        assert_eq!(foresee_deltas(Compression::Auto, &nothing, 100e6, 2), None);
     }
 
     #[test]

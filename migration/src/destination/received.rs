@@ -36,6 +36,18 @@ impl Received {
         });
     }
 
+    /// Whether all of `run`, inside one region, is in it.
+    pub(super) fn contains(&self, run: FrameRun) -> bool {
+        let Some((part, offset)) = self.shape.locate(run.first) else {
+            return false;
+        };
+        let (words, mut all) = (&self.parts[part], true);
+        for_each_word(offset, offset + run.count, |index, mask| {
+            all &= words[index].load(Ordering::Relaxed) & mask == mask;
+        });
+        all
+    }
+
     /// Takes every frame out. No receiving thread is at work.
     pub(super) fn clear(&self) {
         let words = self.parts.iter().flatten();
@@ -116,6 +128,8 @@ mod tests {
         received.insert(run(60, 100));
         received.insert(run(1069, 1));
         assert_eq!(found(&received, run(10, 200)), [run(60, 100)]);
+        assert!(received.contains(run(60, 100)) && received.contains(run(1069, 1)));
+        assert!(!received.contains(run(59, 2)) && !received.contains(run(100, 61)) && !received.contains(run(1068, 2)));
         assert_eq!(found(&received, run(50, 20)), [run(60, 10)]);
         assert_eq!(found(&received, run(1000, 70)), [run(1069, 1)]);
         assert_eq!(found(&received, run(170, 20)), []);

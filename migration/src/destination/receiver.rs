@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::compress::{Codecs, Decompressor};
+use crate::compress::{Codecs, Decompressor, apply_delta};
 use crate::destination::population::Backing;
 use crate::destination::received::Received;
 use crate::guest::{FrameRun, GuestError, GuestMemory};
@@ -90,6 +90,8 @@ impl ReceiveError {
 #[derive(Default)]
 struct Scratch {
     digests: Vec<u64>,
+    /// What pages were, that are told by what they changed.
+    before: Vec<u8>,
     decompressor: Decompressor,
 }
 
@@ -155,7 +157,9 @@ impl<M: GuestMemory> Receiver<'_, M> {
         let unpacked = match pages.block {
             Some(block) => {
                 let unpacked = scratch.decompressor.unpack(&mut &*self.socket, block);
-                Some(unpacked.map_err(ReceiveError::Frame)?)
+                let bytes = unpacked.map_err(ReceiveError::Frame)?;
+                self.apply(pages, bytes, &mut scratch.before)?;
+                Some(bytes)
             }
             None => None,
         };
@@ -190,6 +194,27 @@ impl<M: GuestMemory> Receiver<'_, M> {
             zero_pages: count(zero),
             bytes: pages.overhead + pages.payload,
         })
+    }
+
+    /// Makes whole pages of those of which the block has what they changed: what is here of them is what was sent last, in a round that is over.
+    fn apply(&self, pages: &Pages<'_>, bytes: &mut [u8], before: &mut Vec<u8>) -> Result<(), ReceiveError> {
+        let (mut deltas, mut rest) = (pages.delta.iter().peekable(), bytes);
+        for &run in pages.data {
+            let (changes, after) = rest.split_at_mut(run.bytes() as usize);
+            rest = after;
+            if deltas.next_if_eq(&&run).is_none() {
+                continue;
+            }
+            // What is on a disk, or was never sent, nobody kept a copy of.
+            if run.end() > self.memory.disks_begin() || !self.received.contains(run) {
+                let FrameRun { first, count } = run;
+                return Err(ReceiveError::Frame(FrameError::DeltaOfNothing { first, count }));
+            }
+            before.resize(changes.len(), 0);
+            self.memory.read_pages(&[run], before).map_err(ReceiveError::Guest)?;
+            apply_delta(before, changes);
+        }
+        Ok(())
     }
 
     /// Digests what is in memory now, where both sides compare: what it was before it was put there does not count.

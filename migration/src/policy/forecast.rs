@@ -36,6 +36,8 @@ pub struct Moment {
     pub bytes: u64,
     /// The round trip of the control stream, if one was measured.
     pub round_trip: Option<Duration>,
+    /// The round that ended sent pages whole, and from the next one on most are told by what they changed since.
+    pub deltas_begin: bool,
 }
 
 /// The rounds that are still to come.

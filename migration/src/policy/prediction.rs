@@ -76,6 +76,17 @@ pub struct Way {
     pub stop_and_start: Duration,
     /// How pages are compressed; `None`: they travel as they are.
     pub packed: Option<Packed>,
+    /// How pages are told by what they changed that are sent again; `None`: whole.
+    pub deltas: Option<Deltas>,
+}
+
+/// Pages that are told by what they changed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Deltas {
+    /// What that comes to.
+    pub told: Packed,
+    /// Of how many pages copies are kept at most: others are sent whole.
+    pub copies: u64,
 }
 
 /// What is wanted of the migration.
@@ -129,19 +140,38 @@ pub struct Prediction {
     pub words: String,
 }
 
+/// Pages of a round, by how they travel.
+#[derive(Clone, Copy, Debug, Default)]
+struct Pages {
+    whole: f64,
+    /// Told by what they changed.
+    told: f64,
+    zero: f64,
+}
+
+impl Pages {
+    fn bytes(self) -> f64 {
+        (self.whole + self.told) * FRAME_SIZE as f64
+    }
+}
+
 impl Way {
-    fn time(&self, bytes: f64, zero_pages: f64, bytes_per_second: f64) -> Duration {
-        let byte = match self.packed {
+    fn time(&self, pages: Pages, bytes_per_second: f64) -> Duration {
+        let cost = |packed: Option<Packed>| match packed {
             Some(packed) => packed.cost(bytes_per_second),
             None => 1.0 / bytes_per_second.max(1.0),
         };
-        let seconds = bytes * byte + zero_pages / self.zero_pages_per_second.max(1.0);
+        let told = self.deltas.map(|deltas| deltas.told);
+        let bytes = pages.whole * cost(self.packed) + pages.told * cost(told);
+        let seconds = bytes * FRAME_SIZE as f64 + pages.zero / self.zero_pages_per_second.max(1.0);
         self.round + Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX / 8)
     }
 
-    /// What is sent of so many bytes of pages.
-    fn sent(&self, bytes: f64) -> f64 {
-        bytes * self.packed.map_or(1.0, |packed| packed.left)
+    /// Bytes that are sent of these pages.
+    fn sent(&self, pages: Pages) -> f64 {
+        let left = |packed: Option<Packed>| packed.map_or(1.0, |packed| packed.left);
+        let told = self.deltas.map(|deltas| deltas.told);
+        (pages.whole * left(self.packed) + pages.told * left(told)) * FRAME_SIZE as f64
     }
 
     /// What it carries under a cap.
@@ -173,9 +203,13 @@ const FIRST_PASS_PARTS: u32 = 16;
 /// Foretells a migration.
 #[must_use]
 pub fn predict(guest: &Sampled, way: &Way, wanted: &Wanted) -> Prediction {
-    let sent = guest.pages.saturating_sub(guest.zero_pages) as f64 * FRAME_SIZE as f64;
+    let all = Pages {
+        whole: guest.pages.saturating_sub(guest.zero_pages) as f64,
+        told: 0.0,
+        zero: guest.zero_pages as f64,
+    };
     let rate = way.capped(&wanted.terms);
-    let first_pass = way.time(sent, guest.zero_pages as f64, rate);
+    let first_pass = way.time(all, rate);
     if wanted.terms.manner == Manner::Cold {
         let blackout = first_pass.saturating_add(way.stop_and_start);
         return Prediction {
@@ -187,7 +221,7 @@ pub fn predict(guest: &Sampled, way: &Way, wanted: &Wanted) -> Prediction {
             total: way.preparation.saturating_add(blackout),
             blackout,
             rounds: 1,
-            bytes: way.sent(sent) as u64,
+            bytes: way.sent(all) as u64,
             late_bytes: 0,
             late: Duration::ZERO,
             throttle: 0,
@@ -205,11 +239,12 @@ pub fn predict(guest: &Sampled, way: &Way, wanted: &Wanted) -> Prediction {
         copied: Duration::ZERO,
         bytes: 0.0,
         within_budget_after: None,
+        most_again: 0.0,
     };
     if wanted.lateness == Lateness::AtOnce {
         return course.at_once();
     }
-    course.run(guest.pages as f64, guest.zero_pages as f64)
+    course.run(all)
 }
 
 /// The rounds of one migration.
@@ -224,22 +259,25 @@ struct Course<'a> {
     copied: Duration,
     bytes: f64,
     within_budget_after: Option<Duration>,
+    /// The most pages that a round after the first one had: of all of these a copy was wanted.
+    most_again: f64,
 }
 
 impl Course<'_> {
-    fn run(mut self, mut pages: f64, mut zero_pages: f64) -> Prediction {
+    fn run(mut self, mut pages: Pages) -> Prediction {
         let mut pause = Duration::ZERO;
         loop {
-            let elapsed = self.send(pages, zero_pages);
+            let elapsed = self.send(pages);
             let dirty = match self.rounds.len() {
                 0 => self.guest.after_first_pass(elapsed),
                 _ => self.written(pause + elapsed),
             };
-            let round = self.round(pages, zero_pages, elapsed, dirty);
+            let round = self.round(pages, elapsed, dirty);
             let now = Moment {
                 elapsed: self.copied,
                 bytes: self.bytes as u64,
                 round_trip: None,
+                deltas_begin: self.deltas_begin(dirty),
             };
             let decision = self.policy.judge(&round, now);
             let before = self.rounds.last().map(|before| before.dirty_pages);
@@ -249,7 +287,7 @@ impl Course<'_> {
             }
             match decision.verdict {
                 Verdict::Switch => return self.switched(dirty, End::Whole, decision.words),
-                Verdict::Postcopy => return self.late(dirty * FRAME_SIZE as f64, decision.words),
+                Verdict::Postcopy => return self.late(dirty, decision.words),
                 Verdict::Continue | Verdict::Throttle | Verdict::Infeasible => {}
             }
             let is_stalled = decision.verdict != Verdict::Throttle
@@ -258,7 +296,7 @@ impl Course<'_> {
             if is_stalled || self.copied > self.wanted.terms.timeout || self.rounds.len() >= MOST_ROUNDS {
                 return self.without_end(dirty, decision.words);
             }
-            (pages, zero_pages) = (dirty, 0.0);
+            pages = self.again(dirty);
             pause = BETWEEN_SMALL_ROUNDS.saturating_sub(elapsed);
             self.copied += pause;
         }
@@ -272,13 +310,17 @@ impl Course<'_> {
             zero_pages,
             ..
         } = *self.guest;
-        let memory = pages.saturating_sub(disk_pages).saturating_sub(zero_pages) as f64 * FRAME_SIZE as f64;
+        let memory = pages.saturating_sub(disk_pages).saturating_sub(zero_pages) as f64;
         if disk_pages == 0 {
             let words = "the guest is handed over at once, and all of its memory comes late".to_owned();
             return self.late(memory, words);
         }
-        let elapsed = self.send(disk_pages as f64, 0.0);
-        self.rounds.push(self.round(disk_pages as f64, 0.0, elapsed, 0.0));
+        let disks = Pages {
+            whole: disk_pages as f64,
+            ..Pages::default()
+        };
+        let elapsed = self.send(disks);
+        self.rounds.push(self.round(disks, elapsed, 0.0));
         if self.copied > self.wanted.terms.timeout && self.wanted.on_timeout == OnTimeout::Abort {
             let words = "the disks that move with the guest are not copied in time".to_owned();
             return self.ended(0.0, End::Never, words);
@@ -289,12 +331,34 @@ impl Course<'_> {
     }
 
     /// Has these pages sent; how long that takes.
-    fn send(&mut self, pages: f64, zero_pages: f64) -> Duration {
-        let bytes = (pages - zero_pages).max(0.0) * FRAME_SIZE as f64;
-        let elapsed = self.way.time(bytes, zero_pages, self.rate);
-        self.bytes += self.way.sent(bytes);
+    fn send(&mut self, pages: Pages) -> Duration {
+        let elapsed = self.way.time(pages, self.rate);
+        self.bytes += self.way.sent(pages);
         self.copied += elapsed;
         elapsed
+    }
+
+    /// As the engine has it: the round that ends is the second one, and of what it left there are copies enough.
+    fn deltas_begin(&self, dirty: f64) -> bool {
+        let has_copies = |deltas: Deltas| dirty <= 2.0 * deltas.copies as f64;
+        self.rounds.len() == 1 && self.way.deltas.is_some_and(has_copies)
+    }
+
+    /// So many pages are sent again: whole for the second time, and from then on those of which there is a copy are told by what they changed.
+    fn again(&mut self, pages: f64) -> Pages {
+        // Of all that was written by now, those have one that were sent again before.
+        let written = self.written(self.copied).max(self.most_again).max(1.0);
+        let copies = self
+            .way
+            .deltas
+            .map_or(0.0, |deltas| self.most_again.min(deltas.copies as f64));
+        let of_copies = copies / written;
+        self.most_again = self.most_again.max(pages);
+        Pages {
+            whole: pages * (1.0 - of_copies),
+            told: pages * of_copies,
+            zero: 0.0,
+        }
     }
 
     /// What the guest writes in this time, as far as it is let run.
@@ -303,16 +367,15 @@ impl Course<'_> {
         self.guest.writes.within_share(time, runs)
     }
 
-    fn round(&self, pages: f64, zero_pages: f64, elapsed: Duration, dirty: f64) -> RoundSummary {
-        let bytes = (pages - zero_pages).max(0.0) * FRAME_SIZE as f64;
-        let sent = self.way.sent(bytes);
+    fn round(&self, pages: Pages, elapsed: Duration, dirty: f64) -> RoundSummary {
+        let sent = self.way.sent(pages);
         RoundSummary {
             number: self.rounds.len() as u32 + 1,
-            pages: pages as u64,
+            pages: (pages.whole + pages.told + pages.zero) as u64,
             hinted_pages: 0,
-            zero_pages: zero_pages as u64,
+            zero_pages: pages.zero as u64,
             bytes: sent as u64,
-            saved: (bytes - sent).max(0.0) as u64,
+            saved: (pages.bytes() - sent).max(0.0) as u64,
             elapsed,
             dirty_pages: dirty.ceil() as u64,
         }
@@ -321,16 +384,17 @@ impl Course<'_> {
     /// The policy switches: small rounds go on while that is armed, and what the last of them leaves is sent while the guest stands still.
     fn switched(mut self, mut dirty: f64, end: End, words: String) -> Prediction {
         for _ in 0..ROUNDS_TO_ARM {
-            let elapsed = self.send(dirty, 0.0);
+            let pages = self.again(dirty);
+            let elapsed = self.send(pages);
             dirty = self.written(BETWEEN_SMALL_ROUNDS + elapsed);
         }
         self.ended(dirty, end, words)
     }
 
     /// With so many pages left for the blackout, whatever it comes to.
-    fn ended(self, dirty: f64, end: End, words: String) -> Prediction {
-        let bytes = dirty * FRAME_SIZE as f64;
-        let last_pages = self.way.time(bytes, 0.0, self.way.bytes_per_second);
+    fn ended(mut self, dirty: f64, end: End, words: String) -> Prediction {
+        let pages = self.again(dirty);
+        let last_pages = self.way.time(pages, self.way.bytes_per_second);
         let blackout = self.way.stop_and_start.saturating_add(last_pages);
         Prediction {
             end,
@@ -341,7 +405,7 @@ impl Course<'_> {
                 .saturating_add(blackout),
             blackout,
             rounds: self.rounds.len() as u32,
-            bytes: (self.bytes + self.way.sent(bytes)) as u64,
+            bytes: (self.bytes + self.way.sent(pages)) as u64,
             late_bytes: 0,
             late: Duration::ZERO,
             throttle: self.policy.throttle(),
@@ -360,23 +424,27 @@ impl Course<'_> {
                 self.bytes += left.as_secs_f64() * self.rate;
                 match self.wanted.lateness {
                     Lateness::Never => self.ended(dirty, End::Paused, words),
-                    _ => self.late(dirty * FRAME_SIZE as f64, words),
+                    _ => self.late(dirty, words),
                 }
             }
         }
     }
 
-    /// So much is left for after the handover.
-    fn late(self, bytes: f64, words: String) -> Prediction {
+    /// So many pages are left for after the handover.
+    fn late(self, pages: f64, words: String) -> Prediction {
         // They travel as they are.
         let plain = Way {
             packed: None,
             ..*self.way
         };
-        let late = plain.time(bytes, 0.0, self.rate);
+        let pages = Pages {
+            whole: pages,
+            ..Pages::default()
+        };
+        let late = plain.time(pages, self.rate);
         let ended = self.ended(0.0, End::Late, words);
         Prediction {
-            late_bytes: bytes as u64,
+            late_bytes: pages.bytes() as u64,
             late,
             throttle: 0,
             ..ended

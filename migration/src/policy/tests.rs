@@ -63,6 +63,38 @@ fn judged(policy: &mut Policy, pages: u64, dirty_pages: u64) -> Decision {
 
 use Verdict::{Continue, Infeasible, Postcopy, Switch, Throttle};
 
+#[test]
+fn the_last_round_of_whole_pages_tells_nothing_of_those_that_are_told_by_what_they_changed() {
+    let begins = Moment {
+        deltas_begin: true,
+        ..Moment::default()
+    };
+    let stalled = round(200_000, 200_000);
+    let policies = || {
+        let terms = Terms {
+            manner: BUDGET,
+            ..TERMS
+        };
+        [
+            (policy(BUDGET), Infeasible),
+            (Policy::new(terms, OVERHEAD, 99), Throttle),
+            (policy(BUDGET).with_late_pages(Lateness::WhenItPays), Postcopy),
+        ]
+    };
+    for (mut policy, verdict) in policies() {
+        assert_eq!(policy.judge(&stalled, begins).verdict, Continue);
+        assert_eq!(policy.throttle(), 0);
+        // The next one does.
+        assert_eq!(policy.judge(&stalled, Moment::default()).verdict, verdict);
+    }
+    // What is within the budget, or its user wants, is no matter of that.
+    let decision = policy(BUDGET).judge(&round(200_000, 100), begins);
+    assert_eq!(decision.verdict, Switch);
+    let mut forced = policy(BUDGET);
+    forced.force(Some(Force::User));
+    assert_eq!(forced.judge(&stalled, begins).verdict, Switch);
+}
+
 /// A name, rounds, and what follows from each.
 type Case = (&'static str, &'static [(u64, u64)], &'static [Verdict]);
 

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 
 use super::source::Shared;
 use super::unsent::chunk_pages;
-use crate::compress::Compressor;
+use crate::compress::{Compressor, How};
 use crate::guest::{FrameRun, GuestError, GuestMemory};
 use crate::precopy::{Contents, write_both};
 use crate::verify::FrameSum;
@@ -89,8 +89,8 @@ impl<'a, 'b, M: GuestMemory> LateFrames<'a, 'b, M> {
             .filter(|_| urgency == Urgency::CanWait && !data.is_empty());
         let block = match method {
             Some(method) => {
-                let packed = self.compressor.pack(memory, data, method).map_err(guest_failed)?;
-                packed.block.zip(Some(method.codec()))
+                let packed = self.compressor.pack(memory, data, How::whole(method));
+                packed.map_err(guest_failed)?.block.zip(Some(method.codec()))
             }
             None => None,
         };

@@ -32,7 +32,8 @@ impl Taker<'_> {
     /// The stream ended, or broke.
     pub(super) fn run(&self, identity: &StreamIdentity) -> Result<Event, Option<FrameError>> {
         let mut reader = FrameReader::new(self.stream)
-            .with_codecs(self.codecs)
+            // Who has no page yet cannot be told what it changed.
+            .with_codecs(self.codecs.without_deltas())
             .with_sums(self.sums);
         let mut socket = self.socket;
         let (mut plain, mut decompressor, sum) = (Vec::new(), Decompressor::default(), FrameSum::default());
@@ -51,7 +52,7 @@ impl Taker<'_> {
                 return Err(Some(FrameError::PartOfUnit { first, count, unit }));
             }
             let contents = match pages.block {
-                Some(block) => decompressor.unpack(&mut socket, block)?,
+                Some(block) => &*decompressor.unpack(&mut socket, block)?,
                 None => {
                     let bytes = pages.data.iter().map(|run| run.count).sum::<u64>() * FRAME_SIZE;
                     plain.resize(plain.len().max(bytes as usize), 0);

@@ -392,6 +392,7 @@ mod tests {
         let frame = Pages {
             round: 0,
             data: &[],
+            delta: &[],
             zero: &[all],
             overhead: 0,
             payload: 0,

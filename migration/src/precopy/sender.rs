@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use crate::compress::{Compressor, GuestIs, Measured, Packing, Took};
+use crate::compress::{Compressor, GuestIs, How, Measured, PackedFrame, Packing};
 use crate::guest::{DirtyClearer, FRAME_SIZE, FrameRun, GuestError, GuestMemory};
 use crate::precopy::bandwidth::Bandwidth;
 use crate::precopy::feed::{Chunk, Feed, Pace, Standing};
@@ -52,6 +52,8 @@ pub(crate) struct Contents {
     zero: Vec<FrameRun>,
     pub(crate) table: Vec<(FrameRun, Content)>,
     pub(crate) data: Vec<FrameRun>,
+    /// The table as it was, while another one is made of it.
+    table_before: Vec<(FrameRun, Content)>,
     digests: Vec<u64>,
 }
 
@@ -88,7 +90,7 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
                 let taken = contents.digest(self.memory, digests);
                 taken.map_err(SendError::Guest)?;
             }
-            let sent = self.send(&mut frames, chunk, &contents, &mut compressor)?;
+            let sent = self.send(&mut frames, chunk, &mut contents, &mut compressor)?;
             let mut totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
             *totals = totals.plus(sent);
             drop(totals);
@@ -105,7 +107,7 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
         &self,
         frames: &mut FrameWriter,
         chunk: Chunk,
-        contents: &Contents,
+        contents: &mut Contents,
         compressor: &mut Compressor,
     ) -> Result<StreamTotals, SendError> {
         let pages = contents.pages();
@@ -113,41 +115,59 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
             Pace::Unlimited => GuestIs::Waiting,
             Pace::Yielding | Pace::Hurried => GuestIs::NotWaiting,
         };
+        let copies = self.packing.sent_pages();
+        if let Some(copies) = copies.filter(|_| chunk.round > 1) {
+            contents.zero_runs().for_each(|run| copies.forget(run));
+        }
         if pages == 0 {
             let prefix = frames.pages(chunk.round, contents.table.iter().copied());
-            return self.write(chunk, contents, prefix, None);
+            return self.write(chunk, contents, prefix, Payload::Memory);
         }
-        let plan = self.packing.plan(pages, guest);
+        let plan = self.packing.plan(pages, chunk.round, guest);
+        let first = contents.data.first().map_or(0, |run| run.first);
+        let deltas = copies.filter(|copies| plan.deltas && copies.keeps(first));
         let sampled = match plan.sample {
             Some(method) => compressor
                 .sample(self.memory, &contents.data, method)
                 .map_err(SendError::Guest)?,
             None => None,
         };
-        let (block, compressing) = match plan.method {
-            Some(method) => {
-                let packed = compressor.pack(self.memory, &contents.data, method);
-                let packed = packed.map_err(SendError::Guest)?;
-                (packed.block.zip(Some(method.codec())), packed.took)
-            }
-            None => (None, Took::default()),
+        let how = How {
+            method: plan.method,
+            deltas: deltas.zip(Some(chunk.round)),
         };
-        let runs = contents.table.iter().copied();
-        let began = Instant::now();
-        let sent = match block {
-            Some((bytes, codec)) => {
-                let prefix = frames.compressed(chunk.round, runs, (bytes.len(), codec));
-                self.write(chunk, contents, prefix, Some(bytes))?
+        let packed = match how {
+            How {
+                method: None,
+                deltas: None,
+            } => PackedFrame::default(),
+            _ => compressor
+                .pack(self.memory, &contents.data, how)
+                .map_err(SendError::Guest)?,
+        };
+        contents.tell_deltas(packed.told);
+        let (runs, began) = (contents.table.iter().copied(), Instant::now());
+        let sent = match (packed.block, packed.method) {
+            (Some(block), Some(method)) => {
+                let prefix = frames.compressed(chunk.round, runs, (block.len(), method.codec()));
+                self.write(chunk, contents, prefix, Payload::Block(block))?
             }
-            None => self.write(chunk, contents, frames.pages(chunk.round, runs), None)?,
+            // What is kept as sent is what is sent, and not what the guest has written there since.
+            _ if deltas.is_some() => {
+                let prefix = frames.pages(chunk.round, runs);
+                self.write(chunk, contents, prefix, Payload::Copied(packed.plain))?
+            }
+            _ => self.write(chunk, contents, frames.pages(chunk.round, runs), Payload::Memory)?,
         };
         let bytes = pages * FRAME_SIZE;
         let measured = Measured {
             bytes,
-            sent: block.map_or(bytes, |(block, _)| block.len() as u64),
-            method: plan.method,
-            compressing: compressing.time,
-            worked: compressing.work,
+            sent: packed.block.map_or(bytes, |block| block.len() as u64),
+            method: packed.method,
+            copies: packed.copies,
+            deltas: packed.told.iter().map(|run| run.count).sum(),
+            compressing: packed.took.time,
+            worked: packed.took.work,
             sending: began.elapsed(),
             sampled,
             streams: self.streams,
@@ -163,22 +183,33 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
         chunk: Chunk,
         contents: &Contents,
         prefix: &[u8],
-        block: Option<&[u8]>,
+        payload: Payload<'_>,
     ) -> Result<StreamTotals, SendError> {
-        let sent = match block {
-            Some(block) => contents.totals_of(prefix.len() + block.len()),
-            None => contents.totals(prefix.len()),
+        let sent = match payload {
+            Payload::Block(block) => contents.totals_of(prefix.len() + block.len()),
+            Payload::Memory | Payload::Copied(_) => contents.totals(prefix.len()),
         };
         if chunk.pace != Pace::Unlimited {
             self.bandwidth.wait(sent.bytes);
         }
-        let written = match block {
-            Some(block) => write_both(self.socket, prefix, block),
-            None => self.memory.send(self.socket.as_fd(), prefix, &contents.data),
+        let written = match payload {
+            Payload::Block(bytes) | Payload::Copied(bytes) => write_both(self.socket, prefix, bytes),
+            Payload::Memory => self.memory.send(self.socket.as_fd(), prefix, &contents.data),
         };
         written.map_err(SendError::from_pages)?;
         Ok(sent)
     }
+}
+
+/// What follows a frame's table.
+#[derive(Clone, Copy)]
+enum Payload<'a> {
+    /// Its pages, straight out of the guest's memory.
+    Memory,
+    /// Its pages, as they were copied.
+    Copied(&'a [u8]),
+    /// What stands for them.
+    Block(&'a [u8]),
 }
 
 /// Writes one after the other, in one call as far as the connection takes it.
@@ -217,9 +248,36 @@ impl Contents {
 
     /// Digests them as they are now, which is after their range was re-armed: whoever writes one from here on makes it dirty.
     fn digest(&mut self, memory: &impl GuestMemory, digests: &PageDigests) -> Result<(), GuestError> {
-        let zero = self.table.iter().filter(|(_, content)| *content == Content::Zero);
-        zero.for_each(|&(run, _)| digests.note_zero(run));
+        self.zero_runs().for_each(|run| digests.note_zero(run));
         digests.take(memory, &self.data, &mut self.digests)
+    }
+
+    fn zero_runs(&self) -> impl Iterator<Item = FrameRun> {
+        let zero = self.table.iter().filter(|(_, content)| *content == Content::Zero);
+        zero.map(|&(run, _)| run)
+    }
+
+    /// These pages are told by what they changed: runs that ascend, each inside one run of pages.
+    fn tell_deltas(&mut self, told: &[FrameRun]) {
+        if told.is_empty() {
+            return;
+        }
+        std::mem::swap(&mut self.table, &mut self.table_before);
+        self.table.clear();
+        let mut told = told.iter().copied().peekable();
+        for &(run, content) in &self.table_before {
+            if content != Content::Data {
+                self.table.push((run, content));
+                continue;
+            }
+            let mut next = run.first;
+            while let Some(delta) = told.next_if(|delta| delta.first < run.end()) {
+                push_whole(&mut self.table, next, delta.first);
+                self.table.push((delta, Content::Delta));
+                next = delta.end();
+            }
+            push_whole(&mut self.table, next, run.end());
+        }
     }
 
     /// What a frame of them carries, given the bytes before its pages.
@@ -256,12 +314,59 @@ fn whole_units(run: FrameRun, unit: u64) -> Option<FrameRun> {
 }
 
 fn push_data(table: &mut Vec<(FrameRun, Content)>, data: &mut Vec<FrameRun>, first: u64, end: u64) {
-    if first < end {
-        let run = FrameRun {
-            first,
-            count: end - first,
+    data.extend(push_whole(table, first, end));
+}
+
+/// The pages from one up to another, if there are any.
+fn push_whole(table: &mut Vec<(FrameRun, Content)>, first: u64, end: u64) -> Option<FrameRun> {
+    let run = (first < end).then(|| FrameRun {
+        first,
+        count: end - first,
+    })?;
+    table.push((run, Content::Data));
+    Some(run)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(first: u64, count: u64) -> FrameRun {
+        FrameRun { first, count }
+    }
+
+    #[test]
+    fn what_is_told_by_what_it_changed_is_parted_from_what_is_whole() {
+        use Content::{Data, Delta, Zero};
+        let mut contents = Contents {
+            // Two regions are side by side.
+            table: vec![
+                (run(0, 8), Data),
+                (run(8, 2), Zero),
+                (run(10, 4), Data),
+                (run(14, 4), Data),
+                (run(20, 1), Data),
+            ],
+            ..Contents::default()
         };
-        table.push((run, Content::Data));
-        data.push(run);
+        contents.tell_deltas(&[run(2, 1), run(4, 4), run(12, 2), run(14, 1), run(20, 1)]);
+        assert_eq!(
+            contents.table,
+            [
+                (run(0, 2), Data),
+                (run(2, 1), Delta),
+                (run(3, 1), Data),
+                (run(4, 4), Delta),
+                (run(8, 2), Zero),
+                (run(10, 2), Data),
+                (run(12, 2), Delta),
+                (run(14, 1), Delta),
+                (run(15, 3), Data),
+                (run(20, 1), Delta),
+            ]
+        );
+        let before = contents.table.clone();
+        contents.tell_deltas(&[]);
+        assert_eq!(contents.table, before);
     }
 }

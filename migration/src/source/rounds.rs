@@ -247,6 +247,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             elapsed: self.so_far.copying_since.elapsed(),
             bytes: sent.bytes,
             round_trip: self.round_trips(),
+            deltas_begin: self.streams.packing.deltas_begin(number, dirty_pages),
         };
         let decision = self.so_far.policy.judge(&round, now);
         if decision.verdict == Verdict::Postcopy {

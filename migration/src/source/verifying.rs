@@ -52,6 +52,7 @@ pub(super) fn agree<G: SourceGuest>(
         }
         tracing::warn!(what, "what the destination holds is not what was sent");
         copy.so_far.comparing.has_differed = true;
+        streams.packing.has_differed();
         copy.so_far.comparing.sent_again += differing.len() as u64;
         let throttle = copy.so_far.policy.throttle();
         copy.conversation

@@ -35,6 +35,8 @@ const RUN_DATA: u32 = 1;
 const RUN_ZERO: u32 = 2;
 /// No run: in the place of a page's number, what the pages of the frame add up to.
 const SUM: u32 = 3;
+/// What the pages changed since they were sent last follows in the block.
+const RUN_DELTA: u32 = 4;
 /// In a frame that asks.
 const RUN_TOUCHED: u32 = 1;
 const RUN_BESIDE: u32 = 2;
@@ -103,6 +105,8 @@ pub(crate) enum Content {
     Data,
     /// They are all zero.
     Zero,
+    /// What they changed since they were sent last follows, in the table's order: the bytes that they had xor those that they have. In a block only.
+    Delta,
 }
 
 /// Why pages that come late are asked for.
@@ -186,6 +190,7 @@ impl FrameWriter {
             let kind = match content {
                 Content::Data => RUN_DATA,
                 Content::Zero => RUN_ZERO,
+                Content::Delta => RUN_DELTA,
             };
             let count = u32::try_from(run.count).expect("a run of one frame is far below 2^32 pages");
             let entry = Entry {
@@ -195,7 +200,7 @@ impl FrameWriter {
             };
             self.buffer.extend_from_slice(entry.as_bytes());
             entries += 1;
-            data_pages += if content == Content::Data { run.count } else { 0 };
+            data_pages += if content == Content::Zero { 0 } else { run.count };
         }
         if let Some(sum) = sum {
             let entry = Entry {
@@ -275,6 +280,7 @@ pub(crate) struct FrameReader {
     sequence: u64,
     table: Vec<u8>,
     data: Vec<FrameRun>,
+    delta: Vec<FrameRun>,
     zero: Vec<FrameRun>,
     sum: Option<u64>,
 }
@@ -293,8 +299,10 @@ pub(crate) enum Sums {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Pages<'a> {
     pub(crate) round: u32,
-    /// Runs whose pages follow, ascending.
+    /// Runs whose pages follow, or what they changed, ascending.
     pub(crate) data: &'a [FrameRun],
+    /// Those of them of which the block has what they changed.
+    pub(crate) delta: &'a [FrameRun],
     /// Runs that are zero, ascending.
     pub(crate) zero: &'a [FrameRun],
     /// Bytes of header and table.
@@ -317,6 +325,7 @@ impl FrameReader {
             sequence: 0,
             table,
             data: Vec::with_capacity(MAX_RUNS),
+            delta: Vec::new(),
             zero: Vec::with_capacity(MAX_RUNS),
             sum: None,
         }
@@ -384,6 +393,8 @@ impl FrameReader {
             0 if length != table => return Err(FrameError::Length { header: length, table }),
             // What it unpacks to is all the same what the table says.
             _ if table > MAX_DATA_PAGES * FRAME_SIZE => return Err(FrameError::TooLong(table)),
+            // Plain pages are as they are.
+            0 if !self.delta.is_empty() => return Err(FrameError::RunKind(RUN_DELTA)),
             0 => None,
             number => {
                 let agreed = |&codec: &Codec| self.codecs.contains(codec);
@@ -401,6 +412,7 @@ impl FrameReader {
         Ok(Some(Pages {
             round: header.round.get(),
             data: &self.data,
+            delta: &self.delta,
             zero: &self.zero,
             overhead,
             payload: length,
@@ -509,6 +521,7 @@ impl FrameReader {
 
     fn sort_runs(&mut self, entries: u16, shape: &MemoryShape) -> Result<(), FrameError> {
         self.data.clear();
+        self.delta.clear();
         self.zero.clear();
         let mut end = 0;
         for bytes in self.table[..usize::from(entries) * ENTRY_BYTES].chunks_exact(ENTRY_BYTES) {
@@ -530,6 +543,10 @@ impl FrameReader {
             match entry.kind.get() {
                 RUN_DATA => self.data.push(run),
                 RUN_ZERO => self.zero.push(run),
+                RUN_DELTA if self.codecs.has_deltas() => {
+                    self.data.push(run);
+                    self.delta.push(run);
+                }
                 other => return Err(FrameError::RunKind(other)),
             }
         }

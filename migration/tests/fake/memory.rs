@@ -166,6 +166,15 @@ impl FakeMemory {
         }
     }
 
+    /// Writes one word of a frame; `touch` as in [`FakeMemory::write`].
+    pub fn write_word(&self, frame: u64, value: u64, touch: impl FnOnce()) {
+        let (chunk, offset, length) = self.pieces(FrameRun { first: frame, count: 1 })[0];
+        let mut bytes = self.store.chunks[chunk].write().unwrap();
+        touch();
+        let words = bytes[offset..offset + length].as_chunks_mut::<8>().0;
+        words[value as usize % words.len()] = value.to_le_bytes();
+    }
+
     pub fn equals(&self, other: &Self) -> Result<(), String> {
         let regions = self
             .store

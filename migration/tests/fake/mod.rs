@@ -53,6 +53,16 @@ pub enum Workload {
         frames: u64,
         rate: u64,
     },
+    /// One word of any page.
+    OneWord {
+        frames: u64,
+        rate: u64,
+    },
+    /// One word of any page, every sixteenth write makes it zero.
+    Words {
+        frames: u64,
+        rate: u64,
+    },
     /// Any page, every other write makes it zero.
     ZeroFlip {
         frames: u64,
@@ -308,6 +318,8 @@ fn run_guest(memory: &FakeMemory, tracker: &Mutex<Tracker>, vcpu: &Vcpu, notes: 
             Workload::Uniform { rate, .. }
             | Workload::Sweep { rate, .. }
             | Workload::HotCold { rate, .. }
+            | Workload::OneWord { rate, .. }
+            | Workload::Words { rate, .. }
             | Workload::ZeroFlip { rate, .. } => rate,
         };
         let rate = rate * (100 - notes.throttle.load(Ordering::Relaxed)) / 100;
@@ -327,9 +339,15 @@ fn run_guest(memory: &FakeMemory, tracker: &Mutex<Tracker>, vcpu: &Vcpu, notes: 
                 Workload::Sweep { frames, .. } => (done % frames, done),
                 Workload::HotCold { frames, .. } if done.is_multiple_of(10) => (random % frames, done),
                 Workload::HotCold { frames, .. } => (random % (frames / 10), done),
+                Workload::OneWord { frames, .. } | Workload::Words { frames, .. } => (random % frames, 0),
                 Workload::ZeroFlip { frames, .. } => (random % frames, if done.is_multiple_of(2) { done } else { 0 }),
             };
-            memory.write(frame, value, || tracker.lock().unwrap().touch(frame));
+            let touch = || tracker.lock().unwrap().touch(frame);
+            match workload {
+                Workload::OneWord { .. } => memory.write_word(frame, done, touch),
+                Workload::Words { .. } if !done.is_multiple_of(16) => memory.write_word(frame, done, touch),
+                _ => memory.write(frame, value, touch),
+            }
             notes.writes.fetch_add(1, Ordering::Relaxed);
             if done.is_multiple_of(64) && !vcpu.may_run() {
                 return;

@@ -112,8 +112,12 @@ fn compressed(compressed: &Compressed) -> Option<String> {
         ("auto", None) => ", in the end not".to_owned(),
         (wanted, _) => format!(" with {wanted}"),
     };
+    let deltas = match compressed.delta_pages {
+        0 => String::new(),
+        pages => format!(", {} pages of it told by what they changed", human_count(pages)),
+    };
     Some(format!(
-        "compressed{how}: {} of {} frames, {} to {}",
+        "compressed{how}: {} of {} frames, {} to {}{deltas}",
         human_count(compressed.compressed_frames),
         human_count(compressed.frames),
         human_bytes(compressed.bytes_before),
@@ -371,6 +375,7 @@ mod tests {
     fn what_was_compressed_is_told() {
         let told = |wanted: &str, method: Option<&str>, compressed_frames| {
             let compression = Compressed {
+                delta_pages: compressed_frames * 20,
                 wanted: wanted.to_owned(),
                 method: method.map(str::to_owned),
                 frames: 1200,
@@ -387,6 +392,10 @@ mod tests {
         let by_itself = told("auto", Some("zstd:1"), 1000);
         assert!(
             by_itself.contains("compressed, in the end with zstd:1: 1,000 of 1,200 frames"),
+            "{by_itself}"
+        );
+        assert!(
+            by_itself.contains(", 20,000 pages of it told by what they changed"),
             "{by_itself}"
         );
         assert!(told("auto", None, 1).contains("compressed, in the end not: 1 of"));

@@ -187,6 +187,7 @@ fn compressed(tally: &Tally) -> wire::Compressed {
         bytes_after: tally.bytes_after,
         switched_on: tally.switched_on,
         switched_off: tally.switched_off,
+        delta_pages: tally.delta_pages,
     }
 }
 

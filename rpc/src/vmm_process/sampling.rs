@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use ferry_migration::{Compression, SampledWay};
+use ferry_migration::{Compression, SampledWay, Watched};
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{self as wire};
 use ferry_vmm::{DirtyBitmap, FrameRun, Machine, PAGE_SIZE, Population, RunState};
@@ -40,10 +40,22 @@ pub(super) struct Sampling {
     looks: VecDeque<Duration>,
     /// All that was written.
     found: DirtyBitmap,
+    /// Whether, and which, pages are looked at once more, for what they change.
+    watched: Watching,
     /// What each vCPU had written before.
     before: Option<Vec<u64>>,
     population: Population,
     sampled: wire::Sampled,
+}
+
+/// What pages change that are written again.
+enum Watching {
+    /// Nobody asked.
+    No,
+    /// Nothing was written yet.
+    NotYet,
+    /// These, since then.
+    Since(Watched),
 }
 
 impl Sampling {
@@ -62,6 +74,10 @@ impl Sampling {
             began: Instant::now(),
             looks,
             found: DirtyBitmap::empty(machine.memory().shape()),
+            watched: match compression {
+                Compression::Off => Watching::No,
+                Compression::Auto | Compression::Always(_) => Watching::NotYet,
+            },
             before: machine.written_by_vcpu(),
             sampled: wire::Sampled {
                 populated_pages: population.runs.iter().map(|run| run.count).sum(),
@@ -89,6 +105,18 @@ impl Sampling {
             after_us: u64::try_from(after.as_micros()).unwrap_or(u64::MAX),
             pages: self.found.count(),
         });
+        let memory = || SharedMemory::new(machine.memory().clone(), Vec::new());
+        match &self.watched {
+            // Enough of them, or the last look before the last one.
+            Watching::NotYet if self.looks.len() == 1 || self.found.count() >= TOGETHER && !self.looks.is_empty() => {
+                let found: Vec<_> = self.found.runs().into_iter().map(to_engine).collect();
+                self.watched = Watching::Since(Watched::take(&memory(), &found)?);
+            }
+            Watching::Since(watched) if self.looks.is_empty() => {
+                self.sampled.rewritten = Some(tried(&watched.changes(&memory())?)).filter(|way| way.bytes > 0);
+            }
+            Watching::No | Watching::NotYet | Watching::Since(_) => {}
+        }
         Ok(())
     }
 
@@ -239,14 +267,17 @@ impl LookedAt {
 fn try_ways(machine: &Machine, looked_at: &LookedAt, compression: Compression) -> anyhow::Result<Vec<wire::TriedWay>> {
     let runs: Vec<_> = looked_at.with_data().into_iter().map(to_engine).collect();
     let memory = SharedMemory::new(machine.memory().clone(), Vec::new());
-    let told = |way: SampledWay| wire::TriedWay {
+    let ways = ferry_migration::try_out(&memory, &runs, compression)?;
+    Ok(ways.iter().map(tried).collect())
+}
+
+fn tried(way: &SampledWay) -> wire::TriedWay {
+    wire::TriedWay {
         method: way.method.to_string(),
         bytes: way.bytes,
         packed: way.packed,
         took_us: u64::try_from(way.took.as_micros()).unwrap_or(u64::MAX),
-    };
-    let tried = ferry_migration::try_out(&memory, &runs, compression)?;
-    Ok(tried.into_iter().map(told).collect())
+    }
 }
 
 fn count(runs: &[FrameRun]) -> u64 {

@@ -28,6 +28,7 @@ fn way(megabytes_per_second: f64) -> Way {
         preparation: 60 * MS,
         stop_and_start: 3 * MS,
         packed: None,
+        deltas: None,
     }
 }
 
@@ -77,6 +78,37 @@ fn pages_that_are_compressed_take_less_of_the_link() {
     // The threads are what is waited for.
     let slow = predict(&sampled(Writes::default()), &packed(50e6), &wanted());
     assert!(slow.total > 2 * idle.total);
+}
+
+#[test]
+fn pages_that_are_told_by_what_they_changed_have_a_guest_end_that_outruns_the_link() {
+    let way = |copies| Way {
+        deltas: Some(Deltas {
+            told: Packed {
+                method: crate::Method::Lz4,
+                left: 0.05,
+                bytes_per_second: 2e9,
+            },
+            copies,
+        }),
+        ..way(100.0)
+    };
+    // 1.6 times the link's rate, all over 256 MiB.
+    let writes = uniform(40_000.0, GIB_PAGES / 4);
+    let whole = predict(&sampled(writes.clone()), &way(0), &wanted());
+    assert_eq!(whole.end, End::Never);
+    let told = predict(&sampled(writes.clone()), &way(GIB_PAGES / 4), &wanted());
+    assert_eq!(told.end, End::Whole, "{}", told.words);
+    // The first pass, the second round whole, and what is next to nothing.
+    assert!((3..=8).contains(&told.rounds), "{told:?}");
+    let two_passes = (GIB_PAGES + GIB_PAGES / 4) * FRAME_SIZE;
+    assert!(
+        told.bytes > two_passes * 9 / 10 && told.bytes < two_passes * 12 / 10,
+        "{told:?}"
+    );
+    // Copies of too few of them.
+    let some = predict(&sampled(writes), &way(GIB_PAGES / 40), &wanted());
+    assert_eq!(some.end, End::Never);
 }
 
 #[test]

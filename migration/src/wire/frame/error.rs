@@ -123,6 +123,14 @@ pub enum FrameError {
     /// A run of an unknown kind.
     #[error("a run of unknown kind {0}")]
     RunKind(u32),
+    /// Pages are told by what they changed, of which nothing is here.
+    #[error("{count} pages from page {first:#x} on are told by what they changed, of which there is no copy here")]
+    DeltaOfNothing {
+        /// The run's first frame number.
+        first: u64,
+        /// Its length.
+        count: u64,
+    },
     /// Its table does not end with what its pages add up to.
     #[error("a frame does not say what its pages add up to")]
     NoSum,

@@ -80,6 +80,27 @@ proptest! {
     }
 
     #[test]
+    fn a_table_with_what_pages_changed_comes_out_as_it_went_in(table in table(), told in prop::collection::vec(any::<bool>(), 100)) {
+        let is_data = |content| content == Content::Data;
+        let table: Vec<_> = table.iter().zip(told).map(|(&(run, content), told)| match told && is_data(content) {
+            true => (run, Content::Delta),
+            false => (run, content),
+        }).collect();
+        let bytes = FrameWriter::new(STREAM).compressed(7, table.iter().copied(), (100, Codec::Lz4)).to_vec();
+        let mut reader = FrameReader::new(STREAM).with_codecs(Codecs::ours());
+        let of = |wanted: &[Content]| table.iter().filter(|(_, content)| wanted.contains(content)).map(|&(run, _)| run).collect::<Vec<_>>();
+        match reader.pages(&mut &*bytes, &shape()) {
+            Ok(pages) => {
+                let pages = pages.expect("a frame");
+                prop_assert_eq!(pages.data, of(&[Content::Data, Content::Delta]));
+                prop_assert_eq!(pages.delta, of(&[Content::Delta]));
+                prop_assert_eq!(pages.zero, of(&[Content::Zero]));
+            }
+            Err(error) => prop_assert!(false, "{error}"),
+        }
+    }
+
+    #[test]
     fn hostile_bytes_are_an_error_and_no_panic(bytes in prop::collection::vec(any::<u8>(), 1..2000)) {
         prop_assert!(FrameReader::new(STREAM).pages(&mut &*bytes, &shape()).is_err());
         prop_assert!(FrameReader::new(STREAM).open(&mut &*bytes, &identity()).is_err());
@@ -154,6 +175,32 @@ fn a_compressed_frame_stands_for_what_its_table_says() {
         reader.pages(&mut &*bytes, &shape()),
         Err(FrameError::TooLong(length)) if length == 513 << 12
     ));
+}
+
+#[test]
+fn what_pages_changed_is_in_a_block_and_only_where_that_was_agreed_on() {
+    let runs = [
+        (run(16, 2), Content::Delta),
+        (run(18, 1), Content::Data),
+        (run(20, 5), Content::Zero),
+    ];
+    let mut writer = FrameWriter::new(STREAM);
+    let bytes = writer.compressed(7, runs.into_iter(), (100, Codec::Lz4)).to_vec();
+    let mut reader = FrameReader::new(STREAM).with_codecs(Codecs::ours());
+    let pages = reader.pages(&mut &*bytes, &shape()).unwrap().unwrap();
+    assert_eq!(
+        (pages.data, pages.delta),
+        (&[run(16, 2), run(18, 1)][..], &[run(16, 2)][..])
+    );
+    assert_eq!(pages.block.unwrap().pages, 3 << 12);
+
+    let mut reader = FrameReader::new(STREAM).with_codecs(Codecs::ours().without_deltas());
+    let refused = reader.pages(&mut &*bytes, &shape());
+    assert!(matches!(refused, Err(FrameError::RunKind(4))), "{refused:?}");
+    let bytes = FrameWriter::new(STREAM).pages(7, runs.into_iter()).to_vec();
+    let mut reader = FrameReader::new(STREAM).with_codecs(Codecs::ours());
+    let refused = reader.pages(&mut &*bytes, &shape());
+    assert!(matches!(refused, Err(FrameError::RunKind(4))), "{refused:?}");
 }
 
 /// A late frame with its sum, read by who expects one or does not.

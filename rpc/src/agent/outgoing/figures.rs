@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use ferry_migration::guest::FRAME_SIZE;
 use ferry_migration::handover::Decision;
 use ferry_migration::source::MOST_BEFORE_THE_END;
 use ferry_proto::agent::v1::{
@@ -170,7 +171,8 @@ fn verified(told: &wire::Verified) -> Option<Verified> {
 /// What came of compression, if its figures can be.
 fn compressed(told: &wire::Compressed) -> Option<Compressed> {
     let tried = told.compressed_frames.checked_add(told.incompressible_frames)?;
-    (tried <= told.frames && told.bytes_after <= told.bytes_before).then(|| Compressed {
+    let are_in_them = told.delta_pages <= told.bytes_before / FRAME_SIZE;
+    (tried <= told.frames && told.bytes_after <= told.bytes_before && are_in_them).then(|| Compressed {
         wanted: told.wanted.clone(),
         method: told.method.clone(),
         why: told.why.clone(),
@@ -181,6 +183,7 @@ fn compressed(told: &wire::Compressed) -> Option<Compressed> {
         bytes_after: told.bytes_after,
         switched_on: told.switched_on,
         switched_off: told.switched_off,
+        delta_pages: told.delta_pages,
     })
 }
 

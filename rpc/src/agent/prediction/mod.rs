@@ -16,10 +16,10 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ferry_migration::policy::prediction::{self, End, Prediction, Sampled, Wanted};
+use ferry_migration::policy::prediction::{self, Deltas, End, Prediction, Sampled, Wanted};
 use ferry_migration::postcopy::Lateness;
 use ferry_migration::source::{Manner, OnTimeout, Terms};
-use ferry_migration::{Compression, foresee};
+use ferry_migration::{Compression, foresee, foresee_deltas};
 use ferry_proto::agent::v1::{MigrationOptions, MigrationPrediction, PredictMigrationRequest};
 use ferry_proto::{InvalidField, required};
 
@@ -86,8 +86,18 @@ impl Agent {
         let mut way = self.way(context, &request.destination, &options).await?;
         let guest = sample.guest(request.disk_bytes);
         let (tried, link) = (sample.tried(), way.carries(&wanted));
-        way.way.packed = foresee(compression, &tried, link, page_streams(&options).into());
-        let packed = words::compression(&tried, way.way.packed, is_left_alone);
+        let streams = page_streams(&options).into();
+        way.way.packed = foresee(compression, &tried, link, streams);
+        let rewritten = sample.rewritten();
+        let deltas = rewritten.and_then(|rewritten| foresee_deltas(compression, &rewritten, link, streams));
+        way.way.deltas = deltas.map(|told| Deltas {
+            told,
+            copies: sample.most_copies(),
+        });
+        let packed = words::compression(&tried, way.way.packed, is_left_alone).map(|words| match &way.way.deltas {
+            Some(deltas) => format!("{words}; {}", words::deltas(deltas)),
+            None => words,
+        });
         // Thousands of rounds may have to be gone through.
         let told = tokio::task::spawn_blocking(move || {
             let prediction = prediction::predict(&guest, &way.way, &wanted);

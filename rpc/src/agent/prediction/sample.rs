@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ferry_migration::policy::prediction::{Place, Sampled, Writes};
-use ferry_migration::{Compression, SampledWay};
+use ferry_migration::{Compression, SampledWay, most_copies};
 use ferry_proto::agent::v1::{InstanceSpec, MigrationPrediction, WrittenBy, WrittenPart};
 use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
@@ -127,6 +127,19 @@ fn believable(mut sampled: wire::Sampled, pages: u64) -> wire::Sampled {
     sampled
 }
 
+/// A way to compress, if this agent knows it.
+fn known(tried: &wire::TriedWay) -> Option<SampledWay> {
+    let Ok(Compression::Always(method)) = tried.method.parse() else {
+        return None;
+    };
+    Some(SampledWay {
+        method,
+        bytes: tried.bytes,
+        packed: tried.packed.min(tried.bytes),
+        took: Duration::from_micros(tried.took_us),
+    })
+}
+
 impl Sample {
     /// As the engine has it, with disks that move along.
     pub(super) fn guest(&self, disk_bytes: u64) -> Sampled {
@@ -164,16 +177,17 @@ impl Sample {
 
     /// What ways to compress made of some pages; those that this agent does not know are left out.
     pub(super) fn tried(&self) -> Vec<SampledWay> {
-        let known = |tried: &wire::TriedWay| match tried.method.parse() {
-            Ok(Compression::Always(method)) => Some(SampledWay {
-                method,
-                bytes: tried.bytes,
-                packed: tried.packed.min(tried.bytes),
-                took: Duration::from_micros(tried.took_us),
-            }),
-            _ => None,
-        };
         self.sampled.tried.iter().filter_map(known).collect()
+    }
+
+    /// What was made of what pages changed that were written again.
+    pub(super) fn rewritten(&self) -> Option<SampledWay> {
+        self.sampled.rewritten.as_ref().and_then(known)
+    }
+
+    /// Of how many pages copies are kept at most for that.
+    pub(super) fn most_copies(&self) -> u64 {
+        most_copies(self.memory_bytes / PAGE)
     }
 
     fn zero_share(&self) -> Option<f64> {
@@ -248,6 +262,7 @@ mod tests {
                 parts: vec![part(0, 100, 10), part(1, 0, 0), part(2, 300, 40)],
                 paused: false,
                 tried: Vec::new(),
+                rewritten: None,
             },
             memory_bytes: 1 << 30,
             dirty: "ring".to_owned(),
@@ -305,6 +320,12 @@ mod tests {
                 };
                 100_000
             ],
+            rewritten: Some(wire::TriedWay {
+                method: "lz4".to_owned(),
+                bytes: 1,
+                packed: u64::MAX,
+                took_us: u64::MAX,
+            }),
         };
         let sample = Sample {
             sampled: believable(hostile, 10),

@@ -97,6 +97,7 @@ impl KnownWay {
                     .or_else(|| typical(infos.iter().filter_map(stop_and_start)))
                     .unwrap_or(STOP_AND_START),
                 packed: None,
+                deltas: None,
             },
             known_from,
         }

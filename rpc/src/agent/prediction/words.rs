@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ferry_migration::policy::prediction::{End, Prediction, Remedies, Wanted};
+use ferry_migration::policy::prediction::{Deltas, End, Prediction, Remedies, Wanted};
 use ferry_migration::{Packed, SampledWay};
 use ferry_proto::agent::v1::{MigrationPrediction, PredictedRemedy};
 
@@ -117,6 +117,14 @@ pub(super) fn compression(tried: &[SampledWay], packed: Option<Packed>, is_left_
         ),
     };
     Some(words)
+}
+
+/// How pages are expected to be told that are sent again.
+pub(super) fn deltas(deltas: &Deltas) -> String {
+    format!(
+        "pages that are sent again are told by what they changed, which leaves {:.0} % of them",
+        deltas.told.left * 100.0
+    )
 }
 
 fn rounds(count: u32) -> String {
