@@ -15,15 +15,16 @@ use crate::bench::{Late, Options, Peer, Sample, Work, clock, ferry, in_turn, qem
 /// Random pages as many as make so many times the link's rate.
 const TIMES: f64 = 1.5;
 
-/// Ferry by its defaults, and by what its user would give it for such a guest.
-const WAYS: [(&str, &[&str]); 3] = [
+/// Ferry by its defaults, without what is told of pages by what they changed, and by what its user would give it for such a guest.
+const WAYS: [(&str, &[&str]); 4] = [
     ("ferry", &[]),
+    ("ferry off", &["--compress", "off"]),
     ("ferry auto-converge", &["--auto-converge"]),
     ("ferry hybrid", &["--mode", "hybrid"]),
 ];
 
-/// Those that are its peer's defaults.
-const MODES: [qemu::Mode; 2] = [qemu::Mode::Plain, qemu::Mode::Multifd2];
+/// Those that are its peer's defaults, and what it has for such a guest.
+const MODES: [qemu::Mode; 3] = [qemu::Mode::Plain, qemu::Mode::Multifd2, qemu::Mode::Xbzrle];
 
 /// Ten times what all of this guest takes over 1 Gbit/s. Who is not done by then is taken not to end.
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -29,6 +29,8 @@ pub(super) enum Mode {
     Multifd4,
     /// Two page streams, compressed with zstd at level 1.
     Multifd2Zstd,
+    /// One stream, pages that are sent again told by what they changed; copies of 256 MiB are kept, as many as Ferry keeps at most.
+    Xbzrle,
 }
 
 /// Those without compression.
@@ -42,12 +44,13 @@ impl Mode {
             Self::Multifd2 => "qemu multifd 2",
             Self::Multifd4 => "qemu multifd 4",
             Self::Multifd2Zstd => "qemu multifd zstd",
+            Self::Xbzrle => "qemu xbzrle",
         }
     }
 
     fn channels(self) -> Option<u32> {
         match self {
-            Self::Plain => None,
+            Self::Plain | Self::Xbzrle => None,
             Self::Multifd2 | Self::Multifd2Zstd => Some(2),
             Self::Multifd4 => Some(4),
         }
@@ -213,6 +216,10 @@ fn prepare(machine: &mut Machine, mode: Mode) -> Result<()> {
         if mode == Mode::Multifd2Zstd {
             parameters["multifd-compression"] = json!("zstd");
         }
+    }
+    if mode == Mode::Xbzrle {
+        capabilities.push(json!({ "capability": "xbzrle", "state": true }));
+        parameters["xbzrle-cache-size"] = json!(256 << 20);
     }
     machine
         .qmp
