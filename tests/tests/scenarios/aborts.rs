@@ -63,7 +63,15 @@ fn an_abort_after_the_destination_expects_the_guest_leaves_it_at_the_source(pair
 fn a_migration_that_does_not_converge_is_completed_by_force(pair: &mut Pair) -> Result<()> {
     let work = "fill=random fill_mib=32 work=uniform work_mib=32 rate=max heartbeat_ms=20";
     let witness = pair.run(&Guest::new("g").work(work))?;
-    let slow = ["--bandwidth", "400Mbit", "--max-downtime", "1ms", "--digests"];
+    let slow = [
+        "--bandwidth",
+        "400Mbit",
+        "--max-downtime",
+        "1ms",
+        "--compress",
+        "off",
+        "--digests",
+    ];
     let underway = pair.migrate_until("g", &slow, |record| Ok(record.rounds() >= 3))?;
 
     // At the other host: it is forwarded to the source.

@@ -32,6 +32,9 @@ const QUIET: &str = "fill=random fill_mib=48 work=uniform work_mib=4 rate=100 he
 /// Writes three times as much as the link carries.
 const BUSY: &str = "fill=random fill_mib=24 work=uniform work_mib=32 rate=20000 heartbeat_ms=20";
 
+/// Told by what it changes of its pages, that guest comes to its end all the same.
+const WHOLE: [&str; 2] = ["--compress", "off"];
+
 /// Moves a guest, and looks whether it is whole.
 fn moves(pair: &mut Pair, work: &str, further: &[&str]) -> Result<Migration> {
     let (_link, witness) = across(pair, RATE, &Guest::new("g").work(work))?;
@@ -68,27 +71,37 @@ fn a_guest_moves_at_once_and_its_pages_follow(pair: &mut Pair) -> Result<()> {
 }
 
 fn a_guest_that_writes_more_than_the_link_carries_goes_over_to_late_pages(pair: &mut Pair) -> Result<()> {
-    let moved = moves(pair, BUSY, &["--mode", "hybrid"])?;
+    let moved = moves(pair, BUSY, &[&WHOLE[..], &["--mode", "hybrid"]].concat())?;
     was_decided(&moved, "postcopy")?;
     came_late(&moved)
 }
 
 fn a_guest_whose_time_is_up_goes_over_to_late_pages(pair: &mut Pair) -> Result<()> {
-    let moved = moves(pair, BUSY, &["--timeout", "5s", "--on-timeout", "postcopy"])?;
+    let moved = moves(
+        pair,
+        BUSY,
+        &[&WHOLE[..], &["--timeout", "5s", "--on-timeout", "postcopy"]].concat(),
+    )?;
     was_decided(&moved, "infeasible")?;
     was_decided(&moved, "time-up")?;
     came_late(&moved)
 }
 
 fn a_guest_whose_time_is_up_stands_still_for_the_rest(pair: &mut Pair) -> Result<()> {
-    let moved = moves(pair, BUSY, &["--timeout", "5s", "--on-timeout", "pause", "--digests"])?;
+    let moved = moves(
+        pair,
+        BUSY,
+        &[&WHOLE[..], &["--timeout", "5s", "--on-timeout", "pause", "--digests"]].concat(),
+    )?;
     was_decided(&moved, "infeasible")?;
     was_decided(&moved, "pause")
 }
 
 fn a_guest_that_is_completed_by_force_stands_still_for_the_rest(pair: &mut Pair) -> Result<()> {
     let (_link, witness) = across(pair, RATE, &Guest::new("g").work(BUSY))?;
-    let underway = pair.migrate_until("g", &["--digests"], |record| Ok(record.rounds() >= 2))?;
+    let underway = pair.migrate_until("g", &[&WHOLE[..], &["--digests"]].concat(), |record| {
+        Ok(record.rounds() >= 2)
+    })?;
 
     pair.a.ferry(&["migration", "force-complete", &underway.id])?.exit(0)?;
 
@@ -98,7 +111,7 @@ fn a_guest_that_is_completed_by_force_stands_still_for_the_rest(pair: &mut Pair)
 }
 
 fn a_guest_that_writes_more_than_the_link_carries_is_throttled(pair: &mut Pair) -> Result<()> {
-    let moved = moves(pair, BUSY, &["--auto-converge", "--digests"])?;
+    let moved = moves(pair, BUSY, &[&WHOLE[..], &["--auto-converge", "--digests"]].concat())?;
     was_decided(&moved, "throttle")?;
     ensure!(moved.number("throttle_percent")? > 0.0, "{}", moved.record);
     was_decided(&moved, "switch")

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use ferry_tests::waiting::{CALL, MOVE};
+use ferry_tests::witness::Beat;
 use ferry_tests::{Answer, Guest, Host, Migration, Pair, process, until};
 use libtest_mimic::Trial;
 use serde_json::Value;
@@ -20,6 +21,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         an_agent_that_knows_no_pause_at_the_timeout_is_named,
         a_guest_that_writes_more_than_the_link_carries_is_throttled_until_it_moves,
         with_the_ring_only_the_vcpu_that_writes_is_throttled,
+        with_the_ring_a_vcpu_that_writes_nothing_keeps_its_pace,
         an_abort_leaves_nothing_throttled,
     ]
 }
@@ -27,7 +29,16 @@ pub(crate) fn trials() -> Vec<Trial> {
 /// Writes 32 MiB again and again, as fast as it can.
 const ALL_THE_TIME: &str = "fill=random fill_mib=32 work=uniform work_mib=32 rate=max heartbeat_ms=20";
 /// Slower than that, so that each round leaves all of it; and less time for it than 32 MiB take.
-const TOO_SLOW: [&str; 5] = ["--bandwidth", "400Mbit", "--max-downtime", "150ms", "--digests"];
+/// Pages that are sent whole each time: by what they change it would end.
+const TOO_SLOW: [&str; 7] = [
+    "--bandwidth",
+    "400Mbit",
+    "--max-downtime",
+    "150ms",
+    "--compress",
+    "off",
+    "--digests",
+];
 
 fn a_copy_that_does_not_converge_says_so_after_one_stalled_round(pair: &mut Pair) -> Result<()> {
     let witness = pair.run(&Guest::new("g").work(ALL_THE_TIME))?;
@@ -224,7 +235,14 @@ fn an_agent_that_knows_no_pause_at_the_timeout_is_named(pair: &mut Pair) -> Resu
 fn throttled(pair: &Pair, guest: &Guest, whom: &str) -> Result<Migration> {
     let witness = pair.run(guest)?;
 
-    let further = ["--auto-converge", "--bandwidth", "400Mbit", "--digests"];
+    let further = [
+        "--auto-converge",
+        "--bandwidth",
+        "400Mbit",
+        "--compress",
+        "off",
+        "--digests",
+    ];
     let record = pair
         .migrate("g", &further)?
         .exit(0)?
@@ -282,12 +300,57 @@ fn with_the_ring_only_the_vcpu_that_writes_is_throttled(pair: &mut Pair) -> Resu
     Ok(())
 }
 
+fn with_the_ring_a_vcpu_that_writes_nothing_keeps_its_pace(pair: &mut Pair) -> Result<()> {
+    // Of the work that each does beside its heartbeats: pages that the first one writes, and pages that the second one reads.
+    let done = |beats: &[Beat]| -> Result<[f64; 2]> {
+        let ends = beats.first().zip(beats.last()).context("no heartbeats")?;
+        let [from, to] = [ends.0.heartbeat, ends.1.heartbeat];
+        let time = (to.tsc - from.tsc) as f64;
+        Ok([to.writes - from.writes, to.checked - from.checked].map(|pages| pages as f64 / time))
+    };
+    let work = format!("{ALL_THE_TIME} cpus=2 writers=1 check_rate=20000");
+    let witness = pair.run(&Guest::new("g").work(&work).vcpus(2).dirty("ring"))?;
+    let beats_at_a = || {
+        witness
+            .beats()
+            .into_iter()
+            .filter(|beat| beat.host == "a")
+            .collect::<Vec<_>>()
+    };
+    until("heartbeats", CALL, || Ok((beats_at_a().len() > 50).then_some(())))?;
+    let before = done(&beats_at_a()[25..])?;
+
+    let further = [
+        "--auto-converge",
+        "--bandwidth",
+        "400Mbit",
+        "--compress",
+        "off",
+        "--digests",
+    ];
+    let moved = pair
+        .migrate("g", &further)?
+        .exit(0)?
+        .migration()?
+        .is("completed", "b")?;
+
+    let beats = beats_at_a();
+    let during = done(&beats[beats.len() - 10..])?;
+    let [writes, checks] = [0, 1].map(|vcpu| during[vcpu] / before[vcpu]);
+    ensure!(
+        checks > 1.5 * writes,
+        "{writes:.2} of the writes and {checks:.2} of the reads were left: {}",
+        moved.record
+    );
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
 fn an_abort_leaves_nothing_throttled(pair: &mut Pair) -> Result<()> {
     let witness = pair.run(&Guest::new("g").work(ALL_THE_TIME))?;
     let source = pair.a.vmm()?;
     let threads = process::threads(source);
     // It writes more than that with the little that it may be throttled.
-    let slow = ["--bandwidth", "160Mbit", "--max-downtime", "150ms"];
+    let slow = ["--bandwidth", "160Mbit", "--max-downtime", "150ms", "--compress", "off"];
     let little = ["--auto-converge", "--max-throttle", "30"];
     let underway = pair.migrate_until("g", &[&slow[..], &little].concat(), |record| {
         Ok(record.number("throttle_percent")? > 0.0 && record.rounds() >= 4)

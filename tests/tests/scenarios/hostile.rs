@@ -18,6 +18,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_frame_beyond_the_limit_ends_the_migration,
         a_frame_of_pages_outside_memory_ends_the_migration,
         a_doubled_frame_ends_the_migration,
+        what_pages_changed_that_were_never_sent_ends_the_migration,
+        what_pages_changed_outside_a_block_ends_the_migration,
         a_late_frame_with_a_wrong_checksum_costs_a_link_and_no_page,
         a_late_frame_of_pages_outside_memory_costs_a_link_and_no_page,
         an_answer_that_is_doubled_costs_a_link_and_no_page,
@@ -76,14 +78,33 @@ fn a_doubled_frame_ends_the_migration(pair: &mut Pair) -> Result<()> {
     stays(pair, frame(0, 3, as_the_second), &says)
 }
 
+fn what_pages_changed_that_were_never_sent_ends_the_migration(pair: &mut Pair) -> Result<()> {
+    let says = [
+        "page stream 0",
+        "are told by what they changed, of which there is no copy here",
+    ];
+    stays_with(pair, ("text", "lz4"), frame(0, 3, of_changes), &says)
+}
+
+fn what_pages_changed_outside_a_block_ends_the_migration(pair: &mut Pair) -> Result<()> {
+    let says = ["page stream 0", "a run of unknown kind 4"];
+    stays_with(pair, ("random", "lz4"), frame(0, 3, of_changes), &says)
+}
+
 /// A migration in which this is tampered with fails and says so; the guest stays, B has nothing, and the next one succeeds.
 fn stays(pair: &mut Pair, tampering: Tampering, says: &[&str]) -> Result<()> {
+    stays_with(pair, ("random", "auto"), tampering, says)
+}
+
+/// The same of a guest that is full of this, and whose pages are compressed so.
+fn stays_with(pair: &mut Pair, (full_of, how): (&str, &str), tampering: Tampering, says: &[&str]) -> Result<()> {
     expect_a_lost_peer(pair);
     let relay = between(pair, tampering)?;
-    let work = "fill=random fill_mib=48 work=uniform work_mib=8 rate=1000 heartbeat_ms=20";
-    let witness = pair.run(&Guest::new("g").work(work))?;
+    let work = format!("fill={full_of} fill_mib=48 work=uniform work_mib=8 rate=1000 heartbeat_ms=20");
+    let witness = pair.run(&Guest::new("g").work(&work))?;
 
-    let told = pair.migrate("g", &["--digests", "--streams", "2"])?.exit(1)?;
+    let ways = ["--digests", "--streams", "2", "--compress", how];
+    let told = pair.migrate("g", &ways)?.exit(1)?;
 
     ensure!(relay.has_tampered(), "nothing was tampered with: {told}");
     let record = told.migration()?.is("failed", "a")?;
@@ -140,6 +161,14 @@ fn comes_all_the_same(pair: &mut Pair, tampering: Tampering, says: &str) -> Resu
 
 fn frame(stream: u16, number: u64, change: fn(&mut [u8])) -> Tampering {
     Tampering::Frame { stream, number, change }
+}
+
+/// The first run of pages becomes one of what they changed.
+fn of_changes(frame: &mut [u8]) {
+    let kind = HEADER + 12;
+    assert_eq!(frame[kind..kind + 4], 1u32.to_le_bytes(), "not a run of pages");
+    frame[kind] = 4;
+    reseal(frame);
 }
 
 fn outside_memory(frame: &mut [u8]) {

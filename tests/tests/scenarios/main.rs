@@ -26,6 +26,7 @@ mod fast_disks;
 mod faults;
 mod fields;
 mod foreign;
+mod full_disks;
 mod full_journals;
 #[expect(dead_code, reason = "the matrix asks more of it")]
 #[path = "../matrix/gate.rs"]
@@ -129,6 +130,7 @@ fn waiting() -> Vec<Trial> {
         callers::trials(),
         fields::trials(),
         foreign::trials(),
+        full_disks::trials(),
         full_journals::trials(),
         clients::trials(),
         selftest::trials(),

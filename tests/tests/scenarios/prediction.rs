@@ -15,6 +15,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         what_is_foretold_of_an_idle_guest_comes,
         a_hot_set_is_foretold_to_converge_where_its_rate_would_not,
         a_guest_that_writes_all_the_time_is_foretold_never_to_end_and_what_would_help,
+        what_pages_change_is_looked_at_and_foretold,
         the_link_is_known_by_the_last_migration,
         a_stopped_instance_has_all_its_reasons_and_no_prediction,
         an_unknown_instance_is_not_predicted,
@@ -177,7 +178,8 @@ fn a_hot_set_is_foretold_to_converge_where_its_rate_would_not(pair: &mut Pair) -
 fn a_guest_that_writes_all_the_time_is_foretold_never_to_end_and_what_would_help(pair: &mut Pair) -> Result<()> {
     let work = "fill=random fill_mib=32 work=uniform work_mib=32 rate=max heartbeat_ms=20";
     let witness = pair.run(&Guest::new("g").work(work))?;
-    let too_slow = ["--bandwidth", "400Mbit", "--max-downtime", "150ms"];
+    // Told by what it changes it would end.
+    let too_slow = ["--bandwidth", "400Mbit", "--max-downtime", "150ms", "--compress", "off"];
 
     let told = dry_run(pair, &too_slow, 0)?;
 
@@ -201,7 +203,7 @@ fn a_guest_that_writes_all_the_time_is_foretold_never_to_end_and_what_would_help
         ensure!(arguments.contains(&other), "{arguments:?}");
     }
     // What is said to help does.
-    let patient: Vec<_> = ["--bandwidth", "400Mbit", "--digests"]
+    let patient: Vec<_> = ["--bandwidth", "400Mbit", "--compress", "off", "--digests"]
         .into_iter()
         .chain(downtime.split(' '))
         .collect();
@@ -209,6 +211,29 @@ fn a_guest_that_writes_all_the_time_is_foretold_never_to_end_and_what_would_help
         .exit(0)?
         .migration()?
         .is("completed", "b")?;
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+fn what_pages_change_is_looked_at_and_foretold(pair: &mut Pair) -> Result<()> {
+    // All of it is written again while it is sent.
+    let work = "fill=random fill_mib=32 work=uniform work_mib=32 rate=20000 heartbeat_ms=20";
+    let witness = pair.run(&Guest::new("g").work(work))?;
+    let cap = ["--bandwidth", "240Mbit"];
+
+    let whole = dry_run(pair, &[&cap[..], &["--compress", "off"]].concat(), 0)?;
+    ensure!(prediction(&whole)?["end"] == "never", "{whole}");
+    let told = dry_run(pair, &cap, 0)?;
+    let record = pair.migrate("g", &cap)?.exit(0)?.migration()?.is("completed", "b")?;
+
+    let found = prediction(&told)?;
+    let words = found["compression"].as_str().context("nothing of compression")?;
+    ensure!(
+        words.contains("are told by what they changed, which leaves "),
+        "{words}"
+    );
+    ensure!(found["end"] == "whole", "{found}");
+    comes(found, &record.record, "bytes", "bytes_sent", 0.5..2.0)?;
+    ensure!(record.number("compression.delta_pages")? > 1000.0, "{}", record.record);
     pair.runs_only_at(&pair.b, "g", &witness)
 }
 

@@ -47,8 +47,8 @@ fn guests_that_move_to_and_fro_leave_nothing_at_the_agents(pair: &mut Pair) -> R
     let (laps, moves) = if scenario::is_long() { (20, 10) } else { (3, 4) };
     let mut told = Vec::new();
     // What is made once is made when each way was gone once: pools of threads, the journal's cache, connections, and memory that agents keep once pages
-    // went through them.
-    let warm = WAYS.len().div_ceil(moves);
+    // went through them. How much that is at most shows late: each of the allocator's arenas keeps what one move or another needed of it.
+    let warm = WAYS.len().div_ceil(moves).max(laps / 2);
     (0..warm).try_for_each(|number| lap(pair, number, moves))?;
     let first = held(pair)?;
     for number in warm..laps {
@@ -137,7 +137,8 @@ impl Held {
 /// Threads for what blocks, which tokio keeps for some seconds.
 const POOL: usize = 8;
 
-/// 16 MiB: the journal's cache may take 2 of it (SQLite's own default), the allocator keeps some; a buffer of 128 KiB that stays from each of 200 moves would be 25.
+/// 16 MiB: the journal's cache may take 2 of it (SQLite's own default), an arena of the allocator that a move needs for the first time some MiB; a buffer of
+/// 192 KiB that stays from each of 100 moves would be 18.
 const SLACK_KIB: u64 = 16 << 10;
 
 /// What both agents hold once they have settled: connections of a move that is over end by themselves.
