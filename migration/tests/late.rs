@@ -343,6 +343,25 @@ fn a_cap_is_lifted_while_there_is_no_link() {
     late.comes();
 }
 
+#[test]
+fn whoever_hears_of_touched_pages_may_fail_while_there_is_no_link_and_that_is_told() {
+    let late = Late::of(migrate(hardly_any_bandwidth()));
+    let ((near, _), (_, far)) = (links(LATE_STREAMS), links(LATE_STREAMS));
+    late.orders.send(ServeOrder::Link(near)).unwrap();
+    late.pages.attach(far);
+    let told = || late.ends.late_reports.recv_timeout(PATIENCE).expect("nobody says anything");
+    while !matches!(told(), DestinationReport::Late(LateReport::LinkLost { .. })) {}
+
+    late.destination.become_deaf();
+
+    let reason = loop {
+        if let DestinationReport::Late(LateReport::Failed { reason }) = told() {
+            break reason;
+        }
+    };
+    assert!(reason.contains("the descriptor is gone"), "{reason}");
+}
+
 /// A page in a minute: what is sent so would come to an end next week.
 fn hardly_any_bandwidth() -> Scene {
     let mut scene = late(Lateness::AtOnce, Workload::Idle);

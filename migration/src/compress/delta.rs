@@ -31,8 +31,12 @@ const BOUNDS: RangeInclusive<u64> = (64 << 20) / FRAME_SIZE..=(256 << 20) / FRAM
 /// Parts that threads do not wait for each other in; each has pages that follow each other by this many.
 const SHARDS: u64 = 64;
 
-/// A copy of a page that is neither in this round nor was in the last one makes room for another one.
-const STALE_AFTER: u32 = 2;
+/// A copy of a page that was in none of so many rounds makes room for another one. Small rounds of a guest that writes everywhere have a page rarely, and what
+/// is given up for another one is wanted next.
+const STALE_AFTER: u32 = 32;
+
+/// Stale ones are looked for in one of so many rounds.
+const SWEPT_EVERY: u32 = 8;
 
 /// How much memory a guest has, and where: its disks, of whose blocks no copies are kept, come after that.
 #[derive(Clone, Copy, Debug)]
@@ -194,7 +198,7 @@ impl Shard {
 
     /// Keeps a copy of a page that has none, if there is room for it.
     fn add(&mut self, page: u64, round: u32, most: usize, bytes: &[u8]) {
-        if self.copies.len() >= most && self.swept != round {
+        if self.copies.len() >= most && self.swept + SWEPT_EVERY <= round {
             self.swept = round;
             self.copies.retain(|_, copy| {
                 let is_kept = copy.round + STALE_AFTER > round;
@@ -350,10 +354,10 @@ mod tests {
         }
         assert_eq!(kept(), most);
         // Those that were there stay as long as they are written.
-        for round in 3..6 {
+        for round in 3..44 {
             for number in [0, 1, 2 * most] {
                 let told = take(&sent, &[run(number, 1)], round, &mut vec![1; PAGE]);
-                let is_kept = number < 2 || round > 4;
+                let is_kept = number < 2 || round > 40;
                 assert_eq!(!told.is_empty(), is_kept, "page {number} in round {round}");
             }
         }

@@ -175,6 +175,9 @@ pub(super) enum Event {
     AllHere,
 }
 
+/// How often it is looked whether waiting for a link still leads anywhere.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
+
 struct Supervisor {
     shared: Arc<Shared>,
     /// Which of them are to be huge pages in the end.
@@ -203,9 +206,9 @@ impl Supervisor {
         let ended = loop {
             let link = match next.take() {
                 Some(link) => link,
-                None => match self.links.recv() {
+                None => match self.next_link() {
                     Ok(link) => link,
-                    Err(_) => break Session::Stopped,
+                    Err(ended) => break ended,
                 },
             };
             let lost = match self.session(link, &mut next) {
@@ -243,6 +246,20 @@ impl Supervisor {
             }
             // What is missing stays so: whoever waits goes with the process.
             Session::Stopped | Session::Lost(_) => self.shared.stop(),
+        }
+    }
+
+    /// Waits for a link, and for whoever hears of touched pages: he may fail while there is none.
+    fn next_link(&self) -> Result<Link, Session> {
+        loop {
+            match self.links.recv_timeout(BETWEEN_LOOKS) {
+                Ok(link) => return Ok(link),
+                Err(RecvTimeoutError::Disconnected) => return Err(Session::Stopped),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if let Some(reason) = self.shared.failure() {
+                return Err(Session::Failed(reason.clone()));
+            }
         }
     }
 

@@ -51,6 +51,8 @@ struct Store {
     chunks: Vec<RwLock<Vec<u8>>>,
     late: Mutex<Late>,
     changed: Condvar,
+    /// Nobody hears any more which pages are touched.
+    is_deaf: AtomicBool,
     /// Huge pages that were asked for after all had come.
     made_huge: AtomicU64,
 }
@@ -77,6 +79,7 @@ impl FakeMemory {
             chunks: (0..chunks).map(|_| chunk()).collect(),
             late: Mutex::default(),
             changed: Condvar::new(),
+            is_deaf: AtomicBool::new(false),
             made_huge: AtomicU64::new(0),
         };
         Self {
@@ -105,6 +108,11 @@ impl FakeMemory {
     /// Each write to a socket takes so long from now on.
     pub fn slow_sends(&self, time: Duration) {
         self.send_delay_micros.store(time.as_micros() as u64, Ordering::Relaxed);
+    }
+
+    /// From now on nobody hears which pages are touched.
+    pub fn become_deaf(&self) {
+        self.store.is_deaf.store(true, Ordering::Relaxed);
     }
 
     /// From now on each transfer fails, and not for the socket's sake.
@@ -307,6 +315,9 @@ impl Waiting {
 
 impl AbsentPages for Waiting {
     fn touched(&self, patience: Duration, frames: &mut Vec<u64>) -> Result<(), GuestError> {
+        if self.store.is_deaf.load(Ordering::Relaxed) {
+            return Err(GuestError::new("the descriptor is gone"));
+        }
         let mut late = self.store.late.lock().unwrap();
         if late.touched.is_empty() {
             late = self.store.changed.wait_timeout(late, patience).unwrap().0;
