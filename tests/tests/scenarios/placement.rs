@@ -1,7 +1,7 @@
 //! Where a guest goes when nobody says, what a host says no for, and agents of different versions.
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{Guest, Host, Pair, Witness};
+use ferry_tests::{Guest, Host, Pair, Witness, until, waiting::CALL};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
@@ -173,8 +173,11 @@ fn a_migration_waits_for_a_destination_that_has_its_hands_full(pair: &mut Pair) 
 
     pair.a.terminate()?;
     pair.a.start()?;
-    let still = pair.a.ferry(&["migration", "show", &second.id])?.exit(0)?.migration()?;
-    ensure!(still.text("status")? == "queued", "{}", still.record);
+    // It asks once, and waits on.
+    let still = until("the migration is queued again", CALL, || {
+        let shown = pair.a.ferry(&["migration", "show", &second.id])?.exit(0)?.migration()?;
+        Ok((shown.text("status")? == "queued").then_some(shown))
+    })?;
     ensure!(still.text("restarted_in")? == "prepare", "{}", still.record);
     pair.a.ferry(&["migration", "abort", &first.id])?.exit(0)?;
 
