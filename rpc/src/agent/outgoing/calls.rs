@@ -62,8 +62,10 @@ impl Calls {
         let sender = self.sender.clone();
         tokio::spawn(async move {
             if let Some(outcome) = call.await {
-                // The switchover may be over.
-                let _ = sender.send(outcome);
+                // The switchover may be over: of what its VMM obeyed until then, whoever asked is told.
+                if let Err(mpsc::error::SendError(Outcome::Retuned(retuning))) = sender.send(outcome) {
+                    retuning.answer(Ok(()));
+                }
             }
         });
     }

@@ -57,7 +57,7 @@ impl Retuning {
         (Self { new, reply }, answer)
     }
 
-    fn answer(self, result: Result<(), Failure>) {
+    pub(super) fn answer(self, result: Result<(), Failure>) {
         // Whoever asked may have given up waiting.
         let _ = self.reply.send(result);
     }

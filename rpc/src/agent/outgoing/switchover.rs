@@ -40,6 +40,13 @@ impl Script {
         let mut effects = first;
         loop {
             if let Some(ending) = self.carry_out_all(&mut core, effects, &calls).await {
+                // What its VMM obeyed is in the record, though nothing came of it any more.
+                outcomes.close();
+                while let Ok(outcome) = outcomes.try_recv() {
+                    if let Outcome::Retuned(retuning) = outcome {
+                        self.retuned(retuning).await;
+                    }
+                }
                 return ending;
             }
             let event = loop {
