@@ -349,7 +349,12 @@ fn whoever_hears_of_touched_pages_may_fail_while_there_is_no_link_and_that_is_to
     let ((near, _), (_, far)) = (links(LATE_STREAMS), links(LATE_STREAMS));
     late.orders.send(ServeOrder::Link(near)).unwrap();
     late.pages.attach(far);
-    let told = || late.ends.late_reports.recv_timeout(PATIENCE).expect("nobody says anything");
+    let told = || {
+        late.ends
+            .late_reports
+            .recv_timeout(PATIENCE)
+            .expect("nobody says anything")
+    };
     while !matches!(told(), DestinationReport::Late(LateReport::LinkLost { .. })) {}
 
     late.destination.become_deaf();
