@@ -108,20 +108,19 @@ impl SentPages {
     /// Makes of the pages of `runs`, whose bytes these are, what they have changed where that is little, and keeps copies of all of them. Which of them
     /// are told by what they changed is added to `told`, in runs. Gives back of how many there were copies.
     pub(super) fn take(&self, runs: &[FrameRun], round: u32, bytes: &mut [u8], told: &mut Vec<FrameRun>) -> u64 {
-        let mut copies = 0;
-        for (page, bytes) in pages(runs).zip(bytes.chunks_exact_mut(PAGE)) {
-            if page >= self.end {
-                break;
-            }
-            let taken = self.shard(page).take(page, round, self.most, bytes);
-            copies += u64::from(taken != Taken::New);
-            if taken != Taken::Changes {
-                continue;
-            }
-            match told.last_mut().filter(|run| run.end() == page) {
-                // Two runs of a frame may be side by side, where regions are.
-                Some(run) if !runs.iter().any(|run| run.first == page) => run.count += 1,
-                _ => told.push(FrameRun { first: page, count: 1 }),
+        let (mut copies, mut pages) = (0, bytes.chunks_exact_mut(PAGE));
+        for run in runs.iter().take_while(|run| self.keeps(run.first)) {
+            for (page, bytes) in (run.first..run.end()).zip(&mut pages) {
+                let taken = self.shard(page).take(page, round, self.most, bytes);
+                copies += u64::from(taken != Taken::New);
+                if taken != Taken::Changes {
+                    continue;
+                }
+                match told.last_mut() {
+                    // Two runs of a frame may be side by side, where regions are.
+                    Some(told) if told.end() == page && page > run.first => told.count += 1,
+                    _ => told.push(FrameRun { first: page, count: 1 }),
+                }
             }
         }
         copies

@@ -266,7 +266,7 @@ proptest! {
                 sent,
                 method,
                 copies: 0,
-            deltas: 0,
+                deltas: 0,
                 compressing: Duration::from_nanos(compressing),
                 worked: Duration::from_nanos(compressing),
                 sending: Duration::from_nanos(sending),
