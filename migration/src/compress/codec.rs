@@ -9,9 +9,9 @@ use lz4_flex::block::{self, CompressTable};
 use rustix::time::{ClockId, clock_gettime};
 use zstd_safe::CCtx;
 
-use super::SentPages;
 use super::delta::{PAGE, apply_delta, is_near};
 use super::measure::Sampled;
+use super::{GuestIs, SentPages};
 use crate::guest::{FRAME_SIZE, FrameRun, GuestError, GuestMemory};
 
 /// What is before the compressed bytes of a frame: their CRC-32.
@@ -211,8 +211,8 @@ pub(crate) struct Compressor {
 pub(crate) struct How<'a> {
     /// The way to compress; `None`: only frames are compressed that have pages which are told by what they changed.
     pub(crate) method: Option<Method>,
-    /// Where copies of what is sent are, and the round, where pages are told by what they changed.
-    pub(crate) deltas: Option<(&'a SentPages, u32)>,
+    /// Where copies of what is sent are, the round, and whether the guest waits for it, where pages are told by what they changed.
+    pub(crate) deltas: Option<(&'a SentPages, (u32, GuestIs))>,
 }
 
 impl How<'_> {

@@ -15,6 +15,7 @@ use std::collections::HashMap;
 use std::ops::RangeInclusive;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::GuestIs;
 use crate::guest::{FRAME_SIZE, FrameRun, GuestMemory};
 
 /// Bytes of a page.
@@ -107,11 +108,20 @@ impl SentPages {
 
     /// Makes of the pages of `runs`, whose bytes these are, what they have changed where that is little, and keeps copies of all of them. Which of them
     /// are told by what they changed is added to `told`, in runs. Gives back of how many there were copies.
-    pub(super) fn take(&self, runs: &[FrameRun], round: u32, bytes: &mut [u8], told: &mut Vec<FrameRun>) -> u64 {
+    ///
+    /// While the guest stands still there is hardly a next time, and it waits: pages that have no copy get none.
+    pub(super) fn take(
+        &self,
+        runs: &[FrameRun],
+        (round, guest): (u32, GuestIs),
+        bytes: &mut [u8],
+        told: &mut Vec<FrameRun>,
+    ) -> u64 {
+        let room = (guest == GuestIs::NotWaiting).then_some(self.most);
         let (mut copies, mut pages) = (0, bytes.chunks_exact_mut(PAGE));
         for run in runs.iter().take_while(|run| self.keeps(run.first)) {
             for (page, bytes) in (run.first..run.end()).zip(&mut pages) {
-                let taken = self.shard(page).take(page, round, self.most, bytes);
+                let taken = self.shard(page).take(page, round, room, bytes);
                 copies += u64::from(taken != Taken::New);
                 if taken != Taken::Changes {
                     continue;
@@ -179,9 +189,11 @@ enum Taken {
 }
 
 impl Shard {
-    fn take(&mut self, page: u64, round: u32, most: usize, bytes: &mut [u8]) -> Taken {
+    fn take(&mut self, page: u64, round: u32, room: Option<usize>, bytes: &mut [u8]) -> Taken {
         let Some(copy) = self.copies.get_mut(&page) else {
-            self.add(page, round, most, bytes);
+            if let Some(most) = room {
+                self.add(page, round, most, bytes);
+            }
             return Taken::New;
         };
         copy.round = round;
@@ -286,8 +298,21 @@ mod tests {
 
     fn take(sent: &SentPages, runs: &[FrameRun], round: u32, bytes: &mut [u8]) -> Vec<FrameRun> {
         let mut told = Vec::new();
-        sent.take(runs, round, bytes, &mut told);
+        sent.take(runs, (round, GuestIs::NotWaiting), bytes, &mut told);
         told
+    }
+
+    #[test]
+    fn while_the_guest_waits_no_page_gets_a_copy_and_those_that_are_there_go_on() {
+        let (sent, runs) = (none(), [run(7, 2)]);
+        take(&sent, &[run(7, 1)], 2, &mut [1; PAGE]);
+        let mut told = Vec::new();
+        let copies = sent.take(&runs, (3, GuestIs::Waiting), &mut [2; 2 * PAGE], &mut told);
+        // All of the first one is another, and its copy is what was sent.
+        assert_eq!((copies, &told[..]), (1, &[][..]));
+        // It was called off.
+        assert_eq!(take(&sent, &runs, 4, &mut [2; 2 * PAGE]), [run(7, 1)]);
+        assert_eq!(take(&sent, &runs, 5, &mut [2; 2 * PAGE]), runs);
     }
 
     #[test]

@@ -134,7 +134,7 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
         };
         let how = How {
             method: plan.method,
-            deltas: deltas.zip(Some(chunk.round)),
+            deltas: deltas.zip(Some((chunk.round, guest))),
         };
         let packed = match how {
             How {
