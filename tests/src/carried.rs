@@ -90,6 +90,11 @@ enum Stage {
 }
 
 impl Carried {
+    /// Whether it is a stream, as far as was said yet.
+    pub(crate) fn is_stream(&self) -> bool {
+        self.stage == Stage::Stream
+    }
+
     /// The pieces that are whole with these bytes.
     pub(crate) fn pieces(&mut self, bytes: &[u8]) -> Vec<Piece> {
         if self.stage == Stage::SomethingElse {
@@ -99,17 +104,19 @@ impl Carried {
         if self.frames.starts_with(PREFACE) {
             self.frames.drain(..PREFACE.len());
         }
-        while let Some(header) = self.frames.get(..FRAME_HEADER) {
-            let end = FRAME_HEADER + u32::from_be_bytes([0, header[0], header[1], header[2]]) as usize;
+        let mut at = 0;
+        while let Some(header) = self.frames.get(at..at + FRAME_HEADER) {
+            let length = u32::from_be_bytes([0, header[0], header[1], header[2]]) as usize;
             let is_data = header[3] == DATA;
-            if self.frames.len() < end {
+            let Some(content) = self.frames.get(at + FRAME_HEADER..at + FRAME_HEADER + length) else {
                 break;
-            }
+            };
             if is_data {
-                self.messages.extend_from_slice(&self.frames[FRAME_HEADER..end]);
+                self.messages.extend_from_slice(content);
             }
-            self.frames.drain(..end);
+            at += FRAME_HEADER + length;
         }
+        self.frames.drain(..at);
         let mut pieces = Vec::new();
         while let Some(prefix) = self.messages.get(..PREFIX) {
             let end = PREFIX + u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]) as usize;

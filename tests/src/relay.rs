@@ -327,7 +327,9 @@ impl Shared {
         let mut said = CarriedStream::new(number, Speaker::Source);
         self.spawn(move || {
             pump(&from, &to, |bytes| {
-                shared.change_request(bytes);
+                if !said.is_stream() {
+                    shared.change_request(bytes);
+                }
                 shared.look(&mut said, bytes, [&from, &to]);
             });
         });
@@ -335,7 +337,9 @@ impl Shared {
         let mut said = CarriedStream::new(number, Speaker::Destination);
         self.spawn(move || {
             pump(&callee, &caller, |bytes| {
-                shared.change_answer(bytes);
+                if !said.is_stream() {
+                    shared.change_answer(bytes);
+                }
                 shared.look(&mut said, bytes, [&caller, &callee]);
             });
         });

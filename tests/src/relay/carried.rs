@@ -26,6 +26,11 @@ impl CarriedStream {
             awaited: None,
         }
     }
+
+    /// Whether what passes is a stream's: pages, mostly, in which nobody looks for a request.
+    pub(super) fn is_stream(&self) -> bool {
+        self.said.is_stream()
+    }
 }
 
 impl Shared {
