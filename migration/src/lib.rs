@@ -5,10 +5,10 @@
 
 #![forbid(unsafe_code)]
 
-mod chain;
 mod compress;
 pub mod destination;
 mod digest;
+mod error_chain;
 #[cfg(any(fuzzing, test))]
 pub mod fuzz;
 pub mod guest;
@@ -26,6 +26,7 @@ pub use compress::{
     Codec, Compression, Method, ParseCompressionError, Tally, foresee, foresee_deltas, most_copies, try_out,
 };
 pub use compress::{Packed, Sampled as SampledWay, Watched};
+pub use error_chain::error_chain;
 pub use link::{Link, Liveness};
 pub use precopy::PageSet;
 pub use wire::{ControlError, FrameError, OLDEST_PROTOCOL, PROTOCOL, StreamTotals, shorten};

@@ -5,36 +5,34 @@
 //! which another one would not leave clearly less; without an end in sight that is said, after the first round that brought the end no nearer.
 
 mod forecast;
+mod learned;
 pub mod prediction;
 #[cfg(test)]
 mod tests;
 
-use std::fmt::Write as _;
 use std::time::Duration;
 
-use crate::guest::FRAME_SIZE;
 use crate::postcopy::{Lateness, Shrinking};
 use crate::source::{Manner, Overhead, RoundSummary, Terms};
 use forecast::{Course, HOPELESS_SHARE, bytes_of};
 pub use forecast::{Forecast, Moment};
+use learned::Learned;
 
 /// Last pages that cost no more than this are not worth another round.
 const CHEAP_LAST_PAGES: Duration = Duration::from_millis(2);
 
-/// Within the budget, a round that is expected to leave more of what it sends than this is not worth its time: this is the minimum.
+/// Within the budget, a round that is expected to leave less of what it sends than this is worth its time, however little that is.
 const WORTHWHILE_SHARE: f64 = 0.75;
+
+/// And so is one that is expected to take this much off the blackout, if it leaves less than what rounds vary by ([`HOPELESS_SHARE`]): a guest that nearly
+/// outruns its link comes within the budget just so, and stands still for all of it otherwise.
+const WORTHWHILE_GAIN: Duration = Duration::from_millis(5);
 
 /// After so many rounds within the budget, more rounds are not expected to make it better.
 const ENOUGH_ROUNDS: u32 = 8;
 
-/// A round below this many bytes measures latency, not throughput.
-const TELLING_BYTES: u64 = 4 << 20;
-
 /// What share of the last pages that the budget has time for may be those of copied disks, however fast the guest writes to them.
 const LAST_PAGES_OF_DISKS: f64 = 0.5;
-
-/// Pages that are compressed to more of themselves than this are not worth a word.
-const NOT_COMPRESSED: f64 = 0.99;
 
 /// What a round is to leave of what it sends once vCPUs are throttled.
 const THROTTLED_SHARE: f64 = 0.5;
@@ -42,9 +40,6 @@ const THROTTLED_SHARE: f64 = 0.5;
 /// The least that vCPUs are throttled by at first, and by how much more each time that was not enough, in percent: as QEMU does.
 const FIRST_THROTTLE: u32 = 20;
 const THROTTLE_STEP: u32 = 10;
-
-/// What is assumed of a link on which no round has told anything yet: slow, so that a guess errs towards copying on.
-const UNMEASURED_BYTES_PER_SECOND: f64 = 200e6;
 
 /// What follows from a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,14 +109,8 @@ pub struct Decision {
 #[derive(Clone, Debug)]
 pub struct Policy {
     terms: Terms,
-    overhead: Overhead,
-    round_trip: Duration,
-    /// Bytes of pages, compressed or not.
-    bytes_per_second: Option<f64>,
-    /// What share of the bytes of pages was put on the link: 1 without compression.
-    compressed_to: f64,
+    learned: Learned,
     rounds_within_budget: u32,
-    disarmed: u32,
     force: Option<Force>,
     throttle: u32,
     most_throttle: u32,
@@ -141,18 +130,21 @@ struct Left {
     forecast: Forecast,
 }
 
+impl Left {
+    fn is_worth_another_round(&self) -> bool {
+        let gain = self.last_pages.mul_f64((1.0 - self.next_share).max(0.0));
+        self.next_share <= WORTHWHILE_SHARE || self.next_share < HOPELESS_SHARE && gain >= WORTHWHILE_GAIN
+    }
+}
+
 impl Policy {
     /// A policy that has not seen a round yet. It may have vCPUs kept from running for so much of the time, in percent.
     #[must_use]
     pub fn new(terms: Terms, overhead: Overhead, most_throttle: u32) -> Self {
         Self {
             terms,
-            overhead,
-            round_trip: Duration::ZERO,
-            bytes_per_second: None,
-            compressed_to: 1.0,
+            learned: Learned::new(overhead),
             rounds_within_budget: 0,
-            disarmed: 0,
             force: None,
             throttle: 0,
             most_throttle,
@@ -175,19 +167,7 @@ impl Policy {
 
     /// These terms hold from now on. What was learned of the link under another cap is worth what that leaves of it.
     pub fn follow(&mut self, terms: Terms) {
-        if self.terms.bandwidth != terms.bandwidth {
-            // The cap counts what is put on the link.
-            let most = terms
-                .bandwidth
-                .map_or(f64::INFINITY, |cap| cap.get() as f64 / self.compressed_to);
-            let was = self.terms.bandwidth;
-            let was_most = was.map_or(f64::INFINITY, |cap| cap.get() as f64 / self.compressed_to);
-            // Under a tighter cap it had been found to carry more; under a looser one it was never tried.
-            self.bytes_per_second = self
-                .bytes_per_second
-                .filter(|_| most < was_most)
-                .map(|rate| rate.min(most));
-        }
+        self.learned.capped(self.terms.bandwidth, terms.bandwidth);
         self.terms = terms;
     }
 
@@ -198,14 +178,13 @@ impl Policy {
 
     /// Judges a round that ended at this moment of the copy.
     pub fn judge(&mut self, round: &RoundSummary, now: Moment) -> Decision {
-        self.learn_throughput(round);
-        self.round_trip = now.round_trip.unwrap_or(self.round_trip);
+        self.learned.round(round, now.round_trip);
         let Manner::Live { max_downtime } = self.terms.manner else {
             return self.handed_over_cold(round, now);
         };
         self.shrinking.left(round.dirty_pages);
         let left = self.left(round, now, max_downtime);
-        let predicted = self.overhead.stop + self.after_stop(round.dirty_pages);
+        let predicted = self.learned.blackout(round.dirty_pages);
         // Once memory comes late, a budget that is too small for stop and start alone has no round to wait for.
         let is_disk_settled = self.lateness == Lateness::AtOnce && left.last_pages <= CHEAP_LAST_PAGES;
         let within_budget = predicted <= max_downtime || is_disk_settled;
@@ -222,7 +201,7 @@ impl Policy {
                 return self.handed_over_by_force(force, &left, predicted, max_downtime);
             }
             Some(force) => (Verdict::Postcopy, force.words().to_owned()),
-            None if within_budget => self.within_budget(&left),
+            None if within_budget => self.within_budget(&left, now),
             None if !is_telling => {
                 let grounds = "over the budget, and from the next round on pages are told by what they changed";
                 (Verdict::Continue, grounds.to_owned())
@@ -235,7 +214,7 @@ impl Policy {
             self.throttle = 0;
             return Decision {
                 verdict,
-                predicted: self.overhead.stop + self.after_stop(0),
+                predicted: self.learned.blackout(0),
                 within_budget: true,
                 forecast: left.forecast,
                 throttle: 0,
@@ -250,7 +229,7 @@ impl Policy {
             milliseconds(max_downtime),
         );
         if verdict != Verdict::Switch {
-            left.forecast.describe(&mut words, self.compressed_to);
+            left.forecast.describe(&mut words, self.learned.compressed_to());
         }
         Decision {
             verdict,
@@ -291,17 +270,22 @@ impl Policy {
     }
 
     /// Within the budget: whether another round would leave so much less that it is worth its time.
-    fn within_budget(&self, left: &Left) -> (Verdict, String) {
+    fn within_budget(&self, left: &Left, now: Moment) -> (Verdict, String) {
         if left.last_pages <= CHEAP_LAST_PAGES {
             return (Verdict::Switch, "the last pages are cheap".to_owned());
         }
-        if left.next_share > WORTHWHILE_SHARE {
+        if !left.is_worth_another_round() {
             let grounds = "within the budget, and another round would leave no less";
             return (Verdict::Switch, grounds.to_owned());
         }
         if self.rounds_within_budget >= ENOUGH_ROUNDS {
             let grounds = format!("{} rounds within the budget", self.rounds_within_budget);
             return (Verdict::Switch, grounds);
+        }
+        // The round and then the blackout, which is no longer than now.
+        if now.since_order + self.learned.time_for(left.pages as f64) + left.last_pages > self.terms.timeout {
+            let grounds = "within the budget, and no time for another round";
+            return (Verdict::Switch, grounds.to_owned());
         }
         let next = percent(left.next_share);
         let grounds = format!("within the budget, and another round is expected to leave {next} % of it");
@@ -310,7 +294,7 @@ impl Policy {
 
     /// Over the budget: whether the rounds to come lead into it, and in time.
     fn over_budget(&mut self, left: &Left, max_downtime: Duration) -> (Verdict, String) {
-        let alone = self.overhead.stop + self.after_stop(0);
+        let alone = self.learned.blackout(0);
         if alone > max_downtime {
             let alone = milliseconds(alone);
             let grounds =
@@ -376,7 +360,7 @@ impl Policy {
 
     /// A guest that stands still is handed over after its one pass: nothing that it could still write is waited for, and it has no budget.
     fn handed_over_cold(&self, round: &RoundSummary, now: Moment) -> Decision {
-        let predicted = self.after_stop(round.dirty_pages);
+        let predicted = self.learned.after_stop(round.dirty_pages);
         Decision {
             verdict: Verdict::Switch,
             predicted,
@@ -385,7 +369,7 @@ impl Policy {
                 bytes_per_second: self.throughput(),
                 rounds: Some(0),
                 total: Some(now.elapsed + predicted),
-                bytes: Some(now.bytes + self.on_the_link(round.dirty_pages as f64)),
+                bytes: Some(now.bytes + self.learned.on_the_link(round.dirty_pages as f64)),
                 // It has stood still from the beginning.
                 blackout: Some(now.elapsed + predicted),
                 dirty_bytes_per_second: None,
@@ -406,13 +390,13 @@ impl Policy {
         let Manner::Live { max_downtime } = self.terms.manner else {
             return None;
         };
-        let mut most = self.allowed_pages(max_downtime);
+        let mut most = self.learned.pages_in_blackout(max_downtime);
         if self.lateness == Lateness::AtOnce {
             // Whatever the budget, this is enough for the guest to be handed over.
-            most = most.max(CHEAP_LAST_PAGES.as_secs_f64() * self.rate() / self.caution() / FRAME_SIZE as f64);
+            most = most.max(self.learned.pages_in(CHEAP_LAST_PAGES));
         }
         // Of blocks nobody knows what they changed, and how they compress is not how memory does.
-        most *= self.compressed_to;
+        most *= self.learned.compressed_to();
         // Rounds come to leave twice as much as this.
         (most > 0.0).then(|| ((most * LAST_PAGES_OF_DISKS / 2.0) as u64).max(1))
     }
@@ -420,22 +404,20 @@ impl Policy {
     /// What of the blackout is still to come for a stopped guest with this many pages left.
     #[must_use]
     pub fn after_stop(&self, pages: u64) -> Duration {
-        self.last_pages(pages) + self.overhead.start + self.round_trip
+        self.learned.after_stop(pages)
     }
 
     /// Takes in how long stopping and exporting took. One slow stop weighs half, and never so much that no further one
     /// would be tried.
     pub fn stopped(&mut self, took: Duration) {
-        let Manner::Live { max_downtime } = self.terms.manner else {
-            return;
-        };
-        let learned = (self.overhead.stop + took) / 2;
-        self.overhead.stop = self.overhead.stop.max(learned.min(max_downtime / 2));
+        if let Manner::Live { max_downtime } = self.terms.manner {
+            self.learned.stopped(took, max_downtime);
+        }
     }
 
     /// Takes in that a switchover was called off: the same prediction is trusted less from now on.
     pub fn disarmed(&mut self) {
-        self.disarmed += 1;
+        self.learned.disarmed();
         self.rounds_within_budget = 0;
     }
 
@@ -443,7 +425,7 @@ impl Policy {
     #[must_use]
     pub fn throughput(&self) -> Option<u64> {
         // Whole bytes are plenty, and a throughput fits.
-        self.bytes_per_second.map(|rate| rate as u64)
+        self.learned.bytes_per_second().map(|rate| rate as u64)
     }
 
     /// What a round left, and what that leads to.
@@ -454,14 +436,14 @@ impl Policy {
         let dirty_rate = (seconds > 0.0).then(|| bytes_of(pages as f64) / seconds);
         // A round of pages that are zero, or were not sent at all, is over sooner than one of what it left.
         let by_rates = dirty_rate
-            .zip(self.bytes_per_second)
+            .zip(self.learned.bytes_per_second())
             .map(|(dirty, sent)| ratio(dirty, sent));
         let next_share = share.max(by_rates.unwrap_or(0.0));
         let course = Course {
             left: pages as f64,
             share: next_share,
         };
-        let rounds = course.rounds_until(self.allowed_pages(max_downtime));
+        let rounds = course.rounds_until(self.learned.pages_in_blackout(max_downtime));
         let mut forecast = Forecast {
             bytes_per_second: self.throughput(),
             dirty_bytes_per_second: dirty_rate.map(|rate| rate as u64),
@@ -470,89 +452,17 @@ impl Policy {
         };
         if let Some(rounds) = rounds {
             let (sent, last) = (course.sent_in(rounds), course.left_after(rounds));
-            let blackout = self.overhead.stop + self.after_stop(last as u64);
+            let blackout = self.learned.blackout(last as u64);
             forecast.blackout = Some(blackout);
-            forecast.total = Some(now.elapsed + self.time_for(sent) + blackout);
-            forecast.bytes = Some(now.bytes + self.on_the_link(sent + last));
+            forecast.total = Some(now.elapsed + self.learned.time_for(sent) + blackout);
+            forecast.bytes = Some(now.bytes + self.learned.on_the_link(sent + last));
         }
         Left {
             pages,
-            last_pages: self.last_pages(pages),
+            last_pages: self.learned.last_pages(pages),
             share,
             next_share,
             forecast,
-        }
-    }
-
-    /// The most pages that can be sent while the guest stands still for so long.
-    fn allowed_pages(&self, max_downtime: Duration) -> f64 {
-        let time = max_downtime.saturating_sub(self.overhead.stop + self.after_stop(0));
-        time.as_secs_f64() * self.rate() / self.caution() / FRAME_SIZE as f64
-    }
-
-    /// The cost of sending this many pages, half as much again for each switchover that was called off.
-    fn last_pages(&self, pages: u64) -> Duration {
-        self.time_for(pages as f64 * self.caution())
-    }
-
-    fn time_for(&self, pages: f64) -> Duration {
-        Duration::try_from_secs_f64(bytes_of(pages) / self.rate()).unwrap_or(Duration::MAX / 4)
-    }
-
-    /// Bytes that so many pages come to on the link.
-    fn on_the_link(&self, pages: f64) -> u64 {
-        (bytes_of(pages) * self.compressed_to) as u64
-    }
-
-    fn rate(&self) -> f64 {
-        self.bytes_per_second.unwrap_or(UNMEASURED_BYTES_PER_SECOND).max(1.0)
-    }
-
-    fn caution(&self) -> f64 {
-        1.5f64.powi(self.disarmed.min(8).cast_signed())
-    }
-
-    fn learn_throughput(&mut self, round: &RoundSummary) {
-        let bytes = round.bytes + round.saved;
-        if round.elapsed.is_zero() || bytes < TELLING_BYTES {
-            return;
-        }
-        let measured = bytes as f64 / round.elapsed.as_secs_f64();
-        let compressed_to = round.bytes as f64 / bytes as f64;
-        self.compressed_to = match self.bytes_per_second {
-            Some(_) => (self.compressed_to + compressed_to) / 2.0,
-            None => compressed_to,
-        };
-        self.bytes_per_second = Some(match self.bytes_per_second {
-            Some(before) => (before + measured) / 2.0,
-            None => measured,
-        });
-    }
-}
-
-impl Forecast {
-    /// Adds what it comes to, for a person.
-    fn describe(&self, words: &mut String, compressed_to: f64) {
-        let megabytes = |bytes: u64| bytes as f64 / 1e6;
-        if let (Some(dirty), Some(sent)) = (self.dirty_bytes_per_second, self.bytes_per_second) {
-            let (dirty, sent) = (megabytes(dirty), megabytes(sent));
-            let _ = write!(
-                words,
-                "; the guest writes {dirty:.1} MB/s, the link carries {sent:.1} MB/s"
-            );
-            if compressed_to < NOT_COMPRESSED {
-                let _ = write!(words, ", compressed to {} %", percent(compressed_to));
-            }
-        }
-        let rounds = self.rounds.filter(|&rounds| rounds > 0);
-        if let (Some(rounds), Some(blackout), Some(total), Some(bytes)) =
-            (rounds, self.blackout, self.total, self.bytes)
-        {
-            let (blackout, total, megabytes) = (milliseconds(blackout), total.as_secs_f64(), megabytes(bytes));
-            let _ = write!(
-                words,
-                "; expected: rounds to go {rounds}, a blackout of {blackout:.1} ms, {total:.1} s and {megabytes:.1} MB in all"
-            );
         }
     }
 }

@@ -16,43 +16,45 @@
 //! Every way out but GO goes through one place, [`run`]: the grant is traded for CANCELLED, the guest runs as it did, the
 //! destination is told, and every thread is joined.
 
+mod arming;
 mod cold;
 mod conversation;
 mod heat;
 mod hints;
 mod lasting;
 mod meter;
+mod outcome;
 mod parked;
 mod report;
 mod resume;
 mod rounds;
 mod switchover;
+mod telling;
 mod terms;
 mod verifying;
 
 use std::cell::Cell;
-use std::io;
 use std::net::TcpStream;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::thread::{self, Scope, ScopedJoinHandle};
-use std::time::Duration;
 
 use ferry_proto::stream::v1::{self, HelloReply, from_source::Message as Said};
 
 use crate::PageSet;
 use crate::compress::{Codecs, Extent};
-use crate::guest::{DirtyClearer, GuestEnd, GuestError, SourceGuest};
+use crate::guest::{DirtyClearer, GuestEnd, SourceGuest};
 use crate::handover::{Attempt, Grants, Traded};
 use crate::link::{self, Link, Outgoing, Sockets, UNHEARD};
 use crate::postcopy::{PagesToServe, ServeParameters};
 use crate::precopy::{Finished, Sender as PageSender, Streams};
 use crate::wire::{
-    ControlError, LATE_PAGES_SINCE, OLDEST_PROTOCOL, PROTOCOL, RESUMES_SINCE, StreamTotals, VERIFY_SINCE, Wishes, hello,
+    LATE_PAGES_SINCE, OLDEST_PROTOCOL, PROTOCOL, RESUMES_SINCE, StreamTotals, VERIFY_SINCE, Wishes, hello,
 };
 use cold::Halt;
 use conversation::{Conversation, Event, Heard, Outbox};
 use lasting::Lasting;
 pub use meter::{Amounts, Copied, MOST_BEFORE_THE_END};
+pub use outcome::{SourceError, SourceOutcome};
 pub use parked::{NotResumable, Parked};
 pub use report::{
     Blackout, Decided, Manner, OnTimeout, Overhead, Progress, RoundSummary, SourceOrder, SourceParameters,
@@ -63,114 +65,6 @@ pub(crate) use rounds::BETWEEN_SMALL_ROUNDS;
 use rounds::Copy;
 use switchover::Switched;
 pub use terms::{Cap, NewTerms, Terms};
-
-/// What became of the guest.
-#[derive(Debug)]
-pub enum SourceOutcome<G> {
-    /// GO was sent: the decision register says who runs it.
-    GoSent(Parked<G>),
-    /// The migration ended before GO. The guest runs on here, or is paused if its user had paused it.
-    Cancelled {
-        /// The guest, untracked.
-        guest: G,
-        /// Why.
-        error: SourceError,
-        /// The attempt that was traded for CANCELLED: the next one to be armed, or the one that was.
-        attempt: u32,
-        /// What was measured.
-        summary: SourceSummary,
-    },
-    /// The guest ended by itself before GO.
-    GuestEnded {
-        /// What is left of it.
-        guest: G,
-        /// How.
-        end: GuestEnd,
-        /// The attempt that was traded for CANCELLED.
-        attempt: u32,
-        /// What was measured.
-        summary: SourceSummary,
-    },
-}
-
-/// Why a migration ended at the source before GO.
-#[derive(Debug, thiserror::Error)]
-pub enum SourceError {
-    /// The destination cannot take this guest: every reason by name.
-    #[error("the destination cannot take the guest: {}", .0.join("; "))]
-    Incompatible(Vec<String>),
-    /// The destination gave the migration up.
-    #[error("the destination gave up: {}", .0.join("; "))]
-    Refused(Vec<String>),
-    /// The agent ordered it.
-    #[error("aborted: {0}")]
-    Aborted(String),
-    /// The copy did not come within the budget in time.
-    #[error("not done within {}s", .0.as_secs_f64())]
-    TimedOut(Duration),
-    /// Nothing was heard from the destination for too long.
-    #[error("the destination has been silent for {:.1}s", .0.as_secs_f64())]
-    Silent(Duration),
-    /// The control stream failed.
-    #[error("the control stream to the destination was lost")]
-    ControlLost(#[source] ControlError),
-    /// The link was lost, and no other one came in time.
-    #[error("the link to the destination was not made again within {}s", .window.as_secs_f64())]
-    LinkStaysLost {
-        /// For how long one was waited for.
-        window: Duration,
-        /// How it was lost.
-        #[source]
-        lost: Box<SourceError>,
-    },
-    /// A page stream failed.
-    #[error("page stream {stream} to the destination was lost")]
-    StreamLost {
-        /// Its index.
-        stream: u16,
-        /// How.
-        #[source]
-        cause: io::Error,
-    },
-    /// What the destination holds is not what was sent, again after it was sent again.
-    #[error("what the destination holds is not what was sent, and was not when it was sent again: {0}")]
-    Differs(String),
-    /// The destination said something that makes no sense here.
-    #[error("the destination misbehaved: {0}")]
-    Misbehaved(String),
-    /// The agent gave a grant of something else.
-    #[error("the grant is for {0}")]
-    ForeignGrant(Attempt),
-    /// The guest's own side failed.
-    #[error("the guest's side could not {step}")]
-    Guest {
-        /// At what.
-        step: &'static str,
-        /// How.
-        #[source]
-        cause: GuestError,
-    },
-    /// This host failed.
-    #[error("this host could not {step}")]
-    Host {
-        /// At what.
-        step: &'static str,
-        /// How.
-        #[source]
-        cause: io::Error,
-    },
-}
-
-impl SourceError {
-    /// Whether the connections broke, rather than what they carried.
-    fn is_lost_link(&self) -> bool {
-        match self {
-            Self::Silent(_) | Self::StreamLost { .. } => true,
-            Self::ControlLost(error) => error.is_connection(),
-            _ => false,
-        }
-    }
-}
 
 /// Why the script stops short of GO.
 #[derive(Debug)]

@@ -398,7 +398,11 @@ fn a_timeout_holds_while_a_link_is_waited_for() {
     scene.destination_parameters.liveness.silence = Duration::from_millis(300);
     scene.agent = arming_and(|report| matches!(report, SourceReport::Progress(_)), Controls::cut);
     let ends = migrate(scene);
-    assert!(matches!(ends.cancelled(), SourceError::TimedOut(_)), "{:?}", ends.took);
+    assert!(
+        matches!(ends.cancelled(), SourceError::TimedOut { .. }),
+        "{:?}",
+        ends.took
+    );
 }
 
 #[test]

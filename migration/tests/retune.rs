@@ -78,7 +78,7 @@ fn a_cap_that_is_set_holds_from_then_on() {
     scene.parameters.manner = live(Duration::from_millis(1));
     scene.parameters.timeout = Duration::from_secs(3);
     let ends = migrate(scene);
-    assert!(matches!(ends.cancelled(), SourceError::TimedOut(_)));
+    assert!(matches!(ends.cancelled(), SourceError::TimedOut { .. }));
     let rounds = ends.reports.iter().filter_map(|report| match report {
         SourceReport::Round { round, .. } => Some(round),
         _ => None,
@@ -118,5 +118,5 @@ fn a_shorter_time_is_counted_from_the_begin() {
         ..NewTerms::default()
     };
     let ends = migrate(retuned(BUSY, is_second_round, hurried));
-    assert!(matches!(ends.cancelled(), SourceError::TimedOut(time) if *time == Duration::from_millis(1)));
+    assert!(matches!(ends.cancelled(), SourceError::TimedOut { after, .. } if *after == Duration::from_millis(1)));
 }

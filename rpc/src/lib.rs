@@ -3,7 +3,6 @@
 
 pub mod agent;
 pub mod cli;
-mod error_chain;
 pub mod faults;
 #[cfg(any(fuzzing, test))]
 pub mod fuzz;
@@ -13,4 +12,4 @@ mod request;
 mod vmm_channel;
 pub mod vmm_process;
 
-use error_chain::error_chain;
+use ferry_migration::error_chain;

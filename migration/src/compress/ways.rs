@@ -30,6 +30,8 @@ pub struct Packed {
     pub left: f64,
     /// Bytes of pages a second that all sending threads take in.
     pub bytes_per_second: f64,
+    /// Its user named it: it is in use from the first page on, not only once it has been found to pay.
+    pub is_named: bool,
 }
 
 impl Packed {
@@ -84,6 +86,7 @@ pub fn foresee(wanted: Compression, tried: &[Sampled], link: f64, streams: u32) 
             method: way.method,
             left: way.packed.min(way.bytes) as f64 / way.bytes as f64,
             bytes_per_second: f64::from(streams.max(1)) * way.bytes as f64 / way.took.as_secs_f64(),
+            is_named: matches!(wanted, Compression::Always(_)),
         });
     let best = known.min_by(|one, other| one.cost(link).total_cmp(&other.cost(link)))?;
     match wanted {

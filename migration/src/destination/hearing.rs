@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use ferry_proto::stream::v1::{self, from_destination, from_source};
 
-use crate::chain::chain;
 use crate::destination::receiver::{Arrival, Delivered, ReceiveError};
 use crate::destination::{Asked, DestinationError, DestinationOrder};
+use crate::error_chain;
 use crate::link::{FAREWELL, Link, Outgoing, Sockets};
 use crate::wire::{ControlError, StreamTotals};
 
@@ -211,7 +211,7 @@ impl<'a> Hearing<'a> {
             DestinationError::ManifestRefused(_) | DestinationError::Restore(_) => return,
             // Told in the handshake's reply.
             DestinationError::Incompatible(_) => Vec::new(),
-            error => vec![chain(error)],
+            error => vec![error_chain(error)],
         };
         if !reasons.is_empty() {
             self.say(from_destination::Message::Refused(v1::Refused { reasons }));

@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use ferry_proto::stream::v1::{self, from_destination::Message as Reply, from_source::Message as Said};
 
-use crate::chain::chain;
 use crate::destination::crew::Crew;
 use crate::destination::hearing::Hearing;
 use crate::destination::verifying::{self, Compared};
 use crate::destination::{Arrived, DestinationError, DestinationParameters, DestinationReport, Digests};
 use crate::digest;
+use crate::error_chain;
 use crate::guest::{GuestMemory, GuestWas};
 use crate::handover::Attempt;
 use crate::postcopy::{self, Table};
@@ -217,8 +217,8 @@ fn check_manifest<M: GuestMemory>(
     let totals = from_wire(manifest.totals);
     hearing
         .await_totals(&crew.shared.delivered, &totals)
-        .map_err(|error| refuse(chain(&error)))?;
-    make_durable(crew).map_err(|error| refuse(chain(&error)))?;
+        .map_err(|error| refuse(error_chain(&error)))?;
+    make_durable(crew).map_err(|error| refuse(error_chain(&error)))?;
     let last_pages = go_received.elapsed();
 
     let mut reasons = Vec::new();

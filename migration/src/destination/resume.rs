@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 
 use ferry_proto::stream::v1::{self, from_destination::Message as Reply, from_source::Message as Said};
 
-use crate::chain::chain;
 use crate::compress::Codecs;
 use crate::destination::crew::Crew;
 use crate::destination::hearing::Hearing;
 use crate::destination::{Asked, DestinationError, DestinationOrder, DestinationReport};
+use crate::error_chain;
 use crate::guest::GuestMemory;
 use crate::link::Link;
 use crate::wire::{StreamIdentity, holding_to_wire};
@@ -77,9 +77,9 @@ impl Kept {
         if let Some(link) = self.next.take() {
             return Ok(*link);
         }
-        tracing::info!(error = chain(&lost), "the link from the source is lost");
+        tracing::info!(error = error_chain(&lost), "the link from the source is lost");
         asked.report(DestinationReport::LinkLost {
-            reason: chain(&lost),
+            reason: error_chain(&lost),
             patience: window.saturating_sub(since.elapsed()),
         });
         while since.elapsed() < window {

@@ -3,12 +3,17 @@
 //! A guest that writes the same pages again and again leaves less than that, one whose writes bunch up now and then more; the next round
 //! corrects it.
 
+use std::fmt::Write as _;
 use std::time::Duration;
 
+use super::{milliseconds, percent};
 use crate::guest::FRAME_SIZE;
 
 /// A round that leaves this share of what it sent, or more, brings the end no nearer: what it gains is less than what rounds vary by.
 pub(super) const HOPELESS_SHARE: f64 = 0.95;
+
+/// Pages that are compressed to more of themselves than this are not worth a word.
+const NOT_COMPRESSED: f64 = 0.99;
 
 /// What a copy is expected to come to if the guest goes on as it does. `None`: it is not known, or has no end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -27,11 +32,40 @@ pub struct Forecast {
     pub bytes: Option<u64>,
 }
 
+impl Forecast {
+    /// Adds what it comes to, for a person.
+    pub(super) fn describe(&self, words: &mut String, compressed_to: f64) {
+        let megabytes = |bytes: u64| bytes as f64 / 1e6;
+        if let (Some(dirty), Some(sent)) = (self.dirty_bytes_per_second, self.bytes_per_second) {
+            let (dirty, sent) = (megabytes(dirty), megabytes(sent));
+            let _ = write!(
+                words,
+                "; the guest writes {dirty:.1} MB/s, the link carries {sent:.1} MB/s"
+            );
+            if compressed_to < NOT_COMPRESSED {
+                let _ = write!(words, ", compressed to {} %", percent(compressed_to));
+            }
+        }
+        let rounds = self.rounds.filter(|&rounds| rounds > 0);
+        if let (Some(rounds), Some(blackout), Some(total), Some(bytes)) =
+            (rounds, self.blackout, self.total, self.bytes)
+        {
+            let (blackout, total, megabytes) = (milliseconds(blackout), total.as_secs_f64(), megabytes(bytes));
+            let _ = write!(
+                words,
+                "; expected: rounds to go {rounds}, a blackout of {blackout:.1} ms, {total:.1} s and {megabytes:.1} MB in all"
+            );
+        }
+    }
+}
+
 /// Where a copy is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Moment {
     /// Since it began.
     pub elapsed: Duration,
+    /// Since it was ordered, with all that it waited for: of the time that its user gives it.
+    pub since_order: Duration,
     /// Bytes put on the page streams by now.
     pub bytes: u64,
     /// The round trip of the control stream, if one was measured.

@@ -74,6 +74,8 @@ pub struct Way {
     pub preparation: Duration,
     /// What of the blackout is no last page.
     pub stop_and_start: Duration,
+    /// The same as the migration's policy is told of it.
+    pub overhead: Overhead,
     /// How pages are compressed; `None`: they travel as they are.
     pub packed: Option<Packed>,
     /// How pages are told by what they changed that are sent again; `None`: whole.
@@ -234,7 +236,7 @@ pub fn predict(guest: &Sampled, way: &Way, wanted: &Wanted) -> Prediction {
         way,
         wanted,
         rate,
-        policy: Policy::new(wanted.terms, Overhead::default(), wanted.most_throttle).with_late_pages(wanted.lateness),
+        policy: Policy::new(wanted.terms, way.overhead, wanted.most_throttle).with_late_pages(wanted.lateness),
         rounds: Vec::new(),
         copied: Duration::ZERO,
         bytes: 0.0,
@@ -275,6 +277,7 @@ impl Course<'_> {
             let round = self.round(pages, elapsed, dirty);
             let now = Moment {
                 elapsed: self.copied,
+                since_order: self.copied,
                 bytes: self.bytes as u64,
                 round_trip: None,
                 deltas_begin: self.deltas_begin(dirty),
@@ -432,19 +435,21 @@ impl Course<'_> {
 
     /// So many pages are left for after the handover.
     fn late(self, pages: f64, words: String) -> Prediction {
-        // They travel as they are.
-        let plain = Way {
-            packed: None,
+        // As the last ones of the rounds do; without rounds nothing has been found to pay.
+        let in_use = |packed: &Packed| packed.is_named || !self.rounds.is_empty();
+        let way = Way {
+            packed: self.way.packed.filter(in_use),
             ..*self.way
         };
         let pages = Pages {
             whole: pages,
             ..Pages::default()
         };
-        let late = plain.time(pages, self.rate);
+        let late = way.time(pages, self.rate);
+        let late_bytes = way.sent(pages) as u64;
         let ended = self.ended(0.0, End::Late, words);
         Prediction {
-            late_bytes: pages.bytes() as u64,
+            late_bytes,
             late,
             throttle: 0,
             ..ended
@@ -503,7 +508,7 @@ pub fn remedies(guest: &Sampled, way: &Way, wanted: &Wanted) -> Remedies {
             most_throttle: MOST_THROTTLE,
             ..*wanted
         })
-        .filter(|_| wanted.most_throttle == 0),
+        .filter(|_| wanted.most_throttle < MOST_THROTTLE),
         hybrid: tried(Wanted {
             lateness: Lateness::WhenItPays,
             ..*wanted

@@ -1,8 +1,10 @@
+mod late;
+mod properties;
+
 use std::num::NonZeroU64;
 
-use proptest::prelude::*;
-
 use super::*;
+use crate::guest::FRAME_SIZE;
 
 const BUDGET: Manner = live(300);
 const TIMEOUT: Duration = Duration::from_secs(900);
@@ -116,14 +118,25 @@ fn what_follows_from_rounds() {
             &[Continue, Switch],
         ),
         (
+            "within the budget, and it shrinks by less than is felt",
+            &[(100_000, 6_000), (6_000, 4_900)],
+            &[Continue, Switch],
+        ),
+        (
             "over the budget, and each round leaves what it sent",
             &[(400_000, 200_000), (200_000, 200_000), (200_000, 199_000)],
             &[Continue, Infeasible, Infeasible],
         ),
         (
-            "it shrinks slowly, and comes within the budget all the same",
-            &[(100_000, 90_000), (90_000, 80_000), (80_000, 71_000)],
-            &[Continue, Continue, Switch],
+            "it shrinks slowly, comes within the budget all the same, and goes on for as long as it shrinks",
+            &[
+                (100_000, 90_000),
+                (90_000, 80_000),
+                (80_000, 71_000),
+                (71_000, 64_000),
+                (64_000, 63_000),
+            ],
+            &[Continue, Continue, Continue, Continue, Switch],
         ),
         (
             "a guest that stops writing",
@@ -241,6 +254,26 @@ fn eight_rounds_within_the_budget_are_enough() {
     let verdicts = verdicts(&mut policy(BUDGET), &rounds);
     assert_eq!(verdicts[..7], [Continue; 7]);
     assert_eq!(verdicts[7], Switch);
+}
+
+#[test]
+fn within_the_budget_no_round_is_begun_that_is_not_over_in_time() {
+    let after = |milliseconds| {
+        let terms = Terms {
+            timeout: Duration::from_secs(1),
+            ..TERMS
+        };
+        let now = Moment {
+            since_order: Duration::from_millis(milliseconds),
+            ..Moment::default()
+        };
+        Policy::new(terms, OVERHEAD, 0).judge(&round(100_000, 50_000), now)
+    };
+    // A round and the blackout after it are at most twice 205 ms.
+    assert_eq!(after(580).verdict, Continue);
+    let late = after(600);
+    assert_eq!(late.verdict, Switch);
+    assert!(late.words.contains("no time for another round"), "{}", late.words);
 }
 
 #[test]
@@ -389,244 +422,6 @@ fn a_tighter_cap_leaves_of_compressed_pages_what_it_leaves_of_their_bytes() {
     let bandwidth = NonZeroU64::new(100_000_000);
     policy.follow(Terms { bandwidth, ..TERMS });
     assert_eq!(policy.throughput(), Some(400_000_000));
-}
-
-/// Any round, also those that no link and no guest could make.
-fn any_round() -> impl Strategy<Value = RoundSummary> {
-    let any = 0u64..1 << 40;
-    let figures = (any.clone(), any.clone(), any.clone(), any.clone(), any);
-    figures.prop_map(|(pages, bytes, saved, nanoseconds, dirty_pages)| RoundSummary {
-        pages,
-        bytes,
-        saved,
-        elapsed: Duration::from_nanos(nanoseconds),
-        dirty_pages,
-        ..RoundSummary::default()
-    })
-}
-
-proptest! {
-    #[test]
-    fn a_guest_that_stands_still_is_handed_over_whatever_is_left(round in any_round(), stopped in 0u64..1 << 40) {
-        let mut policy = policy(Manner::Cold);
-        policy.stopped(Duration::from_nanos(stopped));
-        let decision = policy.judge(&round, Moment::default());
-        prop_assert_eq!(decision.verdict, Switch);
-        prop_assert!(decision.within_budget);
-    }
-
-    #[test]
-    fn switching_is_never_predicted_over_the_budget(
-        rounds in prop::collection::vec(any_round(), 1..30),
-        budget in 0u64..10_000,
-        round_trip in 0u64..1_000,
-    ) {
-        let mut policy = policy(live(budget));
-        let budget = Duration::from_millis(budget);
-        for round in rounds {
-            let round_trip = Some(Duration::from_millis(round_trip));
-            let decision = policy.judge(&round, Moment { round_trip, ..Moment::default() });
-            prop_assert_eq!(decision.within_budget, decision.predicted <= budget);
-            prop_assert!(decision.verdict != Switch || decision.within_budget);
-            // What is expected fits the budget too, but for a page that is rounded.
-            if let Some(blackout) = decision.forecast.blackout {
-                prop_assert!(blackout <= budget + Duration::from_micros(100), "{blackout:?} of {budget:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_round_over_the_budget_that_leaves_what_it_sent_is_never_passed_over_in_silence(
-        before in prop::collection::vec(any_round(), 0..10),
-        pages in 1u64..1 << 40,
-        more in 0u64..1 << 20,
-        budget in 0u64..10_000,
-    ) {
-        let mut policy = policy(live(budget));
-        for round in before {
-            policy.judge(&round, Moment::default());
-        }
-        let decision = judged(&mut policy, pages, pages + more);
-        prop_assert_eq!(decision.verdict == Infeasible, !decision.within_budget);
-        prop_assert_eq!(decision.words.contains("infeasible"), decision.verdict == Infeasible);
-    }
-
-    /// The same guest and link for ever: each round leaves a share of what it sent.
-    #[test]
-    fn every_steady_guest_is_switched_or_called_infeasible(
-        pages in 1u64..1 << 30,
-        share in 0.0f64..1.5,
-        budget in 1u64..5_000,
-        most_throttle in 0u32..100,
-    ) {
-        let terms = Terms { manner: live(budget), timeout: Duration::MAX, bandwidth: None };
-        let mut policy = Policy::new(terms, OVERHEAD, most_throttle);
-        let mut sent = pages;
-        let ended = (0..2_000).any(|_| {
-            let dirty = (sent as f64 * share) as u64;
-            let decision = judged(&mut policy, sent, dirty);
-            sent = dirty.max(1);
-            matches!(decision.verdict, Switch | Infeasible)
-        });
-        prop_assert!(ended);
-    }
-
-    #[test]
-    fn the_throttle_only_grows_and_never_beyond_what_is_allowed(
-        rounds in prop::collection::vec(any_round(), 1..40),
-        budget in 0u64..10_000,
-        most in 0u32..100,
-    ) {
-        let terms = Terms { manner: live(budget), ..TERMS };
-        let mut policy = Policy::new(terms, OVERHEAD, most);
-        let mut before = 0;
-        for round in rounds {
-            let decision = policy.judge(&round, Moment::default());
-            prop_assert!((before..=most).contains(&decision.throttle));
-            prop_assert_eq!(decision.verdict == Throttle, decision.throttle > before);
-            before = decision.throttle;
-        }
-    }
-
-    #[test]
-    fn more_pages_never_cost_less(left in 0u64..1 << 40, right in 0u64..1 << 40) {
-        let policy = policy(BUDGET);
-        prop_assert!(policy.after_stop(left.min(right)) <= policy.after_stop(left.max(right)));
-    }
-}
-
-/// A policy for a guest of which pages may come late.
-fn late(lateness: Lateness, most_throttle: u32) -> Policy {
-    let terms = Terms {
-        manner: BUDGET,
-        ..TERMS
-    };
-    Policy::new(terms, OVERHEAD, most_throttle).with_late_pages(lateness)
-}
-
-/// What it is about; pages and dirty pages of its rounds; the verdicts on them; what the last one's words have.
-type Course<'a> = (&'a str, &'a [(u64, u64)], &'a [Verdict], &'a str);
-
-#[test]
-fn what_rounds_do_not_bring_comes_late_where_it_may_and_why_is_said() {
-    let table: &[Course] = &[
-        (
-            "an idle guest is handed over whole",
-            &[(400_000, 10)],
-            &[Switch],
-            "the last pages are cheap",
-        ),
-        (
-            "rounds that halve are waited for",
-            &[(400_000, 200_000), (200_000, 100_000), (100_000, 400)],
-            &[Continue, Continue, Switch],
-            "the last pages are cheap",
-        ),
-        (
-            "each round leaves what it sent",
-            &[(400_000, 200_000), (200_000, 200_000)],
-            &[Continue, Postcopy],
-            "the round left as much as it sent: the rest comes late, 200000 dirty pages",
-        ),
-        (
-            "it shrinks too slowly",
-            &[(500_000, 400_000), (400_000, 320_000), (320_000, 256_000)],
-            &[Continue, Continue, Postcopy],
-            "rounds do not bring it within the budget (256000 dirty pages, 320000 after the round before)",
-        ),
-    ];
-    for (name, rounds, expected, grounds) in table {
-        let decisions = decisions(&mut late(Lateness::WhenItPays, 0), rounds);
-        let verdicts: Vec<_> = decisions.iter().map(|decision| decision.verdict).collect();
-        assert_eq!(verdicts, *expected, "{name}");
-        let words = &decisions.last().unwrap().words;
-        assert!(words.contains(grounds), "{name}: {words}");
-    }
-}
-
-#[test]
-fn a_guest_that_would_not_be_there_in_time_comes_late() {
-    let terms = Terms {
-        timeout: Duration::from_secs(3),
-        ..TERMS
-    };
-    let mut policy = Policy::new(terms, OVERHEAD, 0).with_late_pages(Lateness::WhenItPays);
-    let decision = decisions(&mut policy, &[(400_000, 300_000)]).pop().unwrap();
-    assert_eq!(decision.verdict, Postcopy);
-    assert!(decision.words.contains("of 3.0 s allowed"), "{}", decision.words);
-}
-
-#[test]
-fn throttling_comes_before_pages_come_late() {
-    let stalled = [
-        (400_000, 200_000),
-        (200_000, 200_000),
-        (200_000, 200_000),
-        (200_000, 200_000),
-    ];
-    let mut policy = late(Lateness::WhenItPays, 60);
-    assert_eq!(
-        verdicts(&mut policy, &stalled),
-        [Continue, Throttle, Throttle, Postcopy]
-    );
-    assert_eq!(policy.throttle(), 0);
-}
-
-#[test]
-fn where_pages_come_late_when_it_must_end_rounds_go_on_until_then() {
-    let mut policy = late(Lateness::WhenItMustEnd, 0);
-    let stalled = [(400_000, 200_000), (200_000, 200_000), (200_000, 200_000)];
-    assert_eq!(verdicts(&mut policy, &stalled), [Continue, Infeasible, Infeasible]);
-    policy.force(Some(Force::TimeUp));
-    let decision = judged(&mut policy, 200_000, 200_000);
-    assert_eq!(decision.verdict, Postcopy);
-    assert!(decision.words.contains("its time is up"), "{}", decision.words);
-    assert!(decision.predicted < Duration::from_millis(20), "{decision:?}");
-}
-
-#[test]
-fn what_must_end_within_the_budget_is_handed_over_whole() {
-    let mut policy = late(Lateness::WhenItMustEnd, 0);
-    policy.force(Some(Force::TimeUp));
-    assert_eq!(judged(&mut policy, 100_000, 40_000).verdict, Switch);
-}
-
-#[test]
-fn once_memory_comes_late_disks_are_waited_for_and_a_budget_that_nothing_meets_is_not() {
-    let tight = Terms {
-        manner: live(1),
-        ..TERMS
-    };
-    let mut policy = Policy::new(tight, OVERHEAD, 0).with_late_pages(Lateness::WhenItPays);
-    assert_eq!(judged(&mut policy, 100_000, 100).verdict, Postcopy);
-    policy.leave_memory();
-    assert_eq!(judged(&mut policy, 100_000, 50_000).verdict, Infeasible);
-    assert_eq!(judged(&mut policy, 50_000, 10).verdict, Switch);
-    let mut policy = late(Lateness::AtOnce, 0);
-    assert_eq!(
-        verdicts(&mut policy, &[(400_000, 200_000), (200_000, 200_000), (200_000, 10)]),
-        [Continue, Infeasible, Switch]
-    );
-}
-
-proptest! {
-    /// Pages come late only where they may, and never those of a guest that could be handed over whole.
-    #[test]
-    fn pages_come_late_only_where_they_may(rounds in prop::collection::vec((1u64..500_000, 0u64..500_000), 1..12)) {
-        for lateness in [Lateness::Never, Lateness::WhenItMustEnd, Lateness::WhenItPays] {
-            let mut policy = late(lateness, 0);
-            for &(pages, dirty_pages) in &rounds {
-                let mut whole = policy.clone().with_late_pages(Lateness::Never);
-                let whole = judged(&mut whole, pages, dirty_pages);
-                let decision = judged(&mut policy, pages, dirty_pages);
-                if decision.verdict == Postcopy {
-                    prop_assert!(lateness == Lateness::WhenItPays && !whole.within_budget);
-                    break;
-                }
-                prop_assert_eq!(decision, whole);
-            }
-        }
-    }
 }
 
 #[test]

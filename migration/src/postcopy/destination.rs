@@ -25,8 +25,8 @@ use super::taking::Taker;
 use super::waiting::Shared;
 use super::{Latency, SessionLost, URGENT_STREAMS};
 use crate::PageSet;
-use crate::chain::chain;
 use crate::compress::Codecs;
+use crate::error_chain;
 use crate::guest::{AbsentPages, FrameRun, GuestError, MemoryShape};
 use crate::handover::Attempt;
 use crate::link::{self, FAREWELL, Link, Liveness, Outgoing, Sockets, UNHEARD};
@@ -110,7 +110,7 @@ impl LatePages {
             if let Err(error) = faults.watch()
                 && !faults.is_over()
             {
-                faults.fail(chain(&error));
+                faults.fail(error_chain(&error));
             }
         })?;
         let supervisor = Supervisor {
@@ -222,11 +222,11 @@ impl Supervisor {
                 // It was lost with the last page: the source's agent asks ours.
                 break match self.shared.finish() {
                     Ok(()) => Session::AllHere,
-                    Err(error) => Session::Failed(chain(&error)),
+                    Err(error) => Session::Failed(error_chain(&error)),
                 };
             }
             if !matches!(lost, SessionLost::Replaced) {
-                let reason = chain(&lost);
+                let reason = error_chain(&lost);
                 tracing::info!(reason, "a session of late pages is lost, whoever needs one waits");
                 (self.reports)(LateReport::LinkLost { reason });
             }
@@ -237,7 +237,7 @@ impl Supervisor {
                 (self.reports)(LateReport::AllHere(outcome));
                 match gathering::gather(&*self.shared.pages, &self.blocks) {
                     Ok(gathered) => tracing::info!(?gathered, "huge pages again where pages came late"),
-                    Err(error) => tracing::info!(reason = chain(&error), "pages that came late stay small"),
+                    Err(error) => tracing::info!(reason = error_chain(&error), "pages that came late stay small"),
                 }
             }
             Session::Failed(reason) => {
@@ -378,7 +378,7 @@ impl Supervisor {
             }
             match events.recv_timeout(TICK) {
                 Ok(Event::AllHere) => return self.end(events, outbox),
-                Ok(Event::Failed(error)) => return Session::Failed(chain(&error)),
+                Ok(Event::Failed(error)) => return Session::Failed(error_chain(&error)),
                 Ok(Event::Said(FromSource {
                     message: Some(Said::Ping(_) | Said::Pong(_)),
                 })) => {}
@@ -398,7 +398,7 @@ impl Supervisor {
     /// The last page is here: nobody waits for one any more, and the source is told.
     fn end(&self, events: &Receiver<Event>, outbox: &Sender<Outgoing<FromDestination>>) -> Session {
         if let Err(error) = self.shared.finish() {
-            return Session::Failed(chain(&error));
+            return Session::Failed(error_chain(&error));
         }
         let message = Some(Reply::AllHere(AllHere {}));
         let _ = outbox.send(Outgoing::Say(FromDestination { message }));

@@ -15,8 +15,8 @@ use super::sending::LateFrames;
 use super::unsent::{Unsent, chunk_pages};
 use super::{SessionLost, Table, URGENT_STREAMS};
 use crate::PageSet;
-use crate::chain::chain;
 use crate::compress::Method;
+use crate::error_chain;
 use crate::guest::GuestMemory;
 use crate::handover::Attempt;
 use crate::link::{self, Link, Liveness, Outgoing, Sockets, UNHEARD};
@@ -133,7 +133,7 @@ pub fn serve<M: GuestMemory>(
             Ok(Over::Stopped) => return Served::Stopped,
             Err(SessionLost::Replaced) => {}
             Err(lost) => {
-                let reason = chain(&lost);
+                let reason = error_chain(&lost);
                 tracing::info!(reason, "a session of late pages is lost");
                 // Whoever does not listen does not want to know.
                 let _ = reports.send(ServeReport::LinkLost { reason });

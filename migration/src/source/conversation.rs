@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use ferry_proto::stream::v1::{self, from_destination, from_source};
 
-use crate::chain::chain;
+use crate::error_chain;
 use crate::guest::{GuestCondition, SourceGuest};
 use crate::link::{FAREWELL, Outgoing, Sockets};
 use crate::precopy::{Bandwidth, SendError};
@@ -219,7 +219,7 @@ impl<'a> Conversation<'a> {
             )
             // Another link may be made, over which nothing is over.
             | Stop::LinkLost(_) => return,
-            Stop::Error(error) => chain(error),
+            Stop::Error(error) => error_chain(error),
             Stop::GuestEnded(_) => "guest stopped".to_owned(),
         };
         self.say(from_source::Message::Abort(v1::Abort { reason }));

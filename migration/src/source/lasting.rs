@@ -6,8 +6,8 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::chain::chain;
 use crate::compress::Packing;
+use crate::error_chain;
 use crate::guest::{GuestCondition, GuestMemory, SourceGuest};
 use crate::link::Link;
 use crate::policy::Force;
@@ -115,6 +115,11 @@ impl<'a> Lasting<'a> {
         }
     }
 
+    /// Since it was ordered: its time counts from then.
+    pub(super) fn since_order(&self) -> Duration {
+        self.started.elapsed()
+    }
+
     /// For how long there was no link on which the copy went on.
     pub(super) fn waited(&self) -> Duration {
         self.waited.get()
@@ -142,9 +147,9 @@ impl<'a> Lasting<'a> {
         if let Some(link) = self.next.take() {
             return Ok(*link);
         }
-        tracing::info!(error = chain(&lost), "the link to the destination is lost");
+        tracing::info!(error = error_chain(&lost), "the link to the destination is lost");
         self.asked.report(SourceReport::LinkLost {
-            reason: chain(&lost),
+            reason: error_chain(&lost),
             patience: until.saturating_duration_since(Instant::now()),
         });
         loop {
@@ -170,7 +175,7 @@ impl<'a> Lasting<'a> {
 
     /// Whether the time is up.
     pub(super) fn look_at_clock(&self) -> Result<(), Stop> {
-        if self.started.elapsed() >= self.terms.get().timeout {
+        if self.since_order() >= self.terms.get().timeout {
             self.time_up()?;
         }
         Ok(())
@@ -192,7 +197,10 @@ impl<'a> Lasting<'a> {
     fn time_up(&self) -> Result<(), Stop> {
         let terms = self.terms.get();
         match (self.asked.parameters.on_timeout, self.force.get()) {
-            (OnTimeout::Abort, _) => Err(SourceError::TimedOut(terms.timeout).into()),
+            (OnTimeout::Abort, _) => {
+                let (after, last) = (terms.timeout, self.last_words());
+                Err(SourceError::TimedOut { after, last }.into())
+            }
             (OnTimeout::Pause, Some(Force::TimeUp)) => Ok(()),
             (OnTimeout::Pause, None | Some(Force::User)) => {
                 self.force.set(Some(Force::TimeUp));
@@ -201,6 +209,13 @@ impl<'a> Lasting<'a> {
                 Ok(())
             }
         }
+    }
+
+    /// What was decided on the last round.
+    fn last_words(&self) -> Option<String> {
+        let decided = self.decided.borrow();
+        let last = decided.iter().rev().find(|decided| decided.blackout.is_some())?;
+        Some(format!("after round {}: {}", last.round, last.words))
     }
 
     /// Keeps a decision that is about no round's figures, and tells it.

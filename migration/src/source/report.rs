@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use crate::chain::chain;
 use crate::compress::{Compression, Tally};
+use crate::error_chain;
 use crate::guest::{DiskWaits, FrameRun, GuestError, GuestWas, StopTimes, Throttled};
 use crate::handover::{Attempt, Epoch};
 use crate::link::{Link, Liveness};
@@ -84,18 +84,19 @@ pub enum OnTimeout {
 /// The parts of a blackout that do not depend on the last pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Overhead {
-    /// Stopping the guest and exporting its state.
+    /// Stopping the guest and exporting its state, as far as that takes any time beside loading it.
     pub stop: Duration,
-    /// Loading the state, the claim and the start at the destination.
+    /// Loading the state, the claim and the start at the destination, without the way there.
     pub start: Duration,
 }
 
 impl Default for Overhead {
-    /// A guess for a host that has not moved a guest yet.
+    /// A guess for a way that no guest has moved on yet, as measured on small hosts (`docs/performance.md`). Too low, it has a switchover called off
+    /// that takes longer; too high, it would have a budget called infeasible that is not.
     fn default() -> Self {
         Self {
-            stop: Duration::from_millis(2),
-            start: Duration::from_millis(5),
+            stop: Duration::from_millis(1),
+            start: Duration::from_millis(2),
         }
     }
 }
@@ -239,6 +240,8 @@ pub struct Decided {
     pub forecast: Forecast,
     /// For how much of the time vCPUs are kept from running from then on, in percent.
     pub throttle: u32,
+    /// How long the round took that it was made on; `None` where it was made on none.
+    pub took: Option<Duration>,
     /// Who wrote, and where, as far as that is known.
     pub written: Written,
 }
@@ -262,6 +265,7 @@ impl Decided {
             blackout: Some(decision.predicted),
             forecast: decision.forecast,
             throttle: decision.throttle,
+            took: Some(round.elapsed),
             written: Written::default(),
         }
     }
@@ -288,7 +292,7 @@ impl Decided {
             Ok(Throttled::None) => return self,
             Err(cause) => {
                 self.throttle = 0;
-                format!("none, for they cannot be: {}", chain(&cause))
+                format!("none, for they cannot be: {}", error_chain(&cause))
             }
             Ok(Throttled::All) => "all vCPUs, for the dirty log does not tell which of them write".to_owned(),
             Ok(Throttled::Writers(1)) => "the vCPU that writes".to_owned(),
@@ -316,6 +320,7 @@ impl Decided {
             blackout: None,
             forecast: Forecast::default(),
             throttle,
+            took: None,
             written: Written::default(),
         }
     }
@@ -329,6 +334,7 @@ impl Decided {
             blackout: None,
             forecast: Forecast::default(),
             throttle,
+            took: None,
             written: Written::default(),
         }
     }
@@ -342,6 +348,7 @@ impl Decided {
             blackout: None,
             forecast: Forecast::default(),
             throttle,
+            took: None,
             written: Written::default(),
         }
     }
@@ -355,6 +362,7 @@ impl Decided {
             blackout: None,
             forecast: Forecast::default(),
             throttle,
+            took: None,
             written: Written::default(),
         }
     }

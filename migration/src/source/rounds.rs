@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use ferry_proto::stream::v1::{self, from_source::Message as Said};
 
 use crate::PageSet;
-use crate::chain::chain;
-use crate::guest::{DiskCondition, FRAME_SIZE, GuestError, GuestMemory as _, Population, SourceGuest, Throttled};
+use crate::error_chain;
+use crate::guest::{GuestError, GuestMemory as _, Population, SourceGuest, Throttled};
 use crate::handover::Attempt;
 use crate::policy::{Decision, Moment, Policy, Verdict};
 use crate::postcopy::Lateness;
@@ -19,19 +19,11 @@ use crate::source::hints::Hints;
 use crate::source::meter::Meter;
 use crate::source::resume::Kept;
 use crate::source::verifying::Comparing;
-use crate::source::{
-    Decided, Journey, Manner, Progress, RoundSummary, SourceError, SourceReport, SourceSummary, Stop, Written,
-};
+use crate::source::{Decided, Journey, Manner, RoundSummary, SourceError, SourceReport, SourceSummary, Stop, Written};
 use crate::wire::{StreamTotals, population_to_wire};
 
 /// How long a small round waits for the grant before the next one: the guest dirties little in it, and the host rests.
 pub(crate) const BETWEEN_SMALL_ROUNDS: Duration = Duration::from_millis(5);
-
-/// How long after the first switchover that was called off the next one is asked for, halved; doubled each time.
-const REST_AFTER_DISARM: Duration = Duration::from_millis(50);
-
-/// How often progress is told.
-const PROGRESS: Duration = Duration::from_millis(250);
 
 /// The parts of memory of which is told which have most dirty pages, of 128 MiB, and how many are told.
 const PART_FRAMES: u64 = 32 << 10;
@@ -245,6 +237,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         self.so_far.policy.force(self.conversation.lasting.force());
         let now = Moment {
             elapsed: self.so_far.copying_since.elapsed(),
+            since_order: self.conversation.lasting.since_order(),
             bytes: sent.bytes,
             round_trip: self.round_trips(),
             deltas_begin: self.streams.packing.deltas_begin(number, dirty_pages),
@@ -293,7 +286,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             return Ok(Throttled::None);
         }
         let throttled = self.guest.throttle(percent).inspect_err(|cause| {
-            tracing::warn!(error = chain(cause), percent, "the vCPUs cannot be throttled");
+            tracing::warn!(error = error_chain(cause), percent, "the vCPUs cannot be throttled");
             self.so_far.policy.cannot_throttle();
         })?;
         Ok(if percent == 0 { Throttled::None } else { throttled })
@@ -398,96 +391,6 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
         self.so_far.hints.are_sent(&set);
         set
     }
-
-    /// Notes that a switchover was called off: the next one is asked for after a pause that grows.
-    pub(super) fn disarmed(&mut self, grant: Attempt) {
-        self.so_far.policy.disarmed();
-        let doubled = REST_AFTER_DISARM * (1 << grant.attempt.min(6));
-        self.so_far.rest_until = Instant::now() + doubled;
-        self.attempt.attempt = grant.attempt + 1;
-    }
-
-    /// Tells, once for each attempt, that it may be armed: as soon as the disks are settled. Until then small rounds go on.
-    fn announce(&mut self, predicted: Duration) {
-        if Instant::now() < self.so_far.rest_until {
-            return;
-        }
-        // The agent may have called the attempt off by itself: a grant for it would be refused.
-        if let Some(cancelled) = self.conversation.asked.grants.cancelled()
-            && cancelled.migration == self.attempt.migration
-            && cancelled.attempt >= self.attempt.attempt
-        {
-            self.attempt.attempt = cancelled.attempt + 1;
-        }
-        let attempt = self.attempt.attempt;
-        // One that must be completed does not wait for a guest that never stops writing.
-        let must_settle = self.conversation.lasting.force().is_none();
-        if self.so_far.announced == Some(attempt)
-            || (self.guest.settle_disks() == DiskCondition::Settling && must_settle)
-        {
-            return;
-        }
-        self.so_far.announced = Some(attempt);
-        self.conversation
-            .asked
-            .report(SourceReport::Converged { attempt, predicted });
-    }
-
-    fn wait_for_grant(&mut self, pause: Duration) -> Result<Option<Attempt>, Stop> {
-        let Some(grant) = self.conversation.asked.grants.wait_held(pause) else {
-            return Ok(None);
-        };
-        let ours = Attempt {
-            attempt: grant.attempt,
-            ..*self.attempt
-        };
-        if grant != ours || grant.attempt < self.attempt.attempt {
-            return Err(SourceError::ForeignGrant(grant).into());
-        }
-        Ok(Some(grant))
-    }
-
-    fn note(&mut self, round: RoundSummary, decided: Decided) {
-        let StreamTotals { bytes, zero_pages, .. } = self.sum();
-        self.summary.bytes_sent = bytes;
-        self.summary.zero_pages = zero_pages;
-        self.summary.compression = self.streams.packing.tally();
-        self.summary.throttle = decided.throttle;
-        self.summary.throughput_bytes_per_s = per_second(bytes, self.copying_for());
-        self.summary.dirty_bytes_per_s = per_second(round.dirty_pages * FRAME_SIZE, round.elapsed);
-        self.summary.rounds.push(round);
-        self.conversation.lasting.note(decided.clone());
-        self.conversation.asked.report(SourceReport::Round {
-            round,
-            copied: self.so_far.meter.copied(),
-            disk_waits: self.summary.disk_waits,
-            decided,
-        });
-    }
-
-    fn tell_progress(&mut self) {
-        let (at, bytes) = self.so_far.told;
-        let elapsed = at.elapsed();
-        if elapsed < PROGRESS {
-            return;
-        }
-        let sum = self.sum();
-        let remaining_pages = self.streams.feed.remaining();
-        self.so_far.meter.is_at(remaining_pages);
-        self.summary.copied = Some(self.so_far.meter.copied());
-        self.so_far.told = (Instant::now(), sum.bytes);
-        self.summary.disk_waits = self.guest.disk_waits();
-        self.conversation.asked.report(SourceReport::Progress(Progress {
-            round: self.so_far.round,
-            remaining_pages,
-            copied: self.so_far.meter.copied(),
-            disk_waits: self.summary.disk_waits,
-            bytes_sent: sum.bytes,
-            zero_pages: sum.zero_pages,
-            hinted_pages: self.summary.hinted_pages + self.streams.feed.left_out(),
-            throughput_bytes_per_s: per_second(sum.bytes - bytes, elapsed).unwrap_or(0),
-        }));
-    }
 }
 
 /// Begins to track, and looks up what is populated.
@@ -518,10 +421,4 @@ fn begin<G: SourceGuest>(guest: &mut G, conversation: &Conversation<'_>) -> Resu
         unacknowledged: None,
         comparing: Comparing::default(),
     })
-}
-
-/// A rate; `None` where no time passed.
-fn per_second(bytes: u64, elapsed: Duration) -> Option<u64> {
-    let seconds = elapsed.as_secs_f64();
-    (seconds > 0.0).then(|| (bytes as f64 / seconds) as u64)
 }

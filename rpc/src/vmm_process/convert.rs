@@ -78,10 +78,17 @@ pub(super) fn source_parameters(send: &wire::Send, instance: Uuid) -> Result<Sou
         verify: send.verify,
         compression: compression(&send.compress)?,
         one_host: send.one_host,
-        overhead: Overhead::default(),
+        overhead: send.overhead.map(overhead).unwrap_or_default(),
         liveness: Default::default(),
         resume_window: Duration::from_millis(send.resume_window_ms),
     })
+}
+
+fn overhead(measured: wire::Overhead) -> Overhead {
+    Overhead {
+        stop: Duration::from_micros(measured.stop_us),
+        start: Duration::from_micros(measured.start_us),
+    }
 }
 
 /// What its user changes of a migration under way.
@@ -251,6 +258,7 @@ pub(super) fn decision(decided: &Decided) -> wire::Decision {
         throttle_percent: decided.throttle,
         written_by_vcpu: decided.written.by_vcpu.clone(),
         dirty_parts: decided.written.parts.iter().map(dirty_part).collect(),
+        round_ms: decided.took.map(ms),
     }
 }
 

@@ -425,7 +425,7 @@ pub(super) fn forward<T: Send + 'static>(
 fn kind(error: &SourceError) -> &'static str {
     match error {
         SourceError::Aborted(_) => "cancelled",
-        SourceError::TimedOut(_) => "timeout",
+        SourceError::TimedOut { .. } => "timeout",
         SourceError::Incompatible(_) | SourceError::Refused(_) => "refused",
         SourceError::Silent(_)
         | SourceError::ControlLost(_)

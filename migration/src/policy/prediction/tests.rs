@@ -27,6 +27,7 @@ fn way(megabytes_per_second: f64) -> Way {
         zero_pages_per_second: 2e6,
         preparation: 60 * MS,
         stop_and_start: 3 * MS,
+        overhead: Overhead::default(),
         packed: None,
         deltas: None,
     }
@@ -62,6 +63,7 @@ fn pages_that_are_compressed_take_less_of_the_link() {
             method: crate::Method::Lz4,
             left: 0.25,
             bytes_per_second,
+            is_named: false,
         }),
         ..way(100.0)
     };
@@ -88,6 +90,7 @@ fn pages_that_are_told_by_what_they_changed_have_a_guest_end_that_outruns_the_li
                 method: crate::Method::Lz4,
                 left: 0.05,
                 bytes_per_second: 2e9,
+                is_named: false,
             },
             copies,
         }),
@@ -155,6 +158,16 @@ fn one_that_dirties_more_than_the_link_carries_never_ends_and_what_would_help_do
     let prediction = predict(&guest, &way(100.0), &wanted());
     assert_eq!((prediction.end, prediction.within_budget_after), (End::Never, None));
     assert!(prediction.words.contains("infeasible"), "{}", prediction.words);
+
+    let throttled_too_little = Wanted {
+        most_throttle: 20,
+        ..wanted()
+    };
+    assert_eq!(predict(&guest, &way(100.0), &throttled_too_little).end, End::Never);
+    let more = remedies(&guest, &way(100.0), &throttled_too_little)
+        .auto_converge
+        .unwrap();
+    assert!(more.end == End::Whole && more.throttle > 20, "{more:?}");
 
     let remedies = remedies(&guest, &way(100.0), &wanted());
     let max_downtime = remedies.max_downtime.unwrap();
@@ -246,6 +259,36 @@ fn post_copy_hands_over_at_once_and_all_of_it_comes_late() {
     assert_eq!((prediction.end, prediction.rounds, prediction.bytes), (End::Late, 0, 0));
     assert_eq!(prediction.late_bytes, GIB_PAGES * FRAME_SIZE);
     assert!(near(prediction.late.as_secs_f64(), 1.074), "{prediction:?}");
+}
+
+#[test]
+fn late_pages_are_compressed_as_the_last_ones_of_the_rounds_are_and_at_once_as_their_user_named_it() {
+    let late = |lateness, is_named| {
+        let packed = Packed {
+            method: crate::Method::Lz4,
+            left: 0.25,
+            bytes_per_second: 1e12,
+            is_named,
+        };
+        let way = Way {
+            packed: Some(packed),
+            ..way(100.0)
+        };
+        // More than even that carries.
+        let prediction = predict(
+            &sampled(uniform(1e6, GIB_PAGES)),
+            &way,
+            &Wanted { lateness, ..wanted() },
+        );
+        assert_eq!(prediction.end, End::Late, "{}", prediction.words);
+        // Nothing but their bytes takes any time.
+        let seconds = prediction.late_bytes as f64 / 100e6;
+        assert!(near(prediction.late.as_secs_f64(), seconds), "{prediction:?}");
+        prediction.late_bytes
+    };
+    assert_eq!(late(Lateness::AtOnce, true), GIB_PAGES * FRAME_SIZE / 4);
+    assert_eq!(late(Lateness::AtOnce, false), GIB_PAGES * FRAME_SIZE);
+    assert!(late(Lateness::WhenItPays, false) <= GIB_PAGES * FRAME_SIZE / 4);
 }
 
 #[test]

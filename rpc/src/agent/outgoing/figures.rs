@@ -131,6 +131,7 @@ fn decision(told: &wire::Decision) -> Option<MigrationDecision> {
         told.dirty_bytes_per_s,
         told.predicted_blackout_ms,
         told.predicted_total_ms,
+        told.round_ms,
     ];
     let cut = |text: &str| text.chars().take(LONGEST_WORDS).collect();
     let are_sane = figures.into_iter().flatten().all(is_sane);
@@ -148,6 +149,7 @@ fn decision(told: &wire::Decision) -> Option<MigrationDecision> {
         throttle_percent: told.throttle_percent.min(100),
         written_by_vcpu: told.written_by_vcpu.iter().take(MOST_VCPUS).copied().collect(),
         dirty_parts: told.dirty_parts.iter().take(MOST_PARTS).map(dirty_part).collect(),
+        round_ms: told.round_ms,
     })
 }
 

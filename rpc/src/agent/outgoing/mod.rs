@@ -11,6 +11,7 @@ mod figures;
 mod handle;
 mod late_pages;
 mod network_gap;
+mod preparing;
 mod queue;
 mod reconnecting;
 mod retuning;

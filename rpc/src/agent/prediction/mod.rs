@@ -102,7 +102,7 @@ impl Agent {
         let told = tokio::task::spawn_blocking(move || {
             let prediction = prediction::predict(&guest, &way.way, &wanted);
             let remedies = match prediction.end {
-                End::Never => words::remedies(&prediction::remedies(&guest, &way.way, &wanted)),
+                End::Never => words::remedies(&prediction::remedies(&guest, &way.way, &wanted), &wanted),
                 End::Whole | End::Late | End::Paused => Vec::new(),
             };
             MigrationPrediction {

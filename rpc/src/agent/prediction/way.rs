@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ferry_migration::policy::prediction::{Wanted, Way};
+use ferry_migration::source::Overhead;
 use ferry_proto::agent::v1::{MigrationInfo, MigrationOptions, Round};
 
 use crate::agent::context::RequestContext;
@@ -96,6 +97,7 @@ impl KnownWay {
                 stop_and_start: typical(lately().filter_map(stop_and_start))
                     .or_else(|| typical(infos.iter().filter_map(stop_and_start)))
                     .unwrap_or(STOP_AND_START),
+                overhead: overhead(lately()).unwrap_or_default(),
                 packed: None,
                 deltas: None,
             },
@@ -115,16 +117,8 @@ impl Agent {
         destination: &str,
         options: &MigrationOptions,
     ) -> Result<KnownWay, Failure> {
-        let (peer, transport) = (destination.to_owned(), Transport::parse(&options.transport)?);
-        let reports = self
-            .journal
-            .read(move |connection| MigrationRow::last_with(connection, &peer, LOOKED_AT))
-            .await?;
-        // One that cannot be read tells nothing.
-        let infos: Vec<_> = reports.iter().map(Report::read).filter_map(Result::ok).collect();
-        // Of one that came from there this host knows no rounds.
-        let there = |info: &MigrationInfo| info.status == "completed" && info.source == self.host();
-        let completed: Vec<_> = infos.into_iter().filter(there).collect();
+        let transport = Transport::parse(&options.transport)?;
+        let completed = self.completed(destination).await?;
         let is_told = completed
             .iter()
             .any(|info| is_by(transport, info) && rate(info).is_some());
@@ -138,6 +132,30 @@ impl Agent {
                 .ok(),
         };
         Ok(KnownWay::learned(&completed, (options, transport), probed))
+    }
+
+    /// What a switchover to this host took beside its last pages, at least, of the last few by this transport: no budget is too small that one of them
+    /// would have met. `None`: nobody knows.
+    pub(in crate::agent) async fn usual_overhead(&self, destination: &str, transport: Transport) -> Option<Overhead> {
+        let completed = self.completed(destination).await;
+        let completed = completed
+            .inspect_err(|failure| tracing::info!(destination, error = failure.chain(), "no earlier move is known"))
+            .ok()?;
+        overhead(completed.iter().filter(|info| is_by(transport, info)))
+    }
+
+    /// The last migrations to this host that arrived, the newest first.
+    async fn completed(&self, destination: &str) -> Result<Vec<MigrationInfo>, Failure> {
+        let peer = destination.to_owned();
+        let reports = self
+            .journal
+            .read(move |connection| MigrationRow::last_with(connection, &peer, LOOKED_AT))
+            .await?;
+        // One that cannot be read tells nothing.
+        let infos = reports.iter().map(Report::read).filter_map(Result::ok);
+        // Of one that came from there this host knows no rounds.
+        let there = |info: &MigrationInfo| info.status == "completed" && info.source == self.host();
+        Ok(infos.filter(there).collect())
     }
 }
 
@@ -197,13 +215,40 @@ fn preparation(info: &MigrationInfo) -> Option<Duration> {
     Duration::try_from_secs_f64(beside / 1e3).ok()
 }
 
-/// Its blackout without the last pages. One whose guest stood still before had no stop.
+/// Its blackout without the last pages.
 fn stop_and_start(info: &MigrationInfo) -> Option<Duration> {
+    let (stop, start) = parts(info)?;
+    Some(stop + start)
+}
+
+/// What its blackout had beside the last pages: the stop, and the state, the claim and the start. One whose guest stood still before had no stop.
+fn parts(info: &MigrationInfo) -> Option<(Duration, Duration)> {
     let parts = info
         .downtime_ms
         .filter(|_| info.guest_was == "running" && info.mode != "cold")?;
-    let without_pages = parts.pause + parts.drain + parts.state + parts.claim + parts.start;
-    Duration::try_from_secs_f64(without_pages / 1e3).ok()
+    let time = |ms: f64| Duration::try_from_secs_f64(ms / 1e3).ok();
+    Some((
+        time(parts.pause + parts.drain)?,
+        time(parts.state + parts.claim + parts.start)?,
+    ))
+}
+
+/// The least that the last few had, of each part. `None`: nobody knows.
+fn overhead<'a>(lately: impl Iterator<Item = &'a MigrationInfo>) -> Option<Overhead> {
+    let last: Vec<_> = lately
+        .filter(|info| had_all(info))
+        .filter_map(parts)
+        .take(LAST_FEW)
+        .collect();
+    Some(Overhead {
+        stop: last.iter().map(|&(stop, _)| stop).min()?,
+        start: last.iter().map(|&(_, start)| start).min()?,
+    })
+}
+
+/// Whether the destination had the last pages when it got the state: of others the link's queue is in what loading took.
+fn had_all(info: &MigrationInfo) -> bool {
+    info.verified.is_some() || info.rounds.last().is_some_and(|last| last.bytes < SMALL_BYTES)
 }
 
 #[cfg(test)]
@@ -268,6 +313,45 @@ mod tests {
         let known = learned(&[slow, usual(), usual()], 0, None);
         assert_eq!(known.way.preparation, Duration::from_millis(46));
         assert_eq!(typical(std::iter::empty()), None);
+    }
+
+    #[test]
+    fn the_policy_is_told_the_least_that_the_last_few_switchovers_took() {
+        let took = |pause, start| {
+            let downtime = DowntimeMs {
+                pause,
+                start,
+                ..moved("a", 100, 100.3).downtime_ms.unwrap()
+            };
+            MigrationInfo {
+                downtime_ms: Some(downtime),
+                ..moved("a", 100, 100.3)
+            }
+        };
+        let cold = MigrationInfo {
+            mode: "cold".to_owned(),
+            ..took(0.0, 0.0)
+        };
+        let mut queued = took(0.1, 0.1);
+        queued.rounds.push(queued.rounds[0]);
+        let usual = || took(9.0, 6.0);
+        // The last one was long ago.
+        let infos = [
+            cold,
+            queued,
+            took(3.0, 5.0),
+            took(2.0, 7.0),
+            usual(),
+            usual(),
+            usual(),
+            took(0.5, 0.5),
+        ];
+        let known = learned(&infos, 0, None).way.overhead;
+        assert_eq!(
+            (known.stop, known.start),
+            (Duration::from_millis(2), Duration::from_micros(6250))
+        );
+        assert_eq!(learned(&infos[..2], 0, None).way.overhead, Overhead::default());
     }
 
     #[test]

@@ -56,7 +56,7 @@ pub(super) fn expected(prediction: &Prediction, wanted: &Wanted) -> String {
 }
 
 /// What would help, as arguments.
-pub(super) fn remedies(remedies: &Remedies) -> Vec<PredictedRemedy> {
+pub(super) fn remedies(remedies: &Remedies, wanted: &Wanted) -> Vec<PredictedRemedy> {
     let remedy = |argument: String, words: String| PredictedRemedy { argument, words };
     let mut told = Vec::new();
     if let Some(max_downtime) = remedies.max_downtime {
@@ -79,7 +79,11 @@ pub(super) fn remedies(remedies: &Remedies) -> Vec<PredictedRemedy> {
             time(throttled.total),
             time(throttled.blackout)
         );
-        told.push(remedy("--auto-converge".to_owned(), words));
+        let argument = match wanted.most_throttle {
+            0 => "--auto-converge".to_owned(),
+            _ => format!("--max-throttle {}", throttled.throttle),
+        };
+        told.push(remedy(argument, words));
     }
     if let Some(late) = &remedies.hybrid {
         let words = format!(
