@@ -8,6 +8,7 @@ use uuid::Uuid;
 use crate::compress::{Block, Codec, Codecs, Decompressor};
 use crate::guest::{FRAME_SIZE, MemoryShape, Region};
 use crate::handover::Epoch;
+use crate::postcopy::Table;
 use crate::wire::{
     FrameReader, Holdings, StreamIdentity, Sums, Versions, attempt_from_wire, check_hello, digest_from_wire,
     read_message, runs_from_wire, summed_up,
@@ -89,10 +90,12 @@ pub fn compressed_pages(bytes: &[u8]) {
 /// The control stream, read by either side.
 pub fn control_messages(bytes: &[u8]) {
     let (shape, mut source) = (shape(), Cursor::new(bytes));
+    let mut tables = LateTables::new(&shape);
     while let Ok(message) = read_message::<v1::FromSource>(&mut source) {
-        message.message.into_iter().for_each(|said| from_a_source(said, &shape));
+        let said = message.message.into_iter();
+        said.for_each(|said| from_a_source(said, &shape, &mut tables));
     }
-    let mut source = Cursor::new(bytes);
+    let (mut source, mut tables) = (Cursor::new(bytes), LateTables::new(&shape));
     while let Ok(message) = read_message::<v1::FromDestination>(&mut source) {
         match message.message {
             Some(from_destination::Message::Refused(refused)) => drop(refused.reasons.concat()),
@@ -102,12 +105,33 @@ pub fn control_messages(bytes: &[u8]) {
                     assert!(holdings.held().runs().all(|run| shape.contains(run)));
                 }
             }
+            Some(from_destination::Message::Missing(part)) => tables.take(&part, &shape),
             _ => {}
         }
     }
 }
 
-fn from_a_source(said: from_source::Message, shape: &MemoryShape) {
+/// Tables of late pages as their parts come in: of a guest whose pages come one by one, and of one whose second region is a disk and whose memory is of huge pages.
+struct LateTables([Table; 2]);
+
+impl LateTables {
+    fn new(shape: &MemoryShape) -> Self {
+        Self([Table::new(shape), Table::new(shape)])
+    }
+
+    fn take(&mut self, part: &v1::Missing, shape: &MemoryShape) {
+        let [by_page, by_huge_page] = &mut self.0;
+        let is_disk = |region: Region| region.start_frame > 0;
+        let _ = by_page.take_of(part, shape, 1, |_| false);
+        let _ = by_huge_page.take_of(part, shape, 512, is_disk);
+        for (table, unit) in [(by_page, 1), (by_huge_page, 512)] {
+            let runs = table.as_whole().into_iter().flat_map(|set| set.runs());
+            runs.for_each(|run| assert!(shape.contains(run) && run.is_of_whole(unit)));
+        }
+    }
+}
+
+fn from_a_source(said: from_source::Message, shape: &MemoryShape, tables: &mut LateTables) {
     use from_source::Message as Said;
     match said {
         Said::Hello(hello) => {
@@ -119,10 +143,7 @@ fn from_a_source(said: from_source::Message, shape: &MemoryShape) {
                 assert!(runs.into_iter().all(|run| shape.contains(run)));
             }
         }
-        Said::Missing(part) => {
-            let runs = runs_from_wire(&part.runs, shape).unwrap_or_default();
-            assert!(runs.into_iter().all(|run| shape.contains(run)));
-        }
+        Said::Missing(part) => tables.take(&part, shape),
         Said::State(v1::State { attempt, .. })
         | Said::DigestRequest(v1::DigestRequest { attempt, .. })
         | Said::Compare(v1::Compare { attempt, .. })
@@ -167,14 +188,23 @@ mod tests {
         let mut compressed = writer
             .compressed(1, data.into_iter(), (packed.len() + 4, Codec::Lz4))
             .to_vec();
-        compressed.extend(crc32fast::hash(&packed).to_le_bytes());
-        compressed.extend(packed);
+        let block = [&crc32fast::hash(&packed).to_le_bytes()[..], &packed].concat();
+        compressed.extend(&block);
         compressed.extend(writer.pages(1, [(run(0, 4096), Content::Zero)].into_iter()));
         assert_eq!(summed_up(&compressed), compressed);
+        let told = [(run(3, 1), Content::Delta), (run(1 << 20, 1), Content::Data)];
+        let mut changes = FrameWriter::new(0)
+            .compressed(1, told.into_iter(), (packed.len() + 4, Codec::Lz4))
+            .to_vec();
+        changes.extend(&block);
         let late = FrameWriter::new(0)
             .late(data.into_iter(), None, Some(u64::MAX))
             .to_vec();
-        feed("page_frames", &[opened, not_opened, compressed, late], page_frames);
+        feed(
+            "page_frames",
+            &[opened, not_opened, compressed, changes, late],
+            page_frames,
+        );
     }
 
     #[test]
@@ -284,7 +314,12 @@ mod tests {
             runs: vec![1, 5, 100, 1000],
             last: true,
         });
-        for message in [refused, holding] {
+        let missing = from_destination::Message::Missing(v1::Missing {
+            attempt: None,
+            runs: vec![0, 512, 0, 512],
+            last: true,
+        });
+        for message in [refused, holding, missing] {
             let mut bytes = Vec::new();
             let message = v1::FromDestination { message: Some(message) };
             write_message(&mut bytes, &message).expect("a vector takes everything");

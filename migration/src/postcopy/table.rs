@@ -4,7 +4,7 @@ use ferry_proto::stream::v1;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::PageSet;
-use crate::guest::{FrameRun, GuestMemory, MemoryShape};
+use crate::guest::{FrameRun, GuestMemory, MemoryShape, Region};
 use crate::handover::Attempt;
 use crate::wire::{RUNS_PER_PART, attempt_to_wire, gaps_and_lengths, runs_from_wire};
 
@@ -60,13 +60,28 @@ impl Table {
     /// # Errors
     /// What is wrong with it: pages that are no memory, or of a disk, or out of order; parts after the last one, or without end.
     pub(crate) fn take(&mut self, part: &v1::Missing, memory: &impl GuestMemory) -> Result<(), String> {
+        self.take_of(part, memory.shape(), memory.late_unit(), |region| {
+            memory.is_disk(region)
+        })
+    }
+
+    /// The same of memory of this shape, of which `unit` pages come at a time.
+    ///
+    /// # Errors
+    /// As [`Table::take`].
+    pub(crate) fn take_of(
+        &mut self,
+        part: &v1::Missing,
+        shape: &MemoryShape,
+        unit: u64,
+        is_disk: impl Fn(Region) -> bool,
+    ) -> Result<(), String> {
         if self.whole {
             return Err("a part of the table of missing pages came after its last one".to_owned());
         }
         if part.runs.is_empty() && !part.last {
             return Err("a part of the table of missing pages is empty".to_owned());
         }
-        let shape = memory.shape();
         for run in runs_from_wire(&part.runs, shape)? {
             if run.first < self.end {
                 return Err(format!(
@@ -74,7 +89,6 @@ impl Table {
                     run.first
                 ));
             }
-            let unit = memory.late_unit();
             if !run.is_of_whole(unit) {
                 return Err(format!(
                     "{} pages from page {:#x} on are missing, and pages come late {unit} at a time",
@@ -82,7 +96,7 @@ impl Table {
                 ));
             }
             let region = shape.locate(run.first).map(|(region, _)| shape.regions()[region]);
-            if region.is_some_and(|region| memory.is_disk(region)) {
+            if region.is_some_and(&is_disk) {
                 return Err(format!("page {:#x} is of a disk, which cannot come late", run.first));
             }
             self.end = run.end();
@@ -112,7 +126,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::guest::{GuestError, Region};
+    use crate::guest::GuestError;
     use crate::handover::Epoch;
 
     /// Only a shape: its last region is a disk.
