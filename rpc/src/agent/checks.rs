@@ -17,6 +17,7 @@ use super::backends::storage::{self, Coming, Storage};
 use super::backends::{Occasion, Whose};
 use super::context::RequestContext;
 use super::data_port;
+use super::data_room;
 use super::failure::Failure;
 use super::huge_pages;
 use super::incoming::without_disks;
@@ -158,6 +159,13 @@ impl Agent {
         note(&mut checks, "claim", Reason::Memory, lacks, || {
             "memory and vCPUs are there".to_owned()
         });
+        // A real migration is noted there, or ends.
+        if request.dry_run {
+            let (found, full) = told_apart(data_room::check(&self.config.data_dir));
+            note(&mut checks, "data directory", Reason::DataDirectory, full, || {
+                found.unwrap_or_default()
+            });
+        }
         if spec.hugepages {
             let (found, too_few) = told_apart(huge_pages::check(spec.memory_bytes));
             note(&mut checks, "huge pages", Reason::HugePages, too_few, || {

@@ -33,6 +33,7 @@ mod config;
 mod console;
 mod context;
 mod data_port;
+mod data_room;
 mod events;
 mod failure;
 mod health;
@@ -73,7 +74,7 @@ pub use serve::serve;
 #[cfg(any(fuzzing, test))]
 pub(crate) use snapshots::read_hostile_manifest;
 pub use spawn::cgroup_root;
-pub(crate) use steps::SourceStep;
+pub(crate) use steps::{POST_COPY, SourceStep};
 pub(crate) use transport::Transport;
 #[cfg(any(fuzzing, test))]
 pub(crate) use transport::read_hostile_messages;

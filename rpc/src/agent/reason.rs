@@ -66,6 +66,8 @@ reasons! {
     DataPort = "DATA_PORT", "let the source through to it (--data-listen there, firewalls), or move with --transport grpc";
     /// A guest that has its memory from the pool of huge pages finds too few there.
     HugePages = "HUGE_PAGES", "raise the sysctl vm.nr_hugepages there, or move something with huge pages away";
+    /// The file system with the destination's data directory has no room left.
+    DataDirectory = "DATA_DIRECTORY_FULL", "make room on the file system of its --data-dir";
     /// A disk can neither be shared nor copied there.
     Disks = "DISKS", "make the disk available there, or choose another --storage";
     /// A tap or bridge is missing there.

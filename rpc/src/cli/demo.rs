@@ -4,11 +4,12 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::account::{blackout, rounds, sums};
 use super::doctor::fsync_latency;
 use super::failure::{Exit, Failure, Outcome};
 use super::lab::{GuestPlan, Lab, Move, MoveOrder, ProbeGuest, Stretch, in_a_lab};
 use super::output::{self, Format, human_bytes, human_count, human_ms, note};
-use super::progress::{Progress, blackout, rounds, sums};
+use super::progress::Progress;
 use super::terminal::LiveLine;
 use crate::agent::Transport;
 

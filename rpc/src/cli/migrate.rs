@@ -6,11 +6,12 @@ use ferry_proto::agent::v1::{LiveMigrateReply, LiveMigrateRequest, MigrationInfo
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::sleep;
 
+use super::account::{account, whereabouts};
 use super::arguments::MigrateArguments;
 use super::client::{Agent, LONG_PATIENCE, within};
 use super::failure::{Exit, Failure, Outcome, is_lost_connection};
 use super::output::{self, Format, note};
-use super::progress::{Progress, account, whereabouts};
+use super::progress::Progress;
 use super::{migrations, placement, watch};
 
 pub(super) async fn run(agent: &Agent, arguments: MigrateArguments, format: Format) -> Outcome {

@@ -6,12 +6,13 @@ use ferry_migration::handover::Wish;
 use ferry_proto::agent::v1::{ListMigrationsRequest, MigrationInfo, MigrationRequest, ResolveRequest, RetuneRequest};
 use tonic::{Code, Status};
 
+use super::account::{account, report, whereabouts};
 use super::arguments::{MigrationVerb, ResolveArguments, RetuneArguments};
 use super::client::{Agent, LONG_PATIENCE, PATIENCE, within};
 use super::failure::{Exit, Failure, Outcome};
 use super::migrate::{self, Show};
 use super::output::{Format, Listing};
-use super::progress::{account, moment, report, table, whereabouts};
+use super::progress::{moment, table};
 
 pub(super) async fn run(agent: &Agent, verb: MigrationVerb, format: Format) -> Outcome {
     match verb {

@@ -3,6 +3,7 @@
 //! The command line keeps no state. Each verb asks one agent (or is one), prints its result on stdout and its progress
 //! on stderr, and returns an exit code or a failure, which is told here and nowhere else.
 
+mod account;
 mod agent;
 mod arguments;
 mod balloon;

@@ -6,8 +6,8 @@ use ferry_proto::agent::v1::{LiveMigrateRequest, MigrationInfo, MigrationOptions
 use serde::Serialize;
 use tokio::time::sleep;
 
+use super::super::account::whereabouts;
 use super::super::failure::{Exit, Failure};
-use super::super::progress::whereabouts;
 use super::super::{migrate, watch};
 use super::felt::Felt;
 use super::hosts::{Lab, ProbeGuest};
