@@ -142,7 +142,7 @@ impl Pair {
         Ok(witness)
     }
 
-    /// Moves the guest from `a` to `b` with these further arguments, verified where that can be, and waits for the end.
+    /// Moves the guest from `a` to `b` with these further arguments, verified, and waits for the end.
     ///
     /// # Errors
     /// If the call cannot be made.
@@ -156,12 +156,7 @@ impl Pair {
     /// If the call cannot be made.
     pub fn begin_migrate(&self, name: &str, further: &[&str]) -> Result<Call> {
         let mut words = [&["migrate", name, "--to", "b"], further].concat();
-        // Where pages come late nothing can be compared before the handover.
-        if self.verifies
-            && !["--mode", "--verify", "postcopy"]
-                .iter()
-                .any(|word| further.contains(word))
-        {
+        if self.verifies && !further.contains(&"--verify") {
             words.push("--verify");
         }
         self.a.begin(&words)

@@ -10,11 +10,16 @@ use crate::scenario::{across, expect_a_lost_peer, in_a_network};
 pub(crate) fn trials() -> Vec<Trial> {
     in_a_network![
         a_guest_moves_by_rounds,
+        a_guest_stands_still_while_all_of_it_moves,
+        a_guest_that_rounds_bring_within_the_budget_has_no_late_pages,
         a_guest_moves_at_once_and_its_pages_follow,
         a_guest_that_writes_more_than_the_link_carries_goes_over_to_late_pages,
+        late_pages_come_over_grpc,
+        a_guest_whose_time_is_up_stays_where_it_was_and_why_is_told,
         a_guest_whose_time_is_up_goes_over_to_late_pages,
         a_guest_whose_time_is_up_stands_still_for_the_rest,
         a_guest_that_is_completed_by_force_stands_still_for_the_rest,
+        a_guest_that_is_completed_by_force_goes_over_to_late_pages,
         a_guest_that_writes_more_than_the_link_carries_is_throttled,
         a_copy_goes_on_after_the_link_was_down,
         late_pages_come_after_the_link_was_down,
@@ -64,6 +69,54 @@ fn a_guest_moves_by_rounds(pair: &mut Pair) -> Result<()> {
     was_decided(&moved, "switch")
 }
 
+fn a_guest_stands_still_while_all_of_it_moves(pair: &mut Pair) -> Result<()> {
+    let moved = moves(pair, BUSY, &["--cold", "--digests"])?;
+    ensure!(moved.record["mode"] == "cold", "{}", moved.record);
+    // All that it has in memory is sent meanwhile.
+    let stood_still = moved.number("downtime_ms.total")?;
+    ensure!(stood_still > 500.0, "{stood_still} ms: {}", moved.record);
+    Ok(())
+}
+
+fn a_guest_that_rounds_bring_within_the_budget_has_no_late_pages(pair: &mut Pair) -> Result<()> {
+    let moved = moves(pair, QUIET, &["--mode", "hybrid"])?;
+    was_decided(&moved, "switch")?;
+    ensure!(
+        moved.number("late_pages").unwrap_or_default() == 0.0,
+        "{}",
+        moved.record
+    );
+    Ok(())
+}
+
+fn late_pages_come_over_grpc(pair: &mut Pair) -> Result<()> {
+    let moved = moves(pair, BUSY, &["--mode", "postcopy", "--transport", "grpc"])?;
+    ensure!(moved.record["transport"] == "grpc", "{}", moved.record);
+    came_late(&moved)
+}
+
+fn a_guest_whose_time_is_up_stays_where_it_was_and_why_is_told(pair: &mut Pair) -> Result<()> {
+    let (_link, witness) = across(pair, RATE, &Guest::new("g").work(BUSY))?;
+
+    let told = pair
+        .migrate("g", &[&WHOLE[..], &["--timeout", "6s"]].concat())?
+        .exit(1)?;
+
+    let ended = told.migration()?.is("failed", "a")?;
+    let why = ended.text("error")?;
+    ensure!(
+        why.contains("not done within 6s: after round ") && why.contains("infeasible"),
+        "{why}"
+    );
+    // Nobody had to wait for that.
+    let progress = told
+        .stderr
+        .lines()
+        .any(|line| line.contains("running") && line.contains("infeasible"));
+    ensure!(progress, "{told}");
+    pair.runs_only_at(&pair.a, "g", &witness)
+}
+
 fn a_guest_moves_at_once_and_its_pages_follow(pair: &mut Pair) -> Result<()> {
     let moved = moves(pair, BUSY, &["--mode", "postcopy"])?;
     ensure!(moved.rounds() <= 1, "{}", moved.record);
@@ -107,6 +160,19 @@ fn a_guest_that_is_completed_by_force_stands_still_for_the_rest(pair: &mut Pair)
 
     let moved = underway.call.wait()?.exit(0)?.migration()?.is("completed", "b")?;
     ensure!(moved.number("downtime_ms.last_pages")? > 300.0, "{}", moved.record);
+    completes(pair, &underway.id, &witness)
+}
+
+fn a_guest_that_is_completed_by_force_goes_over_to_late_pages(pair: &mut Pair) -> Result<()> {
+    let (_link, witness) = across(pair, RATE, &Guest::new("g").work(BUSY))?;
+    let late = [&WHOLE[..], &["--on-timeout", "postcopy"]].concat();
+    let underway = pair.migrate_until("g", &late, |record| Ok(record.rounds() >= 2))?;
+
+    pair.a.ferry(&["migration", "force-complete", &underway.id])?.exit(0)?;
+
+    let moved = underway.call.wait()?.exit(0)?.migration()?.is("completed", "b")?;
+    was_decided(&moved, "postcopy")?;
+    came_late(&moved)?;
     completes(pair, &underway.id, &witness)
 }
 

@@ -27,6 +27,8 @@ fn a_destination_whose_journal_has_no_room_takes_nothing(pair: &mut Pair) -> Res
         let witness = pair.run(&Guest::new("g").work(WORK))?;
         let filler = fill(&pair.b)?;
 
+        let foretold = pair.migrate("g", &["--dry-run", "--sample", "none"])?.exit(4)?;
+        foretold.says("DATA_DIRECTORY_FULL")?;
         let told = pair.migrate("g", &[])?;
 
         ensure!(matches!(told.code, Some(1 | 4)), "{told}");

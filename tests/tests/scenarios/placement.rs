@@ -114,7 +114,7 @@ fn a_dry_run_tells_of_every_host_and_changes_nothing(pair: &mut Pair) -> Result<
     ensure!(told["destination"] == "c" && told["migration"] == "", "{told}");
     ensure!(verdict(&told, "b")?["reason"] == "ALREADY_THERE", "{told}");
     let checks = verdict(&told, "c")?["checks"].as_array().map_or(0, Vec::len);
-    ensure!(checks == 7, "{told}");
+    ensure!(checks == 8, "{told}");
     ensure!(pair.a.ferry(&["migration", "list"])?.exit(0)?.json_lines()?.is_empty());
     pair.b.ferry(&["delete", "g", "--force"])?.exit(0)?;
     pair.runs_only_at(&pair.a, "g", &witness)

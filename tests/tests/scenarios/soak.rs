@@ -34,7 +34,7 @@ const WORK: [(&str, u32, &str); 5] = [
 /// What the moves of a lap are asked for, one after the other and again from the first.
 const WAYS: [&[&str]; 8] = [
     &[],
-    &["--verify"],
+    &["--compress", "lz4"],
     &["--streams", "1"],
     &["--mode", "hybrid"],
     &["--transport", "grpc"],
@@ -85,7 +85,7 @@ fn lap(pair: &Pair, number: usize, moves: usize) -> Result<()> {
 }
 
 fn moves_on(pair: &Pair, [from, to]: [&Host; 2], way: &[&str], witness: &Witness) -> Result<()> {
-    let words = [&["migrate", "g", "--to", to.name], way].concat();
+    let words = [&["migrate", "g", "--to", to.name, "--verify"], way].concat();
     let answer = from.begin(&words)?.wait_for(MOVE)?;
     answer.exit(0)?.migration()?.is("completed", to.name)?;
     pair.runs_only_at(to, "g", witness)
