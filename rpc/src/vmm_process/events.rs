@@ -30,7 +30,7 @@ pub(super) enum Event {
     /// The next look of a sample is due.
     Sample,
     /// The migration out of here tells how far it is.
-    SendReport(SourceReport),
+    SendReport(Box<SourceReport>),
     /// The migration out of here is over, and gives the guest back.
     SendOutcome(Box<SourceOutcome<LocalGuest>>),
     /// The source of late pages tells how far it is.

@@ -85,7 +85,9 @@ impl Vmm {
         let server = (order.late_streams > 0).then(|| self.prepare_to_serve()).transpose()?;
         let (orders, order_receiver) = mpsc::channel();
         let (reports, report_receiver) = mpsc::channel();
-        forward(report_receiver, self.events.clone(), Event::SendReport)?;
+        forward(report_receiver, self.events.clone(), |report| {
+            Event::SendReport(Box::new(report))
+        })?;
         let (hand_in, guest) = mpsc::sync_channel::<Box<LocalGuest>>(1);
         let (grants, events) = (Arc::clone(&self.grants), self.events.clone());
         let run = move || {

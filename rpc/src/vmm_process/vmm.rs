@@ -176,7 +176,7 @@ impl Vmm {
             }
             Event::Sample => self.look_at_sample(),
             Event::Guest => self.look_at_guest(),
-            Event::SendReport(report) => self.send_report(report),
+            Event::SendReport(report) => self.send_report(*report),
             Event::SendOutcome(outcome) => self.send_outcome(*outcome),
             Event::ServeReport(report) => self.serve_report(report),
             Event::Served(served) => self.served(served),
