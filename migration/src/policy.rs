@@ -111,6 +111,8 @@ pub struct Policy {
     terms: Terms,
     learned: Learned,
     rounds_within_budget: u32,
+    /// A round that was begun within the budget left more than that: it is not tried a second time.
+    was_led_out: bool,
     force: Option<Force>,
     throttle: u32,
     most_throttle: u32,
@@ -145,6 +147,7 @@ impl Policy {
             terms,
             learned: Learned::new(overhead),
             rounds_within_budget: 0,
+            was_led_out: false,
             force: None,
             throttle: 0,
             most_throttle,
@@ -163,11 +166,13 @@ impl Policy {
     pub(crate) fn leave_memory(&mut self) {
         self.lateness = Lateness::AtOnce;
         self.rounds_within_budget = 0;
+        self.was_led_out = false;
     }
 
     /// These terms hold from now on. What was learned of the link under another cap is worth what that leaves of it.
     pub fn follow(&mut self, terms: Terms) {
         self.learned.capped(self.terms.bandwidth, terms.bandwidth);
+        self.was_led_out &= self.terms.manner == terms.manner;
         self.terms = terms;
     }
 
@@ -191,6 +196,7 @@ impl Policy {
         if within_budget {
             self.rounds_within_budget += 1;
         } else {
+            self.was_led_out |= self.rounds_within_budget > 0;
             self.rounds_within_budget = 0;
         }
         // What a round of whole pages left tells little of one in which they are told by what they changed.
@@ -273,6 +279,10 @@ impl Policy {
     fn within_budget(&self, left: &Left, now: Moment) -> (Verdict, String) {
         if left.last_pages <= CHEAP_LAST_PAGES {
             return (Verdict::Switch, "the last pages are cheap".to_owned());
+        }
+        if self.was_led_out {
+            let grounds = "within the budget again, which another round had led out of";
+            return (Verdict::Switch, grounds.to_owned());
         }
         if !left.is_worth_another_round() {
             let grounds = "within the budget, and another round would leave no less";

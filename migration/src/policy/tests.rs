@@ -123,6 +123,11 @@ fn what_follows_from_rounds() {
             &[Continue, Switch],
         ),
         (
+            "a round that led out of the budget is not tried a second time",
+            &[(400_000, 70_000), (70_000, 75_000), (75_000, 60_000)],
+            &[Continue, Infeasible, Switch],
+        ),
+        (
             "over the budget, and each round leaves what it sent",
             &[(400_000, 200_000), (200_000, 200_000), (200_000, 199_000)],
             &[Continue, Infeasible, Infeasible],

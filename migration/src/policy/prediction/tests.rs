@@ -384,7 +384,9 @@ fn scaled(curve: &[(Duration, u64)], percent: u64) -> Sampled {
 }
 
 proptest! {
-    /// A guest that writes less is within its budget no later, and ends if one that writes more does.
+    /// A guest that writes less is within its budget no later, and ends if one that writes so much more was ever within its own: then no round that is begun
+    /// within the budget leads out of it. Of one that writes hardly less it may: a round that is expected to leave a third may leave as much as before, and
+    /// some more.
     #[test]
     fn less_to_write_is_never_worse(curve in curves(), percent in 1u64..100, megabytes in 20.0f64..5000.0) {
         let (less, more) = (scaled(&curve, percent), scaled(&curve, 100));
@@ -395,7 +397,8 @@ proptest! {
         if let Some(after) = more.within_budget_after {
             let sooner = less.within_budget_after.unwrap();
             prop_assert!(sooner <= after + MS, "{sooner:?} {after:?}");
-            prop_assert!(less.end == End::Whole);
+            // A round from the budget's edge leaves at most twice what the first pass did: that one tells of half its time only.
+            prop_assert!(less.end == End::Whole || percent > 50);
         }
     }
 
