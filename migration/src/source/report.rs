@@ -84,7 +84,7 @@ pub enum OnTimeout {
 /// The parts of a blackout that do not depend on the last pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Overhead {
-    /// Stopping the guest and exporting its state, as far as that takes any time beside loading it.
+    /// Stopping the guest. Exporting its state is in `start`, where that was learned from earlier moves: they tell it together with loading it.
     pub stop: Duration,
     /// Loading the state, the claim and the start at the destination, without the way there.
     pub start: Duration,

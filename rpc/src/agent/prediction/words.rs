@@ -148,3 +148,50 @@ fn time(time: Duration) -> String {
 fn megabytes(bytes: f64) -> String {
     format!("{:.1} MB", bytes / 1e6)
 }
+
+#[cfg(test)]
+mod tests {
+    use ferry_migration::postcopy::Lateness;
+    use ferry_migration::source::{Manner, OnTimeout, Terms};
+
+    use super::*;
+
+    #[test]
+    fn a_throttle_that_is_capped_too_low_is_to_be_raised_and_one_that_is_not_asked_for_to_be_asked_for() {
+        let throttled = Prediction {
+            end: End::Whole,
+            total: Duration::from_secs(20),
+            blackout: Duration::from_millis(100),
+            rounds: 9,
+            bytes: 1 << 30,
+            late_bytes: 0,
+            late: Duration::ZERO,
+            throttle: 50,
+            within_budget_after: None,
+            words: String::new(),
+        };
+        let found = Remedies {
+            auto_converge: Some(throttled),
+            ..Remedies::default()
+        };
+        let argument = |most_throttle| {
+            let wanted = Wanted {
+                terms: Terms {
+                    manner: Manner::Live {
+                        max_downtime: Duration::from_millis(300),
+                    },
+                    timeout: Duration::from_secs(900),
+                    bandwidth: None,
+                },
+                on_timeout: OnTimeout::Abort,
+                lateness: Lateness::Never,
+                most_throttle,
+            };
+            let told = remedies(&found, &wanted);
+            assert_eq!(told.len(), 1);
+            told.into_iter().map(|remedy| remedy.argument).collect::<String>()
+        };
+        assert_eq!(argument(0), "--auto-converge");
+        assert_eq!(argument(20), "--max-throttle 50");
+    }
+}
