@@ -1,7 +1,8 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::guest::Region;
+use crate::compress::{Block, Codec, Codecs};
+use crate::guest::{FrameRun, MemoryShape, Region};
 
 const STREAM: u16 = 3;
 
