@@ -76,10 +76,11 @@ pub(super) struct Figures {
     predicted_total_ratio_all: Vec<f64>,
     predicted_blackout_ratio_all: Vec<f64>,
     predicted_bytes_ratio_all: Vec<f64>,
-    /// Of pages that come late: the median wait for one of a move, a round trip and backing a page right before it, and the wait as a part
-    /// of three round trips and the backing of a page.
+    /// Of pages that come late: the median wait for one of a move, a round trip between two processors and within one, and backing a page,
+    /// right before it, and the wait as a part of three round trips between two processors and the backing of a page.
     late_wait_us: Option<f64>,
     late_round_trip_us: Option<f64>,
+    late_shared_round_trip_us: Option<f64>,
     late_population_us: Option<f64>,
     late_wait_ratio: Option<f64>,
     late_wait_us_all: Vec<f64>,
@@ -122,7 +123,8 @@ impl Figures {
         });
         let micros = |time: Duration| time.as_secs_f64() * 1e6;
         let late_wait = |run: &Run| run.moved.migration.late_median_wait_ms.map(|wait| wait * 1e3);
-        let round_trip = |run: &Run| run.least_fetch.map(|least| micros(least.round_trip));
+        let round_trip = |run: &Run| run.least_fetch?.round_trip.map(micros);
+        let shared_round_trip = |run: &Run| run.least_fetch.map(|least| micros(least.shared_round_trip));
         let population = |run: &Run| run.least_fetch.map(|least| micros(least.population));
         let late_waits = all(&late_wait);
         let late_ratios = all(&|run| Some(late_wait(run)? / (3.0 * round_trip(run)? + population(run)?)));
@@ -161,6 +163,7 @@ impl Figures {
             predicted_bytes_ratio_all: bytes_ratio,
             late_wait_us: median(&late_waits),
             late_round_trip_us: median(&all(&round_trip)),
+            late_shared_round_trip_us: median(&all(&shared_round_trip)),
             late_population_us: median(&all(&population)),
             late_wait_ratio: median(&late_ratios),
             late_wait_us_all: late_waits,
@@ -276,16 +279,18 @@ fn late(all: &[Figures]) -> Option<Table> {
         "LATE PAGES",
         ">WAIT",
         ">ROUND TRIP",
+        ">WITHIN ONE",
         ">A PAGE",
         ">OF 3 TRIPS AND A PAGE",
     ]);
     let micros = |time: Option<f64>| or_dash(time.map(|time| format!("{time:.1} µs")));
-    let of_late = |figures: &&Figures| figures.late_round_trip_us.is_some();
+    let of_late = |figures: &&Figures| figures.late_population_us.is_some();
     for figures in all.iter().filter(of_late) {
         table.row([
             figures.workload.to_owned(),
             micros(figures.late_wait_us),
             micros(figures.late_round_trip_us),
+            micros(figures.late_shared_round_trip_us),
             micros(figures.late_population_us),
             or_dash(figures.late_wait_ratio.map(|ratio| format!("{ratio:.2}"))),
         ]);
@@ -294,8 +299,8 @@ fn late(all: &[Figures]) -> Option<Table> {
 }
 
 const LATE: &str = "
-WAIT is the median of the guest's waits for a page in a move, ROUND TRIP a byte's way over the loopback and back between two threads, A PAGE what backing one takes,
-both measured right before the move.";
+WAIT is the median of the guest's waits for a page in a move, ROUND TRIP a byte's way over the loopback and back between threads on two processors, as the ends of a page's way are
+on two hosts, WITHIN ONE the same on one processor, where nobody is woken from idleness, A PAGE what backing one takes; all measured right before the move.";
 
 const FORETOLD: &str = "
 What `migrate --dry-run` said right before each move, as a part of what came of it: medians. Before the first one the link is tried, and nothing else is known of the way.";
