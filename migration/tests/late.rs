@@ -1,6 +1,10 @@
 //! Pages that come late: the guest runs at the destination without them, waits for those that it touches, and gets them all.
 
+#[path = "late/checked.rs"]
+mod checked;
 mod fake;
+#[path = "late/lost.rs"]
+mod lost;
 
 use std::num::NonZeroU64;
 use std::sync::Arc;
@@ -28,6 +32,13 @@ fn late(lateness: Lateness, workload: Workload) -> Scene {
     scene.parameters.lateness = lateness;
     scene.parameters.digests = false;
     scene.parameters.verify = false;
+    scene
+}
+
+/// A guest whose late pages are checked.
+fn verified(lateness: Lateness, workload: Workload) -> Scene {
+    let mut scene = late(lateness, workload);
+    scene.parameters.verify = true;
     scene
 }
 
@@ -90,6 +101,20 @@ impl Late {
         };
         self.source.equals(&self.destination).unwrap();
         (self.pages.outcome().unwrap(), bytes_sent)
+    }
+
+    /// The destination says that no page can be taken in any more; why.
+    #[track_caller]
+    fn fails(&self) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            assert!(Instant::now() < deadline, "nobody says that it fails");
+            match self.ends.late_reports.recv_timeout(PATIENCE) {
+                Ok(DestinationReport::Late(LateReport::Failed { reason })) => return reason,
+                Ok(_) => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
     }
 
     /// Both ends have another link.
@@ -296,141 +321,6 @@ fn a_switchover_that_is_called_off_leaves_nothing_late_behind() {
 }
 
 #[test]
-fn a_session_that_is_lost_is_taken_up_by_the_next_one() {
-    let late = Late::of(migrate(late(Lateness::AtOnce, Workload::Idle)));
-    late.source.slow_sends(Duration::from_millis(20));
-    late.touch([5000].into_iter());
-    // Both ends have it anew, whatever was under way.
-    for _ in 0..2 {
-        late.attach();
-        late.touch([300 + late.pages.missing() % 1000].into_iter());
-    }
-    late.source.slow_sends(Duration::ZERO);
-    let reports: Vec<_> = late.served.try_iter().collect();
-    let outcome = late.comes();
-    assert_eq!(outcome.pages, 6300, "{reports:?}");
-}
-
-#[test]
-fn a_cap_is_lifted_while_pages_come_late() {
-    let late = Late::of(migrate(hardly_any_bandwidth()));
-    late.orders.send(ServeOrder::Bandwidth(None)).unwrap();
-    late.comes();
-}
-
-#[test]
-fn a_cap_that_was_lifted_is_gone_over_the_next_link_too() {
-    let late = Late::of(migrate(hardly_any_bandwidth()));
-    // Whatever goes on over the first link until then is too slow to come to an end.
-    late.source.slow_sends(Duration::from_millis(20));
-    late.orders.send(ServeOrder::Bandwidth(None)).unwrap();
-    late.attach();
-    late.source.slow_sends(Duration::ZERO);
-    late.comes();
-}
-
-#[test]
-fn a_cap_is_lifted_while_there_is_no_link() {
-    let late = Late::of(migrate(hardly_any_bandwidth()));
-    let ((near, _), (_, far)) = (links(LATE_STREAMS), links(LATE_STREAMS));
-    late.orders.send(ServeOrder::Link(near)).unwrap();
-    late.pages.attach(far);
-    let heard = std::iter::from_fn(|| late.served.recv_timeout(PATIENCE).ok());
-    let is_lost = |report: ServeReport| matches!(report, ServeReport::LinkLost { .. });
-    assert!(heard.into_iter().any(is_lost), "nobody says that the link is lost");
-    late.orders.send(ServeOrder::Bandwidth(None)).unwrap();
-    late.attach();
-    late.comes();
-}
-
-#[test]
-fn whoever_hears_of_touched_pages_may_fail_while_there_is_no_link_and_that_is_told() {
-    let late = Late::of(migrate(hardly_any_bandwidth()));
-    let ((near, _), (_, far)) = (links(LATE_STREAMS), links(LATE_STREAMS));
-    late.orders.send(ServeOrder::Link(near)).unwrap();
-    late.pages.attach(far);
-    let told = || {
-        late.ends
-            .late_reports
-            .recv_timeout(PATIENCE)
-            .expect("nobody says anything")
-    };
-    while !matches!(told(), DestinationReport::Late(LateReport::LinkLost { .. })) {}
-
-    late.destination.become_deaf();
-
-    let reason = loop {
-        if let DestinationReport::Late(LateReport::Failed { reason }) = told() {
-            break reason;
-        }
-    };
-    assert!(reason.contains("the descriptor is gone"), "{reason}");
-}
-
-/// A page in a minute: what is sent so would come to an end next week.
-fn hardly_any_bandwidth() -> Scene {
-    let mut scene = late(Lateness::AtOnce, Workload::Idle);
-    scene.parameters.bandwidth = NonZeroU64::new(68);
-    scene
-}
-
-#[test]
-fn a_cut_link_is_told_at_both_ends_and_who_waits_waits_on() {
-    let late = Late::of(migrate(late(Lateness::AtOnce, Workload::Idle)));
-    late.source.slow_sends(Duration::from_millis(20));
-    let waits = thread::spawn({
-        let destination = late.destination.clone();
-        move || destination.touch(4321)
-    });
-    // A link that is dead from the beginning takes the place of the one that lives.
-    let ((near, _), (_, far)) = (links(LATE_STREAMS), links(LATE_STREAMS));
-    late.orders.send(ServeOrder::Link(near)).unwrap();
-    late.pages.attach(far);
-    let deadline = Instant::now() + PATIENCE;
-    let lost = |report: &ServeReport| matches!(report, ServeReport::LinkLost { .. });
-    loop {
-        assert!(Instant::now() < deadline, "nobody says that the link is lost");
-        if late.served.recv_timeout(PATIENCE).is_ok_and(|report| lost(&report)) {
-            break;
-        }
-    }
-    late.attach();
-    late.source.slow_sends(Duration::ZERO);
-    waits.join().unwrap();
-    late.comes();
-}
-
-#[test]
-fn a_session_ends_though_more_of_its_streams_break_than_are_heard() {
-    let late = Late::of(migrate(late(Lateness::AtOnce, Workload::Idle)));
-    late.source.slow_sends(Duration::from_millis(20));
-    let ((near, _), (_, far)) = (links(20), links(20));
-    late.orders.send(ServeOrder::Link(near)).unwrap();
-    late.pages.attach(far);
-    let lost = |report: ServeReport| matches!(report, ServeReport::LinkLost { .. });
-    let heard = std::iter::from_fn(|| late.served.recv_timeout(PATIENCE).ok());
-    assert!(heard.into_iter().any(lost), "nobody says that the link is lost");
-    late.attach();
-    late.source.slow_sends(Duration::ZERO);
-    late.comes();
-}
-
-#[test]
-fn a_source_that_nobody_wants_stops_serving() {
-    let Late {
-        orders,
-        serving,
-        source,
-        pages,
-        ..
-    } = Late::of(migrate(late(Lateness::AtOnce, Workload::Idle)));
-    source.slow_sends(Duration::from_millis(20));
-    drop(orders);
-    assert_eq!(serving.join().unwrap(), Served::Stopped);
-    assert!(pages.missing() > 0);
-}
-
-#[test]
 fn a_destination_whose_memory_cannot_wait_is_refused_before_anything_is_sent() {
     let mut scene = late(Lateness::AtOnce, Workload::Idle);
     let mut cannot = memory();
@@ -446,106 +336,6 @@ fn a_machine_that_does_not_load_ends_the_wait_for_its_pages() {
     scene.destination.fault = LoadFault::Restore;
     let ends = migrate(scene);
     assert!(matches!(ends.loaded, Err(DestinationError::Restore(_))));
-}
-
-/// A guest whose late pages are checked.
-fn verified(lateness: Lateness, workload: Workload) -> Scene {
-    let mut scene = late(lateness, workload);
-    scene.parameters.verify = true;
-    scene
-}
-
-#[test]
-fn what_comes_late_is_checked_when_it_comes() {
-    let outcome = Late::of(migrate(verified(Lateness::AtOnce, Workload::Idle))).comes();
-    assert_eq!((outcome.verified, outcome.sent_again), (Some(6300), 0));
-}
-
-#[test]
-fn without_verify_nothing_is_checked() {
-    let outcome = Late::of(migrate(late(Lateness::AtOnce, Workload::Idle))).comes();
-    assert_eq!((outcome.verified, outcome.sent_again), (None, 0));
-}
-
-#[test]
-fn what_rounds_brought_is_compared_before_go_and_the_rest_when_it_comes() {
-    let mut scene = verified(Lateness::WhenItPays, BUSY);
-    scene.parameters.manner = live(Duration::from_micros(500));
-    let late = Late::of(migrate(scene));
-    let SourceOutcome::GoSent(parked) = &late.ends.outcome else {
-        panic!("not sent")
-    };
-    let (compared, missing) = (parked.summary().verified.unwrap(), late.pages.missing());
-    assert_eq!(compared.ranges_sent_again, 0);
-    // What the guest wrote again was sent before, and is left out of the comparison all the same. Three pages are only its own writing's.
-    let all = compared.pages + missing;
-    assert!((6300..=6303).contains(&all), "{compared:?}, {missing} missing");
-    assert_eq!(late.comes().verified, Some(missing));
-}
-
-#[test]
-fn a_page_that_was_damaged_in_rounds_is_sent_again_though_others_come_late() {
-    // The guest writes other pages of the same range.
-    let work = Workload::Uniform {
-        frames: 4900,
-        rate: 200_000,
-    };
-    let mut scene = verified(Lateness::WhenItPays, work);
-    scene.parameters.manner = live(Duration::from_millis(20));
-    scene.parameters.bandwidth = NonZeroU64::new(64 << 20);
-    scene.source.memory().damage_sends(5000, 1);
-    let late = Late::of(migrate(scene));
-    let SourceOutcome::GoSent(parked) = &late.ends.outcome else {
-        panic!("not sent")
-    };
-    assert_eq!(parked.summary().verified.unwrap().ranges_sent_again, 1);
-    late.comes();
-}
-
-#[test]
-fn a_late_page_that_is_damaged_on_its_way_is_asked_for_again() {
-    let late = Late::of(migrate(verified(Lateness::AtOnce, Workload::Idle)));
-    late.source.slow_sends(Duration::from_millis(2));
-    late.source.damage_sends(5900, 3);
-    let outcome = late.comes();
-    assert_eq!(outcome.verified, Some(6300));
-    assert!((3..=3 * 256).contains(&outcome.sent_again), "{outcome:?}");
-}
-
-#[test]
-fn who_waits_for_a_page_that_is_damaged_on_its_way_sees_it_as_it_was_sent() {
-    let late = Late::of(migrate(verified(Lateness::AtOnce, Workload::Idle)));
-    late.source.slow_sends(Duration::from_millis(20));
-    late.source.damage_sends(5900, 2);
-    late.touch([5900].into_iter());
-    let page = run(5900, 1);
-    assert_eq!(
-        late.destination.digest(page).unwrap(),
-        late.source.digest(page).unwrap()
-    );
-    late.source.slow_sends(Duration::ZERO);
-    let outcome = late.comes();
-    assert!(outcome.sent_again >= 2 && outcome.latency.count() == 1, "{outcome:?}");
-}
-
-#[test]
-fn a_page_that_is_damaged_each_time_is_never_seen_and_ends_the_wait_for_it() {
-    let late = Late::of(migrate(verified(Lateness::AtOnce, Workload::Idle)));
-    late.source.damage_sends(5900, u64::MAX);
-    let deadline = Instant::now() + PATIENCE;
-    let reason = loop {
-        assert!(Instant::now() < deadline, "nobody says that it fails");
-        match late.ends.late_reports.recv_timeout(PATIENCE) {
-            Ok(DestinationReport::Late(LateReport::Failed { reason })) => break reason,
-            Ok(_) => {}
-            Err(error) => panic!("{error}"),
-        }
-    };
-    assert!(reason.contains("damaged on its way 8 times"), "{reason}");
-    assert!(late.pages.missing() > 0 && late.pages.outcome().is_none());
-    assert!(late.destination.is_absent(5900));
-    drop(late.orders);
-    assert_eq!(late.serving.join().unwrap(), Served::Stopped);
 }
 
 #[test]

@@ -53,6 +53,8 @@ struct Store {
     changed: Condvar,
     /// Nobody hears any more which pages are touched.
     is_deaf: AtomicBool,
+    /// There is no room for a page that comes late.
+    is_full: AtomicBool,
     /// Huge pages that were asked for after all had come.
     made_huge: AtomicU64,
 }
@@ -80,6 +82,7 @@ impl FakeMemory {
             late: Mutex::default(),
             changed: Condvar::new(),
             is_deaf: AtomicBool::new(false),
+            is_full: AtomicBool::new(false),
             made_huge: AtomicU64::new(0),
         };
         Self {
@@ -113,6 +116,11 @@ impl FakeMemory {
     /// From now on nobody hears which pages are touched.
     pub fn become_deaf(&self) {
         self.store.is_deaf.store(true, Ordering::Relaxed);
+    }
+
+    /// From now on there is no room for pages that come late.
+    pub fn fill_up(&self) {
+        self.store.is_full.store(true, Ordering::Relaxed);
     }
 
     /// From now on each transfer fails, and not for the socket's sake.
@@ -217,6 +225,12 @@ impl FakeMemory {
         }
     }
 
+    /// The same, and does not wait.
+    pub fn touch_and_go_on(&self, frame: u64) {
+        self.store.late.lock().unwrap().touched.push(frame);
+        self.store.changed.notify_all();
+    }
+
     /// Whether it is not there yet.
     pub fn is_absent(&self, frame: u64) -> bool {
         let late = self.store.late.lock().unwrap();
@@ -308,6 +322,13 @@ struct Waiting {
 }
 
 impl Waiting {
+    fn check_room(&self) -> Result<(), GuestError> {
+        match self.store.is_full.load(Ordering::Relaxed) {
+            true => Err(GuestError::new(io::Error::from(io::ErrorKind::OutOfMemory))),
+            false => Ok(()),
+        }
+    }
+
     fn check_whole(&self, run: FrameRun) {
         assert!(run.is_of_whole(self.unit), "{run:?} comes without what comes with it");
     }
@@ -327,6 +348,7 @@ impl AbsentPages for Waiting {
     }
 
     fn supply(&self, runs: &[FrameRun], contents: &[u8]) -> Result<(), GuestError> {
+        self.check_room()?;
         runs.iter().for_each(|&run| self.check_whole(run));
         let mut pages = contents.chunks_exact(FRAME_SIZE as usize);
         runs.iter()
@@ -336,6 +358,7 @@ impl AbsentPages for Waiting {
     }
 
     fn supply_zeroes(&self, run: FrameRun) -> Result<(), GuestError> {
+        self.check_room()?;
         self.check_whole(run);
         self.store.put(run, |_| None)
     }

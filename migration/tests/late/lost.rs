@@ -1,0 +1,148 @@
+//! Sessions of late pages that are lost, capped, or given up.
+
+use super::*;
+
+#[test]
+fn a_session_that_is_lost_is_taken_up_by_the_next_one() {
+    let late = Late::of(migrate(late(Lateness::AtOnce, Workload::Idle)));
+    late.source.slow_sends(Duration::from_millis(20));
+    late.touch([5000].into_iter());
+    // Both ends have it anew, whatever was under way.
+    for _ in 0..2 {
+        late.attach();
+        late.touch([300 + late.pages.missing() % 1000].into_iter());
+    }
+    late.source.slow_sends(Duration::ZERO);
+    let reports: Vec<_> = late.served.try_iter().collect();
+    let outcome = late.comes();
+    assert_eq!(outcome.pages, 6300, "{reports:?}");
+}
+
+#[test]
+fn a_cap_is_lifted_while_pages_come_late() {
+    let late = Late::of(migrate(hardly_any_bandwidth()));
+    late.orders.send(ServeOrder::Bandwidth(None)).unwrap();
+    late.comes();
+}
+
+#[test]
+fn a_cap_that_was_lifted_is_gone_over_the_next_link_too() {
+    let late = Late::of(migrate(hardly_any_bandwidth()));
+    // Whatever goes on over the first link until then is too slow to come to an end.
+    late.source.slow_sends(Duration::from_millis(20));
+    late.orders.send(ServeOrder::Bandwidth(None)).unwrap();
+    late.attach();
+    late.source.slow_sends(Duration::ZERO);
+    late.comes();
+}
+
+#[test]
+fn a_cap_is_lifted_while_there_is_no_link() {
+    let late = Late::of(migrate(hardly_any_bandwidth()));
+    let ((near, _), (_, far)) = (links(LATE_STREAMS), links(LATE_STREAMS));
+    late.orders.send(ServeOrder::Link(near)).unwrap();
+    late.pages.attach(far);
+    let heard = std::iter::from_fn(|| late.served.recv_timeout(PATIENCE).ok());
+    let is_lost = |report: ServeReport| matches!(report, ServeReport::LinkLost { .. });
+    assert!(heard.into_iter().any(is_lost), "nobody says that the link is lost");
+    late.orders.send(ServeOrder::Bandwidth(None)).unwrap();
+    late.attach();
+    late.comes();
+}
+
+#[test]
+fn whoever_hears_of_touched_pages_may_fail_while_there_is_no_link_and_that_is_told() {
+    let late = Late::of(migrate(hardly_any_bandwidth()));
+    let ((near, _), (_, far)) = (links(LATE_STREAMS), links(LATE_STREAMS));
+    late.orders.send(ServeOrder::Link(near)).unwrap();
+    late.pages.attach(far);
+    let told = || {
+        late.ends
+            .late_reports
+            .recv_timeout(PATIENCE)
+            .expect("nobody says anything")
+    };
+    while !matches!(told(), DestinationReport::Late(LateReport::LinkLost { .. })) {}
+
+    late.destination.become_deaf();
+
+    let reason = late.fails();
+    assert!(reason.contains("the descriptor is gone"), "{reason}");
+}
+
+/// A page in a minute: what is sent so would come to an end next week.
+fn hardly_any_bandwidth() -> Scene {
+    let mut scene = late(Lateness::AtOnce, Workload::Idle);
+    scene.parameters.bandwidth = NonZeroU64::new(68);
+    scene
+}
+
+#[test]
+fn a_cut_link_is_told_at_both_ends_and_who_waits_waits_on() {
+    let late = Late::of(migrate(late(Lateness::AtOnce, Workload::Idle)));
+    late.source.slow_sends(Duration::from_millis(20));
+    let waits = thread::spawn({
+        let destination = late.destination.clone();
+        move || destination.touch(4321)
+    });
+    // A link that is dead from the beginning takes the place of the one that lives.
+    let ((near, _), (_, far)) = (links(LATE_STREAMS), links(LATE_STREAMS));
+    late.orders.send(ServeOrder::Link(near)).unwrap();
+    late.pages.attach(far);
+    let deadline = Instant::now() + PATIENCE;
+    let lost = |report: &ServeReport| matches!(report, ServeReport::LinkLost { .. });
+    loop {
+        assert!(Instant::now() < deadline, "nobody says that the link is lost");
+        if late.served.recv_timeout(PATIENCE).is_ok_and(|report| lost(&report)) {
+            break;
+        }
+    }
+    late.attach();
+    late.source.slow_sends(Duration::ZERO);
+    waits.join().unwrap();
+    late.comes();
+}
+
+#[test]
+fn a_session_ends_though_more_of_its_streams_break_than_are_heard() {
+    let late = Late::of(migrate(late(Lateness::AtOnce, Workload::Idle)));
+    late.source.slow_sends(Duration::from_millis(20));
+    let ((near, _), (_, far)) = (links(20), links(20));
+    late.orders.send(ServeOrder::Link(near)).unwrap();
+    late.pages.attach(far);
+    let lost = |report: ServeReport| matches!(report, ServeReport::LinkLost { .. });
+    let heard = std::iter::from_fn(|| late.served.recv_timeout(PATIENCE).ok());
+    assert!(heard.into_iter().any(lost), "nobody says that the link is lost");
+    late.attach();
+    late.source.slow_sends(Duration::ZERO);
+    late.comes();
+}
+
+#[test]
+fn a_source_that_nobody_wants_stops_serving() {
+    let Late {
+        orders,
+        serving,
+        source,
+        pages,
+        ..
+    } = Late::of(migrate(late(Lateness::AtOnce, Workload::Idle)));
+    source.slow_sends(Duration::from_millis(20));
+    drop(orders);
+    assert_eq!(serving.join().unwrap(), Served::Stopped);
+    assert!(pages.missing() > 0);
+}
+
+#[test]
+fn a_destination_that_has_no_memory_left_for_late_pages_says_so_and_the_source_keeps_them() {
+    let late = Late::of(migrate(hardly_any_bandwidth()));
+    late.destination.fill_up();
+    late.destination.touch_and_go_on(5900);
+    let reason = late.fails();
+    assert!(reason.contains("out of memory"), "{reason}");
+    assert!(late.destination.is_absent(5900) && late.pages.outcome().is_none());
+    // It is the agents' to say what comes of the guest; until then its pages are where they were.
+    assert!(!late.serving.is_finished());
+    drop(late.orders);
+    assert_eq!(late.serving.join().unwrap(), Served::Stopped);
+}
