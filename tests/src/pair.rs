@@ -347,8 +347,8 @@ pub fn folder() -> Result<TempDir> {
     folder.context("failed to make a folder")
 }
 
-/// Removes what runs of these tests left that were killed themselves: their folders are named after their processes.
-fn remove_remains_of_the_dead() {
+/// Removes what runs of these tests, or of a bench, left that were killed themselves: their folders are named after their processes.
+pub fn remove_remains_of_the_dead() {
     for entry in fs::read_dir(ROOT).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let owner = name

@@ -6,6 +6,7 @@ mod echo;
 mod linux;
 mod probe;
 mod test;
+mod watched;
 mod workspace;
 
 use std::process::ExitCode;
@@ -40,7 +41,7 @@ fn main() -> ExitCode {
         Chore::Probe(options) => probe::run(&options),
         Chore::Linux(options) => linux::run(&options),
         Chore::Echo(options) => echo::run(&options),
-        Chore::Bench(options) => bench::run(&options),
+        Chore::Bench(options) => watched::run(|| bench::run(&options)),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
