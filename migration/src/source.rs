@@ -140,7 +140,7 @@ pub fn run<G: SourceGuest>(
                     bandwidth: lasting.terms().bandwidth,
                     liveness: parameters.liveness,
                     verify: parameters.verify,
-                    compression: summary.compression.method,
+                    packing: lasting.packing(),
                 },
             });
             return SourceOutcome::GoSent(Parked {

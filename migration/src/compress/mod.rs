@@ -15,6 +15,7 @@ mod worth;
 
 pub(crate) use codec::{COMPRESSED_SUM_BYTES, Codecs, Compressor, How, OF_DELTAS, PackedFrame};
 pub use codec::{Codec, Compression, Method, ParseCompressionError};
+pub(crate) use controller::Plan;
 pub use delta::most_copies;
 pub(crate) use delta::{Extent, SentPages, apply_delta};
 pub(crate) use measure::Measured;

@@ -60,7 +60,8 @@ impl<'scope, M: GuestMemory> Crew<'scope, '_, M> {
                 delivered,
                 digests,
                 round,
-                ..
+                before: _,
+                late_streams: _,
             } = shared;
             let delivered = &delivered[usize::from(stream)];
             let receiver = PageReceiver {

@@ -23,7 +23,7 @@ pub(super) struct Shared {
     pub(super) delivered: Vec<Delivered>,
     pub(super) round: AtomicU32,
     /// What came over links before this one.
-    before: StreamTotals,
+    pub(super) before: StreamTotals,
     /// Page streams for pages that come late.
     pub(super) late_streams: u32,
 }

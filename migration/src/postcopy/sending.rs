@@ -4,15 +4,19 @@ use std::io::{self, Write as _};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use super::source::Shared;
 use super::unsent::chunk_pages;
-use crate::compress::{Compressor, How};
-use crate::guest::{FrameRun, GuestError, GuestMemory};
+use crate::compress::{Compressor, GuestIs, How, Measured, PackedFrame, Plan, Sampled};
+use crate::guest::{FRAME_SIZE, FrameRun, GuestError, GuestMemory};
 use crate::precopy::{Contents, write_both};
 use crate::verify::FrameSum;
 use crate::wire::{FrameError, FrameReader, FrameWriter, StreamIdentity};
 use crate::yielding::stand_back;
+
+/// Late pages are of no round; to who packs them each travels for the first time.
+const ROUND: u32 = 1;
 
 /// The frames of one stream.
 pub(super) struct LateFrames<'a, 'b, M> {
@@ -51,6 +55,9 @@ impl<'a, 'b, M: GuestMemory> LateFrames<'a, 'b, M> {
         stand_back();
         while self.shared.unsent.next(&mut runs) {
             self.send(&runs, Urgency::CanWait)?;
+            for change in self.shared.parameters.packing.changes() {
+                tracing::info!(change, "late pages are sent otherwise from now on");
+            }
         }
         Ok(())
     }
@@ -84,22 +91,28 @@ impl<'a, 'b, M: GuestMemory> LateFrames<'a, 'b, M> {
             Some(sum) => Some(sum.of_memory(memory, data).map_err(guest_failed)?),
             None => None,
         };
-        let method = parameters
-            .compression
-            .filter(|_| urgency == Urgency::CanWait && !data.is_empty());
-        let block = match method {
-            Some(method) => {
-                let packed = self.compressor.pack(memory, data, How::whole(method));
-                packed.map_err(guest_failed)?.block.zip(Some(method.codec()))
-            }
+        let pages = data.iter().map(|run| run.count).sum();
+        let plan = match urgency {
+            Urgency::CanWait if pages > 0 => parameters.packing.plan(pages, ROUND, GuestIs::NotWaiting),
+            _ => Plan::default(),
+        };
+        let sampled = match plan.sample {
+            Some(method) => self.compressor.sample(memory, data, method).map_err(guest_failed)?,
             None => None,
         };
-        let told = block.map(|(block, codec)| (block.len(), codec));
+        let packed = match plan.method {
+            Some(method) => self.compressor.pack(memory, data, How::whole(method)),
+            None => Ok(PackedFrame::default()),
+        };
+        let packed = packed.map_err(guest_failed)?;
+        let block = packed.block.zip(packed.method);
+        let told = block.map(|(block, method)| (block.len(), method.codec()));
         let prefix = self.writer.late(self.contents.table.iter().copied(), told, sum);
         let bytes = match block {
             Some((block, _)) => (prefix.len() + block.len()) as u64,
             None => self.contents.totals(prefix.len()).bytes,
         };
+        let began = Instant::now();
         match urgency {
             Urgency::AwaitedNow => self.shared.bandwidth.spend(bytes),
             Urgency::CanWait => self.shared.bandwidth.wait(bytes),
@@ -110,7 +123,30 @@ impl<'a, 'b, M: GuestMemory> LateFrames<'a, 'b, M> {
         };
         written.map_err(FrameError::Io)?;
         self.shared.sent.fetch_add(bytes, Ordering::Relaxed);
+        if urgency == Urgency::CanWait && pages > 0 {
+            self.shared.learn(pages * FRAME_SIZE, &packed, sampled, began.elapsed());
+        }
         Ok(())
+    }
+}
+
+impl<M> Shared<'_, M> {
+    /// Takes in what a frame told of the link, and of the ways to compress.
+    fn learn(&self, bytes: u64, packed: &PackedFrame<'_>, sampled: Option<Sampled>, sending: Duration) {
+        let measured = Measured {
+            bytes,
+            sent: packed.block.map_or(bytes, |block| block.len() as u64),
+            method: packed.method,
+            copies: 0,
+            deltas: 0,
+            compressing: packed.took.time,
+            worked: packed.took.work,
+            sending,
+            sampled,
+            streams: self.pushing_streams(),
+            cap: self.bandwidth.cap(),
+        };
+        self.parameters.packing.sent(&measured, GuestIs::NotWaiting);
     }
 }
 

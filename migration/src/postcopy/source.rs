@@ -4,6 +4,7 @@
 //! guest is another host's by now is for its agent to know.
 
 use std::num::NonZeroU64;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvError};
 use std::thread::{self, Scope};
@@ -15,7 +16,7 @@ use super::sending::LateFrames;
 use super::unsent::{Unsent, chunk_pages};
 use super::{SessionLost, Table, URGENT_STREAMS};
 use crate::PageSet;
-use crate::compress::Method;
+use crate::compress::Packing;
 use crate::error_chain;
 use crate::guest::GuestMemory;
 use crate::handover::Attempt;
@@ -60,8 +61,9 @@ pub struct ServeParameters {
     pub liveness: Liveness,
     /// Each frame says what its pages add up to, so that the destination can tell what was damaged on the way.
     pub verify: bool,
-    /// How what nobody waits for is compressed; `None`: not at all. Who waits for a page does not wait for a compressor.
-    pub compression: Option<Method>,
+    /// How what nobody waits for is compressed, which goes on as the rounds before did it, or begins: what a link carries shows late, too. Who waits for a page does
+    /// not wait for a compressor.
+    pub(crate) packing: Arc<Packing>,
 }
 
 /// What a source of pages tells.
@@ -178,6 +180,13 @@ pub(super) struct Shared<'a, M> {
     pub(super) unsent: Unsent,
     pub(super) bandwidth: Bandwidth,
     pub(super) sent: AtomicU64,
+}
+
+impl<M> Shared<'_, M> {
+    /// How many streams there are for what nobody waits for.
+    pub(super) fn pushing_streams(&self) -> u32 {
+        self.sockets.pages.len().saturating_sub(URGENT_STREAMS).max(1) as u32
+    }
 }
 
 impl<M: GuestMemory> Source<'_, M> {

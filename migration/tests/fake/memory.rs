@@ -225,7 +225,7 @@ impl FakeMemory {
         }
     }
 
-    /// The same, and does not wait.
+    /// Tells of a touch as of a page that is absent, and does not wait.
     pub fn touch_and_go_on(&self, frame: u64) {
         self.store.late.lock().unwrap().touched.push(frame);
         self.store.changed.notify_all();

@@ -141,7 +141,10 @@ fn a_destination_that_has_no_memory_left_for_late_pages_says_so_and_the_source_k
     let reason = late.fails();
     assert!(reason.contains("out of memory"), "{reason}");
     assert!(late.destination.is_absent(5900) && late.pages.outcome().is_none());
-    // It is the agents' to say what comes of the guest; until then its pages are where they were.
+    // It is the agents' to say what comes of the guest; until then its pages are where they were, and so is who serves them.
+    let lost = |report: ServeReport| matches!(report, ServeReport::LinkLost { .. });
+    let heard = std::iter::from_fn(|| late.served.recv_timeout(PATIENCE).ok());
+    assert!(heard.into_iter().any(lost), "nobody says that the link is lost");
     assert!(!late.serving.is_finished());
     drop(late.orders);
     assert_eq!(late.serving.join().unwrap(), Served::Stopped);

@@ -23,6 +23,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     ];
     trials.extend(in_a_network![
         text_over_a_slow_link_is_compressed_of_its_own_accord,
+        text_that_comes_late_over_a_slow_link_is_compressed_of_its_own_accord,
         random_pages_over_a_slow_link_are_sent_plainly,
         a_guest_that_outruns_its_link_by_small_writes_ends_by_itself,
         a_cap_counts_what_is_sent,
@@ -229,6 +230,21 @@ fn text_over_a_slow_link_is_compressed_of_its_own_accord(pair: &mut Pair) -> Res
     let told = decisions.iter().find(|decision| decision["deed"] == "compress");
     let words = told.and_then(|told| told["words"].as_str()).context("not told")?;
     ensure!(words.starts_with("pages are compressed with "), "{words}");
+    pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+/// No round has shown what the link carries: the pages that are pushed do.
+fn text_that_comes_late_over_a_slow_link_is_compressed_of_its_own_accord(pair: &mut Pair) -> Result<()> {
+    let work = "fill=text fill_mib=128 work=idle heartbeat_ms=20";
+    let (_link, witness) = across(pair, "200mbit", &Guest::new("g").memory_mib(256).work(work))?;
+
+    let moved = pair.migrate("g", &["--mode", "postcopy", "--verify"])?.exit(0)?;
+
+    let moved = moved.migration()?.is("completed", "b")?;
+    let (pages, verified) = (moved.number("late_pages")?, moved.number("late_verified")?);
+    let share = moved.number("late_bytes")? / (4096.0 * pages);
+    ensure!(4096.0 * pages >= 2.0 * FILLED && verified == pages, "{}", moved.record);
+    ensure!(share < 0.8, "{share} of {pages} late pages were sent");
     pair.runs_only_at(&pair.b, "g", &witness)
 }
 
