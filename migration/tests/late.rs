@@ -6,8 +6,9 @@ mod fake;
 #[path = "late/lost.rs"]
 mod lost;
 
-use std::num::NonZeroU64;
+use std::num::{NonZeroU32, NonZeroU64};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -29,6 +30,10 @@ const BUSY: Workload = Workload::Uniform {
 
 fn late(lateness: Lateness, workload: Workload) -> Scene {
     let mut scene = Scene::new(guest(Tracking::Log, workload));
+    if !matches!(workload, Workload::Idle) {
+        // A round lasts long enough for the guest to write something in it, however busy the host is.
+        scene.source.memory().slow_sends(Duration::from_millis(5));
+    }
     scene.parameters.lateness = lateness;
     scene.parameters.digests = false;
     scene.parameters.verify = false;
@@ -40,6 +45,23 @@ fn verified(lateness: Lateness, workload: Workload) -> Scene {
     let mut scene = late(lateness, workload);
     scene.parameters.verify = true;
     scene
+}
+
+/// A page in a minute: what is sent so would come to an end next week.
+fn hardly_any_bandwidth() -> Scene {
+    let mut scene = late(Lateness::AtOnce, Workload::Idle);
+    scene.parameters.bandwidth = NonZeroU64::new(68);
+    scene
+}
+
+/// Waits until something is so.
+#[track_caller]
+fn soon(what: &str, is_so: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "not so yet: {what}");
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// Both ends after GO: a source that serves, and a destination that waits for pages.
@@ -80,6 +102,16 @@ impl Late {
             served,
             ends,
         }
+    }
+
+    /// The same, and each frame takes its time: a test that does something while pages are missing is not to be late for it.
+    #[track_caller]
+    fn slowly(ends: Ends, time: Duration) -> Self {
+        let SourceOutcome::GoSent(parked) = &ends.outcome else {
+            panic!("GO was not sent: {:?}", ends.loaded.as_ref().err())
+        };
+        parked.guest().memory().slow_sends(time);
+        Self::of(ends)
     }
 
     /// Every page comes, and both memories are the same then.
@@ -150,19 +182,52 @@ fn a_guest_is_handed_over_at_once_and_all_of_it_comes_late() {
 
 #[test]
 fn who_touches_a_page_gets_it_before_the_others() {
-    let ends = migrate(late(Lateness::AtOnce, BUSY));
-    let SourceOutcome::GoSent(parked) = &ends.outcome else {
-        panic!("not sent")
-    };
-    // Before the first page goes: all must not be there before any is touched.
-    parked.guest().memory().slow_sends(Duration::from_millis(10));
-    let late = Late::of(ends);
+    let late = Late::of(migrate(hardly_any_bandwidth()));
     late.touch((0..40).map(|index| 5990 - 149 * index));
     late.touch([NEVER_POPULATED.first, NEVER_POPULATED.first + 3].into_iter());
-    assert!(late.pages.missing() > 0, "all came before they were touched");
-    late.source.slow_sends(Duration::ZERO);
+    // One frame that nobody waits for goes before the cap is felt; the others are still to come.
+    let missing = late.pages.missing();
+    assert!(missing >= 6300 - 256 - 40 * 16, "{missing} are missing");
+    late.orders.send(ServeOrder::Bandwidth(None)).unwrap();
     let outcome = late.comes();
     assert!((1..=40).contains(&outcome.latency.count()), "{outcome:?}");
+}
+
+#[test]
+fn whoever_touches_a_page_gets_its_neighbours_too_and_nothing_beyond_them() {
+    let late = Late::of(migrate(hardly_any_bandwidth()));
+    // One frame goes before the cap is felt.
+    soon("a first frame is here", || late.pages.missing() < 6300);
+    late.touch([5900].into_iter());
+    let is_here = |frame: u64| !late.destination.is_absent(frame);
+    // Those of the same 64 KiB.
+    soon("its neighbours are here", || (5888..5904).all(is_here));
+    assert!(!is_here(5887) && !is_here(5904));
+    late.orders.send(ServeOrder::Bandwidth(None)).unwrap();
+    late.comes();
+}
+
+#[test]
+fn a_guest_that_was_throttled_in_vain_is_handed_over_unthrottled() {
+    let wild = Workload::Uniform {
+        frames: 6000,
+        rate: 400_000,
+    };
+    let mut scene = late(Lateness::WhenItPays, wild);
+    scene.parameters.manner = live(Duration::from_millis(4));
+    // However slowly it writes on a busy host, it is more than this carries.
+    scene.parameters.bandwidth = NonZeroU64::new(50_000_000);
+    scene.parameters.most_throttle = NonZeroU32::new(20);
+    let notes = scene.source.notes.clone();
+    let late = Late::of(migrate(scene));
+    let SourceOutcome::GoSent(parked) = &late.ends.outcome else {
+        panic!("not sent")
+    };
+    let decisions = &parked.summary().decisions;
+    let deeds: Vec<_> = decisions.iter().map(|decided| decided.deed.to_string()).collect();
+    assert!(deeds.iter().any(|deed| deed == "throttle"), "{deeds:?}");
+    assert_eq!(notes.throttle.load(Ordering::Relaxed), 0);
+    late.comes();
 }
 
 #[test]
@@ -345,8 +410,7 @@ fn pages_that_nobody_waits_for_travel_compressed_where_the_migration_does() {
     for frame in 3..6003 {
         scene.source.memory().repeat(frame, frame);
     }
-    let late = Late::of(migrate(scene));
-    late.source.slow_sends(Duration::from_millis(20));
+    let late = Late::slowly(migrate(scene), Duration::from_millis(20));
     late.touch([4000].into_iter());
     late.source.slow_sends(Duration::ZERO);
     let source = Arc::clone(&late.source);
@@ -375,8 +439,8 @@ fn by_fours(lateness: Lateness, workload: Workload) -> Scene {
 
 #[test]
 fn pages_that_only_come_together_come_together() {
-    let late = Late::of(migrate(by_fours(Lateness::AtOnce, Workload::Idle)));
-    late.source.slow_sends(Duration::from_millis(20));
+    let ends = migrate(by_fours(Lateness::AtOnce, Workload::Idle));
+    let late = Late::slowly(ends, Duration::from_millis(20));
     late.source.damage_sends(5001, 2);
     late.touch([5001, 4003, NEVER_POPULATED.first + 5].into_iter());
     late.source.slow_sends(Duration::ZERO);

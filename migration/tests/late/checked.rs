@@ -51,8 +51,8 @@ fn a_page_that_was_damaged_in_rounds_is_sent_again_though_others_come_late() {
 
 #[test]
 fn a_late_page_that_is_damaged_on_its_way_is_asked_for_again() {
-    let late = Late::of(migrate(verified(Lateness::AtOnce, Workload::Idle)));
-    late.source.slow_sends(Duration::from_millis(2));
+    let ends = migrate(verified(Lateness::AtOnce, Workload::Idle));
+    let late = Late::slowly(ends, Duration::from_millis(2));
     late.source.damage_sends(5900, 3);
     let outcome = late.comes();
     assert_eq!(outcome.verified, Some(6300));
@@ -61,8 +61,8 @@ fn a_late_page_that_is_damaged_on_its_way_is_asked_for_again() {
 
 #[test]
 fn who_waits_for_a_page_that_is_damaged_on_its_way_sees_it_as_it_was_sent() {
-    let late = Late::of(migrate(verified(Lateness::AtOnce, Workload::Idle)));
-    late.source.slow_sends(Duration::from_millis(20));
+    let ends = migrate(verified(Lateness::AtOnce, Workload::Idle));
+    let late = Late::slowly(ends, Duration::from_millis(20));
     late.source.damage_sends(5900, 2);
     late.touch([5900].into_iter());
     let page = run(5900, 1);
@@ -77,8 +77,10 @@ fn who_waits_for_a_page_that_is_damaged_on_its_way_sees_it_as_it_was_sent() {
 
 #[test]
 fn a_page_that_is_damaged_each_time_is_never_seen_and_ends_the_wait_for_it() {
-    let late = Late::of(migrate(verified(Lateness::AtOnce, Workload::Idle)));
+    let ends = migrate(verified(Lateness::AtOnce, Workload::Idle));
+    let late = Late::slowly(ends, Duration::from_millis(20));
     late.source.damage_sends(5900, u64::MAX);
+    late.source.slow_sends(Duration::ZERO);
     let reason = late.fails();
     assert!(reason.contains("damaged on its way 8 times"), "{reason}");
     assert!(late.pages.missing() > 0 && late.pages.outcome().is_none());

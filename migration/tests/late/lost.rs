@@ -4,8 +4,8 @@ use super::*;
 
 #[test]
 fn a_session_that_is_lost_is_taken_up_by_the_next_one() {
-    let late = Late::of(migrate(late(Lateness::AtOnce, Workload::Idle)));
-    late.source.slow_sends(Duration::from_millis(20));
+    let ends = migrate(late(Lateness::AtOnce, Workload::Idle));
+    let late = Late::slowly(ends, Duration::from_millis(20));
     late.touch([5000].into_iter());
     // Both ends have it anew, whatever was under way.
     for _ in 0..2 {
@@ -70,17 +70,10 @@ fn whoever_hears_of_touched_pages_may_fail_while_there_is_no_link_and_that_is_to
     assert!(reason.contains("the descriptor is gone"), "{reason}");
 }
 
-/// A page in a minute: what is sent so would come to an end next week.
-fn hardly_any_bandwidth() -> Scene {
-    let mut scene = late(Lateness::AtOnce, Workload::Idle);
-    scene.parameters.bandwidth = NonZeroU64::new(68);
-    scene
-}
-
 #[test]
 fn a_cut_link_is_told_at_both_ends_and_who_waits_waits_on() {
-    let late = Late::of(migrate(late(Lateness::AtOnce, Workload::Idle)));
-    late.source.slow_sends(Duration::from_millis(20));
+    let ends = migrate(late(Lateness::AtOnce, Workload::Idle));
+    let late = Late::slowly(ends, Duration::from_millis(20));
     let waits = thread::spawn({
         let destination = late.destination.clone();
         move || destination.touch(4321)
@@ -105,8 +98,8 @@ fn a_cut_link_is_told_at_both_ends_and_who_waits_waits_on() {
 
 #[test]
 fn a_session_ends_though_more_of_its_streams_break_than_are_heard() {
-    let late = Late::of(migrate(late(Lateness::AtOnce, Workload::Idle)));
-    late.source.slow_sends(Duration::from_millis(20));
+    let ends = migrate(late(Lateness::AtOnce, Workload::Idle));
+    let late = Late::slowly(ends, Duration::from_millis(20));
     let ((near, _), (_, far)) = (links(20), links(20));
     late.orders.send(ServeOrder::Link(near)).unwrap();
     late.pages.attach(far);
@@ -121,13 +114,8 @@ fn a_session_ends_though_more_of_its_streams_break_than_are_heard() {
 #[test]
 fn a_source_that_nobody_wants_stops_serving() {
     let Late {
-        orders,
-        serving,
-        source,
-        pages,
-        ..
-    } = Late::of(migrate(late(Lateness::AtOnce, Workload::Idle)));
-    source.slow_sends(Duration::from_millis(20));
+        orders, serving, pages, ..
+    } = Late::of(migrate(hardly_any_bandwidth()));
     drop(orders);
     assert_eq!(serving.join().unwrap(), Served::Stopped);
     assert!(pages.missing() > 0);
