@@ -293,7 +293,7 @@ impl Drop for Pair {
 }
 
 /// Ends the processes that name the folder, and removes what they left outside it: cgroups and started marks.
-fn remove_remains(folder: &Path) {
+pub fn remove_remains(folder: &Path) {
     for id in process::naming(folder) {
         let _ = process::signal(id, Signal::KILL);
     }

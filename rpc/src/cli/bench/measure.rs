@@ -42,6 +42,12 @@ async fn in_lab(
     } = *arguments;
     let transport = transport(&arguments.transport)?;
     lab.start_agents().await?;
+    // Before there is a guest, which would keep a processor busy.
+    let least_fetch = workload.late.map(|_| least_fetch()).transpose();
+    let least_fetch = least_fetch.map_err(|error| {
+        let text = format!("failed to measure a round trip: {}", crate::error_chain(&error));
+        Failure::new(Exit::Failed, text)
+    })?;
     told.tell("boots");
     let guest = lab.boot(&workload.plan()).await?;
     let agents = [lab.agent_pid(0), lab.agent_pid(1)];
@@ -64,7 +70,8 @@ async fn in_lab(
             late: workload.late,
             listen: STAY,
         };
-        measured.push(timed_move(lab, &guest, order, &mut stays, workload.touched_bytes).await?);
+        let moved = timed_move(lab, &guest, order, &mut stays, workload.touched_bytes).await?;
+        measured.push(Run { least_fetch, ..moved });
     }
     stays.close(&guest, runs as usize % 2);
 
@@ -107,11 +114,6 @@ async fn timed_move(
 ) -> Result<Run, Failure> {
     // Before memory is touched: what is free for two seconds goes back.
     let predicted = lab.predict(guest, order, SAMPLE).await?;
-    let least_fetch = order.late.map(|_| least_fetch()).transpose();
-    let least_fetch = least_fetch.map_err(|error| {
-        let text = format!("failed to measure a round trip: {}", crate::error_chain(&error));
-        Failure::new(Exit::Failed, text)
-    })?;
     warm(touched_bytes)?;
     // What the guest gets done before the move is not what it got done beside all this.
     sleep(CALM).await;
@@ -136,7 +138,7 @@ async fn timed_move(
     Ok(Run {
         moved: moved?,
         predicted,
-        least_fetch,
+        least_fetch: None,
         cpu_source_s: cpu[order.source],
         cpu_destination_s: cpu[order.destination()],
         clock_error: None,

@@ -77,7 +77,7 @@ pub(super) struct Figures {
     predicted_blackout_ratio_all: Vec<f64>,
     predicted_bytes_ratio_all: Vec<f64>,
     /// Of pages that come late: the median wait for one of a move, a round trip between two processors and within one, and backing a page,
-    /// right before it, and the wait as a part of three round trips between two processors and the backing of a page.
+    /// before the guest was there, and the wait as a part of three round trips between two processors and the backing of a page.
     late_wait_us: Option<f64>,
     late_round_trip_us: Option<f64>,
     late_shared_round_trip_us: Option<f64>,
@@ -300,7 +300,7 @@ fn late(all: &[Figures]) -> Option<Table> {
 
 const LATE: &str = "
 WAIT is the median of the guest's waits for a page in a move, ROUND TRIP a byte's way over the loopback and back between threads on two processors, as the ends of a page's way are
-on two hosts, WITHIN ONE the same on one processor, where nobody is woken from idleness, A PAGE what backing one takes; all measured right before the move.";
+on two hosts, WITHIN ONE the same on one processor, where nobody is woken from idleness, A PAGE what backing one takes; all measured before the guest was there.";
 
 const FORETOLD: &str = "
 What `migrate --dry-run` said right before each move, as a part of what came of it: medians. Before the first one the link is tried, and nothing else is known of the way.";

@@ -10,7 +10,7 @@ use ferry_probe::rng::Rng;
 use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
 use tempfile::TempDir;
 
-use crate::workspace;
+use crate::watched;
 
 /// The file, in a folder of its own: who locks it may put something beside it. Dropping it removes both.
 pub(super) struct Image {
@@ -30,7 +30,7 @@ impl Image {
     /// # Errors
     /// If there is no room.
     pub(super) fn write() -> Result<Self> {
-        let folder = workspace::target();
+        let folder = watched::room();
         fs::create_dir_all(&folder).with_context(|| format!("failed to make {}", folder.display()))?;
         let own = tempfile::Builder::new()
             .prefix("bench-disk-")

@@ -13,7 +13,7 @@ use rustix::fs::{Advice, fadvise};
 
 use super::Samples;
 use crate::bench::{Options, ferry, two_hosts};
-use crate::workspace;
+use crate::watched;
 
 /// Much more than what a disk takes in without writing it.
 const BYTES: u64 = 1 << 30;
@@ -23,7 +23,7 @@ const DISK: &str = "disk.img";
 pub(super) fn measure(options: &Options, ferry: &ferry::Binary) -> Result<Vec<Samples>> {
     let folder = tempfile::Builder::new()
         .prefix("bench-copy-")
-        .tempdir_in(workspace::target());
+        .tempdir_in(watched::room());
     let folder = folder.context("failed to make a folder for the disks")?;
     let places = Places::make(folder.path())?;
     write_noise(&places.a.join(DISK)).context("failed to write the disk")?;
