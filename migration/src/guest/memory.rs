@@ -46,7 +46,7 @@ pub trait GuestMemory: Send + Sync + 'static {
 
     /// These pages of a round were sent, or told to be zero: of disks, that makes room for further writes.
     ///
-    /// [`SourceGuest::hold_back_disk_writes`] tells how much.
+    /// [`SourceGuest::hold_back_disk_writes`](super::SourceGuest::hold_back_disk_writes) tells how much.
     fn sent(&self, _runs: &[FrameRun]) {}
 
     /// Reads the bytes of `runs` from a blocking stream socket, all of them.

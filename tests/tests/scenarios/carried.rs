@@ -63,7 +63,7 @@ const GRPC: [&str; 2] = ["--transport", "grpc"];
 /// There and back, each page whole.
 fn moves(pair: &Pair, further: &[&str], witness: &Witness) -> Result<()> {
     for (host, other) in [(&pair.a, &pair.b), (&pair.b, &pair.a)] {
-        let words = [&["migrate", "g", "--to", other.name][..], &GRPC, further].concat();
+        let words = [&["migrate", "g", "--to", other.name, "--verify"][..], &GRPC, further].concat();
         let moved = host.ferry(&words)?.exit(0)?.migration()?.is("completed", other.name)?;
         ensure!(moved.record["transport"] == "grpc", "{}", moved.record);
         let seen = other

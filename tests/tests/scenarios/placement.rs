@@ -1,11 +1,12 @@
 //! Where a guest goes when nobody says, what a host says no for, and agents of different versions.
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{Guest, Host, Pair, Witness, until, waiting::CALL};
+use ferry_tests::{Guest, Host, Pair, Witness, process, until, waiting::CALL};
 use libtest_mimic::Trial;
+use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::scenario::on_kvm;
+use crate::scenario::{expect_a_lost_peer, on_kvm};
 
 pub(crate) fn trials() -> Vec<Trial> {
     on_kvm![
@@ -14,6 +15,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_host_whose_claims_are_full_is_left_and_says_so,
         a_dry_run_tells_of_every_host_and_changes_nothing,
         a_host_that_is_down_is_left,
+        a_guest_whose_copy_broke_at_one_host_arrives_whole_at_another,
         a_second_migration_of_a_guest_names_the_first,
         a_migration_waits_for_a_destination_that_has_its_hands_full,
         an_agent_kept_at_an_older_version_gives_and_takes,
@@ -98,6 +100,31 @@ fn a_host_whose_claims_are_full_is_left_and_says_so(pair: &mut Pair) -> Result<(
 
     told.says("not host c")?.migration()?.is("completed", "b")?;
     pair.runs_only_at(&pair.b, "g", &witness)
+}
+
+/// What was written before the first copy broke, while it went on and since: the second one has all of it.
+fn a_guest_whose_copy_broke_at_one_host_arrives_whole_at_another(pair: &mut Pair) -> Result<()> {
+    expect_a_lost_peer(pair);
+    pair.start_three(&[])?;
+    for dirty in ["log", "ring"] {
+        let work = "fill=random fill_mib=32 work=uniform work_mib=16 rate=20000 heartbeat_ms=20";
+        let guest = Guest::new("g").work(work).dirty(dirty);
+        pair.a.ferry(&guest.arguments(&pair.kernel()))?.exit(0)?;
+        let witness = Witness::of_instance(&[&pair.a, &pair.b, third(pair)?], &id(&pair.a, "g")?);
+        witness.wait_ready()?;
+        let slow = ["--bandwidth", "160Mbit", "--max-downtime", "1ms", "--compress", "off"];
+        let underway = pair.migrate_until("g", &slow, |record| Ok(record.rounds() >= 2))?;
+
+        process::signal(pair.b.vmm()?, Signal::KILL)?;
+
+        underway.call.wait()?.exit(1)?.migration()?.is("failed", "a")?;
+        let moved = pair.a.ferry(&["migrate", "g", "--to", "c", "--verify"])?.exit(0)?;
+        moved.migration()?.is("completed", "c")?;
+        witness.wait_for_beats_at("c", 3)?;
+        witness.check()?;
+        third(pair)?.ferry(&["delete", "g", "--force"])?.exit(0)?;
+    }
+    Ok(())
 }
 
 fn a_dry_run_tells_of_every_host_and_changes_nothing(pair: &mut Pair) -> Result<()> {

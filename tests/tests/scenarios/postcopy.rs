@@ -118,13 +118,13 @@ fn a_guest_that_moved_by_post_copy_moves_back_and_forth(pair: &mut Pair) -> Resu
     let witness = pair.run(&Guest::new("g").work(BUSY))?;
     for mode in ["postcopy", "precopy"] {
         pair.a
-            .ferry(&["migrate", "g", "--to", "b", "--mode", mode])?
+            .ferry(&["migrate", "g", "--to", "b", "--mode", mode, "--verify"])?
             .exit(0)?
             .migration()?
             .is("completed", "b")?;
         pair.runs_only_at(&pair.b, "g", &witness)?;
         pair.b
-            .ferry(&["migrate", "g", "--to", "a", "--mode", "postcopy"])?
+            .ferry(&["migrate", "g", "--to", "a", "--mode", "postcopy", "--verify"])?
             .exit(0)?
             .migration()?
             .is("completed", "a")?;

@@ -172,7 +172,7 @@ fn a_local_disk_comes_before_the_guest_and_its_memory_late(pair: &mut Pair) -> R
     is_whole(folders.b.join("g.img"))?;
     is_empty(&folders.a)?;
 
-    let back = ["migrate", "g", "--to", "a", "--storage", "copy"];
+    let back = ["migrate", "g", "--to", "a", "--storage", "copy", "--verify"];
     let hybrid = ["--mode", "hybrid", "--max-downtime", "1ms"];
     let moved = pair.b.ferry(&[&back[..], &hybrid].concat())?.exit(0)?;
     let moved = moved.migration()?.is("completed", "a")?;
