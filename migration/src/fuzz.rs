@@ -167,7 +167,7 @@ mod tests {
     use super::*;
     use crate::guest::{FrameRun, Population};
     use crate::handover::Attempt;
-    use crate::wire::{Content, FrameWriter, Wishes, attempt_to_wire, hello, population_to_wire, write_message};
+    use crate::wire::{Content, FrameWriter, Wishes, attempt_to_wire, hello, population_to_wire, written_plainly};
 
     fn run(first: u64, count: u64) -> FrameRun {
         FrameRun { first, count }
@@ -298,12 +298,7 @@ mod tests {
                 reason: "late".to_owned(),
             }),
         ]);
-        let written = |said: Said| {
-            let mut bytes = Vec::new();
-            let message = v1::FromSource { message: Some(said) };
-            write_message(&mut bytes, &message).expect("a vector takes everything");
-            bytes
-        };
+        let written = |said: Said| written_plainly(&v1::FromSource { message: Some(said) });
         let each: Vec<Vec<u8>> = said.into_iter().map(written).collect();
         let mut samples = vec![each.concat()];
         samples.extend(each);
@@ -320,10 +315,7 @@ mod tests {
             last: true,
         });
         for message in [refused, holding, missing] {
-            let mut bytes = Vec::new();
-            let message = v1::FromDestination { message: Some(message) };
-            write_message(&mut bytes, &message).expect("a vector takes everything");
-            samples.push(bytes);
+            samples.push(written_plainly(&v1::FromDestination { message: Some(message) }));
         }
         feed("control_messages", &samples, control_messages);
     }

@@ -20,6 +20,8 @@ pub(crate) const ENTRY: usize = 16;
 
 /// Magic number and length before a message of the control stream.
 pub(crate) const MESSAGE_HEADER: usize = 8;
+/// Of a message's last field, its checksum: the key; four bytes follow.
+pub(crate) const MESSAGE_SUM_KEY: usize = 5;
 
 /// Passes on exactly so many bytes, and tells them.
 pub(crate) fn pass_bytes<const COUNT: usize>(mut from: &TcpStream, mut to: &TcpStream) -> io::Result<[u8; COUNT]> {

@@ -17,7 +17,7 @@ use anyhow::{Context, Result, bail, ensure};
 use self::carried::CarriedStream;
 use crate::host::{Host, free_port};
 use crate::messages::Speaker;
-use crate::passing::{MESSAGE_HEADER, find, pass_bytes, pump, read_frame, read_message, says};
+use crate::passing::{MESSAGE_HEADER, MESSAGE_SUM_KEY, find, pass_bytes, pump, read_frame, read_message, says};
 use crate::tampering::{Cut, CutPoint, Tampering};
 use crate::waiting::{CALL, until};
 
@@ -530,7 +530,11 @@ impl Shared {
                 // A ping may come before it.
                 let is_hello = message.get(MESSAGE_HEADER) == Some(&HELLO);
                 if is_hello {
-                    change(&mut message[MESSAGE_HEADER..]);
+                    let (said, sum) = message[MESSAGE_HEADER..].split_last_chunk_mut().expect("a checksum");
+                    change(said);
+                    // A hostile peer's adds up, too: the key of its field is no part of it.
+                    let said = &said[..said.len() - MESSAGE_SUM_KEY];
+                    *sum = crc32fast::hash(said).to_le_bytes();
                     self.done();
                 }
                 to.write_all(&message)?;

@@ -20,6 +20,12 @@ const MAX_ENTRIES: usize = 128 << 10;
 /// The first bytes of every message, `FCTL` in ASCII.
 const MAGIC: [u8; 4] = *b"FCTL";
 
+/// The last field of every short message, in the bytes of its key: number 0x1a2b3c4d, a fixed32, the CRC-32 of what is before it. No such field is declared: who does not know it passes
+/// over it, as over any field that is new, and who knows it takes a message without it for one of a peer that does not. A number of five bytes is not the end of any other message
+/// by accident. A long message is a machine's state, or nearly; that is digested in the manifest, and must be a single field.
+const SUM_KEY: [u8; 5] = [0xed, 0xc4, 0xe7, 0x8a, 0x0d];
+const SUM_BYTES: usize = SUM_KEY.len() + size_of::<u32>();
+
 /// Why the control stream cannot be used on.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
@@ -41,6 +47,14 @@ pub enum ControlError {
     /// A message of longer lists than allowed.
     #[error("a message of {0} entries, at most {MAX_ENTRIES} are allowed")]
     TooMany(usize),
+    /// A message that was damaged on its way.
+    #[error("a message was damaged on its way: its checksum is {found:#010x} and not {told:#010x}, as it says")]
+    Damaged {
+        /// What it says.
+        told: u32,
+        /// What it adds up to.
+        found: u32,
+    },
     /// A message that does not parse.
     #[error("a message does not parse")]
     Malformed(#[source] prost::DecodeError),
@@ -58,13 +72,20 @@ impl ControlError {
 /// # Errors
 /// The connection's error; [`ControlError::TooLong`] or [`ControlError::TooLongForKind`] before anything is written.
 pub(crate) fn write_message<M: Spoken>(socket: &mut impl Write, message: &M) -> Result<(), ControlError> {
-    let length = message.encoded_len();
+    let said = message.encoded_len();
+    let is_summed = said + SUM_BYTES <= MAX_SHORT;
+    let length = if is_summed { said + SUM_BYTES } else { said };
     let prefix = u32::try_from(length).ok().filter(|&length| length <= MAX_MESSAGE);
     let prefix = prefix.ok_or(ControlError::TooLong(length as u64))?;
     let mut bytes = Vec::with_capacity(8 + length);
     bytes.extend_from_slice(&MAGIC);
     bytes.extend_from_slice(&prefix.to_le_bytes());
     message.encode_raw(&mut bytes);
+    if is_summed {
+        let sum = crc32fast::hash(&bytes[8..]);
+        bytes.extend_from_slice(&SUM_KEY);
+        bytes.extend_from_slice(&sum.to_le_bytes());
+    }
     check_length::<M>(&bytes[8..])?;
     socket.write_all(&bytes).map_err(ControlError::Io)
 }
@@ -95,11 +116,30 @@ pub(crate) fn read_message<M: Spoken>(socket: &mut impl Read) -> Result<M, Contr
         _ => ControlError::Io(error),
     })?;
     check_length::<M>(&body)?;
-    let mut message = M::decode(&*body).map_err(ControlError::Malformed)?;
+    let mut message = M::decode(undamaged(&body)?).map_err(ControlError::Malformed)?;
     message.shorten_texts();
     match message.entries() {
         0..=MAX_ENTRIES => Ok(message),
         entries => Err(ControlError::TooMany(entries)),
+    }
+}
+
+/// What is before the checksum, which it has to be of; all of it where there is none.
+fn undamaged(body: &[u8]) -> Result<&[u8], ControlError> {
+    let Some((said, key, sum)) = body.split_last_chunk().and_then(|(before, &sum)| {
+        let (said, key) = before.split_last_chunk()?;
+        Some((said, *key, sum))
+    }) else {
+        return Ok(body);
+    };
+    if key != SUM_KEY {
+        return Ok(body);
+    }
+    let (told, found) = (u32::from_le_bytes(sum), crc32fast::hash(said));
+    if told == found {
+        Ok(said)
+    } else {
+        Err(ControlError::Damaged { told, found })
     }
 }
 
@@ -118,6 +158,13 @@ fn check_length<M: Spoken>(body: &[u8]) -> Result<(), ControlError> {
         true => Ok(()),
         false => Err(ControlError::TooLongForKind(body.len())),
     }
+}
+
+/// One message as a peer writes it that knows no checksums; what is made of it by chance is looked at by whoever reads it, then.
+#[cfg(test)]
+pub(crate) fn written_plainly(message: &impl Spoken) -> Vec<u8> {
+    let body = message.encode_to_vec();
+    [&MAGIC[..], &(body.len() as u32).to_le_bytes(), &body].concat()
 }
 
 #[cfg(test)]
@@ -151,6 +198,32 @@ mod tests {
     fn a_message_comes_out_as_it_went_in() {
         let bytes = written(&message());
         assert_eq!(read_message::<FromSource>(&mut &*bytes).unwrap(), message());
+    }
+
+    #[test]
+    fn a_message_of_a_peer_without_checksums_is_read_and_theirs_is_read_by_such_a_peer() {
+        let plain = written_plainly(&message());
+        assert_eq!(read_message::<FromSource>(&mut &*plain).unwrap(), message());
+        let summed = written(&message());
+        assert_eq!(FromSource::decode(&summed[8..]).unwrap(), message());
+        let mut key = Vec::new();
+        prost::encoding::encode_key(0x1a2b_3c4d, prost::encoding::WireType::ThirtyTwoBit, &mut key);
+        assert_eq!(key, SUM_KEY);
+    }
+
+    #[test]
+    fn no_damaged_bit_of_what_is_said_goes_unnoticed() {
+        let whole = written(&message());
+        let said = 8..whole.len() - SUM_BYTES;
+        for bit in said.start * 8..said.end * 8 {
+            let mut bytes = whole.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            let heard = read_message::<FromSource>(&mut &*bytes);
+            assert!(
+                matches!(heard, Err(ControlError::Damaged { .. })),
+                "bit {bit}: {heard:?}"
+            );
+        }
     }
 
     #[test]

@@ -9,6 +9,8 @@ mod spoken;
 mod texts;
 
 pub use control::ControlError;
+#[cfg(test)]
+pub(crate) use control::written_plainly;
 pub(crate) use control::{read_message, write_message};
 pub use frame::FrameError;
 #[cfg(any(fuzzing, test))]

@@ -7,6 +7,7 @@ use super::BUSY;
 use super::fake::raw::{self, RawFrame, RawSource};
 use super::fake::scene::{attempt, destination_parameters, guest, links, memory, parameters};
 use super::fake::{FakeDestination, Tracking};
+use ferry_migration::ControlError;
 use ferry_migration::destination::{self, DestinationError};
 use ferry_migration::handover::Grants;
 use ferry_migration::source::{self, SourceError, SourceOutcome};
@@ -291,6 +292,23 @@ fn a_population_map_that_says_nothing_for_ever_is_refused() {
 #[test]
 fn a_population_map_that_names_pages_again_and_again_is_refused() {
     map_is_refused(&[&[100, 10], &[105, 10]], "not in the order of memory");
+}
+
+#[test]
+fn nothing_is_believed_of_a_message_that_was_damaged_on_its_way() {
+    let (error, _) = against(|source| {
+        source.say(Said::Hello(source.hello()));
+        source.reply();
+        let map = Said::Population(v1::Population {
+            last: true,
+            ..v1::Population::default()
+        });
+        raw::say_damaged(&source.link.control, &v1::FromSource { message: Some(map) });
+    });
+    assert!(
+        matches!(error, DestinationError::ControlLost(ControlError::Damaged { .. })),
+        "{error}"
+    );
 }
 
 #[test]
