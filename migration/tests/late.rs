@@ -149,6 +149,14 @@ impl Late {
         }
     }
 
+    /// The source says that its session is lost.
+    #[track_caller]
+    fn loses_its_link(&self) {
+        let mut heard = std::iter::from_fn(|| self.served.recv_timeout(PATIENCE).ok());
+        let is_lost = |report| matches!(report, ServeReport::LinkLost { .. });
+        assert!(heard.any(is_lost), "nobody says that the link is lost");
+    }
+
     /// Both ends have another link.
     fn attach(&self) {
         let (near, far) = links(LATE_STREAMS);

@@ -18,24 +18,24 @@ pub fn say(socket: &TcpStream, message: &impl Message) {
 }
 
 /// Writes one control message to somebody who may have hung up.
-pub fn try_to_say(mut socket: &TcpStream, message: &impl Message) -> io::Result<()> {
-    let body = message.encode_to_vec();
+pub fn try_to_say(socket: &TcpStream, message: &impl Message) -> io::Result<()> {
+    write_body(socket, &message.encode_to_vec())
+}
+
+fn write_body(mut socket: &TcpStream, body: &[u8]) -> io::Result<()> {
     let mut bytes = b"FCTL".to_vec();
     bytes.extend_from_slice(&u32::try_from(body.len()).unwrap().to_le_bytes());
-    bytes.extend_from_slice(&body);
+    bytes.extend_from_slice(body);
     socket.write_all(&bytes)
 }
 
 /// Writes one control message whose checksum is another message's.
-pub fn say_damaged(mut socket: &TcpStream, message: &impl Message) {
+pub fn say_damaged(socket: &TcpStream, message: &impl Message) {
     let mut body = message.encode_to_vec();
     let sum = !crc32fast::hash(&body);
     prost::encoding::encode_key(0x1a2b_3c4d, prost::encoding::WireType::ThirtyTwoBit, &mut body);
     body.extend_from_slice(&sum.to_le_bytes());
-    let mut bytes = b"FCTL".to_vec();
-    bytes.extend_from_slice(&u32::try_from(body.len()).unwrap().to_le_bytes());
-    bytes.extend_from_slice(&body);
-    socket.write_all(&bytes).unwrap();
+    write_body(socket, &body).unwrap();
 }
 
 /// Reads one control message; `None` at the end of the stream.

@@ -42,9 +42,7 @@ fn a_cap_is_lifted_while_there_is_no_link() {
     let ((near, _), (_, far)) = (links(LATE_STREAMS), links(LATE_STREAMS));
     late.orders.send(ServeOrder::Link(near)).unwrap();
     late.pages.attach(far);
-    let heard = std::iter::from_fn(|| late.served.recv_timeout(PATIENCE).ok());
-    let is_lost = |report: ServeReport| matches!(report, ServeReport::LinkLost { .. });
-    assert!(heard.into_iter().any(is_lost), "nobody says that the link is lost");
+    late.loses_its_link();
     late.orders.send(ServeOrder::Bandwidth(None)).unwrap();
     late.attach();
     late.comes();
@@ -82,14 +80,7 @@ fn a_cut_link_is_told_at_both_ends_and_who_waits_waits_on() {
     let ((near, _), (_, far)) = (links(LATE_STREAMS), links(LATE_STREAMS));
     late.orders.send(ServeOrder::Link(near)).unwrap();
     late.pages.attach(far);
-    let deadline = Instant::now() + PATIENCE;
-    let lost = |report: &ServeReport| matches!(report, ServeReport::LinkLost { .. });
-    loop {
-        assert!(Instant::now() < deadline, "nobody says that the link is lost");
-        if late.served.recv_timeout(PATIENCE).is_ok_and(|report| lost(&report)) {
-            break;
-        }
-    }
+    late.loses_its_link();
     late.attach();
     late.source.slow_sends(Duration::ZERO);
     waits.join().unwrap();
@@ -103,9 +94,7 @@ fn a_session_ends_though_more_of_its_streams_break_than_are_heard() {
     let ((near, _), (_, far)) = (links(20), links(20));
     late.orders.send(ServeOrder::Link(near)).unwrap();
     late.pages.attach(far);
-    let lost = |report: ServeReport| matches!(report, ServeReport::LinkLost { .. });
-    let heard = std::iter::from_fn(|| late.served.recv_timeout(PATIENCE).ok());
-    assert!(heard.into_iter().any(lost), "nobody says that the link is lost");
+    late.loses_its_link();
     late.attach();
     late.source.slow_sends(Duration::ZERO);
     late.comes();
@@ -130,9 +119,7 @@ fn a_destination_that_has_no_memory_left_for_late_pages_says_so_and_the_source_k
     assert!(reason.contains("out of memory"), "{reason}");
     assert!(late.destination.is_absent(5900) && late.pages.outcome().is_none());
     // It is the agents' to say what comes of the guest; until then its pages are where they were, and so is who serves them.
-    let lost = |report: ServeReport| matches!(report, ServeReport::LinkLost { .. });
-    let heard = std::iter::from_fn(|| late.served.recv_timeout(PATIENCE).ok());
-    assert!(heard.into_iter().any(lost), "nobody says that the link is lost");
+    late.loses_its_link();
     assert!(!late.serving.is_finished());
     drop(late.orders);
     assert_eq!(late.serving.join().unwrap(), Served::Stopped);

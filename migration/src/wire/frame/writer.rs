@@ -84,13 +84,7 @@ impl FrameWriter {
                 Content::Zero => RUN_ZERO,
                 Content::Delta => RUN_DELTA,
             };
-            let count = u32::try_from(run.count).expect("a run of one frame is far below 2^32 pages");
-            let entry = Entry {
-                first: run.first.into(),
-                count: count.into(),
-                kind: kind.into(),
-            };
-            self.buffer.extend_from_slice(entry.as_bytes());
+            self.push(run, kind);
             entries += 1;
             data_pages += if content == Content::Zero { 0 } else { run.count };
         }
@@ -118,16 +112,21 @@ impl FrameWriter {
                 Wish::Touched => RUN_TOUCHED,
                 Wish::Beside => RUN_BESIDE,
             };
-            let count = u32::try_from(run.count).expect("a run of one frame is far below 2^32 pages");
-            let entry = Entry {
-                first: run.first.into(),
-                count: count.into(),
-                kind: kind.into(),
-            };
-            self.buffer.extend_from_slice(entry.as_bytes());
+            self.push(run, kind);
             entries += 1;
         }
         self.seal(KIND_ASKED, 0, entries, (0, None))
+    }
+
+    /// Adds a run to the table.
+    fn push(&mut self, run: FrameRun, kind: u32) {
+        let count = u32::try_from(run.count).expect("a run of one frame is far below 2^32 pages");
+        let entry = Entry {
+            first: run.first.into(),
+            count: count.into(),
+            kind: kind.into(),
+        };
+        self.buffer.extend_from_slice(entry.as_bytes());
     }
 
     fn seal(&mut self, kind: u8, round: u32, entries: u16, payload: (usize, Option<Codec>)) -> &[u8] {
