@@ -4,7 +4,6 @@
 //! message is none of a stream's nothing more is read.
 
 use crate::passing::{ENTRY, HEADER, MESSAGE_HEADER, entries, read_u32, says};
-use crate::tampering::CutPoint;
 
 /// What a client says first.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -30,13 +29,63 @@ pub(crate) enum Piece {
     /// The source claims the stream with this index.
     Claim(u16),
     /// What a VMM said.
-    Bytes(Vec<u8>),
+    Bytes(Traced),
     /// Anything else.
     Other,
 }
 
+/// Bytes that were passed on or are about to be, and where those are among the ones just read: there they can be changed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Traced {
+    pub(crate) bytes: Vec<u8>,
+    places: Vec<Option<usize>>,
+}
+
+impl Traced {
+    fn push(&mut self, bytes: &[u8], place: impl Fn(usize) -> Option<usize>) {
+        self.bytes.extend_from_slice(bytes);
+        self.places.extend((0..bytes.len()).map(place));
+    }
+
+    fn append(&mut self, other: &Self) {
+        self.bytes.extend_from_slice(&other.bytes);
+        self.places.extend_from_slice(&other.places);
+    }
+
+    fn take(&mut self, count: usize) -> Self {
+        Self {
+            bytes: self.bytes.drain(..count).collect(),
+            places: self.places.drain(..count).collect(),
+        }
+    }
+
+    fn without(mut self, first: usize) -> Self {
+        self.take(first);
+        self
+    }
+
+    /// All of them were passed on.
+    fn pass(&mut self) {
+        self.places.fill(None);
+    }
+
+    /// Changes them among those just read; not if one of them was passed on.
+    pub(crate) fn change(&self, read: &mut [u8], change: impl Fn(&mut [u8])) -> bool {
+        let Some(places) = self.places.iter().copied().collect::<Option<Vec<usize>>>() else {
+            return false;
+        };
+        let mut changed = self.bytes.clone();
+        change(&mut changed);
+        for (place, byte) in places.into_iter().zip(changed) {
+            read[place] = byte;
+        }
+        true
+    }
+}
+
 /// Reads a message that is one piece, as every encoder writes it: a tag, a length, that many bytes. And its tag.
-fn piece(message: &[u8]) -> Option<(u8, Piece)> {
+fn piece(traced: Traced) -> Option<(u8, Piece)> {
+    let message = &traced.bytes;
     let (&tag, rest) = message.split_first()?;
     let (length, content) = varint(rest)?;
     if content.len() != length as usize || !(CLAIM..=LAST).contains(&tag) {
@@ -54,7 +103,10 @@ fn piece(message: &[u8]) -> Option<(u8, Piece)> {
                     .filter(|_| id[..2] == [CLAIM, ID_LENGTH as u8])?,
             )
         }
-        BYTES => Piece::Bytes(content.to_vec()),
+        BYTES => {
+            let before = message.len() - content.len();
+            Piece::Bytes(traced.without(before))
+        }
         _ => Piece::Other,
     };
     Some((tag, piece))
@@ -77,7 +129,7 @@ pub(crate) struct Carried {
     /// Of a frame that is not whole yet.
     frames: Vec<u8>,
     /// Of a message that is not.
-    messages: Vec<u8>,
+    messages: Traced,
     stage: Stage,
 }
 
@@ -100,31 +152,33 @@ impl Carried {
         if self.stage == Stage::SomethingElse {
             return Vec::new();
         }
+        let passed = self.frames.len();
         self.frames.extend_from_slice(bytes);
-        if self.frames.starts_with(PREFACE) {
-            self.frames.drain(..PREFACE.len());
-        }
-        let mut at = 0;
+        self.messages.pass();
+        let mut at = match self.frames.starts_with(PREFACE) {
+            true => PREFACE.len(),
+            false => 0,
+        };
         while let Some(header) = self.frames.get(at..at + FRAME_HEADER) {
             let length = u32::from_be_bytes([0, header[0], header[1], header[2]]) as usize;
             let is_data = header[3] == DATA;
             let Some(content) = self.frames.get(at + FRAME_HEADER..at + FRAME_HEADER + length) else {
                 break;
             };
+            at += FRAME_HEADER;
             if is_data {
-                self.messages.extend_from_slice(content);
+                self.messages.push(content, |index| (at + index).checked_sub(passed));
             }
-            at += FRAME_HEADER + length;
+            at += length;
         }
         self.frames.drain(..at);
         let mut pieces = Vec::new();
-        while let Some(prefix) = self.messages.get(..PREFIX) {
+        while let Some(prefix) = self.messages.bytes.get(..PREFIX) {
             let end = PREFIX + u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]) as usize;
-            let Some(message) = self.messages.get(PREFIX..end) else {
+            if self.messages.bytes.len() < end {
                 break;
-            };
-            let piece = piece(message);
-            self.messages.drain(..end);
+            }
+            let piece = piece(self.messages.take(end).without(PREFIX));
             match (self.stage, piece) {
                 (Stage::Silent, Some((tag, piece)))
                     if tag == CLAIM || tag == NONCE && end == PREFIX + 2 + NONCE_LENGTH =>
@@ -146,80 +200,86 @@ impl Carried {
     }
 }
 
-/// Waits on one side of a stream for the point at which to cut.
-pub(crate) struct Awaited {
-    at: CutPoint,
+/// What is said on one side of a stream, frame by frame or message by message: it carries the one or the other.
+#[derive(Default)]
+pub(crate) struct Said {
     /// Of what is not whole yet.
-    bytes: Vec<u8>,
+    bytes: Traced,
     /// Bytes of a frame's pages that are still to come; none between frames.
     pages: Option<usize>,
     /// Frames that were whole.
     frames: u64,
 }
 
-impl Awaited {
-    pub(crate) fn new(at: CutPoint) -> Self {
-        Self {
-            at,
-            bytes: Vec::new(),
-            pages: None,
-            frames: 0,
-        }
+impl Said {
+    /// Further bytes. What was there before is passed on by now.
+    pub(crate) fn hear(&mut self, piece: &Traced) {
+        self.bytes.append(piece);
     }
 
-    /// Whether the destination has said with these bytes what is waited for.
-    pub(crate) fn is_said(&mut self, bytes: &[u8]) -> bool {
-        match self.at {
-            CutPoint::Asked => !bytes.is_empty(),
-            CutPoint::Frames(_) => false,
-            CutPoint::Said(field) => {
-                self.bytes.extend_from_slice(bytes);
-                while let Some(message) = self.take(MESSAGE_HEADER, |header| read_u32(header, 4)) {
-                    if says(&message, field) {
-                        return true;
-                    }
+    /// What was heard and is not whole is passed on by now.
+    pub(crate) fn pass(&mut self) {
+        self.bytes.pass();
+    }
+
+    /// Whether so many frames have passed.
+    pub(crate) fn has_passed(&mut self, frames: u64) -> bool {
+        while self.frames < frames {
+            if self.pages.is_none() && self.table().is_none() || !self.has_passed_pages() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Header and table of the next frame that can be changed, after so many.
+    pub(crate) fn frame_after(&mut self, frames: u64) -> Option<Traced> {
+        loop {
+            if self.pages.is_none() {
+                let table = self.table()?;
+                if self.frames >= frames {
+                    return Some(table);
                 }
-                false
+            }
+            if !self.has_passed_pages() {
+                return None;
             }
         }
     }
 
-    /// Whether the source has sent with these bytes what is waited for.
-    pub(crate) fn is_sent(&mut self, bytes: &[u8]) -> bool {
-        let CutPoint::Frames(frames) = self.at else {
-            return false;
-        };
-        self.bytes.extend_from_slice(bytes);
-        while self.has_passed_a_frame() {
-            self.frames += 1;
-            if self.frames == frames {
-                return true;
+    /// The next message that says this.
+    pub(crate) fn message(&mut self, field: u32) -> Option<Traced> {
+        loop {
+            let message = self.take(MESSAGE_HEADER, |header| read_u32(header, 4))?;
+            if says(&message.bytes, field) {
+                return Some(message.without(MESSAGE_HEADER));
             }
         }
-        false
     }
 
-    fn has_passed_a_frame(&mut self) -> bool {
-        if self.pages.is_none() {
-            let table = self.take(HEADER, |header| entries(header) * ENTRY);
-            self.pages = table.map(|frame| read_u32(&frame, 24));
-        }
+    fn table(&mut self) -> Option<Traced> {
+        let table = self.take(HEADER, |header| entries(header) * ENTRY)?;
+        self.pages = Some(read_u32(&table.bytes, 24));
+        Some(table)
+    }
+
+    fn has_passed_pages(&mut self) -> bool {
         let Some(pages) = &mut self.pages else { return false };
-        let here = self.bytes.len().min(*pages);
-        self.bytes.drain(..here);
+        let here = self.bytes.bytes.len().min(*pages);
+        self.bytes.take(here);
         *pages -= here;
         let is_whole = *pages == 0;
         if is_whole {
             self.pages = None;
+            self.frames += 1;
         }
         is_whole
     }
 
     /// A header and what belongs to it, once all of it is here.
-    fn take(&mut self, header: usize, further: impl Fn(&[u8]) -> usize) -> Option<Vec<u8>> {
-        let end = header + further(self.bytes.get(..header)?);
-        self.bytes.get(..end)?;
-        Some(self.bytes.drain(..end).collect())
+    fn take(&mut self, header: usize, further: impl Fn(&[u8]) -> usize) -> Option<Traced> {
+        let end = header + further(self.bytes.bytes.get(..header)?);
+        (self.bytes.bytes.len() >= end).then(|| self.bytes.take(end))
     }
 }
 
@@ -258,7 +318,10 @@ mod tests {
         for size in [1, 7, said.len()] {
             let mut carried = Carried::default();
             let found: Vec<Piece> = said.chunks(size).flat_map(|bytes| carried.pieces(bytes)).collect();
-            assert_eq!(found, [Piece::Claim(300), Piece::Bytes(b"abc".to_vec()), Piece::Other]);
+            let [Piece::Claim(300), Piece::Bytes(said), Piece::Other] = &found[..] else {
+                panic!("{size}: {found:?}");
+            };
+            assert_eq!(said.bytes, b"abc");
         }
     }
 
@@ -270,20 +333,59 @@ mod tests {
         assert_eq!(carried.pieces(&framed(DATA, &claim())), []);
     }
 
-    #[test]
-    fn frames_and_words_are_counted_however_they_come() {
+    /// A frame of one entry and five bytes of pages.
+    fn frame() -> Vec<u8> {
         let mut frame = vec![0; HEADER + ENTRY];
         (frame[10], frame[24]) = (1, 5);
         frame.extend([7; 5]);
-        let mut awaited = Awaited::new(CutPoint::Frames(3));
-        let sent = frame.repeat(3);
-        let at = sent.iter().position(|byte| awaited.is_sent(&[*byte]));
-        assert_eq!(at, Some(sent.len() - 1));
+        frame
+    }
 
-        let word = |field: u8| [&b"FCTL\x02\0\0\0"[..], &[field << 3 | 2, 0]].concat();
-        let mut awaited = Awaited::new(CutPoint::Said(5));
-        let said = [word(4), word(5)].concat();
-        let at = said.iter().position(|byte| awaited.is_said(&[*byte]));
-        assert_eq!(at, Some(said.len() - 1));
+    fn word(field: u8) -> Vec<u8> {
+        [&b"FCTL\x02\0\0\0"[..], &[field << 3 | 2, 0]].concat()
+    }
+
+    /// These in messages of this size, each in a read of its own; at which of them it is there.
+    fn heard_at(size: usize, row: &[u8], mut is_there: impl FnMut(&mut Said, &mut [u8]) -> bool) -> Option<usize> {
+        let (mut carried, mut said) = (Carried::default(), Said::default());
+        carried.pieces(&framed(DATA, &claim()));
+        row.chunks(size).position(|bytes| {
+            let mut read = framed(DATA, &message(BYTES, bytes));
+            said.pass();
+            let pieces = carried.pieces(&read);
+            let [Piece::Bytes(piece)] = &pieces[..] else {
+                panic!("{pieces:?}");
+            };
+            said.hear(piece);
+            is_there(&mut said, &mut read)
+        })
+    }
+
+    #[test]
+    fn frames_and_words_are_counted_however_they_come() {
+        let sent = frame().repeat(3);
+        assert_eq!(heard_at(1, &sent, |said, _| said.has_passed(3)), Some(sent.len() - 1));
+        let told = [word(4), word(5)].concat();
+        assert_eq!(
+            heard_at(1, &told, |said, _| said.message(5).is_some()),
+            Some(told.len() - 1)
+        );
+    }
+
+    #[test]
+    fn what_is_not_passed_on_yet_is_changed_where_it_was_read() {
+        const BEFORE: usize = FRAME_HEADER + PREFIX + 2;
+        let sent = frame().repeat(4);
+        let change = |said: &mut Said, read: &mut [u8]| {
+            let before = read.to_vec();
+            let table = said.frame_after(1);
+            let is_changed = table.is_some_and(|table| table.change(read, |frame| frame[0] = 9));
+            let changed: Vec<usize> = (0..read.len()).filter(|&at| read[at] != before[at]).collect();
+            assert_eq!(changed, [BEFORE + 53][..usize::from(is_changed)]);
+            is_changed
+        };
+        assert_eq!(heard_at(120, &sent, change), Some(0));
+        // Of each that is left, a part was passed on by the time that the rest is here.
+        assert_eq!(heard_at(60, &sent, change), None);
     }
 }

@@ -239,6 +239,22 @@ impl Pair {
         }
     }
 
+    /// Whether a line of any log has all of these words in it.
+    ///
+    /// # Errors
+    /// If a log cannot be read.
+    pub fn is_logged(&self, words: &[&str]) -> Result<bool> {
+        self.keep_logs();
+        for file in self.logs() {
+            let log = fs::read(&file).with_context(|| format!("failed to read {}", file.display()))?;
+            let log = String::from_utf8_lossy(&log);
+            if log.lines().any(|line| words.iter().all(|word| line.contains(word))) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// The ends of all logs, for the message of a failed scenario.
     #[must_use]
     pub fn story(&self) -> String {

@@ -11,6 +11,15 @@ pub fn reseal(frame: &mut [u8]) {
     frame[CHECKED..HEADER].copy_from_slice(&hasher.finalize().to_le_bytes());
 }
 
+/// The same for a message of the control stream. One that has no checksum, as a very long one, stays as it is.
+pub fn reseal_message(message: &mut [u8]) {
+    if let Some((said, sum)) = message.split_last_chunk_mut()
+        && let Some(said) = said.strip_suffix(&MESSAGE_SUM_KEY)
+    {
+        *sum = crc32fast::hash(said).to_le_bytes();
+    }
+}
+
 /// Bytes of a frame's header.
 pub const HEADER: usize = 32;
 /// Bytes of it before its checksum.
@@ -21,7 +30,7 @@ pub(crate) const ENTRY: usize = 16;
 /// Magic number and length before a message of the control stream.
 pub(crate) const MESSAGE_HEADER: usize = 8;
 /// Of a message's last field, its checksum: the key; four bytes follow.
-pub(crate) const MESSAGE_SUM_KEY: usize = 5;
+const MESSAGE_SUM_KEY: [u8; 5] = [0xed, 0xc4, 0xe7, 0x8a, 0x0d];
 
 /// Passes on exactly so many bytes, and tells them.
 pub(crate) fn pass_bytes<const COUNT: usize>(mut from: &TcpStream, mut to: &TcpStream) -> io::Result<[u8; COUNT]> {

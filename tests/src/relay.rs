@@ -4,8 +4,9 @@
 //! its own there instead, of the same length, so page streams come by too. What is honest, it passes on as it is.
 
 mod carried;
+mod data_port;
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,8 +18,8 @@ use anyhow::{Context, Result, bail, ensure};
 use self::carried::CarriedStream;
 use crate::host::{Host, free_port};
 use crate::messages::Speaker;
-use crate::passing::{MESSAGE_HEADER, MESSAGE_SUM_KEY, find, pass_bytes, pump, read_frame, read_message, says};
-use crate::tampering::{Cut, CutPoint, Tampering};
+use crate::passing::{find, pump};
+use crate::tampering::{Cut, Tampering};
 use crate::waiting::{CALL, until};
 
 /// The relay. Dropping it hangs up everything that goes through it and ends its threads.
@@ -216,14 +217,6 @@ impl Drop for Relay {
     }
 }
 
-/// Bytes of a page.
-const PAGE: usize = 4096;
-/// What a data port says first: a word and a nonce.
-const GREETING: usize = 8 + 32;
-/// What a connection to a data port says first: migration, index, proof.
-const CLAIM: usize = 16 + 2 + 32;
-/// The first byte of a message that is a `Hello`: field 1, with a length.
-const HELLO: u8 = 0x0a;
 /// The field `rpc_version` of a request to prepare, as far as its major number is not told.
 const RPC_VERSION: &[u8] = b"R\x034.3";
 const OTHER_RPC_VERSION: &[u8] = b"R\x039.3";
@@ -368,7 +361,7 @@ impl Shared {
             _ => None,
         };
         match cuts.unwrap_or_else(|| self.tampering()) {
-            Tampering::Hello(_)
+            Tampering::Message { .. }
             | Tampering::Frame { .. }
             | Tampering::Pages { .. }
             | Tampering::Messages(_)
@@ -425,45 +418,6 @@ impl Shared {
         Ok(())
     }
 
-    /// The greeting, the claim and what the peer says of it; then what the connection is for.
-    fn relay_connection(&self, number: u64, source: &TcpStream, destination: &TcpStream) -> io::Result<()> {
-        pass_bytes::<GREETING>(destination, source)?;
-        let claim = pass_bytes::<CLAIM>(source, destination)?;
-        pass_bytes::<1>(destination, source)?;
-        let index = u16::from_le_bytes([claim[16], claim[17]]);
-        let mut state = self.lock();
-        let mut streams = state.streams.iter_mut();
-        if let Some(stream) = streams.find(|stream| stream.number == number) {
-            stream.index = Some(index);
-        }
-        drop(state);
-        let tampering = self.tampering();
-        thread::scope(|scope| match (index.checked_sub(1), tampering) {
-            (None, Tampering::Messages(observer)) => {
-                let listener = observer.clone();
-                scope.spawn(move || listener.pass(Speaker::Destination, destination, source));
-                observer.pass(Speaker::Source, source, destination);
-            }
-            (Some(index), Tampering::CutsAt { stream, at, cut }) if index == stream => {
-                let theirs = cut.clone();
-                scope.spawn(move || {
-                    // An error is a connection that ended, and is noticed again.
-                    let _ = self.until_said(at, &theirs, destination, source);
-                    pump(destination, source, |_| {});
-                });
-                let _ = self.until_sent(at, &cut, source, destination);
-                pump(source, destination, |_| {});
-            }
-            (index, tampering) => {
-                scope.spawn(|| pump(destination, source, |_| {}));
-                // An error is a connection that ended, and is noticed again.
-                let _ = self.tamper(index, &tampering, source, destination);
-                pump(source, destination, |_| {});
-            }
-        });
-        Ok(())
-    }
-
     fn cut(&self, cut: &Cut) {
         let mut state = self.lock();
         match cut {
@@ -478,105 +432,6 @@ impl Shared {
                 };
                 state.streams.iter().filter(is_meant).for_each(Stream::cut);
             }
-        }
-    }
-
-    /// Passes on what a destination says until it is time to cut.
-    fn until_said(&self, at: CutPoint, cut: &Cut, from: &TcpStream, mut to: &TcpStream) -> io::Result<()> {
-        match at {
-            CutPoint::Asked => {
-                from.peek(&mut [0])?;
-                self.cut(cut);
-                self.done();
-                Ok(())
-            }
-            CutPoint::Said(field) => loop {
-                let message = read_message(from)?;
-                if says(&message, field) {
-                    self.cut(cut);
-                    self.done();
-                    return Ok(());
-                }
-                to.write_all(&message)?;
-            },
-            CutPoint::Frames(_) => Ok(()),
-        }
-    }
-
-    /// Passes on what a source sends until it is time to cut.
-    fn until_sent(&self, at: CutPoint, cut: &Cut, from: &TcpStream, mut to: &TcpStream) -> io::Result<()> {
-        let CutPoint::Frames(frames) = at else { return Ok(()) };
-        for _ in 0..frames {
-            let (frame, pages) = read_frame(from)?;
-            to.write_all(&frame)?;
-            io::copy(&mut from.take(pages), &mut to)?;
-        }
-        self.cut(cut);
-        self.done();
-        Ok(())
-    }
-
-    /// Passes on what a source says until the place to tamper with is behind it.
-    fn tamper(
-        &self,
-        page_stream: Option<u16>,
-        tampering: &Tampering,
-        mut from: &TcpStream,
-        mut to: &TcpStream,
-    ) -> io::Result<()> {
-        match (page_stream, tampering) {
-            (None, Tampering::Hello(change)) => loop {
-                let mut message = read_message(from)?;
-                // A ping may come before it.
-                let is_hello = message.get(MESSAGE_HEADER) == Some(&HELLO);
-                if is_hello {
-                    let (said, sum) = message[MESSAGE_HEADER..].split_last_chunk_mut().expect("a checksum");
-                    change(said);
-                    // A hostile peer's adds up, too: the key of its field is no part of it.
-                    let said = &said[..said.len() - MESSAGE_SUM_KEY];
-                    *sum = crc32fast::hash(said).to_le_bytes();
-                    self.done();
-                }
-                to.write_all(&message)?;
-                if is_hello {
-                    return Ok(());
-                }
-            },
-            (Some(index), Tampering::Frame { stream, number, change }) if index == *stream => {
-                for _ in 0..*number {
-                    let (frame, pages) = read_frame(from)?;
-                    to.write_all(&frame)?;
-                    io::copy(&mut from.take(pages), &mut to)?;
-                }
-                let (mut frame, _) = read_frame(from)?;
-                change(&mut frame);
-                self.done();
-                to.write_all(&frame)
-            }
-            (
-                Some(index),
-                Tampering::Pages {
-                    streams,
-                    number,
-                    frames,
-                    change,
-                },
-            ) if streams.contains(&index) => {
-                for at in 0.. {
-                    let (frame, length) = read_frame(from)?;
-                    to.write_all(&frame)?;
-                    let mut pages = vec![0; length as usize];
-                    from.read_exact(&mut pages)?;
-                    let is_chosen = at >= *number && frames.is_none_or(|frames| at - number < frames);
-                    if is_chosen && !pages.is_empty() {
-                        pages.chunks_exact_mut(PAGE).for_each(change);
-                        self.done();
-                    }
-                    to.write_all(&pages)?;
-                }
-                Ok(())
-            }
-            _ => Ok(()),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::RangeInclusive;
 
-use crate::messages::Observer;
+use crate::messages::{Observer, Speaker};
 
 /// What the relay does to what passes. It does it once and is honest from then on, unless it says otherwise.
 #[derive(Clone)]
@@ -15,9 +15,18 @@ pub enum Tampering {
     HoldPrepare,
     /// The answer to that request is held back until [`Relay::release`](crate::Relay::release), and whatever the peer says after it.
     HoldPrepared,
-    /// The source's `Hello` on the control stream, without magic number and length; of equal length.
-    Hello(fn(&mut [u8])),
-    /// Header and table of one frame of one page stream.
+    /// The first message of a control stream that says this.
+    Message {
+        /// Which control stream: the index of the one of late pages, or none for the one of the first link.
+        stream: Option<u16>,
+        /// Who says it.
+        by: Speaker,
+        /// What it says, by the number of its field.
+        field: u32,
+        /// What becomes of it, without magic number and length; of equal length.
+        change: fn(&mut [u8]),
+    },
+    /// Header and table of one frame of one page stream. Over gRPC, of the first one from there on that comes by in one piece.
     Frame {
         /// The stream's index.
         stream: u16,

@@ -211,6 +211,8 @@ impl<'a> Conversation<'a> {
     /// Tells the destination why the migration ended, if it can still be told, and waits a moment until it hung up.
     pub(super) fn farewell(&mut self, stop: &Stop) {
         let reason = match stop {
+            // What was heard made no sense; what is said may be heard all the same.
+            Stop::Error(error @ SourceError::ControlLost(cause)) if !cause.is_connection() => error_chain(error),
             Stop::Error(
                 SourceError::ControlLost(_)
                 | SourceError::Silent(_)

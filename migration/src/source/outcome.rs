@@ -112,7 +112,8 @@ pub enum SourceError {
 
 impl SourceError {
     /// Whether the connections broke, rather than what they carried.
-    pub(super) fn is_lost_link(&self) -> bool {
+    #[must_use]
+    pub fn is_lost_link(&self) -> bool {
         match self {
             Self::Silent(_) | Self::StreamLost { .. } => true,
             Self::ControlLost(error) => error.is_connection(),

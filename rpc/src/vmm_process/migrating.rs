@@ -314,9 +314,10 @@ impl Vmm {
             SourceOutcome::Cancelled {
                 guest, error, summary, ..
             } => {
-                tracing::info!(%error, "the migration ended before GO");
+                let reason = error_chain(&error);
+                tracing::info!(error = %reason, "the migration ended before GO");
                 let ended = wire::SendEnded {
-                    reason: error_chain(&error),
+                    reason,
                     kind: kind(&error).to_owned(),
                     guest: None,
                     progress: Some(progress(&summary)),
@@ -429,11 +430,13 @@ fn kind(error: &SourceError) -> &'static str {
         SourceError::Aborted(_) => "cancelled",
         SourceError::TimedOut { .. } => "timeout",
         SourceError::Incompatible(_) | SourceError::Refused(_) => "refused",
+        SourceError::LinkStaysLost { .. } => "link",
+        _ if error.is_lost_link() => "link",
         SourceError::Silent(_)
         | SourceError::ControlLost(_)
-        | SourceError::LinkStaysLost { .. }
-        | SourceError::StreamLost { .. } => "link",
-        SourceError::Misbehaved(_) | SourceError::Differs(_) => "peer",
+        | SourceError::StreamLost { .. }
+        | SourceError::Misbehaved(_)
+        | SourceError::Differs(_) => "peer",
         SourceError::ForeignGrant(_) | SourceError::Guest { .. } | SourceError::Host { .. } => "local",
     }
 }

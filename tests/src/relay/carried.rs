@@ -1,19 +1,19 @@
-//! Streams that go over gRPC are cut like connections to the data port, and counted with them.
+//! Streams that go over gRPC are cut like connections to the data port, counted with them, and tampered with.
 
 use std::net::TcpStream;
 
 use super::{Shared, Stream};
-use crate::carried::{Awaited, Carried, Piece};
+use crate::carried::{Carried, Piece, Said, Traced};
 use crate::messages::Speaker;
-use crate::tampering::Tampering;
+use crate::tampering::{CutPoint, Tampering};
 
 /// One direction of a connection to the agent's port, which may be a stream.
 pub(super) struct CarriedStream {
     number: u64,
     speaker: Speaker,
-    said: Carried,
+    pieces: Carried,
     index: Option<u16>,
-    awaited: Option<Awaited>,
+    said: Said,
 }
 
 impl CarriedStream {
@@ -21,25 +21,26 @@ impl CarriedStream {
         Self {
             number,
             speaker,
-            said: Carried::default(),
+            pieces: Carried::default(),
             index: None,
-            awaited: None,
+            said: Said::default(),
         }
     }
 
     /// Whether what passes is a stream's: pages, mostly, in which nobody looks for a request.
     pub(super) fn is_stream(&self) -> bool {
-        self.said.is_stream()
+        self.pieces.is_stream()
     }
 }
 
 impl Shared {
-    /// Looks at what is not passed on yet. Of what is cut now it never is.
-    pub(super) fn look(&self, stream: &mut CarriedStream, bytes: &[u8], ends: [&TcpStream; 2]) {
-        for piece in stream.said.pieces(bytes) {
+    /// Looks at what is not passed on yet, and may change it. Of what is cut now it never is passed on.
+    pub(super) fn look(&self, stream: &mut CarriedStream, read: &mut [u8], ends: [&TcpStream; 2]) {
+        stream.said.pass();
+        for piece in stream.pieces.pieces(read) {
             match piece {
                 Piece::Claim(index) => self.claimed(stream.number, index, ends),
-                Piece::Bytes(bytes) => self.look_at_bytes(stream, &bytes),
+                Piece::Bytes(bytes) => self.look_at_bytes(stream, &bytes, read),
                 Piece::Other => {}
             }
         }
@@ -63,31 +64,53 @@ impl Shared {
         }
     }
 
-    fn look_at_bytes(&self, stream: &mut CarriedStream, bytes: &[u8]) {
-        let Tampering::CutsAt {
-            stream: wanted,
-            at,
-            cut,
-        } = self.tampering()
-        else {
-            return;
-        };
+    fn look_at_bytes(&self, stream: &mut CarriedStream, bytes: &Traced, read: &mut [u8]) {
         if stream.index.is_none() {
             let state = self.lock();
             let known = state.streams.iter().find(|known| known.number == stream.number);
             stream.index = known.and_then(|known| known.index);
         }
-        if stream.index.and_then(|index| index.checked_sub(1)) != Some(wanted) {
+        let Some(index) = stream.index.map(|index| index.checked_sub(1)) else {
             return;
-        }
-        let awaited = stream.awaited.get_or_insert_with(|| Awaited::new(at));
-        let is_there = match stream.speaker {
-            Speaker::Source => awaited.is_sent(bytes),
-            Speaker::Destination => awaited.is_said(bytes),
         };
-        if is_there {
-            self.cut(&cut);
-            self.done();
+        let (said, is_sources) = (&mut stream.said, stream.speaker == Speaker::Source);
+        match self.tampering() {
+            Tampering::CutsAt { stream, at, cut } if index == Some(stream) => {
+                said.hear(bytes);
+                let is_there = match at {
+                    CutPoint::Asked => !is_sources,
+                    CutPoint::Frames(frames) => is_sources && said.has_passed(frames),
+                    CutPoint::Said(field) => !is_sources && said.message(field).is_some(),
+                };
+                if is_there {
+                    self.cut(&cut);
+                    self.done();
+                }
+            }
+            Tampering::Frame { stream, number, change } if is_sources && index == Some(stream) => {
+                said.hear(bytes);
+                while let Some(frame) = said.frame_after(number) {
+                    if frame.change(read, change) {
+                        self.done();
+                        break;
+                    }
+                }
+            }
+            Tampering::Message {
+                stream: of,
+                by,
+                field,
+                change,
+            } if index == of && by == stream.speaker => {
+                said.hear(bytes);
+                while let Some(message) = said.message(field) {
+                    if message.change(read, change) {
+                        self.done();
+                        break;
+                    }
+                }
+            }
+            _ => {}
         }
     }
 }
