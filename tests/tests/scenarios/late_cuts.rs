@@ -3,7 +3,7 @@
 
 use std::ops::RangeInclusive;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use ferry_tests::waiting::CALL;
 use ferry_tests::{Cut, CutPoint, Guest, Pair, Tampering, until};
 use libtest_mimic::Trial;
@@ -14,7 +14,10 @@ use crate::scenario::{self, between, expect_a_lost_peer, on_kvm};
 pub(crate) fn trials() -> Vec<Trial> {
     let by = |transport| points().into_iter().map(move |point| point.trial(transport));
     let mut trials: Vec<Trial> = by("tcp").chain(by("grpc")).collect();
-    trials.extend(on_kvm![who_needs_no_page_runs_on_while_the_link_is_cut]);
+    trials.extend(on_kvm![
+        who_needs_no_page_runs_on_while_the_link_is_cut,
+        one_vcpu_waits_for_a_page_and_the_other_one_works_on,
+    ]);
     trials
 }
 
@@ -165,5 +168,46 @@ fn who_needs_no_page_runs_on_while_the_link_is_cut(pair: &mut Pair) -> Result<()
         "{}",
         moved.record
     );
+    completes(pair, &underway.id, &witness)
+}
+
+/// The first vCPU writes to few pages, all of which it has soon; the second one reads one page after the other, and comes to one that is not here.
+fn one_vcpu_waits_for_a_page_and_the_other_one_works_on(pair: &mut Pair) -> Result<()> {
+    expect_a_lost_peer(pair);
+    let relay = between(pair, Tampering::Cuts)?;
+    let works = "fill=random fill_mib=64 work=uniform work_mib=1 rate=20000 writers=1 check_rate=4000 heartbeat_ms=20";
+    let witness = pair.run(&Guest::new("g").work(works).vcpus(2))?;
+    let underway = begin_with(pair, &[])?;
+    witness.wait_for_beats_at("b", 10)?;
+
+    relay.cut();
+    relay.wait_refused(3)?;
+    let last = || {
+        let beats = witness.beats();
+        beats.last().map(|beat| beat.heartbeat).context("there was a heartbeat")
+    };
+    // It reads some 80 pages from one heartbeat to the next.
+    let waits = until("the second vCPU waits", CALL, || {
+        let before = last()?;
+        witness.wait_for_beats_at("b", 25)?;
+        let after = last()?;
+        Ok((after.checked == before.checked).then_some(after))
+    })?;
+    witness.wait_for_beats_at("b", 50)?;
+    let later = last()?;
+    ensure!(
+        later.checked == waits.checked,
+        "it read pages over a cut link: {later:?}"
+    );
+    ensure!(
+        later.writes > waits.writes,
+        "the first vCPU stood still as well: {later:?}"
+    );
+    relay.heal();
+
+    until("the second vCPU reads on", CALL, || {
+        Ok((last()?.checked > later.checked).then_some(()))
+    })?;
+    underway.call.wait()?.exit(0)?;
     completes(pair, &underway.id, &witness)
 }
