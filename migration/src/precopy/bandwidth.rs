@@ -215,5 +215,25 @@ mod tests {
             let allowed = (now - began + BURST).as_secs_f64() * rate as f64 + last as f64;
             prop_assert!(sent as f64 <= allowed * 1.000_001, "{sent} of {allowed}");
         }
+
+        /// Whoever always has something to send and wakes late, by no more than a burst makes up for, sends all that the cap allows.
+        #[test]
+        fn the_cap_is_used(
+            rate in 1_000_000u64..10_000_000_000,
+            frames in prop::collection::vec((1u64..2 << 20, 0u64..49_000_000), 1..200),
+        ) {
+            let began = Instant::now();
+            let (mut now, mut sent) = (began, 0);
+            let mut bucket = Bucket::new(NonZeroU64::new(rate), now);
+            for (bytes, late) in frames {
+                while let Some(pause) = bucket.pause(now) {
+                    now += pause + Duration::from_nanos(late);
+                }
+                bucket.take(bytes);
+                sent += bytes;
+            }
+            let allowed = (now - began).saturating_sub(BURST).as_secs_f64() * rate as f64;
+            prop_assert!(sent as f64 >= allowed * 0.999_999, "{sent} of {allowed}");
+        }
     }
 }

@@ -7,13 +7,13 @@ use ferry_tests::{Answer, Guest, Host, Migration, Pair, process, until};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
-use crate::scenario::{expect_a_lost_peer_and, on_kvm};
+use crate::scenario::{self, expect_a_lost_peer_and, on_kvm};
 
 pub(crate) fn trials() -> Vec<Trial> {
-    on_kvm![
+    let mut trials = caps();
+    trials.extend(on_kvm![
         a_copy_that_does_not_converge_says_so_after_one_stalled_round,
         a_copy_that_ends_tells_what_was_decided_and_expected,
-        a_cap_on_bandwidth_holds,
         a_longer_blackout_that_is_allowed_meanwhile_ends_the_copy,
         an_agent_that_restarts_has_the_terms_that_were_changed,
         retuning_is_refused_while_nothing_is_copied_and_when_all_is_over,
@@ -23,7 +23,23 @@ pub(crate) fn trials() -> Vec<Trial> {
         with_the_ring_only_the_vcpu_that_writes_is_throttled,
         with_the_ring_a_vcpu_that_writes_nothing_keeps_its_pace,
         an_abort_leaves_nothing_throttled,
-    ]
+    ]);
+    trials
+}
+
+/// What a cap is on: rounds, and pages that come late; by the data port and over gRPC.
+fn caps() -> Vec<Trial> {
+    let cells = [
+        ("precopy", "tcp"),
+        ("precopy", "grpc"),
+        ("postcopy", "tcp"),
+        ("postcopy", "grpc"),
+    ];
+    let trial = |(mode, transport)| {
+        let name = format!("scenarios::convergence::a_cap_on_bandwidth_holds_{mode}_{transport}");
+        scenario::trial_on_kvm(&name, move |pair| a_cap_holds(pair, mode, transport))
+    };
+    cells.into_iter().map(trial).collect()
 }
 
 /// Writes 32 MiB again and again, as fast as it can.
@@ -92,24 +108,27 @@ fn a_copy_that_ends_tells_what_was_decided_and_expected(pair: &mut Pair) -> Resu
     pair.runs_only_at(&pair.b, "g", &witness)
 }
 
-fn a_cap_on_bandwidth_holds(pair: &mut Pair) -> Result<()> {
-    let work = "fill=random fill_mib=96 work=uniform work_mib=4 rate=100 heartbeat_ms=20";
+/// Within 5 % from above. That it is used as well is shown with a clock that nobody disturbs, in `precopy::bandwidth`: here a busy host may
+/// be slower.
+fn a_cap_holds(pair: &mut Pair, mode: &str, transport: &str) -> Result<()> {
+    let work = "fill=random fill_mib=96 work=uniform work_mib=4 rate=100 check=off heartbeat_ms=20";
     let witness = pair.run(&Guest::new("g").work(work))?;
 
-    let record = pair
-        .migrate("g", &["--bandwidth", "160Mbit", "--digests"])?
-        .exit(0)?
-        .migration()?
-        .is("completed", "b")?;
+    let capped = ["--bandwidth", "320Mbit", "--mode", mode, "--transport", transport];
+    let record = pair.migrate("g", &capped)?.exit(0)?.migration()?.is("completed", "b")?;
 
-    let first = &record.record["rounds"][0];
-    let (bytes, ms) = first["bytes"]
-        .as_f64()
-        .zip(first["ms"].as_f64())
-        .context("no first round")?;
-    let share = bytes / (ms / 1e3) / 20e6;
-    ensure!((0.8..=1.05).contains(&share), "{share} of the cap: {first}");
-    ensure!(record.number("bandwidth_bytes_per_s")? == 20e6, "{}", record.record);
+    let round = &record.record["rounds"][0];
+    let (bytes, ms) = match mode {
+        "postcopy" => (record.number("late_bytes")?, record.number("late_ms")?),
+        _ => {
+            let figures = round["bytes"].as_f64().zip(round["ms"].as_f64());
+            figures.context("no first round")?
+        }
+    };
+    ensure!(bytes > 96e6, "{bytes} bytes: {}", record.record);
+    let share = bytes / (ms / 1e3) / 40e6;
+    ensure!((0.8..=1.05).contains(&share), "{share} of the cap: {}", record.record);
+    ensure!(record.number("bandwidth_bytes_per_s")? == 40e6, "{}", record.record);
     pair.runs_only_at(&pair.b, "g", &witness)
 }
 

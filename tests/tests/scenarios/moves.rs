@@ -19,7 +19,6 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_guest_that_its_user_paused_arrives_paused,
         untouched_memory_is_not_sent,
         zero_pages_are_told_and_not_sent,
-        a_bandwidth_cap_holds,
         one_stream_and_four_streams_move_the_same_guest,
         the_blackout_is_told_in_parts,
         a_guest_that_resets_itself_meanwhile_moves_all_the_same,
@@ -167,26 +166,6 @@ fn zero_pages_are_told_and_not_sent(pair: &mut Pair) -> Result<()> {
 
     ensure!(moved.number("zero_pages")? >= 64.0 * 256.0, "{}", moved.record);
     ensure!(moved.number("bytes_sent")? < f64::from(16 << 20), "{}", moved.record);
-    pair.runs_only_at(&pair.b, "g", &witness)
-}
-
-fn a_bandwidth_cap_holds(pair: &mut Pair) -> Result<()> {
-    let witness = pair.run(&Guest::new("g").work("fill=random fill_mib=64 work=idle heartbeat_ms=20"))?;
-
-    let moved = pair
-        .migrate("g", &["--bandwidth", "200Mbit"])?
-        .exit(0)?
-        .migration()?
-        .is("completed", "b")?;
-
-    // 25 MB/s; the machine may be slower than that and must not be much faster.
-    let throughput = moved.number("throughput_bytes_per_s")?;
-    ensure!((1e6..32e6).contains(&throughput), "{throughput} bytes/s");
-    ensure!(
-        moved.number("total_ms")? > 64.0 * 1.048_576 / 32.0 * 1000.0,
-        "{}",
-        moved.record
-    );
     pair.runs_only_at(&pair.b, "g", &witness)
 }
 
