@@ -3,6 +3,7 @@
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
+use ferry_tests::memory_limit::MemoryLimit;
 use ferry_tests::{
     Guest, Migration, Pair, Relay, Tampering, Witness, pair::Underway, process, until, waiting::CALL, waiting::MOVE,
 };
@@ -27,6 +28,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_guest_whose_page_source_dies_is_lost_and_started_anew,
         a_guest_that_its_user_stops_needs_no_more_pages,
         a_guest_that_dies_with_its_vmm_needs_no_more_pages,
+        a_guest_whose_host_runs_out_of_memory_for_late_pages_crashed_and_says_why,
         a_guest_that_resets_itself_boots_once_it_is_whole,
         a_disk_on_the_way_does_its_work_before_its_memory_is_there,
         memory_that_came_late_is_in_huge_pages_again,
@@ -377,6 +379,27 @@ fn a_guest_that_dies_with_its_vmm_needs_no_more_pages(pair: &mut Pair) -> Result
 
     pair.wait_over(&underway.id)?.is("completed", "b")?;
     pair.b.wait_for_status("g", "crashed")?;
+    has_nothing(&pair.a)?;
+    pair.b.ferry(&["start", "g"])?.exit(0)?;
+    let shown = pair.b.wait_for_status("g", "running")?;
+    ensure!(shown["epoch"] == 3, "{shown}");
+    Ok(())
+}
+
+/// The kernel ends who asks for more than there is. What the guest did at B is nowhere else: it is a crash, and its cause is told.
+fn a_guest_whose_host_runs_out_of_memory_for_late_pages_crashed_and_says_why(pair: &mut Pair) -> Result<()> {
+    expect_a_lost_peer_and(pair, &["VMM", "source", "stream"]);
+    pair.run(&Guest::new("g").work(BUSY))?;
+    let underway = begin(pair)?;
+
+    let _limit = MemoryLimit::of(pair.b.vmm()?, 4 << 20)?;
+
+    let told = pair.wait_over(&underway.id)?.is("completed", "b")?;
+    let not_needed = told.text("decision")?.contains("the guest is crashed");
+    ensure!(not_needed && told.number("late_missing")? > 0.0, "{}", told.record);
+    let shown = pair.b.wait_for_status("g", "crashed")?;
+    let reason = shown["reason"].as_str().unwrap_or_default();
+    ensure!(reason.contains("memory ran out"), "{shown}");
     has_nothing(&pair.a)?;
     pair.b.ferry(&["start", "g"])?.exit(0)?;
     let shown = pair.b.wait_for_status("g", "running")?;
