@@ -5,10 +5,13 @@ use std::io::{Cursor, Seek, SeekFrom};
 use ferry_proto::stream::v1::{self, from_destination, from_source};
 use uuid::Uuid;
 
+use crate::PageSet;
 use crate::compress::{Block, Codec, Codecs, Decompressor};
-use crate::guest::{FRAME_SIZE, MemoryShape, Region};
+use crate::guest::{FRAME_SIZE, FrameRun, MemoryShape, Region};
 use crate::handover::Epoch;
 use crate::postcopy::Table;
+use crate::source::{Holding, Unacknowledged};
+use crate::verify::Ranges;
 use crate::wire::{
     FrameReader, Holdings, StreamIdentity, Sums, Versions, attempt_from_wire, check_hello, digest_from_wire,
     read_message, runs_from_wire, summed_up,
@@ -95,19 +98,84 @@ pub fn control_messages(bytes: &[u8]) {
         let said = message.message.into_iter();
         said.for_each(|said| from_a_source(said, &shape, &mut tables));
     }
-    let (mut source, mut tables) = (Cursor::new(bytes), LateTables::new(&shape));
+    let (mut source, mut heard) = (Cursor::new(bytes), Heard::new(&shape));
     while let Ok(message) = read_message::<v1::FromDestination>(&mut source) {
-        match message.message {
-            Some(from_destination::Message::Refused(refused)) => drop(refused.reasons.concat()),
-            Some(from_destination::Message::Holding(part)) => {
-                let mut holdings = Holdings::new(&shape);
-                if holdings.take(&part, &shape).is_ok() {
-                    assert!(holdings.held().runs().all(|run| shape.contains(run)));
-                }
-            }
-            Some(from_destination::Message::Missing(part)) => tables.take(&part, &shape),
-            _ => {}
+        let said = message.message.into_iter();
+        said.for_each(|said| from_a_destination(said, &shape, &mut heard));
+    }
+}
+
+/// What a source has heard of a destination.
+struct Heard {
+    tables: LateTables,
+    reply: v1::HelloReply,
+    holdings: Holdings,
+    ranges: Ranges,
+}
+
+impl Heard {
+    fn new(shape: &MemoryShape) -> Self {
+        Self {
+            tables: LateTables::new(shape),
+            reply: v1::HelloReply::default(),
+            holdings: Holdings::new(shape),
+            ranges: Ranges::new(shape),
         }
+    }
+
+    /// Takes in a part of what the destination holds; with the last one follows what is due of a round that was cut.
+    fn holds(&mut self, part: &v1::Holding, shape: &MemoryShape) {
+        let Ok(true) = self.holdings.take(part, shape) else {
+            return;
+        };
+        let holding = Holding {
+            round: self.reply.round,
+            session: self.reply.held_session,
+            held: std::mem::replace(&mut self.holdings, Holdings::new(shape)).held(),
+        };
+        assert!(holding.held.runs().all(|run| shape.contains(run)));
+        let mut set = PageSet::new(shape);
+        set.insert(shape.regions()[0].run());
+        let cut = Unacknowledged {
+            session: 1,
+            round: 1,
+            set: set.clone(),
+        };
+        if let Ok(due) = cut.due(&holding) {
+            let mut rest = set.clone();
+            rest.subtract(&holding.held);
+            // What came over another link is no part of the round that was cut.
+            match (holding.round, holding.session) {
+                (1, 1) => assert_eq!(due, rest),
+                _ => assert!(due.is_empty() || due == set),
+            }
+        }
+    }
+}
+
+fn from_a_destination(said: from_destination::Message, shape: &MemoryShape, heard: &mut Heard) {
+    use from_destination::Message as Said;
+    match said {
+        Said::HelloReply(reply) => {
+            let known = Codecs::from_wire(&reply.codecs);
+            assert_eq!(Codecs::from_wire(&known.to_wire()), known);
+            heard.reply = reply;
+        }
+        Said::Holding(part) => heard.holds(&part, shape),
+        Said::Compared(v1::Compared { attempt, ranges }) => {
+            drop(attempt_from_wire(attempt));
+            if heard.ranges.are_some(&ranges) {
+                let run = |&number: &u32| heard.ranges.run(number as usize);
+                let runs: Vec<FrameRun> = ranges.iter().filter_map(run).collect();
+                assert_eq!(runs.len(), ranges.len());
+                assert!(runs.iter().all(|&run| shape.contains(run)));
+                assert!(runs.windows(2).all(|pair| pair[0].end() <= pair[1].first));
+            }
+        }
+        Said::Missing(part) => heard.tables.take(&part, shape),
+        Said::Refused(refused) => drop(refused.reasons.concat()),
+        // A number that is compared with the open round's, or nothing at all.
+        Said::BarrierReached(_) | Said::PopulationReady(_) | Said::AllHere(_) | Said::Ping(_) | Said::Pong(_) => {}
     }
 }
 
@@ -165,7 +233,7 @@ mod tests {
     use ferry_fuzz_inputs::feed;
 
     use super::*;
-    use crate::guest::{FrameRun, Population};
+    use crate::guest::Population;
     use crate::handover::Attempt;
     use crate::wire::{Content, FrameWriter, Wishes, attempt_to_wire, hello, population_to_wire, written_plainly};
 
@@ -302,8 +370,26 @@ mod tests {
         let each: Vec<Vec<u8>> = said.into_iter().map(written).collect();
         let mut samples = vec![each.concat()];
         samples.extend(each);
+        samples.extend(said_by_a_destination());
+        feed("control_messages", &samples, control_messages);
+    }
+
+    /// Each for itself, and what a source hears when a link is made again.
+    fn said_by_a_destination() -> Vec<Vec<u8>> {
         let refused = from_destination::Message::Refused(v1::Refused {
             reasons: vec!["cpu".to_owned(), "memory".to_owned()],
+        });
+        let reply = from_destination::Message::HelloReply(v1::HelloReply {
+            protocol: crate::PROTOCOL,
+            begun: true,
+            round: 1,
+            held_session: 1,
+            codecs: Codecs::ours().to_wire(),
+            ..v1::HelloReply::default()
+        });
+        let compared = from_destination::Message::Compared(v1::Compared {
+            attempt: None,
+            ranges: vec![0, 7, 8],
         });
         let holding = from_destination::Message::Holding(v1::Holding {
             runs: vec![1, 5, 100, 1000],
@@ -314,9 +400,11 @@ mod tests {
             runs: vec![0, 512, 0, 512],
             last: true,
         });
-        for message in [refused, holding, missing] {
-            samples.push(written_plainly(&v1::FromDestination { message: Some(message) }));
-        }
-        feed("control_messages", &samples, control_messages);
+        let each = [reply, holding, refused, compared, missing];
+        let written = |message| written_plainly(&v1::FromDestination { message: Some(message) });
+        let each = each.map(written);
+        let mut samples = vec![each[..2].concat()];
+        samples.extend(each);
+        samples
     }
 }

@@ -199,8 +199,9 @@ impl Policy {
             self.was_led_out |= self.rounds_within_budget > 0;
             self.rounds_within_budget = 0;
         }
-        // What a round of whole pages left tells little of one in which they are told by what they changed.
-        let is_telling = !now.deltas_begin || within_budget || self.force.is_some();
+        // What a round of whole pages left tells little of one in which they are told by what they changed. What takes too long without a page to send does.
+        let is_hopeless = self.learned.blackout(0) > max_downtime;
+        let is_telling = !now.deltas_begin || within_budget || is_hopeless || self.force.is_some();
         let judged = match self.force {
             // Where pages may come late, what must be completed is completed so.
             Some(force) if within_budget || matches!(self.lateness, Lateness::Never | Lateness::AtOnce) => {
@@ -209,8 +210,13 @@ impl Policy {
             Some(force) => (Verdict::Postcopy, force.words().to_owned()),
             None if within_budget => self.within_budget(&left, now),
             None if !is_telling => {
-                let grounds = "over the budget, and from the next round on pages are told by what they changed";
-                (Verdict::Continue, grounds.to_owned())
+                let stalled = match left.share >= HOPELESS_SHARE {
+                    true => ", and the round left as much as it sent",
+                    false => "",
+                };
+                let grounds =
+                    format!("over the budget{stalled}, and from the next round on pages are told by what they changed");
+                (Verdict::Continue, grounds)
             }
             None => self.over_budget(&left, max_downtime),
         };

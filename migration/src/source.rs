@@ -60,7 +60,10 @@ pub use report::{
     Blackout, Decided, Manner, OnTimeout, Overhead, Progress, RoundSummary, SourceOrder, SourceParameters,
     SourceReport, SourceSummary, Verified, Written,
 };
-use resume::{Kept, Unacknowledged};
+#[cfg(any(fuzzing, test))]
+pub(crate) use resume::Holding;
+use resume::Kept;
+pub(crate) use resume::Unacknowledged;
 pub(crate) use rounds::BETWEEN_SMALL_ROUNDS;
 use rounds::Copy;
 use switchover::Switched;

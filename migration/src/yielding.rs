@@ -8,7 +8,6 @@
 use std::time::Duration;
 
 use rustix::process::setpriority_process;
-use rustix::thread::sched_yield;
 
 use crate::guest::GuestMemory;
 
@@ -69,9 +68,9 @@ impl Yielding {
     }
 
     /// Lets somebody else have the processor who waits for it, if this thread yields. After each frame.
-    pub(crate) fn give_way(&self) {
+    pub(crate) fn give_way(&self, memory: &impl GuestMemory) {
         if self.how.is_some() {
-            sched_yield();
+            memory.give_way();
         }
     }
 }

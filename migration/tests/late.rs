@@ -5,6 +5,8 @@ mod checked;
 mod fake;
 #[path = "late/lost.rs"]
 mod lost;
+#[path = "late/yielding.rs"]
+mod yielding;
 
 use std::num::{NonZeroU32, NonZeroU64};
 use std::sync::Arc;

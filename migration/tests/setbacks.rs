@@ -3,6 +3,8 @@
 mod fake;
 #[path = "setbacks/hostile.rs"]
 mod hostile;
+#[path = "setbacks/no_memory.rs"]
+mod no_memory;
 
 use std::net::TcpStream;
 use std::sync::mpsc;

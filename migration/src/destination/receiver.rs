@@ -147,7 +147,7 @@ impl<M: GuestMemory> Receiver<'_, M> {
             if self.delivered.add(frame) {
                 arrived();
             }
-            yielding.give_way();
+            yielding.give_way(self.memory);
         }
     }
 

@@ -4,6 +4,8 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
+use rustix::thread::sched_yield;
+
 use super::{FrameRun, GuestError, MemoryShape, Region};
 use crate::PageSet;
 
@@ -36,6 +38,11 @@ pub trait GuestMemory: Send + Sync + 'static {
     /// The system call's.
     fn set_turns(&self, _length: Option<Duration>) -> io::Result<bool> {
         Ok(false)
+    }
+
+    /// Lets somebody else have the calling thread's processor who waits for it.
+    fn give_way(&self) {
+        sched_yield();
     }
 
     /// Writes `prefix` and then the bytes of `runs` to a blocking stream socket, all of it.

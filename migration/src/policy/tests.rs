@@ -97,6 +97,93 @@ fn the_last_round_of_whole_pages_tells_nothing_of_those_that_are_told_by_what_th
     assert_eq!(forced.judge(&stalled, begins).verdict, Switch);
 }
 
+/// A round of so many pages that are told by what they changed, each in an eighth of its bytes and its time.
+fn told(pages: u64, dirty_pages: u64) -> RoundSummary {
+    let whole = round(pages, dirty_pages);
+    RoundSummary {
+        bytes: whole.bytes / 8,
+        saved: whole.bytes - whole.bytes / 8,
+        elapsed: whole.elapsed / 8,
+        ..whole
+    }
+}
+
+/// Two rounds of whole pages, and one of pages that are told by what they changed. It may bring within the budget what no number of the first kind would,
+/// be it as stalled as they are: so the second one calls nothing infeasible yet, throttles nobody and hands nothing over. It says that it stalled; the third
+/// one decides.
+#[test]
+fn where_deltas_begin_a_stalled_round_is_told_at_once_and_the_next_one_decides() {
+    let table = [
+        (
+            "it writes more than deltas carry, too",
+            [
+                round(2_000_000, 1_000_000),
+                round(1_000_000, 1_000_000),
+                told(1_000_000, 1_000_000),
+            ],
+            [Continue, Continue, Infeasible],
+        ),
+        (
+            "it writes as much as deltas carry, of which the blackout takes more than of whole pages",
+            [round(400_000, 200_000), round(200_000, 200_000), told(200_000, 200_000)],
+            [Continue, Continue, Switch],
+        ),
+        (
+            "it writes more than whole pages carry, and less than deltas do",
+            [
+                round(2_000_000, 1_000_000),
+                round(1_000_000, 1_000_000),
+                told(1_000_000, 500_000),
+            ],
+            [Continue, Continue, Continue],
+        ),
+        (
+            "the first round stalls as well: no deltas come after it",
+            [
+                round(1_000_000, 1_000_000),
+                round(1_000_000, 1_000_000),
+                told(1_000_000, 1_000_000),
+            ],
+            [Infeasible, Continue, Infeasible],
+        ),
+    ];
+    for (name, rounds, expected) in table {
+        let decisions = judged_where_deltas_begin(&mut policy(BUDGET), &rounds);
+        let verdicts: Vec<_> = decisions.iter().map(|decision| decision.verdict).collect();
+        assert_eq!(verdicts, expected, "{name}");
+        let told = &decisions[1].words;
+        let why = "the round left as much as it sent, and from the next round on pages are told by what they changed";
+        assert!(
+            told.contains(why) && told.contains("the guest writes"),
+            "{name}: {told}"
+        );
+    }
+}
+
+#[test]
+fn what_deltas_do_not_mend_is_infeasible_where_they_begin_too() {
+    let rounds = [round(400_000, 200_000), round(200_000, 200_000), told(200_000, 200_000)];
+    let mut alone = policy(live(5));
+    let decisions = judged_where_deltas_begin(&mut alone, &rounds);
+    assert!(
+        decisions.iter().all(|decision| decision.verdict == Infeasible),
+        "{decisions:?}"
+    );
+    assert!(decisions[1].words.contains("without a page to send"), "{decisions:?}");
+}
+
+/// What is decided after rounds with deltas from the third one on.
+fn judged_where_deltas_begin(policy: &mut Policy, rounds: &[RoundSummary]) -> Vec<Decision> {
+    let judge = |(index, round)| {
+        let now = Moment {
+            deltas_begin: index == 1,
+            ..Moment::default()
+        };
+        policy.judge(round, now)
+    };
+    rounds.iter().enumerate().map(judge).collect()
+}
+
 /// A name, rounds, and what follows from each.
 type Case = (&'static str, &'static [(u64, u64)], &'static [Verdict]);
 

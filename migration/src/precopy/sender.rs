@@ -95,7 +95,7 @@ impl<M: GuestMemory, C: DirtyClearer> Sender<'_, M, C> {
             *totals = totals.plus(sent);
             drop(totals);
             self.memory.sent(&runs);
-            yielding.give_way();
+            yielding.give_way(self.memory);
             if self.feed.sent() == Standing::Done {
                 round_done();
             }

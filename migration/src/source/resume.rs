@@ -54,23 +54,23 @@ pub(super) struct Kept {
 
 /// Pages that were being sent when a link was lost.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Unacknowledged {
+pub(crate) struct Unacknowledged {
     /// Over which link.
-    pub(super) session: u32,
+    pub(crate) session: u32,
     /// In which round.
-    pub(super) round: u32,
+    pub(crate) round: u32,
     /// All pages of the round.
-    pub(super) set: PageSet,
+    pub(crate) set: PageSet,
 }
 
 /// What a destination holds.
-pub(super) struct Holding {
+pub(crate) struct Holding {
     /// The round whose barrier comes next.
-    pub(super) round: u32,
+    pub(crate) round: u32,
     /// The session in which `held` came.
-    pub(super) session: u32,
+    pub(crate) session: u32,
     /// Pages of that round which came whole.
-    pub(super) held: PageSet,
+    pub(crate) held: PageSet,
 }
 
 impl Unacknowledged {
@@ -78,7 +78,7 @@ impl Unacknowledged {
     ///
     /// # Errors
     /// It is in a round in which it cannot be.
-    pub(super) fn due(self, holding: &Holding) -> Result<PageSet, SourceError> {
+    pub(crate) fn due(self, holding: &Holding) -> Result<PageSet, SourceError> {
         let Self {
             session,
             round,

@@ -57,6 +57,12 @@ impl Ranges {
             count: (*frames).min(region.frames - offset),
         })
     }
+
+    /// Whether these are numbers of ranges, ascending: what a peer may say of some of them.
+    pub(crate) fn are_some(&self, numbers: &[u32]) -> bool {
+        let ascend = numbers.windows(2).all(|pair| pair[0] < pair[1]);
+        ascend && numbers.last().is_none_or(|&last| self.run(last as usize).is_some())
+    }
 }
 
 fn pages_of_a_range(region: Region) -> u64 {
@@ -101,6 +107,13 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn what_a_peer_says_of_ranges_ascends_and_exists() {
+        let ranges = Ranges::new(&shape(&[1024, 512]));
+        assert!(ranges.are_some(&[]) && ranges.are_some(&[0, 2]));
+        assert!(!ranges.are_some(&[0, 3]) && !ranges.are_some(&[1, 1]) && !ranges.are_some(&[2, 0]));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread;
 use std::time::Duration;
 
+use super::processors::{Deed, Processors};
 use ferry_migration::PageSet;
 use ferry_migration::guest::{
     AbsentPages, FRAME_SIZE, FRAMES_PER_HUGE_PAGE, FrameRun, GuestError, GuestMemory, MemoryShape, Region,
@@ -25,6 +26,8 @@ pub struct FakeMemory {
     pub advised: Mutex<Vec<FrameRun>>,
     /// Frames that were backed ahead.
     pub populated: AtomicU64,
+    /// How many of them there is room for.
+    room: AtomicU64,
     /// Its regions but the first are disks.
     pub has_disk: bool,
     /// So many of its pages come late together.
@@ -57,6 +60,7 @@ struct Store {
     is_full: AtomicBool,
     /// Huge pages that were asked for after all had come.
     made_huge: AtomicU64,
+    processors: Processors,
 }
 
 /// Pages that are not there yet.
@@ -84,6 +88,7 @@ impl FakeMemory {
             is_deaf: AtomicBool::new(false),
             is_full: AtomicBool::new(false),
             made_huge: AtomicU64::new(0),
+            processors: Processors::default(),
         };
         Self {
             store: Arc::new(store),
@@ -91,6 +96,7 @@ impl FakeMemory {
             zeroed: AtomicU64::new(0),
             advised: Mutex::default(),
             populated: AtomicU64::new(0),
+            room: AtomicU64::new(u64::MAX),
             has_disk: false,
             late_unit: 1,
             cannot_wait: false,
@@ -106,6 +112,16 @@ impl FakeMemory {
     /// Huge pages that were asked for after all pages had come.
     pub fn made_huge(&self) -> u64 {
         self.store.made_huge.load(Ordering::Relaxed)
+    }
+
+    /// How the threads that copy it share the processors.
+    pub fn processors(&self) -> &Processors {
+        &self.store.processors
+    }
+
+    /// There is room for so many frames that are backed ahead, and for no more.
+    pub fn has_room_for(&self, frames: u64) {
+        self.room.store(frames, Ordering::Relaxed);
     }
 
     /// Each write to a socket takes so long from now on.
@@ -348,6 +364,7 @@ impl AbsentPages for Waiting {
     }
 
     fn supply(&self, runs: &[FrameRun], contents: &[u8]) -> Result<(), GuestError> {
+        self.store.processors.note(Deed::Supplied, runs);
         self.check_room()?;
         runs.iter().for_each(|&run| self.check_whole(run));
         let mut pages = contents.chunks_exact(FRAME_SIZE as usize);
@@ -369,6 +386,7 @@ impl AbsentPages for Waiting {
             (block.first % FRAMES_PER_HUGE_PAGE, block.count),
             (0, FRAMES_PER_HUGE_PAGE)
         );
+        self.store.processors.note(Deed::MadeHuge, &[block]);
         self.store.made_huge.fetch_add(1, Ordering::Relaxed);
         Ok(true)
     }
@@ -389,7 +407,17 @@ impl GuestMemory for FakeMemory {
         self.has_disk && region != self.store.shape.regions()[0]
     }
 
+    fn set_turns(&self, length: Option<Duration>) -> io::Result<bool> {
+        Ok(self.store.processors.set_turns(length))
+    }
+
+    fn give_way(&self) {
+        self.store.processors.note(Deed::GaveWay, &[]);
+        thread::yield_now();
+    }
+
     fn send(&self, socket: BorrowedFd<'_>, prefix: &[u8], runs: &[FrameRun]) -> io::Result<()> {
+        self.store.processors.note(Deed::Sent, runs);
         self.check_transfer()?;
         let delay = Duration::from_micros(self.send_delay_micros.load(Ordering::Relaxed));
         if !delay.is_zero() {
@@ -422,6 +450,7 @@ impl GuestMemory for FakeMemory {
     }
 
     fn receive(&self, socket: BorrowedFd<'_>, runs: &[FrameRun]) -> io::Result<()> {
+        self.store.processors.note(Deed::Received, runs);
         self.check_transfer()?;
         let pieces = self.all_pieces(runs);
         let mut guards: Vec<(usize, RwLockWriteGuard<'_, Vec<u8>>)> = Vec::new();
@@ -527,7 +556,11 @@ impl GuestMemory for FakeMemory {
     }
 
     fn populate(&self, run: FrameRun) -> Result<(), GuestError> {
-        self.populated.fetch_add(run.count, Ordering::Relaxed);
+        let backed = self.populated.fetch_add(run.count, Ordering::Relaxed) + run.count;
+        if backed > self.room.load(Ordering::Relaxed) {
+            // As MADV_POPULATE_WRITE has it, of small pages and of a pool of huge ones.
+            return Err(GuestError::new(io::Error::from(rustix::io::Errno::NOMEM)));
+        }
         Ok(())
     }
 

@@ -9,6 +9,7 @@
 
 pub mod cutting;
 pub mod memory;
+pub mod processors;
 pub mod raw;
 pub mod scene;
 
@@ -460,6 +461,7 @@ impl SourceGuest for FakeSource {
         let began = Instant::now();
         self.pause();
         self.stopped = true;
+        self.memory.processors().guest_stops();
         match self.stop_faults.pop_front().unwrap_or(StopFault::None) {
             StopFault::None => {}
             StopFault::Slow(time) => thread::sleep(time),
@@ -499,6 +501,7 @@ impl SourceGuest for FakeSource {
 
     fn resume(&mut self, was: GuestWas) -> Result<(), GuestError> {
         self.stopped = false;
+        self.memory.processors().guest_runs();
         self.memory.slow_sends(Duration::ZERO);
         self.notes.resumed.fetch_add(1, Ordering::Relaxed);
         if was == GuestWas::Running {
