@@ -60,8 +60,9 @@ pub(crate) struct Options {
     /// Idle guests of 1, 2, 4 and 8 GiB, all of it populated: whether the blackout grows with memory.
     #[arg(long, conflicts_with_all = ["devices", "linux", "control", "link", "peer"])]
     sizes: bool,
-    /// What `migrate --verify` costs: each workload with it and without, and one whose pages come late.
-    #[arg(long, conflicts_with_all = ["devices", "linux", "control", "link", "peer", "sizes"])]
+    /// What `migrate --verify` costs: each workload with it and without, and one whose pages come late. With `--sizes`, whether what it adds
+    /// to the blackout grows with memory.
+    #[arg(long, conflicts_with_all = ["devices", "linux", "control", "link", "peer"])]
     verify: bool,
     /// Runs of each.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]

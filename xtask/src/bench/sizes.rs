@@ -39,14 +39,16 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
     }
     let ferry = ferry::build()?;
     let tsc_khz = clock::tsc_khz()?;
+    let further: &[&str] = if options.verify { &["--verify"] } else { &[] };
     let mut contenders: Vec<_> = sizes.iter().map(|workload| Contender::new(workload.name)).collect();
     for round in 1..=options.runs {
         eprintln!("sizes: run {round} of {}", options.runs);
         for turn in in_turn(sizes.len(), round) {
-            contenders[turn].add(ferry.run(sizes[turn], tsc_khz, super::Measured::Time, &[]));
+            contenders[turn].add(ferry.run(sizes[turn], tsc_khz, super::Measured::Time, further));
         }
     }
-    println!("\nidle guests, all of their memory populated with random data");
+    let moved = if options.verify { ", moved with --verify" } else { "" };
+    println!("\nidle guests, all of their memory populated with random data{moved}");
     table::print_rows(contenders.iter());
     left_out.iter().for_each(|line| println!("{line}"));
     compare_ends(&contenders);
@@ -56,7 +58,7 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
     let all: Vec<_> = contenders.iter().map(Contender::to_json).collect();
     write_record(
         options,
-        vec![json!({ "workload": "sizes", "contenders": all, "left_out": left_out })],
+        vec![json!({ "workload": "sizes", "arguments": further, "contenders": all, "left_out": left_out })],
     )?;
     let failed = contenders.iter().any(Contender::has_failed);
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
