@@ -207,7 +207,7 @@ pub(crate) fn die_at_random_moments(pair: &mut Pair, further: &[&str]) -> Result
             ("b", "a")
         };
         let host = if source == "a" { &pair.a } else { &pair.b };
-        let words = [&["migrate", "g", "--to", target, "--detach"], further].concat();
+        let words = [&["migrate", "g", "--to", target, "--detach", "--verify"], further].concat();
         let began = host.ferry(&words)?.exit(0)?;
         let id = began.migration()?.text("id")?.to_owned();
         std::thread::sleep(std::time::Duration::from_millis(delay_ms));

@@ -51,7 +51,11 @@ fn a_block_device_goes_from_host_to_host_with_its_guest(pair: &mut Pair) -> Resu
         .is("completed", "b")?;
     pair.runs_only_at(&pair.b, "g", &witness)?;
     // Both agents are on one host, and can tell that the device is the same.
-    let back = pair.b.ferry(&["migrate", "g", "--to", "a"])?.exit(0)?.migration()?;
+    let back = pair
+        .b
+        .ferry(&["migrate", "g", "--to", "a", "--verify"])?
+        .exit(0)?
+        .migration()?;
     ensure!(back.record["copied_disks"] == serde_json::json!([]), "{}", back.record);
     back.is("completed", "a")?;
 

@@ -96,7 +96,11 @@ fn what_became_free_right_before_a_move_is_not_sent(pair: &mut Pair) -> Result<(
     holder.fill(&pair.a)?;
     let moved = pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
     let full = number(&moved, "bytes_sent")?;
-    let back = pair.b.ferry(&["migrate", "g", "--to", "a"])?.exit(0)?.migration()?;
+    let back = pair
+        .b
+        .ferry(&["migrate", "g", "--to", "a", "--verify"])?
+        .exit(0)?
+        .migration()?;
     back.is("completed", "a")?;
     holder.free(&pair.a)?;
 

@@ -118,7 +118,7 @@ fn gaps_are_those_of(gaps: &[Option<f64>], longest: Duration) -> Result<()> {
 fn moves_on(pair: &Pair, further: &[&str]) -> Result<Vec<Option<f64>>> {
     let mut gaps = Vec::new();
     for (from, to) in [(&pair.a, &pair.b), (&pair.b, &pair.a)] {
-        let words = [&["migrate", "g", "--to", to.name], further].concat();
+        let words = [&["migrate", "g", "--to", to.name, "--verify"], further].concat();
         let moved = from.ferry(&words)?.exit(0)?.migration()?.is("completed", to.name)?;
         gaps.push(moved.record["network_gap_ms"].as_f64());
         pair.exists_only_at(to, "g")?;

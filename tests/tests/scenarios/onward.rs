@@ -37,7 +37,7 @@ fn arrive_unwritten(pair: &mut Pair, gate: &Gate) -> Result<(String, ferry_tests
 
 /// Begins to move the guest back from B: the id of that migration.
 fn go_on(pair: &Pair, further: &[&str]) -> Result<String> {
-    let words = [&["migrate", "g", "--to", "a", "--detach"], further].concat();
+    let words = [&["migrate", "g", "--to", "a", "--detach", "--verify"], further].concat();
     let began = pair.b.ferry(&words)?.exit(0)?;
     Ok(began.migration()?.text("id")?.to_owned())
 }
@@ -99,7 +99,7 @@ fn an_instance_is_looked_at_while_the_silent_host_that_it_came_from_is_waited_fo
 
     let (began, onward) = (
         Instant::now(),
-        pair.b.begin(&["migrate", "g", "--to", "c", "--detach"])?,
+        pair.b.begin(&["migrate", "g", "--to", "c", "--detach", "--verify"])?,
     );
     let waiting = thread::spawn(move || onward.wait().map(|answer| (answer, began.elapsed())));
     let mut longest = Duration::ZERO;

@@ -53,7 +53,7 @@ fn a_guest_without_a_destination_goes_to_the_best_host(pair: &mut Pair) -> Resul
     let witness = run(pair)?;
     pair.b.ferry(&Guest::new("other").arguments(&pair.kernel()))?.exit(0)?;
 
-    let told = pair.a.ferry(&["migrate", "g"])?.exit(0)?;
+    let told = pair.a.ferry(&["migrate", "g", "--verify"])?.exit(0)?;
 
     told.clone().says("host c chosen")?.migration()?.is("completed", "c")?;
     witness.wait_for_beats_at("c", 3)?;
@@ -74,7 +74,7 @@ fn where_the_best_host_refuses_the_next_one_is_asked(pair: &mut Pair) -> Result<
         third(pair)?.ferry(&arguments)?.exit(0)?;
     }
 
-    let told = pair.a.ferry(&["migrate", "g"])?.exit(0)?;
+    let told = pair.a.ferry(&["migrate", "g", "--verify"])?.exit(0)?;
 
     let told = told.says("host c chosen")?.says("not host b")?.says("g")?;
     told.migration()?.is("completed", "c")?;
@@ -96,7 +96,7 @@ fn a_host_whose_claims_are_full_is_left_and_says_so(pair: &mut Pair) -> Result<(
         .exit(4)?
         .says("INSUFFICIENT_VCPUS")?
         .says("--cpu-allocation-ratio")?;
-    let told = pair.a.ferry(&["migrate", "g"])?.exit(0)?;
+    let told = pair.a.ferry(&["migrate", "g", "--verify"])?.exit(0)?;
 
     told.says("not host c")?.migration()?.is("completed", "b")?;
     pair.runs_only_at(&pair.b, "g", &witness)
@@ -156,7 +156,7 @@ fn a_host_that_is_down_is_left(pair: &mut Pair) -> Result<()> {
         .ferry(&["migrate", "g", "--to", "c"])?
         .exit(4)?
         .says("DESTINATION_DOWN")?;
-    let told = pair.a.ferry(&["migrate", "g"])?.exit(0)?;
+    let told = pair.a.ferry(&["migrate", "g", "--verify"])?.exit(0)?;
 
     told.migration()?.is("completed", "b")?;
     pair.runs_only_at(&pair.b, "g", &witness)

@@ -264,7 +264,7 @@ fn a_disk_finds_room_for_what_it_holds_or_for_all_that_it_may_hold(pair: &mut Pa
         .exit(4)?
         .says("may come to 64 MiB")?;
     pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
-    let back = [&["migrate", "g", "--to", "a"], &whole[..]].concat();
+    let back = [&["migrate", "g", "--to", "a", "--verify"], &whole[..]].concat();
     pair.b.ferry(&back)?.exit(0)?.migration()?.is("completed", "a")?;
 
     let here = fs::metadata(folders.a.join("g.img"))?;
