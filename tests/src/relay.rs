@@ -165,10 +165,12 @@ impl Relay {
     ///
     /// # Errors
     /// If there is no such stream.
-    pub fn cut_stream(&self, index: usize) -> Result<()> {
+    pub fn cut_stream(&self, index: u16) -> Result<()> {
         let state = self.shared.lock();
-        // Connections are made in their order, the control stream first.
-        state.streams.get(index + 1).context("no such stream came by")?.cut();
+        // The control stream is the first one, and connections are made all at once.
+        let mut newest = state.streams.iter().rev();
+        let stream = newest.find(|stream| stream.index.and_then(|claimed| claimed.checked_sub(1)) == Some(index));
+        stream.context("no such stream came by")?.cut();
         Ok(())
     }
 

@@ -20,6 +20,7 @@ use sha2::Sha256;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use super::instances::Agent;
@@ -136,7 +137,7 @@ async fn take(agent: &Arc<Agent>, mut stream: TcpStream) -> io::Result<Option<(A
     Ok(None)
 }
 
-/// Opens the connections of a migration with these indexes, proven and in order: a control stream and page streams.
+/// Opens the connections of a migration with these indexes, all at once, proven and in order: a control stream and page streams.
 ///
 /// # Errors
 /// The data port cannot be reached, is something else, or refuses.
@@ -146,13 +147,43 @@ pub(crate) async fn connect(
     migration: Uuid,
     indexes: Range<u16>,
 ) -> io::Result<Vec<OwnedFd>> {
-    let mut connections = Vec::with_capacity(indexes.len());
+    let (address, secret): (Arc<str>, Arc<[u8]>) = (address.into(), secret.into());
+    all_at_once(indexes, |index| {
+        let (address, secret) = (Arc::clone(&address), Arc::clone(&secret));
+        async move {
+            let connect = connect_one(&address, &secret, migration, index);
+            let timed_out = |_| io::Error::new(io::ErrorKind::TimedOut, format!("{address} does not answer"));
+            tokio::time::timeout(PATIENCE, connect).await.map_err(timed_out)?
+        }
+    })
+    .await
+}
+
+/// Makes something of each index, all at once: each takes three round trips, and some ways are long. In the order of their indexes.
+///
+/// # Errors
+/// The first one's that fails; what the others made is gone then.
+pub(super) async fn all_at_once<T, E, F>(indexes: Range<u16>, make: impl Fn(u16) -> F) -> Result<Vec<T>, E>
+where
+    F: Future<Output = Result<T, E>> + Send + 'static,
+    T: Send + 'static,
+    E: Send + 'static,
+{
+    let mut making = JoinSet::new();
     for index in indexes {
-        let connect = connect_one(address, secret, migration, index);
-        let timed_out = |_| io::Error::new(io::ErrorKind::TimedOut, format!("{address} does not answer"));
-        connections.push(tokio::time::timeout(PATIENCE, connect).await.map_err(timed_out)??);
+        let one = make(index);
+        making.spawn(async move { one.await.map(|made| (index, made)) });
     }
-    Ok(connections)
+    let mut all = Vec::with_capacity(making.len());
+    while let Some(one) = making.join_next().await {
+        match one {
+            Ok(made) => all.push(made?),
+            // Nobody else ends one.
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
+    all.sort_by_key(|&(index, _)| index);
+    Ok(all.into_iter().map(|(_, made)| made).collect())
 }
 
 /// How long a data port that is only looked for may take: less than the call takes whose answer tells of it.

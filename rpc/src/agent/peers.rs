@@ -9,6 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ferry_proto::agent::v1::{HostInfo, HostRequest};
 use ferry_proto::agent::v1::{compute_client, conductor_client};
+use tokio::net::TcpStream;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
@@ -17,6 +18,7 @@ use tonic_types::StatusExt;
 use super::context::RequestContext;
 use super::failure::Failure;
 use super::reason::{DOMAIN, Reason};
+use super::sock_diag;
 use super::transport::Connector;
 use crate::faults::{self, Moment, Word};
 use crate::request::Carried;
@@ -95,14 +97,30 @@ impl Heard {
 impl Peer {
     /// Whether it is on this very host: whether the way to its URL ends where it begins. Where that cannot be found out, it is not.
     pub(crate) async fn is_on_this_host(&self) -> bool {
+        let address = self.address().await;
+        address.is_some_and(|there| is_here(there).unwrap_or(false))
+    }
+
+    /// How long a word to it and back takes, as the kernel has it of a connection to its URL: however busy the agents are. `None`: it could not be found
+    /// out.
+    pub(crate) async fn round_trip(&self) -> Option<Duration> {
+        let there = self.address().await?;
+        if is_here(there).unwrap_or(false) {
+            return Some(Duration::ZERO);
+        }
+        let connected = tokio::time::timeout(LOOK_UP_TIME, TcpStream::connect(there)).await;
+        let connection = connected.ok()?.ok()?;
+        let ends = (connection.local_addr().ok()?, connection.peer_addr().ok()?);
+        sock_diag::round_trip(ends.0, ends.1).ok()?
+    }
+
+    /// The first one that its URL's name stands for.
+    async fn address(&self) -> Option<SocketAddr> {
         let uri = self.endpoint.uri();
         // An IPv6 address is in brackets in a URL.
         let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
         let looked_up = tokio::net::lookup_host((host, uri.port_u16().unwrap_or(80)));
-        let Ok(Ok(mut addresses)) = tokio::time::timeout(LOOK_UP_TIME, looked_up).await else {
-            return false;
-        };
-        addresses.next().is_some_and(|there| is_here(there).unwrap_or(false))
+        tokio::time::timeout(LOOK_UP_TIME, looked_up).await.ok()?.ok()?.next()
     }
 
     /// Asks its `Compute` service and waits for the answer: `patience` at most, and no longer than whoever asked waits.

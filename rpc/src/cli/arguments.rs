@@ -327,7 +327,7 @@ pub(super) struct MigrateArguments {
     /// [default: the migration ends with it]
     #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
     pub(super) resume_window: Option<Duration>,
-    /// Page streams, each a TCP connection
+    /// Page streams, each a TCP connection; `auto` goes by the CPUs, and by how long the way to the destination is
     #[arg(long, value_name = "N|auto", default_value = "auto", value_parser = parse::streams)]
     pub(super) streams: u32,
     /// How pages travel: straight from VMM to VMM by the destination's data port, or through both agents where only their own port is open

@@ -207,6 +207,8 @@ impl Script {
 
         self.enter(SourceStep::Prepare).await?;
         let peer = agent.peers.named(&self.row.peer)?.clone();
+        let round_trip = self.unless_aborted(peer.round_trip()).await?;
+        self.row.info.streams = page_streams(&self.row.options, round_trip).into();
         let prepared = self.prepared(&peer).await?;
         self.hold("preparing").await?;
 
@@ -219,7 +221,6 @@ impl Script {
 
         let copied = prepared.copied_disks;
         self.row.info.copied_disks = self.paths_of(&copied).await?;
-        self.row.info.streams = streams.into();
         self.row.peer_journal = journal_of(&prepared.journal).map_err(Failure::from)?;
         // Before anything of it happens: an agent that restarts must know what becomes superfluous here, and which journal D is in.
         self.save(RowWrite::Prepared).await?;
@@ -304,9 +305,12 @@ impl Script {
         })
     }
 
-    /// How many page streams.
+    /// How many page streams: what was found to fit when it was prepared.
     pub(super) fn streams(&self) -> u16 {
-        page_streams(&self.row.options)
+        match u16::try_from(self.row.info.streams) {
+            Ok(streams) if streams > 0 => streams,
+            _ => page_streams(&self.row.options, None),
+        }
     }
 
     /// How many page streams there are for pages that come late; none if none does.

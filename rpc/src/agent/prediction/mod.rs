@@ -86,7 +86,7 @@ impl Agent {
         let mut way = self.way(context, &request.destination, &options).await?;
         let guest = sample.guest(request.disk_bytes);
         let (tried, link) = (sample.tried(), way.carries(&wanted));
-        let streams = page_streams(&options).into();
+        let streams = page_streams(&options, None).into();
         way.way.packed = foresee(compression, &tried, link, streams);
         let rewritten = sample.rewritten();
         let deltas = rewritten.and_then(|rewritten| foresee_deltas(compression, &rewritten, link, streams));

@@ -126,12 +126,25 @@ impl Agent {
         let probed = match is_told || options.bandwidth_bytes_per_s > 0 || destination.is_empty() {
             true => None,
             false => self
-                .probe(context, (destination, transport), page_streams(options).into())
+                .probe(
+                    context,
+                    (destination, transport),
+                    self.streams_to(destination, options).await,
+                )
                 .await
                 .inspect_err(|failure| tracing::info!(destination, error = failure.chain(), "the link is not known"))
                 .ok(),
         };
         Ok(KnownWay::learned(&completed, (options, transport), probed))
+    }
+
+    /// How many page streams a migration there would have.
+    async fn streams_to(&self, destination: &str, options: &MigrationOptions) -> u32 {
+        let round_trip = match self.peers.named(destination) {
+            Ok(peer) => peer.round_trip().await,
+            Err(_) => None,
+        };
+        page_streams(options, round_trip).into()
     }
 
     /// What a switchover to this host took beside its last pages, at least, of the last few by this transport: no budget is too small that one of them

@@ -21,7 +21,7 @@ use super::messages::{Heard, message};
 use super::pump::{self, pump};
 use super::{FRAME, WINDOW};
 use crate::agent::context::RequestContext;
-use crate::agent::data_port::{PATIENCE, Secret, proof};
+use crate::agent::data_port::{PATIENCE, Secret, all_at_once, proof};
 use crate::agent::failure::Failure;
 use crate::agent::peers::{Peer, PeerError};
 
@@ -45,14 +45,16 @@ pub(crate) async fn connect(
         let told = format!("host {} told a secret of {} bytes", peer.host, secret.len());
         Failure::Refused(told)
     })?;
-    let mut handed = Vec::with_capacity(indexes.len());
-    for index in indexes {
-        let carrying = carry(peer, context, secret, migration, index);
-        let carried = tokio::time::timeout(PATIENCE, carrying).await;
-        let silent = |_| Failure::Unavailable(format!("host {} did not take a stream within 5 s", peer.host));
-        handed.push(carried.map_err(silent)??);
-    }
-    Ok(handed)
+    all_at_once(indexes, |index| {
+        let (peer, context) = (peer.clone(), context.clone());
+        async move {
+            let carrying = carry(&peer, &context, secret, migration, index);
+            let carried = tokio::time::timeout(PATIENCE, carrying).await;
+            let silent = |_| Failure::Unavailable(format!("host {} did not take a stream within 5 s", peer.host));
+            carried.map_err(silent)?
+        }
+    })
+    .await
 }
 
 async fn carry(
