@@ -44,8 +44,7 @@ use opening::{handshake, load_population};
 use phase::{Phase, Step};
 use population::wanted_huge;
 pub use report::{
-    DestinationOrder, DestinationParameters, DestinationReport, DestinationSummary, Digests, Leftovers, LoadTimings,
-    Loaded,
+    DestinationOrder, DestinationParameters, DestinationReport, DestinationSummary, Digests, LoadTimings, Loaded,
 };
 use resume::Kept;
 use shared::Shared;
@@ -92,10 +91,7 @@ pub fn run<G: DestinationGuest>(
         guest = given_back;
     };
     match (come, late_link) {
-        (Come::Whole(loaded), _) => Ok(Loaded {
-            leftovers: Leftovers::new(shared.digests.into_inner()),
-            ..loaded
-        }),
+        (Come::Whole(loaded), _) => Ok(loaded),
         (Come::Broken(error), _) => Err(error),
         (Come::InPart(guest, mut arrived), Some(link)) => {
             let late = await_late(
@@ -108,7 +104,6 @@ pub fn run<G: DestinationGuest>(
             let loaded = load(guest, arrived, &shared)?;
             Ok(Loaded {
                 late: Some(late),
-                leftovers: Leftovers::new(shared.digests.into_inner()),
                 ..loaded
             })
         }
@@ -320,7 +315,6 @@ fn load<G: DestinationGuest>(
         },
         digests,
         late: None,
-        leftovers: Leftovers::default(),
     })
 }
 

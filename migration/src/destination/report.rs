@@ -1,6 +1,5 @@
 //! What goes into a destination's run, and what it tells while it runs.
 
-use std::fmt;
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
@@ -9,7 +8,6 @@ use crate::guest::GuestWas;
 use crate::handover::{Attempt, Epoch};
 use crate::link::{Link, Liveness};
 use crate::postcopy::{LatePages, LateReport};
-use crate::verify::PageDigests;
 use crate::wire::StreamTotals;
 
 /// Which guest is expected.
@@ -108,27 +106,6 @@ pub struct Loaded<R> {
     pub digests: Option<Digests>,
     /// What takes in the pages that come late, if some do. It is kept until they are here: without it whoever waits for one waits for ever.
     pub late: Option<LatePages>,
-    /// What is of no use any more.
-    pub leftovers: Leftovers,
-}
-
-/// What was needed to load the guest and takes its time to be freed, the more the larger the guest is: whoever has it keeps it until nobody waits for
-/// the guest.
-#[derive(Default)]
-pub struct Leftovers {
-    _digests: Option<PageDigests>,
-}
-
-impl Leftovers {
-    pub(super) fn new(digests: Option<PageDigests>) -> Self {
-        Self { _digests: digests }
-    }
-}
-
-impl fmt::Debug for Leftovers {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("Leftovers")
-    }
 }
 
 /// What memory and state digest to, the same at both ends.

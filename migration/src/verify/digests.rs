@@ -2,6 +2,8 @@
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use crate::PageSet;
 use crate::guest::{FRAME_SIZE, FRAMES_PER_HUGE_PAGE, FrameRun, GuestError, GuestMemory, MemoryShape};
@@ -27,6 +29,30 @@ pub(crate) struct PageDigests {
 }
 
 type Block = OnceLock<Box<[AtomicU64]>>;
+
+/// Blocks that are freed at once: those of 128 MiB.
+const FREED_AT_ONCE: usize = 64;
+
+/// More of them are freed after this: by then the guest runs somewhere.
+const A_WHILE: Duration = Duration::from_secs(1);
+
+/// They are dropped while the guest stands still, by a thread that has nothing else to do: of 8 GiB freeing them kept a processor busy for milliseconds, which those
+/// who hand the guest over waited for.
+impl Drop for PageDigests {
+    fn drop(&mut self) {
+        let kept = self.blocks.iter().flatten().filter(|block| block.get().is_some());
+        if kept.count() <= FREED_AT_ONCE {
+            return;
+        }
+        let blocks = std::mem::take(&mut self.blocks);
+        let free = move || {
+            thread::sleep(A_WHILE);
+            drop(blocks);
+        };
+        // Without a thread they are freed at once.
+        let _ = thread::Builder::new().name("ferry-free".into()).spawn(free);
+    }
+}
 
 impl PageDigests {
     /// All memory is zero.

@@ -149,12 +149,8 @@ impl Vmm {
         let events = self.events.clone();
         let run = move || {
             jail::narrow(jail::Kind::Migration);
-            let mut outcome = destination::run(*blank, link, &parameters, &order_receiver, &reports);
-            let loaded = outcome.as_mut().ok();
-            let leftovers = loaded.map(|loaded| std::mem::take(&mut loaded.leftovers));
+            let outcome = destination::run(*blank, link, &parameters, &order_receiver, &reports);
             let _ = events.send(Event::LoadOutcome(Box::new(outcome)));
-            // Only now: somebody waits for the guest.
-            drop(leftovers);
         };
         thread::Builder::new()
             .name("migration".to_owned())
