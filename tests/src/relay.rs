@@ -48,8 +48,8 @@ struct State {
     streams: Vec<Stream>,
     /// How many connections there were.
     made: u64,
-    /// How many were not let through.
-    refused: u64,
+    /// How many other links were asked for while nothing is let through.
+    in_vain: u64,
     /// No page streams are let through.
     is_cut: bool,
     /// None to the data port are.
@@ -92,7 +92,7 @@ impl Relay {
                 connections: Vec::new(),
                 streams: Vec::new(),
                 made: 0,
-                refused: 0,
+                in_vain: 0,
                 is_cut: false,
                 is_closed: false,
                 is_cut_off: false,
@@ -150,26 +150,26 @@ impl Relay {
         self.shared.lock().is_closed = true;
     }
 
-    /// Waits until so many streams more were not let through.
+    /// Waits until another link was tried so many times more while nothing is let through. Each time its connections are made all at once.
     ///
     /// # Errors
     /// If nobody tries.
-    pub fn wait_refused(&self, more: u64) -> Result<()> {
-        let before = self.shared.lock().refused;
-        until("others are tried in vain", CALL, || {
-            Ok((self.shared.lock().refused >= before + more).then_some(()))
+    pub fn wait_tried_in_vain(&self, more: u64) -> Result<()> {
+        let before = self.shared.lock().in_vain;
+        until("another link is tried in vain", CALL, || {
+            Ok((self.shared.lock().in_vain >= before + more).then_some(()))
         })
     }
 
-    /// Cuts one page stream of the newest link, by its index.
+    /// Cuts one page stream of the first link, by its index.
     ///
     /// # Errors
     /// If there is no such stream.
     pub fn cut_stream(&self, index: u16) -> Result<()> {
         let state = self.shared.lock();
-        // The control stream is the first one, and connections are made all at once.
-        let mut newest = state.streams.iter().rev();
-        let stream = newest.find(|stream| stream.index.and_then(|claimed| claimed.checked_sub(1)) == Some(index));
+        // The control stream is number 0.
+        let mut streams = state.streams.iter();
+        let stream = streams.find(|stream| stream.index.and_then(|claimed| claimed.checked_sub(1)) == Some(index));
         stream.context("no such stream came by")?.cut();
         Ok(())
     }
@@ -226,6 +226,8 @@ const OTHER_RPC_VERSION: &[u8] = b"R\x039.3";
 const PREPARES: u32 = 2;
 /// The tag of `PreLiveMigrationReply.data_address`: field 2, a length and so many bytes.
 const PREPARED_ADDRESS: u8 = 2 << 3 | 2;
+/// And of `LateLinkReply.data_address`.
+const LATE_LINK_ADDRESS: u8 = 3 << 3 | 2;
 /// More connections at once than any scenario makes.
 const MOST_CONNECTIONS: usize = 256;
 /// Ports that are tried before it is given up.
@@ -357,6 +359,10 @@ impl Shared {
         let Some(at) = find(bytes, self.told_address().as_bytes()) else {
             return;
         };
+        if bytes[..at].ends_with(&[LATE_LINK_ADDRESS, self.told_address().len() as u8]) {
+            let mut state = self.lock();
+            state.in_vain += u64::from(state.is_cut);
+        }
         // Connections that are made after a cut come by as well: they are to be refused until it is healed.
         let cuts = match &self.lock().tampering {
             cuts @ Tampering::CutsAt { .. } => Some(cuts.clone()),
@@ -401,7 +407,6 @@ impl Shared {
         let number = {
             let mut state = self.lock();
             if state.is_cut || state.is_closed {
-                state.refused += 1;
                 let _ = caller.shutdown(Shutdown::Both);
                 return Ok(());
             }

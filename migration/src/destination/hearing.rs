@@ -204,7 +204,7 @@ impl<'a> Hearing<'a> {
     /// Tells the source why the migration ended, if it can still be told, and waits a moment until it hung up.
     pub(super) fn farewell(&mut self, error: &DestinationError) {
         let reasons = match error {
-            // What was heard made no sense; what is said may be heard all the same.
+            // What was heard made no sense; what is said may be heard all the same. Nobody listens to the source any more: all of the farewell is waited.
             DestinationError::ControlLost(cause) if !cause.is_connection() => vec![error_chain(error)],
             DestinationError::AbortedBySource(_) | DestinationError::Silent(_) | DestinationError::ControlLost(_) => {
                 return;

@@ -36,8 +36,8 @@ const FREED_AT_ONCE: usize = 64;
 /// More of them are freed after this: by then the guest runs somewhere.
 const A_WHILE: Duration = Duration::from_secs(1);
 
-/// They are dropped while the guest stands still, by a thread that has nothing else to do: of 8 GiB freeing them kept a processor busy for milliseconds, which those
-/// who hand the guest over waited for.
+/// Where a guest is handed over they are dropped while it stands still: of 8 GiB freeing them kept a processor busy for milliseconds, which those who hand it over
+/// waited for. Nobody waits for the thread that does it later; a process that ends takes it along.
 impl Drop for PageDigests {
     fn drop(&mut self) {
         let kept = self.blocks.iter().flatten().filter(|block| block.get().is_some());

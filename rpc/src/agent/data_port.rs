@@ -178,8 +178,11 @@ where
     while let Some(one) = making.join_next().await {
         match one {
             Ok(made) => all.push(made?),
-            // Nobody else ends one.
-            Err(error) => std::panic::resume_unwind(error.into_panic()),
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                // The runtime ends, and this with it.
+                Err(_) => std::future::pending().await,
+            },
         }
     }
     all.sort_by_key(|&(index, _)| index);
@@ -242,4 +245,42 @@ pub(super) fn fit_buffers(stream: &TcpStream) -> io::Result<()> {
         rustix::net::sockopt::set_socket_recv_buffer_size(stream, LOCAL_RECEIVE_BUFFER)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_made_at_once_comes_in_order() {
+        // The last one is the first to be there.
+        let late_first = |index: u16| async move {
+            tokio::task::yield_now().await;
+            for _ in index..4 {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            Ok::<_, ()>(index)
+        };
+        assert_eq!(all_at_once(1..4, late_first).await, Ok(vec![1, 2, 3]));
+    }
+
+    #[tokio::test]
+    async fn the_first_error_ends_all_and_frees_what_was_made() {
+        let made = Arc::new(());
+        let second_fails = |index: u16| {
+            let made = Arc::clone(&made);
+            async move {
+                match index {
+                    1 => Err("refused"),
+                    2 => std::future::pending().await,
+                    _ => Ok(made),
+                }
+            }
+        };
+        assert_eq!(all_at_once(0..3, second_fails).await, Err("refused"));
+        // Those that were begun end when they are run next.
+        while Arc::strong_count(&made) > 1 {
+            tokio::task::yield_now().await;
+        }
+    }
 }

@@ -426,13 +426,9 @@ fn kind(error: &SourceError) -> &'static str {
         SourceError::Aborted(_) => "cancelled",
         SourceError::TimedOut { .. } => "timeout",
         SourceError::Incompatible(_) | SourceError::Refused(_) => "refused",
-        SourceError::LinkStaysLost { .. } => "link",
-        _ if error.is_lost_link() => "link",
-        SourceError::Silent(_)
-        | SourceError::ControlLost(_)
-        | SourceError::StreamLost { .. }
-        | SourceError::Misbehaved(_)
-        | SourceError::Differs(_) => "peer",
+        SourceError::Silent(_) | SourceError::LinkStaysLost { .. } | SourceError::StreamLost { .. } => "link",
+        SourceError::ControlLost(_) if error.is_lost_link() => "link",
+        SourceError::ControlLost(_) | SourceError::Misbehaved(_) | SourceError::Differs(_) => "peer",
         SourceError::ForeignGrant(_) | SourceError::Guest { .. } | SourceError::Host { .. } => "local",
     }
 }

@@ -57,7 +57,6 @@ impl Shared {
         };
         let mut state = self.lock();
         if state.is_cut {
-            state.refused += 1;
             stream.cut();
         } else {
             state.streams.push(stream);

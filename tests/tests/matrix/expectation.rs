@@ -1,7 +1,7 @@
 //! What a cell may end with: the table "What happens when" of the handover, as a function of who fails, what D is at that moment, and how
 //! far GO and the permit are.
 
-use ferry_rpc::faults::{Kind, Site};
+use ferry_rpc::faults::{Kind, Moment, Site};
 
 use crate::cell::{Actor, Cell, Ending, Fault, Power};
 use crate::course::Course;
@@ -79,6 +79,8 @@ fn allowed_of_a_guest(cell: &Cell, scene: &Scene) -> &'static [Ending] {
         // there -> waits or SRC": what it waits for may be a claim.
         (Fault::Kill(Actor::AgentA | Actor::AgentB), _) => &[AtA, AtB],
 
+        // Nothing is left to be said to the source: it may have sent GO while its last answer was held, passed on by then.
+        (Fault::Lose, _) if cell.site == Site::WireCompared && cell.moment == Moment::After => &[AtA, AtB],
         // "Link cut before GO", "GO lost, manifest refused".
         (Fault::Lose, _) if cell.site.kind() == Kind::Wire && scene.go != Said::Yes => &[AtA],
         // No expectation, no switchover.

@@ -19,7 +19,9 @@ pub(crate) fn trials() -> Vec<Trial> {
         what_pages_changed_outside_a_block_ends_the_migration,
     ];
     for transport in ["tcp", "grpc"] {
-        let ends = ends_the_migration().into_iter().map(|case| {
+        // A long message does not come by in one piece there, where it could be changed.
+        let has_place = |case: &Case| transport == "tcp" || case.name != ANOTHER_STATE;
+        let ends = ends_the_migration().into_iter().filter(has_place).map(|case| {
             let name = format!("scenarios::hostile::{}_ends_the_migration_over_{transport}", case.name);
             scenario::trial_on_kvm(&name, move |pair| stays(pair, transport, case.tampering, case.says))
         });
@@ -70,30 +72,30 @@ fn ends_the_migration() -> Vec<Case> {
             frame(0, 3, as_the_second),
             &["page stream 0", "frame 2 of the stream where"],
         ),
-        case("a_damaged_barrier", says(Speaker::Source, BARRIER, damage), DAMAGED),
+        case("a_damaged_barrier", message(Speaker::Source, BARRIER, damage), DAMAGED),
         case(
             "a_barrier_of_another_round",
-            says(Speaker::Source, BARRIER, of_another_round),
+            message(Speaker::Source, BARRIER, of_another_round),
             &["the source misbehaved: the barrier of round 2 in round 1"],
         ),
         case(
             "a_damaged_digest",
-            says(Speaker::Source, DIGEST_REQUEST, damage),
+            message(Speaker::Source, DIGEST_REQUEST, damage),
             DAMAGED,
         ),
         case(
-            "a_machine_state_that_is_another",
-            says(Speaker::Source, STATE, another_state),
+            ANOTHER_STATE,
+            message(Speaker::Source, STATE, another_state),
             &["state"],
         ),
         case(
             "a_damaged_word_of_the_destination",
-            says(Speaker::Destination, BARRIER_REACHED, damage),
+            message(Speaker::Destination, BARRIER_REACHED, damage),
             DAMAGED,
         ),
         case(
             "a_round_reached_that_is_another",
-            says(Speaker::Destination, BARRIER_REACHED, of_another_round),
+            message(Speaker::Destination, BARRIER_REACHED, of_another_round),
             &["the destination misbehaved: unexpected: barrier reached"],
         ),
     ]
@@ -128,6 +130,8 @@ fn costs_a_link_and_no_page() -> Vec<Case> {
     ]
 }
 
+const ANOTHER_STATE: &str = "a_machine_state_that_is_another";
+
 /// What is said of a message with a flipped bit, by whoever heard it.
 const DAMAGED: &[&str] = &["a message was damaged on its way"];
 
@@ -159,8 +163,8 @@ fn a_message_of_an_unknown_rpc_version_is_sent_again_at_one_that_is_known(pair: 
 
 fn a_peer_of_another_protocol_version_is_refused_by_name(pair: &mut Pair) -> Result<()> {
     const HELLO: u32 = 1;
-    let says_it = ["protocol version", "the source speaks 8 to 9", "this host 1 to 2"];
-    stays(pair, "tcp", says(Speaker::Source, HELLO, speak_8_to_9), &says_it)
+    let says = ["protocol version", "the source speaks 8 to 9", "this host 1 to 2"];
+    stays(pair, "tcp", message(Speaker::Source, HELLO, speak_8_to_9), &says)
 }
 
 fn a_page_stream_of_another_layout_is_refused_by_name(pair: &mut Pair) -> Result<()> {
@@ -242,7 +246,7 @@ fn comes_all_the_same(pair: &mut Pair, transport: &str, tampering: Tampering, sa
 }
 
 /// A message of the first link's control stream.
-fn says(by: Speaker, field: u32, change: fn(&mut [u8])) -> Tampering {
+fn message(by: Speaker, field: u32, change: fn(&mut [u8])) -> Tampering {
     Tampering::Message {
         stream: None,
         by,
@@ -286,7 +290,7 @@ fn as_the_second(frame: &mut [u8]) {
     reseal(frame);
 }
 
-/// One bit of what is said: behind the key and the length of the only field.
+/// One bit near the beginning: of the length or the content of the only field.
 fn damage(message: &mut [u8]) {
     message[2] ^= 0x04;
 }

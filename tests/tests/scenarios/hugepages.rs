@@ -122,7 +122,7 @@ fn a_guest_of_the_pool_waits_while_the_link_is_cut(pair: &mut Pair) -> Result<()
         let slow = ["--mode", "postcopy", "--streams", "1", "--bandwidth", "320Mbit"];
         let call = pair.begin_migrate("g", &slow)?;
         relay.wait_tampered()?;
-        relay.wait_refused(2)?;
+        relay.wait_tried_in_vain(2)?;
         relay.heal();
 
         let moved = call.wait()?.exit(0)?.migration()?.is("completed", "b")?;

@@ -207,8 +207,8 @@ impl Script {
 
         self.enter(SourceStep::Prepare).await?;
         let peer = agent.peers.named(&self.row.peer)?.clone();
-        let round_trip = self.unless_aborted(peer.round_trip()).await?;
-        self.row.info.streams = page_streams(&self.row.options, round_trip).into();
+        let streams = self.unless_aborted(peer.page_streams(&self.row.options)).await?;
+        self.row.info.streams = streams.into();
         let prepared = self.prepared(&peer).await?;
         self.hold("preparing").await?;
 

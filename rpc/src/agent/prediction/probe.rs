@@ -93,7 +93,7 @@ impl Probes {
 }
 
 impl Probe {
-    /// Its streams come one after the other, over a long way each some round trips later.
+    /// Its streams come all at once, of an older host one after the other: over a long way each some round trips later.
     fn may_be_joined_until(&self) -> Instant {
         match self.streams.load(Ordering::Relaxed) {
             0 => self.until,

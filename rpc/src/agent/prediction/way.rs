@@ -140,11 +140,11 @@ impl Agent {
 
     /// How many page streams a migration there would have.
     async fn streams_to(&self, destination: &str, options: &MigrationOptions) -> u32 {
-        let round_trip = match self.peers.named(destination) {
-            Ok(peer) => peer.round_trip().await,
-            Err(_) => None,
+        let streams = match self.peers.named(destination) {
+            Ok(peer) => peer.page_streams(options).await,
+            Err(_) => page_streams(options, None),
         };
-        page_streams(options, round_trip).into()
+        streams.into()
     }
 
     /// What a switchover to this host took beside its last pages, at least, of the last few by this transport: no budget is too small that one of them
