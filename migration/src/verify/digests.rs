@@ -30,8 +30,8 @@ pub(crate) struct PageDigests {
 
 type Block = OnceLock<Box<[AtomicU64]>>;
 
-/// Blocks that are freed at once: those of 128 MiB.
-const FREED_AT_ONCE: usize = 64;
+/// Blocks that are freed at once: those of 16 MiB.
+const FREED_AT_ONCE: usize = 8;
 
 /// More of them are freed after this: by then the guest runs somewhere.
 const A_WHILE: Duration = Duration::from_secs(1);
