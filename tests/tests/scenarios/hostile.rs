@@ -86,7 +86,7 @@ fn ends_the_migration() -> Vec<Case> {
         case(
             ANOTHER_STATE,
             message(Speaker::Source, STATE, another_state),
-            &["state"],
+            &["the saved state is not the one that was sent"],
         ),
         case(
             "a_damaged_word_of_the_destination",
