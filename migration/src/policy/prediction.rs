@@ -66,13 +66,13 @@ pub struct Place {
 pub struct Way {
     /// Bytes a second that it carries, without any cap.
     pub bytes_per_second: f64,
-    /// What a round takes beside its pages.
+    /// What a round takes beside its pages: a word to the destination and back, and looks at what is dirty.
     pub round: Duration,
     /// Pages a second that are found to be zero.
     pub zero_pages_per_second: f64,
     /// What a migration takes beside its rounds and its blackout.
     pub preparation: Duration,
-    /// What of the blackout is no last page.
+    /// What of the blackout is neither a last page nor a word on its way.
     pub stop_and_start: Duration,
     /// The same as the migration's policy is told of it.
     pub overhead: Overhead,
@@ -102,6 +102,8 @@ pub struct Wanted {
     pub lateness: Lateness,
     /// For how much of the time vCPUs may be kept from running, in percent; 0: they are left alone.
     pub most_throttle: u32,
+    /// Whether memory at both ends is compared while the guest stands still.
+    pub verify: bool,
 }
 
 /// How it ends.
@@ -158,6 +160,7 @@ impl Pages {
 }
 
 impl Way {
+    /// How long the link takes for these.
     fn time(&self, pages: Pages, bytes_per_second: f64) -> Duration {
         let cost = |packed: Option<Packed>| match packed {
             Some(packed) => packed.cost(bytes_per_second),
@@ -166,7 +169,12 @@ impl Way {
         let told = self.deltas.map(|deltas| deltas.told);
         let bytes = pages.whole * cost(self.packed) + pages.told * cost(told);
         let seconds = bytes * FRAME_SIZE as f64 + pages.zero / self.zero_pages_per_second.max(1.0);
-        self.round + Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX / 8)
+        Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX / 8)
+    }
+
+    /// What of the blackout is no last page: one way for the word that has the guest start, and to compare there and back once more.
+    fn switchover(&self, wanted: &Wanted) -> Duration {
+        self.stop_and_start + self.round / 2 + self.round * u32::from(wanted.verify)
     }
 
     /// Bytes that are sent of these pages.
@@ -213,7 +221,7 @@ pub fn predict(guest: &Sampled, way: &Way, wanted: &Wanted) -> Prediction {
     let rate = way.capped(&wanted.terms);
     let first_pass = way.time(all, rate);
     if wanted.terms.manner == Manner::Cold {
-        let blackout = first_pass.saturating_add(way.stop_and_start);
+        let blackout = first_pass.saturating_add(way.switchover(wanted));
         return Prediction {
             end: if first_pass > wanted.terms.timeout {
                 End::Never
@@ -279,7 +287,7 @@ impl Course<'_> {
                 elapsed: self.copied,
                 since_order: self.copied,
                 bytes: self.bytes as u64,
-                round_trip: None,
+                round_trip: Some(self.way.round * (1 + u32::from(self.wanted.verify))),
                 deltas_begin: self.deltas_begin(dirty),
             };
             let decision = self.policy.judge(&round, now);
@@ -335,7 +343,7 @@ impl Course<'_> {
 
     /// Has these pages sent; how long that takes.
     fn send(&mut self, pages: Pages) -> Duration {
-        let elapsed = self.way.time(pages, self.rate);
+        let elapsed = self.way.round + self.way.time(pages, self.rate);
         self.bytes += self.way.sent(pages);
         self.copied += elapsed;
         elapsed
@@ -398,7 +406,7 @@ impl Course<'_> {
     fn ended(mut self, dirty: f64, end: End, words: String) -> Prediction {
         let pages = self.again(dirty);
         let last_pages = self.way.time(pages, self.way.bytes_per_second);
-        let blackout = self.way.stop_and_start.saturating_add(last_pages);
+        let blackout = self.way.switchover(self.wanted).saturating_add(last_pages);
         Prediction {
             end,
             total: self

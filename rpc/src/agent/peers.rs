@@ -107,7 +107,7 @@ impl Peer {
 
     /// How long a word to it and back takes, as the kernel has it of a connection to its URL: however busy the agents are. `None`: it could not be found
     /// out. Of a long one it is asked again: a busy peer's kernel takes its time, too.
-    async fn round_trip(&self) -> Option<Duration> {
+    pub(crate) async fn round_trip(&self) -> Option<Duration> {
         let there = self.address().await?;
         if is_here(there).unwrap_or(false) {
             return Some(Duration::ZERO);

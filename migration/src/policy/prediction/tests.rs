@@ -17,6 +17,7 @@ fn wanted() -> Wanted {
         on_timeout: OnTimeout::Abort,
         lateness: Lateness::Never,
         most_throttle: 0,
+        verify: false,
     }
 }
 
@@ -309,6 +310,30 @@ fn disks_that_move_along_are_copied_before_post_copy_and_none_of_them_comes_late
     assert_eq!(prediction.late_bytes, GIB_PAGES / 2 * FRAME_SIZE);
     assert!(near(prediction.total.as_secs_f64(), 2.21), "{prediction:?}");
     assert!(prediction.blackout < 10 * MS, "{prediction:?}");
+}
+
+#[test]
+fn a_blackout_over_a_long_way_has_one_way_of_it_and_comparing_a_round_trip_more() {
+    let guest = sampled(Writes::default());
+    let long = Way {
+        round: 20 * MS,
+        ..way(1000.0)
+    };
+    let blackout = |way: &Way, wanted: &Wanted| predict(&guest, way, wanted).blackout;
+    let verify = Wanted {
+        verify: true,
+        ..wanted()
+    };
+    assert_eq!(blackout(&way(1000.0), &wanted()), 3 * MS);
+    assert_eq!(blackout(&long, &wanted()), 13 * MS);
+    assert_eq!(blackout(&long, &verify), 33 * MS);
+    // What a migration would wait for on its way counts before it begins, too.
+    let tight = |wanted: &Wanted| {
+        let manner = Manner::Live { max_downtime: 30 * MS };
+        let terms = Terms { manner, ..wanted.terms };
+        predict(&guest, &long, &Wanted { terms, ..*wanted }).end
+    };
+    assert_eq!((tight(&wanted()), tight(&verify)), (End::Whole, End::Never));
 }
 
 #[test]

@@ -30,7 +30,7 @@ use super::failure::Failure;
 use super::instances::Agent;
 use super::mode::Mode;
 use super::mode::{PAUSE, POSTCOPY};
-use super::outgoing::{check_options, compression, page_streams};
+use super::outgoing::{check_options, compression};
 
 /// The longest that a guest is sampled.
 const LONGEST_SAMPLE_MS: u32 = 30_000;
@@ -86,7 +86,7 @@ impl Agent {
         let mut way = self.way(context, &request.destination, &options).await?;
         let guest = sample.guest(request.disk_bytes);
         let (tried, link) = (sample.tried(), way.carries(&wanted));
-        let streams = page_streams(&options, None).into();
+        let streams = way.streams.into();
         way.way.packed = foresee(compression, &tried, link, streams);
         let rewritten = sample.rewritten();
         let deltas = rewritten.and_then(|rewritten| foresee_deltas(compression, &rewritten, link, streams));
@@ -142,6 +142,7 @@ fn wanted(options: &MigrationOptions) -> Result<Wanted, Failure> {
             Mode::Overtime => Lateness::WhenItMustEnd,
         },
         most_throttle: options.max_throttle_percent,
+        verify: options.verify,
     })
 }
 

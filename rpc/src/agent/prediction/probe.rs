@@ -3,15 +3,17 @@
 //! ```text
 //!   source:      ProbeLink ─────────► destination: a secret for one probe, for a few seconds
 //!   source:      streams as a migration has them, by its transport, proven with it; bytes, then the end of them
-//!   destination: how many came (u64, little-endian)
+//!   destination: how many came by it; of all streams the last half of what has come, and in how many microseconds (u64 each, little-endian)
 //! ```
+//!
+//! The last half alone tells of the link: TCP begins slowly, by round trips.
 //!
 //! One probe at a time at each destination, from a host that it knows, and of no more bytes than are told here: nobody fills a link or a processor with it.
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ferry_proto::agent::v1::{ProbeLinkReply, ProbeLinkRequest};
@@ -32,8 +34,13 @@ use crate::agent::transport::Transport;
 /// The most that is sent, and taken, by all connections of a probe together.
 const MOST_BYTES: u64 = 128 << 20;
 
-/// How long bytes are sent, and how long the whole of it may take: a slow link has much to carry then of what buffers took meanwhile.
+/// How long bytes are sent at least, and for how many round trips: by then TCP has as much under way as it will.
 const SENDING: Duration = Duration::from_millis(300);
+const SENDING_TRIPS: u32 = 15;
+/// The longest.
+const SENDING_AT_MOST: Duration = Duration::from_secs(2);
+
+/// How long the whole of it may take: a slow link has much to carry of what buffers took meanwhile.
 const PATIENCE: Duration = Duration::from_secs(8);
 /// How long a stream is listened to: somewhat longer than its source waits.
 const TAKING: Duration = Duration::from_secs(10);
@@ -47,8 +54,9 @@ const BETWEEN_TRIES: Duration = Duration::from_millis(200);
 /// What is written, and read, at once.
 const PIECE: usize = 256 << 10;
 
-/// The most streams.
-const MOST_STREAMS: u16 = 4;
+/// The most streams that are taken: as many as a migration has by itself. Versions that do not tell take [`UNTOLD_STREAMS`].
+const MOST_STREAMS: u16 = 16;
+const UNTOLD_STREAMS: u16 = 4;
 
 /// The probe that somebody may make of the way to here.
 #[derive(Default)]
@@ -62,8 +70,76 @@ pub(crate) struct Probe {
     until: Instant,
     /// Streams that it has had.
     streams: AtomicU16,
-    /// Bytes that are still taken.
-    left: AtomicU64,
+    /// What has come by all of them.
+    taken: Mutex<Taken>,
+}
+
+/// When how much had come.
+#[derive(Default)]
+struct Taken {
+    bytes: u64,
+    /// Then, and how much it was by then: one for each [`PIECE`].
+    steps: Vec<(Instant, u64)>,
+}
+
+/// What a probe tells at the end of a stream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Told {
+    /// Bytes by this stream.
+    arrived: u64,
+    /// Of what has come by all of them, the last half.
+    half: u64,
+    /// Within how many microseconds; 0: it is not told.
+    half_us: u64,
+}
+
+impl Taken {
+    /// Counts bytes that have come now.
+    ///
+    /// # Errors
+    /// They are more than a probe may send.
+    fn add(&mut self, bytes: u64, now: Instant) -> io::Result<()> {
+        let all = self.bytes + bytes;
+        if all > MOST_BYTES {
+            return Err(io::Error::from(io::ErrorKind::FileTooLarge));
+        }
+        self.bytes = all;
+        match self.steps.last_mut() {
+            Some((_, before)) if all - *before < PIECE as u64 => {}
+            _ => self.steps.push((now, all)),
+        }
+        Ok(())
+    }
+
+    /// The last half of it, and in how many microseconds it came by `now`.
+    fn half(&self, now: Instant) -> (u64, u64) {
+        let middle = self.steps.iter().find(|(_, by_then)| *by_then >= self.bytes / 2);
+        middle.map_or((0, 0), |&(then, by_then)| {
+            (self.bytes - by_then, now.duration_since(then).as_micros() as u64)
+        })
+    }
+}
+
+impl Told {
+    fn bytes(self) -> [u8; 24] {
+        let mut bytes = [0; 24];
+        let figures = [self.arrived, self.half, self.half_us];
+        for (place, figure) in bytes.chunks_exact_mut(8).zip(figures) {
+            place.copy_from_slice(&figure.to_le_bytes());
+        }
+        bytes
+    }
+
+    /// Reads one that the destination of so many bytes wrote; an older one tells what arrived alone.
+    async fn read(stream: &mut (impl AsyncRead + Unpin), sent: u64) -> io::Result<Self> {
+        // What the other side claims to have got it was sent.
+        let arrived = stream.read_u64_le().await?.min(sent);
+        let (half, half_us) = match stream.read_u64_le().await {
+            Ok(half) => (half, stream.read_u64_le().await.unwrap_or(0)),
+            Err(_) => (0, 0),
+        };
+        Ok(Self { arrived, half, half_us })
+    }
 }
 
 impl Probes {
@@ -77,7 +153,7 @@ impl Probes {
             secret: data_port::random()?,
             until: Instant::now() + VALID,
             streams: AtomicU16::new(0),
-            left: AtomicU64::new(MOST_BYTES),
+            taken: Mutex::default(),
         });
         *present = Some(Arc::clone(&probe));
         Ok(Some(probe))
@@ -113,24 +189,25 @@ impl Probe {
         }
     }
 
-    /// Takes what comes and tells how much that was; no more than is left.
+    /// Takes what comes and tells how much that was; no more than a probe may send.
     async fn take_in(&self, stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> io::Result<()> {
         let mut piece = vec![0; PIECE];
-        let mut taken = 0u64;
+        let mut arrived = 0u64;
         loop {
             let read = stream.read(&mut piece).await? as u64;
             if read == 0 {
                 break;
             }
-            taken += read;
-            let had = self
-                .left
-                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(read));
-            if had.is_err() {
-                return Err(io::Error::from(io::ErrorKind::FileTooLarge));
-            }
+            arrived += read;
+            self.taken().add(read, Instant::now())?;
         }
-        stream.write_all(&taken.to_le_bytes()).await
+        let (half, half_us) = self.taken().half(Instant::now());
+        let told = Told { arrived, half, half_us };
+        stream.write_all(&told.bytes()).await
+    }
+
+    fn taken(&self) -> MutexGuard<'_, Taken> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -152,10 +229,11 @@ impl Agent {
             probe: probe.id.to_string(),
             secret: probe.secret.to_vec(),
             data_address: self.data_address.clone(),
+            most_streams: MOST_STREAMS.into(),
         })
     }
 
-    /// Bytes a second that the way to a host carries.
+    /// Bytes a second that the way to a host carries with so many streams, over so long a round trip.
     ///
     /// # Errors
     /// It does not let itself be probed, or is not reached in this manner.
@@ -163,7 +241,7 @@ impl Agent {
         self: &Arc<Self>,
         context: &RequestContext,
         (destination, transport): (&str, Transport),
-        streams: u32,
+        (streams, round_trip): (u16, Duration),
     ) -> Result<f64, Failure> {
         let failed = || Failure::host(format!("failed to probe the way to host {destination}"));
         let api = self.compute_rpcapi(context, destination)?;
@@ -178,18 +256,22 @@ impl Agent {
             }
         };
         let id = wire_uuid("probe", &reply.probe)?;
-        let streams = u16::try_from(streams).unwrap_or(MOST_STREAMS).clamp(1, MOST_STREAMS);
+        let taken = match u16::try_from(reply.most_streams).unwrap_or(u16::MAX) {
+            0 => UNTOLD_STREAMS,
+            told => told.min(MOST_STREAMS),
+        };
+        let sending = (round_trip * SENDING_TRIPS).clamp(SENDING, SENDING_AT_MOST);
         let wanted = Wanted {
             data_address: &reply.data_address,
             secret: &reply.secret,
             migration: id,
-            indexes: 0..streams,
+            indexes: 0..streams.clamp(1, taken),
         };
         let probed = async {
             let connections = connect(self, context, (destination, transport), wanted).await?;
             let measured = match transport {
-                Transport::Tcp => send(each(connections, tcp).map_err(failed())?).await,
-                Transport::Grpc => send(each(connections, unix).map_err(failed())?).await,
+                Transport::Tcp => send(each(connections, tcp).map_err(failed())?, sending).await,
+                Transport::Grpc => send(each(connections, unix).map_err(failed())?, sending).await,
             };
             measured.map_err(failed())
         };
@@ -215,30 +297,43 @@ fn unix(connection: OwnedFd) -> io::Result<UnixStream> {
     UnixStream::from_std(stream)
 }
 
-/// Sends on all streams at once; the bytes a second that came through.
-async fn send<S>(streams: Vec<S>) -> io::Result<f64>
+/// Sends on all streams at once, for so long; the bytes a second that came through, by what came last if that is told.
+async fn send<S>(streams: Vec<S>, sending: Duration) -> io::Result<f64>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let began = Instant::now();
-    let each = MOST_BYTES / streams.len().max(1) as u64;
-    let sending: Vec<_> = streams
+    let most = MOST_BYTES / streams.len().max(1) as u64;
+    let streams: Vec<_> = streams
         .into_iter()
-        .map(|stream| tokio::spawn(send_one(stream, each, began)))
+        .map(|stream| tokio::spawn(send_one(stream, most, began + sending)))
         .collect();
-    let mut arrived = 0u64;
-    for sent in sending {
-        arrived += sent.await.map_err(io::Error::other)??;
+    let mut told = Vec::with_capacity(streams.len());
+    for stream in streams {
+        told.push(stream.await.map_err(io::Error::other)??);
     }
-    let seconds = began.elapsed().as_secs_f64();
-    match arrived > 0 && seconds > 0.0 {
-        true => Ok(arrived as f64 / seconds),
-        false => Err(io::Error::from(io::ErrorKind::UnexpectedEof)),
-    }
+    rate(&told, began.elapsed()).ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))
 }
 
-/// How many bytes the other side says it got, of at most so many.
-async fn send_one(mut stream: impl AsyncRead + AsyncWrite + Unpin, most: u64, began: Instant) -> io::Result<u64> {
+/// Bytes a second by what was told of each stream, all of which took so long. `None`: nothing arrived.
+fn rate(told: &[Told], took: Duration) -> Option<f64> {
+    let arrived: u64 = told.iter().map(|one| one.arrived).sum();
+    if arrived == 0 || took.is_zero() {
+        return None;
+    }
+    let whole = arrived as f64 / took.as_secs_f64();
+    // The stream that ended last was told of all that came.
+    let last = told.iter().max_by_key(|one| one.half)?;
+    let is_told = last.half <= arrived && last.half_us > 0;
+    Some(match is_told {
+        // The way has carried as much as it did on the whole, whatever disturbed the rest.
+        true => (last.half as f64 * 1e6 / last.half_us as f64).max(whole),
+        false => whole,
+    })
+}
+
+/// Sends until then, at most so many bytes; what the other side says that it got.
+async fn send_one(mut stream: impl AsyncRead + AsyncWrite + Unpin, most: u64, until: Instant) -> io::Result<Told> {
     // No page is like another, so that nothing on the way makes less of it.
     let mut piece = vec![0; PIECE];
     for (number, page) in piece.chunks_mut(4096).enumerate() {
@@ -250,14 +345,12 @@ async fn send_one(mut stream: impl AsyncRead + AsyncWrite + Unpin, most: u64, be
         });
     }
     let mut sent = 0;
-    while began.elapsed() < SENDING && sent + PIECE as u64 <= most {
+    while Instant::now() < until && sent + PIECE as u64 <= most {
         stream.write_all(&piece).await?;
         sent += PIECE as u64;
     }
     stream.shutdown().await?;
-    let arrived = stream.read_u64_le().await?;
-    // What the other side claims to have got it was sent.
-    Ok(arrived.min(sent))
+    Told::read(&mut stream, sent).await
 }
 
 #[cfg(test)]
@@ -273,30 +366,31 @@ mod tests {
         (one.unwrap(), other.unwrap().0)
     }
 
-    fn probe(left: u64) -> Probe {
+    fn probe() -> Probe {
         Probe {
             id: Uuid::from_u128(1),
             secret: [0; 32],
             until: Instant::now() + VALID,
             streams: AtomicU16::new(0),
-            left: AtomicU64::new(left),
+            taken: Mutex::default(),
         }
     }
 
     #[tokio::test]
     async fn what_is_sent_is_counted_by_who_takes_it() {
         let (near, mut far) = pair().await;
-        let bounded = probe(MOST_BYTES);
-        let (rate, taken) = tokio::join!(send(vec![near]), bounded.take_in(&mut far));
+        let bounded = probe();
+        let (rate, taken) = tokio::join!(send(vec![near], SENDING), bounded.take_in(&mut far));
         taken.unwrap();
         assert!(rate.unwrap() > 0.0);
-        assert!(bounded.left.load(Ordering::Relaxed) < MOST_BYTES);
+        assert!(bounded.taken().bytes > 0);
     }
 
     #[tokio::test]
     async fn no_more_is_taken_than_a_probe_may_send() {
         let (mut near, mut far) = pair().await;
-        let bounded = probe(1000);
+        let bounded = probe();
+        bounded.taken().bytes = MOST_BYTES - 1000;
         let write = async {
             // It may be cut off in the middle of it.
             let _ = near.write_all(&[0; 4000]).await;
@@ -309,11 +403,62 @@ mod tests {
     #[tokio::test]
     async fn a_probe_has_no_more_streams_than_are_told() {
         let (near, far) = pair().await;
-        let bounded = probe(MOST_BYTES);
+        let bounded = probe();
         bounded.streams.store(MOST_STREAMS, Ordering::Relaxed);
-        let (rate, ()) = tokio::join!(send(vec![near]), bounded.serve(far));
+        let (rate, ()) = tokio::join!(send(vec![near], SENDING), bounded.serve(far));
         assert!(rate.is_err());
-        assert_eq!(bounded.left.load(Ordering::Relaxed), MOST_BYTES);
+        assert_eq!(bounded.taken().bytes, 0);
+    }
+
+    #[test]
+    fn the_last_half_is_told_with_its_time() {
+        let began = Instant::now();
+        let after = |ms| began + Duration::from_millis(ms);
+        let mut taken = Taken::default();
+        assert_eq!(taken.half(began), (0, 0));
+        // A slow beginning, and a link that carries four pieces in a hundred milliseconds.
+        for ms in [100, 200, 300, 400, 425, 450, 475, 500] {
+            taken.add(PIECE as u64, after(ms)).unwrap();
+        }
+        assert_eq!(taken.half(after(500)), (4 * PIECE as u64, 100_000));
+        // Nobody has it keep more steps than there are pieces.
+        (0..1000).for_each(|_| taken.add(1, after(600)).unwrap());
+        assert_eq!(taken.steps.len(), 8);
+    }
+
+    #[test]
+    fn a_link_is_known_by_its_last_half_where_that_is_told() {
+        let told = |arrived, half, half_us| Told { arrived, half, half_us };
+        let rate = |told: &[Told]| rate(told, Duration::from_secs(1));
+        assert_eq!(rate(&[told(100, 50, 250_000), told(100, 100, 250_000)]), Some(400.0));
+        assert_eq!(rate(&[told(100, 0, 0), told(100, 0, 0)]), Some(200.0));
+        assert_eq!(rate(&[told(100, 50, 4_000_000)]), Some(100.0));
+        // More than came at all.
+        assert_eq!(rate(&[told(100, u64::MAX, 1)]), Some(100.0));
+        assert_eq!(rate(&[told(0, 0, 0)]), None);
+        assert_eq!(rate(&[]), None);
+    }
+
+    #[tokio::test]
+    async fn an_older_host_tells_what_arrived_alone() {
+        for (answer, half) in [
+            (&[9, 0, 0, 0, 0, 0, 0, 0][..], 0),
+            (&[9, 0, 0, 0, 0, 0, 0, 0, 4][..], 0),
+        ] {
+            let (mut near, mut far) = pair().await;
+            far.write_all(answer).await.unwrap();
+            drop(far);
+            let told = Told::read(&mut near, 5).await.unwrap();
+            assert_eq!((told.arrived, told.half), (5, half));
+        }
+        let (mut near, mut far) = pair().await;
+        let told = Told {
+            arrived: 9,
+            half: 4,
+            half_us: 3,
+        };
+        far.write_all(&told.bytes()).await.unwrap();
+        assert_eq!(Told::read(&mut near, 10).await.unwrap(), told);
     }
 
     #[test]

@@ -33,6 +33,9 @@ const ZERO_PAGES: f64 = 2e6;
 const PREPARATION: Duration = Duration::from_millis(60);
 const STOP_AND_START: Duration = Duration::from_millis(3);
 
+/// How often something goes to the destination and back meanwhile: the questions of both agents, and connections, which are made all at once and proven.
+const PREPARATION_TRIPS: u32 = 10;
+
 /// A smaller round tells of the latency more than of the link.
 const TELLING_BYTES: u64 = 4 << 20;
 
@@ -49,6 +52,8 @@ const BELOW_CAP: f64 = 0.8;
 pub(super) struct KnownWay {
     pub(super) way: Way,
     pub(super) known_from: String,
+    /// Page streams that the migration would have.
+    pub(super) streams: u16,
 }
 
 impl KnownWay {
@@ -58,12 +63,12 @@ impl KnownWay {
         self.way.bytes_per_second.min(cap)
     }
 
-    /// What these migrations tell, and of the link what a probe did, if none of them does. What pages cost depends on how they travel: one by another
-    /// transport tells nothing of that.
+    /// What these migrations tell, and of the link what a probe did, if none of them does; what they do not tell goes by how long a word there and back
+    /// takes. What pages cost depends on how they travel: one by another transport tells nothing of that.
     fn learned(
         infos: &[MigrationInfo],
         (options, transport): (&MigrationOptions, Transport),
-        probed: Option<f64>,
+        (probed, round_trip): (Option<f64>, Duration),
     ) -> Self {
         let lately = || infos.iter().filter(|info| is_by(transport, info));
         let measured = lately().find_map(|info| Some((info, rate(info)?)));
@@ -89,11 +94,11 @@ impl KnownWay {
         Self {
             way: Way {
                 bytes_per_second,
-                round: lately().filter_map(round).min().unwrap_or(ROUND),
+                round: lately().filter_map(round).min().unwrap_or(ROUND + round_trip),
                 zero_pages_per_second: ZERO_PAGES,
                 preparation: typical(lately().filter_map(preparation))
                     .or_else(|| typical(infos.iter().filter_map(preparation)))
-                    .unwrap_or(PREPARATION),
+                    .unwrap_or(PREPARATION + round_trip * PREPARATION_TRIPS),
                 stop_and_start: typical(lately().filter_map(stop_and_start))
                     .or_else(|| typical(infos.iter().filter_map(stop_and_start)))
                     .unwrap_or(STOP_AND_START),
@@ -102,6 +107,7 @@ impl KnownWay {
                 deltas: None,
             },
             known_from,
+            streams: page_streams(options, Some(round_trip)),
         }
     }
 }
@@ -123,28 +129,24 @@ impl Agent {
             .iter()
             .any(|info| is_by(transport, info) && rate(info).is_some());
         // Nothing is sent faster than its user allows, and so nothing is found out.
+        let round_trip = match self.peers.named(destination) {
+            Ok(peer) => peer.round_trip().await,
+            Err(_) => None,
+        };
+        let streams = page_streams(options, round_trip);
+        let round_trip = round_trip.unwrap_or_default();
         let probed = match is_told || options.bandwidth_bytes_per_s > 0 || destination.is_empty() {
             true => None,
             false => self
-                .probe(
-                    context,
-                    (destination, transport),
-                    self.streams_to(destination, options).await,
-                )
+                .probe(context, (destination, transport), (streams, round_trip))
                 .await
                 .inspect_err(|failure| tracing::info!(destination, error = failure.chain(), "the link is not known"))
                 .ok(),
         };
-        Ok(KnownWay::learned(&completed, (options, transport), probed))
-    }
-
-    /// How many page streams a migration there would have.
-    async fn streams_to(&self, destination: &str, options: &MigrationOptions) -> u32 {
-        let streams = match self.peers.named(destination) {
-            Ok(peer) => peer.page_streams(options).await,
-            Err(_) => page_streams(options, None),
-        };
-        streams.into()
+        Ok(KnownWay {
+            streams,
+            ..KnownWay::learned(&completed, (options, transport), (probed, round_trip))
+        })
     }
 
     /// What a switchover to this host took beside its last pages, at least, of the last few by this transport: no budget is too small that one of them
@@ -303,7 +305,7 @@ mod tests {
             bandwidth_bytes_per_s,
             ..MigrationOptions::default()
         };
-        KnownWay::learned(infos, (&options, Transport::Tcp), probed)
+        KnownWay::learned(infos, (&options, Transport::Tcp), (probed, Duration::ZERO))
     }
 
     #[test]
@@ -376,9 +378,17 @@ mod tests {
         let by_tcp = [over_grpc, moved("older", 100, 100.3)];
         let known = learned(&by_tcp, 0, Some(3e9));
         assert!(known.known_from.contains("from-older"), "{}", known.known_from);
-        let known = KnownWay::learned(&by_tcp, (&MigrationOptions::default(), Transport::Grpc), None);
+        let known = KnownWay::learned(
+            &by_tcp,
+            (&MigrationOptions::default(), Transport::Grpc),
+            (None, Duration::ZERO),
+        );
         assert!((known.way.bytes_per_second / 5e8 - 1.0).abs() < 0.01, "{:?}", known.way);
-        let known = KnownWay::learned(&by_tcp[1..], (&MigrationOptions::default(), Transport::Grpc), Some(1e9));
+        let known = KnownWay::learned(
+            &by_tcp[1..],
+            (&MigrationOptions::default(), Transport::Grpc),
+            (Some(1e9), Duration::ZERO),
+        );
         assert_eq!(
             (known.way.bytes_per_second, known.way.preparation),
             (1e9, Duration::from_millis(46))
@@ -404,6 +414,24 @@ mod tests {
         assert!((rate(&info).unwrap() / 1e9 - 1.0).abs() < 0.01);
         info.rounds[0].pages = 20_000_000;
         assert_eq!(rate(&info), None);
+    }
+
+    #[test]
+    fn what_no_migration_has_told_goes_by_the_round_trip() {
+        let options = MigrationOptions::default();
+        let over = |infos: &[MigrationInfo], ms| {
+            let trip = Duration::from_millis(ms);
+            KnownWay::learned(infos, (&options, Transport::Tcp), (None, trip))
+        };
+        let (near, far) = (over(&[], 0), over(&[], 20));
+        assert_eq!(far.way.round - near.way.round, Duration::from_millis(20));
+        assert_eq!(far.way.preparation - near.way.preparation, Duration::from_millis(200));
+        assert!(far.streams > near.streams);
+        // One that tells has had the round trip in all of it.
+        let mut told = moved("a", 100, 100.3);
+        told.rounds.insert(1, told.rounds[1]);
+        let told = [told];
+        assert_eq!(over(&told, 20).way, over(&told, 0).way);
     }
 
     #[test]

@@ -186,6 +186,7 @@ mod tests {
                 on_timeout: OnTimeout::Abort,
                 lateness: Lateness::Never,
                 most_throttle,
+                verify: false,
             };
             let told = remedies(&found, &wanted);
             assert_eq!(told.len(), 1);
