@@ -13,7 +13,7 @@ pub struct MemoryLimit {
 }
 
 impl MemoryLimit {
-    /// Lets this process have so much memory from now on; what it has already does not count where cgroups are of version 1.
+    /// Lets this process have so much memory from now on; what it has already does not count.
     ///
     /// # Errors
     /// If no cgroup with the memory controller can be made, which needs root.

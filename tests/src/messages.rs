@@ -1,9 +1,41 @@
 //! The control stream between two VMMs, message by message, for whoever stands between them.
 
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
+
+use crate::passing::{MESSAGE_HEADER, read_message};
+
+/// Fields of what a source says in the oneof of its messages (`migration/src/wire/messages.rs`), for who looks for them.
+pub mod from_source {
+    /// The end of a round.
+    pub const BARRIER: u32 = 3;
+    /// The machine's state.
+    pub const STATE: u32 = 4;
+    /// Digests are asked for.
+    pub const DIGEST_REQUEST: u32 = 5;
+}
+
+/// Fields of what a destination says.
+pub mod from_destination {
+    /// The answer to a round's end.
+    pub const BARRIER_REACHED: u32 = 3;
+    /// What late pages it lacks.
+    pub const MISSING: u32 = 20;
+    /// It has all late pages.
+    pub const ALL_HERE: u32 = 21;
+}
+
+/// Which connection is what, of a migration that has one page stream and late pages.
+pub mod of_one_stream {
+    /// The control stream of late pages.
+    pub const CONTROL: u16 = 1;
+    /// On these pages are asked for and answered.
+    pub const URGENT: std::ops::RangeInclusive<u16> = 2..=3;
+    /// The one on which the others are pushed.
+    pub const PUSHED: u16 = 4;
+}
 
 /// Who says a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,18 +85,15 @@ impl Observer {
         let _ = to.shutdown(Shutdown::Write);
     }
 
-    fn pass_all(&self, speaker: Speaker, mut from: &TcpStream, mut to: &TcpStream) -> io::Result<()> {
+    fn pass_all(&self, speaker: Speaker, from: &TcpStream, mut to: &TcpStream) -> io::Result<()> {
         let cut = || {
             let _ = from.shutdown(Shutdown::Both);
             let _ = to.shutdown(Shutdown::Both);
         };
         loop {
-            let mut message = vec![0; HEADER];
-            from.read_exact(&mut message)?;
-            let length = u32::from_le_bytes([message[4], message[5], message[6], message[7]]);
-            message.resize(HEADER + length as usize, 0);
-            from.read_exact(&mut message[HEADER..])?;
-            let times = match (self.0)(speaker, Side::Before, &message[HEADER..]) {
+            let message = read_message(from)?;
+            let said = &message[MESSAGE_HEADER..];
+            let times = match (self.0)(speaker, Side::Before, said) {
                 Passing::Once => 1,
                 Passing::Twice => 2,
                 Passing::Cut => {
@@ -74,7 +103,7 @@ impl Observer {
             };
             let written = (0..times).try_for_each(|_| to.write_all(&message));
             // Also of one that nobody is there to take any more: it left.
-            if (self.0)(speaker, Side::After, &message[HEADER..]) == Passing::Cut {
+            if (self.0)(speaker, Side::After, said) == Passing::Cut {
                 cut();
                 return Ok(());
             }
@@ -88,6 +117,3 @@ impl fmt::Debug for Observer {
         formatter.write_str("Observer")
     }
 }
-
-/// Magic number and length before a message.
-const HEADER: usize = 8;

@@ -72,7 +72,7 @@ fn answered(question: &[u8]) -> io::Result<Option<Vec<u8>>> {
     let mut answer = vec![0; 1024];
     let (_, length) = recv(&socket, &mut answer[..], RecvFlags::DONTWAIT)?;
     answer.truncate(length);
-    understand(answer)
+    answer_or_error(answer)
 }
 
 fn ask(question: &[u8]) -> io::Result<OwnedFd> {
@@ -135,7 +135,7 @@ fn word(answer: &[u8], at: usize) -> io::Result<u32> {
 }
 
 /// The answer, if it is one; none if there is no such socket.
-fn understand(answer: Vec<u8>) -> io::Result<Option<Vec<u8>>> {
+fn answer_or_error(answer: Vec<u8>) -> io::Result<Option<Vec<u8>>> {
     let kind = answer.get(4..6).and_then(|bytes| bytes.try_into().ok());
     match kind.map(u16::from_ne_bytes) {
         Some(BY_FAMILY) => Ok(Some(answer)),
@@ -180,7 +180,7 @@ mod tests {
 
     #[test]
     fn an_answer_that_is_too_short_is_none() {
-        assert!(understand(Vec::new()).is_err());
+        assert!(answer_or_error(Vec::new()).is_err());
         let mut cut = question("127.0.0.1:1".parse().unwrap(), "127.0.0.1:2".parse().unwrap(), 0);
         cut.truncate(40);
         assert!(word(&cut, USER_AT).is_err() && attribute(&cut, INFO).is_none());

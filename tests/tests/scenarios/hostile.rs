@@ -3,6 +3,9 @@
 
 use anyhow::{Result, ensure};
 use ferry_tests::messages::Speaker;
+use ferry_tests::messages::from_destination::{ALL_HERE, BARRIER_REACHED, MISSING};
+use ferry_tests::messages::from_source::{BARRIER, DIGEST_REQUEST, STATE};
+use ferry_tests::messages::of_one_stream::{CONTROL, PUSHED, URGENT};
 use ferry_tests::passing::{HEADER, reseal, reseal_message};
 use ferry_tests::{Guest, Pair, Tampering};
 use libtest_mimic::Trial;
@@ -122,7 +125,7 @@ fn costs_a_link_and_no_page() -> Vec<Case> {
         ),
         case(
             "an_answer_that_is_doubled",
-            frame(ANSWERS, 3, as_the_second),
+            frame(*URGENT.start(), 3, as_the_second),
             &["frame 2 of the stream where"],
         ),
         case("a_damaged_word_of_what_is_missing", word(MISSING), DAMAGED),
@@ -134,20 +137,6 @@ const ANOTHER_STATE: &str = "a_machine_state_that_is_another";
 
 /// What is said of a message with a flipped bit, by whoever heard it.
 const DAMAGED: &[&str] = &["a message was damaged on its way"];
-
-/// Fields of what a source says.
-const BARRIER: u32 = 3;
-const STATE: u32 = 4;
-const DIGEST_REQUEST: u32 = 5;
-/// And a destination.
-const BARRIER_REACHED: u32 = 3;
-const MISSING: u32 = 20;
-const ALL_HERE: u32 = 21;
-
-/// With one page stream: the control stream of late pages, one of those on which pages are asked for, and the one on which the others are pushed.
-const CONTROL: u16 = 1;
-const ANSWERS: u16 = 2;
-const PUSHED: u16 = 4;
 
 /// B refuses the message by name; A asks it once what it speaks, and sends the message at that version.
 fn a_message_of_an_unknown_rpc_version_is_sent_again_at_one_that_is_known(pair: &mut Pair) -> Result<()> {

@@ -1,9 +1,9 @@
 //! Links that are cut while pages come late: at the first word and the last one, all of them or one alone, and mended at once or after a while;
 //! to the data port and over gRPC.
 
-use std::ops::RangeInclusive;
-
 use anyhow::{Context, Result, ensure};
+use ferry_tests::messages::from_destination::{ALL_HERE, MISSING};
+use ferry_tests::messages::of_one_stream::{CONTROL, PUSHED, URGENT};
 use ferry_tests::waiting::CALL;
 use ferry_tests::{Cut, CutPoint, Guest, Pair, Tampering, until};
 use libtest_mimic::Trial;
@@ -20,15 +20,6 @@ pub(crate) fn trials() -> Vec<Trial> {
     ]);
     trials
 }
-
-/// With one page stream: after it the control stream of late pages, those on which pages are asked for, and the one on which the others are pushed.
-const CONTROL: u16 = 1;
-const URGENT: RangeInclusive<u16> = 2..=3;
-const PUSHED: u16 = 4;
-
-/// Fields of what a destination says.
-const MISSING: u32 = 20;
-const ALL_HERE: u32 = 21;
 
 /// Pages take about two seconds, and each connection has its share of them.
 const MOVE: [&str; 6] = ["--mode", "postcopy", "--streams", "1", "--bandwidth", "320Mbit"];

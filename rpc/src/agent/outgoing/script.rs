@@ -21,7 +21,7 @@ use super::handle::{Outgoing, PeerNews, Resolving};
 use super::queue::{Place, Turn};
 use super::reconnecting::Reconnecting;
 use super::retuning::Retuning;
-use super::streams::{late_streams, page_streams};
+use super::streams::{kept_streams, late_streams};
 use crate::agent::failure::Failure;
 use crate::agent::instances::{Agent, Instance, VmmNews};
 use crate::agent::journal::{InstanceRow, MigrationRow, RowWrite, Status};
@@ -307,10 +307,7 @@ impl Script {
 
     /// How many page streams: what was found to fit when it was prepared.
     pub(super) fn streams(&self) -> u16 {
-        match u16::try_from(self.row.info.streams) {
-            Ok(streams) if streams > 0 => streams,
-            _ => page_streams(&self.row.options, None),
-        }
+        kept_streams(self.row.info.streams, &self.row.options)
     }
 
     /// How many page streams there are for pages that come late; none if none does.

@@ -17,6 +17,14 @@ pub(crate) fn page_streams(options: &MigrationOptions, round_trip: Option<Durati
     }
 }
 
+/// How many a migration has for which so many were found to fit; 0: it was prepared by an agent that kept no number, and went by its CPUs.
+pub(crate) fn kept_streams(found: u32, options: &MigrationOptions) -> u16 {
+    match u16::try_from(found) {
+        Ok(found) if found > 0 => found,
+        _ => page_streams(options, None),
+    }
+}
+
 /// One for each CPU, up to four. Measured on two CPUs of which the guest keeps one busy, eight moves each: with two streams a move takes 521 ms and the
 /// guest's largest gap is 4.6 ms, with one 548 and 3.4, with three 580 and 5.2.
 fn by_cpus(cpus: usize) -> u16 {
@@ -76,6 +84,8 @@ mod tests {
         assert_eq!(asked(2, long), 2);
         assert_eq!(asked(0, long), 10);
         assert_eq!(asked(0, Some(Duration::ZERO)), asked(0, None));
+        assert_eq!(kept_streams(10, &MigrationOptions::default()), 10);
+        assert_eq!(kept_streams(0, &MigrationOptions::default()), asked(0, None));
         assert_eq!((by_cpus(0), by_cpus(3), by_cpus(64)), (1, 3, 4));
     }
 }
