@@ -36,6 +36,12 @@ pub(super) const ALL: &[Workload] = &[
         work: Cow::Borrowed("fill=random fill_mib=960 work=uniform work_mib=64 rate=20000"),
     },
     Workload {
+        name: "wide-20k",
+        memory_mib: 1024,
+        touched_mib: 768,
+        work: Cow::Borrowed("fill=random fill_mib=512 work=uniform work_mib=256 rate=20000"),
+    },
+    Workload {
         name: "busy-1g",
         memory_mib: 2048,
         touched_mib: 1024,
