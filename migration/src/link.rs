@@ -10,7 +10,10 @@ use std::time::{Duration, Instant};
 
 use ferry_proto::stream::v1;
 use rustix::io::Errno;
-use rustix::net::sockopt::set_tcp_user_timeout;
+use rustix::net::sockopt::{
+    set_socket_keepalive, set_tcp_keepcnt, set_tcp_keepidle, set_tcp_keepintvl, set_tcp_user_timeout,
+};
+use rustix::net::{RecvFlags, recv};
 
 use crate::wire::{ControlError, Spoken, read_message, write_message};
 
@@ -32,7 +35,50 @@ impl Link {
     pub(crate) fn late_streams(&self) -> u32 {
         self.late.as_ref().map_or(0, |late| late.pages.len() as u32)
     }
+
+    fn connections(&self) -> impl Iterator<Item = &TcpStream> {
+        self.pages.iter().chain([&self.control])
+    }
+
+    /// Has the kernel look whether the peer is there while nothing is said, so long after it was heard and as long again (`SO_KEEPALIVE` in socket(7));
+    /// what stands between the hosts keeps such a connection in mind, too. Between the agents it is theirs.
+    ///
+    /// # Errors
+    /// The kernel does not.
+    pub(crate) fn keep_alive(&self, silence: Duration) -> io::Result<()> {
+        for socket in self.connections() {
+            set_socket_keepalive(socket, true)?;
+            let second = Duration::from_secs(1);
+            let tries = u32::try_from(silence.as_secs())
+                .unwrap_or(u32::MAX)
+                .clamp(1, MOST_KEEPALIVES);
+            let set = set_tcp_keepidle(socket, silence.max(second))
+                .and_then(|()| set_tcp_keepintvl(socket, second))
+                .and_then(|()| set_tcp_keepcnt(socket, tries));
+            unless_unix(set)?;
+        }
+        Ok(())
+    }
+
+    /// Whether all connections are there as far as is known here, before anything was said on them.
+    ///
+    /// # Errors
+    /// One was closed, or the kernel has given it up.
+    pub(crate) fn is_there(&self) -> io::Result<()> {
+        for socket in self.connections() {
+            let mut byte = [0];
+            match recv(socket, &mut byte, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+                Ok((_, 0)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) | Err(Errno::WOULDBLOCK | Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
 }
+
+/// The most that are sent without an answer, one each second.
+const MOST_KEEPALIVES: u32 = 60;
 
 /// When a peer counts as dead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -202,8 +248,12 @@ impl Sockets {
 /// What was sent and is not taken by the peer for so long ends the connection (`TCP_USER_TIMEOUT` in tcp(7)).
 fn give_up_after(socket: &TcpStream, time: Duration) -> io::Result<()> {
     let milliseconds = u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
-    match set_tcp_user_timeout(socket, milliseconds) {
-        // Between the agents it is theirs to notice.
+    unless_unix(set_tcp_user_timeout(socket, milliseconds))
+}
+
+/// What was asked of TCP, which a Unix socket does not know: between the agents it is theirs to notice.
+fn unless_unix(set: rustix::io::Result<()>) -> io::Result<()> {
+    match set {
         Err(Errno::OPNOTSUPP) => Ok(()),
         set => Ok(set?),
     }

@@ -224,6 +224,10 @@ fn over_links<G: SourceGuest>(
     let mut session = 0;
     loop {
         if let Some(late) = link.late.take() {
+            // Where that cannot be had it is noticed when pages are due.
+            if let Err(error) = late.keep_alive(lasting.asked.parameters.liveness.silence) {
+                tracing::info!(%error, "the connections for late pages are not kept alive");
+            }
             *journey.late_link = Some(late);
         }
         let sockets = Sockets::new(link, lasting.asked.parameters.liveness).map_err(|cause| {

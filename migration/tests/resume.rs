@@ -485,6 +485,23 @@ fn rounds_before_late_pages_are_resumed_too() {
     assert!(ends.loaded.is_ok());
 }
 
+#[test]
+fn connections_for_late_pages_that_were_lost_before_are_made_again() {
+    let mut scene = resumable(guest(Tracking::Log, BUSY), LONG);
+    scene.parameters.lateness = Lateness::WhenItPays;
+    scene.parameters.digests = false;
+    scene.parameters.verify = false;
+    slowly(&mut scene, 30_000_000);
+    scene.agent = cutting_at(30, |controls| controls.cut_late_stream(2));
+    let ends = migrate(scene);
+    assert_eq!(resumed(&ends).len(), 1, "{:?}", ends.reports);
+    assert!(
+        matches!(ends.outcome, SourceOutcome::GoSent(_)),
+        "{:?}",
+        ends.loaded.err()
+    );
+}
+
 /// An attempt fails in mid-round; what is left of it is a guest that can be moved again, to whichever host.
 #[track_caller]
 fn a_retry_to_another_host_is_right(tracking: Tracking) {

@@ -137,6 +137,39 @@ fn an_answer_that_takes_too_long_calls_the_switchover_off() {
 }
 
 #[test]
+fn a_round_whose_end_is_answered_too_late_calls_the_switchover_off_and_is_sent_again() {
+    let mut source = guest(Tracking::Log, BUSY);
+    // So that there is time to slow the destination down before the last pages come.
+    source
+        .stop_faults
+        .push_back(StopFault::Slow(Duration::from_millis(100)));
+    let mut scene = damaged(source, QUIET, 1);
+    scene.parameters.manner = live(Duration::from_millis(400));
+    let there = scene.destination.memory();
+    let mut arm = arming_and(|_| false, |_| ());
+    scene.agent = Box::new(move |report, controls| {
+        match report {
+            SourceReport::Switching { attempt } if attempt.attempt == 1 => {
+                there.slow_once_to_be_durable(Duration::from_millis(800));
+            }
+            _ => {}
+        }
+        arm(report, controls);
+    });
+    let ends = migrate(scene);
+    let (summary, loaded) = ends.arrived();
+    assert_eq!(summary.verified.unwrap().ranges_sent_again, 1);
+    assert!(loaded.attempt.attempt > 1);
+    let called_off = |report: &SourceReport| matches!(report, SourceReport::Disarmed { reason, .. } if reason.contains("the end of the round was being answered"));
+    assert!(ends.reports.iter().any(called_off), "{:?}", ends.reports);
+    // What the guest felt of it stays in the report.
+    let told = summary.decisions.iter().find(|decided| decided.deed == "called-off");
+    let told = told.expect("it is told");
+    assert!(told.blackout > Some(Duration::from_millis(400)), "{told:?}");
+    assert!(told.words.contains("after the guest stood still for"), "{told:?}");
+}
+
+#[test]
 fn memory_that_was_never_written_is_not_read_for_it() {
     let ends = migrate(damaged(
         FakeSource::new(memory(), Tracking::Log, &[fake::scene::run(100, 10)], Workload::Idle),

@@ -76,16 +76,16 @@ pub fn try_out(memory: &impl GuestMemory, runs: &[FrameRun], wanted: Compression
     Ok(tried)
 }
 
-/// How pages will be compressed, for all that was tried, over a link that carries so many bytes a second with so many streams; `None`: they are sent plainly.
+/// How pages will be compressed, for all that was tried, over a link that carries so many bytes a second, by so many threads at once; `None`: they are sent plainly.
 #[must_use]
-pub fn foresee(wanted: Compression, tried: &[Sampled], link: f64, streams: u32) -> Option<Packed> {
+pub fn foresee(wanted: Compression, tried: &[Sampled], link: f64, threads: u32) -> Option<Packed> {
     let known = tried
         .iter()
         .filter(|way| way.bytes > 0 && !way.took.is_zero())
         .map(|way| Packed {
             method: way.method,
             left: way.packed.min(way.bytes) as f64 / way.bytes as f64,
-            bytes_per_second: f64::from(streams.max(1)) * way.bytes as f64 / way.took.as_secs_f64(),
+            bytes_per_second: f64::from(threads.max(1)) * way.bytes as f64 / way.took.as_secs_f64(),
             is_named: matches!(wanted, Compression::Always(_)),
         });
     let best = known.min_by(|one, other| one.cost(link).total_cmp(&other.cost(link)))?;
@@ -128,10 +128,16 @@ impl Watched {
     }
 }
 
-/// How what pages changed that are sent again is expected to be told, as [`foresee`] has it; `None`: they are sent whole.
+/// How what pages changed that are sent again is expected to be told, as [`foresee`] has it, with so many streams, of which so many threads run at once;
+/// `None`: they are sent whole.
 #[must_use]
-pub fn foresee_deltas(wanted: Compression, watched: &Sampled, link: f64, streams: u32) -> Option<Packed> {
-    let told = foresee(Compression::Always(watched.method), &[*watched], link, streams)?;
+pub fn foresee_deltas(
+    wanted: Compression,
+    watched: &Sampled,
+    link: f64,
+    (streams, threads): (u32, u32),
+) -> Option<Packed> {
+    let told = foresee(Compression::Always(watched.method), &[*watched], link, threads)?;
     let streams = f64::from(streams.max(1));
     match wanted {
         Compression::Off => None,
@@ -175,15 +181,15 @@ mod tests {
     #[test]
     fn what_pages_changed_is_told_over_slow_links() {
         let watched = tried(Method::Lz4, 64, 1);
-        let told = |wanted, link| foresee_deltas(wanted, &watched, link, 2).map(|told| told.left);
+        let told = |wanted, link| foresee_deltas(wanted, &watched, link, (2, 2)).map(|told| told.left);
         assert_eq!(told(Compression::Auto, 100e6), Some(0.0625));
         assert_eq!(told(Compression::Auto, 2e9), None);
         assert_eq!(told(Compression::Always(Method::Zstd(1)), 2e9), Some(0.0625));
         assert_eq!(told(Compression::Off, 1e6), None);
         let all_of_it = tried(Method::Lz4, 1024, 1);
-        assert_eq!(foresee_deltas(Compression::Auto, &all_of_it, 100e6, 2), None);
+        assert_eq!(foresee_deltas(Compression::Auto, &all_of_it, 100e6, (2, 2)), None);
         let nothing = Sampled::nothing(Method::Lz4);
-        assert_eq!(foresee_deltas(Compression::Auto, &nothing, 100e6, 2), None);
+        assert_eq!(foresee_deltas(Compression::Auto, &nothing, 100e6, (2, 2)), None);
     }
 
     #[test]

@@ -174,7 +174,10 @@ impl Way {
 
     /// What of the blackout is no last page: one way for the word that has the guest start, and to compare there and back once more.
     fn switchover(&self, wanted: &Wanted) -> Duration {
-        self.stop_and_start + self.round / 2 + self.round * u32::from(wanted.verify)
+        let to_compare = self.round * u32::from(wanted.verify);
+        self.stop_and_start
+            .saturating_add(self.round / 2)
+            .saturating_add(to_compare)
     }
 
     /// Bytes that are sent of these pages.
@@ -219,7 +222,7 @@ pub fn predict(guest: &Sampled, way: &Way, wanted: &Wanted) -> Prediction {
         zero: guest.zero_pages as f64,
     };
     let rate = way.capped(&wanted.terms);
-    let first_pass = way.time(all, rate);
+    let first_pass = way.round.saturating_add(way.time(all, rate));
     if wanted.terms.manner == Manner::Cold {
         let blackout = first_pass.saturating_add(way.switchover(wanted));
         return Prediction {
@@ -287,7 +290,7 @@ impl Course<'_> {
                 elapsed: self.copied,
                 since_order: self.copied,
                 bytes: self.bytes as u64,
-                round_trip: Some(self.way.round * (1 + u32::from(self.wanted.verify))),
+                round_trip: Some(self.way.round.saturating_mul(1 + u32::from(self.wanted.verify))),
                 deltas_begin: self.deltas_begin(dirty),
             };
             let decision = self.policy.judge(&round, now);
@@ -343,7 +346,7 @@ impl Course<'_> {
 
     /// Has these pages sent; how long that takes.
     fn send(&mut self, pages: Pages) -> Duration {
-        let elapsed = self.way.round + self.way.time(pages, self.rate);
+        let elapsed = self.way.round.saturating_add(self.way.time(pages, self.rate));
         self.bytes += self.way.sent(pages);
         self.copied += elapsed;
         elapsed

@@ -20,9 +20,12 @@ impl<G: SourceGuest> Copy<'_, '_, G> {
     }
 
     /// Tells, once for each attempt, that it may be armed: as soon as the disks are settled. Until then small rounds go on.
-    pub(super) fn announce(&mut self, predicted: Duration) {
+    ///
+    /// # Errors
+    /// Pages would come late, over a link that is lost.
+    pub(super) fn announce(&mut self, predicted: Duration) -> Result<(), Stop> {
         if Instant::now() < self.so_far.rest_until {
-            return;
+            return Ok(());
         }
         // The agent may have called the attempt off by itself: a grant for it would be refused.
         if let Some(cancelled) = self.conversation.asked.grants.cancelled()
@@ -37,12 +40,14 @@ impl<G: SourceGuest> Copy<'_, '_, G> {
         if self.so_far.announced == Some(attempt)
             || (self.guest.settle_disks() == DiskCondition::Settling && must_settle)
         {
-            return;
+            return Ok(());
         }
+        self.late_link_is_there()?;
         self.so_far.announced = Some(attempt);
         self.conversation
             .asked
             .report(SourceReport::Converged { attempt, predicted });
+        Ok(())
     }
 
     pub(super) fn wait_for_grant(&mut self, pause: Duration) -> Result<Option<Attempt>, Stop> {

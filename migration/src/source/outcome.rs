@@ -81,6 +81,9 @@ pub enum SourceError {
         #[source]
         cause: io::Error,
     },
+    /// A connection for late pages was lost while nothing was to be said on it; nothing was handed over.
+    #[error("a connection for late pages to the destination was lost before it was needed")]
+    LateLinkLost(#[source] io::Error),
     /// What the destination holds is not what was sent, again after it was sent again.
     #[error("what the destination holds is not what was sent, and was not when it was sent again: {0}")]
     Differs(String),
@@ -115,7 +118,7 @@ impl SourceError {
     #[must_use]
     pub fn is_lost_link(&self) -> bool {
         match self {
-            Self::Silent(_) | Self::StreamLost { .. } => true,
+            Self::Silent(_) | Self::StreamLost { .. } | Self::LateLinkLost(_) => true,
             Self::ControlLost(error) => error.is_connection(),
             _ => false,
         }

@@ -325,6 +325,22 @@ impl Decided {
         }
     }
 
+    /// A switchover was called off, after the guest stood still for so long; `None`: it stands still all the time.
+    pub(super) fn called_off((round, throttle): (u32, u32), stood_still: Option<Duration>, reason: &str) -> Self {
+        let still =
+            stood_still.map(|time| format!(", after the guest stood still for {:.1} ms", time.as_secs_f64() * 1e3));
+        Self {
+            round,
+            deed: "called-off",
+            words: format!("the switchover was called off{}: {reason}", still.unwrap_or_default()),
+            blackout: stood_still,
+            forecast: Forecast::default(),
+            throttle,
+            took: None,
+            written: Written::default(),
+        }
+    }
+
     /// What the destination holds differs from what was sent.
     pub(super) fn send_again((round, throttle): (u32, u32), what: &str) -> Self {
         Self {

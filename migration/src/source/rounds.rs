@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use ferry_proto::stream::v1::{self, from_source::Message as Said};
 
+use crate::Link;
 use crate::PageSet;
 use crate::error_chain;
 use crate::guest::{GuestError, GuestMemory as _, Population, SourceGuest, Throttled};
@@ -37,6 +38,8 @@ pub(super) struct Copy<'c, 'a, G: SourceGuest> {
     pub(super) summary: &'c mut SourceSummary,
     /// Set once a guest that moves cold stands still.
     pub(super) halt: &'c mut Option<Halt>,
+    /// The newest connections for late pages.
+    late_link: Option<&'c Link>,
     /// Set with GO, if pages come late.
     pub(super) missing: &'c mut Option<PageSet>,
     /// Set if the link is lost and another one may follow.
@@ -70,7 +73,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             summary,
             halt,
             late_streams: _,
-            late_link: _,
+            late_link,
             missing,
             kept: to_keep,
             sent,
@@ -82,6 +85,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             attempt,
             summary,
             halt,
+            late_link: late_link.as_deref(),
             missing,
             kept: to_keep,
             conversation,
@@ -154,7 +158,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             }
             let pause = match decision.verdict {
                 Verdict::Switch | Verdict::Postcopy => {
-                    self.announce(decision.predicted);
+                    self.announce(decision.predicted)?;
                     BETWEEN_SMALL_ROUNDS
                 }
                 Verdict::Continue | Verdict::Throttle | Verdict::Infeasible => {
@@ -176,7 +180,7 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
                 return Err(unexpected(&heard).into());
             }
             let predicted = self.so_far.policy.after_stop(0);
-            self.announce(predicted);
+            self.announce(predicted)?;
             if let Some(grant) = self.wait_for_grant(BETWEEN_SMALL_ROUNDS)? {
                 return Ok(grant);
             }
@@ -308,10 +312,25 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
     /// The barrier: returns the round's set once the destination has all of it. Every page of the round was written to
     /// its stream before.
     pub(super) fn close_round(&mut self, number: u32) -> Result<Finished, Stop> {
+        self.tell_barrier(number);
+        self.end_round(number)
+    }
+
+    /// Waits while the guest runs until the destination has all of a round whose end it was told.
+    pub(super) fn end_round(&mut self, number: u32) -> Result<Finished, Stop> {
+        self.wait(|heard| matches!(heard, Heard::BarrierReached(round) if *round == number))?;
+        self.closed_round(number)
+    }
+
+    /// Tells that a round has ended.
+    pub(super) fn tell_barrier(&mut self, number: u32) {
         let totals = self.streams.each().into_iter().map(v1::StreamTotals::from).collect();
         self.conversation
             .say(Said::Barrier(v1::Barrier { round: number, totals }));
-        self.wait(|heard| matches!(heard, Heard::BarrierReached(round) if *round == number))?;
+    }
+
+    /// The destination has all of a round.
+    pub(super) fn closed_round(&mut self, number: u32) -> Result<Finished, Stop> {
         self.so_far.round = number + 1;
         self.streams
             .feed
@@ -343,6 +362,18 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
             }
             .into()
         })
+    }
+
+    /// Before a guest is given away of which pages come late: the connections for these have been idle since they were made.
+    pub(super) fn late_link_is_there(&self) -> Result<(), Stop> {
+        match self
+            .late_link
+            .filter(|_| self.so_far.is_late)
+            .map_or(Ok(()), Link::is_there)
+        {
+            Err(cause) => Err(SourceError::LateLinkLost(cause).into()),
+            Ok(()) => Ok(()),
+        }
     }
 
     /// An empty set of its pages.

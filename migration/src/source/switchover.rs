@@ -18,7 +18,7 @@ use crate::source::cold::STOP_TRY;
 use crate::source::conversation::{Heard, TICK, unexpected};
 use crate::source::rounds::Copy;
 use crate::source::verifying;
-use crate::source::{Blackout, Manner, RoundSummary, SourceError, SourceReport, Stop};
+use crate::source::{Blackout, Decided, Manner, RoundSummary, SourceError, SourceReport, Stop};
 use crate::wire::{StreamTotals, attempt_to_wire};
 
 /// What came of a switchover.
@@ -50,6 +50,8 @@ pub(super) enum LastRound {
     NotStarted,
     UnderWay,
     Sent,
+    /// The destination was told its end, and has not answered.
+    Told,
 }
 
 /// Stops the guest and hands it over under `grant`, or lets it run on.
@@ -58,13 +60,13 @@ pub(super) fn attempt<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, grant: Attempt
     copy.conversation
         .asked
         .report(SourceReport::Switching { attempt: grant });
-    let mut last_round = LastRound::NotStarted;
+    let (began, mut last_round) = (Instant::now(), LastRound::NotStarted);
     match hand_over(copy, grant, &mut last_round) {
         Ok(blackout) => {
             copy.summary.blackout = Some(blackout);
             Ok(Switched::GoSent)
         }
-        Err(setback) => call_off(copy, grant, setback, last_round),
+        Err(setback) => call_off(copy, (grant, began), setback, last_round),
     }
 }
 
@@ -166,6 +168,7 @@ fn hand_over<G: SourceGuest>(
         }),
     };
     copy.conversation.look_around()?;
+    copy.late_link_is_there()?;
     // What was heard meanwhile ends the migration: nothing is awaited here.
     if let Some(heard) = copy.conversation.next(Duration::ZERO)? {
         return Err(Setback::End(unexpected(&heard).into()));
@@ -367,7 +370,7 @@ pub(super) fn wait_within<G: SourceGuest, T>(
 /// The way back: the grant first, then the guest, then everything that can wait.
 fn call_off<G: SourceGuest>(
     copy: &mut Copy<'_, '_, G>,
-    grant: Attempt,
+    (grant, began): (Attempt, Instant),
     setback: Setback,
     last_round: LastRound,
 ) -> Result<Switched, Stop> {
@@ -389,6 +392,11 @@ fn call_off<G: SourceGuest>(
         Setback::End(stop) => return Err(stop),
         Setback::CallOff(reason) => reason,
     };
+    let at = (copy.so_far.round, copy.so_far.policy.throttle());
+    let stood_still = copy.halt.is_none().then(|| began.elapsed());
+    copy.conversation
+        .lasting
+        .tell(Decided::called_off(at, stood_still, &reason));
     let wire = Some(attempt_to_wire(grant));
     copy.conversation.say(Said::Disarm(v1::Disarm {
         attempt: wire,
@@ -409,9 +417,13 @@ fn close_last_round<G: SourceGuest>(copy: &mut Copy<'_, '_, G>, last_round: Last
         LastRound::UnderWay if copy.streams.feed.cut() == Standing::Open => {
             copy.wait(|heard| matches!(heard, Heard::RoundSent))?;
         }
-        LastRound::UnderWay | LastRound::Sent => {}
+        LastRound::UnderWay | LastRound::Sent | LastRound::Told => {}
     }
-    let last = copy.close_round(copy.so_far.round)?;
+    let number = copy.so_far.round;
+    if last_round != LastRound::Told {
+        copy.tell_barrier(number);
+    }
+    let last = copy.end_round(number)?;
     copy.so_far.pending.union_with(&last.set);
     Ok(())
 }

@@ -118,7 +118,19 @@ fn send_again<G: SourceGuest>(
     let sending = LastPages::begin(copy);
     if *last_round == LastRound::Sent {
         // A page travels once in a round. Its pages were not re-armed: they are owed if the guest is to run on.
-        let sent = copy.close_round(copy.so_far.round)?;
+        let number = copy.so_far.round;
+        copy.tell_barrier(number);
+        *last_round = LastRound::Told;
+        let when = "the end of the round was being answered";
+        let answered = wait_within(copy, budget, when, |heard| match heard {
+            Heard::BarrierReached(round) if round == number => Ok(()),
+            other => Err(other),
+        });
+        if answered.is_err() {
+            copy.so_far.pending.union_with(&set);
+        }
+        answered?;
+        let sent = copy.closed_round(number)?;
         copy.so_far.pending.union_with(&sent.set);
         *last_round = LastRound::NotStarted;
     }

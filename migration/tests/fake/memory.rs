@@ -39,6 +39,7 @@ pub struct FakeMemory {
     /// How many times more that happens.
     pub damages: AtomicU64,
     digest_delay_micros: AtomicU64,
+    durable_delay_micros: AtomicU64,
     sent_plainly: AtomicU64,
     /// A disk among it neither reads nor takes anything.
     fails: AtomicBool,
@@ -103,6 +104,7 @@ impl FakeMemory {
             damage: None,
             damages: AtomicU64::new(u64::MAX),
             digest_delay_micros: AtomicU64::new(0),
+            durable_delay_micros: AtomicU64::new(0),
             sent_plainly: AtomicU64::new(0),
             fails: AtomicBool::new(false),
             damage_on_way: Mutex::default(),
@@ -170,6 +172,12 @@ impl FakeMemory {
     /// The next digesting of pages takes so long.
     pub fn slow_digest(&self, time: Duration) {
         self.digest_delay_micros
+            .store(time.as_micros() as u64, Ordering::Relaxed);
+    }
+
+    /// To have what arrived outlast a crash takes so long the next time.
+    pub fn slow_once_to_be_durable(&self, time: Duration) {
+        self.durable_delay_micros
             .store(time.as_micros() as u64, Ordering::Relaxed);
     }
 
@@ -566,6 +574,12 @@ impl GuestMemory for FakeMemory {
 
     fn late_unit(&self) -> u64 {
         self.late_unit
+    }
+
+    fn make_durable(&self) -> Result<(), GuestError> {
+        let delay = self.durable_delay_micros.swap(0, Ordering::Relaxed);
+        std::thread::sleep(Duration::from_micros(delay));
+        Ok(())
     }
 
     fn check_late(&self) -> Result<(), GuestError> {

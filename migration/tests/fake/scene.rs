@@ -157,6 +157,8 @@ pub struct Controls {
     has_late: bool,
     /// Of the newest link.
     near: Mutex<Vec<TcpStream>>,
+    /// Its connections for late pages.
+    late: Mutex<Vec<TcpStream>>,
 }
 
 impl Controls {
@@ -180,6 +182,11 @@ impl Controls {
         self.near.lock().unwrap()[index + 1].shutdown(Shutdown::Both).unwrap();
     }
 
+    /// Cuts a connection for late pages, on which nothing is said yet.
+    pub fn cut_late_stream(&self, index: usize) {
+        self.late.lock().unwrap()[index + 1].shutdown(Shutdown::Both).unwrap();
+    }
+
     /// Cuts every connection of the newest link.
     pub fn cut(&self) {
         for socket in &*self.near.lock().unwrap() {
@@ -191,6 +198,7 @@ impl Controls {
     pub fn reconnect(&self) {
         let (near, far) = self.wire.links(self.streams, self.has_late);
         *self.near.lock().unwrap() = sockets_of(&near);
+        *self.late.lock().unwrap() = late_sockets_of(&near);
         // An end that is over takes none.
         let _ = self.destination_orders.send(DestinationOrder::Reconnect(Box::new(far)));
         let _ = self.source_orders.send(SourceOrder::Reconnect(Box::new(near)));
@@ -200,6 +208,10 @@ impl Controls {
 fn sockets_of(link: &Link) -> Vec<TcpStream> {
     let sockets = [&link.control].into_iter().chain(&link.pages);
     sockets.map(|socket| socket.try_clone().unwrap()).collect()
+}
+
+fn late_sockets_of(link: &Link) -> Vec<TcpStream> {
+    link.late.as_deref().map(sockets_of).unwrap_or_default()
 }
 
 /// How the two ends are connected.
@@ -316,6 +328,7 @@ pub fn migrate(scene: Scene) -> Ends {
         streams,
         has_late,
         near: Mutex::new(sockets_of(&near)),
+        late: Mutex::new(late_sockets_of(&near)),
     };
     let began = Instant::now();
     thread::scope(|scope| {

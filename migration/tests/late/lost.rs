@@ -19,6 +19,46 @@ fn a_session_that_is_lost_is_taken_up_by_the_next_one() {
 }
 
 #[test]
+fn a_connection_for_late_pages_that_was_lost_before_is_noticed_before_the_guest_is_asked_for() {
+    let mut scene = late(Lateness::WhenItPays, BUSY);
+    // The first round takes a second.
+    scene.parameters.bandwidth = NonZeroU64::new(24 << 20);
+    scene.agent = arming_and(
+        |report| matches!(report, SourceReport::Copying { .. }),
+        |controls| controls.cut_late_stream(3),
+    );
+    let ends = migrate(scene);
+    assert!(
+        matches!(ends.cancelled(), SourceError::LateLinkLost(_)),
+        "{}",
+        ends.cancelled()
+    );
+    let asked = |report: &SourceReport| matches!(report, SourceReport::Converged { .. });
+    assert!(!ends.reports.iter().any(asked), "{:?}", ends.reports);
+}
+
+#[test]
+fn a_connection_for_late_pages_that_is_lost_at_the_last_moment_keeps_the_guest_here() {
+    let mut scene = late(Lateness::AtOnce, Workload::Idle);
+    scene.agent = Box::new(|report, controls| {
+        if let SourceReport::Converged { attempt, .. } = report {
+            controls.cut_late_stream(0);
+            controls.grant(*attempt);
+        }
+    });
+    let ends = migrate(scene);
+    assert!(
+        matches!(ends.cancelled(), SourceError::LateLinkLost(_)),
+        "{}",
+        ends.cancelled()
+    );
+    let SourceOutcome::Cancelled { guest, .. } = &ends.outcome else {
+        panic!("GO was sent")
+    };
+    assert!(!guest.is_stopped());
+}
+
+#[test]
 fn a_cap_is_lifted_while_pages_come_late() {
     let late = Late::of(migrate(hardly_any_bandwidth()));
     late.orders.send(ServeOrder::Bandwidth(None)).unwrap();

@@ -307,7 +307,7 @@ pub(super) struct MigrateArguments {
     /// How long the guest may stand still, everything counted
     #[arg(long, value_name = "DURATION", default_value = "300ms", value_parser = parse::duration)]
     pub(super) max_downtime: Duration,
-    /// How long the migration may take
+    /// How long the copy may take, from when the guest's VMM is told to begin; what comes late after the handover does not count
     #[arg(long, value_name = "DURATION", default_value = "15m", value_parser = parse::duration)]
     pub(super) timeout: Duration,
     /// What happens when the time is up: the guest runs on where it is, or stands still until the rest of it is there, or runs there while
@@ -408,7 +408,7 @@ pub(super) struct RetuneArguments {
     /// Do not send faster than this, for example 5Gbit; `none` takes a limit away
     #[arg(long, value_name = "RATE|none", value_parser = parse::cap)]
     pub(super) bandwidth: Option<u64>,
-    /// How long the migration may take, from its begin
+    /// How long the copy may take, from when the guest's VMM was told to begin
     #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
     pub(super) timeout: Option<Duration>,
 }

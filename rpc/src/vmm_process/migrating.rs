@@ -426,7 +426,10 @@ fn kind(error: &SourceError) -> &'static str {
         SourceError::Aborted(_) => "cancelled",
         SourceError::TimedOut { .. } => "timeout",
         SourceError::Incompatible(_) | SourceError::Refused(_) => "refused",
-        SourceError::Silent(_) | SourceError::LinkStaysLost { .. } | SourceError::StreamLost { .. } => "link",
+        SourceError::Silent(_)
+        | SourceError::LinkStaysLost { .. }
+        | SourceError::StreamLost { .. }
+        | SourceError::LateLinkLost(_) => "link",
         SourceError::ControlLost(_) if error.is_lost_link() => "link",
         SourceError::ControlLost(_) | SourceError::Misbehaved(_) | SourceError::Differs(_) => "peer",
         SourceError::ForeignGrant(_) | SourceError::Guest { .. } | SourceError::Host { .. } => "local",

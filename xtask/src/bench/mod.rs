@@ -280,7 +280,7 @@ fn write_record(options: &Options, record: Vec<Value>) -> Result<()> {
     fs::write(file, text).with_context(|| format!("failed to write {}", file.display()))
 }
 
-/// Without a peer, `ferry bench` says more about itself: CPU seconds, memory, parts of the blackout.
+/// Without a peer, `ferry bench` says more about itself: CPU seconds of each side, memory, the guest's clock.
 fn own_bench(options: &Options, ferry: &ferry::Binary) -> Result<ExitCode> {
     let mut bench = Command::new(ferry.file());
     bench.arg("bench").args(["--runs", &options.runs.to_string()]);

@@ -327,6 +327,15 @@ fn a_blackout_over_a_long_way_has_one_way_of_it_and_comparing_a_round_trip_more(
     assert_eq!(blackout(&way(1000.0), &wanted()), 3 * MS);
     assert_eq!(blackout(&long, &wanted()), 13 * MS);
     assert_eq!(blackout(&long, &verify), 33 * MS);
+    let cold = Wanted {
+        terms: Terms {
+            manner: Manner::Cold,
+            ..wanted().terms
+        },
+        ..wanted()
+    };
+    // The end of its only round is answered before it is handed over.
+    assert_eq!(blackout(&long, &cold) - blackout(&way(1000.0), &cold), 30 * MS);
     // What a migration would wait for on its way counts before it begins, too.
     let tight = |wanted: &Wanted| {
         let manner = Manner::Live { max_downtime: 30 * MS };

@@ -317,6 +317,10 @@ pub(crate) fn check_options(options: MigrationOptions) -> Result<MigrationOption
         let problem = format!("{:?} is not one of abort, {PAUSE}, {POSTCOPY}", options.on_timeout);
         return invalid("options.on_timeout", problem);
     }
+    if options.max_throttle_percent > 0 && mode == Mode::Cold {
+        let problem = "does not apply to a cold migration: its guest writes nothing".to_owned();
+        return invalid("options.max_throttle_percent", problem);
+    }
     if options.max_throttle_percent > MOST_THROTTLE_PERCENT {
         let problem = format!("{} is over {MOST_THROTTLE_PERCENT}", options.max_throttle_percent);
         return invalid("options.max_throttle_percent", problem);

@@ -27,4 +27,4 @@ pub(crate) use handle::{MOST_STREAMS, Outgoing, OutgoingMigrations, PeerNews, no
 pub(crate) use queue::Queue;
 pub(crate) use retuning::check_retuning;
 pub(crate) use serving::recover_serving;
-pub(crate) use streams::{late_streams, page_streams};
+pub(crate) use streams::{at_once, late_streams, page_streams};

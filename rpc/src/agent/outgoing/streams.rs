@@ -9,10 +9,7 @@ use ferry_proto::agent::v1::MigrationOptions;
 /// its round trip is known.
 pub(crate) fn page_streams(options: &MigrationOptions, round_trip: Option<Duration>) -> u16 {
     match u16::try_from(options.streams).unwrap_or(0) {
-        0 => {
-            let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-            by_cpus(cpus).max(round_trip.map_or(1, by_way))
-        }
+        0 => by_cpus(cpus()).max(round_trip.map_or(1, by_way)),
         asked => asked,
     }
 }
@@ -23,6 +20,15 @@ pub(crate) fn kept_streams(found: u32, options: &MigrationOptions) -> u16 {
         Ok(found) if found > 0 => found,
         _ => page_streams(options, None),
     }
+}
+
+/// How many of so many streams' threads this host runs at once.
+pub(crate) fn at_once(streams: u16) -> u16 {
+    streams.min(u16::try_from(cpus()).unwrap_or(u16::MAX))
+}
+
+fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 /// One for each CPU, up to four. Measured on two CPUs of which the guest keeps one busy, eight moves each: with two streams a move takes 521 ms and the

@@ -30,7 +30,7 @@ use super::failure::Failure;
 use super::instances::Agent;
 use super::mode::Mode;
 use super::mode::{PAUSE, POSTCOPY};
-use super::outgoing::{check_options, compression};
+use super::outgoing::{at_once, check_options, compression};
 
 /// The longest that a guest is sampled.
 const LONGEST_SAMPLE_MS: u32 = 30_000;
@@ -86,10 +86,12 @@ impl Agent {
         let mut way = self.way(context, &request.destination, &options).await?;
         let guest = sample.guest(request.disk_bytes);
         let (tried, link) = (sample.tried(), way.carries(&wanted));
-        let streams = way.streams.into();
-        way.way.packed = foresee(compression, &tried, link, streams);
+        // Of more streams than that none compresses sooner.
+        let threads = at_once(way.streams).into();
+        way.way.packed = foresee(compression, &tried, link, threads);
         let rewritten = sample.rewritten();
-        let deltas = rewritten.and_then(|rewritten| foresee_deltas(compression, &rewritten, link, streams));
+        let deltas = rewritten
+            .and_then(|rewritten| foresee_deltas(compression, &rewritten, link, (way.streams.into(), threads)));
         way.way.deltas = deltas.map(|told| Deltas {
             told,
             copies: sample.most_copies(),

@@ -3,7 +3,7 @@
 //! ```text
 //!   source:      ProbeLink ─────────► destination: a secret for one probe, for a few seconds
 //!   source:      streams as a migration has them, by its transport, proven with it; bytes, then the end of them
-//!   destination: how many came by it; of all streams the last half of what has come, and in how many microseconds (u64 each, little-endian)
+//!   destination: how many came by it; of all streams how many have come, of these the last half, and in how many microseconds (u64 each, little-endian)
 //! ```
 //!
 //! The last half alone tells of the link: TCP begins slowly, by round trips.
@@ -34,7 +34,7 @@ use crate::agent::transport::Transport;
 /// The most that is sent, and taken, by all connections of a probe together.
 const MOST_BYTES: u64 = 128 << 20;
 
-/// How long bytes are sent at least, and for how many round trips: by then TCP has as much under way as it will.
+/// How long bytes are sent, unless that is shorter than so many round trips: by then TCP has as much under way as it will.
 const SENDING: Duration = Duration::from_millis(300);
 const SENDING_TRIPS: u32 = 15;
 /// The longest.
@@ -51,8 +51,13 @@ const VALID: Duration = Duration::from_secs(2);
 /// How soon one that was not let is asked for again.
 const BETWEEN_TRIES: Duration = Duration::from_millis(200);
 
-/// What is written, and read, at once.
+/// What is read at once.
 const PIECE: usize = 256 << 10;
+/// And written: over a slow link all streams' first ones have to come through in time.
+const WRITTEN: usize = 64 << 10;
+
+/// How many times faster than on the whole what came last may have come: beyond that it is no beginning that was slow, but a destination that stood still.
+const MOST_TIMES_FASTER: f64 = 8.0;
 
 /// The most streams that are taken: as many as a migration has by itself. Versions that do not tell take [`UNTOLD_STREAMS`].
 const MOST_STREAMS: u16 = 16;
@@ -87,9 +92,11 @@ struct Taken {
 struct Told {
     /// Bytes by this stream.
     arrived: u64,
-    /// Of what has come by all of them, the last half.
+    /// By all of them, so far; 0: the rest is not told.
+    all: u64,
+    /// Of these, the last half.
     half: u64,
-    /// Within how many microseconds; 0: it is not told.
+    /// Within how many microseconds.
     half_us: u64,
 }
 
@@ -111,19 +118,23 @@ impl Taken {
         Ok(())
     }
 
-    /// The last half of it, and in how many microseconds it came by `now`.
-    fn half(&self, now: Instant) -> (u64, u64) {
+    /// What is told now at the end of a stream that brought so much of it.
+    fn told(&self, arrived: u64, now: Instant) -> Told {
         let middle = self.steps.iter().find(|(_, by_then)| *by_then >= self.bytes / 2);
-        middle.map_or((0, 0), |&(then, by_then)| {
-            (self.bytes - by_then, now.duration_since(then).as_micros() as u64)
-        })
+        let (then, by_then) = middle.copied().unwrap_or((now, self.bytes));
+        Told {
+            arrived,
+            all: self.bytes,
+            half: self.bytes - by_then,
+            half_us: now.duration_since(then).as_micros() as u64,
+        }
     }
 }
 
 impl Told {
-    fn bytes(self) -> [u8; 24] {
-        let mut bytes = [0; 24];
-        let figures = [self.arrived, self.half, self.half_us];
+    fn bytes(self) -> [u8; 32] {
+        let mut bytes = [0; 32];
+        let figures = [self.arrived, self.all, self.half, self.half_us];
         for (place, figure) in bytes.chunks_exact_mut(8).zip(figures) {
             place.copy_from_slice(&figure.to_le_bytes());
         }
@@ -134,18 +145,27 @@ impl Told {
     async fn read(stream: &mut (impl AsyncRead + Unpin), sent: u64) -> io::Result<Self> {
         // What the other side claims to have got it was sent.
         let arrived = stream.read_u64_le().await?.min(sent);
-        let (half, half_us) = match stream.read_u64_le().await {
-            Ok(half) => (half, stream.read_u64_le().await.unwrap_or(0)),
-            Err(_) => (0, 0),
+        let mut rest = [0; 24];
+        let is_told = stream.read_exact(&mut rest).await.is_ok();
+        let figure = |at: usize| match is_told {
+            true => u64::from_le_bytes(std::array::from_fn(|byte| rest[at * 8 + byte])),
+            false => 0,
         };
-        Ok(Self { arrived, half, half_us })
+        Ok(Self {
+            arrived,
+            all: figure(0),
+            half: figure(1),
+            half_us: figure(2),
+        })
     }
 }
 
 impl Probes {
     fn begin(&self) -> io::Result<Option<Arc<Probe>>> {
         let mut present = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if present.as_ref().is_some_and(|probe| Instant::now() < probe.until) {
+        // Each of its streams has it, too.
+        let goes_on = |probe: &Arc<Probe>| Instant::now() < probe.until || Arc::strong_count(probe) > 1;
+        if present.as_ref().is_some_and(goes_on) {
             return Ok(None);
         }
         let probe = Arc::new(Probe {
@@ -201,8 +221,7 @@ impl Probe {
             arrived += read;
             self.taken().add(read, Instant::now())?;
         }
-        let (half, half_us) = self.taken().half(Instant::now());
-        let told = Told { arrived, half, half_us };
+        let told = self.taken().told(arrived, Instant::now());
         stream.write_all(&told.bytes()).await
     }
 
@@ -249,23 +268,20 @@ impl Agent {
         let reply = loop {
             match api.probe_link(self.host()).await {
                 // Somebody else tries it now: it is over in a moment.
-                Err(busy) if busy.reason() == Some(Reason::HostBusy) && began.elapsed() < VALID * 2 => {
+                Err(busy) if busy.reason() == Some(Reason::HostBusy) && began.elapsed() < PATIENCE => {
                     tokio::time::sleep(BETWEEN_TRIES).await;
                 }
                 answer => break answer?,
             }
         };
         let id = wire_uuid("probe", &reply.probe)?;
-        let taken = match u16::try_from(reply.most_streams).unwrap_or(u16::MAX) {
-            0 => UNTOLD_STREAMS,
-            told => told.min(MOST_STREAMS),
-        };
-        let sending = (round_trip * SENDING_TRIPS).clamp(SENDING, SENDING_AT_MOST);
+        let streams = streams_of_probe(streams, reply.most_streams);
+        let sending = round_trip.saturating_mul(SENDING_TRIPS).clamp(SENDING, SENDING_AT_MOST);
         let wanted = Wanted {
             data_address: &reply.data_address,
             secret: &reply.secret,
             migration: id,
-            indexes: 0..streams.clamp(1, taken),
+            indexes: 0..streams,
         };
         let probed = async {
             let connections = connect(self, context, (destination, transport), wanted).await?;
@@ -279,6 +295,15 @@ impl Agent {
             .await
             .unwrap_or_else(|_| Err(failed()(io::ErrorKind::TimedOut.into())))
     }
+}
+
+/// How many streams try what so many will have, where so many are taken; 0: the destination does not tell.
+fn streams_of_probe(wanted: u16, taken: u32) -> u16 {
+    let taken = match u16::try_from(taken).unwrap_or(MOST_STREAMS) {
+        0 => UNTOLD_STREAMS,
+        told => told.min(MOST_STREAMS),
+    };
+    wanted.clamp(1, taken)
 }
 
 fn each<S>(connections: Vec<OwnedFd>, stream: fn(OwnedFd) -> io::Result<S>) -> io::Result<Vec<S>> {
@@ -322,12 +347,11 @@ fn rate(told: &[Told], took: Duration) -> Option<f64> {
         return None;
     }
     let whole = arrived as f64 / took.as_secs_f64();
-    // The stream that ended last was told of all that came.
-    let last = told.iter().max_by_key(|one| one.half)?;
-    let is_told = last.half <= arrived && last.half_us > 0;
-    Some(match is_told {
-        // The way has carried as much as it did on the whole, whatever disturbed the rest.
-        true => (last.half as f64 * 1e6 / last.half_us as f64).max(whole),
+    // Of the one that ended last all had come.
+    let last = told.iter().max_by_key(|one| one.all)?;
+    Some(match last.half <= arrived && last.half_us > 0 {
+        // The way has carried as much as it did on the whole, whatever disturbed the end.
+        true => (last.half as f64 * 1e6 / last.half_us as f64).clamp(whole, whole * MOST_TIMES_FASTER),
         false => whole,
     })
 }
@@ -345,9 +369,12 @@ async fn send_one(mut stream: impl AsyncRead + AsyncWrite + Unpin, most: u64, un
         });
     }
     let mut sent = 0;
-    while Instant::now() < until && sent + PIECE as u64 <= most {
-        stream.write_all(&piece).await?;
-        sent += PIECE as u64;
+    for part in piece.chunks(WRITTEN).cycle() {
+        if Instant::now() >= until || sent + part.len() as u64 > most {
+            break;
+        }
+        stream.write_all(part).await?;
+        sent += part.len() as u64;
     }
     stream.shutdown().await?;
     Told::read(&mut stream, sent).await
@@ -415,12 +442,18 @@ mod tests {
         let began = Instant::now();
         let after = |ms| began + Duration::from_millis(ms);
         let mut taken = Taken::default();
-        assert_eq!(taken.half(began), (0, 0));
+        assert_eq!(taken.told(0, began), Told::default());
         // A slow beginning, and a link that carries four pieces in a hundred milliseconds.
         for ms in [100, 200, 300, 400, 425, 450, 475, 500] {
             taken.add(PIECE as u64, after(ms)).unwrap();
         }
-        assert_eq!(taken.half(after(500)), (4 * PIECE as u64, 100_000));
+        let told = Told {
+            arrived: 7,
+            all: 8 * PIECE as u64,
+            half: 4 * PIECE as u64,
+            half_us: 100_000,
+        };
+        assert_eq!(taken.told(7, after(500)), told);
         // Nobody has it keep more steps than there are pieces.
         (0..1000).for_each(|_| taken.add(1, after(600)).unwrap());
         assert_eq!(taken.steps.len(), 8);
@@ -428,37 +461,61 @@ mod tests {
 
     #[test]
     fn a_link_is_known_by_its_last_half_where_that_is_told() {
-        let told = |arrived, half, half_us| Told { arrived, half, half_us };
+        let told = |all, half, half_us| Told {
+            arrived: 100,
+            all,
+            half,
+            half_us,
+        };
         let rate = |told: &[Told]| rate(told, Duration::from_secs(1));
-        assert_eq!(rate(&[told(100, 50, 250_000), told(100, 100, 250_000)]), Some(400.0));
-        assert_eq!(rate(&[told(100, 0, 0), told(100, 0, 0)]), Some(200.0));
+        // Of one that ended before the other, its half is of less.
+        assert_eq!(rate(&[told(200, 90, 250_000), told(160, 100, 200_000)]), Some(360.0));
+        assert_eq!(rate(&[told(0, 0, 0), told(0, 0, 0)]), Some(200.0));
         assert_eq!(rate(&[told(100, 50, 4_000_000)]), Some(100.0));
+        assert_eq!(rate(&[told(100, 50, 1)]), Some(800.0));
         // More than came at all.
         assert_eq!(rate(&[told(100, u64::MAX, 1)]), Some(100.0));
-        assert_eq!(rate(&[told(0, 0, 0)]), None);
+        assert_eq!(rate(&[Told::default()]), None);
         assert_eq!(rate(&[]), None);
     }
 
     #[tokio::test]
     async fn an_older_host_tells_what_arrived_alone() {
-        for (answer, half) in [
-            (&[9, 0, 0, 0, 0, 0, 0, 0][..], 0),
-            (&[9, 0, 0, 0, 0, 0, 0, 0, 4][..], 0),
-        ] {
-            let (mut near, mut far) = pair().await;
-            far.write_all(answer).await.unwrap();
-            drop(far);
-            let told = Told::read(&mut near, 5).await.unwrap();
-            assert_eq!((told.arrived, told.half), (5, half));
-        }
-        let (mut near, mut far) = pair().await;
-        let told = Told {
+        let all = Told {
             arrived: 9,
+            all: 8,
             half: 4,
             half_us: 3,
         };
-        far.write_all(&told.bytes()).await.unwrap();
-        assert_eq!(Told::read(&mut near, 10).await.unwrap(), told);
+        let alone = Told {
+            arrived: 9,
+            ..Told::default()
+        };
+        for (answered, told) in [(8, alone), (16, alone), (31, alone), (32, all)] {
+            let (mut near, mut far) = pair().await;
+            far.write_all(&all.bytes()[..answered]).await.unwrap();
+            drop(far);
+            assert_eq!(Told::read(&mut near, 10).await.unwrap(), told, "{answered}");
+        }
+        let (mut near, mut far) = pair().await;
+        far.write_all(&all.bytes()).await.unwrap();
+        assert_eq!(Told::read(&mut near, 5).await.unwrap().arrived, 5);
+    }
+
+    #[test]
+    fn a_probe_has_the_streams_of_its_migration_as_far_as_they_are_taken() {
+        let table = [
+            ((11, 0), 4),
+            ((2, 0), 2),
+            ((11, 16), 11),
+            ((64, 16), 16),
+            ((64, u32::MAX), 16),
+            ((11, 3), 3),
+            ((0, 16), 1),
+        ];
+        for ((wanted, taken), streams) in table {
+            assert_eq!(streams_of_probe(wanted, taken), streams, "{wanted} of {taken}");
+        }
     }
 
     #[test]
@@ -468,5 +525,13 @@ mod tests {
         assert!(probes.begin().unwrap().is_none());
         assert!(probes.find(first.id).is_some());
         assert!(probes.find(Uuid::from_u128(7)).is_none());
+        let of_streams = Arc::new(Probe {
+            until: Instant::now() - VALID,
+            ..probe()
+        });
+        *probes.0.lock().unwrap() = Some(Arc::clone(&of_streams));
+        assert!(probes.begin().unwrap().is_none());
+        drop(of_streams);
+        assert!(probes.begin().unwrap().is_some());
     }
 }

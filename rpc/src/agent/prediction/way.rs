@@ -71,7 +71,7 @@ impl KnownWay {
         (probed, round_trip): (Option<f64>, Duration),
     ) -> Self {
         let lately = || infos.iter().filter(|info| is_by(transport, info));
-        let measured = lately().find_map(|info| Some((info, rate(info)?)));
+        let measured = lately().find_map(|info| Some((info, rate(info, round_trip)?)));
         let cap = Some(options.bandwidth_bytes_per_s as f64).filter(|&cap| cap > 0.0);
         let (bytes_per_second, mut known_from) = match (measured, cap, probed) {
             (Some((info, rate)), _, _) => {
@@ -125,16 +125,15 @@ impl Agent {
     ) -> Result<KnownWay, Failure> {
         let transport = Transport::parse(&options.transport)?;
         let completed = self.completed(destination).await?;
+        let round_trip = match self.peers.named(destination) {
+            Ok(peer) => peer.round_trip().await.unwrap_or_default(),
+            Err(_) => Duration::ZERO,
+        };
+        let streams = page_streams(options, Some(round_trip));
         let is_told = completed
             .iter()
-            .any(|info| is_by(transport, info) && rate(info).is_some());
+            .any(|info| is_by(transport, info) && rate(info, round_trip).is_some());
         // Nothing is sent faster than its user allows, and so nothing is found out.
-        let round_trip = match self.peers.named(destination) {
-            Ok(peer) => peer.round_trip().await,
-            Err(_) => None,
-        };
-        let streams = page_streams(options, round_trip);
-        let round_trip = round_trip.unwrap_or_default();
         let probed = match is_told || options.bandwidth_bytes_per_s > 0 || destination.is_empty() {
             true => None,
             false => self
@@ -143,10 +142,11 @@ impl Agent {
                 .inspect_err(|failure| tracing::info!(destination, error = failure.chain(), "the link is not known"))
                 .ok(),
         };
-        Ok(KnownWay {
-            streams,
-            ..KnownWay::learned(&completed, (options, transport), (probed, round_trip))
-        })
+        Ok(KnownWay::learned(
+            &completed,
+            (options, transport),
+            (probed, round_trip),
+        ))
     }
 
     /// What a switchover to this host took beside its last pages, at least, of the last few by this transport: no budget is too small that one of them
@@ -187,15 +187,17 @@ fn running_rounds(info: &MigrationInfo) -> &[Round] {
     }
 }
 
-/// Bytes a second by its largest round, without the time for pages that were not sent. `None`: it tells nothing of the link.
-fn rate(info: &MigrationInfo) -> Option<f64> {
+/// Bytes a second by its largest round, without the time for pages that were not sent and for the word that ends a round, which takes the round trip where
+/// no small round tells. `None`: it tells nothing of the link.
+fn rate(info: &MigrationInfo, round_trip: Duration) -> Option<f64> {
     // Of pages that were compressed it is not known what the link would have carried of plain ones.
     if info.compression.as_ref().is_some_and(|told| told.compressed_frames > 0) {
         return None;
     }
     let largest = running_rounds(info).iter().max_by_key(|round| round.bytes)?;
     let zero_pages = largest.pages.saturating_sub(largest.bytes / 4096);
-    let seconds = largest.ms / 1e3 - zero_pages as f64 / ZERO_PAGES - ROUND.as_secs_f64();
+    let beside = round(info).unwrap_or(ROUND + round_trip);
+    let seconds = largest.ms / 1e3 - zero_pages as f64 / ZERO_PAGES - beside.as_secs_f64();
     if largest.bytes < TELLING_BYTES || seconds <= largest.ms / 1e4 {
         return None;
     }
@@ -213,9 +215,11 @@ fn typical(lately: impl Iterator<Item = Duration>) -> Option<Duration> {
     last.get(last.len() / 2).copied()
 }
 
-/// What a round of next to nothing took, by the quickest.
+/// What a round of next to nothing took, by the quickest: one of nothing at all may have had no end to be told.
 fn round(info: &MigrationInfo) -> Option<Duration> {
-    let small = running_rounds(info).iter().filter(|round| round.bytes < SMALL_BYTES);
+    let small = running_rounds(info)
+        .iter()
+        .filter(|round| round.pages > 0 && round.bytes < SMALL_BYTES);
     let quickest = small.map(|round| round.ms).min_by(f64::total_cmp)?;
     Duration::try_from_secs_f64(quickest / 1e3).ok()
 }
@@ -402,8 +406,8 @@ mod tests {
             bandwidth_bytes_per_s: Some(cap),
             ..moved("a", 100, 100.3)
         };
-        assert_eq!(rate(&capped(1_000_000_000)), None);
-        assert!(rate(&capped(10_000_000_000)).is_some());
+        assert_eq!(rate(&capped(1_000_000_000), Duration::ZERO), None);
+        assert!(rate(&capped(10_000_000_000), Duration::ZERO).is_some());
     }
 
     #[test]
@@ -411,9 +415,9 @@ mod tests {
         let mut info = moved("a", 100, 100.3);
         info.rounds[0].pages += 200_000;
         info.rounds[0].ms += 100.0;
-        assert!((rate(&info).unwrap() / 1e9 - 1.0).abs() < 0.01);
+        assert!((rate(&info, Duration::ZERO).unwrap() / 1e9 - 1.0).abs() < 0.01);
         info.rounds[0].pages = 20_000_000;
-        assert_eq!(rate(&info), None);
+        assert_eq!(rate(&info, Duration::ZERO), None);
     }
 
     #[test]
@@ -427,11 +431,25 @@ mod tests {
         assert_eq!(far.way.round - near.way.round, Duration::from_millis(20));
         assert_eq!(far.way.preparation - near.way.preparation, Duration::from_millis(200));
         assert!(far.streams > near.streams);
-        // One that tells has had the round trip in all of it.
-        let mut told = moved("a", 100, 100.3);
-        told.rounds.insert(1, told.rounds[1]);
+        // One that tells has had the round trip in all of it, and its rate has none.
+        let mut told = moved("a", 100, 120.0);
+        told.rounds.insert(
+            1,
+            Round {
+                ms: 20.0,
+                ..told.rounds[1]
+            },
+        );
         let told = [told];
         assert_eq!(over(&told, 20).way, over(&told, 0).way);
+        let way = over(&told, 20).way;
+        assert_eq!(
+            (way.round, way.bytes_per_second.round()),
+            (Duration::from_millis(20), 1e9)
+        );
+        // One without small rounds does not tell how long the way is.
+        let alone = [moved("a", 100, 120.3)];
+        assert!((over(&alone, 20).way.bytes_per_second / 1e9 - 1.0).abs() < 0.001);
     }
 
     #[test]
