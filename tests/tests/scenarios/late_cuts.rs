@@ -5,16 +5,20 @@ use anyhow::{Context, Result, ensure};
 use ferry_tests::messages::from_destination::{ALL_HERE, MISSING};
 use ferry_tests::messages::of_one_stream::{CONTROL, PUSHED, URGENT};
 use ferry_tests::waiting::CALL;
-use ferry_tests::{Cut, CutPoint, Guest, Pair, Tampering, until};
+use ferry_tests::{Answer, Cut, CutPoint, Guest, Pair, Tampering, Witness, until};
 use libtest_mimic::Trial;
 
 use crate::postcopy::{BUSY, begin_with, completes};
-use crate::scenario::{self, between, expect_a_lost_peer, on_kvm};
+use crate::scenario::{self, between, expect_a_lost_peer, has_nothing, on_kvm};
 
 pub(crate) fn trials() -> Vec<Trial> {
     let by = |transport| points().into_iter().map(move |point| point.trial(transport));
     let mut trials: Vec<Trial> = by("tcp").chain(by("grpc")).collect();
     trials.extend(on_kvm![
+        one_that_is_lost_before_the_handover_keeps_the_guest_here,
+        one_that_is_lost_before_the_handover_over_grpc_keeps_the_guest_here,
+        one_that_is_lost_before_the_handover_is_made_again,
+        one_that_is_lost_before_the_handover_over_grpc_is_made_again,
         who_needs_no_page_runs_on_while_the_link_is_cut,
         one_vcpu_waits_for_a_page_and_the_other_one_works_on,
     ]);
@@ -117,6 +121,65 @@ impl Point {
         let id = moved.record["id"].as_str().unwrap_or_default();
         completes(pair, id, &witness)
     }
+}
+
+/// Begins a move in rounds, in the first of which the idle connection is cut on which late pages are to be pushed.
+fn begin_and_lose_one(pair: &mut Pair, further: &[&str]) -> Result<(Witness, Answer)> {
+    expect_a_lost_peer(pair);
+    let relay = between(
+        pair,
+        Tampering::CutsAt {
+            stream: 0,
+            at: CutPoint::Frames(10),
+            cut: Cut::Streams(PUSHED..=PUSHED),
+        },
+    )?;
+    let witness = pair.run(&Guest::new("g").work(BUSY).vcpus(2))?;
+    // The guest writes twice what that carries.
+    let hybrid = ["--mode", "hybrid", "--streams", "1", "--bandwidth", "320Mbit"];
+    let whole_pages = ["--compress", "off", "--max-downtime", "20ms"];
+    let call = pair.begin_migrate("g", &[&hybrid[..], &whole_pages, further].concat())?;
+    relay.wait_tampered()?;
+    let ended = call.wait()?;
+    Ok((witness, ended))
+}
+
+fn one_that_is_lost_before_the_handover_keeps_the_guest_here(pair: &mut Pair) -> Result<()> {
+    keeps_the_guest_here(pair, "tcp")
+}
+
+fn one_that_is_lost_before_the_handover_over_grpc_keeps_the_guest_here(pair: &mut Pair) -> Result<()> {
+    keeps_the_guest_here(pair, "grpc")
+}
+
+fn keeps_the_guest_here(pair: &mut Pair, transport: &str) -> Result<()> {
+    let (witness, ended) = begin_and_lose_one(pair, &["--transport", transport])?;
+    let failed = ended.exit(1)?.migration()?.is("failed", "a")?;
+    let error = failed.record["error"].as_str().unwrap_or_default();
+    ensure!(
+        error.contains("a connection for late pages to the destination was lost before it was needed"),
+        "{error}"
+    );
+    witness.wait_for_beats_at("a", 3)?;
+    has_nothing(&pair.b)
+}
+
+fn one_that_is_lost_before_the_handover_is_made_again(pair: &mut Pair) -> Result<()> {
+    is_made_again(pair, "tcp")
+}
+
+fn one_that_is_lost_before_the_handover_over_grpc_is_made_again(pair: &mut Pair) -> Result<()> {
+    is_made_again(pair, "grpc")
+}
+
+fn is_made_again(pair: &mut Pair, transport: &str) -> Result<()> {
+    let further = ["--transport", transport, "--resume-window", "2m"];
+    let (witness, ended) = begin_and_lose_one(pair, &further)?;
+    let moved = ended.exit(0)?.migration()?.is("completed", "b")?;
+    ensure!(moved.record["resumed_links"] == 1, "{}", moved.record);
+    ensure!(moved.number("late_pages")? > 0.0, "{}", moved.record);
+    let id = moved.record["id"].as_str().unwrap_or_default();
+    completes(pair, id, &witness)
 }
 
 fn who_needs_no_page_runs_on_while_the_link_is_cut(pair: &mut Pair) -> Result<()> {
