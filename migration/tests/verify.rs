@@ -6,6 +6,7 @@ use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use fake::memory::FakeMemory;
 use fake::scene::{Ends, Scene, arming_and, guest, live, memory, migrate};
 use fake::{FakeDestination, FakeSource, StopFault, Tracking, Workload};
 use ferry_migration::guest::DestinationGuest;
@@ -109,27 +110,32 @@ fn what_cannot_be_sent_again_within_the_budget_is_while_the_guest_runs() {
     assert!(ends.reports.iter().any(called_off), "{:?}", ends.reports);
 }
 
-#[test]
-fn an_answer_that_takes_too_long_calls_the_switchover_off() {
+/// Twice the time that a guest may stand still.
+const LATE: Duration = Duration::from_millis(800);
+
+/// A migration whose destination is slowed down once the first switchover begins, and where a page is damaged so many times.
+fn answered_too_late(times: u64, slow: impl Fn(&FakeMemory) + Send + 'static) -> Ends {
     let mut source = guest(Tracking::Log, BUSY);
-    // So that there is time to slow the destination down before the last pages come.
+    // So that there is time for it before the last pages come.
     source
         .stop_faults
         .push_back(StopFault::Slow(Duration::from_millis(100)));
-    let mut scene = damaged(source, QUIET, 0);
-    scene.parameters.manner = live(Duration::from_millis(400));
+    let mut scene = damaged(source, QUIET, times);
+    scene.parameters.manner = live(LATE / 2);
     let there = scene.destination.memory();
     let mut arm = arming_and(|_| false, |_| ());
     scene.agent = Box::new(move |report, controls| {
-        match report {
-            SourceReport::Switching { attempt } if attempt.attempt == 1 => {
-                there.slow_digest(Duration::from_millis(800));
-            }
-            _ => {}
+        if matches!(report, SourceReport::Switching { attempt } if attempt.attempt == 1) {
+            slow(&there);
         }
         arm(report, controls);
     });
-    let ends = migrate(scene);
+    migrate(scene)
+}
+
+#[test]
+fn an_answer_that_takes_too_long_calls_the_switchover_off() {
+    let ends = answered_too_late(0, |there| there.slow_digest(LATE));
     let (_, loaded) = ends.arrived();
     assert!(loaded.attempt.attempt > 1);
     let called_off = |report: &SourceReport| matches!(report, SourceReport::Disarmed { reason, .. } if reason.contains("was being compared"));
@@ -138,25 +144,7 @@ fn an_answer_that_takes_too_long_calls_the_switchover_off() {
 
 #[test]
 fn a_round_whose_end_is_answered_too_late_calls_the_switchover_off_and_is_sent_again() {
-    let mut source = guest(Tracking::Log, BUSY);
-    // So that there is time to slow the destination down before the last pages come.
-    source
-        .stop_faults
-        .push_back(StopFault::Slow(Duration::from_millis(100)));
-    let mut scene = damaged(source, QUIET, 1);
-    scene.parameters.manner = live(Duration::from_millis(400));
-    let there = scene.destination.memory();
-    let mut arm = arming_and(|_| false, |_| ());
-    scene.agent = Box::new(move |report, controls| {
-        match report {
-            SourceReport::Switching { attempt } if attempt.attempt == 1 => {
-                there.slow_once_to_be_durable(Duration::from_millis(800));
-            }
-            _ => {}
-        }
-        arm(report, controls);
-    });
-    let ends = migrate(scene);
+    let ends = answered_too_late(1, |there| there.slow_once_to_be_durable(LATE));
     let (summary, loaded) = ends.arrived();
     assert_eq!(summary.verified.unwrap().ranges_sent_again, 1);
     assert!(loaded.attempt.attempt > 1);
@@ -165,7 +153,7 @@ fn a_round_whose_end_is_answered_too_late_calls_the_switchover_off_and_is_sent_a
     // What the guest felt of it stays in the report.
     let told = summary.decisions.iter().find(|decided| decided.deed == "called-off");
     let told = told.expect("it is told");
-    assert!(told.blackout > Some(Duration::from_millis(400)), "{told:?}");
+    assert!(told.blackout > Some(LATE / 2), "{told:?}");
     assert!(told.words.contains("after the guest stood still for"), "{told:?}");
 }
 
