@@ -83,6 +83,16 @@ impl Traced {
     }
 }
 
+/// How many bytes come before what a VMM said in a message of this length that starts so; nothing if it is another one, or too little is here.
+fn before_bytes(start: &[u8], length: usize) -> Option<usize> {
+    let (&BYTES, rest) = start.split_first()? else {
+        return None;
+    };
+    let (content, after) = varint(rest)?;
+    let before = start.len() - after.len();
+    (before + content as usize == length).then_some(before)
+}
+
 /// Reads a message that is one piece, as every encoder writes it: a tag, a length, that many bytes. And its tag.
 fn piece(traced: Traced) -> Option<(u8, Piece)> {
     let message = &traced.bytes;
@@ -103,10 +113,6 @@ fn piece(traced: Traced) -> Option<(u8, Piece)> {
                     .filter(|_| id[..2] == [CLAIM, ID_LENGTH as u8])?,
             )
         }
-        BYTES => {
-            let before = message.len() - content.len();
-            Piece::Bytes(traced.without(before))
-        }
         _ => Piece::Other,
     };
     Some((tag, piece))
@@ -124,12 +130,15 @@ fn varint(bytes: &[u8]) -> Option<(u64, &[u8])> {
 }
 
 /// What was said in one direction of a connection so far.
+///
+/// What a VMM said is handed on as it comes, not once its message is whole: by then most of it was passed on, and could not be changed.
 #[derive(Default)]
 pub(crate) struct Carried {
-    /// Of a frame that is not whole yet.
-    frames: Vec<u8>,
-    /// Of a message that is not.
+    frames: Frames,
+    /// Of a message that is not known for what it is, or not handed on yet.
     messages: Traced,
+    /// Bytes that are still to come of what a VMM said in one message; none between such messages.
+    open: Option<usize>,
     stage: Stage,
 }
 
@@ -147,56 +156,96 @@ impl Carried {
         self.stage == Stage::Stream
     }
 
-    /// The pieces that are whole with these bytes.
-    pub(crate) fn pieces(&mut self, bytes: &[u8]) -> Vec<Piece> {
-        if self.stage == Stage::SomethingElse {
-            return Vec::new();
-        }
-        let passed = self.frames.len();
-        self.frames.extend_from_slice(bytes);
-        self.messages.pass();
-        let mut at = match self.frames.starts_with(PREFACE) {
-            true => PREFACE.len(),
-            false => 0,
-        };
-        while let Some(header) = self.frames.get(at..at + FRAME_HEADER) {
-            let length = u32::from_be_bytes([0, header[0], header[1], header[2]]) as usize;
-            let is_data = header[3] == DATA;
-            let Some(content) = self.frames.get(at + FRAME_HEADER..at + FRAME_HEADER + length) else {
-                break;
-            };
-            at += FRAME_HEADER;
-            if is_data {
-                self.messages.push(content, |index| (at + index).checked_sub(passed));
-            }
-            at += length;
-        }
-        self.frames.drain(..at);
+    /// The pieces that came with these bytes; of what a VMM said as much as is here.
+    pub(crate) fn pieces(&mut self, read: &[u8]) -> Vec<Piece> {
         let mut pieces = Vec::new();
-        while let Some(prefix) = self.messages.bytes.get(..PREFIX) {
-            let end = PREFIX + u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]) as usize;
-            if self.messages.bytes.len() < end {
-                break;
-            }
-            let piece = piece(self.messages.take(end).without(PREFIX));
-            match (self.stage, piece) {
-                (Stage::Silent, Some((tag, piece)))
-                    if tag == CLAIM || tag == NONCE && end == PREFIX + 2 + NONCE_LENGTH =>
-                {
-                    self.stage = Stage::Stream;
-                    pieces.push(piece);
-                }
-                (Stage::Stream, piece) => pieces.extend(piece.map(|(_, piece)| piece)),
-                _ => {
-                    *self = Self {
-                        stage: Stage::SomethingElse,
-                        ..Self::default()
-                    };
-                    return pieces;
-                }
-            }
+        if self.stage == Stage::SomethingElse {
+            return pieces;
+        }
+        self.messages.pass();
+        self.frames.contents(read, &mut self.messages);
+        while let Some(piece) = self.next_piece() {
+            pieces.extend(piece);
         }
         pieces
+    }
+
+    /// Takes the next step through the messages: with a piece, or without one. Nothing if more must come first.
+    fn next_piece(&mut self) -> Option<Option<Piece>> {
+        let here = &self.messages.bytes;
+        if let Some(open) = self.open {
+            let here = here.len().min(open);
+            self.open = (open > here).then_some(open - here);
+            let said = self.messages.take(here);
+            return (here > 0 || open == 0).then_some(Some(Piece::Bytes(said)));
+        }
+        let prefix = here.get(..PREFIX)?;
+        let length = u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]) as usize;
+        if self.is_stream()
+            && let Some(before) = before_bytes(&here[PREFIX..], length)
+        {
+            self.messages.take(PREFIX + before);
+            self.open = Some(length - before);
+            return Some(None);
+        }
+        if here.len() < PREFIX + length {
+            return None;
+        }
+        let piece = piece(self.messages.take(PREFIX + length).without(PREFIX));
+        match (self.stage, piece) {
+            (Stage::Silent, Some((tag, piece))) if tag == CLAIM || tag == NONCE && length == 2 + NONCE_LENGTH => {
+                self.stage = Stage::Stream;
+                Some(Some(piece))
+            }
+            (Stage::Stream, piece) => Some(piece.map(|(_, piece)| piece)),
+            _ => {
+                *self = Self {
+                    stage: Stage::SomethingElse,
+                    ..Self::default()
+                };
+                None
+            }
+        }
+    }
+}
+
+/// The frames of HTTP/2 so far.
+#[derive(Default)]
+struct Frames {
+    /// Of a header, or of the preface, that is not whole yet.
+    header: Vec<u8>,
+    /// Bytes of the frame that are still to come, and whether they carry messages.
+    left: usize,
+    is_data: bool,
+}
+
+impl Frames {
+    /// Adds what of these bytes carries messages.
+    fn contents(&mut self, read: &[u8], messages: &mut Traced) {
+        let mut at = 0;
+        while at < read.len() {
+            if self.left > 0 {
+                let end = read.len().min(at + self.left);
+                if self.is_data {
+                    messages.push(&read[at..end], |index| Some(at + index));
+                }
+                self.left -= end - at;
+                at = end;
+                continue;
+            }
+            self.header.push(read[at]);
+            at += 1;
+            if self.header == PREFACE {
+                self.header.clear();
+            } else if let &[a, b, c, kind, ..] = &self.header[..]
+                && self.header.len() == FRAME_HEADER
+                && !PREFACE.starts_with(&self.header)
+            {
+                self.left = u32::from_be_bytes([0, a, b, c]) as usize;
+                self.is_data = kind == DATA;
+                self.header.clear();
+            }
+        }
     }
 }
 
@@ -318,10 +367,14 @@ mod tests {
         for size in [1, 7, said.len()] {
             let mut carried = Carried::default();
             let found: Vec<Piece> = said.chunks(size).flat_map(|bytes| carried.pieces(bytes)).collect();
-            let [Piece::Claim(300), Piece::Bytes(said), Piece::Other] = &found[..] else {
+            let [Piece::Claim(300), said @ .., Piece::Other] = &found[..] else {
                 panic!("{size}: {found:?}");
             };
-            assert_eq!(said.bytes, b"abc");
+            let said = said.iter().flat_map(|piece| match piece {
+                Piece::Bytes(said) => said.bytes.clone(),
+                other => panic!("{size}: {other:?}"),
+            });
+            assert_eq!(said.collect::<Vec<u8>>(), b"abc");
         }
     }
 
@@ -370,6 +423,23 @@ mod tests {
             heard_at(1, &told, |said, _| said.message(5).is_some()),
             Some(told.len() - 1)
         );
+    }
+
+    #[test]
+    fn a_frame_at_the_start_of_a_message_is_changed_before_the_message_is_whole() {
+        let (mut carried, mut said) = (Carried::default(), Said::default());
+        carried.pieces(&framed(DATA, &claim()));
+        let sent = framed(DATA, &message(BYTES, &frame()));
+        let (first, rest) = sent.split_at(sent.len() - 3);
+        let mut read = first.to_vec();
+        let [Piece::Bytes(piece)] = &carried.pieces(&read)[..] else {
+            panic!("not what a VMM said");
+        };
+        said.hear(piece);
+        let table = said.frame_after(0).expect("its table is here");
+        assert!(table.change(&mut read, |frame| frame[0] = 9));
+        assert_ne!(read, first);
+        assert_eq!(carried.pieces(rest).len(), 1);
     }
 
     #[test]

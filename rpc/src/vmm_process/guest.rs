@@ -180,15 +180,19 @@ impl LocalGuest {
     /// Chooses the disks whose contents move with the guest from now on.
     ///
     /// # Errors
-    /// There is no such disk, or its size cannot be told.
+    /// There is no such disk, its size cannot be told, or a disk holds less by now than the guest's.
     pub(super) fn copy_disks(&mut self, numbers: &[u32]) -> anyhow::Result<()> {
         let written = |number: &u32| {
             let written = self.machine.written_blocks(*number as usize);
             written.with_context(|| format!("there is no disk {number} to copy"))
         };
         let written = numbers.iter().map(written).collect::<anyhow::Result<Vec<_>>>()?;
-        // A block device may be larger than the disk that the guest knows, and is not the same at both ends.
         let sectors = self.machine.profile().disk_sectors;
+        // Somebody may have made one smaller since the destination made room for it, which would refuse it without knowing why.
+        if let Some(shrunk) = self.disks.too_small_for(&sectors).pop() {
+            bail!(shrunk);
+        }
+        // A block device may be larger than the disk that the guest knows, and is not the same at both ends.
         let bytes: Vec<u64> = numbers
             .iter()
             .map(|&number| match self.disks.is_device(number) {

@@ -2,10 +2,11 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
-use ferry_tests::{Guest, Pair, Tampering, Witness, until, waiting::CALL};
+use ferry_tests::pair::Underway;
+use ferry_tests::{Guest, Migration, Pair, Tampering, Witness, until, waiting::CALL};
 use libtest_mimic::Trial;
 
 use crate::device_work::{is_stamped, stamped_image, transfers, with_disk};
@@ -20,6 +21,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_disk_finds_room_for_what_it_holds_or_for_all_that_it_may_hold,
         a_destination_that_fills_while_a_disk_is_copied_says_so_and_keeps_nothing,
         an_image_that_shrinks_while_it_is_copied_ends_the_migration_by_its_name,
+        an_image_that_shrinks_before_it_is_copied_ends_the_migration_by_its_name,
         a_local_disk_moves_over_grpc,
         a_local_disk_comes_before_the_guest_and_its_memory_late,
         a_local_disk_that_the_guest_writes_is_of_the_instant_of_the_switch,
@@ -304,18 +306,44 @@ fn a_destination_that_fills_while_a_disk_is_copied_says_so_and_keeps_nothing(pai
 }
 
 fn an_image_that_shrinks_while_it_is_copied_ends_the_migration_by_its_name(pair: &mut Pair) -> Result<()> {
+    let (folders, witness) = reads_its_disk(pair)?;
+    let is_copied = |told: &Migration| Ok(told.record["memory_processed"].as_u64() > Some(0));
+    let underway = pair.migrate_until("g", &["--bandwidth", "16Mbit"], is_copied)?;
+
+    halve(&folders.a.join("g.img"))?;
+
+    stays_with_half_a_disk(pair, underway, &folders, &witness)
+}
+
+/// The destination made room for what it was when it was asked.
+fn an_image_that_shrinks_before_it_is_copied_ends_the_migration_by_its_name(pair: &mut Pair) -> Result<()> {
+    let (folders, witness) = reads_its_disk(pair)?;
+    let relay = between(pair, Tampering::HoldPrepared)?;
+    let underway = pair.migrate_until("g", &[], |_| Ok(relay.has_tampered()))?;
+
+    halve(&folders.a.join("g.img"))?;
+    relay.release();
+
+    stays_with_half_a_disk(pair, underway, &folders, &witness)
+}
+
+/// A guest that reads a disk all over, which only A has, for some seconds.
+fn reads_its_disk(pair: &mut Pair) -> Result<(Folders, Witness)> {
     pair.expect_complaint("a disk request failed");
     expect_a_lost_peer(pair);
     let folders = apart(pair)?;
     fs::rename(stamped_image(pair)?, folders.a.join("g.img"))?;
     let reads = "io=randread depth=4 seconds=20";
     let witness = pair.run(&with_disk(&folders.both.join("g.img"), reads))?;
-    let slow = ["--bandwidth", "16Mbit"];
-    let underway = pair.migrate_until("g", &slow, |record| Ok(record.record["status"] == "running"))?;
+    Ok((folders, witness))
+}
 
-    let image = File::options().write(true).open(folders.a.join("g.img"))?;
-    image.set_len(image.metadata()?.len() / 2)?;
+fn halve(path: &Path) -> Result<()> {
+    let image = File::options().write(true).open(path)?;
+    Ok(image.set_len(image.metadata()?.len() / 2)?)
+}
 
+fn stays_with_half_a_disk(pair: &Pair, underway: Underway, folders: &Folders, witness: &Witness) -> Result<()> {
     let told = underway.call.wait()?.exit(1)?;
     let error = told.migration()?.is("failed", "a")?.text("error")?.to_owned();
     let path = folders.both.join("g.img").display().to_string();
@@ -324,7 +352,7 @@ fn an_image_that_shrinks_while_it_is_copied_ends_the_migration_by_its_name(pair:
         error.contains("it has become smaller") || error.contains("and the guest's"),
         "{error}"
     );
-    pair.runs_only_at(&pair.a, "g", &witness)?;
+    pair.runs_only_at(&pair.a, "g", witness)?;
     has_nothing(&pair.b)?;
     is_empty(&folders.b)?;
     // And to the guest a part of its disk cannot be read, and nothing else has happened.
