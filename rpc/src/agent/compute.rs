@@ -1,19 +1,22 @@
 //! The `Compute` service: convert, call, map the error.
 
+mod of_peers;
+mod upload;
+
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use ferry_migration::handover::{Decision, Wish};
+use ferry_migration::handover::Decision;
 use ferry_proto::agent::v1::compute_server::Compute;
 use ferry_proto::agent::v1::{
     AttemptRequest, BalloonInstanceRequest, CheckDestinationReply, CheckDestinationRequest, CheckSourceReply,
     CheckSourceRequest, ConsoleInputReply, ConsoleInputRequest, ConsoleOutput, ConsoleRequest, DecisionReply,
-    DeleteInstanceReply, DeleteInstanceRequest, DestinationPart, FirstFramesReply, FirstFramesRequest, HeartbeatReply,
-    HeartbeatRequest, HostInfo, HostRequest, ImageChunk, InstanceInfo, InstanceRequest, LateLinkReply, LateLinkRequest,
-    LatePagesReply, LatePagesRequest, ListEventsReply, ListEventsRequest, ListInstancesReply, ListInstancesRequest,
-    LiveMigrationCast, MigrationPrediction, PostLiveMigrationReply, PostLiveMigrationRequest, PreLiveMigrationReply,
+    DeleteInstanceReply, DeleteInstanceRequest, FirstFramesReply, FirstFramesRequest, HeartbeatReply, HeartbeatRequest,
+    HostInfo, HostRequest, ImageChunk, InstanceInfo, InstanceRequest, LateLinkReply, LateLinkRequest, LatePagesReply,
+    LatePagesRequest, ListEventsReply, ListEventsRequest, ListInstancesReply, ListInstancesRequest, LiveMigrationCast,
+    MigrationPrediction, PostLiveMigrationReply, PostLiveMigrationRequest, PreLiveMigrationReply,
     PreLiveMigrationRequest, PredictMigrationRequest, ProbeLinkReply, ProbeLinkRequest, PutImageReply, Receipt,
     RecordRefusalReply, RecordRefusalRequest, RestoreInstanceRequest, RollbackReply, RollbackRequest,
     RunInstanceRequest, SnapshotInfo, SnapshotInstanceRequest, StopInstanceRequest,
@@ -21,37 +24,23 @@ use ferry_proto::agent::v1::{
 use ferry_proto::vmm::v1 as wire;
 use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::{InvalidField, required, wire_uuid};
+use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 use uuid::Uuid;
 
+use self::of_peers::goes_elsewhere;
 use super::config::is_name;
 use super::console::{self, Follow};
 use super::context::RequestContext;
 use super::events::{Action, Subject};
 use super::failure::Failure;
-use super::images::{self, Upload};
 use super::instances::{Agent, Press};
-use super::journal::{InstanceRow, MigrationRow, Role};
 use super::outgoing::PeerNews;
-use super::peer_journal::check_question;
 use super::peers::CALL_TIME;
 use super::snapshots::Identity;
 use super::spawn::VMM_LOG;
 use crate::vmm_process::{CONSOLE_LOG, monotonic_ns};
-
-/// How long the next piece of an image is waited for, of which a slow link has one under way.
-const PIECE_TIME: Duration = Duration::from_secs(30);
-
-/// What somebody is told who began to send an image and stopped.
-fn silent_upload(hash: Option<&str>) -> Failure {
-    Failure::Refused(format!(
-        "no piece of image {} came for {} s",
-        hash.unwrap_or("(none was named)"),
-        PIECE_TIME.as_secs()
-    ))
-}
 
 /// The service over one agent.
 pub(crate) struct ComputeService(pub(crate) Arc<Agent>);
@@ -107,93 +96,6 @@ impl ComputeService {
         Ok(Response::new(Box::pin(ReceiverStream::new(console::stream(
             path, follow,
         )))))
-    }
-
-    /// Decide, Expect and their like are answered only to the host that the migration's record names.
-    async fn check_peer(&self, migration: Uuid, source: &str) -> Result<(), Failure> {
-        self.0.peers.named(source)?;
-        let foreign = || Failure::Refused(format!("migration {migration} does not come from host {source:?}"));
-        if let Some(incoming) = self.0.incoming.find(migration) {
-            return if incoming.of.source == source {
-                Ok(())
-            } else {
-                Err(foreign())
-            };
-        }
-        let row = self
-            .0
-            .journal
-            .read(move |connection| MigrationRow::find(connection, migration))
-            .await?;
-        match row {
-            Some(row) if row.role != Role::Destination || row.peer != source => Err(foreign()),
-            _ => Ok(()),
-        }
-    }
-
-    /// Whether an instance that was here is neither here nor where it went from here.
-    async fn is_deleted(&self, instance: &str) -> Result<bool, Failure> {
-        let id = wire_uuid("instance", instance)?;
-        if self.0.instances.by_id(id).is_some() {
-            return Ok(false);
-        }
-        let moved_to = self
-            .0
-            .journal
-            .read(move |connection| InstanceRow::moved_to(connection, &id.to_string()))
-            .await?;
-        Ok(moved_to.is_none())
-    }
-
-    /// The epoch under which this host had a guest again that had left in a migration; 0 if it never did. A migration that
-    /// nobody knows here is one whose guest nobody has here.
-    async fn kept_epoch(&self, migration: Uuid, destination: &str) -> Result<u64, Failure> {
-        let row = self
-            .0
-            .journal
-            .read(move |connection| MigrationRow::find(connection, migration))
-            .await?;
-        let Some(row) = row else { return Ok(0) };
-        if row.role != Role::Source || row.peer != destination {
-            return Err(goes_elsewhere(migration, destination));
-        }
-        let is_gone = [Decision::Running.as_str(), Wish::DiscardHere.as_str()];
-        match row.said {
-            Some(said) if is_gone.contains(&said.as_str()) => Ok(0),
-            _ => Ok(row.resumed.unwrap_or(0)),
-        }
-    }
-
-    /// A question for another journal than this agent's: nothing is known of it here.
-    fn check_journal(&self, told: &str) -> Result<(), Failure> {
-        check_question(self.0.host(), self.0.journal.id(), told)
-    }
-
-    fn decision_reply(&self, (decision, part): (Decision, Option<DestinationPart>)) -> DecisionReply {
-        DecisionReply {
-            decision: decision.to_string(),
-            part,
-            journal: self.0.journal.id().to_string(),
-        }
-    }
-
-    /// The tuple (vm, M, n, e) of a request, as far as the record knows it.
-    async fn check_attempt(&self, request: &AttemptRequest) -> Result<Uuid, Failure> {
-        self.check_journal(&request.journal)?;
-        let migration = wire_uuid("migration", &request.migration)?;
-        self.check_peer(migration, &request.source).await?;
-        let row = self
-            .0
-            .journal
-            .read(move |connection| MigrationRow::find(connection, migration))
-            .await?;
-        let is_other = |row: &MigrationRow| row.instance.to_string() != request.instance || row.epoch != request.epoch;
-        if row.as_ref().is_some_and(is_other) {
-            return Err(Failure::Refused(format!(
-                "migration {migration} is of another instance or epoch here"
-            )));
-        }
-        Ok(migration)
     }
 }
 
@@ -437,33 +339,7 @@ impl Compute for ComputeService {
     }
 
     async fn put_image(&self, request: Request<Streaming<ImageChunk>>) -> Answer<PutImageReply> {
-        let mut chunks = request.into_inner();
-        let mut upload: Option<(Upload, String)> = None;
-        while let Some(chunk) = tokio::time::timeout(PIECE_TIME, chunks.next())
-            .await
-            .map_err(|_| silent_upload(upload.as_ref().map(|(_, hash)| hash.as_str())))?
-        {
-            let chunk = chunk?;
-            let (image, _) = match &mut upload {
-                Some(upload) if upload.1 == chunk.hash => upload,
-                None if images::is_hash(&chunk.hash) => {
-                    if !self.0.expected_images.has(&chunk.hash, Instant::now()) {
-                        let why = format!("image {} is not missing on host {}", chunk.hash, self.0.host());
-                        return Err(Failure::Refused(why).into());
-                    }
-                    upload.insert((Upload::begin(&self.0.image_folder())?, chunk.hash.clone()))
-                }
-                _ => {
-                    let problem = "is not one image's hash".to_owned();
-                    return Err(Failure::from(InvalidField { field: "hash", problem }).into());
-                }
-            };
-            image.add(&chunk.bytes)?;
-        }
-        if let Some((image, hash)) = upload {
-            // The image is synced to the disk: other tasks go elsewhere meanwhile.
-            tokio::task::block_in_place(|| image.finish(Some(&hash)))?;
-        }
+        self.take_image(request.into_inner()).await?;
         Ok(Response::new(PutImageReply {}))
     }
 
@@ -573,8 +449,4 @@ impl Compute for ComputeService {
         };
         Ok(Response::new(HeartbeatReply { taking_part, reason }))
     }
-}
-
-fn goes_elsewhere(migration: Uuid, host: &str) -> Failure {
-    Failure::Refused(format!("migration {migration} does not go from here to host {host:?}"))
 }

@@ -13,7 +13,9 @@
 //!
 //! A guest starts to run in one place, [`Vmm::permit`], and only with a permit of its agent.
 
-use std::fs::File;
+mod asked;
+mod permit;
+
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -23,21 +25,21 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
 use ferry_migration::guest::GuestEnd;
-use ferry_migration::handover::{Epoch, Grants, Permit, Permits, Traded};
+use ferry_migration::handover::{Grants, Permits, Traded};
 use ferry_migration::source::Parked;
 use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{self as wire, Order, Report};
 use ferry_proto::{OLDEST_VMM_PROTOCOL, required, wire_uuid};
-use ferry_vmm::{BalloonLevel, ButtonPress, CardTraffic, ConsoleInput, MachineEvent, RunState};
+use ferry_vmm::{BalloonLevel, CardTraffic, ConsoleInput, MachineEvent, RunState};
 use uuid::Uuid;
 
 use super::adapter::end_of;
 use super::console::ConsoleLog;
-use super::convert::{attempt_from_wire, guest_ended, monotonic_ns};
+use super::convert::{attempt_from_wire, guest_ended};
 use super::events::{Connection, Event};
 use super::frames;
-use super::guest::{BlankGuest, Blueprint, LocalGuest, Purpose, Reset};
+use super::guest::{BlankGuest, Blueprint, LocalGuest, Purpose};
 use super::late::Late;
 use super::migrating::{Loading, ReadyGuest, Sending};
 use super::reporting;
@@ -297,197 +299,6 @@ impl Vmm {
             self.console = Some(guest.console_input());
             Holding::Here(Box::new(guest))
         };
-        Ok(Body::Done(wire::Done {}))
-    }
-
-    /// The one place where a guest gets the right to run.
-    fn permit(&mut self, permit: &wire::Permit) -> anyhow::Result<Body> {
-        let permit = Permit {
-            instance: wire_uuid("permit.instance", &permit.instance)?,
-            epoch: Epoch(permit.epoch),
-            paused: permit.paused,
-        };
-        match &self.holding {
-            Holding::Here(_) | Holding::Ready(_) | Holding::Parked(_) => {}
-            _ => anyhow::bail!("no guest waits for a permit here: {}", self.machine_word()),
-        }
-        self.permits.check(permit)?;
-        // Refused with its reason where somebody else has them, the permit not taken: it may come again.
-        self.lock_disks(permit.epoch)?;
-        self.permits.take(permit)?;
-        self.user_paused = permit.paused;
-        let has_moved = matches!(self.holding, Holding::Ready(_));
-        let guest = match std::mem::replace(&mut self.holding, Holding::Nothing) {
-            Holding::Here(guest) => guest,
-            Holding::Ready(ready) => {
-                // Written before the first KVM_RUN; without it nobody could tell a crash from a guest that never ran.
-                if let Err(error) = self.leave_mark() {
-                    self.holding = Holding::Ready(ready);
-                    anyhow::bail!(
-                        "failed to write the started mark {}: {error}",
-                        self.started_mark.display()
-                    );
-                }
-                Box::new(ready.into_guest())
-            }
-            Holding::Parked(parked) => match parked.resume(permit) {
-                Ok(mut guest) => {
-                    self.late.stop_serving();
-                    self.standing.late = None;
-                    self.grants.superseded();
-                    ferry_migration::guest::SourceGuest::stop_tracking(&mut guest);
-                    Box::new(guest)
-                }
-                Err((parked, reason)) => {
-                    parked.guest().disks.unlock();
-                    self.holding = Holding::Parked(parked);
-                    anyhow::bail!(reason);
-                }
-            },
-            other => {
-                self.holding = other;
-                anyhow::bail!("no guest waits for a permit here");
-            }
-        };
-        let answer = self.start(guest, permit);
-        if let Holding::Here(guest) = &self.holding {
-            if has_moved {
-                guest.announcer.announce();
-            }
-            guest.disks.note_epoch(permit.epoch);
-        }
-        answer
-    }
-
-    /// A guest that is to run has its disks: one that arrived took them when it was restored.
-    fn lock_disks(&self, epoch: Epoch) -> anyhow::Result<()> {
-        match &self.holding {
-            Holding::Here(guest) => guest.disks.lock_patiently(epoch)?,
-            Holding::Parked(parked) => parked.guest().disks.lock_patiently(epoch)?,
-            _ => {}
-        }
-        Ok(())
-    }
-
-    fn leave_mark(&self) -> io::Result<()> {
-        File::create(&self.started_mark).map(drop)
-    }
-
-    fn start(&mut self, mut guest: Box<LocalGuest>, permit: Permit) -> anyhow::Result<Body> {
-        self.console = Some(guest.console_input());
-        self.balloon = Some(guest.machine.balloon());
-        self.traffic = guest.machine.traffic().to_vec();
-        if !permit.paused
-            && let Err(error) = guest.machine.run()
-        {
-            // The epoch is taken, so this is a crash and not a refusal.
-            self.ended(GuestEnd::Crashed(format!("failed to enter the guest: {error}")));
-            return Ok(Body::Done(wire::Done {}));
-        }
-        self.holding = Holding::Here(guest);
-        let started = wire::Started {
-            epoch: permit.epoch.0,
-            entered_ns: monotonic_ns(),
-        };
-        self.standing.started = Some(started);
-        self.standing.ready = None;
-        self.standing.last_go = None;
-        self.report(0, Body::Started(started));
-        tracing::info!(
-            epoch = permit.epoch.0,
-            paused = permit.paused,
-            "the guest has its permit"
-        );
-        Ok(Body::Done(wire::Done {}))
-    }
-
-    fn pause(&mut self, epoch: u64) -> anyhow::Result<Body> {
-        self.check_user_order(epoch)?;
-        if let Holding::Here(guest) = &mut self.holding {
-            guest.machine.pause()?;
-            self.user_paused = true;
-        }
-        Ok(Body::Done(wire::Done {}))
-    }
-
-    fn resume(&mut self, epoch: u64) -> anyhow::Result<Body> {
-        self.check_user_order(epoch)?;
-        if let Holding::Here(guest) = &mut self.holding {
-            guest.machine.run()?;
-            self.user_paused = false;
-        }
-        Ok(Body::Done(wire::Done {}))
-    }
-
-    fn reboot(&mut self) -> anyhow::Result<Body> {
-        self.check_user_order(self.permits.had().0)?;
-        self.late.check_whole()?;
-        if let Holding::Here(guest) = &mut self.holding
-            && let Reset::NotYet(why) = guest.reset()?
-        {
-            return Err(anyhow::Error::new(why).context("the guest cannot be reset now, ask again"));
-        }
-        Ok(Body::Done(wire::Done {}))
-    }
-
-    fn press_power_button(&mut self, epoch: u64) -> anyhow::Result<Body> {
-        if let Holding::Ended = self.holding {
-            // What was asked for has come, or worse: the word of it is on its way.
-            return Ok(Body::Pressed(wire::Pressed { guest_listens: true }));
-        }
-        self.check_user_order(epoch)?;
-        let guest_listens = match &self.holding {
-            Holding::Here(guest) => guest.machine.press_power_button()? == ButtonPress::Told,
-            _ => false,
-        };
-        tracing::info!(guest_listens, "the power button was pressed");
-        Ok(Body::Pressed(wire::Pressed { guest_listens }))
-    }
-
-    fn profile(&self) -> anyhow::Result<Body> {
-        match &self.holding {
-            Holding::Here(guest) => Ok(Body::Profiled(wire::Profiled {
-                profile: guest.machine.profile().to_bytes(),
-            })),
-            _ => anyhow::bail!("the guest is {}", self.machine_word()),
-        }
-    }
-
-    fn set_balloon(&mut self, order: wire::SetBalloon) -> anyhow::Result<Body> {
-        self.check_user_order(order.epoch)?;
-        self.late.check_whole()?;
-        if let Holding::Here(guest) = &mut self.holding {
-            guest.machine.want_balloon(order.wanted_pages)?;
-        }
-        Ok(Body::Done(wire::Done {}))
-    }
-
-    /// A user's order goes to a guest that is here, under the epoch that it has, while no grant binds it.
-    pub(super) fn check_user_order(&self, epoch: u64) -> anyhow::Result<()> {
-        anyhow::ensure!(
-            matches!(self.holding, Holding::Here(_)),
-            "the guest is {}",
-            self.machine_word()
-        );
-        anyhow::ensure!(!self.grants.binds(), "a switchover is in progress");
-        let had = self.permits.had().0;
-        anyhow::ensure!(
-            had == epoch && had > 0,
-            "the guest runs under epoch {had}, the order is for {epoch}"
-        );
-        Ok(())
-    }
-
-    fn console_input(&mut self, bytes: &[u8]) -> anyhow::Result<Body> {
-        let Some(console) = &self.console else {
-            anyhow::bail!("the guest is {}", self.machine_word())
-        };
-        let accepted = console.push(bytes);
-        anyhow::ensure!(
-            accepted == bytes.len(),
-            "the guest's console took {accepted} of {} bytes",
-            bytes.len()
-        );
         Ok(Body::Done(wire::Done {}))
     }
 

@@ -6,7 +6,7 @@ use std::future::{Ready, ready};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use ferry_proto::agent::v1::{AttemptRequest, DecisionReply, HeartbeatReply, HeartbeatRequest};
+use ferry_proto::agent::v1::{AttemptRequest, DecisionReply, HeartbeatReply, HeartbeatRequest, MigrationOptions};
 use http_body::Frame;
 use prost::Message;
 use prost::bytes::Bytes;
@@ -16,6 +16,7 @@ use tonic::metadata::MetadataMap;
 use tonic::server::NamedService;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
+use uuid::Uuid;
 
 use super::super::peers::Peers;
 use super::*;

@@ -8,7 +8,7 @@ use ferry_proto::vmm::v1::order::Order as Command;
 use ferry_proto::vmm::v1::{self as wire};
 use tokio::sync::oneshot;
 
-use super::begin::{DOWNTIMES_US, NO_DOWNTIME};
+use super::options::{DOWNTIMES_US, NO_DOWNTIME};
 use super::script::Script;
 use crate::agent::failure::Failure;
 use crate::agent::instances::Instance;

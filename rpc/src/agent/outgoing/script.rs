@@ -15,9 +15,9 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
-use super::begin::compression;
 use super::calls::SILENCE;
 use super::handle::{Outgoing, PeerNews, Resolving};
+use super::options::compression;
 use super::queue::{Place, Turn};
 use super::reconnecting::Reconnecting;
 use super::retuning::Retuning;

@@ -71,7 +71,10 @@ impl KnownWay {
         (probed, round_trip): (Option<f64>, Duration),
     ) -> Self {
         let lately = || infos.iter().filter(|info| is_by(transport, info));
-        let measured = lately().find_map(|info| Some((info, rate(info, round_trip)?)));
+        let telling = || lately().filter_map(|info| Some((info, rate(info, round_trip)?)));
+        // Digests take their time of what a small host sends: one that had them, or not, as this one tells best.
+        let is_alike = |info: &MigrationInfo| info.verified.is_some() == options.verify;
+        let measured = telling().find(|(info, _)| is_alike(info)).or_else(|| telling().next());
         let cap = Some(options.bandwidth_bytes_per_s as f64).filter(|&cap| cap > 0.0);
         let (bytes_per_second, mut known_from) = match (measured, cap, probed) {
             (Some((info, rate)), _, _) => {
@@ -272,7 +275,7 @@ fn had_all(info: &MigrationInfo) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use ferry_proto::agent::v1::DowntimeMs;
+    use ferry_proto::agent::v1::{DowntimeMs, Verified};
 
     use super::*;
 
@@ -320,6 +323,26 @@ mod tests {
         assert_eq!(known.way.preparation, Duration::from_millis(46));
         assert_eq!(known.way.stop_and_start, Duration::from_millis(2));
         assert!(known.known_from.contains("from-a"), "{}", known.known_from);
+    }
+
+    #[test]
+    fn with_digests_one_that_had_them_tells_first() {
+        let verified = MigrationInfo {
+            verified: Some(Verified::default()),
+            ..moved("verified", 100, 200.3)
+        };
+        let infos = [moved("a", 100, 100.3), verified, moved("older", 100, 50.3)];
+        let known_from = |infos: &[MigrationInfo], verify| {
+            let options = MigrationOptions {
+                verify,
+                ..MigrationOptions::default()
+            };
+            KnownWay::learned(infos, (&options, Transport::Tcp), (None, Duration::ZERO)).known_from
+        };
+        assert!(known_from(&infos, true).contains("from-verified"));
+        assert!(known_from(&infos, false).contains("from-a"));
+        assert!(known_from(&infos[2..], true).contains("from-older"));
+        assert!(known_from(&infos[1..2], false).contains("from-verified"));
     }
 
     #[test]
