@@ -13,7 +13,7 @@ use fake::{FakeSource, StopFault, Tracking, Workload};
 use ferry_migration::destination::DestinationError;
 use ferry_migration::guest::{FRAME_SIZE, GuestEnd, SourceGuest};
 use ferry_migration::postcopy::Lateness;
-use ferry_migration::source::{MOST_BEFORE_THE_END, SourceError, SourceOutcome, SourceReport};
+use ferry_migration::source::{MOST_BEFORE_THE_END, NewTerms, SourceError, SourceOrder, SourceOutcome, SourceReport};
 use proptest::prelude::*;
 
 const BUSY: Workload = Workload::Uniform {
@@ -527,7 +527,7 @@ fn a_guest_with_a_ring_moves_to_another_host_after_a_failed_attempt() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(12))]
 
-    /// Cuts at any times, several of them, and whatever the guest writes.
+    /// Cuts at any times of the first pass, several of them, and whatever the guest writes.
     #[test]
     fn a_guest_arrives_whole_however_often_its_link_is_cut(
         percents in prop::collection::vec(1u32..75, 1..5),
@@ -536,18 +536,27 @@ proptest! {
     ) {
         let tracking = if ring { Tracking::Harvest } else { Tracking::Log };
         let workload = Workload::ZeroFlip { frames: 6000, rate };
-        let mut scene = resumable(guest(tracking, workload), LONG);
-        slowly(&mut scene, 80_000_000);
+        let mut source = guest(tracking, workload);
+        source.settles_after = [60].into();
+        let mut scene = resumable(source, LONG);
+        slowly(&mut scene, 40_000_000);
         scene.parameters.manner = live(Duration::from_secs(2));
         let (mut heal, mut left) = (healing(), percents);
         left.sort_unstable();
         left.reverse();
         scene.agent = Box::new(move |report, controls| {
+            // Once the switchover was asked for, a cut is the end of it.
             if let SourceReport::Progress(progress) = report
+                && progress.round == 1
                 && left.last().is_some_and(|&percent| progress.copied.percent >= percent)
             {
                 left.pop();
                 controls.cut();
+            }
+            // From there on it need not be slow.
+            if matches!(report, SourceReport::Round { round, .. } if round.number == 1) {
+                let terms = NewTerms { bandwidth: Some(None), ..NewTerms::default() };
+                let _ = controls.source_orders.send(SourceOrder::Retune(terms));
             }
             heal(report, controls);
         });

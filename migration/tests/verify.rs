@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use fake::memory::FakeMemory;
-use fake::scene::{Ends, Scene, arming_and, guest, live, memory, migrate};
+use fake::scene::{Ends, Scene, guest, live, memory, migrate};
 use fake::{FakeDestination, FakeSource, StopFault, Tracking, Workload};
 use ferry_migration::guest::DestinationGuest;
 use ferry_migration::source::{Manner, SourceError, SourceReport};
@@ -113,23 +113,15 @@ fn what_cannot_be_sent_again_within_the_budget_is_while_the_guest_runs() {
 /// Twice the time that a guest may stand still.
 const LATE: Duration = Duration::from_millis(800);
 
-/// A migration whose destination is slowed down once the first switchover begins, and where a page is damaged so many times.
+/// A migration whose destination is slowed down while the guest is stopped first, and where a page is damaged so many times.
 fn answered_too_late(times: u64, slow: impl Fn(&FakeMemory) + Send + 'static) -> Ends {
-    let mut source = guest(Tracking::Log, BUSY);
-    // So that there is time for it before the last pages come.
-    source
-        .stop_faults
-        .push_back(StopFault::Slow(Duration::from_millis(100)));
-    let mut scene = damaged(source, QUIET, times);
+    let mut scene = damaged(guest(Tracking::Log, BUSY), QUIET, times);
     scene.parameters.manner = live(LATE / 2);
     let there = scene.destination.memory();
-    let mut arm = arming_and(|_| false, |_| ());
-    scene.agent = Box::new(move |report, controls| {
-        if matches!(report, SourceReport::Switching { attempt } if attempt.attempt == 1) {
-            slow(&there);
-        }
-        arm(report, controls);
-    });
+    scene
+        .source
+        .stop_faults
+        .push_back(StopFault::Meanwhile(Box::new(move || slow(&there))));
     migrate(scene)
 }
 

@@ -15,10 +15,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use ferry_probe::console::parse;
-use ferry_probe::report::{Heartbeat, Line};
+use ferry_probe::report::{Heartbeat, Line, Transfers};
 
 use crate::host::Host;
-use crate::waiting::{CALL, until};
+use crate::waiting::{CALL, MOVE, until};
 
 /// A heartbeat, where it was printed and when it was read.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +44,7 @@ struct Seen {
     tsc_khz: u64,
     beats: Vec<Beat>,
     complaints: Vec<String>,
+    transfers: Option<Transfers>,
 }
 
 impl Witness {
@@ -138,6 +139,20 @@ impl Witness {
         let before = count();
         until(&format!("{more} more heartbeats from {host}"), CALL, || {
             Ok((count() >= before + more).then_some(()))
+        })
+    }
+
+    /// Waits until the guest says what came of its work with a disk or a card, wherever it does.
+    ///
+    /// # Errors
+    /// What the guest complained of, or that it does not say it.
+    pub fn transfers(&self) -> Result<Transfers> {
+        until("the guest is done with its work", MOVE, || {
+            let seen = self.lock();
+            if let Some(complaint) = seen.complaints.first() {
+                bail!("the guest says {complaint}");
+            }
+            Ok(seen.transfers)
         })
     }
 
@@ -297,7 +312,8 @@ impl Seen {
                 read_at,
             }),
             Some(Line::Fault(_) | Line::Error(_)) => self.complaints.push(format!("{} (at {host})", line.trim_end())),
-            Some(Line::Probe { .. } | Line::Transfers(_) | Line::End(_)) | None => {}
+            Some(Line::Transfers(transfers)) => self.transfers = Some(transfers),
+            Some(Line::Probe { .. } | Line::End(_)) | None => {}
         }
     }
 }

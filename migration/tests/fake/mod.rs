@@ -72,7 +72,6 @@ pub enum Workload {
 }
 
 /// What goes wrong when the guest is stopped for the next time.
-#[derive(Clone, Debug)]
 pub enum StopFault {
     None,
     /// Stopping takes so long.
@@ -83,6 +82,8 @@ pub enum StopFault {
     Fails,
     /// The guest powers off just then.
     PowersOff,
+    /// This is done meanwhile.
+    Meanwhile(Box<dyn FnOnce() + Send>),
 }
 
 struct Tracker {
@@ -465,6 +466,7 @@ impl SourceGuest for FakeSource {
         match self.stop_faults.pop_front().unwrap_or(StopFault::None) {
             StopFault::None => {}
             StopFault::Slow(time) => thread::sleep(time),
+            StopFault::Meanwhile(work) => work(),
             StopFault::SlowSends(time) => {
                 // As devices do whose requests are drained.
                 (100..300).chain(self.written_by_disks.clone()).for_each(|frame| {

@@ -119,10 +119,7 @@ fn stays_when_aborted(pair: &Pair, further: &[&str], held: impl Fn(&Migration) -
     until("the source's VMM is as it was", CALL, || {
         Ok((process::threads(source) == threads && self::descriptors(source) == descriptors).then_some(()))
     })?;
-    ensure!(
-        pair.b.ferry(&["show", "g"])?.code == Some(3),
-        "the destination still has it"
-    );
+    pair.b.wait_until_gone("g")?;
     pair.migrate("g", &["--digests"])?
         .exit(0)?
         .migration()?

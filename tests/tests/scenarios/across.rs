@@ -187,8 +187,8 @@ fn a_copy_goes_on_after_the_link_was_down(pair: &mut Pair) -> Result<()> {
     expect_a_lost_peer(pair);
     // So slow that the copy is far from its end when the link goes.
     let (link, witness) = across(pair, "80mbit", &Guest::new("g").work(QUIET))?;
-    let half = |record: &Migration| Ok(record.record["progress_percent"].as_f64() > Some(30.0));
-    let underway = pair.migrate_until("g", &["--resume-window", "2m", "--verify"], half)?;
+    let begun = |record: &Migration| Ok(record.record["progress_percent"].as_f64() > Some(15.0));
+    let underway = pair.migrate_until("g", &["--resume-window", "2m", "--verify"], begun)?;
 
     while_it_is_down(pair, &link, &underway.id, |shown| {
         shown.record["status"] == "running (link lost)"

@@ -5,7 +5,7 @@ use ferry_tests::{Guest, Pair, until, waiting::MOVE};
 use libtest_mimic::Trial;
 
 use crate::journal;
-use crate::scenario::{expect_a_lost_peer_and, on_kvm};
+use crate::scenario::{expect_a_lost_peer_and, has_nothing, on_kvm};
 
 pub(crate) fn trials() -> Vec<Trial> {
     on_kvm![
@@ -121,6 +121,7 @@ fn a_destination_agent_killed_while_copying_leaves_the_guest_at_the_source(pair:
     pair.b.start()?;
 
     pair.runs_only_at(&pair.a, "g", &witness)?;
+    has_nothing(&pair.b)?;
     pair.migrate("g", &["--digests"])?
         .exit(0)?
         .migration()?
@@ -170,6 +171,7 @@ fn a_destination_agent_killed_when_armed_leaves_the_guest_at_the_source(pair: &m
     pair.b.start()?;
 
     pair.runs_only_at(&pair.a, "g", &witness)?;
+    has_nothing(&pair.b)?;
     pair.migrate("g", &["--digests"])?
         .exit(0)?
         .migration()?
@@ -240,7 +242,7 @@ fn the_journal_is_readable_while_the_agent_runs(pair: &mut Pair) -> Result<()> {
 
 fn begin_slow(pair: &Pair) -> Result<String> {
     let began = pair
-        .migrate("g", &["--detach", "--bandwidth", "160Mbit", "--digests"])?
+        .migrate("g", &["--detach", "--bandwidth", "64Mbit", "--digests"])?
         .exit(0)?;
     let id = began.migration()?.text("id")?.to_owned();
     until("pages are being sent", MOVE, || {
@@ -265,12 +267,12 @@ fn begin_armed(pair: &Pair) -> Result<String> {
 
 fn ends_with_one_guest(pair: &Pair, id: &str, witness: &ferry_tests::Witness) -> Result<()> {
     let record = pair.wait_over(id)?;
-    let host = if record.text("guest_location")? == "a" {
-        &pair.a
-    } else {
-        &pair.b
+    let (host, other) = match record.text("guest_location")? {
+        "a" => (&pair.a, &pair.b),
+        _ => (&pair.b, &pair.a),
     };
-    pair.runs_only_at(host, "g", witness)
+    pair.runs_only_at(host, "g", witness)?;
+    has_nothing(other)
 }
 
 fn tolerate_lost_agents(pair: &mut Pair) {

@@ -9,7 +9,7 @@ use ferry_tests::{Guest, LoopDevice, Pair, until, waiting::CALL};
 use libtest_mimic::Trial;
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
 
-use crate::device_work::{is_stamped, stamped_image, transfers, with_disk};
+use crate::device_work::{is_stamped, stamped_image, with_disk};
 use crate::readonly::of_g;
 use crate::scenario::{has_nothing, on_kvm};
 use crate::storage::{Folders, folders};
@@ -60,7 +60,7 @@ fn a_block_device_goes_from_host_to_host_with_its_guest(pair: &mut Pair) -> Resu
     back.is("completed", "a")?;
 
     pair.runs_only_at(&pair.a, "g", &witness)?;
-    let told = transfers(&pair.a)?;
+    let told = witness.transfers()?;
     ensure!(told.operations > 0 && told.failed == 0, "{told}");
     pair.a.ferry(&["stop", "g", "--force"])?.exit(0)?;
     is_stamped(device.path())?;
@@ -250,7 +250,7 @@ fn a_device_of_larger_sectors_than_the_guests_is_written_through_the_page_cache(
         !is_direct(pair.b.vmm()?, device.path())?,
         "single sectors would fail at b"
     );
-    let told = transfers(&pair.b)?;
+    let told = witness.transfers()?;
     ensure!(told.operations > 0 && told.failed == 0, "{told}");
     pair.b.ferry(&["stop", "g", "--force"])?.exit(0)?;
     is_stamped(device.path())

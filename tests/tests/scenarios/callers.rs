@@ -1,7 +1,5 @@
 //! Callers that leave, callers at the wrong host, and two at once: what was begun is ended, and one copy runs.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
 use ferry_tests::{
     Guest, Pair, Witness, process, until,
@@ -56,7 +54,14 @@ fn a_forced_stop_whose_caller_leaves_is_carried_out(pair: &mut Pair) -> Result<(
     // Its VMM does not answer, so the stop waits for the migration's end when its caller is killed.
     process::signal(vmm, Signal::STOP)?;
     let stop = pair.a.begin(&["stop", "g", "--force"])?;
-    let _ = witness.is_silent(Duration::from_millis(300));
+    let begun = until("the stop has begun", CALL, || {
+        let events = pair.a.ferry(&["events", "g"])?.exit(0)?.json_lines()?;
+        Ok((events[0]["action"] == "stop --force" && events[0]["result"] == "none").then_some(()))
+    });
+    if begun.is_err() {
+        process::signal(vmm, Signal::CONT)?;
+    }
+    begun?;
     ensure!(stop.kill()?, "the stop was over before its caller left");
     process::signal(vmm, Signal::CONT)?;
 

@@ -220,6 +220,7 @@ fn agents_killed_when_armed_over_grpc_leave_one_guest(pair: &mut Pair) -> Result
     pair.a.start()?;
     pair.wait_over(&underway.id)?.is("failed", "a")?;
     pair.runs_only_at(&pair.a, "g", &witness)?;
+    has_nothing(&pair.b)?;
 
     let underway = armed(pair)?;
     pair.b.kill();

@@ -103,7 +103,7 @@ fn an_aborted_cold_move_wakes_its_guest_at_the_source(pair: &mut Pair) -> Result
 fn a_source_agent_killed_during_a_cold_move_goes_on_with_it(pair: &mut Pair) -> Result<()> {
     expect_a_lost_peer(pair);
     let witness = pair.run(&Guest::new("g").work(WILD))?;
-    let underway = pair.migrate_until("g", &["--cold", "--bandwidth", "160Mbit"], is_copying)?;
+    let underway = pair.migrate_until("g", &["--cold", "--bandwidth", "80Mbit"], is_copying)?;
 
     pair.a.kill();
     pair.a.start()?;

@@ -8,11 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
-use ferry_probe::console::parse;
+use anyhow::{Context, Result, ensure};
 use ferry_probe::device_work::{STAMPED_BYTES, disk_stamp};
-use ferry_probe::report::{Line, Transfers};
-use ferry_tests::{Guest, Host, LoopDevice, Pair, Witness, until, waiting::MOVE};
+use ferry_probe::report::Transfers;
+use ferry_tests::{Guest, LoopDevice, Pair, Witness};
 use libtest_mimic::Trial;
 use rustix::fs::statvfs;
 
@@ -57,35 +56,12 @@ pub(crate) fn with_disk(image: &Path, work: &str) -> Guest {
         .work(&format!("heartbeat_ms=20 work=blk {work}"))
 }
 
-/// Waits until the guest says at this host what came of its work.
-pub(crate) fn transfers(host: &Host) -> Result<Transfers> {
-    until(
-        &format!("the guest is done with its work at {}", host.name),
-        MOVE,
-        || {
-            for instance in fs::read_dir(host.data_dir.join("instances"))? {
-                let console = fs::read(instance?.path().join("console.log"))?;
-                let text = String::from_utf8_lossy(&console);
-                let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-                for line in whole.lines().filter_map(parse) {
-                    match line {
-                        Line::Transfers(transfers) => return Ok(Some(transfers)),
-                        Line::Error(text) => bail!("the guest says {text}"),
-                        _ => {}
-                    }
-                }
-            }
-            Ok(None)
-        },
-    )
-}
-
-/// Runs the guest, moves it in the middle of its work, and gives what it says at the destination.
+/// Runs the guest, moves it in the middle of its work, and gives what it says of it.
 fn moved_at_work(pair: &Pair, guest: &Guest) -> Result<Transfers> {
     let witness = pair.run(guest)?;
     pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
     pair.runs_only_at(&pair.b, "g", &witness)?;
-    transfers(&pair.b)
+    witness.transfers()
 }
 
 fn a_guest_that_reads_its_disk_as_it_moves_reads_the_right_blocks(pair: &mut Pair) -> Result<()> {
@@ -128,9 +104,9 @@ fn a_disk_that_holds_something_else_is_told(pair: &mut Pair) -> Result<()> {
     let image = pair.folder().join("disk");
     File::create(&image)?.set_len(PAGES * STAMPED_BYTES)?;
 
-    pair.run(&with_disk(&image, "io=seqread block_kib=64 depth=2 seconds=1"))?;
+    let witness = pair.run(&with_disk(&image, "io=seqread block_kib=64 depth=2 seconds=1"))?;
 
-    let told = transfers(&pair.a)?;
+    let told = witness.transfers()?;
     ensure!(
         told.wrong > 0 && told.wrong == told.operations && told.failed == 0,
         "{told}"
@@ -151,7 +127,7 @@ fn a_disk_that_shrinks_fails_its_guests_requests_and_nothing_else(pair: &mut Pai
         .set_len(PAGES * STAMPED_BYTES / 2)?;
 
     pair.a.ferry(&Guest::new("other").arguments(&pair.kernel()))?.exit(0)?;
-    let told = transfers(&pair.a)?;
+    let told = witness.transfers()?;
     ensure!(
         told.operations > told.failed && told.failed > 0 && told.wrong == 0,
         "{told}"
@@ -193,7 +169,7 @@ fn writes_that_the_host_has_no_room_for_fail_and_nothing_else(pair: &mut Pair) -
 
     let witness = pair.run(&with_disk(&image, "io=seqwrite block_kib=64 depth=4 seconds=2"))?;
 
-    let told = transfers(&pair.a)?;
+    let told = witness.transfers()?;
     ensure!(told.operations > told.failed && told.failed > 0, "{told}");
     let logged = pair.a.ferry(&["logs", "g"])?.exit(0)?.stdout;
     ensure!(logged.contains("No space left"), "{logged}");
@@ -211,7 +187,8 @@ fn more_requests_than_the_queue_has_room_for_are_refused_by_the_guest(pair: &mut
 
     pair.a.ferry(&guest.arguments(&pair.kernel()))?.exit(0)?;
 
-    let told = transfers(&pair.a).err().context("the guest did not complain")?;
+    let witness = Witness::of(&[&pair.a]);
+    let told = witness.transfers().err().context("the guest did not complain")?;
     ensure!(told.to_string().contains("depth= is more"), "{told:#}");
     Ok(())
 }
@@ -245,9 +222,9 @@ fn out_of_the_tap() -> Result<(u64, u64)> {
 fn frames_that_the_guest_sends_come_out_of_its_tap(pair: &mut Pair) -> Result<()> {
     make_tap()?;
 
-    pair.run(&with_card("direction=send packet=64294 depth=16 seconds=1"))?;
+    let witness = pair.run(&with_card("direction=send packet=64294 depth=16 seconds=1"))?;
 
-    let told = transfers(&pair.a)?;
+    let told = witness.transfers()?;
     let (frames, bytes) = out_of_the_tap()?;
     ensure!(told.operations > 0 && told.bytes == told.operations * 64_294, "{told}");
     ensure!(
@@ -276,7 +253,7 @@ fn frames_for_the_guest_arrive(pair: &mut Pair) -> Result<()> {
         });
         let told = pair
             .run(&with_card("direction=receive packet=100 depth=64 seconds=1"))
-            .and_then(|_| transfers(&pair.a));
+            .and_then(|witness| witness.transfers());
         over.store(true, Ordering::Relaxed);
         (told, sender.join().expect("sending does not panic"))
     });

@@ -239,7 +239,13 @@ fn what_nobody_waits_for_any_more_is_not_begun(pair: &mut Pair) -> Result<()> {
     let given_up = until("the pause has begun", CALL, || {
         Ok((told(&events(&pair.a, "g")?)[0][..2] == ["pause", "none"]).then_some(()))
     })
-    .and_then(|()| resume_within(&pair.a, "g", Duration::from_millis(200)));
+    .and_then(|()| resume_within(&pair.a, "g", Duration::from_secs(2)))
+    // The agent counts from when it was asked.
+    .and_then(|code| {
+        until("the agent has given it up, too", CALL, || {
+            Ok((told(&events(&pair.a, "g")?)[0][..2] == ["resume", "error"]).then_some(code))
+        })
+    });
     process::signal(vmm, Signal::CONT)?;
 
     let code = given_up?;

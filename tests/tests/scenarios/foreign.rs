@@ -216,7 +216,7 @@ fn a_wall_clock_that_jumps_changes_nothing_but_what_it_is_asked_for(pair: &mut P
     let work = "fill=random fill_mib=64 work=uniform work_mib=8 rate=1000 heartbeat_ms=20";
     let witness = pair.run(&Guest::new("g").work(work))?;
 
-    let underway = pair.migrate_until("g", &["--bandwidth", "160Mbit", "--digests"], |record| {
+    let underway = pair.migrate_until("g", &["--bandwidth", "80Mbit", "--digests"], |record| {
         Ok(record.number("bytes_sent")? > f64::from(4 << 20))
     })?;
     fs::write(&by, (-3 * DAY).to_string())?;

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use ferry_tests::{HangingDisk, Pair, until, waiting::MOVE};
 use libtest_mimic::Trial;
 
-use crate::device_work::{stamped_image, transfers, with_disk};
+use crate::device_work::{stamped_image, with_disk};
 use crate::scenario::on_kvm;
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -36,7 +36,7 @@ fn a_switchover_is_called_off_while_a_disk_hangs_and_the_guest_runs_on(pair: &mu
 
     pair.wait_over(&id)?.is("completed", "b")?;
     pair.runs_only_at(&pair.b, "g", &witness)?;
-    let told = transfers(&pair.b)?;
+    let told = witness.transfers()?;
     ensure!(told.operations > 0 && told.failed == 0 && told.wrong == 0, "{told}");
     Ok(())
 }

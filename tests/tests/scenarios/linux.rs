@@ -96,7 +96,7 @@ fn linux_that_powers_off_while_it_is_copied_ends_the_migration(pair: &mut Pair) 
         "{told}"
     );
     pair.a.wait_for_status("g", "stopped")?;
-    ensure!(pair.b.ferry(&["show", "g"])?.code == Some(3), "B has something of it");
+    pair.b.wait_until_gone("g")?;
     until("no VMM is left", CALL, || {
         Ok((pair.a.vmms().is_empty() && pair.b.vmms().is_empty()).then_some(()))
     })

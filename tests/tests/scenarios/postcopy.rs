@@ -10,7 +10,7 @@ use ferry_tests::{
 use libtest_mimic::Trial;
 use rustix::process::Signal;
 
-use crate::device_work::{stamped_image, transfers, with_disk};
+use crate::device_work::{stamped_image, with_disk};
 use crate::scenario::{self, expect_a_lost_peer_and, has_nothing, on_kvm};
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -139,7 +139,7 @@ fn completing_a_hybrid_one_by_force_has_the_rest_come_late(pair: &mut Pair) -> R
     let witness = pair.run(&Guest::new("g").work(BUSY))?;
     // Rounds alone would not tell after the first one.
     let hybrid = ["--mode", "hybrid", "--bandwidth", "240Mbit", "--max-downtime", "100ms"];
-    let underway = pair.migrate_until("g", &hybrid, |record| Ok(record.record["status"] == "running"))?;
+    let underway = pair.migrate_until("g", &hybrid, |told| Ok(told.record["bytes_sent"].as_u64() > Some(0)))?;
 
     pair.a.ferry(&["migration", "force-complete", &underway.id])?.exit(0)?;
 
@@ -429,7 +429,7 @@ fn a_disk_on_the_way_does_its_work_before_its_memory_is_there(pair: &mut Pair) -
     pair.migrate("g", &SLOW)?.exit(0)?.migration()?.is("completed", "b")?;
 
     pair.runs_only_at(&pair.b, "g", &witness)?;
-    let told = transfers(&pair.b)?;
+    let told = witness.transfers()?;
     ensure!(told.operations > 0 && told.failed == 0 && told.wrong == 0, "{told}");
     Ok(())
 }

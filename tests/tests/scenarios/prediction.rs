@@ -164,8 +164,10 @@ fn a_hot_set_is_foretold_to_converge_where_its_rate_would_not(pair: &mut Pair) -
     let record = pair.migrate("g", &cap)?.exit(0)?.migration()?.is("completed", "b")?;
 
     let found = prediction(&told)?;
-    let (first, last) = (looks(found)?[0], looks(found)?[5]);
-    ensure!(first.1 / first.0 > 2.0 * last.1 / last.0, "no curve: {found}");
+    let rates: Vec<f64> = looks(found)?.iter().map(|look| look.1 / look.0).collect();
+    // The first ones take some hundredths of a second, in which the guest may not have had its processor.
+    let first = rates[..3].iter().copied().fold(0.0, f64::max);
+    ensure!(first > 2.0 * rates[5], "no curve: {found}");
     ensure!(
         found["end"] == "whole" && found["remedies"] == Value::Array(Vec::new()),
         "{found}"

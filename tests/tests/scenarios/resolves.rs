@@ -340,12 +340,15 @@ fn arrive_unheard(pair: &mut Pair) -> Result<(Witness, String)> {
     pair.b.start()?;
     let slow_to_copy = "fill=random fill_mib=24 work=idle heartbeat_ms=20";
     let witness = pair.run(&Guest::new("g").work(slow_to_copy).restart("on-crash"))?;
-    let underway = pair.migrate_until("g", &["--bandwidth", "160Mbit"], |record| {
+    let underway = pair.migrate_until("g", &["--bandwidth", "16Mbit"], |record| {
         Ok(record.record["status"] == "running")
     })?;
     drop(way_to_a);
     let id = underway.id.clone();
     underway.call.kill()?;
+    pair.a
+        .ferry(&["migration", "retune", &id, "--bandwidth", "none"])?
+        .exit(0)?;
     let journal = journal::of(&pair.b)?;
     until("the guest runs at b", MOVE, || {
         Ok(journal.decision_of(&id, "RUNNING")?.then_some(()))

@@ -16,6 +16,8 @@ pub(crate) fn trials() -> Vec<Trial> {
     on_kvm![
         a_link_cut_at_ten_points_of_the_copy_is_made_again_each_time,
         a_link_over_grpc_cut_at_ten_points_of_the_copy_is_made_again_each_time,
+        a_link_cut_in_later_rounds_is_made_again_each_time,
+        a_link_over_grpc_cut_in_later_rounds_is_made_again_each_time,
         what_came_before_a_late_cut_is_not_sent_again,
         what_came_over_grpc_before_a_late_cut_is_not_sent_again,
         one_stream_of_four_is_made_again_with_the_others,
@@ -155,6 +157,43 @@ fn is_cut_at_ten_points(pair: &mut Pair, by: &[&str]) -> Result<()> {
     Ok(())
 }
 
+fn a_link_cut_in_later_rounds_is_made_again_each_time(pair: &mut Pair) -> Result<()> {
+    is_cut_in_later_rounds(pair, &[])
+}
+
+fn a_link_over_grpc_cut_in_later_rounds_is_made_again_each_time(pair: &mut Pair) -> Result<()> {
+    is_cut_in_later_rounds(pair, &GRPC)
+}
+
+/// Half a second and more for each round after the first one: what the guest writes is written all over by then.
+const ROUNDS: [&str; 2] = ["--bandwidth", "240Mbit"];
+
+fn is_cut_in_later_rounds(pair: &mut Pair, by: &[&str]) -> Result<()> {
+    let relay = relay(pair)?;
+    let witness = pair.run(&Guest::new("g").work(BUSY).vcpus(2))?;
+    let underway = begin(pair, &[&SLOW[2..], &ROUNDS, by].concat(), 1.0)?;
+
+    let mut cut_after = 0;
+    for cut in 1..=5 {
+        until("another round is over", MOVE, || {
+            let shown = record(pair, &underway.id)?;
+            ensure!(!shown.is_over(), "it ended: {}", shown.record);
+            let rounds = shown.record["rounds"].as_array().map_or(0, Vec::len);
+            Ok((rounds > cut_after).then(|| cut_after = rounds))
+        })?;
+        relay.cut();
+        wait_lost(pair, &underway.id)?;
+        witness.wait_for_beats_at("a", 3)?;
+        relay.heal();
+        wait_resumed(pair, &underway.id, cut)?;
+    }
+    hurry(pair, &underway.id)?;
+
+    let moved = completes(pair, underway, &witness)?;
+    ensure!(moved.record["resumed_links"] == 5, "{}", moved.record);
+    Ok(())
+}
+
 fn what_came_before_a_late_cut_is_not_sent_again(pair: &mut Pair) -> Result<()> {
     goes_on_from_what_came(pair, &[])
 }
@@ -166,7 +205,7 @@ fn what_came_over_grpc_before_a_late_cut_is_not_sent_again(pair: &mut Pair) -> R
 fn goes_on_from_what_came(pair: &mut Pair, by: &[&str]) -> Result<()> {
     let relay = relay(pair)?;
     let witness = pair.run(&Guest::new("g").work(QUIET))?;
-    let underway = begin(pair, &[&SLOW, by].concat(), 60.0)?;
+    let underway = begin(pair, &[&SLOW, by].concat(), 40.0)?;
 
     relay.cut();
     wait_lost(pair, &underway.id)?;
@@ -222,7 +261,7 @@ fn a_disk_that_is_copied_is_not_sent_again(pair: &mut Pair) -> Result<()> {
             .disk(&format!("path={image}")),
     )?;
     // Contents like these compress to nothing, and the copy would be over before the link is cut.
-    let underway = begin(pair, &[&SLOW[..], &["--compress", "off"]].concat(), 60.0)?;
+    let underway = begin(pair, &[&SLOW[..], &["--compress", "off"]].concat(), 40.0)?;
 
     relay.cut();
     wait_lost(pair, &underway.id)?;

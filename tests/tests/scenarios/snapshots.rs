@@ -5,7 +5,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{Call, Guest, Host, Pair, Witness, process, until, waiting::CALL};
+use ferry_tests::{Call, Guest, HangingDisk, Host, Pair, Witness, process, until, waiting::CALL};
 use libtest_mimic::Trial;
 use rustix::fs::SeekFrom;
 use rustix::process::Signal;
@@ -286,12 +286,13 @@ fn a_migrating_instance_is_not_snapshotted(pair: &mut Pair) -> Result<()> {
 fn stop_in_a_snapshot(pair: &Pair) -> Result<(Call, PathBuf)> {
     let partial = pair.folder().join("snap.partial");
     let folder = pair.folder().join("snap");
+    let vmm = pair.a.vmm()?;
     let call = pair.a.begin(&["snapshot", "g", "--to", text(&folder)])?;
     until("memory is being written", CALL, || {
         let length = fs::metadata(partial.join("memory")).map_or(0, |metadata| metadata.len());
         Ok((length > 0).then_some(()))
     })?;
-    process::signal(pair.a.vmm()?, Signal::STOP)?;
+    process::signal(vmm, Signal::STOP)?;
     Ok((call, partial))
 }
 
@@ -344,14 +345,17 @@ fn nothing_is_left_of_a_guest_whose_agent_is_killed_while_it_is_loaded(pair: &mu
     let (folder, _) = snapshot(pair, "snap")?;
     pair.a.ferry(&["delete", "g", "--force"])?.exit(0)?;
 
-    let call = pair.b.begin(&["restore", text(&folder), "--name", "h"])?;
     let memory = folder.join("memory");
+    let disk = HangingDisk::on(&memory)?;
+    let call = pair.b.begin(&["restore", text(&folder), "--name", "h"])?;
+    disk.hang()?;
     let vmm = until("a VMM has the memory to load", CALL, || {
         Ok(pair.b.vmms().into_iter().find(|&vmm| has_open(vmm, &memory)))
     })?;
     process::signal(vmm, Signal::STOP)?;
     pair.b.kill();
     call.wait()?.exit(8)?;
+    drop(disk);
     pair.b.start()?;
 
     has_nothing(&pair.b)?;

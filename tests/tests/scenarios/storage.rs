@@ -9,7 +9,7 @@ use ferry_tests::pair::Underway;
 use ferry_tests::{Guest, Migration, Pair, Tampering, Witness, until, waiting::CALL};
 use libtest_mimic::Trial;
 
-use crate::device_work::{is_stamped, stamped_image, transfers, with_disk};
+use crate::device_work::{is_stamped, stamped_image, with_disk};
 use crate::scenario::{between, command, expect_a_lost_peer, has_nothing, on_kvm};
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -198,7 +198,7 @@ fn a_local_disk_that_the_guest_writes_is_of_the_instant_of_the_switch(pair: &mut
 
     ensure!(moved.number("late_pages")? > 0.0, "{}", moved.record);
     pair.runs_only_at(&pair.b, "g", &witness)?;
-    let told = transfers(&pair.b)?;
+    let told = witness.transfers()?;
     ensure!(told.operations > 0 && told.failed == 0, "{told}");
     pair.b.ferry(&["stop", "g", "--force"])?.exit(0)?;
     is_stamped(&folders.b.join("g.img"))?;
@@ -356,7 +356,7 @@ fn stays_with_half_a_disk(pair: &Pair, underway: Underway, folders: &Folders, wi
     has_nothing(&pair.b)?;
     is_empty(&folders.b)?;
     // And to the guest a part of its disk cannot be read, and nothing else has happened.
-    let told = transfers(&pair.a)?;
+    let told = witness.transfers()?;
     ensure!(
         told.failed > 0 && told.operations > told.failed && told.wrong == 0,
         "{told}"
