@@ -44,7 +44,8 @@ struct Seen {
     tsc_khz: u64,
     beats: Vec<Beat>,
     complaints: Vec<String>,
-    transfers: Option<Transfers>,
+    /// What came of its work, and when that was read.
+    transfers: Option<(Transfers, Instant)>,
 }
 
 impl Witness {
@@ -147,6 +148,22 @@ impl Witness {
     /// # Errors
     /// What the guest complained of, or that it does not say it.
     pub fn transfers(&self) -> Result<Transfers> {
+        self.done_at().map(|(transfers, _)| transfers)
+    }
+
+    /// The same of a guest that was to be at work at this moment: as its move began.
+    ///
+    /// # Errors
+    /// It was done before, and as [`Witness::transfers`].
+    pub fn transfers_after(&self, moment: Instant) -> Result<Transfers> {
+        let (transfers, at) = self.done_at()?;
+        match at > moment {
+            true => Ok(transfers),
+            false => bail!("the guest was done with its work before: {transfers}"),
+        }
+    }
+
+    fn done_at(&self) -> Result<(Transfers, Instant)> {
         until("the guest is done with its work", MOVE, || {
             let seen = self.lock();
             if let Some(complaint) = seen.complaints.first() {
@@ -312,7 +329,7 @@ impl Seen {
                 read_at,
             }),
             Some(Line::Fault(_) | Line::Error(_)) => self.complaints.push(format!("{} (at {host})", line.trim_end())),
-            Some(Line::Transfers(transfers)) => self.transfers = Some(transfers),
+            Some(Line::Transfers(transfers)) => self.transfers = Some((transfers, read_at)),
             Some(Line::Probe { .. } | Line::End(_)) | None => {}
         }
     }

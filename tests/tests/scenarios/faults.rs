@@ -81,8 +81,11 @@ fn a_destination_that_runs_out_of_memory_leaves_the_guest_at_the_source(pair: &m
     // The source may hear of the lost connection first: then the destination alone knows why.
     until("somebody says that memory ran out", CALL, || {
         let told = pair.a.ferry(&["migration", "show", &id])?.exit(0)?.migration()?;
-        let listed = pair.b.ferry(&["migration", "list"])?.exit(0)?.stdout;
-        Ok((told.text("error")?.contains("memory") || listed.contains("memory")).then_some(()))
+        let there = pair.b.ferry(&["migration", "list"])?.exit(0)?.json_lines()?;
+        let of_b = there.iter().find(|one| one["id"] == id.as_str());
+        let errors = [Some(&told.record), of_b].map(|record| record.and_then(|record| record["error"].as_str()));
+        let says_so = |error: Option<&str>| error.is_some_and(|error| error.contains("memory"));
+        Ok(errors.into_iter().any(says_so).then_some(()))
     })
 }
 

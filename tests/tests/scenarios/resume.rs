@@ -46,6 +46,9 @@ const QUIET: &str = "fill=random fill_mib=48 work=idle heartbeat_ms=20";
 /// About five seconds for the first pass.
 const SLOW: [&str; 5] = ["--bandwidth", "80Mbit", "--digests", "--resume-window", "60s"];
 
+/// So that there is time for a cut after most of the first pass: a shown 60 % are three quarters of it.
+const SLOWER: [&str; 2] = ["--bandwidth", "40Mbit"];
+
 /// The status of a migration without a link.
 const LOST: &str = "running (link lost)";
 
@@ -165,8 +168,8 @@ fn a_link_over_grpc_cut_in_later_rounds_is_made_again_each_time(pair: &mut Pair)
     is_cut_in_later_rounds(pair, &GRPC)
 }
 
-/// Half a second and more for each round after the first one: what the guest writes is written all over by then.
-const ROUNDS: [&str; 2] = ["--bandwidth", "240Mbit"];
+/// Half a second and more for each round after the first one: what the guest writes is written all over by then. Told by what it changes it would end.
+const ROUNDS: [&str; 4] = ["--bandwidth", "240Mbit", "--compress", "off"];
 
 fn is_cut_in_later_rounds(pair: &mut Pair, by: &[&str]) -> Result<()> {
     let relay = relay(pair)?;
@@ -205,7 +208,7 @@ fn what_came_over_grpc_before_a_late_cut_is_not_sent_again(pair: &mut Pair) -> R
 fn goes_on_from_what_came(pair: &mut Pair, by: &[&str]) -> Result<()> {
     let relay = relay(pair)?;
     let witness = pair.run(&Guest::new("g").work(QUIET))?;
-    let underway = begin(pair, &[&SLOW, by].concat(), 40.0)?;
+    let underway = begin(pair, &[&SLOWER, &SLOW[2..], by].concat(), 60.0)?;
 
     relay.cut();
     wait_lost(pair, &underway.id)?;
@@ -261,7 +264,8 @@ fn a_disk_that_is_copied_is_not_sent_again(pair: &mut Pair) -> Result<()> {
             .disk(&format!("path={image}")),
     )?;
     // Contents like these compress to nothing, and the copy would be over before the link is cut.
-    let underway = begin(pair, &[&SLOW[..], &["--compress", "off"]].concat(), 40.0)?;
+    let slower = [&SLOWER, &SLOW[2..], &["--compress", "off"]].concat();
+    let underway = begin(pair, &slower, 60.0)?;
 
     relay.cut();
     wait_lost(pair, &underway.id)?;

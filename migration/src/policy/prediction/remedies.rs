@@ -1,4 +1,4 @@
-//! What would let a migration end, or end sooner, that does not.
+//! What would let a migration end that is not expected to.
 
 use std::time::Duration;
 

@@ -72,9 +72,10 @@ impl KnownWay {
     ) -> Self {
         let lately = || infos.iter().filter(|info| is_by(transport, info));
         let telling = || lately().filter_map(|info| Some((info, rate(info, round_trip)?)));
-        // Digests take their time of what a small host sends: one that had them, or not, as this one tells best.
+        // What `--verify` reads takes time of what a small host sends: of the last few one tells best that had it, or not, as this one.
         let is_alike = |info: &MigrationInfo| info.verified.is_some() == options.verify;
-        let measured = telling().find(|(info, _)| is_alike(info)).or_else(|| telling().next());
+        let alike = telling().take(LAST_FEW).find(|(info, _)| is_alike(info));
+        let measured = alike.or_else(|| telling().next());
         let cap = Some(options.bandwidth_bytes_per_s as f64).filter(|&cap| cap > 0.0);
         let (bytes_per_second, mut known_from) = match (measured, cap, probed) {
             (Some((info, rate)), _, _) => {
@@ -326,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn with_digests_one_that_had_them_tells_first() {
+    fn one_with_the_same_verify_tells_first() {
         let verified = MigrationInfo {
             verified: Some(Verified::default()),
             ..moved("verified", 100, 200.3)

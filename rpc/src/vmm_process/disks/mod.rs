@@ -135,15 +135,20 @@ impl Disks {
 
     /// Names each that does not hold the guest's disk of so many sectors. Looks at sizes only, and may be asked while the guest is elsewhere.
     pub(super) fn too_small_for(&self, sectors: &[u64]) -> Vec<String> {
-        let too_small = |(disk, &sectors): (&Disk, &u64)| {
-            let guest = sectors.saturating_mul(SECTOR);
-            match seek(&*disk.image, SeekFrom::End(0)) {
-                Ok(here) if here >= guest => None,
-                Ok(here) => Some(format!("disk {} has {here} bytes, and the guest's {guest}", disk.path)),
-                Err(error) => Some(format!("the size of disk {} cannot be told: {error}", disk.path)),
-            }
+        let disks = self.locks.disks().iter().zip(sectors);
+        disks.filter_map(|(disk, &sectors)| too_small(disk, sectors)).collect()
+    }
+
+    /// The same of the disks of these numbers alone.
+    pub(super) fn too_small_among(&self, numbers: &[u32], sectors: &[u64]) -> Vec<String> {
+        let disk = |&number: &u32| {
+            self.locks
+                .disks()
+                .get(number as usize)
+                .zip(sectors.get(number as usize))
         };
-        self.locks.disks().iter().zip(sectors).filter_map(too_small).collect()
+        let disks = numbers.iter().filter_map(disk);
+        disks.filter_map(|(disk, &sectors)| too_small(disk, sectors)).collect()
     }
 
     /// Locks all of them or none, as [`Disks::lock`] does, but leaves no name yet: the guest may turn out not to be theirs.
@@ -210,6 +215,16 @@ impl Disks {
     /// Forgets what this host read of the disks before: another host has written them since.
     pub(super) fn forget_cached(&self) {
         self.cache.forget();
+    }
+}
+
+/// What is wrong with a disk that does not hold so many sectors.
+fn too_small(disk: &Disk, sectors: u64) -> Option<String> {
+    let guest = sectors.saturating_mul(SECTOR);
+    match seek(&*disk.image, SeekFrom::End(0)) {
+        Ok(here) if here >= guest => None,
+        Ok(here) => Some(format!("disk {} has {here} bytes, and the guest's {guest}", disk.path)),
+        Err(error) => Some(format!("the size of disk {} cannot be told: {error}", disk.path)),
     }
 }
 
