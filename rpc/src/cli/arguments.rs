@@ -103,7 +103,7 @@ pub(super) enum Verb {
     Snapshot(SnapshotArguments),
     /// Make an instance of a snapshot's folder
     Restore(RestoreArguments),
-    /// Move a running instance to another host
+    /// Move an instance to another host: a running or paused one, or a stopped one with `--cold`
     Migrate(MigrateArguments),
     /// Look after migrations
     #[command(subcommand)]
@@ -169,7 +169,7 @@ pub(super) struct AgentArguments {
     /// Another agent
     #[arg(long = "peer", value_name = "HOST=URL", value_parser = parse::peer)]
     pub(super) peers: Vec<(String, String)>,
-    /// Where kernels, initrds and disks may lie when the network is not loopback
+    /// Where kernels, initrds, disks and folders of snapshots may lie when the network is not loopback
     #[arg(long = "image-dir", value_name = "DIR")]
     pub(super) image_dirs: Vec<PathBuf>,
     /// Listen beyond loopback although peers do not authenticate each other yet
@@ -311,10 +311,11 @@ pub(super) struct MigrateArguments {
     #[arg(long, value_name = "DURATION", default_value = "15m", value_parser = parse::duration)]
     pub(super) timeout: Duration,
     /// What happens when the time is up: the guest runs on where it is, or stands still until the rest of it is there, or runs there while
-    /// the rest of it comes
+    /// the rest of it comes, as by `--mode postcopy`
     #[arg(long, value_name = "WHAT", default_value = "abort", value_parser = ["abort", "pause", "postcopy"])]
     pub(super) on_timeout: String,
-    /// How memory moves
+    /// How memory moves. By the latter two the guest runs there before the rest of it comes: where the source's host is lost meanwhile, the
+    /// guest is lost
     #[arg(long, value_name = "MODE", default_value = "precopy", value_parser = ["precopy", "postcopy", "hybrid"])]
     pub(super) mode: String,
     /// Keep vCPUs from running for a part of the time where the guest writes more than the link carries
@@ -333,7 +334,8 @@ pub(super) struct MigrateArguments {
     /// How pages travel: straight from VMM to VMM by the destination's data port, or through both agents where only their own port is open
     #[arg(long, value_name = "HOW", default_value = "tcp", value_parser = ["tcp", "grpc"])]
     pub(super) transport: String,
-    /// Do not send faster than this, for example 5Gbit [default: no limit]
+    /// Do not send faster than this, for example 5Gbit, while the guest runs; the last pages, and late ones that it waits for, go at once
+    /// [default: no limit]
     #[arg(long, value_name = "RATE", value_parser = parse::bandwidth)]
     pub(super) bandwidth: Option<u64>,
     /// How pages are compressed: where and as it pays, not at all, or all that get smaller by it
@@ -405,7 +407,7 @@ pub(super) struct RetuneArguments {
     /// How long the guest may stand still, everything counted
     #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
     pub(super) max_downtime: Option<Duration>,
-    /// Do not send faster than this, for example 5Gbit; `none` takes a limit away
+    /// Do not send faster than this, for example 5Gbit, while the guest runs; `none` takes a limit away
     #[arg(long, value_name = "RATE|none", value_parser = parse::cap)]
     pub(super) bandwidth: Option<u64>,
     /// How long the copy may take, from when the guest's VMM was told to begin

@@ -79,7 +79,7 @@ pub(crate) struct Options {
 enum Peer {
     /// QEMU 10, `-M microvm`.
     Qemu,
-    /// Cloud Hypervisor 51 or later, four connections.
+    /// Cloud Hypervisor 51 or later, four connections. Untried: the program was not at hand.
     CloudHypervisor,
 }
 

@@ -76,7 +76,7 @@ impl Cell {
     }
 }
 
-/// What is tried, with what `docs/handover.md` says of it ("What happens when").
+/// What is tried, with what `docs/handover.md` says of it ("When something fails").
 pub(super) const CELLS: &[Cell] = &[
     // Agent A killed, any time: VMM A finishes the grant it holds.
     cell(
