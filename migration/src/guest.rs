@@ -149,7 +149,8 @@ pub trait SourceGuest: Send {
     /// What a destination must offer (CPUID, TSC, devices …), encoded for [`DestinationGuest::check`].
     fn profile(&self) -> Vec<u8>;
 
-    /// Begins to track writes. Called before [`SourceGuest::populated`], so that no write falls between.
+    /// Begins to track writes. Called before [`SourceGuest::populated`], so that no write falls between. What is populated need not be tracked
+    /// before it is re-armed: it counts as written until then, and each of these frames is re-armed before it is read first.
     ///
     /// # Errors
     /// If the host cannot track.

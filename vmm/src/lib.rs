@@ -27,7 +27,7 @@ pub use arch::x86_64::cpuid::CpuidEntry;
 pub use devices::{BalloonLevel, ButtonPress, CardTraffic, ConsoleOutput, FreePageHints, WriteWaits, WrittenBlocks};
 pub use host::{HostCapabilities, Incompatibility, host};
 pub use host_files::keep_host_files;
-pub use kvm::{DirtyClearer, HostError, KvmError};
+pub use kvm::{Arming, DirtyClearer, HostError, KvmError};
 pub use machine::{
     Backends, BlankMachine, ConsoleInput, CpuModel, DirtyMode, DiskAccess, DiskBackend, EventSink, Losses, Machine,
     MachineConfig, MachineError, MachineEvent, NicBackend, PauseTimes, RunState, ThrottledVcpus,

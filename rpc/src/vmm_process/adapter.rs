@@ -8,7 +8,9 @@ use ferry_migration::guest::{
     DestinationGuest, DirtyClearer, DiskCondition, DiskWaits, FrameRun, FreePages, GuestCondition, GuestEnd,
     GuestError, GuestWas, Population, RestoredGuest, SourceGuest, StopTimes, Throttled,
 };
-use ferry_vmm::{FreePageHints, MachineEvent, MachineProfile, MachineState, RunState, ThrottledVcpus, WriteWaits};
+use ferry_vmm::{
+    Arming, FreePageHints, MachineEvent, MachineProfile, MachineState, RunState, ThrottledVcpus, WriteWaits,
+};
 
 use super::copied::CopiedDisk;
 use super::guest::{BlankGuest, LocalGuest, Reset, RestoredMachine};
@@ -56,7 +58,12 @@ impl SourceGuest for LocalGuest {
 
     fn start_tracking(&mut self) -> Result<(), GuestError> {
         self.copied.iter().for_each(|(_, written)| written.start());
-        self.machine.start_dirty_tracking().map_err(GuestError::new)
+        // A page that the guest says is free is left out, and not re-armed: it has to be found if it is used after that.
+        let arming = match self.machine.balloon().has_driver() {
+            true => Arming::All,
+            false => Arming::Unpopulated,
+        };
+        self.machine.start_dirty_tracking(arming).map_err(GuestError::new)
     }
 
     fn ask_for_free_pages(&mut self) -> Option<Arc<dyn FreePages>> {

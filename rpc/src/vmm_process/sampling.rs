@@ -10,7 +10,7 @@ use anyhow::{Context, ensure};
 use ferry_migration::{Compression, SampledWay, Watched};
 use ferry_proto::vmm::v1::report::Report as Body;
 use ferry_proto::vmm::v1::{self as wire};
-use ferry_vmm::{DirtyBitmap, FrameRun, Machine, PAGE_SIZE, Population, RunState};
+use ferry_vmm::{Arming, DirtyBitmap, FrameRun, Machine, PAGE_SIZE, Population, RunState};
 
 use super::memory::{SharedMemory, to_engine};
 use super::vmm::{Holding, Vmm};
@@ -66,7 +66,7 @@ impl Sampling {
         let is_paused = machine.run_state() == RunState::Paused;
         let mut looks = VecDeque::new();
         if !time.is_zero() && !is_paused {
-            machine.start_dirty_tracking()?;
+            machine.start_dirty_tracking(Arming::All)?;
             looks.extend((0..LOOKS).rev().map(|before| time.div_f64(LATER.powi(before))));
         }
         Ok(Self {

@@ -7,7 +7,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{
     KVM_API_VERSION, KVM_CAP_ADJUST_CLOCK, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_SREGS2, KVM_CAP_XSAVE2, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_SREGS2, KVM_CAP_XSAVE2, KVM_DIRTY_LOG_INITIALLY_SET,
+    KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use rustix::io::Errno;
@@ -65,6 +66,8 @@ pub(crate) struct Host {
     /// Largest dirty ring of a vCPU in bytes; 0 where there is none.
     pub(crate) dirty_ring_bytes: usize,
     pub(super) dirty_ring_acquire_release: bool,
+    /// Whether the dirty log can begin full.
+    pub(super) dirty_log_begins_full: bool,
     /// Size of a vCPU's XSAVE area in bytes.
     pub(crate) xsave_bytes: usize,
     pub(super) sregs2: bool,
@@ -107,7 +110,8 @@ impl Host {
         }
         let number = |cap: u32| usize::try_from(kvm.check_extension_raw(cap.into())).unwrap_or(0);
         let (ring, acquire_release) = (number(KVM_CAP_DIRTY_LOG_RING), number(KVM_CAP_DIRTY_LOG_RING_ACQ_REL));
-        if number(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) == 0 {
+        let manual = number(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
+        if manual == 0 {
             return Err(HostError::Lacks {
                 capability: "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2",
             });
@@ -115,6 +119,7 @@ impl Host {
         Ok(Self {
             dirty_ring_bytes: ring.max(acquire_release),
             dirty_ring_acquire_release: acquire_release > 0,
+            dirty_log_begins_full: manual & KVM_DIRTY_LOG_INITIALLY_SET as usize != 0,
             xsave_bytes: number(KVM_CAP_XSAVE2).max(size_of::<kvm_bindings::kvm_xsave>()),
             sregs2: number(KVM_CAP_SREGS2) > 0,
             clock_flags: number(KVM_CAP_ADJUST_CLOCK) as u32,

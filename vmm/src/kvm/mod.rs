@@ -18,7 +18,7 @@ mod vm;
 
 pub use host::HostError;
 pub(crate) use host::{Host, HostClock, host_tsc, native_cpuid};
-pub use tracking::DirtyClearer;
+pub use tracking::{Arming, DirtyClearer};
 pub(crate) use uapi::{Uapi, from_bytes, to_bytes};
 pub(crate) use vcpu::{Exit, Vcpu};
 pub use vm::KvmError;

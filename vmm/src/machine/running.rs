@@ -12,7 +12,7 @@ use crate::arch::x86_64::time::ClockState;
 use crate::arch::x86_64::vcpu_state::TscTarget;
 use crate::devices::{BalloonLevel, ButtonPress, CardTraffic, Devices, FreePageHints, Restless, WrittenBlocks};
 use crate::host::as_guests_see;
-use crate::kvm::{DirtyClearer, host_tsc};
+use crate::kvm::{Arming, DirtyClearer, host_tsc};
 use crate::memory::{DirtyBitmap, GuestMemory, PAGE_SIZE};
 use crate::state::{MachineProfile, MachineState, unit_kinds};
 use crate::vcpu::{ANSWER_DEADLINE, Pending, Throttle, VcpuHandle};
@@ -329,13 +329,13 @@ impl Machine {
     }
 
     /// Starts to track writes: every page written after this returned is found by [`fetch_dirty`](Self::fetch_dirty). May be called while
-    /// the machine runs; costs the guest a fault at the first write to each page.
+    /// the machine runs; costs the guest a fault at the first write to each page that is armed.
     ///
     /// # Errors
     ///
     /// If KVM refuses.
-    pub fn start_dirty_tracking(&mut self) -> Result<(), MachineError> {
-        Ok(self.parts.vm.start_tracking()?)
+    pub fn start_dirty_tracking(&mut self, arming: Arming) -> Result<(), MachineError> {
+        Ok(self.parts.vm.start_tracking(arming)?)
     }
 
     /// Gives every page that a vCPU, a device or the loader has written since tracking started, or since it was last re-armed.

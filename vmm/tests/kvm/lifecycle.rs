@@ -4,7 +4,7 @@ use std::fs::File;
 
 use anyhow::{Result, bail, ensure};
 use ferry_vmm::{
-    BootPayload, CpuModel, HUGE_PAGE_SIZE, KernelError, LoadError, MachineConfig, MachineError, MachineEvent,
+    Arming, BootPayload, CpuModel, HUGE_PAGE_SIZE, KernelError, LoadError, MachineConfig, MachineError, MachineEvent,
     MemoryError, RunState,
 };
 
@@ -174,7 +174,7 @@ fn reset_starts_from_the_beginning() -> Result<()> {
     rig.machine.run()?;
     ensure!(rig.event()? == MachineEvent::ResetRequested);
     ensure!(read(rig.machine.memory(), CODE + 0x2000)? == 7);
-    rig.machine.start_dirty_tracking()?;
+    rig.machine.start_dirty_tracking(Arming::All)?;
     rig.machine.reset(payload(&code.elf(), "")?)?;
     ensure!(rig.machine.run_state() == RunState::Paused);
     ensure!(

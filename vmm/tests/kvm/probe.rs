@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use ferry_probe::PROBE_ELF;
 use ferry_probe::console::parse;
 use ferry_probe::report::{Heartbeat, Line};
-use ferry_vmm::{DirtyMode, MachineConfig, MachineEvent, MachineState};
+use ferry_vmm::{Arming, DirtyMode, MachineConfig, MachineEvent, MachineState};
 
 use super::Case;
 use super::micro::{Console, Rig, blank, config, copy_memory, payload};
@@ -103,7 +103,7 @@ fn moves(vcpus: u8, dirty: DirtyMode) -> Result<()> {
         ..config
     };
     let (blank, console, events) = blank(&incoming)?;
-    source.machine.start_dirty_tracking()?;
+    source.machine.start_dirty_tracking(Arming::All)?;
     copy_memory(source.machine.memory(), blank.memory())?;
     for _ in 0..3 {
         send_dirty(&mut source, &blank)?;
@@ -188,7 +188,7 @@ fn pages_found_dirty_are_all_that_changed() -> Result<()> {
             .collect()
     };
     let before = digests(&memory)?;
-    rig.machine.start_dirty_tracking()?;
+    rig.machine.start_dirty_tracking(Arming::All)?;
     rig.machine.run()?;
     rig.console.clear();
     heartbeats(&rig.console, 3)?;

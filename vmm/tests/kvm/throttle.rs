@@ -4,7 +4,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use ferry_vmm::{DirtyMode, LONGEST_REST, MachineConfig, MachineError, ThrottledVcpus};
+use ferry_vmm::{Arming, DirtyMode, LONGEST_REST, MachineConfig, MachineError, ThrottledVcpus};
 
 use super::Case;
 use super::micro::{Code, Rig, config, read, wait_for_count};
@@ -104,7 +104,7 @@ fn ring_throttles_only_those_that_write() -> Result<()> {
     };
     let mut rig = Rig::boot_with(&two, &Code::default().count(COUNTER))?;
     rig.machine.run()?;
-    rig.machine.start_dirty_tracking()?;
+    rig.machine.start_dirty_tracking(Arming::All)?;
     let before = read(rig.machine.memory(), COUNTER)?;
     wait_for_count(rig.machine.memory(), COUNTER, before + 1000)?;
     ensure!(!rig.machine.fetch_dirty()?.is_empty());

@@ -1,7 +1,7 @@
 //! Dirty pages: with log and ring, exactly what was written.
 
 use anyhow::{Result, ensure};
-use ferry_vmm::{DirtyBitmap, DirtyMode, FrameRun, MachineConfig, PAGE_SIZE};
+use ferry_vmm::{Arming, DirtyBitmap, DirtyMode, FrameRun, MachineConfig, PAGE_SIZE};
 
 use super::Case;
 use super::micro::{Code, Rig, config, read, wait_for_count};
@@ -14,6 +14,14 @@ pub(crate) const CASES: &[Case] = &[
     (
         "ring_finds_exactly_the_written_pages",
         ring_finds_exactly_the_written_pages,
+    ),
+    (
+        "what_is_populated_counts_as_written_until_it_is_rearmed",
+        what_is_populated_counts_as_written_until_it_is_rearmed,
+    ),
+    (
+        "what_was_not_populated_is_found_when_it_is_written",
+        what_was_not_populated_is_found_when_it_is_written,
     ),
     (
         "log_keeps_a_page_until_it_is_rearmed",
@@ -66,7 +74,7 @@ fn tracked(config: &MachineConfig, code: &Code) -> Result<Rig> {
     let mut rig = Rig::boot_with(config, code)?;
     rig.machine.run()?;
     rig.console.wait_for("ready\n")?;
-    rig.machine.start_dirty_tracking()?;
+    rig.machine.start_dirty_tracking(Arming::All)?;
     Ok(rig)
 }
 
@@ -100,6 +108,44 @@ fn ring_finds_exactly_the_written_pages() -> Result<()> {
     let found = pages(&rig.machine.fetch_dirty()?);
     ensure!(found == expected(), "{found:x?}");
     ensure!(rig.machine.fetch_dirty()?.is_empty(), "fetching re-arms");
+    Ok(())
+}
+
+fn what_is_populated_counts_as_written_until_it_is_rearmed() -> Result<()> {
+    let mut rig = Rig::boot_with(&with(DirtyMode::Log), &writer())?;
+    rig.machine.run()?;
+    rig.console.wait_for("ready\n")?;
+    let whole = rig.machine.memory().shape().runs()[0];
+    rig.machine.start_dirty_tracking(Arming::Unpopulated)?;
+    let populated = rig.machine.memory().populated()?;
+    let populated: Vec<u64> = populated.runs.iter().flat_map(|run| run.first..run.end()).collect();
+    let dirty = rig.machine.fetch_dirty()?;
+    ensure!(!populated.is_empty() && pages(&dirty) == populated, "{dirty:?}");
+
+    // What is written before it is re-armed needs not be told apart; after that it does.
+    rig.machine.dirty_clearer().rearm(whole, &dirty)?;
+    ensure!(rig.machine.fetch_dirty()?.is_empty(), "all of it is armed");
+    go_on(&rig)?;
+    rig.console.wait_for("written\n")?;
+    let found = pages(&rig.machine.fetch_dirty()?);
+    ensure!(found == expected(), "{found:x?}");
+    Ok(())
+}
+
+fn what_was_not_populated_is_found_when_it_is_written() -> Result<()> {
+    let mut rig = Rig::boot_with(&with(DirtyMode::Log), &writer())?;
+    rig.machine.run()?;
+    rig.console.wait_for("ready\n")?;
+    rig.machine.start_dirty_tracking(Arming::Unpopulated)?;
+    let before = pages(&rig.machine.fetch_dirty()?);
+    go_on(&rig)?;
+    rig.console.wait_for("written\n")?;
+    let mut all: Vec<u64> = [before.clone(), expected()].concat();
+    all.sort_unstable();
+    all.dedup();
+    ensure!(all.len() > before.len(), "nothing else was written");
+    let found = pages(&rig.machine.fetch_dirty()?);
+    ensure!(found == all, "{found:x?}");
     Ok(())
 }
 
@@ -231,7 +277,7 @@ fn tracking_twice_starts_empty() -> Result<()> {
         go_on(&rig)?;
         rig.console.wait_for("written\n")?;
         rig.machine.stop_dirty_tracking()?;
-        rig.machine.start_dirty_tracking()?;
+        rig.machine.start_dirty_tracking(Arming::All)?;
         let found = rig.machine.fetch_dirty()?;
         ensure!(found.is_empty(), "{dirty:?}: {:x?}", found.runs());
     }
