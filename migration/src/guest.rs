@@ -157,7 +157,8 @@ pub trait SourceGuest: Send {
     fn start_tracking(&mut self) -> Result<(), GuestError>;
 
     /// Asks the guest which of its pages are free; what it answers is taken while it is copied, and nobody waits for it. Called right after
-    /// [`SourceGuest::start_tracking`], so that whatever is written to a page after it was named is tracked. None if nobody can be asked.
+    /// [`SourceGuest::start_tracking`], so that whatever is written to a page after it was named is tracked. None if nobody can be asked, or if
+    /// what is populated is not tracked yet: then it would be sent all the same.
     fn ask_for_free_pages(&mut self) -> Option<Arc<dyn FreePages>> {
         None
     }

@@ -23,8 +23,9 @@ use crate::wire::{MAX_DATA_PAGES, MAX_RUNS};
 /// page and sending it, in which a write makes it dirty again, is short. A multiple of 64.
 const REARM_FRAMES: u64 = 32 << 10;
 
-/// The same while the guest is asked what is free, which helps for the ranges alone that are not re-armed yet: 16 MiB.
-const REARM_FRAMES_ASKING: u64 = 4 << 10;
+/// The same in the first pass: 16 MiB. What the guest says is free helps for the ranges alone that are not re-armed yet; and where nothing was armed
+/// before, it is here that pages are protected, which costs the guest a fault for each that it writes between that and its sending.
+const FIRST_REARM_FRAMES: u64 = 4 << 10;
 
 /// The fewest pages worth a frame of their own, when a small round is shared among streams.
 const MIN_CHUNK_PAGES: u64 = 32;
@@ -330,9 +331,9 @@ impl<C: DirtyClearer> OpenRound<C> {
         }
         let set = &self.round.sets[self.turn];
         let region = set.region(self.region);
-        let most = match self.round.free {
-            Some(_) => REARM_FRAMES_ASKING,
-            None => REARM_FRAMES,
+        let most = match self.round.free.is_some() || self.round.number == 1 {
+            true => FIRST_REARM_FRAMES,
+            false => REARM_FRAMES,
         };
         let start = offset - offset % most;
         let end = (start + most).min(region.frames);

@@ -378,6 +378,17 @@ impl SourceGuest for FakeSource {
             .regions()
             .iter()
             .for_each(|region| tracker.armed.insert(region.run()));
+        // What somebody is to re-arm before it is read first counts as written until then.
+        if tracker.kind == Tracking::Log && self.hints.is_none() {
+            let Tracker {
+                logged,
+                armed,
+                populated,
+                ..
+            } = &mut *tracker;
+            logged.union_with(populated);
+            armed.subtract(populated);
+        }
         tracker.on = true;
         Ok(())
     }

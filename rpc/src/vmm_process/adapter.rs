@@ -58,18 +58,19 @@ impl SourceGuest for LocalGuest {
 
     fn start_tracking(&mut self) -> Result<(), GuestError> {
         self.copied.iter().for_each(|(_, written)| written.start());
-        // A page that the guest says is free is left out, and not re-armed: it has to be found if it is used after that.
-        let arming = match self.machine.balloon().has_driver() {
+        // A page that the guest says is free is left out, and not re-armed: it has to be found if it is used after that, and only then.
+        self.arming = match self.machine.run_state() == RunState::Running && self.machine.balloon().has_driver() {
             true => Arming::All,
             false => Arming::Unpopulated,
         };
-        self.machine.start_dirty_tracking(arming).map_err(GuestError::new)
+        self.machine.start_dirty_tracking(self.arming).map_err(GuestError::new)
     }
 
     fn ask_for_free_pages(&mut self) -> Option<Arc<dyn FreePages>> {
         // One that its user has paused cannot answer.
         let runs = self.machine.run_state() == RunState::Running;
-        runs.then(|| Arc::new(Hints(self.machine.ask_for_free_pages())) as Arc<dyn FreePages>)
+        (runs && self.arming == Arming::All)
+            .then(|| Arc::new(Hints(self.machine.ask_for_free_pages())) as Arc<dyn FreePages>)
     }
 
     fn end_free_pages(&mut self) {
@@ -234,6 +235,7 @@ impl DestinationGuest for BlankGuest {
             disks: self.disks,
             announcer: self.announcer,
             copied: Vec::new(),
+            arming: Arming::All,
         }))
     }
 }

@@ -12,8 +12,8 @@ use anyhow::{Context, bail};
 use ferry_migration::handover::Epoch;
 use ferry_proto::vmm::v1::MachineSpec;
 use ferry_vmm::{
-    BlankMachine, BootPayload, ConsoleInput, CpuModel, DirtyMode, EventSink, Machine, MachineConfig, MachineError,
-    MachineEvent, RunState, ThreadHook, ThreadKind, WrittenBlocks,
+    Arming, BlankMachine, BootPayload, ConsoleInput, CpuModel, DirtyMode, EventSink, Machine, MachineConfig,
+    MachineError, MachineEvent, RunState, ThreadHook, ThreadKind, WrittenBlocks,
 };
 
 use super::announce::Announcer;
@@ -121,6 +121,8 @@ pub(super) struct LocalGuest {
     pub(super) announcer: Announcer,
     /// Disks whose contents move with the guest, while it is being sent.
     pub(super) copied: Vec<(CopiedDisk, WrittenBlocks)>,
+    /// Which of its pages were armed as its writes began to be tracked.
+    pub(super) arming: Arming,
 }
 
 /// What a guest counts its disks in.
@@ -338,6 +340,7 @@ impl BlankGuest {
             disks: self.disks,
             announcer: self.announcer,
             copied: Vec::new(),
+            arming: Arming::All,
         })
     }
 }

@@ -1,7 +1,8 @@
 //! Looking at what a running guest writes, for a few seconds, so that somebody can tell what its migration would come to.
 //!
 //! The guest stays where it is, with the thread that owns it: every order is obeyed meanwhile, and one that takes the guest away ends the sample.
-//! Whatever ends it, tracking is off afterwards. What it costs the guest is what a migration would cost it: a fault for the first write to each page.
+//! Whatever ends it, tracking is off afterwards. It costs the guest a fault for the first write to each page, as later rounds of a
+//! migration do.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};

@@ -1,8 +1,9 @@
 //! Which pages were written: by KVM's dirty log, or by its dirty rings.
 //!
 //! Log or ring is fixed when the VM is made (KVM lets only one of them exist). The log is used with manual protection, and begins full where
-//! the kernel knows that (KVM_DIRTY_LOG_INITIALLY_SET, 5.7; `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` in the KVM API): nothing is protected then before
-//! it is cleared, so that a guest has no fault for a page that is still to be sent anyway ([`Arming`]).
+//! that is wanted and the kernel knows it (KVM_DIRTY_LOG_INITIALLY_SET, 5.7; `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` in the KVM API): nothing is
+//! protected then before it is cleared, so that a guest has no fault for a page that is still to be sent anyway ([`Arming`]). To protect all at
+//! once so would be dearer than by the flag alone: 12 GiB with 64 MiB touched, on kvm-pvm, 5.8 ms instead of 3.4.
 
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,13 +31,15 @@ pub enum Arming {
     Unpopulated,
 }
 
-/// Pages that are armed by one call: 64 MiB, so that no vCPU waits long for the lock that KVM holds meanwhile. A multiple of 64.
+/// Pages that are armed by one call: 64 MiB, so that no vCPU waits long for the lock that KVM holds meanwhile; 256 MiB where nothing is on any of
+/// them, and so nothing is to be protected. Multiples of 64.
 const ARMED_AT_ONCE: u64 = 16 << 10;
+const EMPTY_AT_ONCE: u64 = 64 << 10;
 
 /// How this VM tracks.
 #[derive(Debug)]
 pub(super) enum Tracking {
-    Log { begins_full: bool },
+    Log { can_begin_full: bool },
     Ring { bytes: usize, rings: Mutex<Rings> },
 }
 
@@ -66,11 +69,21 @@ impl Tracking {
 impl Vm {
     /// Starts to track: after this returned, every write of a vCPU to a page is found until `stop_tracking`.
     pub(crate) fn start_tracking(&self, arming: Arming) -> Result<(), KvmError> {
-        self.set_memory_flags(KVM_MEM_LOG_DIRTY_PAGES)?;
         match &self.tracking {
-            Tracking::Log { begins_full: false } => {}
-            Tracking::Log { begins_full: true } => self.arm(arming)?,
+            &Tracking::Log { can_begin_full } => {
+                let begins_full = can_begin_full && arming == Arming::Unpopulated;
+                // A log that was left from before would go on as it began, and huge mappings be protected or not by how this one does.
+                self.set_memory_flags(0)?;
+                self.log_begins_full(begins_full)?;
+                let begun = self.set_memory_flags(KVM_MEM_LOG_DIRTY_PAGES);
+                let armed = begun.and_then(|()| if begins_full { self.arm_unpopulated() } else { Ok(()) });
+                if let Err(error) = armed {
+                    let _ = self.set_memory_flags(0);
+                    return Err(error);
+                }
+            }
             Tracking::Ring { rings, .. } => {
+                self.set_memory_flags(KVM_MEM_LOG_DIRTY_PAGES)?;
                 let mut rings = lock(rings);
                 // Left from an earlier round of tracking.
                 self.harvest(&mut rings)?;
@@ -81,24 +94,37 @@ impl Vm {
         Ok(())
     }
 
-    /// Protects these pages, of a log that is full. What is populated and written meanwhile is found by whoever looks up what is populated after this.
-    fn arm(&self, arming: Arming) -> Result<(), KvmError> {
-        let populated = match arming {
-            Arming::All => None,
-            // Where it cannot be told, all are armed.
-            Arming::Unpopulated => self.memory.populated().ok(),
-        };
-        let mut left_out = DirtyBitmap::empty(self.memory.shape());
-        for run in populated.into_iter().flat_map(|population| population.runs) {
-            left_out.insert(run);
+    /// Whether the log is full when it begins. KVM makes it with the flag of the memory, so this is to be said before.
+    fn log_begins_full(&self, full: bool) -> Result<(), KvmError> {
+        let full = if full { KVM_DIRTY_LOG_INITIALLY_SET } else { 0 };
+        enable(
+            &self.fd,
+            "enable manual protection in the dirty log",
+            KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+            u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | full),
+        )
+    }
+
+    /// Protects what nothing is on, of a log that is full; all of it where that cannot be told. What is populated meanwhile is found by whoever looks
+    /// it up after this.
+    fn arm_unpopulated(&self) -> Result<(), KvmError> {
+        let mut populated = DirtyBitmap::empty(self.memory.shape());
+        for run in self.memory.populated().into_iter().flat_map(|found| found.runs) {
+            populated.insert(run);
         }
         for (slot, frames) in self.memory.shape().runs().iter().enumerate() {
-            let words: Vec<u64> = left_out.words(slot).iter().map(|word| !word).collect();
-            let pieces = words.chunks(ARMED_AT_ONCE as usize / 64);
-            for (first, piece) in (0..frames.count).step_by(ARMED_AT_ONCE as usize).zip(pieces) {
-                if piece.iter().any(|&word| word != 0) {
-                    self.clear(slot, first, ARMED_AT_ONCE.min(frames.count - first), piece)?;
+            let words: Vec<u64> = populated.words(slot).iter().map(|word| !word).collect();
+            let mut first = 0;
+            while first < frames.count {
+                let of =
+                    |pages: u64| &words[(first / 64) as usize..(first + pages).min(frames.count).div_ceil(64) as usize];
+                let is_empty = of(EMPTY_AT_ONCE).iter().all(|&word| word == u64::MAX);
+                let pages = if is_empty { EMPTY_AT_ONCE } else { ARMED_AT_ONCE };
+                let pages = pages.min(frames.count - first);
+                if of(pages).iter().any(|&word| word != 0) {
+                    self.clear(slot, first, pages, of(pages))?;
                 }
+                first += pages;
             }
         }
         Ok(())
@@ -305,25 +331,11 @@ pub(super) fn enable_tracking(
     memory: &GuestMemory,
     dirty: DirtyMode,
 ) -> Result<Tracking, KvmError> {
-    let enable = |what, cap, argument: u64| {
-        fd.enable_cap(&kvm_enable_cap {
-            cap,
-            args: [argument, 0, 0, 0],
-            ..Default::default()
-        })
-        .map_err(|error| KvmError::new(what, error))
-    };
     match dirty {
-        DirtyMode::Log => {
-            let begins_full = host.dirty_log_begins_full;
-            let full = if begins_full { KVM_DIRTY_LOG_INITIALLY_SET } else { 0 };
-            enable(
-                "enable manual protection in the dirty log",
-                KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-                u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | full),
-            )?;
-            Ok(Tracking::Log { begins_full })
-        }
+        // The log's manner is said each time that it begins.
+        DirtyMode::Log => Ok(Tracking::Log {
+            can_begin_full: host.dirty_log_begins_full,
+        }),
         DirtyMode::Ring => {
             let cap = if host.dirty_ring_acquire_release {
                 KVM_CAP_DIRTY_LOG_RING_ACQ_REL
@@ -331,7 +343,12 @@ pub(super) fn enable_tracking(
                 KVM_CAP_DIRTY_LOG_RING
             };
             let bytes = host.dirty_ring_bytes;
-            enable("enable the dirty ring, which this host must have", cap, bytes as u64)?;
+            enable(
+                fd,
+                "enable the dirty ring, which this host must have",
+                cap,
+                bytes as u64,
+            )?;
             Ok(Tracking::Ring {
                 bytes,
                 rings: Mutex::new(Rings {
@@ -342,6 +359,15 @@ pub(super) fn enable_tracking(
             })
         }
     }
+}
+
+fn enable(fd: &VmFd, what: &'static str, cap: u32, argument: u64) -> Result<(), KvmError> {
+    fd.enable_cap(&kvm_enable_cap {
+        cap,
+        args: [argument, 0, 0, 0],
+        ..Default::default()
+    })
+    .map_err(|error| KvmError::new(what, error))
 }
 
 /// A panic in another thread leaves the rings as they are between two entries: usable.

@@ -37,6 +37,10 @@ pub(crate) const CASES: &[Case] = &[
     ("ring_works_on_after_an_overrun", ring_works_on_after_an_overrun),
     ("tracking_twice_starts_empty", tracking_twice_starts_empty),
     (
+        "tracking_begins_as_it_is_asked_to_each_time",
+        tracking_begins_as_it_is_asked_to_each_time,
+    ),
+    (
         "fetching_without_tracking_is_an_error_with_the_log",
         fetching_without_tracking_is_an_error,
     ),
@@ -281,6 +285,25 @@ fn tracking_twice_starts_empty() -> Result<()> {
         let found = rig.machine.fetch_dirty()?;
         ensure!(found.is_empty(), "{dirty:?}: {:x?}", found.runs());
     }
+    Ok(())
+}
+
+fn tracking_begins_as_it_is_asked_to_each_time() -> Result<()> {
+    let mut rig = tracked(&with(DirtyMode::Log), &writer())?;
+    rig.machine.stop_dirty_tracking()?;
+    rig.machine.start_dirty_tracking(Arming::Unpopulated)?;
+    let populated = rig.machine.memory().populated()?.runs;
+    ensure!(rig.machine.fetch_dirty()?.runs() == populated, "all that is populated");
+    rig.machine.stop_dirty_tracking()?;
+    rig.machine.start_dirty_tracking(Arming::All)?;
+    ensure!(rig.machine.fetch_dirty()?.is_empty(), "nothing of before");
+    // Also where it was not stopped.
+    rig.machine.start_dirty_tracking(Arming::Unpopulated)?;
+    rig.machine.start_dirty_tracking(Arming::All)?;
+    go_on(&rig)?;
+    rig.console.wait_for("written\n")?;
+    let found = pages(&rig.machine.fetch_dirty()?);
+    ensure!(found == expected(), "{found:x?}");
     Ok(())
 }
 

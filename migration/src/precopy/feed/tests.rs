@@ -67,6 +67,7 @@ proptest! {
         steps in prop::collection::vec((0u64..102_000, 1u64..3000), 1..40),
         hot in prop::collection::vec((0u64..102_000, 1u64..3000), 0..40),
         streams in 1u32..5,
+        number in 1u32..3,
     ) {
         let runs = |steps: Vec<(u64, u64)>| -> Vec<FrameRun> {
             steps.into_iter().map(|(first, count)| FrameRun { first, count }).collect()
@@ -81,7 +82,7 @@ proptest! {
         let expected: Vec<u64> = [&cold, &hot_ones].into_iter().flat_map(frames_of).collect();
         let notes = Notes::default();
         let feed = Feed::new(streams);
-        feed.start(Round { sets: vec![cold, hot_ones], ..round(whole.clone(), Some(notes.clone())) });
+        feed.start(Round { number, sets: vec![cold, hot_ones], ..round(whole.clone(), Some(notes.clone())) });
         prop_assert_eq!(feed.remaining(), whole.count());
 
         let mut given = Vec::new();

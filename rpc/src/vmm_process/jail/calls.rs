@@ -336,7 +336,8 @@ const RUNNING: [u64; 29] = [
 ];
 
 /// Of whoever has the machine: its memory, clock and interrupt controllers.
-const MOVING: [u64; 9] = [
+const MOVING: [u64; 10] = [
+    0xa3, // KVM_ENABLE_CAP: how the dirty log begins
     0x42, // KVM_GET_DIRTY_LOG
     0xc0, // KVM_CLEAR_DIRTY_LOG
     0x46, // KVM_SET_USER_MEMORY_REGION

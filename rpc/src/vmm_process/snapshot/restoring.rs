@@ -5,7 +5,7 @@ use anyhow::{Context, ensure};
 use ferry_migration::handover::Epoch;
 use ferry_proto::vmm::v1::{self as wire, DiskMoment};
 use ferry_proto::wire_uuid;
-use ferry_vmm::{MachineProfile, MachineState, PieceTable};
+use ferry_vmm::{Arming, MachineProfile, MachineState, PieceTable};
 use uuid::Uuid;
 
 use super::files::{self, Files};
@@ -91,6 +91,7 @@ pub(super) fn restore(blank: BlankGuest, files: &Files, origin: &Origin) -> anyh
         disks: blank.disks,
         announcer: blank.announcer,
         copied: Vec::new(),
+        arming: Arming::All,
     })
 }
 
