@@ -285,7 +285,12 @@ fn throttled(pair: &Pair, guest: &Guest, whom: &str) -> Result<Migration> {
         "{}",
         record.record
     );
-    // How long the destination takes for its part is up to the machine.
+    // How long the destination takes for its part is up to the machine: it was expected to fit.
+    let switch = decisions(&record)?
+        .iter()
+        .rfind(|decision| decision["deed"] == "switch");
+    let expected = switch.and_then(|switch| switch["predicted_blackout_ms"].as_f64());
+    ensure!(expected.is_some_and(|expected| expected <= 300.0), "{}", record.record);
     let parts = ["pause", "drain", "last_pages"];
     let parts = parts.map(|part| record.number(&format!("downtime_ms.{part}")));
     let at_source: f64 = parts.into_iter().sum::<Result<f64>>()?;

@@ -109,8 +109,9 @@ fn what_became_free_right_before_a_move_is_not_sent(pair: &mut Pair) -> Result<(
 
     let (named, sent) = (number(&moved, "memory_hinted")?, number(&moved, "bytes_sent")?);
     eprintln!("bytes sent with all held {full}, without {sent}; called free {named}");
-    // A slow move sends some pages again that the quick one did not.
-    ensure!(sent + named / 2 < full, "{full} with all held; {}", moved.record);
+    // Nothing else became less: of the pass in which they were left out, for a slow move sends more pages again than a quick one.
+    let first_pass = moved.record["rounds"][0]["bytes"].as_u64().context("no first pass")?;
+    ensure!(first_pass + named < full, "{full} with all held; {}", moved.record);
     // What was called free is used again.
     holder.fill(&pair.b)?;
     holder.free(&pair.b)
