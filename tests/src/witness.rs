@@ -126,7 +126,7 @@ impl Witness {
     /// # Errors
     /// If it does not.
     pub fn wait_ready_times(&self, times: usize) -> Result<()> {
-        until(&format!("the guest was ready {times} times"), CALL, || {
+        until(&format!("the guest was ready {times} times"), 4 * CALL, || {
             Ok((self.lock().ready >= times).then_some(()))
         })
     }

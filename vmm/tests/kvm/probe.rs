@@ -25,6 +25,10 @@ pub(crate) const CASES: &[Case] = &[
         pages_found_dirty_are_all_that_changed,
     ),
     ("probe_starts_again_after_its_reset", probe_starts_again_after_its_reset),
+    (
+        "a_probe_whose_beats_are_always_due_says_all_else_too",
+        a_probe_whose_beats_are_always_due_says_all_else_too,
+    ),
 ];
 
 fn machine(vcpus: u8, dirty: DirtyMode) -> MachineConfig {
@@ -211,4 +215,20 @@ fn probe_starts_again_after_its_reset() -> Result<()> {
     rig.machine.reset(payload(PROBE_ELF, cmdline)?)?;
     rig.machine.run()?;
     rig.console.wait_for("READY")
+}
+
+/// As on a host that gives it so little time that printing a beat takes longer than from beat to beat: by its clock, a millisecond is one
+/// cycle here.
+fn a_probe_whose_beats_are_always_due_says_all_else_too() -> Result<()> {
+    let cmdline = "work=uniform work_mib=1 rate=1000 heartbeat_ms=1 tsc_khz=1";
+    let rig = boot(&machine(1, DirtyMode::Log), cmdline)?;
+    rig.console.clear();
+    let all = heartbeats(&rig.console, 20)?;
+    ensure!(
+        all[19].writes > all[1].writes,
+        "it does nothing but beat: {:?}, {:?}",
+        all[1],
+        all[19]
+    );
+    without_faults(&rig.console)
 }

@@ -91,9 +91,11 @@ impl Front {
         }
     }
 
+    /// A beat waits until the line before it is gone: where its characters take longer than from beat to beat, beats that queue would leave
+    /// no room for any other line, and READY would never be said.
     #[cold]
     fn heartbeat(&mut self, now: u64) {
-        if self.serial.room() < LINE_ROOM {
+        if !self.serial.is_empty() {
             return;
         }
         self.print_faults();

@@ -44,6 +44,11 @@ impl Serial {
         QUEUE_BYTES - self.len
     }
 
+    /// Whether all that was queued is sent.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     /// Queues a line. What does not fit is lost: callers that must not lose a line ask for `room` first.
     pub fn print(&mut self, line: impl fmt::Display) {
         // The queue takes everything, so formatting into it cannot fail.
