@@ -356,9 +356,17 @@ impl Shared {
     }
 
     fn change_answer(&self, bytes: &mut [u8]) {
-        let Some(at) = find(bytes, self.told_address().as_bytes()) else {
-            return;
-        };
+        let told = self.told_address();
+        let mut behind = 0;
+        // Several answers may have come at once.
+        while let Some(at) = find(&bytes[behind..], told.as_bytes()).map(|found| behind + found) {
+            self.change_address(bytes, at);
+            behind = at + told.len();
+        }
+    }
+
+    /// The data port's address is there in an answer.
+    fn change_address(&self, bytes: &mut [u8], at: usize) {
         if bytes[..at].ends_with(&[LATE_LINK_ADDRESS, self.told_address().len() as u8]) {
             let mut state = self.lock();
             state.in_vain += u64::from(state.is_cut);

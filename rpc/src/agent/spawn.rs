@@ -29,6 +29,9 @@ use super::vmm_user::{self, UserRange};
 pub(crate) const SOCKET: &str = "vmm.sock";
 /// When a VMM gets its cgroup: by then its machine is built and its threads have begun.
 const CGROUP_LATER: Duration = Duration::from_millis(150);
+/// How long a process that is killed may take to be dead, and how much longer for each GiB that it has: the kernel frees that first.
+const DEATH: Duration = Duration::from_secs(30);
+const DEATH_PER_GIB: Duration = Duration::from_secs(1);
 /// What a VMM's process calls itself.
 const VMM_NAME: &str = "ferry-vmm";
 /// What a VMM is told of its agent's environment: there may be secrets in it, and a VMM has no use for them.
@@ -202,16 +205,29 @@ impl Process {
     /// # Errors
     /// It does not die in time: the kernel holds it.
     pub(crate) fn kill(&self) -> io::Result<()> {
+        let patience = patience_for(resident_pages(self.pid).unwrap_or_default());
         match pidfd_send_signal(&self.pidfd, Signal::KILL) {
             Ok(()) | Err(Errno::SRCH) => {}
             Err(error) => return Err(error.into()),
         }
-        if self.has_ended(Duration::from_secs(10)) {
-            Ok(())
-        } else {
-            Err(io::Error::other(format!("process {} does not die", self.pid)))
+        if self.has_ended(patience) {
+            return Ok(());
         }
+        let (pid, waited) = (self.pid, patience.as_secs());
+        let error = format!("process {pid} was killed and is not dead {waited} s later: the kernel holds it");
+        Err(io::Error::other(error))
     }
+}
+
+fn patience_for(pages: u64) -> Duration {
+    let gib = pages.saturating_mul(rustix::param::page_size() as u64) >> 30;
+    DEATH + DEATH_PER_GIB * u32::try_from(gib).unwrap_or(u32::MAX)
+}
+
+/// How many pages the process has in memory (proc(5), `/proc/pid/statm`); none if it is gone.
+fn resident_pages(pid: i32) -> Option<u64> {
+    let statm = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+    statm.split_whitespace().nth(1)?.parse().ok()
 }
 
 /// Kills whatever VMM listens on this socket, and waits until it is dead. Blocks.
@@ -346,6 +362,15 @@ mod tests {
         assert!(words.contains("SIGSYS") && words.contains("jail"), "{words}");
         let words = told(ExitStatus::from_raw(Signal::TERM.as_raw()));
         assert_eq!(words, "the VMM died (signal: 15 (SIGTERM))");
+    }
+
+    #[test]
+    fn a_process_with_more_memory_is_given_more_time_to_die() {
+        let page = rustix::param::page_size() as u64;
+        assert_eq!(patience_for(0), Duration::from_secs(30));
+        assert_eq!(patience_for((512 << 30) / page), Duration::from_secs(542));
+        let own = i32::try_from(std::process::id()).unwrap();
+        assert!(resident_pages(own).is_some_and(|pages| pages > 0));
     }
 
     #[test]

@@ -241,6 +241,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     if options.verify {
         return verify::run(options);
     }
+    let Some(peer) = options.peer else {
+        return own_bench(options, &ferry::build()?);
+    };
     let workloads: Vec<_> = workload::ALL
         .iter()
         .filter(|w| options.workload.as_deref().is_none_or(|text| w.name.contains(text)))
@@ -249,13 +252,8 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         let names: Vec<_> = workload::ALL.iter().map(|w| w.name).collect();
         bail!("no workload has that in its name; there are {}", names.join(", "));
     }
-    if let Some(peer) = options.peer {
-        peer.check()?;
-    }
+    peer.check()?;
     let ferry = ferry::build()?;
-    if options.peer.is_none() {
-        return own_bench(options, &ferry);
-    }
     let mut record = Vec::new();
     let mut failed = false;
     for workload in workloads {

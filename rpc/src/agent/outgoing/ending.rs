@@ -39,13 +39,12 @@ const ROLLBACK_TIME: Duration = Duration::from_millis(500);
 impl Script {
     /// The guest is the destination's: the copy is killed and removed. D was journalled before.
     pub(super) async fn destroy_copy(&mut self) -> Result<(), Failure> {
-        let mut state = self.instance.state.lock().await;
-        if let Some(vmm) = &state.vmm {
-            // One that does not die is tried again, and known until then.
-            vmm.kill()
-                .await
-                .map_err(Failure::host("failed to end the VMM of a guest that has moved"))?;
+        // Whoever asks for the instance is answered meanwhile.
+        let vmm = self.instance.state.lock().await.vmm.clone();
+        if let Some(vmm) = vmm {
+            self.end_left_vmm(&vmm).await;
         }
+        let mut state = self.instance.state.lock().await;
         state.vmm = None;
         let (row, host, migration) = (state.row.clone(), self.row.peer.clone(), self.row.id);
         self.agent
@@ -64,6 +63,15 @@ impl Script {
         // Last: from here on the guest may come back, and bring its disks to the same paths.
         self.outgoing.let_go.send_replace(true);
         Ok(())
+    }
+
+    /// The VMM that the guest has left is dead when this returns, however long that takes: where the guest is does not depend on it, nor does
+    /// anybody wait who could do something about it.
+    pub(super) async fn end_left_vmm(&self, vmm: &Vmm) {
+        while let Err(error) = vmm.kill().await {
+            tracing::error!(migration = %self.row.id, %error, "the VMM of a guest that has moved does not die, trying again");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
     }
 
     /// The last lines of the script.

@@ -352,10 +352,7 @@ impl Script {
     async fn free(&mut self) {
         let vmm = self.instance.state.lock().await.vmm.take();
         if let Some(vmm) = vmm {
-            while let Err(error) = vmm.kill().await {
-                tracing::error!(migration = %self.row.id, %error, "the VMM of a guest that has moved does not die, trying again");
-                tokio::time::sleep(Duration::from_secs(1)).await;
-            }
+            self.end_left_vmm(&vmm).await;
         }
         self.agent.remove_folder(self.row.instance);
         if self.row.said.as_deref() == Some(Decision::Running.as_str()) {
