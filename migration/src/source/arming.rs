@@ -22,7 +22,7 @@ impl<G: SourceGuest> Copy<'_, '_, G> {
     /// Tells, once for each attempt, that it may be armed: as soon as the disks are settled. Until then small rounds go on.
     ///
     /// # Errors
-    /// Pages would come late, over a link that is lost.
+    /// Pages would come late, over a link that is lost; or might, and it can be made again.
     pub(super) fn announce(&mut self, predicted: Duration) -> Result<(), Stop> {
         if Instant::now() < self.so_far.rest_until {
             return Ok(());
@@ -42,7 +42,10 @@ impl<G: SourceGuest> Copy<'_, '_, G> {
         {
             return Ok(());
         }
-        self.late_link_is_there()?;
+        // One that is to go whole may still come to be late once it is armed, when no link is made again any more.
+        if self.so_far.is_late || self.conversation.lasting.may_resume() {
+            self.late_link_is_there()?;
+        }
         self.so_far.announced = Some(attempt);
         self.conversation
             .asked

@@ -125,12 +125,16 @@ impl<'a> Lasting<'a> {
         self.waited.get()
     }
 
+    /// Whether a link that is lost may be made again.
+    pub(super) fn may_resume(&self) -> bool {
+        !self.asked.parameters.resume_window.is_zero()
+            && self.protocol.get().is_none_or(|protocol| protocol >= RESUMES_SINCE)
+    }
+
     /// What an end of the script means: a lost link, if it may be made again.
     pub(super) fn lost(&self, stop: Stop) -> Stop {
-        let may_resume = !self.asked.parameters.resume_window.is_zero()
-            && self.protocol.get().is_none_or(|protocol| protocol >= RESUMES_SINCE);
         match stop {
-            Stop::Error(error) if may_resume && error.is_lost_link() => Stop::LinkLost(error),
+            Stop::Error(error) if self.may_resume() && error.is_lost_link() => Stop::LinkLost(error),
             stop => stop,
         }
     }

@@ -366,14 +366,8 @@ impl<'c, 'a, G: SourceGuest> Copy<'c, 'a, G> {
 
     /// Before a guest is given away of which pages come late: the connections for these have been idle since they were made.
     pub(super) fn late_link_is_there(&self) -> Result<(), Stop> {
-        match self
-            .late_link
-            .filter(|_| self.so_far.is_late)
-            .map_or(Ok(()), Link::is_there)
-        {
-            Err(cause) => Err(SourceError::LateLinkLost(cause).into()),
-            Ok(()) => Ok(()),
-        }
+        let there = self.late_link.map_or(Ok(()), Link::is_there);
+        there.map_err(|cause| SourceError::LateLinkLost(cause).into())
     }
 
     /// An empty set of its pages.

@@ -168,7 +168,9 @@ fn hand_over<G: SourceGuest>(
         }),
     };
     copy.conversation.look_around()?;
-    copy.late_link_is_there()?;
+    if copy.so_far.is_late {
+        copy.late_link_is_there()?;
+    }
     // What was heard meanwhile ends the migration: nothing is awaited here.
     if let Some(heard) = copy.conversation.next(Duration::ZERO)? {
         return Err(Setback::End(unexpected(&heard).into()));

@@ -58,6 +58,46 @@ fn a_connection_for_late_pages_that_is_lost_at_the_last_moment_keeps_the_guest_h
     assert!(!guest.is_stopped());
 }
 
+/// A guest of which pages may come late, and of whose late connections one is cut while it is copied. It hardly writes, and goes whole.
+fn goes_whole_with_one_cut(window: Duration) -> Ends {
+    let mut scene = late(Lateness::WhenItPays, Workload::Idle);
+    scene.parameters.resume_window = window;
+    scene.destination_parameters.resume_window = window;
+    let mut arm = arming_and(
+        |report| matches!(report, SourceReport::Copying { .. }),
+        |controls| controls.cut_late_stream(3),
+    );
+    scene.agent = Box::new(move |report, controls| {
+        if matches!(report, SourceReport::LinkLost { .. }) {
+            controls.reconnect();
+        }
+        arm(report, controls);
+    });
+    let ends = migrate(scene);
+    ends.arrived();
+    ends
+}
+
+fn times_lost(ends: &Ends) -> usize {
+    let lost = |report: &&SourceReport| matches!(report, SourceReport::LinkLost { .. });
+    ends.reports.iter().filter(lost).count()
+}
+
+#[test]
+fn a_connection_for_late_pages_that_is_lost_keeps_no_guest_here_that_goes_whole() {
+    assert_eq!(times_lost(&goes_whole_with_one_cut(Duration::ZERO)), 0);
+}
+
+#[test]
+fn a_connection_for_late_pages_that_is_lost_is_made_again_before_the_switchover_is_asked_for() {
+    let ends = goes_whole_with_one_cut(PATIENCE);
+    assert_eq!(times_lost(&ends), 1);
+    let first = |wanted: fn(&SourceReport) -> bool| ends.reports.iter().position(wanted);
+    let lost = first(|report| matches!(report, SourceReport::LinkLost { .. }));
+    let asked = first(|report| matches!(report, SourceReport::Converged { .. }));
+    assert!(lost < asked, "{:?}", ends.reports);
+}
+
 #[test]
 fn a_cap_is_lifted_while_pages_come_late() {
     let late = Late::of(migrate(hardly_any_bandwidth()));

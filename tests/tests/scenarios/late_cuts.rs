@@ -135,8 +135,8 @@ fn begin_and_lose_one(pair: &mut Pair, further: &[&str]) -> Result<(Witness, Ans
         },
     )?;
     let witness = pair.run(&Guest::new("g").work(BUSY).vcpus(2))?;
-    // The guest writes twice what that carries.
-    let hybrid = ["--mode", "hybrid", "--streams", "1", "--bandwidth", "320Mbit"];
+    // The guest writes four times what that carries, and more than that on a host that keeps it from half of it.
+    let hybrid = ["--mode", "hybrid", "--streams", "1", "--bandwidth", "160Mbit"];
     let whole_pages = ["--compress", "off", "--max-downtime", "20ms"];
     let call = pair.begin_migrate("g", &[&hybrid[..], &whole_pages, further].concat())?;
     relay.wait_tampered()?;
