@@ -66,12 +66,17 @@ impl Script {
     }
 
     /// The VMM that the guest has left is dead when this returns, however long that takes: where the guest is does not depend on it, nor does
-    /// anybody wait who could do something about it.
-    pub(super) async fn end_left_vmm(&self, vmm: &Vmm) {
+    /// anybody wait who could do something about it. Until then the record says what is waited for; an agent that ends meanwhile leaves it to
+    /// the next one.
+    pub(super) async fn end_left_vmm(&mut self, vmm: &Vmm) {
+        let before = self.row.info.decision.clone();
         while let Err(error) = vmm.kill().await {
             tracing::error!(migration = %self.row.id, %error, "the VMM of a guest that has moved does not die, trying again");
+            self.row.info.decision = Some(format!("the VMM that the guest has left is waited for: {error}"));
+            self.show();
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
+        self.row.info.decision = before;
     }
 
     /// The last lines of the script.
